@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv when it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+TOPIC ?= demo
+
+.PHONY: demo demo-full test test-all check lint figures readme clean
+
+demo: $(STAMP)
+	@$(BIN)/vpr demo
+
+demo-full: $(STAMP)
+	@$(BIN)/vpr demo --full true
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	@$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+check: lint test
+
+figures: $(STAMP)
+	@$(BIN)/python -m benchmarks.figures_$(TOPIC)
+	@$(MAKE) --no-print-directory readme
+
+readme: $(STAMP)
+	@$(BIN)/python -m benchmarks.figures
+
+clean:
+	rm -rf .venv runs build *.egg-info
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "setting up .venv (about 2 minutes and 6 GB, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(STAMP)

@@ -1,0 +1,124 @@
+"""``vpr demo``: the whole road on the embedded sample, one command after the other, each timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vpr.cli import run
+from vpr.console import say
+
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Where and how long.
+
+    Attributes:
+        output: folder of all artifacts; empty is ``runs/demo``, or ``runs/demo-full`` with ``full``.
+        full: the longer recipes (up to an hour) instead of those for minutes.
+    """
+
+    output: str = ""
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the road, and the artifact it makes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    output: str
+
+
+def steps(folder: str, full: bool) -> list[Step]:
+    """The commands of the demo, exactly as they could be typed."""
+    recipe = "sample-full.yaml" if full else "sample.yaml"
+
+    def at(name: str) -> str:
+        return f"{folder}/{name}"
+
+    def step(name: str, command: str, output: str, **options: str) -> Step:
+        flags = [word for key, value in options.items() for word in (f"--{key}", value)]
+        return Step(name, (*command.split(), *flags, "--output", at(output)), at(output))
+
+    catalog = at("catalog")
+    teacher_recipe, student_recipe = f"{_ROOT}/teacher/recipes/{recipe}", f"{_ROOT}/student/recipes/{recipe}"
+    road = [
+        step("catalogue", "catalog", "catalog", reader="sample"),
+        step("teacher", "teacher train", "teacher", config=teacher_recipe, catalog=catalog),
+        step("student", "student distill", "student", config=student_recipe, teacher=at("teacher"), catalog=catalog),
+        step("ONNX FP32", "export onnx", "fp32", student=at("student"), catalog=catalog),
+        step("ONNX FP16", "export onnx", "fp16", student=at("student"), catalog=catalog, precision="fp16"),
+        step("calibration", "calibrate", "ranges", onnx=at("fp32"), catalog=catalog),
+        step("INT8 over FP16", "export int8", "int8", onnx=at("fp32"), ranges=at("ranges"), base="fp16"),
+        step("INT8 over FP32", "export int8", "int8-cpu", onnx=at("fp32"), ranges=at("ranges"), base="fp32"),
+        step("engine FP16", "export engine", "engine-fp16", onnx=at("fp16")),
+        step("engine INT8", "export engine", "engine-int8", onnx=at("int8")),
+    ]
+    names = ("teacher", "student", "fp32", "fp16", "int8", "int8-cpu", "engine-fp16", "engine-int8")
+    models = json.dumps([at(name) for name in names])
+    road.append(step("report", "bench report", "report", catalog=catalog, models=models))
+    return road
+
+
+def demo(config: DemoConfig) -> Path:
+    """Run every step that is not up to date, show the report's table and say where the page is."""
+    folder = config.output or ("runs/demo-full" if config.full else "runs/demo")
+    started = time.monotonic()
+    seconds = _read_seconds(Path(folder))
+    road = steps(folder, config.full)
+    for number, step in enumerate(road, start=1):
+        say(f"\n[{number}/{len(road)}] vpr {' '.join(step.arguments)}")
+        before, begun = _card_time(step), time.monotonic()
+        run(step.arguments)
+        if _card_time(step) != before:
+            seconds[step.name] = round(time.monotonic() - begun, 1)
+            _write_seconds(Path(folder), seconds)
+    _show(Path(road[-1].output), seconds)
+    say(f"{road[-1].output}/report.html: open it in a browser ({time.monotonic() - started:.0f} s for this run)")
+    return Path(road[-1].output)
+
+
+def _card_time(step: Step) -> int | None:
+    card = Path(step.output) / "card.json"
+    return card.stat().st_mtime_ns if card.is_file() else None
+
+
+def _read_seconds(folder: Path) -> dict[str, float]:
+    path = folder / "steps.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_seconds(folder: Path, seconds: dict[str, float]) -> None:
+    partial = folder / "steps.json.partial"
+    partial.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
+    os.replace(partial, folder / "steps.json")
+
+
+def _show(report: Path, seconds: dict[str, float]) -> None:
+    rows = json.loads((report / "report.json").read_text(encoding="utf-8"))["rows"]
+    table = Table("model", "backend", "precision", "recall@1 [95 %]", "retention", "ms batch 1", "MB", box=None)
+    for row in rows:
+        recall, latency = row["recall_at_1"], (row["latency_ms"] or {}).get("1")
+        table.add_row(
+            row["name"],
+            row["backend"] or "",
+            row["precision"] or "",
+            "-" if recall is None else f"{recall:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]",
+            "-" if row["retention"] is None else f"{row['retention']:.2f}",
+            "-" if not latency else f"{latency['p50']:.2f}",
+            "-" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    steps_line = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"time of each step: {steps_line}", soft_wrap=True, highlight=False)

@@ -1,0 +1,1 @@
+"""Distils a teacher's embeddings into a small vit-pytorch ViT."""

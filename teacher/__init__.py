@@ -1,0 +1,1 @@
+"""Fine-tunes an OpenCLIP image tower on product pictures."""

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vpr.artifact import find_current, load_artifact, write_artifact
+from vpr.errors import UserError
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    path = tmp_path / "thing"
+    with write_artifact(path, "ranges", {"method": "mse", "bins": 2048}) as draft:
+        (draft.path / "ranges.json").write_text("{}")
+        draft.metrics["tensors"] = 0
+    return path
+
+
+def _edit_card(path: Path, **changes: object) -> None:
+    card = json.loads((path / "card.json").read_text())
+    (path / "card.json").write_text(json.dumps({**card, **changes}))
+
+
+def test_what_is_written_is_read_back(artifact: Path) -> None:
+    loaded = load_artifact(artifact, "ranges")
+    assert loaded.card.config == {"method": "mse", "bins": 2048}
+    assert loaded.file("ranges.json").read_text() == "{}"
+    assert [p.name for p in artifact.parent.iterdir()] == ["thing"]
+
+
+def test_an_error_while_writing_leaves_nothing_and_harms_nothing(artifact: Path) -> None:
+    before = (artifact / "card.json").read_bytes()
+    with pytest.raises(ZeroDivisionError), write_artifact(artifact, "ranges", {}) as draft:
+        (draft.path / "half").write_text("x")
+        _ = 1 / 0
+    assert (artifact / "card.json").read_bytes() == before
+    assert [p.name for p in artifact.parent.iterdir()] == ["thing"]
+
+
+def test_a_kill_between_the_two_renames_is_mended(artifact: Path) -> None:
+    artifact.rename(artifact.parent / ".thing.previous")
+    assert load_artifact(artifact).card.name == "thing"
+
+
+def test_a_stranger_s_folder_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not an artifact"), write_artifact(tmp_path / "mine", "ranges", {}):
+        pass
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_an_unchanged_artifact_is_found_again(artifact: Path) -> None:
+    assert find_current(artifact, "ranges", {"bins": 2048, "method": "mse"}, [])
+    assert find_current(artifact, "ranges", {"bins": 1024, "method": "mse"}, []) is None
+    assert find_current(artifact.parent / "absent", "ranges", {}, []) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "ranges.json").write_text("[]"), "checksum differs"),
+        (lambda p: (p / "ranges.json").unlink(), "ranges.json: missing"),
+        (lambda p: _edit_card(p, schema=2), "card schema 2, this version reads up to 1: upgrade"),
+        (lambda p: _edit_card(p, schema="x"), "card schema 'x'"),
+        (lambda p: _edit_card(p, surprise=1), "key 'surprise'"),
+        (lambda p: _edit_card(p, kind="spell"), "key 'kind'"),
+        (lambda p: (p / "card.json").write_text("{"), "not a card"),
+        (lambda p: (p / "card.json").write_text("[" * 100_000), "not a card"),
+        (lambda p: (p / "card.json").write_text("[1]"), "not a card"),
+        (lambda p: (p / "card.json").unlink(), "no artifact here"),
+        (lambda p: _edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: _edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+    ],
+)
+def test_damage_is_named_with_its_remedy(artifact: Path, damage: object, message: str) -> None:
+    damage(artifact)
+    with pytest.raises(UserError, match=message) as caught:
+        load_artifact(artifact)
+    assert "\n" not in str(caught.value)
+    assert str(artifact) in str(caught.value)
+
+
+def test_a_symbolic_link_inside_is_refused(artifact: Path, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere.json"
+    (artifact / "ranges.json").rename(target)
+    (artifact / "ranges.json").symlink_to(target)
+    with pytest.raises(UserError, match="symbolic link"):
+        load_artifact(artifact)
+
+
+def test_another_kind_is_refused(artifact: Path) -> None:
+    with pytest.raises(UserError, match="is a ranges artifact, a teacher or student is needed"):
+        load_artifact(artifact, ("teacher", "student"))

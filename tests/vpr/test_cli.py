@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vpr.cli import VERBS, main
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command; it must exit with 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vpr: error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def _pictures(texture_folder: Path, copy: Path) -> Path:
+    shutil.copytree(texture_folder, copy)
+    return copy
+
+
+def test_truncated_jpeg(capsys: pytest.CaptureFixture[str], texture_folder: Path, tmp_path: Path) -> None:
+    root = _pictures(texture_folder, tmp_path / "photos")
+    victim = sorted(root.rglob("*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    error = _fails(capsys, "catalog", "--reader", "folder", "--root", str(root), "--output", str(tmp_path / "c"))
+    assert str(victim) in error
+    assert "truncated" in error
+    assert "--skip_unreadable" in error
+    assert not (tmp_path / "c").exists()
+
+
+def test_text_named_jpg(capsys: pytest.CaptureFixture[str], texture_folder: Path, tmp_path: Path) -> None:
+    root = _pictures(texture_folder, tmp_path / "photos")
+    victim = sorted(root.rglob("*.jpg"))[0]
+    victim.write_text("<html>not found</html>")
+    error = _fails(capsys, "catalog", "--reader", "folder", "--root", str(root), "--output", str(tmp_path / "c"))
+    assert f"{victim}: not a picture" in error
+
+
+def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = ["--reader", "folder", "--root", str(tmp_path / "empty"), "--output", str(tmp_path / "c")]
+    assert str(tmp_path / "empty") in _fails(capsys, "catalog", *arguments)
+
+
+def test_csv_with_a_missing_column(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table = tmp_path / "pictures.csv"
+    table.write_text("image,prodct\na.jpg,1\n")
+    error = _fails(capsys, "catalog", "--reader", "csv", "--root", str(table), "--output", str(tmp_path / "c"))
+    assert str(table) in error
+    assert "product" in error
+
+
+def test_unknown_key_in_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 3\n")
+    error = _fails(capsys, "teacher", "train", "--config", str(recipe), "--catalog", "c", "--output", "o")
+    assert "learning_rate" in error
+    assert "vpr teacher train --help" in error
+
+
+def test_wrong_type_in_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("epochs: many\n")
+    arguments = ["--config", str(recipe), "--teacher", "t", "--catalog", "c", "--output", "o"]
+    assert "epochs" in _fails(capsys, "student", "distill", *arguments)
+
+
+def test_yaml_that_would_run_code_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path}/owned']\n")
+    _fails(capsys, "teacher", "train", "--config", str(recipe), "--catalog", "c", "--output", "o")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_edited_weights(capsys: pytest.CaptureFixture[str], student_artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(student_artifact, tmp_path / "student")
+    weights = copy / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    error = _fails(capsys, "export", "onnx", "--student", str(copy), "--output", str(tmp_path / "onnx"))
+    assert f"{weights}: changed since it was written" in error
+
+
+def test_card_of_a_newer_schema(capsys: pytest.CaptureFixture[str], student_artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(student_artifact, tmp_path / "student")
+    card = copy / "card.json"
+    card.write_text(card.read_text().replace('"schema": 1', '"schema": 99').replace('"schema":1', '"schema":99'))
+    error = _fails(capsys, "export", "onnx", "--student", str(copy), "--output", str(tmp_path / "onnx"))
+    assert f"{card}: card schema 99, this version reads up to 1: upgrade" in error
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["teacher", "fly"], ["export", "onnx"], ["search", "--queries", "x"]])
+def test_what_was_typed_wrong_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    _fails(capsys, *arguments)
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    overview = capsys.readouterr().out
+    assert all(f"vpr {name}" in overview for name in VERBS)
+    for name in VERBS:
+        with pytest.raises(SystemExit) as caught:
+            main([*name.split(), "--help"])
+        assert caught.value.code == 0
+        assert "--config" in capsys.readouterr().out
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from vpr.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,3 @@
+"""What every stage of the toolkit shares: catalogue, pictures, artifacts, embeddings, search, metrics."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,300 @@
+"""Self-describing artifact directories: ``card.json`` and the files it lists.
+
+An artifact is written to a temporary directory beside its place and renamed into it, so a reader
+sees all of it or none. Loading checks every file against its checksum and never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vpr import __version__
+from vpr.errors import UserError
+from vpr.images import Preprocess
+
+SCHEMA = 1
+CARD_NAME = "card.json"
+_MAX_CARD_BYTES = 4 << 20
+
+Kind = Literal[
+    "catalog", "teacher", "student", "views", "embeddings", "calibration", "onnx", "ranges", "engine", "report"
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Parent(_Part):
+    """An artifact that this one was made from: its role, name and the sha256 of its card."""
+
+    role: str
+    name: str
+    sha256: str
+
+
+class FileEntry(_Part):
+    """A file of the artifact: bytes and sha256."""
+
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class Embedding(_Part):
+    """What the model puts out: dimension, whether L2-normalised, dtype."""
+
+    dim: int = Field(ge=1)
+    normalised: bool
+    dtype: Literal["float32", "float16"]
+
+
+class TensorSpec(_Part):
+    """One input or output; a named dimension (``"batch"``) is dynamic."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Card(_Part):
+    """Everything needed to use an artifact and to make it again."""
+
+    version: int = Field(alias="schema", ge=1)
+    kind: Kind
+    name: str
+    created: str
+    code_version: str
+    config: dict[str, Any]
+    parents: list[Parent] = []
+    preprocess: Preprocess | None = None
+    embedding: Embedding | None = None
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
+    catalog: dict[str, Any] | None = None
+    metrics: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    files: dict[str, FileEntry] = {}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact: where it is, its card, and the sha256 of that card."""
+
+    path: Path
+    card: Card
+    sha256: str
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file; :class:`UserError` if the card does not list it."""
+        if name not in self.card.files:
+            raise UserError(f"{self.path}: its card lists no file '{name}': give a {name!r}-bearing artifact")
+        return self.path / name
+
+    def as_parent(self, role: str) -> Parent:
+        """This artifact as an entry of another's ``parents``."""
+        return Parent(role=role, name=self.card.name, sha256=self.sha256)
+
+
+@dataclass
+class Draft:
+    """An artifact being written: put files under ``path`` and fill the fields of the card."""
+
+    path: Path
+    kind: Kind
+    name: str
+    config: dict[str, Any]
+    parents: list[Parent]
+    preprocess: Preprocess | None = None
+    embedding: Embedding | None = None
+    inputs: list[TensorSpec] = field(default_factory=list)
+    outputs: list[TensorSpec] = field(default_factory=list)
+    catalog: dict[str, Any] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    unlisted: frozenset[str] = frozenset()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def write_artifact(
+    path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent] | None = None
+) -> Iterator[Draft]:
+    """Write an artifact so that it appears whole or not at all.
+
+    Folders named in ``draft.unlisted`` are moved along but not listed in the card (a catalogue's
+    pictures: their checksums stand in its table).
+
+    Args:
+        path: where the finished directory will be; an older artifact there is replaced, any other
+            non-empty directory is refused.
+        kind: kind of artifact.
+        config: plain JSON values, everything needed to do it again.
+        parents: what it is made from.
+
+    Yields:
+        the draft, whose ``path`` is a temporary directory on the same file system.
+    """
+    target = Path(path)
+    _restore_previous(target)
+    if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an artifact: choose another output or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        draft = Draft(temporary, kind, target.name, json.loads(json.dumps(dict(config))), parents or [])
+        yield draft
+        _finish(draft)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None) -> Artifact:
+    """Load an artifact and verify every file it lists.
+
+    Raises:
+        UserError: if it is missing, of another kind, of a newer schema, or any file differs.
+    """
+    root = Path(path)
+    _restore_previous(root)
+    raw = _read_card(root)
+    card = _parse_card(root / CARD_NAME, raw)
+    wanted = (kind,) if isinstance(kind, str) else kind
+    if wanted and card.kind not in wanted:
+        raise UserError(f"{root}: is a {card.kind} artifact, a {' or '.join(wanted)} is needed: give another path")
+    for name, entry in card.files.items():
+        _verify_file(root, name, entry)
+    return Artifact(root, card, hashlib.sha256(raw).hexdigest())
+
+
+def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent]) -> Artifact | None:
+    """The finished artifact at ``path`` if it was made from these very parents and config, else None."""
+    _restore_previous(Path(path))
+    if not (Path(path) / CARD_NAME).is_file():
+        return None
+    artifact = load_artifact(path)
+    same = (
+        artifact.card.kind == kind
+        and artifact.card.config == json.loads(json.dumps(dict(config)))
+        and artifact.card.parents == parents
+    )
+    return artifact if same else None
+
+
+def _read_card(root: Path) -> bytes:
+    path = root / CARD_NAME
+    if not path.is_file():
+        raise UserError(f"{root}: no artifact here (no {CARD_NAME}): check the path, or make it first")
+    if path.stat().st_size > _MAX_CARD_BYTES:
+        raise UserError(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
+    return path.read_bytes()
+
+
+def _parse_card(path: Path, raw: bytes) -> Card:
+    try:
+        values = json.loads(raw)
+        version = values["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
+    if not isinstance(version, int) or version > SCHEMA:
+        raise UserError(
+            f"{path}: card schema {version!r}, this version reads up to {SCHEMA}: upgrade visual-product-recognition"
+        )
+    try:
+        return Card.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
+
+
+def _verify_file(root: Path, name: str, entry: FileEntry) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        raise UserError(f"{root / CARD_NAME}: file name '{name}' leaves the artifact: do not use it")
+    path = root / name
+    if any(p.is_symlink() for p in (path, *path.parents) if root in p.parents):
+        raise UserError(f"{path}: is a symbolic link: artifacts hold plain files, make it again")
+    if not path.is_file():
+        raise UserError(f"{path}: missing: copy the artifact again or make it again")
+    if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+        raise UserError(f"{path}: changed since it was written (checksum differs): copy or make the artifact again")
+
+
+def _finish(draft: Draft) -> None:
+    files = {}
+    for path in sorted(draft.path.rglob("*")):
+        name = path.relative_to(draft.path).as_posix()
+        if path.is_file() and name.split("/")[0] not in draft.unlisted:
+            _sync(path)
+            files[name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+    card = Card(
+        schema=SCHEMA,
+        kind=draft.kind,
+        name=draft.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        code_version=__version__,
+        config=draft.config,
+        parents=draft.parents,
+        preprocess=draft.preprocess,
+        embedding=draft.embedding,
+        inputs=draft.inputs,
+        outputs=draft.outputs,
+        catalog=draft.catalog,
+        metrics=draft.metrics,
+        environment=draft.environment,
+        files=files,
+    )
+    path = draft.path / CARD_NAME
+    path.write_text(card.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+    _sync(path)
+    draft.path.chmod(0o755)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _previous(target: Path) -> Path:
+    return target.parent / f".{target.name}.previous"
+
+
+def _swap(new: Path, target: Path) -> None:
+    # Directories cannot be exchanged portably in one call; `_restore_previous` mends a kill between the two renames.
+    previous = _previous(target)
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        target.rename(previous)
+    new.rename(target)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _restore_previous(target: Path) -> None:
+    previous = _previous(target)
+    if previous.is_dir() and not target.exists():
+        previous.rename(target)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as JSON values, without its ``output`` (where it lies is not what it is)."""
+    values = json.loads(json.dumps(asdict(config), default=str))
+    values.pop("output", None)
+    return values

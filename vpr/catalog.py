@@ -1,0 +1,320 @@
+"""The catalogue: one table of pictures with product, role and split, and what keeps evaluation honest."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vpr.artifact import Artifact, find_current, load_artifact, plain, write_artifact
+from vpr.console import say
+from vpr.errors import UserError
+from vpr.images import Box, ImageRefused, decode_bytes
+from vpr.readers import READERS, Row
+
+ROLES = ("train", "gallery", "query")
+SPLITS = ("train", "validation", "test")
+SCHEMA = pa.schema(
+    [
+        ("image", pa.string()),
+        ("product", pa.string()),
+        ("category", pa.string()),
+        ("role", pa.string()),
+        ("split", pa.string()),
+        ("box", pa.struct([(side, pa.float32()) for side in "xywh"])),
+        ("source", pa.string()),
+        ("sha256", pa.string()),
+    ]
+)
+_CHECK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    """Where pictures come from and how products are split.
+
+    Attributes:
+        reader: form of the data; ``sample`` is embedded and needs no root.
+        output: where the catalogue is written.
+        root: folder of the data set, or the CSV file.
+        validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
+        test: share of products held out to be scored.
+        seed: of the split.
+        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing.
+    """
+
+    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder"]
+    output: str
+    root: str = ""
+    validation: float = 0.0
+    test: float = 0.0
+    seed: int = 0
+    skip_unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Rows of pictures.
+
+    Attributes:
+        table: of :data:`SCHEMA`.
+        root: folder that ``image`` is relative to.
+        artifact: where it was loaded from; the whole catalogue's, also for a selection.
+    """
+
+    table: pa.Table
+    root: Path
+    artifact: Artifact | None = None
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def select(self, split: str | None = None, role: str | None = None) -> Catalog:
+        """The rows of a split and of a role; None takes all."""
+        keep = np.ones(len(self), dtype=bool)
+        for column, value in (("split", split), ("role", role)):
+            if value is not None:
+                keep &= self._column(column) == value
+        return Catalog(self.table.filter(pa.array(keep)), self.root, self.artifact)
+
+    @property
+    def products(self) -> NDArray[np.str_]:
+        """(n,) product ids."""
+        return self._column("product")
+
+    @property
+    def categories(self) -> NDArray[np.str_]:
+        """(n,) categories, empty where there is none."""
+        return self._column("category")
+
+    @property
+    def roles(self) -> NDArray[np.str_]:
+        """(n,) roles."""
+        return self._column("role")
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of what the rows say, whatever order or file they came from."""
+        names = ["image", "product", "role", "split", "sha256"]
+        lines = sorted(zip(*(self.table[name].to_pylist() for name in names), strict=True))
+        return hashlib.sha256(repr(lines).encode()).hexdigest()
+
+    def path(self, row: int) -> Path:
+        """File of a row."""
+        return self.root / self.table["image"][row].as_py()
+
+    def box(self, row: int) -> Box | None:
+        """Box of a row in pixels, (x, y, width, height)."""
+        box = self.table["box"][row].as_py()
+        return None if box is None else (box["x"], box["y"], box["w"], box["h"])
+
+    def summary(self) -> dict[str, Any]:
+        """What a card says of it: sources, counts by split and role, checksum."""
+        splits = self._column("split")
+        return {
+            "sources": sorted(set(self.table["source"].to_pylist())),
+            "pictures": {split: int((splits == split).sum()) for split in SPLITS},
+            "products": {split: len(set(self.products[splits == split].tolist())) for split in SPLITS},
+            "roles": dict(Counter(self.roles.tolist())),
+            "sha256": self.sha256,
+        }
+
+    def _column(self, name: str) -> NDArray[np.str_]:
+        return np.array(self.table[name].to_pylist(), dtype=np.str_)
+
+
+def build_catalog(config: CatalogConfig) -> Path:
+    """Read, check and split pictures, and write them as an artifact of kind ``catalog``.
+
+    Every picture is decoded once. The sample's pictures lie in the artifact, others stay where they are.
+
+    Raises:
+        UserError: no pictures, a broken table, or (without ``skip_unreadable``) a picture that cannot be read.
+    """
+    values = plain(config)
+    if config.reader != "sample":
+        values["root"] = str(Path(config.root).resolve())
+    elif find_current(config.output, "catalog", values, []):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    with write_artifact(config.output, "catalog", values) as draft:
+        if config.reader == "sample":
+            from vpr.sample import unpack
+
+            draft.unlisted = frozenset({"images"})
+            root, rows = draft.path, list(unpack(draft.path))
+        else:
+            root, rows = _root(config), list(READERS[config.reader](Path(config.root)))
+        if not rows:
+            raise UserError(f"{config.root}: no pictures here: check --root and --reader")
+        good, refused = check_pictures(root, rows, config.skip_unreadable)
+        if not good:
+            raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
+        table = split_by_product(table_of(good), config.validation, config.test, config.seed)
+        pq.write_table(table, draft.path / "catalog.parquet")
+        _write_set_aside(draft.path / "set_aside.csv", refused)
+        catalog = Catalog(table, root)
+        draft.catalog = catalog.summary()
+        draft.metrics = {"pictures": len(catalog), "set_aside": len(refused)}
+    say(f"{config.output}: {len(catalog)} pictures of {len(set(catalog.products))} products, {len(refused)} set aside")
+    return Path(config.output)
+
+
+def load_catalog(path: Path | str) -> Catalog:
+    """Load a catalogue artifact.
+
+    Raises:
+        UserError: not a catalogue, or a table of another form.
+    """
+    artifact = load_artifact(path, "catalog")
+    try:
+        table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
+    except (pa.ArrowInvalid, ValueError, KeyError) as error:
+        raise UserError(f"{artifact.path}: catalog.parquet is not a catalogue ({error}): build it again") from None
+    sample = artifact.card.config.get("reader") == "sample"
+    root = artifact.path if sample else Path(artifact.card.config["root"])
+    return Catalog(table, root if root.is_dir() else root.parent, artifact)
+
+
+def table_of(rows: list[Row]) -> pa.Table:
+    """Rows as a table; refuses a role or split that is not known."""
+    for column, known in (("role", ROLES), ("split", SPLITS)):
+        strange = {row[column] for row in rows} - set(known)
+        if strange:
+            raise UserError(f"catalogue: {column} '{sorted(strange)[0]}' is not known: use {', '.join(known)}")
+    return pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[ImageRefused]]:
+    """Decode every picture once and add its ``sha256``.
+
+    Args:
+        root: folder that ``image`` is relative to.
+        rows: of a reader.
+        skip_unreadable: collect refusals instead of raising the first.
+
+    Returns:
+        the readable rows, and the refusals.
+    """
+    good, refused = [], []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
+            if isinstance(outcome, str):
+                good.append({**row, "sha256": outcome})
+            elif skip_unreadable:
+                refused.append(outcome)
+            else:
+                pool.shutdown(cancel_futures=True)
+                raise outcome
+    return good, refused
+
+
+def split_by_product(table: pa.Table, validation: float, test: float, seed: int) -> pa.Table:
+    """Assign whole products to splits.
+
+    Held-out products whose pictures have no retrieval role get one: the first half (rounded up) of a
+    product's pictures, by path, is its gallery, the rest are queries. Products with a single
+    picture cannot be queried and stay in training.
+
+    Args:
+        table: of :data:`SCHEMA`.
+        validation: share of products.
+        test: share of products.
+        seed: the same products and seed give the same split, whatever the order of the rows.
+    """
+    if validation == 0 and test == 0:
+        return table
+    if min(validation, test) < 0 or validation + test >= 1:
+        raise UserError(f"validation {validation} and test {test}: shares of products, together less than 1")
+    rows = table.to_pylist()
+    pictures: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["product"], row["image"])):
+        pictures.setdefault(row["product"], []).append(row)
+    names = np.array([name for name, group in pictures.items() if len(group) > 1], dtype=np.str_)
+    np.random.default_rng(seed).shuffle(names)
+    tests, validations = round(test * len(pictures)), round(validation * len(pictures))
+    held = dict.fromkeys(names[:tests].tolist(), "test")
+    held.update(dict.fromkeys(names[tests : tests + validations].tolist(), "validation"))
+    for name, group in pictures.items():
+        for number, row in enumerate(group):
+            row["split"] = held.get(name, "train")
+            if name in held and row["role"] == "train":
+                row["role"] = "gallery" if 2 * number < len(group) else "query"
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def check_leaks(train: Catalog, evaluation: Catalog) -> None:
+    """Refuse training pictures or products that are also evaluated.
+
+    Raises:
+        UserError: with the number and the first few of the shared ones.
+    """
+    for column, what in (("product", "products"), ("sha256", "pictures (same bytes)")):
+        shared = sorted(set(train.table[column].to_pylist()) & set(evaluation.table[column].to_pylist()))
+        if not shared:
+            continue
+        if column == "sha256":
+            at = pc.index_in(pa.array(shared[:3]), train.table["sha256"].combine_chunks()).to_pylist()
+            first = [train.table["image"][row].as_py() for row in at]
+        else:
+            first = shared[:3]
+        raise UserError(
+            f"leak: {len(shared)} {what} are both trained and scored, first {', '.join(first)}: split again"
+        )
+
+
+def merge(catalogs: list[Catalog]) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """Join catalogues into one table with absolute paths.
+
+    Returns:
+        the table without repeated pictures, and pairs of (left out, kept) paths with the same bytes.
+    """
+    kept: dict[str, Row] = {}
+    repeated: list[tuple[str, str]] = []
+    for row in _absolute_rows(catalogs):
+        first = kept.setdefault(row["sha256"], row)
+        if first is not row:
+            repeated.append((row["image"], first["image"]))
+    return pa.Table.from_pylist(list(kept.values()), schema=SCHEMA), repeated
+
+
+def _absolute_rows(catalogs: list[Catalog]) -> Iterator[Row]:
+    for catalog in catalogs:
+        for row in catalog.table.to_pylist():
+            yield {**row, "image": str((catalog.root / row["image"]).resolve())}
+
+
+def _root(config: CatalogConfig) -> Path:
+    path = Path(config.root)
+    return path if path.is_dir() else path.parent
+
+
+def _check(root: Path, row: Row) -> str | ImageRefused:
+    path, box = root / row["image"], row["box"]
+    try:
+        data = path.read_bytes()
+        decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)
+    except ImageRefused as refused:
+        return refused
+    except OSError as error:
+        return ImageRefused(path, error.strerror or "cannot be read")
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_set_aside(path: Path, refused: list[ImageRefused]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["reason"])
+        writer.writerows([str(one)] for one in refused)

@@ -1,0 +1,135 @@
+"""The ``vpr`` command: every verb is a function of one configuration dataclass, found by name.
+
+The stages are imported only when their verb is called, so ``vpr --help`` is quick and this package
+depends on none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from vpr import __version__
+from vpr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's function and configuration are, and what it is for."""
+
+    module: str
+    function: str
+    config: str
+    help: str
+
+
+VERBS = {
+    "catalog": Verb("vpr.catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
+    "teacher train": Verb("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
+    "teacher embed": Verb("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
+    "student distill": Verb("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
+    "student embed": Verb("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
+    "calibrate": Verb("calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training pictures"),
+    "export onnx": Verb("export.onnx_graph", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
+    "export int8": Verb("export.qdq", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
+    "export engine": Verb("export.engine", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"),
+    "bench recall": Verb("benchmarks.recall", "recall", "RecallConfig", "recall of models on the same queries"),
+    "bench latency": Verb("benchmarks.latency", "latency", "LatencyConfig", "latency of models on this machine"),
+    "bench report": Verb(
+        "benchmarks.report", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
+    ),
+    "search": Verb("vpr.find", "find", "FindConfig", "nearest gallery pictures of embedded queries"),
+    "demo": Verb("benchmarks.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
+    "doctor": Verb("benchmarks.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit code 2 and one line on anything the caller can put right."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _quieten()
+    try:
+        run(arguments)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}: check that the path exists, is writable and has room")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(arguments: Sequence[str]) -> Any:
+    """Run one verb and return what its function returns.
+
+    Raises:
+        UserError: an unknown verb, key or value, or whatever the verb finds wrong.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return None
+    if arguments[0] == "--version":
+        print(f"vpr {__version__}")
+        return None
+    name, rest = _split(list(arguments))
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    config = read_config(getattr(module, verb.config), name, rest)
+    return getattr(module, verb.function)(config)
+
+
+def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:
+    """A configuration from ``--config file.yaml`` and dotted flags over it, checked by type."""
+    parser = ArgumentParser(prog=f"vpr {name}", description=VERBS[name].help, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML recipe; flags override it")
+    parser.add_class_arguments(config_class)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(f"vpr {name}: {_plain_line(error)}: see 'vpr {name} --help'") from None
+    return config_class(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in VERBS:
+            return name, arguments[words:]
+    group = sorted(verb for verb in VERBS if verb.split()[0] == arguments[0])
+    if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print("\n".join(f"vpr {verb:16} {VERBS[verb].help}" for verb in group))
+        sys.exit(0 if len(arguments) > 1 else 2)
+    raise UserError(f"vpr: no command '{' '.join(arguments[:2])}': choose one of {', '.join(group or VERBS)}")
+
+
+def _overview() -> str:
+    lines = [f"  vpr {name:16} {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(["usage: vpr COMMAND [--config recipe.yaml] [--key value ...]", "", *lines])
+
+
+def _plain_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _fail(message: str) -> None:
+    print(f"vpr: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _quieten() -> None:
+    # Libraries' notices hide the few lines that matter here; their errors still come through.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "open_clip", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLE", "1")

@@ -1,0 +1,12 @@
+"""What a verb says to the person in front of it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+_CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    _CONSOLE.print(text, markup=False)

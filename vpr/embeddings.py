@@ -1,0 +1,159 @@
+"""Embedding a catalogue with any model, and the artifact that keeps the vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vpr.artifact import Artifact, Embedding, find_current, load_artifact, plain, write_artifact
+from vpr.catalog import Catalog, load_catalog
+from vpr.console import say
+from vpr.errors import UserError
+from vpr.images import Preprocess, decode
+
+Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def read_pixels(catalog: Catalog, preprocess: Preprocess, rows: range) -> NDArray[np.uint8]:
+    """Decode and resize rows of a catalogue: (len(rows), 3, size, size) uint8."""
+    pictures = (decode(catalog.path(row), catalog.box(row), preprocess.size) for row in rows)
+    return np.stack([preprocess.pixels(picture) for picture in pictures])
+
+
+def read_batches(catalog: Catalog, preprocess: Preprocess, batch_size: int) -> Iterator[NDArray[np.float32]]:
+    """The catalogue as model inputs, (<= batch_size, 3, size, size) float32, in order."""
+    for start in range(0, len(catalog), batch_size):
+        rows = range(start, min(start + batch_size, len(catalog)))
+        yield preprocess.normalise(read_pixels(catalog, preprocess, rows))
+
+
+def embed(catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size: int = 64) -> NDArray[np.float32]:
+    """Embed every picture of a catalogue.
+
+    Args:
+        catalog: n pictures.
+        preprocess: the card's.
+        forward: (batch, 3, size, size) float32 to (batch, dim) float32.
+        batch_size: pictures at a time.
+
+    Returns:
+        (n, dim) float32, L2-normalised.
+
+    Raises:
+        UserError: an empty catalogue, a picture that cannot be read, or a vector without direction.
+    """
+    if not len(catalog):
+        raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
+    return unit(np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size)]))
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale each row to length 1; :class:`UserError` where a row is zero or not finite."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    if not np.isfinite(lengths).all() or (lengths == 0).any():
+        raise UserError("embedding: the model gave a zero or non-finite vector: check its weights and preprocessing")
+    return (vectors / lengths).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors with the catalogue rows they belong to.
+
+    Attributes:
+        vectors: (n, dim) float32, L2-normalised.
+        images: (n,) paths as in the catalogue.
+        products: (n,) product ids.
+        roles: (n,) roles.
+        artifact: where they come from.
+    """
+
+    vectors: NDArray[np.float32]
+    images: NDArray[np.str_]
+    products: NDArray[np.str_]
+    roles: NDArray[np.str_]
+    artifact: Artifact
+
+
+def write_embeddings(
+    path: str, vectors: NDArray[np.float32], catalog: Catalog, model: Artifact, config: dict[str, Any]
+) -> Path:
+    """Write ``vectors.npy`` and ``rows.parquet`` as an artifact whose parents are the model and the catalogue."""
+    parents = [model.as_parent("model")]
+    if catalog.artifact:
+        parents.append(catalog.artifact.as_parent("catalog"))
+    with write_artifact(path, "embeddings", config, parents) as draft:
+        np.save(draft.path / "vectors.npy", vectors, allow_pickle=False)
+        pq.write_table(catalog.table, draft.path / "rows.parquet")
+        draft.preprocess = model.card.preprocess
+        draft.embedding = Embedding(dim=vectors.shape[1], normalised=True, dtype="float32")
+        draft.catalog = catalog.summary()
+    return Path(path)
+
+
+def load_embeddings(path: Path | str) -> Embeddings:
+    """Load an embeddings artifact; :class:`UserError` if its files do not fit its card."""
+    artifact = load_artifact(path, "embeddings")
+    vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
+    rows = pq.read_table(artifact.file("rows.parquet"), columns=["image", "product", "role"])
+    embedding = artifact.card.embedding
+    if embedding is None or vectors.shape != (len(rows), embedding.dim):
+        raise UserError(f"{artifact.path}: vectors {vectors.shape} do not fit its rows and card: embed again")
+    columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]
+    return Embeddings(vectors, columns[0], columns[1], columns[2], artifact)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What to embed, with what.
+
+    Attributes:
+        model: artifact of the model.
+        catalog: catalogue artifact.
+        output: where the embeddings are written.
+        split: only this split; empty embeds all.
+        batch_size: pictures at a time.
+    """
+
+    model: str
+    catalog: str
+    output: str
+    split: str = ""
+    batch_size: int = 64
+
+
+def embed_with(config: EmbedConfig, model: Artifact, forward: Forward) -> Path:
+    """Embed a catalogue with a loaded model and write the artifact, unless it is there already."""
+    catalog = load_catalog(config.catalog)
+    parents = [model.as_parent("model")]
+    if catalog.artifact:
+        parents.append(catalog.artifact.as_parent("catalog"))
+    values = plain(config)
+    if find_current(config.output, "embeddings", values, parents):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    part = catalog.select(split=config.split or None)
+    if model.card.preprocess is None:
+        raise UserError(f"{config.model}: its card has no preprocessing: make the artifact again")
+    vectors = embed(part, model.card.preprocess, forward, config.batch_size)
+    write_embeddings(config.output, vectors, part, model, values)
+    say(f"{config.output}: {len(vectors)} embeddings of {vectors.shape[1]} dimensions")
+    return Path(config.output)
+
+
+def torch_forward(model: Any) -> Forward:
+    """A PyTorch module as a function of arrays, without gradients, on the module's device."""
+    import torch
+
+    device = next(model.parameters()).device
+
+    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return model(torch.from_numpy(batch).to(device)).float().cpu().numpy()
+
+    return forward

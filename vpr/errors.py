@@ -1,0 +1,13 @@
+"""The one error that a person sees as a line of text."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the caller can put right. The command line prints it as one line and exits with 2.
+
+    The message names the file or key at fault and the remedy: ``what is wrong: what to do``.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

@@ -1,0 +1,140 @@
+"""Decoding pictures and the one preprocessing that training, evaluation and deployment share."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+
+from vpr.errors import UserError
+
+MAX_FILE_BYTES = 64 << 20
+MAX_PIXELS = 100_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+Box = tuple[float, float, float, float]
+
+
+class ImageRefused(UserError):
+    """A file that is not a usable picture; the message names it and says why."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}: replace or remove the file, or set it aside with --skip_unreadable true")
+        self.reason = reason
+
+
+class Preprocess(BaseModel):
+    """From a picture to the model's input, as recorded in an artifact's card.
+
+    Attributes:
+        size: side of the square input, pixels.
+        resize: ``squash`` to the square, or the ``shortest`` side to ``size``.
+        crop: ``none`` (squash) or ``center``.
+        interpolation: filter of the resize, antialiased.
+        mean: per channel, of values in 0…1.
+        std: per channel, of values in 0…1.
+        layout: order of the axes of a batch.
+        dtype: of the model's input.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=16, le=2048)
+    resize: Literal["squash", "shortest"] = "squash"
+    crop: Literal["none", "center"] = "none"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    layout: Literal["NCHW"] = "NCHW"
+    dtype: Literal["float32"] = "float32"
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resize and crop an RGB picture to (3, size, size) uint8."""
+        resampling = _RESAMPLING[self.interpolation]
+        if self.resize == "squash":
+            image = image.resize((self.size, self.size), resampling)
+        else:
+            image = ImageOps.fit(image, (self.size, self.size), resampling)
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(batch, 3, size, size) uint8 to normalised float32 of the same shape."""
+        scale, offset = self.scale_offset()
+        return pixels.astype(np.float32) * scale + offset
+
+    def scale_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """``scale`` and ``offset``, each (3, 1, 1) float32: input = pixel * scale + offset."""
+        std = np.asarray(self.std, dtype=np.float64)
+        scale = 1 / (255 * std)
+        offset = -np.asarray(self.mean, dtype=np.float64) / std
+        return scale.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
+
+
+def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
+    """Decode a file to RGB with bounded memory.
+
+    Args:
+        path: file of one of :data:`FORMATS`.
+        box: (x, y, width, height) in pixels of the upright picture, cut out after decoding.
+        shortest: the smallest side that will be needed: JPEGs are then decoded at a reduced scale
+            that is still at least twice this (only without a box).
+
+    Raises:
+        ImageRefused: not a picture, truncated, or too large.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ImageRefused(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
+        return decode_bytes(path.read_bytes(), path, box, shortest)
+    except OSError as error:
+        raise ImageRefused(path, error.strerror or "cannot be read") from None
+
+
+def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
+    """As :func:`decode`, from bytes; ``name`` is used in errors."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns above its own limit; ours is checked from the header, before any allocation.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageRefused(name, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            if shortest and box is None:
+                image.draft("RGB", (2 * shortest, 2 * shortest))
+            image.load()
+            image = _to_rgb(ImageOps.exif_transpose(image))
+    except ImageRefused:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageRefused(name, "not a picture") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageRefused(name, f"truncated or broken picture ({error})") from None
+    return image if box is None else _cut(image, box, name)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        # Shop cut-outs are meant to lie on white.
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _cut(image: Image.Image, box: Box, name: Path | str) -> Image.Image:
+    x, y, width, height = box
+    left, top = max(0, round(x)), max(0, round(y))
+    right, bottom = min(image.width, round(x + width)), min(image.height, round(y + height))
+    if right <= left or bottom <= top:
+        raise ImageRefused(name, f"box {box} lies outside the {image.width}x{image.height} picture")
+    return image.crop((left, top, right, bottom))

@@ -1,0 +1,127 @@
+"""Readers of product data sets: each gives catalogue rows, by column name, never by position."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vpr.errors import UserError
+
+Row = dict[str, Any]
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+_MAX_FIELD = 1 << 20
+
+
+def read_products10k(root: Path) -> Iterator[Row]:
+    """Products-10K: ``train.csv`` (name, class, group) and ``test_kaggletest.csv`` (name, class, Usage).
+
+    Either table may be alone. Both hold the same 9,691 classes; all rows are training rows.
+    """
+    tables = [(root / "train.csv", "train"), (root / "test_kaggletest.csv", "test")]
+    found = [(table, folder) for table, folder in tables if table.is_file()]
+    if not found:
+        raise UserError(f"{root}: neither train.csv nor test_kaggletest.csv is there: give the Products-10K folder")
+    for table, folder in found:
+        for line, values in _read_csv(table, ("name", "class")):
+            image = _inside(root, f"{folder}/{values['name']}", table, line)
+            yield _row(image, f"products10k/{values['class']}", values.get("group") or "", "products10k")
+
+
+def read_aicrowd(root: Path) -> Iterator[Row]:
+    """AIcrowd Visual Product Recognition 2023, development set.
+
+    ``gallery.csv`` (img_path, product_id) and ``queries.csv`` (the same and bbox_x, bbox_y, bbox_w, bbox_h).
+    """
+    boxes = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    for name, role, columns in (("gallery.csv", "gallery", ()), ("queries.csv", "query", boxes)):
+        table = root / name
+        for line, values in _read_csv(table, ("img_path", "product_id", *columns)):
+            image = _inside(root, values["img_path"], table, line)
+            row = _row(image, f"aicrowd/{values['product_id']}", "", "aicrowd", role)
+            yield {**row, "box": _box([values[c] for c in columns], table, line) if columns else None}
+
+
+def read_csv(table: Path) -> Iterator[Row]:
+    """A CSV with columns ``image`` and ``product``, and optionally ``category``, ``role``, ``split``, ``box_x/y/w/h``.
+
+    Paths are relative to the folder of the CSV.
+    """
+    boxes = ("box_x", "box_y", "box_w", "box_h")
+    for line, values in _read_csv(table, ("image", "product")):
+        image = _inside(table.parent, values["image"], table, line)
+        row = _row(image, values["product"], values.get("category") or "", "csv", values.get("role") or "train")
+        given = [values.get(name) or "" for name in boxes]
+        yield {**row, "box": _box(given, table, line) if any(given) else None, "split": values.get("split") or "train"}
+
+
+def read_folder(root: Path) -> Iterator[Row]:
+    """A folder per product, pictures anywhere below it."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder: check --root")
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.is_dir():
+            name = path.relative_to(root)
+            if len(name.parts) < 2:
+                raise UserError(f"{path}: lies in no product's folder: move it to {root}/PRODUCT/{path.name}")
+            yield _row(_inside(root, name.as_posix(), root, 0), name.parts[0], "", "folder")
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "products10k": read_products10k,
+    "aicrowd": read_aicrowd,
+    "csv": read_csv,
+    "folder": read_folder,
+}
+
+
+def _row(image: str, product: str, category: str, source: str, role: str = "train") -> Row:
+    return {
+        "image": image,
+        "product": product,
+        "category": category,
+        "role": role,
+        "split": "train",
+        "box": None,
+        "source": source,
+    }
+
+
+def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV with their line number; refuses a missing column, a short row and broken text."""
+    if not table.is_file():
+        raise UserError(f"{table}: no such file: check --root")
+    csv.field_size_limit(_MAX_FIELD)
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            missing = [name for name in required if name not in (reader.fieldnames or [])]
+            if missing:
+                needs = ", ".join(required)
+                raise UserError(f"{table}: column '{missing[0]}' is missing: it needs {needs}")
+            for values in reader:
+                absent = [name for name in required if not values[name]]
+                if absent:
+                    raise UserError(f"{table}: line {reader.line_num}: no value for '{absent[0]}': complete the row")
+                yield reader.line_num, values
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{table}: line {reader.line_num + 1}: {error}: write it as CSV in UTF-8") from None
+
+
+def _inside(root: Path, name: str, table: Path, line: int) -> str:
+    """``name`` if the file stays below ``root``, links followed."""
+    where = f"{table}: line {line}: " if line else ""
+    if "\0" in name or "\n" in name or not (root / name).resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{where}'{name}' leads out of {root}: use paths below it")
+    return name
+
+
+def _box(values: list[str], table: Path, line: int) -> dict[str, float]:
+    try:
+        x, y, w, h = (float(value) for value in values)
+    except ValueError:
+        raise UserError(f"{table}: line {line}: box {values} is not four numbers: mend the row") from None
+    if not (w > 0 and h > 0 and max(map(abs, (x, y, w, h))) < 1e6):
+        raise UserError(f"{table}: line {line}: box {values} has no area or is out of range: mend the row")
+    return {"x": x, "y": y, "w": w, "h": h}

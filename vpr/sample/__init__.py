@@ -1,0 +1,25 @@
+"""The embedded sample: renders of furniture models, see ``README.md`` in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+SHARDS = tuple(sorted(Path(__file__).parent.glob("shard-*.parquet")))
+
+
+def unpack(folder: Path) -> Iterator[dict[str, object]]:
+    """Write the sample's pictures below ``folder/images`` and give their catalogue rows.
+
+    File names are numbers of this package's own, so no name in a shard can lead elsewhere.
+    """
+    (folder / "images").mkdir(parents=True)
+    number = 0
+    for shard in SHARDS:
+        for row in pq.read_table(shard).to_pylist():
+            image = f"images/{number:05d}.webp"
+            (folder / image).write_bytes(row.pop("picture"))
+            yield {**row, "product": f"home3d/{row['product']}", "image": image, "source": "home3d", "box": None}
+            number += 1
