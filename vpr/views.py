@@ -36,8 +36,6 @@ class ViewConfig:
         tint: largest relative gain of each colour channel on its own (coloured light).
         cutout: probability that a rectangle is replaced by grey.
         cutout_size: largest side of that rectangle, as a fraction of the side.
-        mixup: probability that another picture of the batch is blended in (labels are not
-            mixed: for distillation only, where the teacher sees the same blend).
     """
 
     rotate: float = 15.0
