@@ -121,10 +121,12 @@ def conditions(report: dict[str, Any]) -> str:
     row = next((row for row in report["rows"] if row["queries"]), {"queries": 0, "gallery": 0})
     cpu = environment["cpu"]
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"]) or "no GPU"
+    products = catalog["products"][catalog["split"]]
     return (
-        f"{row['queries']} queries against {row['gallery']} gallery pictures of {catalog['products'][catalog['split']]} "
-        f"products ({catalog['split']} split of {', '.join(catalog['sources'])}) that no stage was trained, calibrated or "
-        f"selected on. Intervals: bootstrap over queries. Latency: p50 on {cpu['model']}, {report['threads']} threads, {gpus}."
+        f"{row['queries']} queries against {row['gallery']} gallery pictures of {products} products "
+        f"({catalog['split']} split of {', '.join(catalog['sources'])}) that no stage was trained, calibrated or "
+        f"selected on. Intervals: bootstrap over queries. Latency: p50 on {cpu['model']}, {report['threads']} threads, "
+        f"{gpus}."
     )
 
 
@@ -142,10 +144,13 @@ def draw_plot(report: dict[str, Any]) -> str:
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.add_subplot()
     drawn = [row for row in report["rows"] if row["recall_at_1"] is not None]
-    for row in (row for row in drawn if milliseconds(row) is not None):
-        recall, (low, high) = row["recall_at_1"], row["ci95"]
+    for row in drawn:
+        latency, recall = milliseconds(row), row["recall_at_1"]
+        if latency is None:
+            continue
+        low, high = row["ci95"]
         axes.errorbar(
-            [milliseconds(row)],
+            [latency],
             [recall],
             yerr=[[max(0.0, recall - low)], [max(0.0, high - recall)]],
             fmt=_MARKERS.get(row["precision"], "D"),

@@ -72,7 +72,7 @@ def report(config: ReportConfig) -> Path:
     scored = score_models(part, config.models, config.seed)
     threads = config.threads or default_threads()
     _add_latency(scored, time_models(config.models, config.batches, config.seconds, threads))
-    measured = {
+    measured: dict[str, Any] = {
         "schema": SCHEMA,
         "environment": environment(),
         "catalog": {**catalog.summary(), "split": config.split},
@@ -113,7 +113,7 @@ def _sheet(part: Catalog, scored: list[Scored], config: ReportConfig) -> list[di
         {"product": str(products[row]), "picture": _thumbnail(part, int(row)), "results": {}} for row in shown
     ]
     for title, one in columns.items():
-        assert one.vectors is not None
+        assert one.vectors is not None  # columns holds no other
         top = min(_TOP, len(gallery))
         scores, found = search(one.vectors[shown], one.vectors[gallery], top)
         for entry, values, hits in zip(sheet, scores, gallery[found], strict=True):

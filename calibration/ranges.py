@@ -54,7 +54,7 @@ class MagnitudeHistogram:
     @property
     def edges(self) -> NDArray[np.float64]:
         """(2048,) upper edge of each bin."""
-        return np.arange(1, BINS + 1) * (self.limit / BINS)
+        return np.arange(1, BINS + 1, dtype=np.float64) * (self.limit / BINS)
 
 
 def threshold(histogram: MagnitudeHistogram, method: Method, percentile: float = 99.99) -> float:

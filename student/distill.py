@@ -10,13 +10,13 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from vpr.catalog import Catalog, check_leaks, load_catalog
 
 from student.losses import cosine_loss, similarity_kl
 from student.model import Student, StudentConfig, count_multiply_adds, count_parameters
 from student.signal import Signal, cache_signal
 from teacher.model import load_teacher
 from vpr.artifact import Artifact, Embedding, find_current, plain, write_artifact
+from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Preprocess

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from vpr.catalog import Catalog
 
 from vpr.artifact import Artifact, find_current, load_artifact, write_artifact
+from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.training import LoaderConfig, Normalise, PictureDataset, best_precision, run_folder, validation_loader
@@ -107,7 +107,7 @@ def _embed_view(
     seed: int,
 ) -> NDArray[np.float16]:
     device = next(teacher.parameters()).device
-    teacher.to(memory_format=torch.channels_last)
+    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     half = best_precision() == "bf16-mixed"
     parts = []
     for batch in loader:

@@ -11,11 +11,11 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from vpr.catalog import Catalog, check_leaks, load_catalog
 
 from teacher.margin import ArcFaceHead, growing_margin
 from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
 from vpr.artifact import Embedding, find_current, plain, write_artifact
+from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Preprocess
@@ -91,6 +91,8 @@ class TrainConfig:
 
 class TeacherModule(RecallModule):
     """Teacher, head and loss; which parts train and how fast follows the stages."""
+
+    labels: Tensor
 
     def __init__(
         self, config: TrainConfig, teacher: Teacher, preprocess: Preprocess, train: Catalog, validation: Catalog

@@ -16,7 +16,7 @@ from vpr.errors import UserError
 
 MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 Box = tuple[float, float, float, float]
@@ -105,7 +105,7 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         with warnings.catch_warnings():
             # Pillow warns above its own limit; ours is checked from the header, before any allocation.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ImageRefused(name, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
             if shortest and box is None:

@@ -310,8 +310,8 @@ def best_precision() -> Literal["32-true", "bf16-mixed"]:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
-def _same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
+def _same(batch: Any) -> Any:
+    return batch  # `__getitems__` has made the batch already
 
 
 def _decode_all(catalog: Catalog, preprocess: Preprocess) -> Tensor:

@@ -32,9 +32,14 @@ def test_what_is_written_is_read_back(artifact: Path) -> None:
 
 def test_an_error_while_writing_leaves_nothing_and_harms_nothing(artifact: Path) -> None:
     before = (artifact / "card.json").read_bytes()
-    with pytest.raises(ZeroDivisionError), write_artifact(artifact, "ranges", {}) as draft:
-        (draft.path / "half").write_text("x")
-        _ = 1 / 0
+
+    def fail_half_way() -> None:
+        with write_artifact(artifact, "ranges", {}) as draft:
+            (draft.path / "half").write_text("x")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fail_half_way()
     assert (artifact / "card.json").read_bytes() == before
     assert [p.name for p in artifact.parent.iterdir()] == ["thing"]
 

@@ -1,0 +1,146 @@
+"""The stated figures: ``benchmarks/results/<topic>.json``, and the README's tables drawn from them.
+
+``python -m benchmarks.figures`` draws the tables (``make readme``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.environment import environment
+from vpr.console import say
+from vpr.errors import UserError
+
+SCHEMA = 1
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+_BLOCK = re.compile(r"(<!-- table:(\w+)\.([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One stated number.
+
+    Attributes:
+        name: what is measured.
+        value: the measurement; None if it could not be made (then ``command`` says what was tried).
+        unit: of the value.
+        goal: what was aimed at; None for a number that is only stated.
+        comparison: the value meets the goal if it is ``>=`` or ``<=``.
+        command: makes the measurement again.
+        interval: 95 % interval, where there is one.
+        seeds: that it rests on.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    goal: float | None
+    comparison: Literal[">=", "<="]
+    command: str
+    interval: tuple[float, float] | None = None
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None without a value or a goal."""
+        if self.value is None or self.goal is None:
+            return None
+        return self.value >= self.goal if self.comparison == ">=" else self.value <= self.goal
+
+
+def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], folder: Path = RESULTS) -> Path:
+    """Write figures and tables of a topic; those of the same name are replaced, others stay."""
+    path = folder / f"{topic}.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"figures": [], "tables": {}}
+    names = {figure.name for figure in figures}
+    rows = [row for row in old["figures"] if row["name"] not in names]
+    rows += [{**asdict(figure), "met": figure.met} for figure in figures]
+    content = {
+        "schema": SCHEMA,
+        "environment": environment(),
+        "figures": rows,
+        "tables": {**old["tables"], **tables},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def drawn(text: str, folder: Path = RESULTS) -> str:
+    """``text`` with every ``<!-- table:TOPIC.NAME -->`` block drawn from the results.
+
+    ``figures`` as a name draws the topic's figures themselves.
+
+    Raises:
+        UserError: a block names a topic or table that is not recorded.
+    """
+
+    def draw(match: re.Match[str]) -> str:
+        opening, topic, name, _, closing = match.groups()
+        path = folder / f"{topic}.json"
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tables": {}}
+        rows = figure_rows(content["figures"]) if name == "figures" and path.is_file() else content["tables"].get(name)
+        if rows is None:
+            raise UserError(f"README.md: table '{topic}.{name}' is not recorded: make figures TOPIC={topic}")
+        return f"{opening}{markdown(rows)}\n{closing}"
+
+    return _BLOCK.sub(draw, text)
+
+
+def figure_rows(figures: list[Row]) -> list[Row]:
+    """Figures as rows of a table for people."""
+    return [
+        {
+            "figure": figure["name"],
+            "measured": _value(figure),
+            "goal": "" if figure["goal"] is None else f"{figure['comparison']} {figure['goal']:g}",
+            "met": {True: "yes", False: "**no**", None: ""}[figure["met"]],
+        }
+        for figure in figures
+    ]
+
+
+def markdown(rows: list[Row]) -> str:
+    """A Markdown table; the columns are those of the first row."""
+    if not rows:
+        return "(empty)"
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(str(row[name]).replace("|", "\\|") for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _value(figure: Row) -> str:
+    if figure["value"] is None:
+        return "not measured"
+    value = f"{figure['value']:.4g} {figure['unit']}".strip()
+    if figure["interval"] is None:
+        return value
+    low, high = figure["interval"]
+    return f"{value} [{low:.4g}, {high:.4g}]"
+
+
+def main() -> None:
+    """Draw the README's tables."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    new = drawn(text)
+    if new == text:
+        say("README.md: its tables are as recorded")
+        return
+    readme.write_text(new, encoding="utf-8")
+    say("README.md: tables drawn from benchmarks/results")
+
+
+if __name__ == "__main__":
+    main()

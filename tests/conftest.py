@@ -1,0 +1,82 @@
+"""Pictures and small models that several tests share. Everything is made here; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from student.model import Student, StudentConfig
+from vpr.artifact import Embedding, write_artifact
+from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.images import Preprocess
+
+PRODUCTS, VIEWS, SIDE = 16, 8, 48
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of larger data sets; the test is skipped without it."""
+    folder = os.environ.get("VPR_DATA")
+    if not folder:
+        pytest.skip("VPR_DATA is not set: it names the folder of the larger data sets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def texture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per product of JPEGs: each product has its own texture, each view its own crop and light."""
+    root = tmp_path_factory.mktemp("textures")
+    rng = np.random.default_rng(0)
+    for product in range(PRODUCTS):
+        coarse = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        texture = np.asarray(Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC), dtype=np.float64)
+        folder = root / f"product-{product:02d}"
+        folder.mkdir()
+        for view in range(VIEWS):
+            top, left = rng.integers(0, 96 - SIDE, 2)
+            crop = texture[top : top + SIDE, left : left + SIDE] * rng.uniform(0.7, 1.1)
+            Image.fromarray(crop.clip(0, 255).astype(np.uint8)).save(folder / f"{view}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Catalog:
+    """The textures, a quarter of the products each for validation and test."""
+    output = tmp_path_factory.mktemp("catalog") / "catalog"
+    config = CatalogConfig(reader="folder", root=str(texture_folder), output=str(output), validation=0.25, test=0.25)
+    return load_catalog(build_catalog(config))
+
+
+def small_student(stem: str) -> StudentConfig:
+    """A student of a few thousand parameters."""
+    shape = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 128, "embedding_dim": 32}
+    return StudentConfig(image_size=32, patch_size=8, stem=stem, **shape)
+
+
+def write_student(path: Path, config: StudentConfig) -> Path:
+    """A student artifact with random weights."""
+    torch.manual_seed(0)
+    with write_artifact(path, "student", {"model": asdict(config)}) as draft:
+        save_file(Student(config).state_dict(), draft.path / "model.safetensors")
+        draft.preprocess = Preprocess(size=config.image_size)
+        draft.embedding = Embedding(dim=config.embedding_dim, normalised=True, dtype="float32")
+    return path
+
+
+@pytest.fixture(scope="session", params=["patch", "conv"])
+def each_student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small student artifact of each stem."""
+    return write_student(tmp_path_factory.mktemp(request.param) / "student", small_student(request.param))
+
+
+@pytest.fixture(scope="session")
+def student_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small student artifact."""
+    return write_student(tmp_path_factory.mktemp("student") / "student", small_student("conv"))

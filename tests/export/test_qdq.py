@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, numpy_helper
+
+from calibration.calibrate import linear_nodes
+from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
+from export.parity import parity
+from export.qdq import Int8Config, export_int8, quantise, quantise_per_channel
+from student.model import load_student
+from vpr.artifact import load_artifact
+from vpr.errors import UserError
+
+KEEP = ("vit.to_patch_embedding", "vit.mlp_head")
+
+
+def _inputs(n: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(n, 3, 32, 32)).astype(np.float32)
+
+
+def _thresholds(graph: onnx.ModelProto, value: float) -> dict[str, float]:
+    return {node.input[0]: value for node in linear_nodes(graph)}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_are_rounded_to_the_nearest_step_of_their_channel(axis: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32)
+    values, scale = quantise_per_channel(weight, axis)
+    assert values.dtype == np.int8
+    assert len(scale) == weight.shape[axis]
+    assert np.abs(values.astype(int)).max() == 127
+    back = values * np.expand_dims(scale, 1 - axis)
+    # Half a step, and what rounding the scale to FP16 may clip from the largest value.
+    assert (np.abs(back - weight) <= np.expand_dims(scale, 1 - axis) * (0.5 + 127 * 2**-11)).all()
+
+
+def test_tiny_and_zero_channels_do_not_divide_by_zero() -> None:
+    values, scale = quantise_per_channel(np.array([[0.0, 1e-12], [0.0, 1e-12]], dtype=np.float32), 1)
+    assert np.isfinite(scale).all()
+    assert (values == 0).all()
+
+
+def test_graph_equals_fake_quantised_pytorch(each_student: Path, graph: onnx.ModelProto) -> None:
+    """The same scales in PyTorch's own fake quantisation give the same embeddings."""
+    limit = 3.0
+    model, _ = load_student(each_student)
+    scale = float(np.float16(limit / 127))
+
+    def fake_quantised(layer: torch.nn.Linear) -> None:
+        weight = layer.weight.detach()
+        _, channel_scale = quantise_per_channel(weight.numpy(), 0)
+        fake = torch.fake_quantize_per_channel_affine(
+            weight, torch.from_numpy(channel_scale), torch.zeros(len(channel_scale), dtype=torch.int32), 0, -127, 127
+        )
+        layer.forward = lambda x: F.linear(
+            torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127), fake, layer.bias
+        )
+
+    for name, module in model.vit.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("transformer"):
+            fake_quantised(module)
+    inputs = _inputs(8)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(inputs)).numpy()
+    found = run_graph(quantise(graph, _thresholds(graph, limit), KEEP), inputs)
+    assert parity(expected, found)["cosine_min"] > 0.99999
+
+
+def test_only_the_linears_of_the_blocks_are_quantised(graph: onnx.ModelProto) -> None:
+    quantised = quantise(graph, _thresholds(graph, 3.0), KEEP)
+    producers = {output: node for node in quantised.graph.node for output in node.output}
+    for node in linear_nodes(graph):
+        after = next(n for n in quantised.graph.node if n.name == node.name)
+        inside = node.name.startswith("vit.transformer")
+        assert all(
+            (producers.get(name) is not None and producers[name].op_type == "DequantizeLinear") == inside
+            for name in (after.input[1],)
+        )
+    assert sum(node.op_type == "QuantizeLinear" for node in quantised.graph.node) == 8
+    assert not [t for t in quantised.graph.initializer if t.data_type == TensorProto.INT32]
+
+
+@pytest.mark.parametrize("base", ["fp16", "fp32"])
+def test_the_whole_verb(fp32: Path, ranges: Path, base: str, tmp_path: Path) -> None:
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base))
+    quantised, artifact = load_onnx(output)
+    float_graph, _ = load_onnx(fp32)
+    inputs = _inputs(16)
+    assert parity(run_graph(float_graph, inputs), run_graph(quantised, inputs))["cosine_mean"] > 0.99
+    assert len(artifact.card.metrics["quantised"]) == 8
+    weights = {t.name: t for t in quantised.graph.initializer}
+    for node in (n for n in quantised.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights):
+        scale = numpy_helper.to_array(weights[node.input[1]])
+        assert scale.dtype == (np.float16 if base == "fp16" else np.float32)
+        assert weights[node.input[0]].data_type == TensorProto.INT8
+        assert len(scale) == weights[node.input[0]].dims[1]
+
+
+def test_openvino_computes_the_linears_in_int8(fp32: Path, ranges: Path, tmp_path: Path) -> None:
+    import openvino
+
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
+    compiled = openvino.Core().compile_model(str(output / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    kinds = [(i["layerType"].astype(str), i["runtimePrecision"].astype(str)) for i in info]
+    integer = sum(kind == "FullyConnected" and precision in ("i8", "u8") for kind, precision in kinds)
+    assert integer == 8
+    inputs = _inputs(4)
+    assert parity(run_graph(load_onnx(fp32)[0], inputs), compiled(inputs)[0])["cosine_mean"] > 0.99
+
+
+def test_ranges_record_training_pictures_only(ranges: Path, catalog: object) -> None:
+    import pyarrow.parquet as pq
+
+    artifact = load_artifact(ranges, "ranges")
+    drawn = set(pq.read_table(artifact.file("pictures.parquet"))["sha256"].to_pylist())
+    assert len(drawn) == 48
+    assert drawn <= set(catalog.select(split="train").table["sha256"].to_pylist())
+    measured = json.loads(artifact.file("ranges.json").read_text())
+    assert all(0 < entry["threshold"] <= entry["largest"] for entry in measured.values())
+
+
+def test_ranges_of_another_graph_are_refused(student_artifact: Path, ranges: Path, tmp_path: Path) -> None:
+    other = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "other"), opset=20))
+    with pytest.raises(UserError, match="measured on another graph|not measured on"):
+        export_int8(Int8Config(str(other), str(ranges), str(tmp_path / "int8")))
+
+
+def test_nothing_left_to_quantise_is_refused(graph: onnx.ModelProto) -> None:
+    with pytest.raises(UserError, match="leaves nothing to quantise"):
+        quantise(graph, {}, ("vit",))
+    with pytest.raises(UserError, match="calibrate this graph again"):
+        quantise(graph, {}, KEEP)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from vpr.images import MAX_PIXELS, ImageRefused, Preprocess, decode, decode_bytes
+
+
+def _picture(width: int = 60, height: int = 40) -> Image.Image:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _bytes(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (224, 224), (33, 200)])
+def test_shortest_and_centre_equal_torchvision(size: tuple[int, int]) -> None:
+    picture = _picture(*size)
+    ours = Preprocess(size=32, resize="shortest", crop="center")
+    theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
+    difference = np.abs(ours.pixels(picture).astype(int) - theirs(picture).numpy().astype(int))
+    # ImageOps.fit crops before it resizes, torchvision after: the crop's edge differs by a fraction of a pixel.
+    assert difference.mean() < 3
+
+
+def test_squash_and_normalisation_equal_torchvision() -> None:
+    picture, ours = _picture(), Preprocess(size=32)
+    theirs = v2.Compose(
+        [
+            v2.Resize((32, 32), v2.InterpolationMode.BICUBIC),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(ours.mean, ours.std),
+        ]
+    )
+    found = ours.normalise(ours.pixels(picture)[None])[0]
+    np.testing.assert_allclose(found, theirs(picture).numpy(), atol=2e-6)
+
+
+def test_training_and_deployment_see_the_same_numbers() -> None:
+    from vpr.training import Normalise
+
+    ours = Preprocess(size=32)
+    pixels = ours.pixels(_picture())[None]
+    in_training = Normalise(ours)(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(in_training, ours.normalise(pixels), atol=1e-6)
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_bytes(_bytes(_picture(60, 40), "JPEG", exif=exif), "x").size == (40, 60)
+
+
+def test_alpha_lies_on_white() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert np.asarray(decode_bytes(_bytes(clear, "PNG"), "x")).min() == 255
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1", "P", "LA", "I;16"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    deep = Image.fromarray(np.full((9, 9), 0x8000, dtype=np.uint16))
+    image = deep if mode == "I;16" else _picture(9, 9).convert(mode)
+    found = decode_bytes(_bytes(image, "TIFF" if mode == "CMYK" else "PNG"), "x")
+    assert (found.mode, found.size) == ("RGB", (9, 9))
+    if mode == "I;16":
+        assert np.unique(np.asarray(found)).tolist() == [128]
+
+
+def test_jpeg_is_decoded_small_but_never_below_what_is_needed() -> None:
+    data = _bytes(_picture(1200, 800), "JPEG")
+    assert decode_bytes(data, "x", shortest=64).size == (300, 200)
+    assert min(decode_bytes(data, "x", shortest=300).size) >= 600
+
+
+def test_box_is_cut_from_the_full_picture() -> None:
+    data = _bytes(_picture(), "PNG")
+    cut = decode_bytes(data, "x", box=(10, 5, 20, 30), shortest=4)
+    np.testing.assert_array_equal(np.asarray(cut), np.asarray(_picture())[5:35, 10:30])
+    with pytest.raises(ImageRefused, match="lies outside the 60x40 picture"):
+        decode_bytes(data, "x", box=(100, 5, 20, 30))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_truncated_files_are_refused(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "half.jpg"
+    data = _bytes(_picture(300, 200), form)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageRefused, match=rf"{path}: truncated or broken picture"):
+        decode(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xff\xd8\xff"])
+def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ImageRefused, match="replace or remove the file"):
+        decode(path)
+
+
+@pytest.mark.parametrize(
+    ("side", "reason"), [(12_000, f"12000x12000 pixels, more than {MAX_PIXELS}"), (60_000, "decompression bomb")]
+)
+def test_a_header_that_promises_too_much_is_refused_before_allocation(side: int, reason: str) -> None:
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(ImageRefused, match=reason):
+        decode_bytes(png, "bomb.png")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.jpg", tmp_path):
+        with pytest.raises(ImageRefused, match=str(path)):
+            decode(path)

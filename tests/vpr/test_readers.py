@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vpr.catalog import CatalogConfig, build_catalog, load_catalog
+from vpr.errors import UserError
+from vpr.readers import read_aicrowd, read_csv, read_folder, read_products10k
+
+
+@pytest.fixture
+def picture(texture_folder: Path) -> bytes:
+    return (texture_folder / "product-00" / "0.jpg").read_bytes()
+
+
+def test_products10k_is_read_by_column_name(tmp_path: Path, picture: bytes) -> None:
+    for folder, names in (("train", ["1.jpg", "2.jpg"]), ("test", ["9.jpg"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(picture)
+    (tmp_path / "train.csv").write_text("name,class,group\n1.jpg,7,360\n2.jpg,8,360\n")
+    (tmp_path / "test_kaggletest.csv").write_text("Usage,class,name\nPublic,7,9.jpg\n")
+    rows = list(read_products10k(tmp_path))
+    assert [row["image"] for row in rows] == ["train/1.jpg", "train/2.jpg", "test/9.jpg"]
+    assert [row["product"] for row in rows] == ["products10k/7", "products10k/8", "products10k/7"]
+    assert [row["category"] for row in rows] == ["360", "360", ""]
+    config = CatalogConfig(reader="products10k", root=str(tmp_path), output=str(tmp_path / "catalog"))
+    assert len(load_catalog(build_catalog(config))) == 3
+
+
+def test_aicrowd_keeps_boxes_and_roles(tmp_path: Path, picture: bytes) -> None:
+    for name in ("gallery/a.jpg", "queries/b.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(picture)
+    (tmp_path / "gallery.csv").write_text("seller_img_id,img_path,product_id\n1,gallery/a.jpg,5\n")
+    header = "user_img_id,img_path,bbox_x,bbox_y,bbox_w,bbox_h,product_id\n"
+    (tmp_path / "queries.csv").write_text(header + "1,queries/b.jpg,4,5,20,30,5\n")
+    config = CatalogConfig(reader="aicrowd", root=str(tmp_path), output=str(tmp_path / "catalog"))
+    catalog = load_catalog(build_catalog(config))
+    assert catalog.roles.tolist() == ["gallery", "query"]
+    assert catalog.products.tolist() == ["aicrowd/5"] * 2
+    assert [catalog.box(row) for row in range(2)] == [None, (4.0, 5.0, 20.0, 30.0)]
+    assert [row["product"] for row in read_aicrowd(tmp_path)] == ["aicrowd/5"] * 2
+
+
+def test_csv_with_everything(tmp_path: Path) -> None:
+    header = "product,image,role,split,category,box_x,box_y,box_w,box_h"
+    (tmp_path / "t.csv").write_text(f"{header}\nshoe,a/1.jpg,query,test,feet,1,2,3,4\nhat,2.jpg,,,,,,,\n")
+    first, second = read_csv(tmp_path / "t.csv")
+    assert (first["role"], first["split"], first["category"]) == ("query", "test", "feet")
+    assert first["box"] == {"x": 1.0, "y": 2.0, "w": 3.0, "h": 4.0}
+    assert (second["role"], second["split"], second["box"]) == ("train", "train", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,prod\na.jpg,1\n", "column 'product' is missing: it needs image, product"),
+        ("", "column 'image' is missing"),
+        ("image,product\na.jpg,\n", "line 2: no value for 'product'"),
+        ("image,product\na.jpg\n", "line 2: no value for 'product'"),
+        ("image,product\n../../etc/passwd,1\n", "line 2: '../../etc/passwd' leads out of"),
+        ("image,product\n/etc/passwd,1\n", "leads out of"),
+        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,x,4\n", "is not four numbers"),
+        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,0,4\n", "has no area"),
+        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,nan,2,3,4\n", "out of range"),
+        ('image,product\n"a' + "x" * (2 << 20) + '",1\n', "field larger than field limit"),
+    ],
+)
+def test_broken_csv_names_file_line_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_csv(table))
+    assert str(table) in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"image,product\ncaf\xe9.jpg,1\n")
+    with pytest.raises(UserError, match="UTF-8"):
+        list(read_csv(tmp_path / "t.csv"))
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "secret.jpg").write_bytes(picture)
+    (tmp_path / "photos" / "shoe").mkdir(parents=True)
+    (tmp_path / "photos" / "shoe" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(UserError, match="leads out of"):
+        list(read_folder(tmp_path / "photos"))
+
+
+def test_a_picture_outside_every_product_is_named(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "1.jpg").write_bytes(picture)
+    with pytest.raises(UserError, match="lies in no product's folder"):
+        list(read_folder(tmp_path))
+
+
+def test_missing_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither train\.csv nor test_kaggletest\.csv"):
+        list(read_products10k(tmp_path))
+    with pytest.raises(UserError, match=r"gallery\.csv: no such file"):
+        list(read_aicrowd(tmp_path))

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from vpr.views import ViewConfig, apply_views, draw_views
+
+STILL = ViewConfig(0, (1, 1), 0, 0, 0, 0, 0, 0, 0)
+
+
+def _pixels(n: int, size: int = 24) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _views(config: ViewConfig, pixels: torch.Tensor, rows: list[int], view: int = 0, seed: int = 0) -> torch.Tensor:
+    index = torch.tensor(rows)
+    return apply_views(pixels[index], draw_views(config, seed, index, torch.full_like(index, view)))
+
+
+def test_a_view_does_not_depend_on_its_batch() -> None:
+    pixels, config = _pixels(6), ViewConfig(cutout=0.5)
+    together = _views(config, pixels, [0, 1, 2, 3, 4, 5], view=3)
+    for row in range(6):
+        assert torch.equal(_views(config, pixels, [row], view=3)[0], together[row])
+
+
+def test_seed_index_and_view_each_change_it() -> None:
+    pixels, config = _pixels(1).expand(2, -1, -1, -1), ViewConfig()
+    base = _views(config, pixels, [0])
+    assert not torch.equal(base, _views(config, pixels, [1]))
+    assert not torch.equal(base, _views(config, pixels, [0], view=1))
+    assert not torch.equal(base, _views(config, pixels, [0], seed=1))
+
+
+def test_without_ranges_the_picture_stays() -> None:
+    pixels = _pixels(3)
+    torch.testing.assert_close(_views(STILL, pixels, [0, 1, 2]), pixels.float(), atol=1e-3, rtol=0)
+
+
+def test_a_sure_flip_mirrors() -> None:
+    pixels = _pixels(2)
+    flipped = _views(ViewConfig(0, (1, 1), 0, 0, 1, 0, 0, 0, 0), pixels, [0, 1])
+    torch.testing.assert_close(flipped, pixels.flip(-1).float(), atol=1e-3, rtol=0)
+
+
+def test_colour_equals_torchvision() -> None:
+    pixels, index = _pixels(4), torch.arange(4)
+    config = ViewConfig(0, (1, 1), 0, 0, 0, brightness=0.3, contrast=0.4, saturation=0.5, tint=0)
+    drawn = draw_views(config, 0, index, index)
+    found = apply_views(pixels, drawn) / 255
+    for row in range(4):
+        brightness, contrast, saturation = (float(drawn[row, c]) for c in (6, 7, 8))
+        # torchvision clamps after every step; where nothing left 0…1 both must agree.
+        image = pixels[row].float() / 255
+        x = tv.adjust_saturation(image * brightness, saturation) if brightness <= 1 else None
+        if x is None:
+            continue
+        expected = tv.adjust_contrast(x, contrast)
+        inside = ((x > 0) & (x < 1)).all(dim=0) & ((found[row] > 0) & (found[row] < 1)).all(dim=0)
+        assert inside.float().mean() > 0.2
+        assert (found[row] - expected).abs()[:, inside].mean() < 0.03
+
+
+def test_ranges_are_kept_and_used() -> None:
+    index = torch.arange(2000)
+    drawn = draw_views(ViewConfig(rotate=15, scale=(0.5, 2.0)), 0, index, index).numpy()
+    degrees, zoom = np.degrees(drawn[:, 0]), drawn[:, 1]
+    assert np.abs(degrees).max() <= 15 + 1e-4
+    assert np.abs(degrees).max() > 14.5
+    assert 0.5 <= zoom.min() < 0.52
+    assert 1.95 < zoom.max() <= 2.0 + 1e-5
+    assert abs(np.log(zoom).mean()) < 0.05
