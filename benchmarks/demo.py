@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -72,20 +73,32 @@ def steps(folder: str, full: bool) -> list[Step]:
 
 def demo(config: DemoConfig) -> Path:
     """Run every step that is not up to date, show the report's table and say where the page is."""
-    folder = config.output or ("runs/demo-full" if config.full else "runs/demo")
+    folder = Path(config.output or ("runs/demo-full" if config.full else "runs/demo"))
     started = time.monotonic()
-    seconds = _read_seconds(Path(folder))
-    road = steps(folder, config.full)
+    seconds = read_times(folder)["steps"]
+    road = steps(str(folder), config.full)
+    worked = 0
     for number, step in enumerate(road, start=1):
         say(f"\n[{number}/{len(road)}] vpr {' '.join(step.arguments)}")
         before, begun = _card_time(step), time.monotonic()
         run(step.arguments)
         if _card_time(step) != before:
+            worked += 1
             seconds[step.name] = round(time.monotonic() - begun, 1)
-            _write_seconds(Path(folder), seconds)
-    _show(Path(road[-1].output), seconds)
-    say(f"{road[-1].output}/report.html: open it in a browser ({time.monotonic() - started:.0f} s for this run)")
-    return Path(road[-1].output)
+            _write_times(folder, seconds, None)
+    total = time.monotonic() - started
+    if worked == len(road):
+        _write_times(folder, seconds, round(total, 1))
+    report = Path(road[-1].output)
+    _show(report, seconds)
+    say(f"{report}/report.html: open it in a browser ({total:.0f} s for this run)")
+    return report
+
+
+def read_times(folder: Path) -> dict[str, Any]:
+    """``steps``: seconds of each step when it last worked; ``total``: of a run that did them all, or None."""
+    path = folder / "times.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"steps": {}, "total": None}
 
 
 def _card_time(step: Step) -> int | None:
@@ -93,20 +106,17 @@ def _card_time(step: Step) -> int | None:
     return card.stat().st_mtime_ns if card.is_file() else None
 
 
-def _read_seconds(folder: Path) -> dict[str, float]:
-    path = folder / "steps.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write_seconds(folder: Path, seconds: dict[str, float]) -> None:
-    partial = folder / "steps.json.partial"
-    partial.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
-    os.replace(partial, folder / "steps.json")
+def _write_times(folder: Path, seconds: dict[str, float], total: float | None) -> None:
+    partial = folder / "times.json.partial"
+    partial.write_text(json.dumps({"steps": seconds, "total": total}, indent=1), encoding="utf-8")
+    os.replace(partial, folder / "times.json")
 
 
 def _show(report: Path, seconds: dict[str, float]) -> None:
     rows = json.loads((report / "report.json").read_text(encoding="utf-8"))["rows"]
-    table = Table("model", "backend", "precision", "recall@1 [95 %]", "retention", "ms batch 1", "MB", box=None)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "backend", "precision", "recall@1 [95 %]", "retention", "ms, batch 1", "MB"):
+        table.add_column(heading, no_wrap=True)
     for row in rows:
         recall, latency = row["recall_at_1"], (row["latency_ms"] or {}).get("1")
         table.add_row(
@@ -118,7 +128,7 @@ def _show(report: Path, seconds: dict[str, float]) -> None:
             "-" if not latency else f"{latency['p50']:.2f}",
             "-" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.1f}",
         )
-    console = Console()
+    console = Console(width=max(110, Console().width))
     console.print(table)
     steps_line = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"time of each step: {steps_line}", soft_wrap=True, highlight=False)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 BINS = 2048
 LEVELS = 127
+_BLOCK = 128  # thresholds tried at a time: bounds the memory of a search over all of them
 Method = Literal["minmax", "percentile", "mse"]
 
 
@@ -81,21 +82,20 @@ def threshold(histogram: MagnitudeHistogram, method: Method, percentile: float =
 
 
 def expected_error(histogram: MagnitudeHistogram) -> NDArray[np.float64]:
-    """Expected squared error of symmetric INT8 for every bin edge taken as threshold t.
+    """Squared error of symmetric INT8 for every bin edge taken as threshold, every bin at its centre.
 
-    Clipped values cost (|x| - t)^2, the others the step's uniform noise, (t / 127)^2 / 12 (the terms
-    that Sakr et al., "Optimal Clipping and Magnitude-aware Differentiation", ICML 2022, eq. 5, balance).
+    Rounding is computed, not modelled as uniform noise: half of GELU's outputs lie within a step or
+    two of zero, where that model is off by a tenth.
 
     Returns:
         (2048,) float64, a mean over values.
     """
-    counts, edges = histogram.counts.astype(np.float64), histogram.edges
+    edges = histogram.edges
     centres = edges - 0.5 * histogram.limit / BINS
-
-    def beyond(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return values.sum() - np.cumsum(values)
-
-    n, first, second = beyond(counts), beyond(counts * centres), beyond(counts * centres**2)
-    clipped = second - 2 * edges * first + edges**2 * n
-    noise = (counts.sum() - n) * (edges / LEVELS) ** 2 / 12
-    return (clipped + noise) / counts.sum()
+    weights = histogram.counts / histogram.counts.sum()
+    errors = np.empty(BINS)
+    for start in range(0, BINS, _BLOCK):
+        scales = edges[start : start + _BLOCK, None] / LEVELS
+        rounded = np.minimum(np.rint(centres / scales), LEVELS) * scales
+        errors[start : start + _BLOCK] = ((centres - rounded) ** 2) @ weights
+    return errors

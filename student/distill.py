@@ -26,6 +26,7 @@ from vpr.training import (
     Precision,
     RecallModule,
     decay_groups,
+    drop_checkpoint,
     finish_run,
     fit,
     run_folder,
@@ -176,6 +177,7 @@ def distill(config: DistillConfig) -> Path:
             "parameters": parameters,
             "multiply_adds": multiply_adds,
         }
+    drop_checkpoint(folder)
     say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
     return Path(config.output)
 

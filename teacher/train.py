@@ -25,6 +25,7 @@ from vpr.training import (
     Precision,
     RecallModule,
     decay_groups,
+    drop_checkpoint,
     finish_run,
     fit,
     run_folder,
@@ -199,5 +200,6 @@ def train(config: TrainConfig) -> Path:
             "seconds": round(time.monotonic() - started, 1),
             "parameters": sum(p.numel() for p in teacher.parameters()),
         }
+    drop_checkpoint(folder)
     say(f"{config.output}: teacher of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
     return Path(config.output)

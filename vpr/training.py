@@ -271,7 +271,7 @@ def fit(
     checkpoint = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
     interactive = os.isatty(2)
     logs: list[Logger] = [
-        CSVLogger(folder, name="", version="csv"),
+        CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}"),
         TensorBoardLogger(folder, name="", version="tb"),
     ]
     trainer = L.Trainer(
@@ -298,9 +298,16 @@ def fit(
 
 
 def finish_run(folder: Path, destination: Path) -> None:
-    """Move the best weights and the CSV log into an artifact; the run's checkpoint is no longer needed."""
+    """Put the best weights and the CSV logs (one for each time the run was started) into an artifact."""
     shutil.copyfile(folder / "best.safetensors", destination / "model.safetensors")
-    shutil.copyfile(folder / "csv" / "metrics.csv", destination / "metrics.csv")
+    for number, log in enumerate(_csv_logs(folder)):
+        shutil.copyfile(log, destination / (f"metrics-resumed-{number}.csv" if number else "metrics.csv"))
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Remove a finished run's checkpoint and weights, which its artifact holds; its logs stay."""
+    for name in ("last.ckpt", "best.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def best_precision() -> Literal["32-true", "bf16-mixed"]:
@@ -308,6 +315,10 @@ def best_precision() -> Literal["32-true", "bf16-mixed"]:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+
+
+def _csv_logs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("csv-*/metrics.csv"))
 
 
 def _same(batch: Any) -> Any:

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks.doctor import DoctorConfig, doctor, examine
+from benchmarks.environment import environment, package_versions, parse_gpus
+
+
+def test_every_backend_is_found_or_missing_with_a_reason() -> None:
+    findings = {finding.name: finding for finding in examine(has_gpu=False)}
+    for name in ("torch", "ONNX Runtime, CPU", "OpenVINO", "TensorRT-RTX builder"):
+        assert findings[name].works, findings[name].detail
+    assert not findings["running engines"].works
+    assert "GPU" in findings["running engines"].detail
+
+
+def test_a_missing_package_is_a_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    doctor(DoctorConfig())
+    screen = capsys.readouterr().out
+    assert "OpenVINO" in screen
+    assert "Traceback" not in screen
+    assert len(screen.splitlines()) < 40
+
+
+def test_environment_has_no_names_of_hosts_or_paths() -> None:
+    import json
+    import socket
+
+    text = json.dumps(environment())
+    assert socket.gethostname() not in text or len(socket.gethostname()) < 4
+    assert "/" not in text.replace("and/or", "")
+    assert package_versions(("pytest", "surely-not-installed")).keys() == {"pytest"}
+
+
+def test_gpu_listing_is_read() -> None:
+    gpus, driver = parse_gpus("NVIDIA L4, 23034, 8.9, 580.1\nNVIDIA L4, [N/A], 8.9, 580.1\n")
+    assert [gpu["memory_mib"] for gpu in gpus] == [23034, None]
+    assert driver == "580.1"
+    assert parse_gpus("garbage") == ([], None)

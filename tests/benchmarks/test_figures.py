@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.figures import ROOT, Figure, drawn, figure_rows, record
+from vpr.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "comparison", "met"),
+    [
+        (2.0, 2.0, ">=", True),
+        (1.9, 2.0, ">=", False),
+        (1.9, 2.0, "<=", True),
+        (2.1, 2.0, "<=", False),
+        (None, 2.0, "<=", None),
+        (2.0, None, "<=", None),
+    ],
+)
+def test_met_is_computed(value: float | None, goal: float | None, comparison: str, met: bool | None) -> None:
+    assert Figure("f", value, "s", goal, comparison, "make").met is met
+
+
+def test_recording_replaces_by_name_and_keeps_the_rest(tmp_path: Path) -> None:
+    record("demo", [Figure("a", 1, "s", 2, "<=", "make"), Figure("b", 1, "s", 2, "<=", "make")], {"t": []}, tmp_path)
+    path = record("demo", [Figure("a", 3, "s", 2, "<=", "make")], {"u": []}, tmp_path)
+    content = json.loads(path.read_text())
+    assert {row["name"]: row["met"] for row in content["figures"]} == {"b": True, "a": False}
+    assert set(content["tables"]) == {"t", "u"}
+    assert content["environment"]["packages"]["torch"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_tables_are_drawn_into_their_blocks(tmp_path: Path) -> None:
+    record("demo", [Figure("a", 0.5, "", 0.4, ">=", "make", (0.4, 0.6))], {"t": [{"x": 1, "y": "a|b"}]}, tmp_path)
+    text = "before\n<!-- table:demo.t -->\nold\n<!-- /table -->\n<!-- table:demo.figures -->\n<!-- /table -->\nafter\n"
+    once = drawn(text, tmp_path)
+    assert "| 1 | a\\|b |" in once
+    assert "| a | 0.5 [0.4, 0.6] | >= 0.4 | yes |" in once
+    assert "old" not in once
+    assert drawn(once, tmp_path) == once
+    with pytest.raises(UserError, match=r"table 'demo\.z' is not recorded: make figures TOPIC=demo"):
+        drawn("<!-- table:demo.z -->\n<!-- /table -->", tmp_path)
+
+
+def test_a_missed_figure_is_shown_as_missed() -> None:
+    (row,) = figure_rows(
+        [{"name": "a", "value": 1, "unit": "s", "interval": None, "goal": 2, "comparison": ">=", "met": False}]
+    )
+    assert row["met"] == "**no**"
+
+
+def test_the_readme_s_tables_are_the_recorded_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- table:demo." in text
+    assert drawn(text) == text, "make readme"

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from student.distill import DistillConfig, distill
+from student.embed import EmbedConfig, embed_catalog
+from student.model import StudentConfig, load_student
+from student.signal import cache_signal
+from teacher.model import TowerConfig, load_teacher
+from teacher.train import StageConfig, TrainConfig, train
+from vpr.artifact import load_artifact
+from vpr.catalog import Catalog
+from vpr.embeddings import load_embeddings, torch_forward
+from vpr.errors import UserError
+from vpr.find import FindConfig, find
+from vpr.training import LoaderConfig
+from vpr.views import ViewConfig, apply_views, draw_views
+
+STUDENT = StudentConfig(
+    image_size=32, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256, stem="conv"
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert catalog.artifact is not None
+    stages = (StageConfig("all", 8, lr_head=2e-3, lr_tower=2e-3),)
+    return train(
+        TrainConfig(
+            catalog=str(catalog.artifact.path),
+            output=str(tmp_path_factory.mktemp("t") / "teacher"),
+            tower=TowerConfig("sample", "", 32),
+            stages=stages,
+            scale=16.0,
+            margin_start=0.0,
+            margin_end=0.1,
+            loader=LoaderConfig(batch_size=16, keep_in_memory=True),
+            precision="32-true",
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
+    assert catalog.artifact is not None
+    return DistillConfig(
+        teacher=str(teacher),
+        catalog=str(catalog.artifact.path),
+        output=str(tmp_path_factory.mktemp("s") / "student"),
+        model=STUDENT,
+        view_count=3,
+        epochs=12,
+        bank=32,
+        loader=LoaderConfig(batch_size=16, keep_in_memory=True),
+        precision="32-true",
+    )
+
+
+@pytest.fixture(scope="module")
+def student(config: DistillConfig) -> Path:
+    return distill(config)
+
+
+def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:
+    import csv
+
+    artifact = load_artifact(student, "student")
+    assert {parent.role for parent in artifact.card.parents} == {"teacher", "catalog"}
+    with artifact.file("metrics.csv").open() as stream:
+        losses = [float(row["cosine_epoch"]) for row in csv.DictReader(stream) if row["cosine_epoch"]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert artifact.card.metrics["parameters"] < load_artifact(teacher).card.metrics["parameters"]
+
+
+def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    model, artifact = load_teacher(teacher)
+    training, views = catalog.select(split="train"), ViewConfig()
+    signal = cache_signal(str(tmp_path / "views"), model, artifact, training, views, count=2, seed=9)
+    assert [view.shape for view in signal.views] == [(64, 256)] * 2
+    assert artifact.card.preprocess is not None
+    from vpr.embeddings import read_pixels
+
+    rows = torch.tensor([3, 40])
+    pixels = torch.from_numpy(
+        np.concatenate([read_pixels(training, artifact.card.preprocess, range(r, r + 1)) for r in rows.tolist()])
+    )
+    seen = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1))).numpy()
+    expected = torch_forward(model)(artifact.card.preprocess.normalise(seen))
+    found = signal.lookup(rows, 1).numpy()
+    # bf16, where the hardware has it, and float16 storage.
+    assert (found * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)
+
+
+def test_the_bank_is_drawn_by_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    model, artifact = load_teacher(teacher)
+    training = catalog.select(split="train")
+    signal = cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), count=2, seed=0)
+    assert torch.equal(signal.bank(20, 4), signal.bank(20, 4))
+    assert not torch.equal(signal.bank(20, 4), signal.bank(20, 5))
+    assert signal.bank(1000, 0).shape == (64, 256)
+
+
+def test_another_dimension_is_refused_by_key(config: DistillConfig, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    wrong = replace(config, model=replace(STUDENT, embedding_dim=64), output=str(tmp_path / "s"))
+    with pytest.raises(UserError, match=r"model\.embedding_dim: 64, the teacher's embeddings have 256: set it to 256"):
+        distill(wrong)
+
+
+def test_embeddings_are_kept_with_their_rows_and_searched(student: Path, catalog: Catalog, tmp_path: Path) -> None:
+    assert catalog.artifact is not None
+    config = EmbedConfig(str(student), str(catalog.artifact.path), str(tmp_path / "e"), split="test")
+    embeddings = load_embeddings(embed_catalog(config))
+    assert embeddings.vectors.shape == (32, 256)
+    assert embeddings.products.tolist() == catalog.select(split="test").products.tolist()
+    model, _ = load_student(student)
+    alone = embed_catalog(EmbedConfig(str(student), str(catalog.artifact.path), str(tmp_path / "b"), "test", 1))
+    np.testing.assert_allclose(load_embeddings(alone).vectors, embeddings.vectors, atol=1e-5)
+    assert model.config == STUDENT
+    csv_path = find(FindConfig(str(tmp_path / "e"), str(tmp_path / "e"), str(tmp_path / "hits.csv"), k=3))
+    assert csv_path is not None
+    assert len(csv_path.read_text().splitlines()) == 1 + 16 * 3
+
+
+def test_two_models_embeddings_are_not_compared(
+    student: Path, student_artifact: Path, catalog: Catalog, tmp_path: Path
+) -> None:
+    assert catalog.artifact is not None
+    for name, model in (("a", student), ("b", student_artifact)):
+        embed_catalog(EmbedConfig(str(model), str(catalog.artifact.path), str(tmp_path / name), "test"))
+    with pytest.raises(UserError, match="use one model"):
+        find(FindConfig(str(tmp_path / "a"), str(tmp_path / "b")))
