@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.environment import available_cpus, read_gpus
 from export.onnx_graph import INPUT, OUTPUT, load_onnx, session
 from vpr.artifact import Artifact, load_artifact
 from vpr.embeddings import Forward, torch_forward
+from vpr.environment import available_cpus, read_gpus
 
 
 class BackendUnavailable(Exception):

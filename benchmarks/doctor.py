@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import environment
 from export.engine import TARGETS, load_builder
+from vpr.environment import environment
 from vpr.errors import UserError
 from vpr.training import best_precision
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.environment import environment
 from vpr.console import say
+from vpr.environment import environment
 from vpr.errors import UserError
 
 SCHEMA = 1

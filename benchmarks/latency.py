@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.backends import BackendUnavailable, default_threads, models_of
-from benchmarks.environment import environment
 from vpr.artifact import Artifact, load_artifact, write_artifact
 from vpr.console import say
 from vpr.embeddings import Forward
@@ -51,7 +50,6 @@ def latency(config: LatencyConfig) -> Path:
     parents = [load_artifact(path).as_parent("model") for path in config.models]
     settings = {"models": list(config.models), "batches": list(config.batches), "threads": threads}
     with write_artifact(config.output, "report", settings, parents) as draft:
-        draft.environment = environment()
         (draft.path / "latency.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     say(f"{config.output}: latency of {len(rows)} models with {threads} threads each")
     return Path(config.output)

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_COLOURS = {"teacher": "#7a4fd0", "student": "#1f77b4", "onnx": "#2a9d5c", "engine": "#d1495b"}
+_COLOURS = {
+    "torch": "#1f77b4",
+    "onnxruntime-cpu": "#2a9d5c",
+    "openvino": "#7a4fd0",
+    "tensorrt": "#d1495b",
+    "tensorrt-rtx": "#d1495b",
+}
 _MARKERS = {"fp32": "o", "fp16": "s", "int8": "^"}
 
 
@@ -50,7 +56,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         _number(row["recall_at_5"], "{:.3f}"),
         _number(row["map_at_1000"], "{:.3f}"),
         _number(row["retention"], "{:.2f}"),
-        _number(row["cosine_mean"], "{:.4f}"),
+        _number(row["cosine_mean"], "{:.5f}"),
         _number(milliseconds(row), "{:.2f}"),
         _number(milliseconds(row, "8"), "{:.2f}"),
         _number(None if row["size_bytes"] is None else row["size_bytes"] / 1e6, "{:.1f}"),
@@ -140,6 +146,7 @@ def draw_plot(report: dict[str, Any]) -> str:
     """Recall@1 with its interval against milliseconds at batch 1, as inline SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.add_subplot()
@@ -154,7 +161,7 @@ def draw_plot(report: dict[str, Any]) -> str:
             [recall],
             yerr=[[max(0.0, recall - low)], [max(0.0, high - recall)]],
             fmt=_MARKERS.get(row["precision"], "D"),
-            color=_COLOURS.get(row["stage"], "grey"),
+            color=_COLOURS.get(row["backend"], "grey"),
             capsize=2,
             markersize=7,
             alpha=0.9,
@@ -164,6 +171,8 @@ def draw_plot(report: dict[str, Any]) -> str:
         axes.axhline(row["recall_at_1"], color="grey", linestyle=":", linewidth=1)
         axes.annotate(row["name"], (1, row["recall_at_1"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("milliseconds per picture, batch 1 (p50, log scale)")
     axes.set_ylabel("recall@1, 95 % interval")

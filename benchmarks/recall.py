@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from benchmarks.backends import BackendUnavailable, Model, default_threads, models_of
 from benchmarks.baselines import colour_histogram, raw_pixels
-from benchmarks.environment import environment
 from export.parity import parity
 from vpr.artifact import load_artifact, write_artifact
 from vpr.catalog import Catalog, load_catalog
@@ -66,7 +65,7 @@ def recall(config: RecallConfig) -> Path:
     parents = [load_artifact(path).as_parent("model") for path in config.models]
     settings = {"models": list(config.models), "split": config.split, "seed": config.seed}
     with write_artifact(config.output, "report", settings, parents) as draft:
-        draft.environment, draft.catalog = environment(), catalog.summary()
+        draft.catalog = catalog.summary()
         rows = [one.row for one in scored]
         (draft.path / "recall.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     say(f"{config.output}: recall of {len(scored)} models")
@@ -126,7 +125,7 @@ def empty_row(name: str, stage: str, backend: str | None, precision: str | None)
     more = ("queries", "gallery", "ci95", "retention", "cosine_mean", "cosine_min", "top10_overlap")
     costs = ("latency_ms", "throughput", "cold_start_ms", "peak_memory_bytes")
     row: dict[str, Any] = {"name": name, "stage": stage, "backend": backend, "precision": precision}
-    return {**row, **dict.fromkeys((*numbers, *more, *costs)), "notes": ""}
+    return {**row, **dict.fromkeys((*numbers, *more, *costs)), "notes": "peak memory: not measured"}
 
 
 def _baseline(name: str, part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.backends import default_threads
-from benchmarks.environment import environment
 from benchmarks.latency import time_models
 from benchmarks.page import draw_html, draw_markdown
 from benchmarks.recall import Scored, score_models
 from vpr.artifact import find_current, load_artifact, plain, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
+from vpr.environment import environment
 from vpr.errors import UserError
 from vpr.images import decode
 from vpr.search import search
@@ -82,7 +82,7 @@ def report(config: ReportConfig) -> Path:
         "sheet": _sheet(part, scored, config),
     }
     with write_artifact(config.output, "report", plain(config), parents) as draft:
-        draft.environment, draft.catalog = measured["environment"], catalog.summary()
+        draft.catalog = catalog.summary()
         (draft.path / "report.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
         (draft.path / "report.md").write_text(draw_markdown(measured), encoding="utf-8")
         (draft.path / "report.html").write_text(draw_html(measured), encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vpr import __version__
+from vpr.environment import environment
 from vpr.errors import UserError
 from vpr.images import Preprocess
 
@@ -122,7 +123,6 @@ class Draft:
     outputs: list[TensorSpec] = field(default_factory=list)
     catalog: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
     unlisted: frozenset[str] = frozenset()
 
 
@@ -259,7 +259,7 @@ def _finish(draft: Draft) -> None:
         outputs=draft.outputs,
         catalog=draft.catalog,
         metrics=draft.metrics,
-        environment=draft.environment,
+        environment=environment(),
         files=files,
     )
     path = draft.path / CARD_NAME

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks.doctor import DoctorConfig, doctor, examine
-from benchmarks.environment import environment, package_versions, parse_gpus
+from vpr.environment import environment, package_versions, parse_gpus
 
 
 def test_every_backend_is_found_or_missing_with_a_reason() -> None:
