@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, find_current, load_artifact, plain, write_artifact
+from vpr.artifact import Artifact, Draft, find_current, load_artifact, plain, write_artifact
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Box, ImageRefused, decode_bytes
@@ -144,32 +144,52 @@ def build_catalog(config: CatalogConfig) -> Path:
         UserError: no pictures, a broken table, or (without ``skip_unreadable``) a picture that cannot be read.
     """
     values = plain(config)
-    if config.reader != "sample":
-        values["root"] = str(Path(config.root).resolve())
-    elif find_current(config.output, "catalog", values, []):
+    if config.reader == "sample":
+        return _build_sample(config, values)
+    values["root"] = str(Path(config.root).resolve())
+    rows = list(READERS[config.reader](Path(config.root)))
+    if not rows:
+        raise UserError(f"{config.root}: no pictures here: check --root and --reader")
+    good, refused = check_pictures(_root(config), rows, config.skip_unreadable)
+    if not good:
+        raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
+    catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), _root(config))
+    old = find_current(config.output, "catalog", values, [])
+    if old and (old.card.catalog, old.card.metrics["set_aside"]) == (catalog.summary(), len(refused)):
         say(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
-        if config.reader == "sample":
-            from vpr.sample import unpack
-
-            draft.unlisted = frozenset({"images"})
-            root, rows = draft.path, list(unpack(draft.path))
-        else:
-            root, rows = _root(config), list(READERS[config.reader](Path(config.root)))
-        if not rows:
-            raise UserError(f"{config.root}: no pictures here: check --root and --reader")
-        good, refused = check_pictures(root, rows, config.skip_unreadable)
-        if not good:
-            raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
-        table = split_by_product(table_of(good), config.validation, config.test, config.seed)
-        pq.write_table(table, draft.path / "catalog.parquet")
-        _write_set_aside(draft.path / "set_aside.csv", refused)
-        catalog = Catalog(table, root)
-        draft.catalog = catalog.summary()
-        draft.metrics = {"pictures": len(catalog), "set_aside": len(refused)}
-    say(f"{config.output}: {len(catalog)} pictures of {len(set(catalog.products))} products, {len(refused)} set aside")
+        _fill(draft, catalog, refused)
+    _say_built(config, catalog, refused)
     return Path(config.output)
+
+
+def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
+    """The embedded sample, its pictures unpacked into the artifact."""
+    from vpr.sample import unpack
+
+    if find_current(config.output, "catalog", values, []):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    with write_artifact(config.output, "catalog", values) as draft:
+        draft.unlisted = frozenset({"images"})
+        rows, _ = check_pictures(draft.path, list(unpack(draft.path)), skip_unreadable=False)
+        catalog = Catalog(split_by_product(table_of(rows), config.validation, config.test, config.seed), draft.path)
+        _fill(draft, catalog, [])
+    _say_built(config, catalog, [])
+    return Path(config.output)
+
+
+def _fill(draft: Draft, catalog: Catalog, refused: list[ImageRefused]) -> None:
+    pq.write_table(catalog.table, draft.path / "catalog.parquet")
+    _write_set_aside(draft.path / "set_aside.csv", refused)
+    draft.catalog = catalog.summary()
+    draft.metrics = {"pictures": len(catalog), "set_aside": len(refused)}
+
+
+def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[ImageRefused]) -> None:
+    products = len(set(catalog.products.tolist()))
+    say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside")
 
 
 def load_catalog(path: Path | str) -> Catalog:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,16 @@ def test_checksum_ignores_the_order_of_rows(catalog: Catalog) -> None:
     turned = Catalog(catalog.table.take(pa.array(np.arange(len(catalog))[::-1])), catalog.root)
     assert turned.sha256 == catalog.sha256
     assert catalog.select(split="test").sha256 != catalog.sha256
+
+
+def test_reading_unchanged_pictures_again_keeps_the_artifact(texture_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(texture_folder, root)
+    config = CatalogConfig(reader="folder", root=str(root), output=str(tmp_path / "c"), test=0.5)
+    first = load_artifact(build_catalog(config)).sha256
+    assert load_artifact(build_catalog(config)).sha256 == first
+    (root / "product-00" / "0.jpg").unlink()
+    assert load_artifact(build_catalog(config)).sha256 != first
 
 
 def test_unreadable_pictures_are_set_aside_with_a_reason(texture_folder: Path, tmp_path: Path) -> None:
