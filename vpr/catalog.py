@@ -6,7 +6,6 @@ import csv
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image
 
-from vpr.artifact import Artifact, Draft, find_current, load_artifact, plain, write_artifact
+from vpr.artifact import Artifact, Draft, Parent, find_current, load_artifact, plain, write_artifact
 from vpr.console import say
 from vpr.errors import UserError
-from vpr.images import Box, ImageRefused, decode_bytes
+from vpr.images import Box, ImageRefused, decode, decode_bytes, read_picture
 from vpr.readers import READERS, Row
 
+Refused = tuple[str, str]
 ROLES = ("train", "gallery", "query")
 SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
@@ -38,7 +39,9 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-_CHECK_SIZE = 64
+NEAR_BITS = 4
+_CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
+_BLOCK = 1 << 23  # comparisons of hashes at a time
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ class Catalog:
     @property
     def sha256(self) -> str:
         """Checksum of what the rows say, whatever order or file they came from."""
-        names = ["image", "product", "role", "split", "sha256"]
-        lines = sorted(zip(*(self.table[name].to_pylist() for name in names), strict=True))
+        columns = [self.table[name].to_pylist() for name in ("image", "product", "role", "split", "sha256")]
+        if self.table["box"].null_count < len(self):
+            columns.append([str(box) for box in self.table["box"].to_pylist()])
+        lines = sorted(zip(*columns, strict=True))
         return hashlib.sha256(repr(lines).encode()).hexdigest()
 
     def path(self, row: int) -> Path:
@@ -150,12 +155,13 @@ def build_catalog(config: CatalogConfig) -> Path:
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:
         raise UserError(f"{config.root}: no pictures here: check --root and --reader")
-    good, refused = check_pictures(_root(config), rows, config.skip_unreadable)
+    root = _root(config.reader, config.root)
+    good, refused = check_pictures(root, rows, config.skip_unreadable)
     if not good:
         raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
-    catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), _root(config))
+    catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), root)
     old = find_current(config.output, "catalog", values, [])
-    if old and (old.card.catalog, old.card.metrics["set_aside"]) == (catalog.summary(), len(refused)):
+    if old and old.card.metrics["set_aside"] == len(refused) and load_catalog(old.path).table.equals(catalog.table):
         say(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
@@ -180,16 +186,33 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     return Path(config.output)
 
 
-def _fill(draft: Draft, catalog: Catalog, refused: list[ImageRefused]) -> None:
+def _fill(draft: Draft, catalog: Catalog, refused: list[Refused]) -> None:
     pq.write_table(catalog.table, draft.path / "catalog.parquet")
-    _write_set_aside(draft.path / "set_aside.csv", refused)
+    with (draft.path / "set_aside.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["image", "reason"])
+        writer.writerows(refused)
     draft.catalog = catalog.summary()
     draft.metrics = {"pictures": len(catalog), "set_aside": len(refused)}
 
 
-def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[ImageRefused]) -> None:
+def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Refused]) -> None:
+    where = " (listed in set_aside.csv)" if refused else ""
     products = len(set(catalog.products.tolist()))
-    say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside")
+    say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside{where}")
+
+
+def write_catalog(path: Path | str, catalog: Catalog, parents: list[Parent] | None = None) -> Path:
+    """Write a catalogue that was merged or selected, so that stages can be given it; the pictures stay in its root.
+
+    Args:
+        path: of the artifact.
+        catalog: what to write.
+        parents: the catalogues that it was made from.
+    """
+    with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}, parents) as draft:
+        _fill(draft, catalog, [])
+    return Path(path)
 
 
 def load_catalog(path: Path | str) -> Catalog:
@@ -203,9 +226,12 @@ def load_catalog(path: Path | str) -> Catalog:
         table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
     except (pa.ArrowInvalid, ValueError, KeyError) as error:
         raise UserError(f"{artifact.path}: catalog.parquet is not a catalogue ({error}): build it again") from None
-    sample = artifact.card.config.get("reader") == "sample"
-    root = artifact.path if sample else Path(artifact.card.config["root"])
-    return Catalog(table, root if root.is_dir() else root.parent, artifact)
+    config = artifact.card.config
+    if config.get("reader") == "sample":
+        return Catalog(table, artifact.path, artifact)
+    if not isinstance(config.get("root"), str):
+        raise UserError(f"{artifact.path}: its card does not say where the pictures are ('root'): build it again")
+    return Catalog(table, _root(config.get("reader"), config["root"]), artifact)
 
 
 def table_of(rows: list[Row]) -> pa.Table:
@@ -217,7 +243,7 @@ def table_of(rows: list[Row]) -> pa.Table:
     return pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
 
 
-def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[ImageRefused]]:
+def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Refused]]:
     """Decode every picture once and add its ``sha256``.
 
     Args:
@@ -226,15 +252,16 @@ def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[
         skip_unreadable: collect refusals instead of raising the first.
 
     Returns:
-        the readable rows, and the refusals.
+        the readable rows, and (image, reason) of the others.
     """
-    good, refused = [], []
+    good: list[Row] = []
+    refused: list[Refused] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
             if isinstance(outcome, str):
                 good.append({**row, "sha256": outcome})
             elif skip_unreadable:
-                refused.append(outcome)
+                refused.append((row["image"], outcome.reason))
             else:
                 pool.shutdown(cancel_futures=True)
                 raise outcome
@@ -253,6 +280,9 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
         validation: share of products.
         test: share of products.
         seed: the same products and seed give the same split, whatever the order of the rows.
+
+    Raises:
+        UserError: shares that leave no training products, or a share that comes to no product.
     """
     if validation == 0 and test == 0:
         return table
@@ -260,13 +290,19 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
         raise UserError(f"validation {validation} and test {test}: shares of products, together less than 1")
     rows = table.to_pylist()
     pictures: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["product"], row["image"])):
+    for row in sorted(rows, key=lambda row: (row["product"], row["image"], str(row["box"]))):
         pictures.setdefault(row["product"], []).append(row)
     names = np.array([name for name, group in pictures.items() if len(group) > 1], dtype=np.str_)
     np.random.default_rng(seed).shuffle(names)
     tests, validations = round(test * len(pictures)), round(validation * len(pictures))
     held = dict.fromkeys(names[:tests].tolist(), "test")
     held.update(dict.fromkeys(names[tests : tests + validations].tolist(), "validation"))
+    for name, share in (("validation", validation), ("test", test)):
+        if share and name not in held.values():
+            raise UserError(
+                f"{name} {share}: is none of {len(pictures)} products, {len(names)} of which have the two pictures "
+                "that a query and its gallery need: raise it or add pictures"
+            )
     for name, group in pictures.items():
         for number, row in enumerate(group):
             row["split"] = held.get(name, "train")
@@ -295,46 +331,97 @@ def check_leaks(train: Catalog, evaluation: Catalog) -> None:
         )
 
 
-def merge(catalogs: list[Catalog]) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """Join catalogues into one table with absolute paths.
+@dataclass(frozen=True)
+class Duplicates:
+    """Pictures that a joined catalogue holds more than once, as pairs of files (later one, earlier one).
+
+    Attributes:
+        same_bytes: the two have the same checksum; both names are equal where two catalogues list one file.
+        near_same: their :func:`picture_hash` differs in few bits; each picture is paired with its nearest earlier one.
+    """
+
+    same_bytes: list[tuple[str, str]]
+    near_same: list[tuple[str, str]]
+
+
+def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Duplicates]:
+    """Join catalogues and look for pictures that they repeat.
+
+    Rows that say the same of the same file (product and box too) become one; every other row stays,
+    and the report says which repeat each other. Products of the same id become one product.
+    Near-same pairs are candidates for a person to look at: small objects on a plain ground hash alike.
+
+    Args:
+        catalogs: at least one; every distinct picture is decoded once.
+        bits: largest difference, of 64, between hashes of near-same pictures.
 
     Returns:
-        the table without repeated pictures, and pairs of (left out, kept) paths with the same bytes.
+        the joined catalogue, whose root is the folder that holds all of theirs, and the duplicates.
     """
+    roots = [catalog.root.resolve() for catalog in catalogs]
+    root = Path(os.path.commonpath(roots))
     kept: dict[str, Row] = {}
-    repeated: list[tuple[str, str]] = []
-    for row in _absolute_rows(catalogs):
-        first = kept.setdefault(row["sha256"], row)
-        if first is not row:
-            repeated.append((row["image"], first["image"]))
-    return pa.Table.from_pylist(list(kept.values()), schema=SCHEMA), repeated
-
-
-def _absolute_rows(catalogs: list[Catalog]) -> Iterator[Row]:
-    for catalog in catalogs:
+    by_bytes: dict[str, str] = {}
+    same: list[tuple[str, str]] = []
+    for catalog, folder in zip(catalogs, roots, strict=True):
         for row in catalog.table.to_pylist():
-            yield {**row, "image": str((catalog.root / row["image"]).resolve())}
+            image = (folder / row["image"]).relative_to(root).as_posix()
+            first = by_bytes.setdefault(row["sha256"], image)
+            key = repr((image, row["product"], row["box"]))
+            if first != image or key in kept:
+                same.append((image, first))
+            kept.setdefault(key, {**row, "image": image})
+    joined = Catalog(pa.Table.from_pylist(list(kept.values()), schema=SCHEMA), root)
+    images = list(by_bytes.values())
+    pairs = near_pairs(_hashes([root / image for image in images]), bits)
+    return joined, Duplicates(same, [(images[later], images[earlier]) for later, earlier in pairs.tolist()])
 
 
-def _root(config: CatalogConfig) -> Path:
-    path = Path(config.root)
-    return path if path.is_dir() else path.parent
+def picture_hash(picture: Image.Image) -> int:
+    """64-bit difference hash: is each of 8 x 8 places darker than its right neighbour (N. Krawetz, "dHash", 2013)."""
+    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
+    """For each hash the nearest earlier one, if it differs in at most ``bits``.
+
+    Compares all with all in blocks of bounded memory (about 80 MB).
+
+    Args:
+        hashes: (n,) uint64.
+        bits: largest Hamming distance.
+
+    Returns:
+        (pairs, 2) int64, rows of (later, earlier).
+    """
+    found = [np.empty((0, 2), dtype=np.int64)]
+    step = max(1, _BLOCK // max(1, len(hashes)))
+    for start in range(0, len(hashes), step):
+        later = np.arange(start, min(start + step, len(hashes)))
+        distance = np.bitwise_count(hashes[later, None] ^ hashes[None, : later[-1] + 1])
+        distance[np.arange(later[-1] + 1)[None, :] >= later[:, None]] = 255
+        nearest = distance.argmin(axis=1)
+        close = distance[np.arange(len(later)), nearest] <= bits
+        found.append(np.stack([later[close], nearest[close]], axis=1))
+    return np.concatenate(found)
+
+
+def _hashes(paths: list[Path]) -> NDArray[np.uint64]:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        hashes = pool.map(lambda path: picture_hash(decode(path, shortest=_CHECK_SIZE)), paths)
+        return np.fromiter(hashes, dtype=np.uint64, count=len(paths))
+
+
+def _root(reader: str | None, root: str) -> Path:
+    return Path(root).parent if reader == "csv" else Path(root)
 
 
 def _check(root: Path, row: Row) -> str | ImageRefused:
     path, box = root / row["image"], row["box"]
     try:
-        data = path.read_bytes()
+        data = read_picture(path)
         decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)
     except ImageRefused as refused:
         return refused
-    except OSError as error:
-        return ImageRefused(path, error.strerror or "cannot be read")
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_set_aside(path: Path, refused: list[ImageRefused]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["reason"])
-        writer.writerows([str(one)] for one in refused)

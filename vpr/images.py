@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from vpr.errors import UserError
@@ -18,6 +19,18 @@ MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# EXIF 2.3, tag 0x0112: what makes the stored picture upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Box = tuple[float, float, float, float]
 
@@ -61,7 +74,7 @@ class Preprocess(BaseModel):
         if self.resize == "squash":
             image = image.resize((self.size, self.size), resampling)
         else:
-            image = ImageOps.fit(image, (self.size, self.size), resampling)
+            image = image.resize((self.size, self.size), resampling, _centre_box(image.width, image.height, self.size))
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -77,6 +90,19 @@ class Preprocess(BaseModel):
         return scale.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
 
 
+def _centre_box(width: int, height: int, size: int) -> Box:
+    """(left, top, right, bottom) whose resize to a square is torchvision's ``Resize(size)`` and ``CenterCrop(size)``.
+
+    Resizing only this box gives the same pixels without ever making the long side of a very long picture.
+    """
+    shorter = min(width, height)
+    scaled = (int(size * width / shorter), int(size * height / shorter))
+    left, top = (round((side - size) / 2.0) for side in scaled)
+    across, down = width / scaled[0], height / scaled[1]
+    # Rounding may put the far edge a hair outside, which Pillow refuses.
+    return left * across, top * down, min((left + size) * across, width), min((top + size) * down, height)
+
+
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
     """Decode a file to RGB with bounded memory.
 
@@ -89,12 +115,19 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
     Raises:
         ImageRefused: not a picture, truncated, or too large.
     """
-    path = Path(path)
+    return decode_bytes(read_picture(Path(path)), path, box, shortest)
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture's file; :class:`ImageRefused` if it is missing, too large or no plain file."""
     try:
+        # Opening a pipe would wait for ever, a device might never end.
+        if path.exists() and not path.is_file():
+            raise ImageRefused(path, "not a file")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise ImageRefused(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
-        return decode_bytes(path.read_bytes(), path, box, shortest)
+        return path.read_bytes()
     except OSError as error:
         raise ImageRefused(path, error.strerror or "cannot be read") from None
 
@@ -111,14 +144,20 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
             if shortest and box is None:
                 image.draft("RGB", (2 * shortest, 2 * shortest))
             image.load()
-            image = _to_rgb(ImageOps.exif_transpose(image))
+            image = _to_rgb(_upright(image))
     except ImageRefused:
         raise
     except Image.UnidentifiedImageError:
         raise ImageRefused(name, "not a picture") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ImageRefused(name, f"truncated or broken picture ({error})") from None
     return image if box is None else _cut(image, box, name)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the other tags anew, and one broken tag would lose a good picture.
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from vpr.errors import UserError
 
 Row = dict[str, Any]
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _MAX_FIELD = 1 << 20
 
 
@@ -110,9 +111,14 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
 
 
 def _inside(root: Path, name: str, table: Path, line: int) -> str:
-    """``name`` if the file stays below ``root``, links followed."""
+    """``name`` if it is relative and the file stays below ``root``, links followed."""
     where = f"{table}: line {line}: " if line else ""
-    if "\0" in name or "\n" in name or not (root / name).resolve().is_relative_to(root.resolve()):
+    try:
+        plain_name = not Path(name).is_absolute() and "\0" not in name and "\n" not in name
+        inside = plain_name and (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links that go round in circles, a name too long for the file system
+        inside = False
+    if not inside:
         raise UserError(f"{where}'{name}' leads out of {root}: use paths below it")
     return name
 
@@ -122,6 +128,6 @@ def _box(values: list[str], table: Path, line: int) -> dict[str, float]:
         x, y, w, h = (float(value) for value in values)
     except ValueError:
         raise UserError(f"{table}: line {line}: box {values} is not four numbers: mend the row") from None
-    if not (w > 0 and h > 0 and max(map(abs, (x, y, w, h))) < 1e6):
+    if not (w > 0 and h > 0 and all(math.isfinite(v) and abs(v) < 1e6 for v in (x, y, w, h))):
         raise UserError(f"{table}: line {line}: box {values} has no area or is out of range: mend the row")
     return {"x": x, "y": y, "w": w, "h": h}

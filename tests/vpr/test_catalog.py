@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vpr.artifact import load_artifact
 from vpr.catalog import (
@@ -18,8 +19,10 @@ from vpr.catalog import (
     check_leaks,
     load_catalog,
     merge,
+    near_pairs,
     split_by_product,
     table_of,
+    write_catalog,
 )
 from vpr.errors import UserError
 
@@ -44,6 +47,8 @@ def _rows(counts: list[int]) -> list[dict[str, object]]:
 def test_splits_are_by_product_and_do_not_depend_on_the_order(
     counts: list[int], validation: float, test: float, seed: int, shuffle: object
 ) -> None:
+    assume(round(test * len(counts)) and (validation == 0 or round(validation * len(counts))))
+    assume(sum(count > 1 for count in counts) >= round(test * len(counts)) + round(validation * len(counts)))
     rows = _rows(counts)
     first = split_by_product(table_of(rows), validation, test, seed).to_pylist()
     shuffle.shuffle(rows)
@@ -58,7 +63,7 @@ def test_splits_are_by_product_and_do_not_depend_on_the_order(
             assert "query" in roles
             assert "gallery" in roles
     tests = {row["product"] for row in first if row["split"] == "test"}
-    assert len(tests) <= round(test * len(counts))
+    assert len(tests) == round(test * len(counts))
 
 
 def test_a_built_catalogue_is_read_back_and_selected(catalog: Catalog) -> None:
@@ -97,7 +102,18 @@ def test_unreadable_pictures_are_set_aside_with_a_reason(texture_folder: Path, t
     config = CatalogConfig(reader="folder", root=str(root), output=str(tmp_path / "c"), skip_unreadable=True)
     built = load_artifact(build_catalog(config))
     assert built.card.metrics == {"pictures": 2, "set_aside": 1}
-    assert "a/2.jpg: not a picture" in built.file("set_aside.csv").read_text()
+    assert built.file("set_aside.csv").read_text() == "image,reason\na/2.jpg,not a picture\n"
+
+
+def test_a_changed_box_is_not_taken_for_up_to_date(texture_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(texture_folder / "product-00" / "0.jpg", tmp_path / "a.jpg")
+    config = CatalogConfig(reader="csv", root=str(tmp_path / "t.csv"), output=str(tmp_path / "c"))
+    seen = []
+    for left in (1, 9):
+        (tmp_path / "t.csv").write_text(f"image,product,box_x,box_y,box_w,box_h\na.jpg,shoe,{left},1,5,5\n")
+        seen.append(load_catalog(build_catalog(config)))
+    assert [catalog.box(0) for catalog in seen] == [(1, 1, 5, 5), (9, 1, 5, 5)]
+    assert seen[0].sha256 != seen[1].sha256
 
 
 def test_leaks_of_products_and_of_bytes_are_refused(catalog: Catalog) -> None:
@@ -110,17 +126,58 @@ def test_leaks_of_products_and_of_bytes_are_refused(catalog: Catalog) -> None:
         check_leaks(again, catalog.select(split="test"))
 
 
-def test_merging_leaves_out_repeated_bytes_and_says_which(catalog: Catalog) -> None:
+def test_merging_a_catalogue_with_part_of_itself_adds_no_rows_and_says_which(catalog: Catalog) -> None:
     test = catalog.select(split="test")
-    table, repeated = merge([catalog, test])
-    assert table.num_rows == len(catalog)
-    assert len(repeated) == len(test)
-    assert all(left == kept for left, kept in repeated)
+    joined, duplicates = merge([catalog, test])
+    assert joined.sha256 == catalog.sha256
+    assert len(duplicates.same_bytes) == len(test)
+    assert all(later == earlier for later, earlier in duplicates.same_bytes)
+
+
+def test_merging_reports_copies_and_near_copies_of_another_source(
+    catalog: Catalog, texture_folder: Path, tmp_path: Path
+) -> None:
+    shop = tmp_path / "shop" / "shoe"
+    shop.mkdir(parents=True)
+    shutil.copy(texture_folder / "product-03" / "2.jpg", shop / "copy.jpg")
+    with Image.open(texture_folder / "product-05" / "4.jpg") as picture:
+        picture.resize((80, 80)).save(shop / "larger.png")
+    config = CatalogConfig(reader="folder", root=str(tmp_path / "shop"), output=str(tmp_path / "catalog"))
+    joined, duplicates = merge([catalog, load_catalog(build_catalog(config))])
+    assert len(joined) == len(catalog) + 2
+    assert all(joined.path(row).is_file() for row in range(len(joined)))
+    (same,) = duplicates.same_bytes
+    assert [name.split("/")[-2:] for name in same] == [["shoe", "copy.jpg"], ["product-03", "2.jpg"]]
+    (near,) = [pair for pair in duplicates.near_same if "shoe" in pair[0]]
+    assert [name.split("/")[-2:] for name in near] == [["shoe", "larger.png"], ["product-05", "4.jpg"]]
+    again = load_catalog(write_catalog(tmp_path / "joined", joined))
+    assert again.sha256 == joined.sha256
+    assert again.path(0) == joined.path(0)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=12), st.integers(0, 20), st.integers(1, 40))
+def test_near_pairs_equal_a_plain_loop(values: list[int], bits: int, block: int) -> None:
+    values = [*values, *(value ^ 5 for value in values)]
+    expected = []
+    for later, value in enumerate(values):
+        distances = [(value ^ other).bit_count() for other in values[:later]]
+        if distances and min(distances) <= bits:
+            expected.append([later, distances.index(min(distances))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpr.catalog._BLOCK", block)
+        assert near_pairs(np.array(values, dtype=np.uint64), bits).tolist() == expected
 
 
 def test_shares_that_leave_no_training_are_refused() -> None:
     with pytest.raises(UserError, match="together less than 1"):
         split_by_product(table_of(_rows([2, 2])), 0.5, 0.5, 0)
+
+
+def test_a_share_that_comes_to_no_product_is_refused() -> None:
+    with pytest.raises(UserError, match=r"validation 0\.1: is none of 2 products"):
+        split_by_product(table_of(_rows([2, 2])), 0.1, 0, 0)
+    with pytest.raises(UserError, match=r"test 0\.5: is none of 4 products, 0 of which have the two pictures"):
+        split_by_product(table_of(_rows([1, 1, 1, 1])), 0, 0.5, 0)
 
 
 def test_an_unknown_role_is_refused() -> None:
@@ -149,4 +206,15 @@ def test_a_catalogue_of_another_form_is_refused(catalog: Catalog, tmp_path: Path
     with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
         pq.write_table(pa.table({"image": ["a"]}), draft.path / "catalog.parquet")
     with pytest.raises(UserError, match="not a catalogue"):
+        load_catalog(tmp_path / "c")
+
+
+def test_a_card_that_does_not_say_where_the_pictures_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from vpr.artifact import write_artifact
+
+    with write_artifact(tmp_path / "c", "catalog", {}) as draft:
+        pq.write_table(catalog.table, draft.path / "catalog.parquet")
+    with pytest.raises(UserError, match="does not say where the pictures are"):
         load_catalog(tmp_path / "c")

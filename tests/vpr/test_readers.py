@@ -61,16 +61,19 @@ def test_csv_with_everything(tmp_path: Path) -> None:
         ("image,product\na.jpg,\n", "line 2: no value for 'product'"),
         ("image,product\na.jpg\n", "line 2: no value for 'product'"),
         ("image,product\n../../etc/passwd,1\n", "line 2: '../../etc/passwd' leads out of"),
-        ("image,product\n/etc/passwd,1\n", "leads out of"),
+        ("image,product\n/etc/passwd,1\n", "line 2: '/etc/passwd' leads out of"),
+        ("image,product\nloop/a.jpg,1\n", "line 2: 'loop/a.jpg' leads out of"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,x,4\n", "is not four numbers"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,0,4\n", "has no area"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,nan,2,3,4\n", "out of range"),
+        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,5,nan,3,4\n", "out of range"),
         ('image,product\n"a' + "x" * (2 << 20) + '",1\n', "field larger than field limit"),
     ],
 )
 def test_broken_csv_names_file_line_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     table = tmp_path / "t.csv"
     table.write_text(text)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=message) as caught:
         list(read_csv(table))
     assert str(table) in str(caught.value)
@@ -101,3 +104,24 @@ def test_missing_tables_are_named(tmp_path: Path) -> None:
         list(read_products10k(tmp_path))
     with pytest.raises(UserError, match=r"gallery\.csv: no such file"):
         list(read_aicrowd(tmp_path))
+
+
+def test_an_absolute_path_is_refused_even_inside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"image,product\n{tmp_path}/a.jpg,1\n")
+    with pytest.raises(UserError, match="leads out of"):
+        list(read_csv(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("alone", ["train", "test_kaggletest"])
+def test_either_products10k_table_may_be_alone(alone: str, tmp_path: Path) -> None:
+    (tmp_path / f"{alone}.csv").write_text("name,class\n1.jpg,7\n")
+    (row,) = read_products10k(tmp_path)
+    assert row["image"] == ("train/1.jpg" if alone == "train" else "test/1.jpg")
+
+
+def test_csv_paths_are_relative_to_its_folder_after_loading_too(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(picture)
+    (tmp_path / "photos" / "t.csv").write_text("image,product\na.jpg,1\n")
+    config = CatalogConfig(reader="csv", root=str(tmp_path / "photos" / "t.csv"), output=str(tmp_path / "catalog"))
+    assert load_catalog(build_catalog(config)).path(0).read_bytes() == picture

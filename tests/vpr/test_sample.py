@@ -5,8 +5,10 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import vpr.sample
 from vpr.catalog import Catalog, CatalogConfig, build_catalog, check_leaks, load_catalog
@@ -56,6 +58,31 @@ def test_every_product_is_attributed(sample: Catalog) -> None:
     assert set(rows) == set(sample.products.tolist())
     assert {row["license"] for row in rows.values()} == {"CC0-1.0", "CC-BY-3.0"}
     assert all(row["creator"] for row in rows.values())
+
+
+def test_packing_is_deterministic_and_takes_only_products_with_enough_views(tmp_path: Path) -> None:
+    folder, rng = tmp_path / "renders", np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    lines, credits = ["path,product,category,role,view"], ["product,name,creator,license"]
+    for product in range(13):
+        credits.append(f"p{product:03d},Chair,Someone,CC0-1.0")
+        for view in range(9 if product == 0 else 10):
+            role = "gallery" if view < 4 else "query"
+            lines.append(f"images/{product}-{view}.jpg,p{product:03d},Office,{role},{view}")
+            Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(folder / lines[-1].split(",")[0])
+    (folder / "images.csv").write_text("\n".join(lines))
+    (folder / "ATTRIBUTION.csv").write_text("\n".join(credits))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        pack(folder, tmp_path / name)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["ATTRIBUTION.csv", *(f"shard-{number}.parquet" for number in range(4))]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    shards = [pq.read_table(tmp_path / "a" / name) for name in names[1:]]
+    products = [set(shard["product"].to_pylist()) for shard in shards]
+    assert sum(map(len, products)) == len(set().union(*products)) == 12
+    assert "p000" not in set().union(*products)
+    assert "p000" not in (tmp_path / "a" / "ATTRIBUTION.csv").read_text()
 
 
 @pytest.mark.data
