@@ -16,7 +16,8 @@ from vpr.artifact import Artifact, find_current, load_artifact, write_artifact
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.errors import UserError
-from vpr.training import LoaderConfig, Normalise, PictureDataset, best_precision, run_folder, validation_loader
+from vpr.loading import LoaderConfig, Normalise, PictureDataset, validation_loader
+from vpr.training import best_precision, run_folder
 from vpr.views import ViewConfig, apply_views, draw_views
 
 

@@ -19,9 +19,8 @@ from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Preprocess
+from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.training import (
-    LoaderConfig,
-    PictureDataset,
     Precision,
     RecallModule,
     decay_groups,
@@ -29,8 +28,6 @@ from vpr.training import (
     finish_run,
     fit,
     run_folder,
-    training_loader,
-    validation_loader,
     warmup_cosine,
 )
 from vpr.views import ViewConfig, apply_views, draw_views

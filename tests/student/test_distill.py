@@ -17,7 +17,7 @@ from vpr.catalog import Catalog
 from vpr.embeddings import load_embeddings, torch_forward
 from vpr.errors import UserError
 from vpr.find import FindConfig, find
-from vpr.training import LoaderConfig
+from vpr.loading import LoaderConfig
 from vpr.views import ViewConfig, apply_views, draw_views
 
 STUDENT = StudentConfig(

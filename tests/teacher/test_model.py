@@ -13,7 +13,8 @@ from teacher.train import StageConfig, TeacherModule, TrainConfig, train
 from vpr.artifact import load_artifact
 from vpr.catalog import Catalog
 from vpr.errors import UserError
-from vpr.training import LoaderConfig, PictureDataset, training_loader, warmup_cosine
+from vpr.loading import LoaderConfig, PictureDataset, training_loader
+from vpr.training import warmup_cosine
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 

@@ -18,12 +18,11 @@ from vpr.catalog import (
     build_catalog,
     check_leaks,
     load_catalog,
-    merge,
-    near_pairs,
     split_by_product,
     table_of,
     write_catalog,
 )
+from vpr.duplicates import merge, near_pairs
 from vpr.errors import UserError
 
 
@@ -164,7 +163,7 @@ def test_near_pairs_equal_a_plain_loop(values: list[int], bits: int, block: int)
         if distances and min(distances) <= bits:
             expected.append([later, distances.index(min(distances))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vpr.catalog._BLOCK", block)
+        patch.setattr("vpr.duplicates._BLOCK", block)
         assert near_pairs(np.array(values, dtype=np.uint64), bits).tolist() == expected
 
 

@@ -59,7 +59,7 @@ def test_squash_and_normalisation_equal_torchvision() -> None:
 
 
 def test_training_and_deployment_see_the_same_numbers() -> None:
-    from vpr.training import Normalise
+    from vpr.loading import Normalise
 
     ours = Preprocess(size=32)
     pixels = ours.pixels(_picture())[None]
