@@ -52,7 +52,9 @@ def steps(folder: str, full: bool) -> list[Step]:
         return Step(name, (*command.split(), *flags, "--output", at(output)), at(output))
 
     catalog = at("catalog")
-    teacher_recipe, student_recipe = f"{_ROOT}/teacher/recipes/{recipe}", f"{_ROOT}/student/recipes/{recipe}"
+    teacher_recipe, student_recipe = (
+        os.path.relpath(_ROOT / stage / "recipes" / recipe) for stage in ("teacher", "student")
+    )
     road = [
         step("catalogue", "catalog", "catalog", reader="sample"),
         step("teacher", "teacher train", "teacher", config=teacher_recipe, catalog=catalog),
