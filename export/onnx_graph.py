@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.parity import parity
-from export.precision import to_fp16
+from export.precision import find_overflow, to_fp16
 from student.model import Student, load_student
 from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, write_artifact
 from vpr.catalog import load_catalog
@@ -37,7 +37,7 @@ class OnnxConfig:
         output: where the graph is written.
         precision: ``fp16`` computes in half precision between FP32 input and output.
         opset: 23 has one ``Attention`` per layer, which TensorRT fuses since 10.14; 20 spells it out
-            for older runtimes.
+            for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both rightly and equally fast.
         catalog: catalogue whose first pictures the graph is checked on; random pixels if empty.
         split: of that catalogue; checking trains nothing, so the test pictures may be used.
         pictures: how many pictures are checked.
@@ -55,6 +55,8 @@ class OnnxConfig:
 def export_onnx(config: OnnxConfig) -> Path:
     """Export, compare with PyTorch, and write an artifact of kind ``onnx``.
 
+    The card's ``fp32_nodes`` are those that FP16 cannot hold, found on training pictures.
+
     Raises:
         UserError: the FP32 graph departs from PyTorch by more than 1e-4 anywhere.
     """
@@ -68,13 +70,16 @@ def export_onnx(config: OnnxConfig) -> Path:
     if preprocess is None:
         raise UserError(f"{config.student}: its card has no preprocessing: distil it again")
     graph = trace(model, preprocess.size, config.opset)
+    wide = find_overflow(graph, _inputs(config, preprocess, "train"))
+    if wide:
+        say(f"{config.output}: {len(wide)} nodes are beyond FP16's range and stay FP32, the first is {wide[0]}")
     if config.precision == "fp16":
-        graph = to_fp16(graph)
-    metrics = _compare(model, graph, _inputs(config, preprocess), config)
+        graph = to_fp16(graph, wide)
+    metrics = _compare(model, graph, _inputs(config, preprocess, config.split), config)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(graph, draft.path / "model.onnx")
         describe(draft, student, graph)
-        draft.metrics = {**metrics, "nodes": count_operators(graph)}
+        draft.metrics = {**metrics, "fp32_nodes": wide, "nodes": count_operators(graph)}
     say(
         f"{config.output}: {config.precision} graph, cosine to PyTorch {metrics['cosine_min']:.6f} at least, "
         f"max abs {metrics['max_abs']:.1e}"
@@ -157,9 +162,11 @@ def _name_by_module(graph: onnx.ModelProto) -> None:
         del node.metadata_props[:]
 
 
-def _inputs(config: OnnxConfig, preprocess: Preprocess) -> NDArray[np.float32]:
+def _inputs(config: OnnxConfig, preprocess: Preprocess, split: str) -> NDArray[np.float32]:
     if config.catalog:
-        part = load_catalog(config.catalog).select(split=config.split)
+        part = load_catalog(config.catalog).select(split=split)
+        if not len(part):
+            raise UserError(f"{config.catalog}: no pictures of the {split} split: give another catalogue, or none")
         # Spread over the split: neighbours are views of one product.
         rows = np.linspace(0, len(part) - 1, min(config.pictures, len(part))).astype(int)
         pixels = np.concatenate([read_pixels(part, preprocess, range(row, row + 1)) for row in rows.tolist()])

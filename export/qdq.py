@@ -38,7 +38,9 @@ class Int8Config:
         onnx: FP32 ``onnx`` artifact.
         ranges: ``ranges`` artifact measured on it.
         output: where the graph is written.
-        base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines.
+        base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
+            computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
+            slower than without quantisation over ``fp16``.
         keep: linears whose names begin with one of these stay in the base precision.
     """
 
@@ -67,13 +69,15 @@ def export_int8(config: Int8Config) -> Path:
     thresholds = {name: float(entry["threshold"]) for name, entry in measured.items()}
     quantised = quantise(graph, thresholds, config.keep)
     names = [n.name for n in linear_nodes(graph) if not n.name.startswith(config.keep)]
+    wide = model.card.metrics.get("fp32_nodes", [])
     if config.base == "fp16":
-        quantised = to_fp16(quantised)
+        quantised = to_fp16(quantised, wide)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         describe(draft, model, quantised)
         kept = [n.name for n in linear_nodes(graph) if n.name not in names]
-        draft.metrics = {"quantised": names, "kept": kept, "nodes": count_operators(quantised)}
+        counts = count_operators(quantised)
+        draft.metrics = {"quantised": names, "kept": kept, "fp32_nodes": wide, "nodes": counts}
     say(f"{config.output}: INT8 over {config.base.upper()}, {len(names)} linears quantised, {len(kept)} kept")
     return Path(config.output)
 

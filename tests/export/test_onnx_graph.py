@@ -99,14 +99,5 @@ def test_an_unchanged_export_is_not_made_again(each_student: Path, fp32: Path) -
     assert (fp32 / "card.json").stat().st_mtime_ns == before
 
 
-def test_parity_counts_a_vector_that_is_not_finite_as_opposite() -> None:
-    a = np.eye(3, dtype=np.float32)
-    b = a.copy()
-    b[1] = np.nan
-    found = parity(a, b)
-    assert (found["cosine_min"], found["max_abs"]) == (-1.0, float("inf"))
-    assert found["cosine_mean"] == pytest.approx(1 / 3)
-
-
 def test_only_the_graph_file_is_read(fp32: Path) -> None:
     assert load_onnx(fp32)[1].card.files.keys() == {"model.onnx"}

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pyarrow.parquet as pq
+import pytest
+import torch
+from onnx import numpy_helper
+
+from calibration.calibrate import CalibrateConfig, calibrate, linear_nodes, measure
+from export.onnx_graph import OnnxConfig, export_onnx, load_onnx
+from student.model import load_student
+from vpr.artifact import load_artifact
+from vpr.catalog import Catalog
+from vpr.embeddings import read_batches
+from vpr.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def fp32(student_artifact: Path) -> Path:
+    return export_onnx(OnnxConfig(str(student_artifact), str(student_artifact.parent / "calibrated")))
+
+
+@pytest.fixture(scope="module")
+def config(fp32: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> CalibrateConfig:
+    assert catalog.artifact is not None
+    output = tmp_path_factory.mktemp("ranges") / "ranges"
+    return CalibrateConfig(str(fp32), str(catalog.artifact.path), str(output), count=40, method="minmax")
+
+
+@pytest.fixture(scope="module")
+def ranges(config: CalibrateConfig) -> Path:
+    return calibrate(config)
+
+
+def test_ranges_are_what_pytorch_s_linears_see(ranges: Path, fp32: Path, catalog: Catalog) -> None:
+    """Forward hooks on the PyTorch student over the recorded pictures give the same largest values."""
+    model, artifact = load_student(fp32.parent / "student")
+    seen: dict[str, float] = {}
+
+    def watch(name: str) -> object:
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            seen[name] = max(seen.get(name, 0.0), inputs[0].abs().max().item())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(watch(name))
+    drawn = set(pq.read_table(ranges / "pictures.parquet")["image"].to_pylist())
+    rows = [i for i, image in enumerate(catalog.table["image"].to_pylist()) if image in drawn]
+    assert len(rows) == 40
+    assert artifact.card.preprocess is not None
+    pictures = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
+    with torch.inference_mode():
+        for batch in read_batches(pictures, artifact.card.preprocess, 7):
+            model(torch.from_numpy(batch))
+    measured = json.loads((ranges / "ranges.json").read_text())
+    for node in linear_nodes(load_onnx(fp32)[0]):
+        layer = node.name.rsplit("/", 1)[0]
+        assert measured[node.input[0]]["threshold"] == pytest.approx(seen[layer], rel=1e-4), layer
+
+
+def test_pictures_are_recorded_and_of_training_products(ranges: Path, catalog: Catalog) -> None:
+    recorded = pq.read_table(ranges / "pictures.parquet")
+    assert recorded.column_names == ["image", "product", "sha256"]
+    assert set(recorded["product"].to_pylist()) <= set(catalog.select(split="train").products.tolist())
+    card = load_artifact(ranges, "ranges").card
+    assert card.metrics == {"pictures": 40, "tensors": 9}
+    assert [parent.role for parent in card.parents] == ["onnx", "catalog"]
+
+
+def test_an_unchanged_calibration_is_not_made_again(config: CalibrateConfig, ranges: Path) -> None:
+    before = (ranges / "card.json").stat().st_mtime_ns
+    calibrate(config)
+    assert (ranges / "card.json").stat().st_mtime_ns == before
+
+
+def test_methods_order_as_they_should(config: CalibrateConfig, ranges: Path, tmp_path: Path) -> None:
+    tables = {"minmax": json.loads((ranges / "ranges.json").read_text())}
+    for method in ("mse", "percentile"):
+        made = calibrate(replace(config, output=str(tmp_path / method), method=method, percentile=99.0))
+        tables[method] = json.loads((made / "ranges.json").read_text())
+    for name, entry in tables["minmax"].items():
+        assert tables["percentile"][name]["threshold"] < entry["threshold"]
+        assert 0 < tables["mse"][name]["threshold"] <= entry["threshold"]
+
+
+def test_scored_pictures_do_not_make_up_for_missing_training_ones(config: CalibrateConfig, tmp_path: Path) -> None:
+    """The catalogue has 128 pictures, half of them of training products."""
+    with pytest.raises(UserError, match="the training split has 64"):
+        calibrate(replace(config, count=65, output=str(tmp_path / "ranges")))
+    assert not (tmp_path / "ranges").exists()
+
+
+def test_a_graph_of_another_precision_is_refused(config: CalibrateConfig, tmp_path: Path, fp32: Path) -> None:
+    half = export_onnx(OnnxConfig(str(fp32.parent / "student"), str(tmp_path / "fp16"), precision="fp16"))
+    with pytest.raises(UserError, match="measured on the FP32 graph"):
+        calibrate(replace(config, onnx=str(half), output=str(tmp_path / "ranges")))
+
+
+def test_a_tensor_that_is_not_finite_is_named(fp32: Path, catalog: Catalog) -> None:
+    graph, artifact = load_onnx(fp32)
+    broken = onnx.ModelProto()
+    broken.CopyFrom(graph)
+    node = linear_nodes(broken)[0]
+    norm = next(n for n in broken.graph.node if node.input[0] in n.output)
+    weight = next(t for t in broken.graph.initializer if t.name == norm.input[1])
+    values = np.full_like(numpy_helper.to_array(weight), np.nan)
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    assert artifact.card.preprocess is not None
+    training = catalog.select(split="train")
+    with pytest.raises(UserError, match=f"tensor '{node.input[0]}' is not finite"):
+        measure(broken, training, artifact.card.preprocess)

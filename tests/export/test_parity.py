@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from export.parity import parity
+
+
+def test_it_agrees_with_pytorch_whatever_the_lengths() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(50, 16)).astype(np.float32)
+    found = (expected + 0.3 * rng.normal(size=(50, 16))).astype(np.float32) * rng.uniform(0.1, 9, (50, 1))
+    cosine = F.cosine_similarity(torch.from_numpy(expected).double(), torch.from_numpy(found).double())
+    result = parity(expected, found.astype(np.float32))
+    assert result["cosine_mean"] == pytest.approx(cosine.mean().item(), abs=1e-6)
+    assert result["cosine_min"] == pytest.approx(cosine.min().item(), abs=1e-6)
+    assert result["max_abs"] == pytest.approx(np.abs(expected - found).max(), rel=1e-5)
+
+
+def test_a_vector_that_is_not_finite_counts_as_opposite() -> None:
+    a = np.eye(3, dtype=np.float32)
+    b = a.copy()
+    b[1] = np.nan
+    found = parity(a, b)
+    assert (found["cosine_min"], found["max_abs"]) == (-1.0, float("inf"))
+    assert found["cosine_mean"] == pytest.approx(1 / 3)
+
+
+def test_a_vector_of_zeros_counts_as_opposite() -> None:
+    a = np.eye(2, dtype=np.float32)
+    assert parity(a, np.zeros_like(a))["cosine_min"] == -1.0
