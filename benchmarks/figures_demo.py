@@ -6,6 +6,7 @@ Parts can be named (``make figures TOPIC=demo PARTS="demo full"``); without any,
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from teacher.model import load_teacher
 from vpr.artifact import load_artifact
 from vpr.console import say
 
-_DEMO, _FULL = ROOT / "runs" / "demo", ROOT / "runs" / "demo-full"
+# Relative, as the demo itself names them: paths are part of an artifact's configuration.
+_DEMO, _FULL = Path("runs/demo"), Path("runs/demo-full")
 
 
 def measure_demo() -> None:
@@ -191,6 +193,7 @@ def _pytest(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     for part in sys.argv[1:] or PARTS:
         say(f"measuring {part}")
         PARTS[part]()

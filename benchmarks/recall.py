@@ -129,8 +129,9 @@ def empty_row(name: str, stage: str, backend: str | None, precision: str | None)
 
 
 def _baseline(name: str, part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[str, Any]:
-    say(f"  scoring {name}")
-    return {**empty_row(name, "baseline", None, None), **score_row(part, vectors, seed), "params": 0}
+    scores = score_row(part, vectors, seed)
+    _say_scores(name, scores)
+    return {**empty_row(name, "baseline", None, None), **scores, "params": 0}
 
 
 def _score(model: Model, part: Catalog, seed: int) -> Scored:
@@ -145,9 +146,15 @@ def _score(model: Model, part: Catalog, seed: int) -> Scored:
         return Scored({**row, "notes": f"not run: {reason}"}, None, model)
     if card.preprocess is None:
         raise UserError(f"{model.artifact.path}: its card has no preprocessing: make the artifact again")
-    say(f"  scoring {model.name}")
     vectors = embed(part, card.preprocess, forward)
-    return Scored({**row, **score_row(part, vectors, seed)}, vectors, model)
+    scores = score_row(part, vectors, seed)
+    _say_scores(model.name, scores)
+    return Scored({**row, **scores}, vectors, model)
+
+
+def _say_scores(name: str, scores: dict[str, Any]) -> None:
+    low, high = scores["ci95"]
+    say(f"  {name}: recall@1 {scores['recall_at_1']:.3f} [{low:.3f}, {high:.3f}], mAP {scores['map']:.3f}")
 
 
 def _against(student: Scored, one: Scored, part: Catalog) -> dict[str, float]:
