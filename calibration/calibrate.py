@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from calibration.ranges import MagnitudeHistogram, Method, threshold
 from calibration.select import select_pictures
-from vpr.artifact import find_current, load_artifact, plain, write_artifact
+from vpr.artifact import find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
@@ -60,7 +60,8 @@ def calibrate(config: CalibrateConfig) -> Path:
     training = catalog.select(split="train")
     rows = select_pictures(training, config.count, config.seed)
     pictures = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
-    graph = onnx.load(model.file("model.onnx"), load_external_data=False)
+    with reading(model):
+        graph = onnx.load(model.file("model.onnx"), load_external_data=False)
     histograms = measure(graph, pictures, model.card.preprocess)
     ranges = {
         name: {"threshold": threshold(h, config.method, config.percentile), "largest": h.largest}

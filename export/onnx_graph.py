@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from export.parity import parity
 from export.precision import find_overflow, to_fp16
 from student.model import Student, load_student
-from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, write_artifact
+from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_pixels
@@ -124,7 +124,11 @@ def describe(draft: Draft, model: Artifact, graph: onnx.ModelProto) -> None:
 def load_onnx(path: Path | str) -> tuple[onnx.ModelProto, Artifact]:
     """Load an ``onnx`` artifact: the graph, checked, and the artifact."""
     artifact = load_artifact(path, "onnx")
-    return onnx.load(artifact.file("model.onnx"), load_external_data=False), artifact
+    with reading(artifact):
+        # External data would be read from wherever the file says; our graphs have none.
+        graph = onnx.load(artifact.file("model.onnx"), load_external_data=False)
+        onnx.checker.check_model(graph)
+    return graph, artifact
 
 
 def session(graph: onnx.ModelProto, threads: int = 0) -> Any:

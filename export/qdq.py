@@ -22,7 +22,7 @@ from calibration.calibrate import linear_nodes
 from calibration.ranges import LEVELS
 from export.onnx_graph import count_operators, describe, load_onnx
 from export.precision import to_fp16
-from vpr.artifact import Artifact, find_current, load_artifact, plain, write_artifact
+from vpr.artifact import Artifact, find_current, load_artifact, plain, reading, write_artifact
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -65,8 +65,9 @@ def export_int8(config: Int8Config) -> Path:
     if find_current(config.output, "onnx", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    measured = json.loads(ranges.file("ranges.json").read_text(encoding="utf-8"))
-    thresholds = {name: float(entry["threshold"]) for name, entry in measured.items()}
+    with reading(ranges):
+        measured = json.loads(ranges.file("ranges.json").read_text(encoding="utf-8"))
+        thresholds = {name: float(entry["threshold"]) for name, entry in measured.items()}
     quantised = quantise(graph, thresholds, config.keep)
     names = [n.name for n in linear_nodes(graph) if not n.name.startswith(config.keep)]
     wide = model.card.metrics.get("fp32_nodes", [])

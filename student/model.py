@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vit_pytorch import ViT
 from vit_pytorch.vit import Attention
 
-from vpr.artifact import Artifact, load_artifact
+from vpr.artifact import Artifact, load_artifact, reading
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def count_multiply_adds(model: nn.Module, image_size: int) -> int:
 def load_student(path: Path | str) -> tuple[Student, Artifact]:
     """Load a student artifact: the network in evaluation mode, and the artifact."""
     artifact = load_artifact(path, "student")
-    model = Student(StudentConfig(**artifact.card.config["model"]))
-    model.load_state_dict(load_file(artifact.file("model.safetensors")))
+    with reading(artifact):
+        model = Student(StudentConfig(**artifact.card.config["model"]))
+        model.load_state_dict(load_file(artifact.file("model.safetensors")))
     return model.eval(), artifact

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vpr.artifact import Artifact, load_artifact
+from vpr.artifact import Artifact, load_artifact, reading
 from vpr.errors import UserError
 from vpr.images import Preprocess
 
@@ -128,11 +128,12 @@ def build_teacher(config: TowerConfig, tower: dict[str, Any], load_pretrained: b
 def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
     """Load a teacher artifact: the network in evaluation mode, and the artifact."""
     artifact = load_artifact(path, "teacher")
-    config = TowerConfig(**artifact.card.config["tower"])
-    model, preprocess = build_teacher(config, artifact.card.config["tower_config"], load_pretrained=False)
-    if preprocess != artifact.card.preprocess:
-        raise UserError(f"{path}: its preprocessing is not this tower's: train it again with this version")
-    model.load_state_dict(load_file(artifact.file("model.safetensors")))
+    with reading(artifact):
+        config = TowerConfig(**artifact.card.config["tower"])
+        model, preprocess = build_teacher(config, artifact.card.config["tower_config"], load_pretrained=False)
+        if preprocess != artifact.card.preprocess:
+            raise UserError(f"{path}: its preprocessing is not this tower's: train it again with this version")
+        model.load_state_dict(load_file(artifact.file("model.safetensors")))
     return model.eval(), artifact
 
 

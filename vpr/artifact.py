@@ -184,6 +184,21 @@ def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None)
     return Artifact(root, card, hashlib.sha256(raw).hexdigest())
 
 
+@contextmanager
+def reading(artifact: Artifact) -> Iterator[None]:
+    """Turn what a reader of an artifact's card and files stumbles over into one line that names it.
+
+    The checksums tell a changed file; this is for one that was written wrong.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{artifact.path}: is no usable {artifact.card.kind} ({reason}): make it again") from None
+
+
 def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent]) -> Artifact | None:
     """The finished artifact at ``path`` if it was made from these very parents and config, else None."""
     _restore_previous(Path(path))

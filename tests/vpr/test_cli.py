@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vpr.artifact import write_artifact
 from vpr.cli import VERBS, main
 
 
@@ -118,3 +119,16 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from vpr.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["student", "onnx"])
+def test_files_written_wrong_are_named_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+) -> None:
+    name, config = ("model.safetensors", {"model": {}}) if kind == "student" else ("model.onnx", {"precision": "fp32"})
+    with write_artifact(tmp_path / kind, kind, config) as draft:
+        (draft.path / name).write_bytes(b"\xff" * 100)
+    verb = ["export", "onnx", "--student"] if kind == "student" else ["export", "engine", "--onnx"]
+    error = _fails(capsys, *verb, str(tmp_path / kind), "--output", str(tmp_path / "out"))
+    assert f"{tmp_path / kind}: is no usable {kind}" in error
+    assert not (tmp_path / "out").exists()
