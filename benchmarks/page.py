@@ -130,9 +130,8 @@ def conditions(report: dict[str, Any]) -> str:
     products = catalog["products"][catalog["split"]]
     return (
         f"{row['queries']} queries against {row['gallery']} gallery pictures of {products} products "
-        f"({catalog['split']} split of {', '.join(catalog['sources'])}) that no stage was trained, calibrated or "
-        f"selected on. Intervals: bootstrap over queries. Latency: p50 on {cpu['model']}, {report['threads']} threads, "
-        f"{gpus}."
+        f"({catalog['split']} split of {', '.join(catalog['sources'])}). Intervals: bootstrap over queries. "
+        f"Latency: p50 on {cpu['model']}, {report['threads']} threads, {gpus}."
     )
 
 

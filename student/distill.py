@@ -140,10 +140,17 @@ def distill(config: DistillConfig) -> Path:
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     check_leaks(training, validation)
     check_leaks(training, catalog.select(split="test"))
+    check_leaks(validation, catalog.select(split="test"))
     preprocess = _preprocess(config, teacher_artifact)
     started = time.monotonic()
     signal = cache_signal(
-        f"{config.output}-views", teacher, teacher_artifact, training, config.views, config.view_count, config.seed
+        f"{Path(config.output)}-views",
+        teacher,
+        teacher_artifact,
+        training,
+        config.views,
+        config.view_count,
+        config.seed,
     )
     L.seed_everything(config.seed, verbose=False)
     student = Student(config.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -70,7 +71,7 @@ def cache_signal(
     preprocess, embedding = artifact.card.preprocess, artifact.card.embedding
     if preprocess is None or embedding is None:
         raise UserError(f"{artifact.path}: its card has no preprocessing or embedding: train the teacher again")
-    config = {"views": asdict(views), "count": count, "seed": seed, "pictures": catalog.sha256}
+    config = {"views": asdict(views), "count": count, "seed": seed, "pictures": _ordered_sha256(catalog)}
     parents = [artifact.as_parent("teacher")]
     if find_current(path, "views", config, parents):
         say(f"{path}: up to date")
@@ -117,6 +118,12 @@ def _embed_view(
             pixels = apply_views(batch["pixels"].to(device), parameters)
             parts.append(teacher(normalise.to(device)(pixels)).float().cpu().numpy().astype(np.float16))
     return np.concatenate(parts)
+
+
+def _ordered_sha256(catalog: Catalog) -> str:
+    """Checksum of the pictures in their order: cached rows are looked up by position."""
+    columns = (catalog.table[name].to_pylist() for name in ("image", "sha256", "box"))
+    return hashlib.sha256(repr(list(zip(*columns, strict=True))).encode()).hexdigest()
 
 
 def _name(view: int) -> str:

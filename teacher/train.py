@@ -169,6 +169,7 @@ def train(config: TrainConfig) -> Path:
         raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
     check_leaks(training, validation)
     check_leaks(training, catalog.select(split="test"))
+    check_leaks(validation, catalog.select(split="test"))
     L.seed_everything(config.seed, verbose=False)
     teacher, preprocess = build_teacher(config.tower, tower, load_pretrained=True)
     module = TeacherModule(config, teacher, preprocess, training, validation)

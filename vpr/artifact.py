@@ -155,6 +155,7 @@ def write_artifact(
     _restore_previous(target)
     if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an artifact: choose another output or remove it")
+    _refuse_other_kind(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -238,6 +239,16 @@ def _parse_card(path: Path, raw: bytes) -> Card:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
+
+
+def _refuse_other_kind(target: Path, kind: Kind) -> None:
+    """An output that names an input, by slip, must not replace it."""
+    try:
+        found = json.loads((target / CARD_NAME).read_bytes())["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if found != kind:
+        raise UserError(f"{target}: holds a {found} artifact, a {kind} would replace it: choose another output")
 
 
 def _verify_file(root: Path, name: str, entry: FileEntry) -> None:

@@ -148,6 +148,8 @@ def build_catalog(config: CatalogConfig) -> Path:
     values = plain(config)
     if config.reader == "sample":
         return _build_sample(config, values)
+    if not config.root:
+        raise UserError(f"root: empty: give the folder or CSV file that the {config.reader} reader reads")
     values["root"] = str(Path(config.root).resolve())
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:

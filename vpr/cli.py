@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         if error.filename is None:
-            raise
+            _fail(f"{_plain_line(error)}: check the network, the disk and the paths")
         _fail(f"{error.filename}: {error.strerror}: check that the path exists, is writable and has room")
     except KeyboardInterrupt:
         sys.exit(130)

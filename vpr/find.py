@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vpr.console import say
@@ -45,12 +46,12 @@ def find(config: FindConfig) -> Path | None:
     scores, found = search(queries.vectors[asked], gallery.vectors[shown], config.k)
     table = Table("query", *[f"top {rank + 1}" for rank in range(config.k)])
     for row in range(min(8, len(asked))):
-        names = [f"{gallery.products[shown[i]]} {s:.2f}" for i, s in zip(found[row], scores[row], strict=True)]
-        table.add_row(queries.products[asked[row]], *names)
+        names = [escape(f"{gallery.products[shown[i]]} {s:.2f}") for i, s in zip(found[row], scores[row], strict=True)]
+        table.add_row(escape(str(queries.products[asked[row]])), *names)
     Console().print(table)
     if not config.output:
         return None
-    partial = Path(f"{config.output}.partial")
+    partial = Path(f"{Path(config.output)}.partial")
     with partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])

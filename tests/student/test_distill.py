@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -93,6 +94,17 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
     found = signal.lookup(rows, 1).numpy()
     # bf16, where the hardware has it, and float16 storage.
     assert (found * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)
+
+
+def test_cached_signal_is_not_reused_for_another_order_of_the_pictures(
+    teacher: Path, catalog: Catalog, tmp_path: Path
+) -> None:
+    model, artifact = load_teacher(teacher)
+    training = catalog.select(split="train")
+    turned = Catalog(training.table.take(pa.array(np.arange(len(training))[::-1])), training.root)
+    first = cache_signal(str(tmp_path / "v"), model, artifact, training, ViewConfig(), count=1, seed=0).artifact.sha256
+    again = cache_signal(str(tmp_path / "v"), model, artifact, turned, ViewConfig(), count=1, seed=0).artifact.sha256
+    assert first != again
 
 
 def test_the_bank_is_drawn_by_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:

@@ -99,3 +99,12 @@ def test_a_symbolic_link_inside_is_refused(artifact: Path, tmp_path: Path) -> No
 def test_another_kind_is_refused(artifact: Path) -> None:
     with pytest.raises(UserError, match="is a ranges artifact, a teacher or student is needed"):
         load_artifact(artifact, ("teacher", "student"))
+
+
+def test_an_output_that_names_an_input_does_not_replace_it(artifact: Path) -> None:
+    with (
+        pytest.raises(UserError, match="holds a ranges artifact, a onnx would replace it"),
+        write_artifact(artifact, "onnx", {}),
+    ):
+        pass
+    assert load_artifact(artifact, "ranges")
