@@ -63,7 +63,7 @@ def _wait_for_checkpoints(process: subprocess.Popen[bytes], output: Path, wanted
     while len(written) < wanted:
         if process.poll() is not None:
             raise UserError(f"{output}: the training ended before it could be killed: give it more epochs")
-        for checkpoint in output.parent.glob(f"{output.name}.run-*/last.ckpt"):
+        for checkpoint in output.parent.glob(f"{output.name}.run-*/**/last.ckpt"):
             written.add(checkpoint.stat().st_mtime_ns)
         time.sleep(0.02)
     return len(written)

@@ -21,9 +21,10 @@ from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.processes import rank_and_world
 from vpr.training import (
-    Precision,
     RecallModule,
+    RunConfig,
     decay_groups,
     drop_checkpoint,
     finish_run,
@@ -54,8 +55,7 @@ class DistillConfig:
         warmup: share of the training spent warming up.
         weight_decay: of matrices; biases and norms have none.
         loader: batches.
-        precision: ``auto`` is bf16 where the hardware multiplies it.
-        validate_every: epochs between validations.
+        run: how it is carried out.
         seed: of weights, order and views.
     """
 
@@ -74,8 +74,7 @@ class DistillConfig:
     warmup: float = 0.1
     weight_decay: float = 0.05
     loader: LoaderConfig = LoaderConfig()
-    precision: Precision = "auto"
-    validate_every: int = 2
+    run: RunConfig = RunConfig(validate_every=2)
     seed: int = 0
 
 
@@ -119,7 +118,7 @@ class StudentModule(RecallModule):
     def configure_optimizers(self) -> Any:
         """AdamW with one warm-up and cosine."""
         config, steps = self.config, int(self.trainer.estimated_stepping_batches)
-        optimizer = torch.optim.AdamW(decay_groups(self.student, config.lr, config.weight_decay))
+        optimizer = torch.optim.AdamW(decay_groups(list(self.student.parameters()), config.lr, config.weight_decay))
         warmup = max(1, int(config.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -127,6 +126,8 @@ class StudentModule(RecallModule):
 
 def distill(config: DistillConfig) -> Path:
     """Distil a student and write it as an artifact of kind ``student``."""
+    if rank_and_world()[1] > 1:
+        raise UserError("vpr student distill: runs in one process: start it without torchrun")
     catalog = load_catalog(config.catalog)
     teacher, teacher_artifact = load_teacher(config.teacher)
     values = plain(config)
@@ -152,6 +153,7 @@ def distill(config: DistillConfig) -> Path:
         config.view_count,
         config.seed,
     )
+    signal_seconds = time.monotonic() - started
     L.seed_everything(config.seed, verbose=False)
     student = Student(config.model)
     size = preprocess.size
@@ -167,7 +169,7 @@ def distill(config: DistillConfig) -> Path:
         validation_loader(PictureDataset(validation, preprocess, keep), config.loader),
     )
     folder = run_folder(config.output, values, parents)
-    best = fit(module, loaders, student, folder, config.epochs, config.validate_every, config.precision)
+    best = fit(module, loaders, student, folder, config.epochs, config.run)
     with write_artifact(config.output, "student", values, parents) as draft:
         finish_run(folder, draft.path)
         draft.preprocess = preprocess
@@ -176,8 +178,8 @@ def distill(config: DistillConfig) -> Path:
         draft.metrics = {
             "val_recall_at_1": best.best,
             "best_epoch": best.epoch,
-            "steps": int(module.trainer.global_step),
-            "seconds": round(time.monotonic() - started, 1),
+            "steps": best.steps,
+            "seconds": round(best.seconds + signal_seconds, 1),
             "parameters": parameters,
             "multiply_adds": multiply_adds,
         }

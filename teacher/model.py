@@ -1,9 +1,9 @@
-"""The teacher: an OpenCLIP image tower, an optional projection, and an L2-normalised output."""
+"""The teacher: an OpenCLIP image tower, what is added to it, and an L2-normalised output."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vpr.artifact import Artifact, load_artifact, reading
+from teacher.tower import drop_projection, overlap_patches, set_size
+from teacher.weights import download, load_tower_weights, read_tower_weights
+from vpr.artifact import CARD_NAME, Artifact, load_artifact, reading
 from vpr.errors import UserError
 from vpr.images import Preprocess
 
 _TOWERS = Path(__file__).parent / "towers"
+# Only the image tower is used; the text tower is made as small as open_clip lets it be.
+_TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,37 @@ class TowerConfig:
 
     Attributes:
         name: an ``open_clip`` model such as ``ViT-H-14``, a JSON file in open_clip's form, or the
-            name of one in ``teacher/towers`` (``sample``).
+            name of one in ``teacher/towers`` (``sample``, ``sample-vit``).
         pretrained: a tag of ``open_clip`` such as ``laion2b_s32b_b79k``, a local ``.safetensors``
-            file, or empty for random weights.
+            file, a teacher artifact of the same tower, or empty for random weights.
         image_size: side of the input in pixels; 0 keeps the tower's own.
+        patch_stride: distance of the patches of a ViT in pixels, less than their side to let them overlap; 0 does not.
         keep_projection: keep CLIP's own projection (ViT-H-14: 1280 to 1024).
+        dropout: share of the tower's output that is dropped in training.
         embedding_dim: a new linear projection to this many dimensions; 0 adds none.
+        batch_norm: BatchNorm of the embedding before it is scaled to unit length.
+        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
         squash: squash the whole picture to the square instead of cropping its centre.
     """
 
     name: str = "ViT-H-14"
     pretrained: str = "laion2b_s32b_b79k"
     image_size: int = 0
+    patch_stride: int = 0
     keep_projection: bool = True
+    dropout: float = 0.0
     embedding_dim: int = 0
+    batch_norm: bool = False
+    gradient_checkpointing: bool = False
     squash: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 16), ("patch_stride", 1), ("embedding_dim", 1)):
+            value = getattr(self, name)
+            if value and value < least:
+                raise UserError(f"tower.{name}: {value}: give 0, or {least} or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"tower.dropout: {self.dropout}: give a share from 0 to below 1")
 
 
 class Teacher(nn.Module):
@@ -47,14 +67,20 @@ class Teacher(nn.Module):
     Args:
         visual: OpenCLIP image tower, (batch, 3, size, size) to (batch, width).
         width: of the tower's output.
-        embedding_dim: of the added projection; 0 adds none.
+        config: what is added to it.
     """
 
-    def __init__(self, visual: nn.Module, width: int, embedding_dim: int = 0) -> None:
+    def __init__(self, visual: nn.Module, width: int, config: TowerConfig) -> None:
         super().__init__()
         self.visual = visual
-        self.project = nn.Linear(width, embedding_dim, bias=False) if embedding_dim else nn.Identity()
-        self.embedding_dim = embedding_dim or width
+        self.embedding_dim = config.embedding_dim or width
+        self.project = nn.Sequential()
+        if config.dropout:
+            self.project.add_module("dropout", nn.Dropout(config.dropout))
+        if config.embedding_dim:
+            self.project.add_module("linear", nn.Linear(width, config.embedding_dim, bias=False))
+        if config.batch_norm:
+            self.project.add_module("norm", nn.BatchNorm1d(self.embedding_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 3, size, size) preprocessed to (batch, embedding_dim) float32 of unit length."""
@@ -72,10 +98,8 @@ def read_tower(name: str) -> dict[str, Any]:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"tower.name: {path}: cannot be read as JSON ({error}): mend or rename it") from None
-        if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
-            raise UserError(
-                f"tower.name: {path}: needs embed_dim, vision_cfg and text_cfg, as open_clip's configs have"
-            )
+        if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
+            raise UserError(f"tower.name: {path}: needs embed_dim and vision_cfg, as open_clip's configs have")
         return config
     known = open_clip.get_model_config(name)
     if known is None:
@@ -85,35 +109,30 @@ def read_tower(name: str) -> dict[str, Any]:
     return known
 
 
-def build_teacher(config: TowerConfig, tower: dict[str, Any], load_pretrained: bool) -> tuple[Teacher, Preprocess]:
+def build_teacher(
+    config: TowerConfig, tower: dict[str, Any], load_pretrained: bool, device: str = "cpu"
+) -> tuple[Teacher, Preprocess]:
     """Create the network and its preprocessing.
 
     Args:
         config: the choice made.
         tower: open_clip's configuration, from :func:`read_tower`.
         load_pretrained: read the weights that ``config.pretrained`` names.
+        device: ``meta`` gives shapes without memory.
     """
-    import open_clip
-
-    # open_clip reads configurations by name only; ours is added under one that cannot clash.
-    open_clip.factory._MODEL_CONFIGS["vpr-tower"] = tower
-    pretrained = _pretrained(config, tower) if load_pretrained else None
-    model = open_clip.create_model(
-        "vpr-tower",
-        pretrained=pretrained,
-        load_weights=pretrained is not None,
-        force_image_size=config.image_size or None,
-        force_quick_gelu=bool(tower.get("quick_gelu", False)),
-    )
-    visual = model.visual
-    width = int(tower["embed_dim"])
-    if not config.keep_projection:
-        if getattr(visual, "proj", None) is None:
-            raise UserError(f"tower.keep_projection: {config.name} has no projection to drop: set it to true")
-        width = int(visual.proj.shape[0])
-        visual.proj = None
+    visual = _create(config, tower, device)
+    width = int(tower["embed_dim"]) if config.keep_projection else drop_projection(visual, config.name)
+    if config.patch_stride:
+        overlap_patches(visual, config.patch_stride, config.name)
+    if config.gradient_checkpointing:
+        if not hasattr(visual, "transformer") and not hasattr(visual, "trunk"):
+            raise UserError(f"tower.gradient_checkpointing: {config.name} cannot do it: set it to false")
+        visual.set_grad_checkpointing(True)
+    teacher = Teacher(visual, width, config).to(device)
+    recorded = dict(visual.preprocess_cfg)
+    if config.pretrained:
+        recorded.update(_load(config, teacher, load_pretrained))
     size = visual.image_size
-    recorded = visual.preprocess_cfg
     preprocess = Preprocess(
         size=size if isinstance(size, int) else size[0],
         resize="squash" if config.squash else "shortest",
@@ -122,36 +141,65 @@ def build_teacher(config: TowerConfig, tower: dict[str, Any], load_pretrained: b
         mean=tuple(recorded["mean"]),
         std=tuple(recorded["std"]),
     )
-    return Teacher(visual, width, config.embedding_dim), preprocess
+    return teacher, preprocess
 
 
 def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
     """Load a teacher artifact: the network in evaluation mode, and the artifact."""
     artifact = load_artifact(path, "teacher")
     with reading(artifact):
-        config = TowerConfig(**artifact.card.config["tower"])
-        model, preprocess = build_teacher(config, artifact.card.config["tower_config"], load_pretrained=False)
-        if preprocess != artifact.card.preprocess:
+        config = TowerConfig(**artifact.card.config["network"])
+        # Where its training began does not matter any more.
+        config = replace(config, pretrained="", gradient_checkpointing=False)
+        model, built = build_teacher(config, artifact.card.config["tower_config"], load_pretrained=False)
+        recorded = artifact.card.preprocess
+        if recorded is None or (recorded.size, recorded.resize) != (built.size, built.resize):
             raise UserError(f"{path}: its preprocessing is not this tower's: train it again with this version")
         model.load_state_dict(load_file(artifact.file("model.safetensors")))
     return model.eval(), artifact
 
 
-def _pretrained(config: TowerConfig, tower: dict[str, Any]) -> str | None:
-    """The path of the weights: a local safetensors file, or what open_clip downloads for a tag."""
+def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> nn.Module:
+    """The image tower alone, with random weights."""
     import open_clip
 
-    if not config.pretrained:
-        return None
+    alone = {key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower}
+    # open_clip reads configurations by name only; ours is added under one that cannot clash.
+    open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**alone, "text_cfg": _TEXT}
+    visual: Any = open_clip.create_model(
+        "vpr-tower",
+        load_weights=False,
+        pretrained_image=False,
+        force_quick_gelu=bool(tower.get("quick_gelu", False)),
+        force_image_size=config.image_size or None,
+        device=device,
+    ).visual
+    visual.output_tokens = False  # CoCa's tower would give its tokens too
+    if config.image_size:
+        set_size(visual, config.image_size)
+    return visual
+
+
+def _load(config: TowerConfig, teacher: Teacher, load: bool) -> dict[str, Any]:
+    """Load what ``config.pretrained`` names; the preprocessing that those weights were trained with."""
+    import open_clip
+
     path = Path(config.pretrained)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        raise UserError(f"tower.pretrained: {path}: pickled weights can run code: convert them to .safetensors first")
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise UserError(f"tower.pretrained: {path}: no such file: check the path")
-        return str(path)
+    if (path / CARD_NAME).is_file():
+        start = load_artifact(path, "teacher")
+        if load:
+            with reading(start):
+                load_tower_weights(teacher.visual, read_tower_weights(start.file("model.safetensors")))
+        recorded = start.card.preprocess
+        return {} if recorded is None else recorded.model_dump(include={"interpolation", "mean", "std"})
+    if path.suffix or "/" in config.pretrained:
+        if load:
+            load_tower_weights(teacher.visual, read_tower_weights(path))
+        return {}
     tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
         raise UserError(f"tower.pretrained: {config.name} has no tag '{config.pretrained}': choose from {known}")
-    return str(open_clip.download_pretrained(tag, prefer_hf_hub=True))
+    if load:
+        load_tower_weights(teacher.visual, read_tower_weights(download(config.name, tag)))
+    return {key: tag[key] for key in ("interpolation", "mean", "std") if key in tag}

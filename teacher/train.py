@@ -1,55 +1,27 @@
-"""``vpr teacher train``: catalogue -> tower -> ArcFace -> trainer -> artifact."""
+"""``vpr teacher train``: catalogue -> tower -> margin head -> stages -> artifact."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from torch import Tensor
 
-from teacher.margin import ArcFaceHead, growing_margin
-from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
+from teacher.head import HeadConfig
+from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.module import Place, StageConfig, TeacherModule
+from teacher.plan import print_plan
 from vpr.artifact import Embedding, find_current, plain, write_artifact
 from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
-from vpr.training import (
-    Precision,
-    RecallModule,
-    decay_groups,
-    drop_checkpoint,
-    finish_run,
-    fit,
-    run_folder,
-    warmup_cosine,
-)
-from vpr.views import ViewConfig, apply_views, draw_views
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """A stretch of epochs with its own learning rates.
-
-    Attributes:
-        train: ``head`` trains the class directions (and the added projection), ``all`` everything.
-        epochs: length.
-        lr_head: peak learning rate of the head.
-        lr_tower: peak learning rate of the tower; unused while only the head trains.
-        warmup: share of the stage spent warming up.
-    """
-
-    train: Literal["head", "all"]
-    epochs: int
-    lr_head: float = 3e-4
-    lr_tower: float = 3e-7
-    warmup: float = 0.1
+from vpr.processes import is_first, rank_and_world
+from vpr.training import Fitted, RunConfig, drop_checkpoint, finish_run, fit, run_folder
+from vpr.views import ViewConfig
 
 
 @dataclass(frozen=True)
@@ -59,145 +31,125 @@ class TrainConfig:
     Attributes:
         catalog: catalogue artifact; its ``train`` split is trained on, ``validation`` chooses the epoch.
         output: where the teacher is written.
+        recipe: name that ``vpr teacher runs`` shows.
         tower: the image tower.
-        stages: one after the other; each has its own warm-up and cosine.
-        scale: ArcFace's s.
-        margin_start: ArcFace's margin at the first step, radians.
-        margin_end: its margin at the last step, radians.
-        weight_decay: of matrices; biases and norms have none.
+        head: the margin.
+        stages: one after the other; each starts from the last weights of the one before, and the teacher is the
+            best epoch of the last one.
         views: augmentation.
         loader: batches.
-        precision: ``auto`` is bf16 where the hardware multiplies it.
-        validate_every: epochs between validations.
-        seed: of weights, order and views.
+        run: how it is carried out.
+        allow_leak: train even if a scored product or picture is inside; the card then says so.
+        dry_run: print the plan and the memory it needs, and stop.
+        seed: of weights, order, views and dropout.
     """
 
     catalog: str
     output: str
+    recipe: str = ""
     tower: TowerConfig = TowerConfig()
+    head: HeadConfig = HeadConfig()
     stages: tuple[StageConfig, ...] = (StageConfig("head", 1), StageConfig("all", 9))
-    scale: float = 30.0
-    margin_start: float = 0.3
-    margin_end: float = 0.8
-    weight_decay: float = 0.01
     views: ViewConfig = ViewConfig()
     loader: LoaderConfig = LoaderConfig()
-    precision: Precision = "auto"
-    validate_every: int = 1
+    run: RunConfig = RunConfig()
+    allow_leak: bool = False
+    dry_run: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("stages: none: give at least one, such as {train: all, epochs: 10}")
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed}: give 0 or more")
 
-class TeacherModule(RecallModule):
-    """Teacher, head and loss; which parts train and how fast follows the stages."""
-
-    labels: Tensor
-
-    def __init__(
-        self, config: TrainConfig, teacher: Teacher, preprocess: Preprocess, train: Catalog, validation: Catalog
-    ) -> None:
-        super().__init__(preprocess, validation)
-        self.config = config
-        self.teacher = teacher
-        products, labels = np.unique(train.products, return_inverse=True)
-        self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
-        self.head = ArcFaceHead(teacher.embedding_dim, len(products), config.scale)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) preprocessed to (batch, dim) of unit length."""
-        return self.teacher(x)
-
-    def stage(self) -> StageConfig:
-        """The stage of the current epoch."""
-        epoch = self.current_epoch
-        for stage in self.config.stages:
-            if epoch < stage.epochs:
-                return stage
-            epoch -= stage.epochs
-        return self.config.stages[-1]
-
-    def on_train_epoch_start(self) -> None:
-        """Freeze the tower while only the head trains: no gradients, and its batch statistics stay."""
-        whole = self.stage().train == "all"
-        self.teacher.visual.requires_grad_(whole)
-        self.teacher.visual.train(whole)
-
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Loss of one batch of views."""
-        rows = batch["rows"].cpu()
-        views = draw_views(self.config.views, self.config.seed, rows, torch.full_like(rows, self.current_epoch))
-        embeddings = self.teacher(self.normalise(apply_views(batch["pixels"], views)))
-        progress = self.global_step / self.trainer.estimated_stepping_batches
-        margin = growing_margin(progress, self.config.margin_start, self.config.margin_end)
-        loss = self.head(embeddings, self.labels[batch["rows"]], margin)
-        self.log("arcface", loss, on_step=True, on_epoch=True, batch_size=len(rows))
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with separate rates for tower and head, each following the stages."""
-        decay = self.config.weight_decay
-        tower = decay_groups(self.teacher.visual, 1.0, decay)
-        head = decay_groups(self.head, 1.0, decay) + decay_groups(self.teacher.project, 1.0, decay)
-        optimizer = torch.optim.AdamW(tower + head)
-        per_epoch = int(self.trainer.estimated_stepping_batches) // sum(s.epochs for s in self.config.stages)
-        rates = [lambda step: self._rate(step, per_epoch, "tower")] * len(tower)
-        rates += [lambda step: self._rate(step, per_epoch, "head")] * len(head)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _rate(self, step: int, per_epoch: int, part: Literal["tower", "head"]) -> float:
-        for stage in self.config.stages:
-            steps = stage.epochs * per_epoch
-            if step < steps:
-                tower_peak = stage.lr_tower if stage.train == "all" else 0.0
-                peak = tower_peak if part == "tower" else stage.lr_head
-                return peak * warmup_cosine(step, steps, max(1, int(stage.warmup * steps)))
-            step -= steps
-        return 0.0
+    def places(self) -> list[Place]:
+        """The stages with where each begins."""
+        places, before, total = [], 0, sum(stage.epochs for stage in self.stages)
+        for stage in self.stages:
+            places.append(Place(stage, before, total, stage.views or self.views, self.seed))
+            before += stage.epochs
+        return places
 
 
-def train(config: TrainConfig) -> Path:
-    """Train a teacher and write it as an artifact of kind ``teacher``."""
+def train(config: TrainConfig) -> Path | None:
+    """Train a teacher and write it as an artifact of kind ``teacher``; a dry run writes nothing."""
     catalog = load_catalog(config.catalog)
     tower = read_tower(config.tower.name)
-    card_config = {**plain(config), "tower_config": tower}
+    values = plain(config)
+    values.pop("dry_run")
+    values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
     parents = [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
-    if find_current(config.output, "teacher", card_config, parents):
+    if not config.dry_run and find_current(config.output, "teacher", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     if not len(training) or not len(validation):
         raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
-    check_leaks(training, validation)
-    check_leaks(training, catalog.select(split="test"))
-    check_leaks(validation, catalog.select(split="test"))
-    L.seed_everything(config.seed, verbose=False)
-    teacher, preprocess = build_teacher(config.tower, tower, load_pretrained=True)
-    module = TeacherModule(config, teacher, preprocess, training, validation)
-    epochs = sum(stage.epochs for stage in config.stages)
-    say(
-        f"teacher: {config.tower.name}, {len(training)} pictures of {len(set(training.products))} products, "
-        f"{epochs} epochs, validated on {len(set(validation.products))} other products"
-    )
-    folder = run_folder(config.output, card_config, parents)
-    started = time.monotonic()
-    keep = config.loader.keep_in_memory
-    loaders = (
-        training_loader(PictureDataset(training, preprocess, keep), config.loader, config.seed),
-        validation_loader(PictureDataset(validation, preprocess, keep), config.loader),
-    )
-    best = fit(module, loaders, teacher, folder, epochs, config.validate_every, config.precision)
-    with write_artifact(config.output, "teacher", card_config, parents) as draft:
-        finish_run(folder, draft.path)
-        draft.preprocess = preprocess
-        draft.embedding = Embedding(dim=teacher.embedding_dim, normalised=True, dtype="float32")
-        draft.catalog = catalog.summary()
-        draft.metrics = {
-            "val_recall_at_1": best.best,
-            "best_epoch": best.epoch,
-            "steps": int(module.trainer.global_step),
-            "seconds": round(time.monotonic() - started, 1),
-            "parameters": sum(p.numel() for p in teacher.parameters()),
+    leak = find_leaks(catalog, config.allow_leak)
+    print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
+    if config.dry_run:
+        return None
+    folder = run_folder(config.output, values, parents)
+    fits, preprocess, dim = _run_stages(config, tower, training, validation, folder)
+    if is_first():
+        metrics = {
+            "val_recall_at_1": fits[-1].best,
+            "best_epoch": config.places()[-1].before + fits[-1].epoch,
+            "steps": sum(fitted.steps for fitted in fits),
+            "seconds": round(sum(fitted.seconds for fitted in fits), 1),
+            "parameters": sum(value.numel() for name, value in fits[-1].last.items() if name.startswith("teacher.")),
         }
-    drop_checkpoint(folder)
-    say(f"{config.output}: teacher of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
+        with write_artifact(config.output, "teacher", values, parents) as draft:
+            for number in range(len(fits)):
+                finish_run(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
+            shutil.copyfile(folder / f"stage-{len(fits)}" / "best.safetensors", draft.path / "model.safetensors")
+            draft.preprocess = preprocess
+            draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+            draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {})}
+            draft.metrics = metrics
+        for number in range(len(fits)):
+            drop_checkpoint(folder / f"stage-{number + 1}")
+        say(f"{config.output}: teacher of epoch {metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}")
     return Path(config.output)
+
+
+def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:
+    """What is both trained on (or selected by) and scored; refused unless allowed."""
+    parts = {split: catalog.select(split=split) for split in ("train", "validation", "test")}
+    found = {}
+    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        leak = check_leaks(parts[first], parts[second], allow)
+        if leak:
+            found[f"{first} in {second}"] = leak
+            say(f"  leak allowed: {first} shares {leak} with {second}; the card says so")
+    return found
+
+
+def _run_stages(
+    config: TrainConfig, tower: dict[str, Any], training: Catalog, validation: Catalog, folder: Path
+) -> tuple[list[Fitted], Preprocess, int]:
+    """Fit one stage after the other; a run that was killed finds the finished ones by their checkpoints."""
+    fits: list[Fitted] = []
+    datasets: tuple[Preprocess, PictureDataset, PictureDataset] | None = None
+    for number, place in enumerate(config.places(), start=1):
+        L.seed_everything(config.seed, verbose=False)
+        teacher, preprocess = build_teacher(place.stage.tower(config.tower), tower, load_pretrained=not fits)
+        module = TeacherModule(place, config.head, teacher, preprocess, training, validation)
+        if fits:
+            module.start_from(fits[-1].last)
+        if datasets is None or datasets[0] != preprocess:
+            keep = config.loader.keep_in_memory
+            datasets = (
+                preprocess,
+                PictureDataset(training, preprocess, keep),
+                PictureDataset(validation, preprocess, keep),
+            )
+        loader = replace(config.loader, batch_size=place.stage.batch_size or config.loader.batch_size)
+        loaders = (
+            training_loader(datasets[1], loader, config.seed + number - 1, *rank_and_world()),
+            validation_loader(datasets[2], loader, *rank_and_world()),
+        )
+        say(f"stage {number}/{len(config.stages)}: {place.stage.train}, {place.stage.epochs} epochs")
+        fits.append(fit(module, loaders, teacher, folder / f"stage-{number}", place.stage.epochs, config.run))
+    return fits, preprocess, teacher.embedding_dim

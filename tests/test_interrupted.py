@@ -20,11 +20,12 @@ def textures(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> 
 def test_a_killed_training_resumes_to_the_unbroken_result(textures: Path, tmp_path: Path) -> None:
     stages = '[{"train": "head", "epochs": 1}, {"train": "all", "epochs": 5, "lr_head": 1e-3, "lr_tower": 1e-3}]'
     arguments = ["--catalog", str(textures), "--tower.name", "sample", "--tower.pretrained", "", "--stages", stages]
-    arguments += ["--tower.image_size", "32", "--loader.batch_size", "16", "--precision", "32-true"]
+    arguments += ["--tower.image_size", "32", "--loader.batch_size", "16", "--run.precision", "32-true"]
     both = interrupt("teacher train", arguments, tmp_path, epochs=6)
     assert 3 <= both.epochs_before_kill < 6
     unbroken, resumed = both.unbroken.card, both.resumed.card
     assert resumed.metrics["steps"] == unbroken.metrics["steps"]
+    assert resumed.metrics["best_epoch"] == unbroken.metrics["best_epoch"]
     assert resumed.metrics["val_recall_at_1"] == pytest.approx(unbroken.metrics["val_recall_at_1"], abs=0.02)
     assert resumed.files["model.safetensors"] == unbroken.files["model.safetensors"]  # bit-equal
 

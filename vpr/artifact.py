@@ -89,6 +89,10 @@ class Card(_Part):
     files: dict[str, FileEntry] = {}
 
 
+class Damaged(UserError):
+    """A file of an artifact is missing or is not what was written."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished artifact: where it is, its card, and the sha256 of that card."""
@@ -201,11 +205,14 @@ def reading(artifact: Artifact) -> Iterator[None]:
 
 
 def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent]) -> Artifact | None:
-    """The finished artifact at ``path`` if it was made from these very parents and config, else None."""
+    """The finished, undamaged artifact at ``path`` if it was made from these very parents and config, else None."""
     _restore_previous(Path(path))
     if not (Path(path) / CARD_NAME).is_file():
         return None
-    artifact = load_artifact(path)
+    try:
+        artifact = load_artifact(path)
+    except Damaged:  # it is about to be made again
+        return None
     same = (
         artifact.card.kind == kind
         and artifact.card.config == json.loads(json.dumps(dict(config)))
@@ -259,9 +266,9 @@ def _verify_file(root: Path, name: str, entry: FileEntry) -> None:
     if any(p.is_symlink() for p in (path, *path.parents) if root in p.parents):
         raise UserError(f"{path}: is a symbolic link: artifacts hold plain files, make it again")
     if not path.is_file():
-        raise UserError(f"{path}: missing: copy the artifact again or make it again")
+        raise Damaged(f"{path}: missing: copy the artifact again or make it again")
     if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
-        raise UserError(f"{path}: changed since it was written (checksum differs): copy or make the artifact again")
+        raise Damaged(f"{path}: changed since it was written (checksum differs): copy or make the artifact again")
 
 
 def _finish(draft: Draft) -> None:

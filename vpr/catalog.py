@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from vpr.artifact import Artifact, Draft, Parent, find_current, load_artifact, p
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Box, ImageRefused, decode_bytes, read_picture
-from vpr.readers import READERS, Row
+from vpr.readers import READERS, Row, unknown_suffixes
 
 Refused = tuple[str, str]
 ROLES = ("train", "gallery", "query")
@@ -52,7 +52,8 @@ class CatalogConfig:
         validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
         test: share of products held out to be scored.
         seed: of the split.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing.
+        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder reader
+            always lists there what is no picture by name.
     """
 
     reader: Literal["sample", "products10k", "aicrowd", "csv", "folder"]
@@ -62,6 +63,9 @@ class CatalogConfig:
     test: float = 0.0
     seed: int = 0
     skip_unreadable: bool = False
+
+    def __post_init__(self) -> None:
+        check_shares(self.validation, self.test, self.seed)
 
 
 @dataclass(frozen=True)
@@ -83,28 +87,28 @@ class Catalog:
 
     def select(self, split: str | None = None, role: str | None = None) -> Catalog:
         """The rows of a split and of a role; None takes all."""
-        keep = np.ones(len(self), dtype=bool)
+        table = self.table
         for column, value in (("split", split), ("role", role)):
             if value is not None:
-                keep &= self._column(column) == value
-        return Catalog(self.table.filter(pa.array(keep)), self.root, self.artifact)
+                table = table.filter(pc.equal(table[column], value))
+        return Catalog(table.combine_chunks(), self.root, self.artifact)
 
-    @property
+    @cached_property
     def products(self) -> NDArray[np.str_]:
         """(n,) product ids."""
         return self._column("product")
 
-    @property
+    @cached_property
     def categories(self) -> NDArray[np.str_]:
         """(n,) categories, empty where there is none."""
         return self._column("category")
 
-    @property
+    @cached_property
     def roles(self) -> NDArray[np.str_]:
         """(n,) roles."""
         return self._column("role")
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Checksum of what the rows say, whatever order or file they came from."""
         columns = [self.table[name].to_pylist() for name in ("image", "product", "role", "split", "sha256")]
@@ -124,17 +128,19 @@ class Catalog:
 
     def summary(self) -> dict[str, Any]:
         """What a card says of it: sources, counts by split and role, checksum."""
-        splits = self._column("split")
+        products = {split: self.table["product"].filter(pc.equal(self.table["split"], split)) for split in SPLITS}
         return {
-            "sources": sorted(set(self.table["source"].to_pylist())),
-            "pictures": {split: int((splits == split).sum()) for split in SPLITS},
-            "products": {split: len(set(self.products[splits == split].tolist())) for split in SPLITS},
-            "roles": dict(Counter(self.roles.tolist())),
+            "sources": sorted(self.table["source"].unique().to_pylist()),
+            "pictures": {split: len(rows) for split, rows in products.items()},
+            "products": {split: len(rows.unique()) for split, rows in products.items()},
+            "roles": {role["values"]: role["counts"] for role in self.table["role"].value_counts().to_pylist()},
             "sha256": self.sha256,
         }
 
     def _column(self, name: str) -> NDArray[np.str_]:
-        return np.array(self.table[name].to_pylist(), dtype=np.str_)
+        values = np.array(self.table[name].to_pylist(), dtype=np.str_)
+        values.flags.writeable = False  # it is kept
+        return values
 
 
 def build_catalog(config: CatalogConfig) -> Path:
@@ -154,8 +160,10 @@ def build_catalog(config: CatalogConfig) -> Path:
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:
         raise UserError(f"{config.root}: no pictures here: check --root and --reader")
-    root = _root(config.reader, config.root)
+    root = picture_root(config.reader, config.root)
     good, refused = check_pictures(root, rows, config.skip_unreadable)
+    if config.reader == "folder":
+        refused += [(name, "unknown suffix") for name in unknown_suffixes(root, Path(config.output))]
     if not good:
         raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
     catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), root)
@@ -164,7 +172,7 @@ def build_catalog(config: CatalogConfig) -> Path:
         say(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
-        _fill(draft, catalog, refused)
+        fill_draft(draft, catalog, refused)
     _say_built(config, catalog, refused)
     return Path(config.output)
 
@@ -180,14 +188,15 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_pictures(draft.path, list(unpack(draft.path)), skip_unreadable=False)
         catalog = Catalog(split_by_product(table_of(rows), config.validation, config.test, config.seed), draft.path)
-        _fill(draft, catalog, [])
+        fill_draft(draft, catalog, [])
     _say_built(config, catalog, [])
     return Path(config.output)
 
 
-def _fill(draft: Draft, catalog: Catalog, refused: list[Refused]) -> None:
+def fill_draft(draft: Draft, catalog: Catalog, refused: list[Refused]) -> None:
+    """Put a catalogue and the list of what was set aside into an artifact that is being written."""
     pq.write_table(catalog.table, draft.path / "catalog.parquet")
-    with (draft.path / "set_aside.csv").open("w", newline="", encoding="utf-8") as stream:
+    with (draft.path / "set_aside.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "reason"])
         writer.writerows(refused)
@@ -210,7 +219,7 @@ def write_catalog(path: Path | str, catalog: Catalog, parents: list[Parent] | No
         parents: the catalogues that it was made from.
     """
     with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}, parents) as draft:
-        _fill(draft, catalog, [])
+        fill_draft(draft, catalog, [])
     return Path(path)
 
 
@@ -230,13 +239,13 @@ def load_catalog(path: Path | str) -> Catalog:
         return Catalog(table, artifact.path, artifact)
     if not isinstance(config.get("root"), str):
         raise UserError(f"{artifact.path}: its card does not say where the pictures are ('root'): build it again")
-    return Catalog(table, _root(config.get("reader"), config["root"]), artifact)
+    return Catalog(table, picture_root(config.get("reader"), config["root"]), artifact)
 
 
 def table_of(rows: list[Row]) -> pa.Table:
     """Rows as a table; refuses a role or split that is not known."""
     for column, known in (("role", ROLES), ("split", SPLITS)):
-        strange = {row[column] for row in rows} - set(known)
+        strange = {str(row[column]) for row in rows} - set(known)
         if strange:
             raise UserError(f"catalogue: {column} '{sorted(strange)[0]}' is not known: use {', '.join(known)}")
     return pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
@@ -285,53 +294,91 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
     """
     if validation == 0 and test == 0:
         return table
-    if min(validation, test) < 0 or validation + test >= 1:
-        raise UserError(f"validation {validation} and test {test}: shares of products, together less than 1")
-    rows = table.to_pylist()
-    pictures: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["product"], row["image"], str(row["box"]))):
-        pictures.setdefault(row["product"], []).append(row)
-    names = np.array([name for name, group in pictures.items() if len(group) > 1], dtype=np.str_)
-    np.random.default_rng(seed).shuffle(names)
-    tests, validations = round(test * len(pictures)), round(validation * len(pictures))
-    held = dict.fromkeys(names[:tests].tolist(), "test")
-    held.update(dict.fromkeys(names[tests : tests + validations].tolist(), "validation"))
+    check_shares(validation, test, seed)
+    products = table["product"].combine_chunks().dictionary_encode()
+    names = sorted(products.dictionary.to_pylist())
+    codes = pc.index_in(products.dictionary, pa.array(names)).to_numpy()[products.indices.to_numpy()]
+    counts = np.bincount(codes, minlength=len(names))
+    several = np.array([name for name, count in zip(names, counts.tolist(), strict=True) if count > 1], dtype=np.str_)
+    np.random.default_rng(seed).shuffle(several)
+    tests, validations = round(test * len(names)), round(validation * len(names))
+    held = dict.fromkeys(several[:tests].tolist(), "test")
+    held.update(dict.fromkeys(several[tests : tests + validations].tolist(), "validation"))
     for name, share in (("validation", validation), ("test", test)):
         if share and name not in held.values():
             raise UserError(
-                f"{name} {share}: is none of {len(pictures)} products, {len(names)} of which have the two pictures "
+                f"{name} {share}: is none of {len(names)} products, {len(several)} of which have the two pictures "
                 "that a query and its gallery need: raise it or add pictures"
             )
-    for name, group in pictures.items():
-        for number, row in enumerate(group):
-            row["split"] = held.get(name, "train")
-            if name in held and row["role"] == "train":
-                row["role"] = "gallery" if 2 * number < len(group) else "query"
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    splits = np.array([held.get(name, "train") for name in names], dtype=object)[codes]
+    roles = table["role"].to_numpy().copy()
+    asked = _order_in_product(table, codes, splits != "train") * 2 >= counts[codes]
+    given = (splits == "train") | (roles != "train")
+    roles[~given] = np.where(asked, "query", "gallery")[~given]
+    columns = {"split": splits, "role": roles}
+    return pa.table(
+        {name: pa.array(columns[name], pa.string()) if name in columns else table[name] for name in SCHEMA.names},
+        schema=SCHEMA,
+    )
 
 
-def check_leaks(train: Catalog, evaluation: Catalog) -> None:
+def check_shares(validation: float, test: float, seed: int) -> None:
+    """Refuse shares of products that leave none to train on, and a seed below 0."""
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise UserError(f"validation {validation} and test {test}: shares of products, together less than 1")
+    if seed < 0:
+        raise UserError(f"seed: {seed}: give 0 or more")
+
+
+def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dict[str, Any]:
     """Refuse training pictures or products that are also evaluated.
+
+    Args:
+        train: what is trained on.
+        evaluation: what is scored.
+        allow: return what is found instead of refusing it.
+
+    Returns:
+        for ``products`` and ``pictures``, where they are shared, their ``count`` and the ``first`` few by name.
 
     Raises:
         UserError: with the number and the first few of the shared ones.
     """
-    for column, what in (("product", "products"), ("sha256", "pictures (same bytes)")):
-        shared = sorted(set(train.table[column].to_pylist()) & set(evaluation.table[column].to_pylist()))
+    found: dict[str, Any] = {}
+    for column, key, what in (("product", "products", "products"), ("sha256", "pictures", "pictures (same bytes)")):
+        trained = train.table[column].combine_chunks()
+        scored = evaluation.table[column].combine_chunks()
+        shared = sorted(trained.filter(pc.is_in(trained, scored)).drop_null().unique().to_pylist())
         if not shared:
             continue
+        first = shared[:3]
         if column == "sha256":
-            at = pc.index_in(pa.array(shared[:3]), train.table["sha256"].combine_chunks()).to_pylist()
+            at = pc.index_in(pa.array(first), trained).to_pylist()
             first = [train.table["image"][row].as_py() for row in at]
-        else:
-            first = shared[:3]
-        raise UserError(
-            f"leak: {len(shared)} {what} are both trained and scored, first {', '.join(first)}: split again"
-        )
+        if not allow:
+            raise UserError(
+                f"leak: {len(shared)} {what} are both trained and scored, first {', '.join(first)}: split again"
+            )
+        found[key] = {"count": len(shared), "first": first}
+    return found
 
 
-def _root(reader: str | None, root: str) -> Path:
+def picture_root(reader: str | None, root: str) -> Path:
+    """The folder that a reader's ``image`` column is relative to."""
     return Path(root).parent if reader == "csv" else Path(root)
+
+
+def _order_in_product(table: pa.Table, codes: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(n,) place of each kept row among its product's, which are all kept, by path and box; 0 for the others."""
+    rows = np.flatnonzero(keep)
+    part = table.take(rows)
+    boxes = [str(box) for box in part["box"].to_pylist()]
+    keys = list(zip(codes[rows].tolist(), part["image"].to_pylist(), boxes, strict=True))
+    order = np.array(sorted(range(len(rows)), key=keys.__getitem__), dtype=np.int64)
+    _, first, counts = np.unique(codes[rows][order], return_index=True, return_counts=True)
+    places = np.zeros(len(table), dtype=np.int64)
+    places[rows[order]] = np.arange(len(rows)) - np.repeat(first, counts)
+    return places
 
 
 def _check(root: Path, row: Row) -> str | ImageRefused:

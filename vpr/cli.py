@@ -33,8 +33,11 @@ class Verb:
 
 VERBS = {
     "catalog": Verb("vpr.catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
+    "teacher data": Verb("teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"),
     "teacher train": Verb("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
     "teacher embed": Verb("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
+    "teacher soup": Verb("teacher.soup", "soup", "SoupConfig", "average teachers, or one with its zero-shot weights"),
+    "teacher runs": Verb("teacher.runs", "runs", "RunsConfig", "teachers and unfinished runs side by side"),
     "student distill": Verb("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
     "student embed": Verb("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
     "calibrate": Verb("calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training pictures"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from vpr.processes import is_first
+
 _CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """Print a line to standard error."""
-    _CONSOLE.print(text, markup=False)
+    """Print a line to standard error; of several processes the first speaks for all."""
+    if is_first():
+        _CONSOLE.print(text, markup=False)

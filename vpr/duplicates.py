@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,11 @@ from PIL import Image
 
 from vpr.catalog import SCHEMA, Catalog
 from vpr.images import decode
-from vpr.readers import Row
 
 NEAR_BITS = 4
 _CHECK_SIZE = 64  # pixels; far above the 9 x 8 that the hash looks at
-_BLOCK = 1 << 23  # comparisons of hashes at a time
+_BLOCK = 1 << 17  # comparisons of hashes at a time: a megabyte, which stays in the cache
+_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,36 @@ def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Dupl
         the joined catalogue, whose root is the folder that holds all of theirs, and the duplicates.
     """
     roots = [catalog.root.resolve() for catalog in catalogs]
-    root = Path(os.path.commonpath(roots))
-    kept: dict[str, Row] = {}
+    root = common_root(roots)
+    seen: set[tuple[str, str, str]] = set()
     by_bytes: dict[str, str] = {}
     same: list[tuple[str, str]] = []
+    tables = []
     for catalog, folder in zip(catalogs, roots, strict=True):
-        for row in catalog.table.to_pylist():
-            image = (folder / row["image"]).relative_to(root).as_posix()
-            first = by_bytes.setdefault(row["sha256"], image)
-            key = repr((image, row["product"], row["box"]))
-            if first != image or key in kept:
+        names = _names(catalog, folder.relative_to(root))
+        products, checksums = (catalog.table[name].to_pylist() for name in ("product", "sha256"))
+        boxes = [str(box) for box in catalog.table["box"].to_pylist()]
+        kept = []
+        for row, (image, product, box, sha256) in enumerate(zip(names, products, boxes, checksums, strict=True)):
+            first = by_bytes.setdefault(sha256, image)
+            key = (image, product, box)
+            if first != image or key in seen:
                 same.append((image, first))
-            kept.setdefault(key, {**row, "image": image})
-    joined = Catalog(pa.Table.from_pylist(list(kept.values()), schema=SCHEMA), root)
+            if key not in seen:
+                seen.add(key)
+                kept.append(row)
+        place, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
+        table = catalog.table.set_column(place, field, pa.array(names, pa.string()))
+        tables.append(table.take(pa.array(kept, pa.int64())))
+    joined = Catalog(pa.concat_tables(tables).combine_chunks(), root)
     images = list(by_bytes.values())
     pairs = near_pairs(_hashes([root / image for image in images]), bits)
     return joined, Duplicates(same, [(images[later], images[earlier]) for later, earlier in pairs.tolist()])
+
+
+def common_root(folders: list[Path]) -> Path:
+    """The folder that holds all of these, links followed."""
+    return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
 def picture_hash(picture: Image.Image) -> int:
@@ -74,9 +88,11 @@ def picture_hash(picture: Image.Image) -> int:
 
 
 def near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """For each hash the nearest earlier one, if it differs in at most ``bits``.
+    """For each hash the nearest earlier one, if it differs in at most ``bits``; the earliest of equally near ones.
 
-    Compares all with all in blocks of bounded memory (about 80 MB).
+    Multi-index hashing (Norouzi, Punjani & Fleet, "Fast Search in Hamming Space with Multi-Index Hashing",
+    CVPR 2012): of ``bits + 1`` bands of bits, two hashes within ``bits`` agree on one at least, so that only
+    hashes that share a band are compared. Equal hashes are compared once, and blocks bound the memory.
 
     Args:
         hashes: (n,) uint64.
@@ -85,16 +101,63 @@ def near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
     Returns:
         (pairs, 2) int64, rows of (later, earlier).
     """
-    found = [np.empty((0, 2), dtype=np.int64)]
-    step = max(1, _BLOCK // max(1, len(hashes)))
-    for start in range(0, len(hashes), step):
-        later = np.arange(start, min(start + step, len(hashes)))
-        distance = np.bitwise_count(hashes[later, None] ^ hashes[None, : later[-1] + 1])
-        distance[np.arange(later[-1] + 1)[None, :] >= later[:, None]] = 255
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    distinct = np.sort(first)  # the place of each value's first occurrence
+    nearest = _nearest_distinct(hashes[distinct], bits)
+    earlier = first[inverse]
+    earlier[distinct] = np.where(nearest < 0, -1, distinct[nearest])
+    later = np.flatnonzero(earlier >= 0)
+    return np.stack([later, earlier[later]], axis=1)
+
+
+def _nearest_distinct(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
+    """(n,) the nearest earlier one of hashes that all differ, -1 where none is within ``bits``."""
+    count = len(hashes)
+    # Distance and place in one number, so that the smallest is the nearest and of those the earliest.
+    best = np.full(count, (bits + 1) * count, dtype=np.int64)
+    for mask in _bands(hashes, bits + 1):
+        keys = hashes & mask
+        order = np.argsort(keys, kind="stable")
+        edges = np.flatnonzero(np.diff(keys[order])) + 1
+        starts, stops = np.append(0, edges), np.append(edges, count)
+        shared = stops - starts > 1
+        for start, stop in zip(starts[shared].tolist(), stops[shared].tolist(), strict=True):
+            rows = order[start:stop]
+            distance, place = _nearest_earlier(hashes[rows])
+            best[rows[1:]] = np.minimum(best[rows[1:]], distance * count + rows[place])
+    found = best < (bits + 1) * count
+    return np.where(found, best % max(1, count), -1)
+
+
+def _bands(hashes: NDArray[np.uint64], count: int) -> list[np.uint64]:
+    """Masks that deal the 64 bits to bands, the most even ones first: a bit that rarely differs tells little apart."""
+    ones = np.array([np.count_nonzero(hashes & np.uint64(1 << bit)) for bit in range(_BITS)])
+    order = np.argsort(np.abs(2 * ones - len(hashes)), kind="stable").tolist()
+    return [np.uint64(sum(1 << bit for bit in order[band::count])) for band in range(count)]
+
+
+def _nearest_earlier(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distance to, and place of, the nearest earlier hash, of each but the first: two times (n - 1,) int64."""
+    distances, places = [], []
+    start = 1
+    while start < len(hashes):
+        stop = min(len(hashes), start + max(1, _BLOCK // len(hashes)))
+        later = np.arange(start, stop)
+        distance = np.bitwise_count(hashes[start:stop, None] ^ hashes[None, : stop - 1])
+        distance[np.arange(stop - 1)[None, :] >= later[:, None]] = 255
         nearest = distance.argmin(axis=1)
-        close = distance[np.arange(len(later)), nearest] <= bits
-        found.append(np.stack([later[close], nearest[close]], axis=1))
-    return np.concatenate(found)
+        distances.append(distance[later - start, nearest].astype(np.int64))
+        places.append(nearest)
+        start = stop
+    return np.concatenate(distances), np.concatenate(places)
+
+
+def _names(catalog: Catalog, folder: Path) -> list[str]:
+    """The pictures' names from a folder above the catalogue's own."""
+    prefix = "" if folder == Path() else f"{folder.as_posix()}/"
+    names = catalog.table["image"].to_pylist()
+    odd = ("./", "//")  # spellings of a path that would hide that two rows are of one file
+    return [prefix + (PurePosixPath(n).as_posix() if any(part in n for part in odd) else n) for n in names]
 
 
 def _hashes(paths: list[Path]) -> NDArray[np.uint64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_ON_ITS_SIDE = (5, 6, 7, 8)
+
 Box = tuple[float, float, float, float]
+Edges = tuple[int, int, int, int]
 
 
 class ImageRefused(UserError):
@@ -108,8 +112,8 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
     Args:
         path: file of one of :data:`FORMATS`.
         box: (x, y, width, height) in pixels of the upright picture, cut out after decoding.
-        shortest: the smallest side that will be needed: JPEGs are then decoded at a reduced scale
-            that is still at least twice this (only without a box).
+        shortest: the smallest side that will be needed: JPEGs are then decoded at a reduced scale at which
+            the picture, or what the box cuts out, is still at least twice this.
 
     Raises:
         ImageRefused: not a picture, truncated, or too large.
@@ -140,8 +144,8 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ImageRefused(name, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            if shortest and box is None:
-                image.draft("RGB", (2 * shortest, 2 * shortest))
+            edges = None if box is None else _edges(image, box, name)
+            scale = _reduce(image, edges, shortest) if shortest else 1.0
             image.load()
             image = _to_rgb(_upright(image))
     except ImageRefused:
@@ -150,7 +154,7 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         raise ImageRefused(name, "not a picture") from None
     except Exception as error:  # Pillow raises whatever a broken file makes of its parsers
         raise ImageRefused(name, f"truncated or broken picture ({error})") from None
-    return image if box is None else _cut(image, box, name)
+    return image if edges is None else _cut(image, edges, scale)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -169,10 +173,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cut(image: Image.Image, box: Box, name: Path | str) -> Image.Image:
-    x, y, width, height = box
+def _edges(image: Image.Image, box: Box, name: Path | str) -> Edges:
+    """What of a box lies in a picture that is not decoded yet: left, top, right, bottom when it is upright."""
+    x, y, w, h = box
+    turned = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+    width, height = (image.height, image.width) if turned else image.size
     left, top = max(0, round(x)), max(0, round(y))
-    right, bottom = min(image.width, round(x + width)), min(image.height, round(y + height))
+    right, bottom = min(width, round(x + w)), min(height, round(y + h))
     if right <= left or bottom <= top:
-        raise ImageRefused(name, f"box {box} lies outside the {image.width}x{image.height} picture")
+        raise ImageRefused(name, f"box {box} lies outside the {width}x{height} picture")
+    return left, top, right, bottom
+
+
+def _reduce(image: Image.Image, edges: Edges | None, shortest: int) -> float:
+    """Have a JPEG decoded at a reduced scale that leaves twice ``shortest``; by what it is divided."""
+    width, height = image.size
+    needed = (2 * shortest, 2 * shortest)
+    if edges is not None:
+        share = 2 * shortest / min(edges[2] - edges[0], edges[3] - edges[1])
+        needed = (math.ceil(width * share), math.ceil(height * share))
+    drafted = image.draft("RGB", needed)
+    # Each pixel stands for a whole square of the full picture; its last row and column may be cut short.
+    return width / drafted[1][2] if drafted else 1.0
+
+
+def _cut(image: Image.Image, edges: Edges, scale: float) -> Image.Image:
+    left, top, right, bottom = (round(edge / scale) for edge in edges)
     return image.crop((left, top, right, bottom))

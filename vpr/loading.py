@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -17,6 +18,8 @@ from vpr.catalog import Catalog
 from vpr.embeddings import read_pixels
 from vpr.errors import UserError
 from vpr.images import Preprocess
+
+_PREFETCH = 4  # batches a worker has ready; decoding is uneven
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,24 @@ class LoaderConfig:
         batch_size: pictures per step and process.
         workers: processes that decode; 0 decodes in the training process.
         keep_in_memory: decode every picture once and keep its pixels, for sets that fit.
+        cap: most pictures of a product in an epoch, others in each; 0 takes all.
+        at_least: products with fewer pictures have them repeated up to this many in an epoch; 0 repeats none.
     """
 
     batch_size: int = 128
     workers: int = 0
     keep_in_memory: bool = False
+    cap: int = 0
+    at_least: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"loader.batch_size: {self.batch_size}: give 1 or more")
+        for name in ("workers", "cap", "at_least"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loader.{name}: {getattr(self, name)}: give 0 or more")
+        if 0 < self.cap < self.at_least:
+            raise UserError(f"loader.at_least: {self.at_least} is more than loader.cap {self.cap}: lower it")
 
 
 class PictureDataset(Dataset[dict[str, Tensor]]):
@@ -61,45 +77,100 @@ class PictureDataset(Dataset[dict[str, Tensor]]):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the rows that depends on the seed and the epoch alone."""
+    """Rows in an order that depends on the seed and the epoch alone, dealt to processes.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
+    An epoch is cut into batches of ``world * batch_size`` rows, of which each process takes its part in
+    turn: two processes together see the very batches that one of twice their batch size sees. An
+    incomplete last batch is left out.
+
+    Args:
+        products: (n,) product of each row.
+        config: batch size of a process, and how many rows of a product an epoch has.
+        seed: of the order.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, products: NDArray[np.str_], config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        _, self._labels, counts = np.unique(products, return_inverse=True, return_counts=True)
+        wanted = np.minimum(counts, config.cap) if config.cap else counts
+        self._counts, self._wanted = counts, np.maximum(wanted, config.at_least)
+        self._batch, self._rank, self._world = config.batch_size, rank, world
         self.seed = seed
         self.epoch = 0
+        self.rows_of_all = int(self._wanted.sum())
+        self.batches = self.rows_of_all // (world * config.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        dealt = self.order()[: self.batches * self._world * self._batch].reshape(-1, self._world, self._batch)
+        return iter(dealt[:, self._rank].ravel().tolist())
 
     def __len__(self) -> int:
-        return self.length
+        return self.batches * self._batch
+
+    def order(self) -> NDArray[np.int64]:
+        """The epoch's rows of all processes: (rows_of_all,) int64."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self._labels), generator=generator).numpy()
+        if np.array_equal(self._wanted, self._counts):
+            return order
+        # By product, each product's rows still in random order: the first ones are the ones drawn.
+        order = order[np.argsort(self._labels[order], kind="stable")]
+        labels = self._labels[order]
+        place = np.arange(len(order)) - (np.cumsum(self._counts) - self._counts)[labels]
+        whole, rest = np.divmod(self._wanted, self._counts)
+        drawn = np.repeat(order, whole[labels] + (place < rest[labels]))
+        return drawn[torch.randperm(len(drawn), generator=generator).numpy()]
 
 
-def training_loader(dataset: PictureDataset, config: LoaderConfig, seed: int) -> DataLoader[dict[str, Tensor]]:
-    """Shuffled batches; an incomplete last one is left out."""
-    if len(dataset) < config.batch_size:
+def training_loader(
+    dataset: PictureDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
+) -> DataLoader[dict[str, Tensor]]:
+    """Shuffled batches of this process; an incomplete last one is left out.
+
+    Raises:
+        UserError: an epoch has not one batch.
+    """
+    sampler = EpochSampler(dataset.catalog.products, config, seed, rank, world)
+    if not sampler.batches:
+        times = f" in each of {world} processes" if world > 1 else ""
         raise UserError(
-            f"loader.batch_size: {config.batch_size} is more than the {len(dataset)} training pictures: lower it"
+            f"loader.batch_size: {config.batch_size}{times} is more than the {sampler.rows_of_all} training pictures "
+            "of an epoch: lower it"
         )
+    return _loader(dataset, config, sampler)
+
+
+def validation_loader(
+    dataset: PictureDataset, config: LoaderConfig, rank: int = 0, world: int = 1
+) -> DataLoader[dict[str, Tensor]]:
+    """All pictures, in order; of several processes each takes every ``world``-th.
+
+    All processes have equally many: where the pictures do not come out even the last one is read again. The
+    batches carry ``rows``, by which results are put in their place.
+    """
+    count = len(dataset)
+    rows = np.arange(rank, -(-count // world) * world, world)
+    return _loader(dataset, config, np.minimum(rows, count - 1).tolist())
+
+
+def _loader(dataset: PictureDataset, config: LoaderConfig, rows: Iterable[int]) -> DataLoader[dict[str, Tensor]]:
     return DataLoader(
         dataset,
         batch_size=config.batch_size,
-        sampler=EpochSampler(len(dataset), seed),
+        sampler=rows,
         num_workers=config.workers,
         collate_fn=_same,
-        drop_last=True,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=_PREFETCH if config.workers else None,
         persistent_workers=config.workers > 0,
     )
-
-
-def validation_loader(dataset: PictureDataset, config: LoaderConfig) -> DataLoader[dict[str, Tensor]]:
-    """All pictures, in order."""
-    return DataLoader(dataset, batch_size=config.batch_size, num_workers=config.workers, collate_fn=_same)
 
 
 class Normalise(nn.Module):

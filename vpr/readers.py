@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vpr.errors import UserError
@@ -24,9 +25,10 @@ def read_products10k(root: Path) -> Iterator[Row]:
     found = [(table, folder) for table, folder in tables if table.is_file()]
     if not found:
         raise UserError(f"{root}: neither train.csv nor test_kaggletest.csv is there: give the Products-10K folder")
+    below = _Below(root)
     for table, folder in found:
         for line, values in _read_csv(table, ("name", "class")):
-            image = _inside(root, f"{folder}/{values['name']}", table, line)
+            image = below.check(f"{folder}/{values['name']}", table, line)
             yield _row(image, f"products10k/{values['class']}", values.get("group") or "", "products10k")
 
 
@@ -36,10 +38,11 @@ def read_aicrowd(root: Path) -> Iterator[Row]:
     ``gallery.csv`` (img_path, product_id) and ``queries.csv`` (the same and bbox_x, bbox_y, bbox_w, bbox_h).
     """
     boxes = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    below = _Below(root)
     for name, role, columns in (("gallery.csv", "gallery", ()), ("queries.csv", "query", boxes)):
         table = root / name
         for line, values in _read_csv(table, ("img_path", "product_id", *columns)):
-            image = _inside(root, values["img_path"], table, line)
+            image = below.check(values["img_path"], table, line)
             row = _row(image, f"aicrowd/{values['product_id']}", "", "aicrowd", role)
             yield {**row, "box": _box([values[c] for c in columns], table, line) if columns else None}
 
@@ -50,23 +53,32 @@ def read_csv(table: Path) -> Iterator[Row]:
     Paths are relative to the folder of the CSV.
     """
     boxes = ("box_x", "box_y", "box_w", "box_h")
+    below = _Below(table.parent)
     for line, values in _read_csv(table, ("image", "product")):
-        image = _inside(table.parent, values["image"], table, line)
+        image = below.check(values["image"], table, line)
         row = _row(image, values["product"], values.get("category") or "", "csv", values.get("role") or "train")
         given = [values.get(name) or "" for name in boxes]
         yield {**row, "box": _box(given, table, line) if any(given) else None, "split": values.get("split") or "train"}
 
 
 def read_folder(root: Path) -> Iterator[Row]:
-    """A folder per product, pictures anywhere below it."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder: check --root")
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            name = path.relative_to(root)
-            if len(name.parts) < 2:
-                raise UserError(f"{path}: lies in no product's folder: move it to {root}/PRODUCT/{path.name}")
-            yield _row(_inside(root, name.as_posix(), root, 0), name.parts[0], "", "folder")
+    """A folder per product, pictures anywhere below it; files that are no pictures by name are passed over."""
+    below = _Below(root)
+    for name in _files(root):
+        if _is_picture(name):
+            if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise UserError(f"{root}/{ascii(name)}: its name is not UTF-8: rename it")
+            product, _, rest = name.partition("/")
+            if not rest:
+                raise UserError(f"{root / name}: lies in no product's folder: move it to {root}/PRODUCT/{name}")
+            yield _row(below.check(name), product, "", "folder")
+
+
+def unknown_suffixes(root: Path, output: Path) -> list[str]:
+    """The files that :func:`read_folder` passes over, but for those of the catalogue itself, where it lies below."""
+    own = output.resolve()
+    skip = f"{own.relative_to(root.resolve()).as_posix()}/" if own.is_relative_to(root.resolve()) else None
+    return [name for name in _files(root) if not _is_picture(name) and not (skip and name.startswith(skip))]
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -110,17 +122,58 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
             raise UserError(f"{table}: line {reader.line_num + 1}: {error}: write it as CSV in UTF-8") from None
 
 
-def _inside(root: Path, name: str, table: Path, line: int) -> str:
-    """``name`` if it is relative and the file stays below ``root``, links followed."""
-    where = f"{table}: line {line}: " if line else ""
-    try:
-        plain_name = not Path(name).is_absolute() and "\0" not in name and "\n" not in name
-        inside = plain_name and (root / name).resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # links that go round in circles, a name too long for the file system
-        inside = False
-    if not inside:
-        raise UserError(f"{where}'{name}' leads out of {root}: use paths below it")
-    return name
+def _files(root: Path) -> list[str]:
+    """Names of all files below a folder, links to folders not followed, in the order of their parts."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder: check --root")
+    found: list[tuple[str, ...]] = []
+    for folder, _, files in os.walk(root, onerror=_raise):
+        parts = PurePosixPath(folder).relative_to(root).parts
+        found += [(*parts, name) for name in files]
+    return ["/".join(parts) for parts in sorted(found)]
+
+
+def _raise(error: OSError) -> None:
+    raise error  # a folder that cannot be listed must not vanish
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+class _Below:
+    """Refuses file names that lead out of a folder, links followed; each folder is resolved once.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._resolved = root.resolve()
+        self._folders: dict[str, bool] = {}
+
+    def check(self, name: str, table: Path | None = None, line: int = 0) -> str:
+        """``name`` if it is relative and the file stays below the root; ``table`` and ``line`` are named if not."""
+        folder, _, file = name.rpartition("/")
+        if name.startswith("/") or "\0" in name or "\n" in name:
+            inside = False
+        elif file in ("", ".", "..") or os.path.islink(f"{self.root}/{name}"):
+            inside = self._stays(name)
+        else:
+            if folder not in self._folders:
+                self._folders[folder] = self._stays(folder)
+            inside = self._folders[folder]
+        if not inside:
+            where = f"{table}: line {line}: " if table else ""
+            raise UserError(f"{where}'{name}' leads out of {self.root}: use paths below it")
+        return name
+
+    def _stays(self, name: str) -> bool:
+        try:
+            return (self.root / name).resolve().is_relative_to(self._resolved)
+        except (OSError, RuntimeError):  # links that go round in circles, a name too long for the file system
+            return False
 
 
 def _box(values: list[str], table: Path, line: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What training the teacher and the student share: schedule, validation, checkpoints, logs.
 
-Batches depend on ``(seed, epoch)`` alone, and a checkpoint is written after every epoch, so a run
-that was killed goes on to the same result.
+Batches, views and dropout depend on the seed and the step alone, and a checkpoint is written after
+every epoch, so a run that was killed goes on to the same result.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,17 +29,51 @@ from torch.utils.data import DataLoader
 from vpr.artifact import Parent
 from vpr.catalog import Catalog
 from vpr.console import say
+from vpr.ema import Ema
 from vpr.embeddings import unit
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise
 from vpr.metrics import RetrievalScores, evaluate
+from vpr.processes import Strategy, gathered, is_first, rank_and_world, shard, trainer_options, whole_state
 
 # Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 MONITOR = "val_recall_at_1"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a training is carried out.
+
+    Attributes:
+        precision: ``auto`` is bf16 where the hardware multiplies it.
+        strategy: of several processes; ``auto`` is DDP, ``fsdp`` spreads the weights over them.
+        accumulate: batches whose gradients make one step.
+        ema: decay of the moving average of the weights, which is then what is validated and kept; 0 keeps none.
+        clip: largest norm of the gradient; 0 does not clip.
+        validate_every: epochs between validations; the last epoch always has one.
+        tracker: logs to this service too, beside CSV and TensorBoard; its package must be installed.
+    """
+
+    precision: Precision = "auto"
+    strategy: Strategy = "auto"
+    accumulate: int = 1
+    ema: float = 0.0
+    clip: float = 1.0
+    validate_every: int = 1
+    tracker: Literal["none", "wandb", "mlflow"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("accumulate", "validate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"run.{name}: {getattr(self, name)}: give 1 or more")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"run.ema: {self.ema}: give a decay from 0 (none) to below 1, such as 0.999")
+        if not self.clip >= 0:
+            raise UserError(f"run.clip: {self.clip}: give a norm, or 0 for none")
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
@@ -47,10 +83,11 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups of a module: no weight decay on biases, norms and other vectors."""
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.ndim <= 1]
+def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups of the parameters that train: no weight decay on biases, norms and other vectors."""
+    training = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in training if p.ndim > 1]
+    vectors = [p for p in training if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [{**group, "lr": lr} for group in groups if group["params"]]
 
@@ -62,27 +99,48 @@ def score_split(catalog: Catalog, vectors: np.ndarray[Any, np.dtype[np.float32]]
 
 
 class RecallModule(L.LightningModule):
-    """A module that is validated by recall on products that no stage trains on."""
+    """A module that is validated by recall on products that no stage trains on.
 
-    def __init__(self, preprocess: Preprocess, validation: Catalog) -> None:
+    Args:
+        preprocess: of the pictures.
+        validation: what is scored.
+        sharded: the child modules that FSDP spreads.
+    """
+
+    def __init__(self, preprocess: Preprocess, validation: Catalog, sharded: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.normalise = Normalise(preprocess)
         self._validation = validation
-        self._vectors: list[Tensor] = []
+        self._found: list[tuple[Tensor, Tensor]] = []
+        self._sharded = sharded
 
     def embed(self, x: Tensor) -> Tensor:
         """(batch, 3, size, size) preprocessed to (batch, dim) of unit length."""
         raise NotImplementedError
 
+    def configure_model(self) -> None:
+        """Spread the weights over the processes under FSDP; Lightning may call this again."""
+        if self.device_mesh is not None and self._sharded:
+            for name in self._sharded:
+                shard(getattr(self, name), self.device_mesh["data_parallel"])
+            self._sharded = ()
+
+    def seed_step(self, seed: int, epoch: int, step: int) -> None:
+        """Make dropout a function of seed, epoch, step and process, so that a resumed run draws the same."""
+        values = [seed, epoch, step, rank_and_world()[0]]
+        torch.manual_seed(int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0]))
+
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Collect the embeddings of a batch."""
-        self._vectors.append(self.embed(self.normalise(batch["pixels"])).float().cpu())
+        self._found.append((batch["rows"], self.embed(self.normalise(batch["pixels"])).float()))
 
     def on_validation_epoch_end(self) -> None:
-        """Score what was collected."""
-        vectors, self._vectors = torch.cat(self._vectors).numpy(), []
-        if len(vectors) != len(self._validation):  # Lightning's sanity check sees a few batches only
-            return
+        """Score what all processes collected."""
+        rows, found = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        self._found = []
+        rows, found = gathered(rows), gathered(found)
+        vectors = np.zeros((len(self._validation), found.shape[1]), dtype=np.float32)
+        vectors[rows.cpu().numpy()] = found.cpu().numpy()
         scores = score_split(self._validation, unit(vectors))
         self.log_dict({MONITOR: scores.recall_at_1, "val_recall_at_5": scores.recall_at_5, "val_map": scores.map})
 
@@ -104,12 +162,15 @@ class BestWeights(Callback):
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
         """Compare and keep."""
         recall = float(trainer.callback_metrics.get(MONITOR, -1.0))
-        if trainer.sanity_checking or recall <= self.best:
+        if recall <= self.best:
             return
-        self.best, self.epoch = recall, trainer.current_epoch + 1
-        partial = self.path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, partial)
-        os.replace(partial, self.path)
+        assert trainer.max_epochs is not None
+        self.best, self.epoch = recall, min(trainer.current_epoch + 1, trainer.max_epochs)
+        weights = whole_state(self.module)
+        if is_first():
+            partial = self.path.with_suffix(".partial")
+            save_file(weights, partial)
+            os.replace(partial, self.path)
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in the checkpoint, so that a resumed run remembers its best."""
@@ -120,16 +181,55 @@ class BestWeights(Callback):
         self.best, self.epoch = state_dict["best"], state_dict["epoch"]
 
 
+class Clock(Callback):
+    """Seconds spent, over all the times that a run was started (each up to its last checkpoint)."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return self.before + time.monotonic() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in the checkpoint."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore from a checkpoint."""
+        self.before = state_dict["seconds"]
+
+
 class EpochLine(Callback):
     """Prints one line after each validation, for logs that are not terminals."""
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
         """Print losses and recall by name."""
-        if trainer.sanity_checking:
-            return
+        assert trainer.max_epochs is not None
         shown = {k: v for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_at_5", "map"))}
         text = "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items())
-        say(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
+        say(f"  epoch {min(trainer.current_epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}  {text}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training came to.
+
+    Attributes:
+        best: best validation recall@1.
+        epoch: that reached it, from 1.
+        steps: of the optimiser.
+        seconds: of all the times it was started.
+        last: weights of the whole module after the last epoch (their moving average, if there is one).
+    """
+
+    best: float
+    epoch: int
+    steps: int
+    seconds: float
+    last: dict[str, Tensor]
 
 
 def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Path:
@@ -148,58 +248,57 @@ def fit(
     kept: nn.Module,
     folder: Path,
     epochs: int,
-    validate_every: int,
-    precision: Precision,
-) -> BestWeights:
+    run: RunConfig,
+) -> Fitted:
     """Train with Lightning, resuming from the folder's checkpoint if there is one.
+
+    A training whose checkpoint is of its last epoch only takes its weights from it.
 
     Args:
         module: losses and optimiser.
         loaders: training and validation batches.
-        kept: the part of ``module`` whose best weights are kept.
+        kept: the part of ``module`` whose best weights are written to ``best.safetensors``.
         folder: logs, checkpoint and best weights.
         epochs: total.
-        validate_every: epochs between validations.
-        precision: of the arithmetic.
-
-    Returns:
-        the callback that holds the best recall and the path of its weights.
+        run: how it is carried out.
     """
-    best = BestWeights(kept, folder / "best.safetensors")
-    checkpoint = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
+    best, clock = BestWeights(kept, folder / "best.safetensors"), Clock()
+    ema = Ema(run.ema) if run.ema else None
     interactive = os.isatty(2)
-    logs: list[Logger] = [
-        CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}"),
-        TensorBoardLogger(folder, name="", version="tb"),
-    ]
+    checkpoint = ModelCheckpoint(
+        folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
     trainer = L.Trainer(
         accelerator="auto",
-        devices=1,
-        precision=precision if precision != "auto" else best_precision(),
+        precision=run.precision if run.precision != "auto" else best_precision(),
         max_epochs=epochs,
-        check_val_every_n_epoch=validate_every,
-        logger=logs,
-        callbacks=[best, checkpoint, TQDMProgressBar() if interactive else EpochLine()],
+        check_val_every_n_epoch=run.validate_every,
+        logger=_logs(folder, run.tracker),
+        # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
+        callbacks=[best, *([ema] if ema else []), clock, TQDMProgressBar() if interactive else EpochLine(), checkpoint],
         enable_progress_bar=interactive,
         enable_model_summary=False,
-        gradient_clip_val=1.0,
+        gradient_clip_val=run.clip or None,
+        accumulate_grad_batches=run.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
+        use_distributed_sampler=False,
+        **trainer_options(run.strategy),
     )
     last = folder / "last.ckpt"
     if last.is_file():
         say(f"  resuming from the checkpoint in {folder}")
     trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if best.epoch < 0:
-        raise UserError(f"validate_every: {validate_every} is more than the {epochs} epochs: lower it")
-    return best
+    if epochs % run.validate_every:
+        trainer.validate(module, loaders[1], verbose=False)
+    state = ema.averaged("") if ema else whole_state(module)
+    return Fitted(best.best, best.epoch, int(trainer.global_step), round(clock.seconds, 1), state)
 
 
-def finish_run(folder: Path, destination: Path) -> None:
-    """Put the best weights and the CSV logs (one for each time the run was started) into an artifact."""
-    shutil.copyfile(folder / "best.safetensors", destination / "model.safetensors")
+def finish_run(folder: Path, destination: Path, name: str = "metrics") -> None:
+    """Put a run's CSV logs into an artifact: ``<name>.csv``, and one more for each time it was resumed."""
     for number, log in enumerate(_csv_logs(folder)):
-        shutil.copyfile(log, destination / (f"metrics-resumed-{number}.csv" if number else "metrics.csv"))
+        shutil.copyfile(log, destination / (f"{name}-resumed-{number}.csv" if number else f"{name}.csv"))
 
 
 def drop_checkpoint(folder: Path) -> None:
@@ -215,5 +314,26 @@ def best_precision() -> Literal["32-true", "bf16-mixed"]:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
+def _logs(folder: Path, tracker: str) -> list[Logger]:
+    folder.mkdir(parents=True, exist_ok=True)
+    logs: list[Logger] = [
+        CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}"),
+        TensorBoardLogger(folder, name="", version="tb"),
+    ]
+    try:
+        if tracker == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            logs.append(WandbLogger(name=folder.name, save_dir=folder, project="vpr"))
+        if tracker == "mlflow":
+            from lightning.pytorch.loggers import MLFlowLogger
+
+            server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
+            logs.append(MLFlowLogger("vpr", folder.name, tracking_uri=server))
+    except ModuleNotFoundError:
+        raise UserError(f"run.tracker: {tracker} is not installed: pip install {tracker}, or set it to none") from None
+    return logs
+
+
 def _csv_logs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("csv-*/metrics.csv"))
+    return sorted(folder.glob("csv-*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("csv-")))

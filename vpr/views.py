@@ -8,6 +8,7 @@ consistent", CVPR 2022: teacher and student must see the same crop).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpr.errors import UserError
+
 # Rec. 601 luma, the weights that "greyscale" means in Pillow and torchvision.
 _LUMA = (0.299, 0.587, 0.114)
-_COLUMNS = 14
+_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class ViewConfig:
         tint: largest relative gain of each colour channel on its own (coloured light).
         cutout: probability that a rectangle is replaced by grey.
         cutout_size: largest side of that rectangle, as a fraction of the side.
+        jitter: probability that brightness, contrast, saturation and tint change at all.
+        grey: probability of a picture without colour.
     """
 
     rotate: float = 15.0
@@ -49,6 +54,18 @@ class ViewConfig:
     tint: float = 0.15
     cutout: float = 0.0
     cutout_size: float = 0.4
+    jitter: float = 1.0
+    grey: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "cutout", "cutout_size", "jitter", "grey"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"views.{name}: {getattr(self, name)}: give a share, 0 to 1")
+        for name in ("rotate", "stretch", "translate", "brightness", "contrast", "saturation", "tint"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UserError(f"views.{name}: {getattr(self, name)}: give a range of 0 or more")
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise UserError(f"views.scale: {list(self.scale)}: give the smallest and the largest, above 0")
 
 
 def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Tensor:
@@ -63,12 +80,14 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
     Returns:
         (batch, 14) float32, to be given to :func:`apply_views`.
     """
-    rows = np.empty((len(index), _COLUMNS), dtype=np.float32)
+    rows = np.empty((len(index), _DRAWS), dtype=np.float32)
     for row, (i, v) in enumerate(zip(index.tolist(), view.tolist(), strict=True)):
-        rows[row] = np.random.Generator(np.random.Philox(key=[seed, (i << 24) + v])).random(_COLUMNS)
+        rows[row] = np.random.Generator(np.random.Philox(key=[seed, (i << 24) + v])).random(_DRAWS)
     u = torch.from_numpy(rows)
     s = 2 * u - 1
     low, high = np.log(config.scale[0]), np.log(config.scale[1])
+    jitter = torch.where(u[:, 14] < config.jitter, 1.0, 0.0)
+    colour = torch.where(u[:, 15] < config.grey, 0.0, 1.0)
     columns = [
         s[:, 0] * config.rotate * (torch.pi / 180),
         torch.exp(low + u[:, 1] * (high - low)),
@@ -76,11 +95,11 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
         s[:, 3] * config.translate * 2,
         s[:, 4] * config.translate * 2,
         torch.where(u[:, 5] < config.flip, -1.0, 1.0),
-        1 + s[:, 6] * config.brightness,
-        1 + s[:, 7] * config.contrast,
-        1 + s[:, 8] * config.saturation,
-        s[:, 9] * config.tint,
-        s[:, 10] * config.tint,
+        1 + s[:, 6] * config.brightness * jitter,
+        1 + s[:, 7] * config.contrast * jitter,
+        (1 + s[:, 8] * config.saturation * jitter) * colour,
+        s[:, 9] * config.tint * jitter,
+        s[:, 10] * config.tint * jitter,
         torch.where(u[:, 11] < config.cutout, config.cutout_size * (u[:, 11] / max(config.cutout, 1e-9)), 0.0),
         u[:, 12],
         u[:, 13],

@@ -11,14 +11,17 @@ from student.distill import DistillConfig, distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import StudentConfig, load_student
 from student.signal import cache_signal
+from teacher.head import HeadConfig
 from teacher.model import TowerConfig, load_teacher
-from teacher.train import StageConfig, TrainConfig, train
+from teacher.module import StageConfig
+from teacher.train import TrainConfig, train
 from vpr.artifact import load_artifact
 from vpr.catalog import Catalog
 from vpr.embeddings import load_embeddings, torch_forward
 from vpr.errors import UserError
 from vpr.find import FindConfig, find
 from vpr.loading import LoaderConfig
+from vpr.training import RunConfig
 from vpr.views import ViewConfig, apply_views, draw_views
 
 STUDENT = StudentConfig(
@@ -36,11 +39,9 @@ def teacher(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
             output=str(tmp_path_factory.mktemp("t") / "teacher"),
             tower=TowerConfig("sample", "", 32),
             stages=stages,
-            scale=16.0,
-            margin_start=0.0,
-            margin_end=0.1,
+            head=HeadConfig(scale=16.0, margin=0.0, margin_end=0.1),
             loader=LoaderConfig(batch_size=16, keep_in_memory=True),
-            precision="32-true",
+            run=RunConfig(precision="32-true"),
         )
     )
 
@@ -57,7 +58,7 @@ def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFac
         epochs=12,
         bank=32,
         loader=LoaderConfig(batch_size=16, keep_in_memory=True),
-        precision="32-true",
+        run=RunConfig(precision="32-true", validate_every=2),
     )
 
 

@@ -63,6 +63,15 @@ def test_an_unchanged_artifact_is_found_again(artifact: Path) -> None:
     assert find_current(artifact.parent / "absent", "ranges", {}, []) is None
 
 
+def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
+    config = {"method": "mse", "bins": 2048}
+    (artifact / "ranges.json").write_text("[]")
+    assert find_current(artifact, "ranges", config, []) is None
+    with write_artifact(artifact, "ranges", config) as draft:
+        (draft.path / "ranges.json").write_text("{}")
+    assert find_current(artifact, "ranges", config, [])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -132,6 +132,40 @@ def test_box_is_cut_from_the_full_picture() -> None:
         decode_bytes(data, "x", box=(100, 5, 20, 30))
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_box_is_cut_at_the_same_place_from_a_reduced_jpeg(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _bytes(_picture(1203, 805), "JPEG", quality=95, exif=exif)
+    box = (101, 53, 610, 505)
+    full, reduced = decode_bytes(data, "x", box), decode_bytes(data, "x", box, shortest=60)
+    assert full.size == (610, 505)
+    assert reduced.size == (153, 127)  # a quarter; an eighth would be less than twice what is needed
+    first, second = (np.asarray(image.resize((60, 60)), dtype=float) for image in (full, reduced))
+    moved = np.asarray(decode_bytes(data, "x", (109, 53, 610, 505)).resize((60, 60)), dtype=float)
+    assert np.abs(first - second).mean() < 0.5 * np.abs(first - moved).mean()
+    assert np.abs(first - second).mean() < 3.0
+
+
+@given(
+    size=st.tuples(st.integers(40, 900), st.integers(40, 900)),
+    corner=st.tuples(st.floats(-50, 800), st.floats(-50, 800)),
+    sides=st.tuples(st.floats(1, 900), st.floats(1, 900)),
+    shortest=st.integers(1, 120),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_reduced_box_is_twice_what_is_needed_or_whole(
+    size: tuple[int, int], corner: tuple[float, float], sides: tuple[float, float], shortest: int
+) -> None:
+    data = _bytes(Image.new("RGB", size), "JPEG")
+    try:
+        full = decode_bytes(data, "x", (*corner, *sides))
+    except ImageRefused:
+        return
+    reduced = decode_bytes(data, "x", (*corner, *sides), shortest)
+    assert reduced.size == full.size or min(reduced.size) >= 2 * shortest - 1  # both edges are rounded
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_truncated_files_are_refused(form: str, tmp_path: Path) -> None:
     path = tmp_path / "half.jpg"

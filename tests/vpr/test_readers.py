@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, picture: bytes) -> 
     (tmp_path / "photos" / "shoe" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(UserError, match="leads out of"):
         list(read_folder(tmp_path / "photos"))
+
+
+def test_names_are_followed_where_they_lead(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "s.jpg").write_bytes(picture)
+    root = tmp_path / "photos"
+    (root / "real").mkdir(parents=True)
+    (root / "real" / "1.jpg").write_bytes(picture)
+    (root / "real" / "2.jpg").symlink_to("1.jpg")
+    (root / "real" / "out.jpg").symlink_to(tmp_path / "elsewhere" / "s.jpg")
+    (root / "inner").symlink_to("real")
+    (root / "outer").symlink_to(tmp_path / "elsewhere")
+    inside = ["real/1.jpg", "real/2.jpg", "inner/1.jpg", "real/../real/1.jpg", "./real/1.jpg", "real/absent.jpg"]
+    (root / "t.csv").write_text("".join(["image,product\n", *(f"{name},1\n" for name in inside)]))
+    assert [row["image"] for row in read_csv(root / "t.csv")] == inside
+    for name in ("real/out.jpg", "inner/out.jpg", "outer/s.jpg", "outer/absent.jpg", "../photos2/1.jpg", ".."):
+        (root / "t.csv").write_text(f"image,product\nreal/1.jpg,1\n{name},1\n")
+        with pytest.raises(UserError, match="line 3: .* leads out of"):
+            list(read_csv(root / "t.csv"))
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "shoe").mkdir()
+    (tmp_path / "shoe" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(picture)
+    with pytest.raises(UserError, match="its name is not UTF-8: rename it"):
+        list(read_folder(tmp_path))
 
 
 def test_a_picture_outside_every_product_is_named(tmp_path: Path, picture: bytes) -> None:

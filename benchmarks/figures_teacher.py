@@ -1,0 +1,90 @@
+"""``make figures TOPIC=teacher``: the teacher's figures, into ``benchmarks/results/teacher.json``.
+
+Parts can be named (``make figures TOPIC=teacher PARTS="grocery"``); without any, all are measured. The
+photographs of ``grocery`` lie in the folder that the environment variable ``VPR_DATA`` names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.ablation import ablate
+from benchmarks.figures import ROOT, Figure, record
+from benchmarks.input_pipeline import pipeline_figures
+from benchmarks.two_processes import Spread, train_spread
+from teacher.train import TrainConfig, train
+from vpr.catalog import CatalogConfig, build_catalog
+from vpr.cli import read_config
+from vpr.console import say
+from vpr.errors import UserError
+
+# Relative: paths are part of an artifact's configuration.
+_FOLDER, _SAMPLE = Path("runs/figures-teacher"), Path("runs/demo/catalog")
+_STEPS = 50
+
+
+def measure_grocery() -> None:
+    """Heads, average, soups and re-ranking on photographs of products that no stage has seen."""
+    data = os.environ.get("VPR_DATA")
+    if not data:
+        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
+    record("teacher", [], {"grocery": ablate(Path(data), _pretrained(), _FOLDER / "grocery")})
+
+
+def measure_pipeline() -> None:
+    """What two loader workers deliver, against what the sample tower can train on."""
+    record("teacher", pipeline_figures(_sample()), {})
+
+
+def measure_processes() -> None:
+    """Losses of a training in two processes against one, fp32, over 50 steps."""
+    command = 'make figures TOPIC=teacher PARTS="processes"'
+    with tempfile.TemporaryDirectory() as folder:
+        one = _spread(Path(folder), 1, "auto")
+        figures = []
+        for strategy in ("ddp", "fsdp"):
+            two = _spread(Path(folder), 2, strategy)
+            last = max(one.losses)
+            apart = max(abs(two.losses[step] - loss) for step, loss in one.losses.items())
+            name = f"{strategy.upper()} in two processes against one"
+            figures += [
+                Figure(f"{name}: loss after {last + 1} steps, difference", abs(two.losses[last] - one.losses[last]), "",
+                       1e-4, "<=", command, None, (0,)),
+                Figure(f"{name}: largest difference of the logged losses", apart, "", None, "<=", command, None, (0,)),
+            ]  # fmt: skip
+    record("teacher", figures, {})
+
+
+PARTS = {"grocery": measure_grocery, "pipeline": measure_pipeline, "processes": measure_processes}
+
+
+def _spread(folder: Path, processes: int, strategy: str) -> Spread:
+    arguments = ["--catalog", str(_sample()), "--tower.name", "sample-vit", "--tower.pretrained", ""]
+    arguments += ["--stages", '[{"train": "all", "epochs": 1, "lr_head": 2e-3, "lr_tower": 1e-3}]']
+    arguments += ["--run.precision", "32-true", "--loader.keep_in_memory", "true"]
+    # One epoch of the sample's 6,989 training pictures in batches of 136 is 51 steps; the 50th is logged.
+    return train_spread(arguments, folder / f"{strategy}-{processes}", processes, 136, strategy)  # type: ignore[arg-type]
+
+
+def _sample() -> Path:
+    config = CatalogConfig("sample", str(_SAMPLE))
+    return build_catalog(config)
+
+
+def _pretrained() -> Path:
+    """The demo's teacher of furniture renders, which stands for CLIP's weights; trained if it is not there."""
+    recipe = str(ROOT / "teacher/recipes/sample.yaml")
+    arguments = ["--config", recipe, "--catalog", str(_sample()), "--output", "runs/demo/teacher"]
+    path = train(read_config(TrainConfig, "teacher train", arguments))
+    assert path is not None
+    return path
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    for part in sys.argv[1:] or PARTS:
+        say(f"measuring {part}")
+        PARTS[part]()

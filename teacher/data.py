@@ -1,0 +1,237 @@
+"""``vpr teacher data``: data sets -> checked, split apart, joined -> one catalogue to train on."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vpr.artifact import file_sha256, find_current, plain, write_artifact
+from vpr.catalog import (
+    Catalog,
+    Refused,
+    check_leaks,
+    check_pictures,
+    check_shares,
+    fill_draft,
+    picture_root,
+    split_by_product,
+    table_of,
+)
+from vpr.console import say
+from vpr.duplicates import Duplicates, common_root, merge
+from vpr.errors import UserError
+from vpr.readers import READERS
+
+Repeat = tuple[str, str, str]
+TABLES = {
+    "products10k": ("train.csv", "test_kaggletest.csv"),
+    "aicrowd": ("gallery.csv", "queries.csv"),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a teacher is trained on.
+
+    Attributes:
+        output: where the catalogue is written.
+        products10k: folder of Products-10K; its train and test tables are both read. Empty leaves it out.
+        aicrowd: folder of the AIcrowd Visual Product Recognition development set. Empty leaves it out.
+        csv: further tables with columns ``image`` and ``product``; a table whose ``split`` column names
+            validation or test rows keeps its own split.
+        validation: share of each source's products held out to choose checkpoints.
+        test: share of each source's products held out to be scored.
+        seed: of the splits.
+        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing.
+    """
+
+    output: str
+    products10k: str = ""
+    aicrowd: str = ""
+    csv: tuple[str, ...] = ()
+    validation: float = 0.05
+    test: float = 0.0
+    seed: int = 0
+    skip_unreadable: bool = False
+
+    def __post_init__(self) -> None:
+        check_shares(self.validation, self.test, self.seed)
+        places = [path.resolve() for _, path in self.sources()]
+        if not places:
+            raise UserError("vpr teacher data: no source: give --products10k, --aicrowd or --csv")
+        if len(set(places)) < len(places):
+            raise UserError("vpr teacher data: one source is given twice: name each once")
+
+    def sources(self) -> list[tuple[str, Path]]:
+        """Reader and place of each source, in the order in which they are joined."""
+        folders = [(reader, getattr(self, reader)) for reader in ("products10k", "aicrowd")]
+        return [(reader, Path(path)) for reader, path in [*folders, *(("csv", t) for t in self.csv)] if path]
+
+
+def build_data(config: DataConfig) -> Path:
+    """Write the training catalogue: validation carved from each source, then joined, nothing scored left in training.
+
+    ``duplicates.csv`` in the artifact lists repeated pictures by ``image``, ``of`` and ``kind``: ``same`` bytes,
+    ``near`` the same (with ``across splits`` where one is trained on and the other scored), and the rows that
+    :func:`part_splits` has ``dropped``. Nothing is done again while configuration and tables are unchanged; pictures
+    replaced under the same names are not noticed.
+
+    Raises:
+        UserError: a broken source, or (without ``skip_unreadable``) a picture that cannot be read.
+    """
+    root = common_root([picture_root(reader, str(path)) for reader, path in config.sources()])
+    values = plain(config) | {"reader": "table", "root": str(root), "tables": _checksums(config)}
+    if find_current(config.output, "catalog", values, []):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    catalogs, refused = [], []
+    for reader, path in config.sources():
+        catalog, aside = _read(config, reader, path)
+        above = catalog.root.resolve().relative_to(root)
+        refused += [((above / image).as_posix(), reason) for image, reason in aside]
+        catalogs.append(catalog)
+    say("looking for pictures that repeat ...")
+    whole, duplicates = merge(catalogs)
+    joined, dropped = part_splits(whole)
+    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        check_leaks(joined.select(split=first), joined.select(split=second))
+    _check_held_out(config, joined)
+    repeats = list_repeats(whole, joined, duplicates, dropped)
+    counts = {
+        "same_bytes": len(duplicates.same_bytes),
+        "near_same": len(duplicates.near_same),
+        "near_same_across_splits": sum(kind == "near, across splits" for _, _, kind in repeats),
+        "dropped": len(dropped),
+    }
+    with write_artifact(config.output, "catalog", values) as draft:
+        fill_draft(draft, joined, refused)
+        with (draft.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([("image", "of", "kind"), *repeats])
+        draft.metrics |= counts
+    _say_built(config, joined, catalogs, refused, counts)
+    return Path(config.output)
+
+
+def part_splits(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
+    """Take out what would be seen before it is scored.
+
+    A picture (same bytes) or product of ``test`` leaves ``validation`` and ``train``, one of ``validation`` leaves
+    ``train``. Held-out products without a gallery lose their queries, which no result could be right for.
+
+    Returns:
+        what is left, and the rows taken out, as (image, the held-out picture or product, kind).
+    """
+    dropped: list[Repeat] = []
+    for held in ("test", "validation"):
+        # First of all: what is no longer scored may be trained on.
+        alone = _unanswered(catalog, held)
+        rows = catalog.table.filter(pa.array(alone))
+        pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
+        dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
+        catalog = _without(catalog, alone)
+        splits = catalog.table["split"].to_numpy()
+        scored = catalog.table.filter(pa.array(splits == held))
+        below = np.isin(splits, ["train"] if held == "validation" else ["train", "validation"])
+        for column, kind in (("sha256", "dropped"), ("product", "dropped, product")):
+            at = pc.index_in(catalog.table[column].combine_chunks(), scored[column].combine_chunks())
+            leaves = below & at.is_valid().to_numpy(zero_copy_only=False)
+            name = "image" if column == "sha256" else "product"
+            of = scored[name].take(at.filter(pa.array(leaves))).to_pylist()
+            images = catalog.table["image"].filter(pa.array(leaves)).to_pylist()
+            dropped += [(image, other, kind) for image, other in zip(images, of, strict=True)]
+            catalog, below = _without(catalog, leaves), below[~leaves]
+    return catalog, dropped
+
+
+def list_repeats(whole: Catalog, left: Catalog, duplicates: Duplicates, dropped: list[Repeat]) -> list[Repeat]:
+    """The lines of ``duplicates.csv``: what was taken out first, then repeats.
+
+    Args:
+        whole: all rows.
+        left: those that were not taken out, in which no two splits share a picture.
+        duplicates: of all rows.
+        dropped: what was taken out.
+    """
+    # By bytes: of two copies the one that a pair names may have been taken out.
+    sha256 = dict(zip(whole.table["image"].to_pylist(), whole.table["sha256"].to_pylist(), strict=True))
+    split = dict(zip(left.table["sha256"].to_pylist(), left.table["split"].to_pylist(), strict=True))
+    near = []
+    for pair in duplicates.near_same:
+        splits = {split[sha256[image]] for image in pair if sha256[image] in split}
+        near.append((*pair, "near, across splits" if len(splits) == 2 else "near"))
+    return [*dropped, *((later, earlier, "same") for later, earlier in duplicates.same_bytes), *near]
+
+
+def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Refused]]:
+    """A source, checked and split."""
+    rows = list(READERS[reader](path))
+    if not rows:
+        raise UserError(f"{path}: no pictures here: check --{reader}")
+    say(f"{path}: decoding {len(rows)} pictures ...")
+    root = picture_root(reader, str(path))
+    good, refused = check_pictures(root, rows, config.skip_unreadable)
+    if not good:
+        raise UserError(f"{path}: none of its {len(rows)} pictures can be read: check --{reader}")
+    table = table_of(good)
+    if table["split"].unique().to_pylist() == ["train"]:
+        try:
+            table = split_by_product(table, config.validation, config.test, config.seed)
+        except UserError as error:
+            say(f"  {path}: all of it stays in training: {error}")
+    return Catalog(table, root), refused
+
+
+def _check_held_out(config: DataConfig, joined: Catalog) -> None:
+    """Refuse a catalogue without the held-out pictures that were asked for."""
+    for name, share in (("validation", config.validation), ("test", config.test)):
+        if share and not len(joined.select(split=name)):
+            raise UserError(f"{name} {share}: no source has the products for it: raise it or add pictures")
+
+
+def _checksums(config: DataConfig) -> dict[str, str]:
+    """Checksums of the tables that the sources consist of; a reader says what is wrong with a missing one."""
+    tables = []
+    for reader, path in config.sources():
+        tables += [path / name for name in TABLES[reader]] if reader in TABLES else [path]
+    return {str(table.resolve()): file_sha256(table) for table in tables if table.is_file()}
+
+
+def _without(catalog: Catalog, leaves: NDArray[np.bool_]) -> Catalog:
+    return Catalog(catalog.table.filter(pa.array(~leaves)), catalog.root)
+
+
+def _unanswered(catalog: Catalog, held: str) -> NDArray[np.bool_]:
+    """(n,) whether a row is a query of a split whose gallery lacks its product."""
+    table = catalog.table
+    in_split = pc.equal(table["split"], held)
+    gallery = table["product"].filter(pc.and_(in_split, pc.equal(table["role"], "gallery")))
+    answered = pc.is_in(table["product"], gallery.combine_chunks())
+    return pc.and_(pc.and_(in_split, pc.equal(table["role"], "query")), pc.invert(answered)).to_numpy()
+
+
+def _say_built(
+    config: DataConfig, joined: Catalog, catalogs: list[Catalog], refused: list[Refused], counts: dict[str, Any]
+) -> None:
+    summary = joined.summary()
+    several = sum(len(catalog.table["product"].unique()) for catalog in catalogs)
+    several -= len(pa.chunked_array([c for catalog in catalogs for c in catalog.table["product"].chunks]).unique())
+    if several:
+        say(f"  {several} products have the same id in more than one source and are taken for one")
+    say(
+        f"  repeated pictures: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
+        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows left out because their picture "
+        "or product is scored (listed in duplicates.csv)"
+    )
+    where = " (listed in set_aside.csv)" if refused else ""
+    parts = ", ".join(f"{n} {split}" for split, n in summary["pictures"].items() if n)
+    say(
+        f"{config.output}: {len(joined)} pictures of {len(joined.table['product'].unique())} products ({parts}), "
+        f"{len(refused)} set aside{where}"
+    )

@@ -1,0 +1,155 @@
+"""What a training needs of memory, estimated before it starts, without the weights being there."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teacher.model import Teacher
+
+_GIB = 1 << 30
+_HALF = 36 / 64
+_FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, also under autocast
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of the parameters that learn.
+        optimiser: its states.
+        average: the moving average, if there is one.
+        activations: kept between the forward and the backward pass, of one batch.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        return self.weights + self.gradients + self.optimiser + self.average + self.activations
+
+    def __str__(self) -> str:
+        parts = [f"{name} {getattr(self, name) / _GIB:.2f}" for name in self.__dataclass_fields__]
+        return f"{self.total / _GIB:.2f} GiB ({', '.join(parts)})"
+
+
+def estimate(
+    teacher: Teacher, head: nn.Module, batch: int, size: int, optimizer: str, average: bool, half: bool, share: int = 1
+) -> Memory:
+    """Estimate a training's memory; the frozen part of the network keeps no activations.
+
+    Args:
+        teacher: on any device, ``meta`` included; ``requires_grad`` says what learns.
+        head: of the classes.
+        batch: pictures on one device.
+        size: side of a picture, pixels.
+        optimizer: ``adamw`` (two states) or ``sgd`` (momentum).
+        average: whether there is a moving average.
+        half: whether autocast computes in 16 bits.
+        share: processes that the weights are spread over (FSDP).
+    """
+    parameters = [*teacher.parameters(), *head.parameters()]
+    tensors = [*parameters, *teacher.buffers(), *head.buffers()]
+    learning = _FLOAT * sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    classes = sum(p.shape[0] for p in head.parameters())
+    # The head keeps its cosines and its softmax.
+    activations = batch * activation_bytes(teacher, size, half) + 2 * _FLOAT * batch * classes
+    states = learning * (2 if optimizer == "adamw" else 1)
+    spread = [weights, learning, states, weights if average else 0]
+    return Memory(*(amount // share for amount in spread), activations)
+
+
+def activation_bytes(teacher: Teacher, size: int, half: bool) -> int:
+    """Bytes that autograd keeps for one picture, counted in a forward pass on the meta device.
+
+    Under gradient checkpointing these are the inputs of the blocks, and all of the block at work.
+
+    Args:
+        teacher: its ``requires_grad`` decides what is kept; not changed.
+        size: side of the picture, pixels.
+        half: under autocast a ViT block keeps 36 instead of 64 bytes per value of its width (its norms' inputs
+            stay float32); other towers are taken to do alike.
+    """
+    shadow = copy.deepcopy(teacher).to("meta").train()
+    blocks = _take_checkpointing_off(shadow)
+    own = {parameter.untyped_storage()._cdata for parameter in shadow.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+    inputs: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that its address is not given to another
+        return tensor
+
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        shadow(torch.empty(2, 3, size, size, device="meta"))
+    whole = sum(storage.nbytes() for storage in kept.values()) * (_HALF if half else 1)
+    # The residual stream stays float32, so the blocks' inputs do too.
+    found = sum(inputs) + whole / len(blocks) if blocks and whole else whole
+    return int(found / 2)
+
+
+def advice(memory: Memory, available: int, batch: int, checkpointing: bool, half: bool, processes: int) -> list[str]:
+    """What to change, in the order to try it, where a training does not fit; empty where it does.
+
+    Args:
+        memory: of one device.
+        available: bytes of it.
+        batch: pictures on it.
+        checkpointing: whether gradient checkpointing is on.
+        half: whether autocast computes in 16 bits.
+        processes: that share the work.
+    """
+    if memory.total <= available:
+        return []
+    lines = [f"needs {memory.total / _GIB:.1f} GiB, there are {available / _GIB:.1f}:"]
+    if not half:
+        lines.append("--run.precision bf16-mixed nearly halves the activations")
+    if not checkpointing:
+        lines.append("--tower.gradient_checkpointing true keeps a block's input only, for a third more computation")
+    fixed = memory.total - memory.activations
+    if fixed < available:
+        fits = max(1, int(batch * (available - fixed) / max(1, memory.activations)))
+        lines.append(f"--loader.batch_size {fits} with --run.accumulate {-(-batch // fits)} keeps the step's batch")
+    elif processes == 1:
+        lines.append(f"weights and states alone are {fixed / _GIB:.1f} GiB: train the head or the last blocks only, or")
+    lines.append("torchrun with --run.strategy fsdp spreads weights and states over the processes")
+    return lines
+
+
+def available_memory() -> int:
+    """Bytes of the GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _take_checkpointing_off(teacher: Teacher) -> list[nn.Module]:
+    """The blocks that are checkpointed, with checkpointing switched off so that all they keep can be counted."""
+    visual: Any = teacher.visual
+    if not any(getattr(module, "grad_checkpointing", False) for module in visual.modules()):
+        return []
+    visual.set_grad_checkpointing(False)
+    if hasattr(visual, "transformer"):
+        return list(visual.transformer.resblocks)
+    trunk = visual.trunk
+    if hasattr(trunk, "blocks"):
+        return list(trunk.blocks)
+    stages = trunk.stages if hasattr(trunk, "stages") else [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+    return [block for stage in stages for block in getattr(stage, "blocks", stage)]

@@ -1,0 +1,62 @@
+"""What a training will do, told before it starts: stages, steps, and the memory they need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from teacher.head import HeadConfig, MarginHead
+from teacher.layers import trainable
+from teacher.memory import advice, available_memory, estimate
+from teacher.model import TowerConfig, build_teacher
+from teacher.module import Place
+from vpr.catalog import Catalog
+from vpr.console import say
+from vpr.loading import EpochSampler, LoaderConfig
+from vpr.processes import rank_and_world
+from vpr.training import RunConfig, best_precision
+
+
+def print_plan(
+    places: list[Place],
+    tower: TowerConfig,
+    tower_json: dict[str, Any],
+    head: HeadConfig,
+    train: Catalog,
+    validation: Catalog,
+    loader: LoaderConfig,
+    run: RunConfig,
+) -> None:
+    """Print the plan; networks are built on the meta device, so nothing of their size is allocated."""
+    products, counts = np.unique(train.products, return_counts=True)
+    world = rank_and_world()[1]
+    say(
+        f"teacher: {tower.name}, {len(train)} pictures of {len(products)} products, {places[0].total} epochs, "
+        f"validated on {len(set(validation.products.tolist()))} other products"
+    )
+    half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
+    for number, place in enumerate(places, start=1):
+        stage = place.stage
+        changed = stage.tower(tower)
+        teacher, preprocess = build_teacher(changed, tower_json, load_pretrained=False, device="meta")
+        classes = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head).to("meta")
+        trainable(teacher, stage.train, stage.last_blocks)
+        classes.requires_grad_(stage.train != "tower")
+        batch = stage.batch_size or loader.batch_size
+        batches = EpochSampler(train.products, replace(loader, batch_size=batch), 0, 0, world).batches
+        steps = -(-batches // run.accumulate)
+        learning = sum(p.numel() for module in (teacher, classes) for p in module.parameters() if p.requires_grad)
+        spread = world if run.strategy == "fsdp" else 1
+        memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
+        say(
+            f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
+            f"{batch * world * run.accumulate} pictures of {preprocess.size} pixels, {learning / 1e6:.1f} M of "
+            f"{sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters and "
+            f"{sum(p.numel() for p in classes.parameters()) / 1e6:.1f} M of the head learn"
+        )
+        say(f"    memory: {memory}")
+        for line in advice(memory, available_memory(), batch, changed.gradient_checkpointing, half, world):
+            say(f"    {line}")

@@ -1,0 +1,292 @@
+"""``vpr teacher soup``: trained teachers averaged, or one interpolated with its zero-shot weights.
+
+An average of weights costs nothing at inference. What it is worth is decided on the catalogue's ``validation``
+split, as the epoch of a training is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+
+from teacher.model import TowerConfig, build_teacher
+from teacher.scorer import Scorer, Weights
+from vpr.artifact import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
+from vpr.catalog import Catalog, check_leaks, load_catalog
+from vpr.console import say
+from vpr.errors import UserError
+from vpr.metrics import RetrievalScores
+
+Row = dict[str, Any]
+# Parts of the network's configuration that weights do not depend on once they are trained.
+_FREE = frozenset({"dropout", "gradient_checkpointing"})
+
+
+@dataclass(frozen=True)
+class SoupConfig:
+    """Which weights are joined, and how.
+
+    Attributes:
+        models: teacher artifacts of one network, trained on one catalogue; ``wise-ft`` takes a single one.
+        catalog: the catalogue that they were trained on; its ``validation`` split chooses.
+        output: where the soup is written, itself a teacher.
+        method: ``uniform`` averages all; ``greedy`` adds one after the other, best first, keeping each that does not
+            lower validation recall@1; ``wise-ft`` interpolates with the zero-shot weights.
+        alphas: shares of the fine-tuned weights that ``wise-ft`` tries.
+        batch_size: pictures at a time.
+        workers: processes that decode, where the pictures do not fit in memory.
+        seed: of the pictures that BatchNorm statistics are estimated on.
+    """
+
+    models: tuple[str, ...]
+    catalog: str
+    output: str
+    method: Literal["uniform", "greedy", "wise-ft"] = "greedy"
+    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wanted = "exactly one" if self.method == "wise-ft" else "at least two"
+        if (len(self.models) == 1) != (self.method == "wise-ft") or not self.models:
+            raise UserError(f"models: {len(self.models)} given, {self.method} takes {wanted}: see --method")
+        if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
+            raise UserError(f"alphas: {list(self.alphas)}: give one or more shares from 0 to 1")
+        for name, least in (("batch_size", 2), ("workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
+        if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
+            raise UserError(f"output: {self.output} is one of the models and would be replaced: choose another")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a method came to.
+
+    Attributes:
+        weights: of the soup, float32 on the CPU.
+        what: ``alpha`` or ``models`` of it.
+        scores: its validation scores.
+        rows: one per candidate: ``alpha`` or ``models``, ``val_recall_at_1``, ``val_map``.
+    """
+
+    weights: Weights
+    what: Row
+    scores: RetrievalScores
+    rows: list[Row]
+
+
+def soup(config: SoupConfig) -> Path:
+    """Join weights, choose on validation recall@1, and write the result as an artifact of kind ``teacher``.
+
+    Raises:
+        UserError: models that do not fit each other or the catalogue, a leak, or no zero-shot weights.
+    """
+    started = time.monotonic()
+    catalog = load_catalog(config.catalog)
+    teachers = [load_artifact(path, "teacher") for path in config.models]
+    check_alike(teachers, catalog)
+    parents = [teacher.as_parent("teacher") for teacher in teachers]
+    if catalog.artifact:
+        parents.append(catalog.artifact.as_parent("catalog"))
+    card = teachers[0].card
+    built = {key: card.config[key] for key in ("tower", "network", "tower_config")}
+    values = plain(config) | {"recipe": f"{config.method} soup"} | built
+    if find_current(config.output, "teacher", values, parents):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    leak = known_leak(teachers, catalog)
+    zero_shot = zero_shot_weights(teachers[0]) if config.method == "wise-ft" else {}
+    scorer = Scorer(config.models[0], catalog, config.batch_size, config.workers, config.seed)
+    if config.method == "wise-ft":
+        chosen = wise_ft(config.alphas, zero_shot, read_weights(teachers[0]), scorer)
+    else:
+        chosen = (greedy if config.method == "greedy" else uniform)(config.models, teachers, scorer)
+    with write_artifact(config.output, "teacher", values, parents) as draft:
+        save_file(chosen.weights, draft.path / "model.safetensors")
+        draft.preprocess, draft.embedding = card.preprocess, card.embedding
+        draft.catalog = {**(card.catalog or {}), **({"leak": leak} if leak else {})}
+        draft.metrics = {
+            "val_recall_at_1": chosen.scores.recall_at_1,
+            "val_map": chosen.scores.map,
+            **chosen.what,
+            "candidates": chosen.rows,
+            "seconds": round(time.monotonic() - started, 1),
+            "parameters": sum(p.numel() for p in scorer.model.parameters()),
+        }
+    say(f"{config.output}: {config.method} soup, validation recall@1 {chosen.scores.recall_at_1:.4f}")
+    return Path(config.output)
+
+
+def check_alike(teachers: Sequence[Artifact], catalog: Catalog) -> None:
+    """Refuse teachers whose weights or recalls cannot be compared.
+
+    Raises:
+        UserError: another network, tower or preprocessing, another training catalogue, or one teacher given twice.
+    """
+    first = teachers[0]
+    for teacher in teachers:
+        for key in ("tower", "network", "tower_config"):
+            if key not in teacher.card.config:
+                raise UserError(f"{teacher.path}: its card has no '{key}': train it again with this version")
+    known: dict[str, Path] = {}
+    sha256 = catalog.sha256
+    for teacher in teachers:
+        if teacher.sha256 in known:
+            raise UserError(f"models: {teacher.path} and {known[teacher.sha256]} are the same: give each once")
+        known[teacher.sha256] = teacher.path
+        one, other = (_comparable(artifact) for artifact in (first, teacher))
+        differs = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        if differs:
+            values = f"{other.get(differs[0])!r}, not {one.get(differs[0])!r}"
+            reason = "" if differs[0] in ("tower_config", "preprocess") else f" ({values})"
+            raise UserError(f"{teacher.path}: {differs[0]} differs from {first.path}'s{reason}: join what is alike")
+        if (teacher.card.catalog or {}).get("sha256") != sha256:
+            raise UserError(
+                f"{teacher.path}: was trained on another catalogue than --catalog: give its own, so that nothing it "
+                "was trained on chooses"
+            )
+
+
+def known_leak(teachers: Sequence[Artifact], catalog: Catalog) -> Row:
+    """What the teachers' cards say of a leak; a leak that they do not know of is refused.
+
+    Their catalogue is this one, so a leak was either allowed when they were trained or is none.
+    """
+    leak: Row = {}
+    for teacher in teachers:
+        leak |= (teacher.card.catalog or {}).get("leak") or {}
+    if leak:
+        say("  leak: these teachers were trained with one allowed; the soup's card says so too")
+        return leak
+    train, validation, test = (catalog.select(split=split) for split in ("train", "validation", "test"))
+    for seen, scored in ((train, validation), (train, test), (validation, test)):
+        check_leaks(seen, scored)
+    return leak
+
+
+def zero_shot_weights(teacher: Artifact) -> Weights:
+    """The tower's weights as they were before fine-tuning, ``visual.*`` float32.
+
+    Raises:
+        UserError: it began from random weights, or they can no longer be read.
+    """
+    with reading(teacher):
+        network = TowerConfig(**teacher.card.config["network"])
+        if not network.pretrained:
+            raise UserError(
+                f"{teacher.path}: was trained from random weights (tower.pretrained is empty): it has no zero-shot "
+                "weights, use uniform or greedy"
+            )
+        if (Path(network.pretrained) / CARD_NAME).is_file():
+            say(f"  {teacher.path} began from the teacher {network.pretrained}: interpolating with its weights")
+        model, _ = build_teacher(network, teacher.card.config["tower_config"], load_pretrained=True)
+    return {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
+
+
+def read_weights(teacher: Artifact) -> Weights:
+    """A teacher's weights on the CPU."""
+    with reading(teacher):
+        return load_file(teacher.file("model.safetensors"))
+
+
+def average(parts: Iterable[Weights], shares: Sequence[float]) -> Weights:
+    """Weighted sum of weights in float64; what is not floating point (counters) is the first's.
+
+    Args:
+        parts: of the same names and shapes; read one after the other, so that two are in memory at a time.
+        shares: one per part, together 1.
+    """
+    total: Weights = {}
+    for weights, share in zip(parts, shares, strict=True):
+        if not total:
+            total = {n: v.double() * share if v.is_floating_point() else v.clone() for n, v in weights.items()}
+            continue
+        for name, value in total.items():
+            if value.is_floating_point():
+                value.add_(weights[name].double(), alpha=share)
+    return total
+
+
+def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer: Scorer) -> Chosen:
+    """(1 - alpha) zero-shot + alpha fine-tuned, for the alpha of best validation recall@1.
+
+    Equal recalls are told apart by mAP, then by the smaller alpha, which keeps more of the zero-shot model's
+    robustness. What was added to the tower has no zero-shot twin and stays fine-tuned.
+
+    Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, eq. 1.
+    """
+    start = tuned | zero_shot
+    rows: list[Row] = []
+    best: tuple[float, RetrievalScores, Weights] | None = None
+    for alpha in sorted(set(alphas)):
+        norms: Literal["kept", "added", "all"] = "kept" if alpha == 1 else "added" if alpha == 0 else "all"
+        scores = scorer.score(average([tuned, start], [alpha, 1 - alpha]), norms)
+        rows.append({"alpha": alpha} | _said(f"alpha {alpha:.3g}", scores))
+        if best is None or (scores.recall_at_1, scores.map) > (best[1].recall_at_1, best[1].map):
+            best = alpha, scores, scorer.weights()
+    assert best is not None  # the configuration has at least one alpha
+    return Chosen(best[2], {"alpha": best[0]}, best[1], rows)
+
+
+def uniform(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> Chosen:
+    """The mean of all (Wortsman et al., "Model soups", ICML 2022); its members are scored beside it."""
+    rows = [row for row, _ in _score_members(names, teachers, scorer)]
+    shares = [1 / len(teachers)] * len(teachers)
+    scores = scorer.score(average((read_weights(teacher) for teacher in teachers), shares), "all")
+    what = {"models": list(names)}
+    return Chosen(scorer.weights(), what, scores, [*rows, what | _said("all", scores)])
+
+
+def greedy(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> Chosen:
+    """Best first, each is added if the mean's validation recall@1 does not fall (a tie adds it).
+
+    So the soup is never below its best member on validation. Wortsman et al., "Model soups", ICML 2022, recipe 1.
+    """
+    members = _score_members(names, teachers, scorer)
+    order = sorted(range(len(names)), key=lambda i: (-members[i][1].recall_at_1, -members[i][1].map, i))
+    rows, kept, scores = [row for row, _ in members], [order[0]], members[order[0]][1]
+    mean = read_weights(teachers[order[0]])
+    weights = mean
+    for index in order[1:]:
+        share = 1 / (len(kept) + 1)
+        candidate = average([mean, read_weights(teachers[index])], [1 - share, share])
+        found = scorer.score(candidate, "all")
+        added = found.recall_at_1 >= scores.recall_at_1
+        row = _said(f"+ {names[index]}", found, "kept" if added else "left out")
+        rows.append({"models": [names[i] for i in [*kept, index]]} | row)
+        if added:
+            mean, weights, scores = candidate, scorer.weights(), found
+            kept.append(index)
+    return Chosen(weights, {"models": [names[i] for i in kept]}, scores, rows)
+
+
+def _score_members(
+    names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer
+) -> list[tuple[Row, RetrievalScores]]:
+    """Each alone, in the same precision as the soups (a card's recall may be of bf16)."""
+    found = []
+    for name, teacher in zip(names, teachers, strict=True):
+        with reading(teacher):
+            scores = scorer.score(read_weights(teacher), "kept")
+        found.append(({"models": [name]} | _said(name, scores), scores))
+    return found
+
+
+def _said(label: str, scores: RetrievalScores, verdict: str = "") -> Row:
+    end = f": {verdict}" if verdict else ""
+    say(f"  {label}: validation recall@1 {scores.recall_at_1:.4f}, mAP {scores.map:.4f}{end}")
+    return {"val_recall_at_1": scores.recall_at_1, "val_map": scores.map}
+
+
+def _comparable(teacher: Artifact) -> Row:
+    """What must be equal for weights to be of one network."""
+    config = teacher.card.config
+    network = {f"network.{key}": value for key, value in config["network"].items() if key not in _FREE}
+    return {**network, "tower_config": config["tower_config"], "preprocess": teacher.card.preprocess}

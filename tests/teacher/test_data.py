@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from teacher.data import DataConfig, build_data, part_splits
+from vpr.catalog import SCHEMA, Catalog, check_leaks, load_catalog, table_of
+from vpr.cli import main
+from vpr.errors import UserError
+from vpr.loading import LoaderConfig, PictureDataset, training_loader
+
+CLASSES, SHOP = 12, 8
+
+
+def _picture(path: Path, rng: np.random.Generator, mark: tuple[int, int, int, int] | None = None) -> None:
+    """A texture of its own; a red rectangle where ``mark`` (left, top, right, bottom) says."""
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    image = coarse.resize((96, 72), Image.Resampling.NEAREST)
+    if mark:
+        image.paste((255, 0, 0), mark)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=95)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Products-10K and the AIcrowd development set in their own formats: 12 classes and 8 products."""
+    root, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
+    train, test = ["name,class,group"], ["name,class,Usage"]
+    for number in range(CLASSES * 4):
+        name, label = f"{number}.jpg", number % CLASSES
+        folder, lines = ("train", train) if number < CLASSES * 3 else ("test", test)
+        _picture(root / "p10k" / folder / name, rng)
+        lines.append(f"{name},{label},{360 + label % 2 if folder == 'train' else 'Public'}")
+    gallery = ["seller_img_id,img_path,product_id"]
+    queries = ["user_img_id,img_path,product_id,bbox_x,bbox_y,bbox_w,bbox_h"]
+    for number in range(SHOP * 2):
+        _picture(root / "aicrowd" / "gallery" / f"{number}.jpg", rng)
+        gallery.append(f"{number},gallery/{number}.jpg,{number % SHOP}")
+        _picture(root / "aicrowd" / "queries" / f"{number}.jpeg", rng, (16, 8, 64, 48))
+        queries.append(f"{number},queries/{number}.jpeg,{number % SHOP},18,10,44,36")
+    for path, lines in (
+        ("p10k/train.csv", train),
+        ("p10k/test_kaggletest.csv", test),
+        ("aicrowd/gallery.csv", gallery),
+        ("aicrowd/queries.csv", queries),
+    ):
+        (root / path).write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def copy(sources: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sources, tmp_path / "sources")
+
+
+def _build(root: Path, output: Path, **values: object) -> Catalog:
+    places = {"products10k": str(root / "p10k"), "aicrowd": str(root / "aicrowd")}
+    config = DataConfig(output=str(output), **{**places, "validation": 0.25, **values})
+    return load_catalog(build_data(config))
+
+
+def _repeats(catalog: Catalog) -> list[list[str]]:
+    with catalog.artifact.file("duplicates.csv").open(newline="") as stream:
+        header, *lines = csv.reader(stream)
+    assert header == ["image", "of", "kind"]
+    return lines
+
+
+def test_both_sources_are_joined_and_each_gives_validation_products(sources: Path, tmp_path: Path) -> None:
+    built = _build(sources, tmp_path / "data")
+    assert len(built) == CLASSES * 4 + SHOP * 4
+    assert all(built.path(row).is_file() for row in range(len(built)))
+    training, validation = built.select(split="train"), built.select(split="validation")
+    assert not set(training.products) & set(validation.products)
+    held = {product.split("/")[0]: set() for product in validation.products}
+    for product in validation.products:
+        held[product.split("/")[0]].add(product)
+    assert {source: len(products) for source, products in held.items()} == {"products10k": 3, "aicrowd": 2}
+    for product in set(validation.products):
+        assert set(validation.roles[validation.products == product]) == {"gallery", "query"}
+    assert set(training.roles) == {"train", "gallery", "query"}
+    assert set(built.categories) == {"", "360", "361"}
+
+
+def test_aicrowd_queries_are_cropped_to_their_box(sources: Path, tmp_path: Path) -> None:
+    from vpr.embeddings import read_pixels
+    from vpr.images import Preprocess
+
+    built = _build(sources, tmp_path / "data").select(role="query")
+    rows = [row for row in range(len(built)) if built.box(row)]
+    assert len(rows) == SHOP * 2
+    for row in rows[:4]:
+        pixels = read_pixels(built, Preprocess(size=32), range(row, row + 1))[0]
+        assert pixels[0].min() > 200
+        assert pixels[1:].max() < 60
+
+
+@pytest.mark.parametrize("alone", ["products10k", "aicrowd"])
+def test_a_source_alone_will_do(alone: str, sources: Path, tmp_path: Path) -> None:
+    built = _build(sources, tmp_path / "data", **{"products10k" if alone == "aicrowd" else "aicrowd": ""})
+    assert set(built.table["source"].to_pylist()) == {alone}
+    assert built.summary()["products"]["validation"] == (3 if alone == "products10k" else 2)
+
+
+def test_pictures_that_are_scored_leave_training_and_are_listed(copy: Path, tmp_path: Path) -> None:
+    first = _build(copy, tmp_path / "data")
+    scored = first.select(split="validation", role="gallery")
+    trained = first.select(split="train")
+    at = int(np.flatnonzero(np.char.startswith(trained.products, "products10k/"))[0])
+    where, what = trained.path(at), scored.path(0)
+    shutil.copyfile(what, where)
+    second = _build(copy, tmp_path / "again")
+    check_leaks(second.select(split="train"), second.select(split="validation"))
+    assert len(second) == len(first) - 1
+    names = [path.relative_to(copy).as_posix() for path in (where, what)]
+    assert [*names, "dropped"] in _repeats(second)
+    assert second.artifact.card.metrics["dropped"] == 1
+    assert second.artifact.card.metrics["same_bytes"] == 1
+
+
+def test_near_same_pictures_are_reported_and_stay(copy: Path, tmp_path: Path) -> None:
+    first = _build(copy, tmp_path / "data")
+    scored, trained = first.select(split="validation", role="gallery"), first.select(split="train")
+    with Image.open(scored.path(0)) as picture:
+        picture.resize((192, 144)).save(trained.path(0))
+    second = _build(copy, tmp_path / "again")
+    assert len(second) == len(first)
+    (line,) = [line for line in _repeats(second) if line[2] == "near, across splits"]
+    assert set(line[:2]) == {path.relative_to(copy).as_posix() for path in (scored.path(0), trained.path(0))}
+    assert second.artifact.card.metrics["near_same_across_splits"] == 1
+
+
+def test_a_table_that_names_a_split_keeps_it_and_a_product_scored_there_is_trained_on_nowhere(
+    copy: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    lines = ["image,product,split,role"]
+    for number in range(3):
+        _picture(copy / "extra" / f"{number}.png", rng)
+        lines.append(f"{number}.png,products10k/5,test,{'query' if number else 'gallery'}")
+    (copy / "extra" / "t.csv").write_text("\n".join(lines) + "\n")
+    built = _build(copy, tmp_path / "data", csv=(str(copy / "extra" / "t.csv"),))
+    assert set(built.table["split"].filter(pa.array(built.products == "products10k/5")).to_pylist()) == {"test"}
+    dropped = [line for line in _repeats(built) if line[2] == "dropped, product"]
+    assert len(dropped) == 4
+    assert {line[1] for line in dropped} == {"products10k/5"}
+
+
+def test_a_source_too_small_to_hold_out_from_is_trained_on(copy: Path, tmp_path: Path) -> None:
+    _picture(copy / "extra" / "a.png", np.random.default_rng(1))
+    (copy / "extra" / "t.csv").write_text("image,product\na.png,lamp\n")
+    built = _build(copy, tmp_path / "data", csv=(str(copy / "extra" / "t.csv"),))
+    assert "lamp" in built.select(split="train").products
+    with pytest.raises(UserError, match=r"validation 0\.25: no source has the products for it"):
+        _build(copy, tmp_path / "alone", csv=(str(copy / "extra" / "t.csv"),), products10k="", aicrowd="")
+
+
+def test_held_out_queries_without_a_gallery_are_taken_out() -> None:
+    fixed = {"category": "", "box": None, "source": "made"}
+    rows = [
+        {**fixed, "image": image, "product": product, "split": split, "role": role, "sha256": sha}
+        for image, product, split, role, sha in [
+            ("a", "1", "train", "train", "s1"),
+            ("b", "2", "test", "gallery", "s2"),
+            ("c", "2", "test", "query", "s3"),
+            ("d", "3", "validation", "gallery", "s3"),  # the test query's bytes
+            ("e", "3", "validation", "query", "s4"),
+            ("f", "4", "train", "train", "s4"),
+        ]
+    ]
+    left, dropped = part_splits(Catalog(table_of(rows), Path()))
+    assert left.table["image"].to_pylist() == ["a", "b", "c", "f"]
+    assert dropped == [("d", "c", "dropped"), ("e", "3", "dropped, no gallery")]
+    assert left.table.schema.equals(SCHEMA)
+
+
+def test_unreadable_pictures_are_refused_or_set_aside_by_name(copy: Path, tmp_path: Path) -> None:
+    (copy / "p10k" / "train" / "7.jpg").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"train/7\.jpg: not a picture"):
+        _build(copy, tmp_path / "data")
+    built = _build(copy, tmp_path / "data", skip_unreadable=True)
+    assert built.artifact.file("set_aside.csv").read_text() == "image,reason\np10k/train/7.jpg,not a picture\n"
+    assert built.artifact.card.metrics["set_aside"] == 1
+
+
+def test_nothing_is_done_again_until_a_table_changes(copy: Path, tmp_path: Path) -> None:
+    first = _build(copy, tmp_path / "data").artifact
+    assert _build(copy, tmp_path / "data").artifact.sha256 == first.sha256
+    table = copy / "p10k" / "train.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")
+    assert _build(copy, tmp_path / "data").artifact.card.metrics["pictures"] == first.card.metrics["pictures"] - 1
+
+
+def test_the_command_builds_what_the_loader_trains_on(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vpr.images import Preprocess
+
+    arguments = ["--products10k", str(sources / "p10k"), "--aicrowd", str(sources / "aicrowd"), "--validation", "0.25"]
+    main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
+    assert "0 rows left out" in capsys.readouterr().err
+    training = load_catalog(tmp_path / "data").select(split="train")
+    loader = training_loader(PictureDataset(training, Preprocess(size=16)), LoaderConfig(7, cap=3, at_least=3), 0)
+    rows = np.concatenate([batch["rows"].numpy() for batch in loader])
+    assert len(rows) == len(loader.sampler) == 3 * len(set(training.products)) // 7 * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no source: give --products10k, --aicrowd or --csv"),
+        (["--products10k", "x", "--validation", "-1"], "validation -1.0 and test 0.0: shares"),
+        (["--products10k", "x", "--validation", ".nan"], "validation nan and test 0.0: shares"),
+        (["--products10k", "x", "--seed", "-1"], "seed: -1: give 0 or more"),
+        (["--products10k", "x", "--aicrowd", "x"], "one source is given twice"),
+        (["--csv", "[absent.csv]"], "absent.csv: no such file"),
+        (["--aicrowd", "absent"], "gallery.csv: no such file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]

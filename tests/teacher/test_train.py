@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import teacher
+from teacher.head import HeadConfig
+from teacher.model import TowerConfig, build_teacher, load_teacher, read_tower
+from teacher.module import Place, StageConfig, TeacherModule
+from teacher.train import TrainConfig, train
+from vpr.artifact import load_artifact
+from vpr.catalog import Catalog, write_catalog
+from vpr.cli import read_config
+from vpr.errors import UserError
+from vpr.loading import LoaderConfig
+from vpr.training import RunConfig
+from vpr.views import ViewConfig
+
+SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
+STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))
+RECIPES = sorted(Path(teacher.__file__).parent.glob("recipes/*.yaml"))
+
+
+def small(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
+    assert catalog.artifact is not None
+    config = TrainConfig(
+        str(catalog.artifact.path),
+        str(output),
+        tower=SMALL,
+        head=HeadConfig(scale=16.0),
+        stages=STAGES,
+        loader=LoaderConfig(batch_size=16),
+        run=RunConfig(precision="32-true"),
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("teacher") / "teacher"
+    assert train(small(catalog, output)) == output
+    return output
+
+
+def test_a_trained_teacher_is_loaded_with_its_weights_and_preprocessing(trained: Path) -> None:
+    model, artifact = load_teacher(trained)
+    assert not model.training
+    assert artifact.card.metrics["steps"] == 3 * (64 // 16)
+    assert artifact.card.preprocess is not None
+    assert artifact.card.preprocess.size == 32
+    assert set(load_file(artifact.file("model.safetensors"))) == set(model.state_dict())
+    assert artifact.file("metrics-stage-2.csv").read_text().startswith("epoch")
+    assert artifact.card.catalog is not None
+    assert "leak" not in artifact.card.catalog
+    with torch.inference_mode():
+        out = model(torch.randn(3, 3, 32, 32))
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
+
+
+def test_an_unchanged_training_is_not_repeated(trained: Path, catalog: Catalog) -> None:
+    before = (trained / "card.json").stat().st_mtime_ns
+    train(small(catalog, trained))
+    assert (trained / "card.json").stat().st_mtime_ns == before
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(
+    catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(small(catalog, tmp_path / "teacher", dry_run=True)) is None
+    assert list(tmp_path.iterdir()) == []
+    said = capsys.readouterr().err
+    assert "64 pictures of 8 products" in said
+    assert "stage 2: all, 2 epochs, 8 steps" in said
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_planned_for_its_own_tower(
+    path: Path, catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the meta device: the towers are built with their true shapes, without their weights."""
+    assert catalog.artifact is not None
+    arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
+    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry_run", "true", "--loader.batch_size", "16"])
+    assert config.recipe == path.stem
+    train(replace(config, stages=tuple(replace(stage, batch_size=0) for stage in config.stages)))
+    said = capsys.readouterr().err
+    assert f"stage {len(config.stages)}: {config.stages[-1].train}" in said
+    assert "optimiser" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_path: Path) -> None:
+    """Everything of the recipe but the tower's size, the number of pictures in a batch, and the epochs."""
+    assert catalog.artifact is not None
+    arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
+    config = read_config(TrainConfig, "teacher train", arguments)
+    sizes = {0: 32, 280: 40, 290: 44}
+    stages = tuple(
+        replace(
+            stage, epochs=1, batch_size=0, image_size=sizes[stage.image_size], patch_stride=stage.patch_stride and 6
+        )
+        for stage in config.stages
+    )
+    tower = replace(config.tower, name="sample-vit", pretrained="", image_size=32)
+    loader = LoaderConfig(batch_size=16, cap=config.loader.cap, at_least=config.loader.at_least)
+    train(replace(config, tower=tower, stages=stages, loader=loader, run=replace(config.run, validate_every=1)))
+    model, artifact = load_teacher(tmp_path / "t")
+    assert model.embedding_dim == (config.tower.embedding_dim or model.embedding_dim)
+    assert artifact.card.metrics["val_recall_at_1"] > 0
+    assert len([name for name in artifact.card.files if name.startswith("metrics")]) == len(stages)
+    size = artifact.card.preprocess.size if artifact.card.preprocess else 0
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.randn(2, 3, size, size))).all()
+
+
+def module_of(catalog: Catalog, stage: StageConfig) -> TeacherModule:
+    built, preprocess = build_teacher(SMALL, read_tower("sample"), False)
+    training, validation = catalog.select(split="train"), catalog.select(split="validation")
+    return TeacherModule(Place(stage, 0, 1, ViewConfig(), 0), HeadConfig(), built, preprocess, training, validation)
+
+
+@pytest.mark.parametrize(
+    ("part", "tower", "head"), [("head", False, True), ("tower", True, False), ("all", True, True)]
+)
+def test_a_stage_trains_its_parts_only(part: str, tower: bool, head: bool, catalog: Catalog) -> None:
+    module = module_of(catalog, StageConfig(part, 1))
+    assert all(p.requires_grad == tower for p in module.teacher.visual.parameters())
+    assert all(p.requires_grad == head for p in module.head.parameters())
+    module.train()
+    module.on_train_epoch_start()
+    norms = [m for m in module.teacher.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.training == tower for norm in norms)
+
+
+def test_stages_go_on_from_one_another_and_the_head_stage_leaves_the_tower(catalog: Catalog, tmp_path: Path) -> None:
+    one = small(catalog, tmp_path / "one", stages=STAGES[:1])
+    train(one)
+    torch.manual_seed(0)
+    start, _ = build_teacher(SMALL, read_tower("sample"), False)
+    found = load_file(tmp_path / "one" / "model.safetensors")
+    import lightning as L
+
+    L.seed_everything(0, verbose=False)
+    start, _ = build_teacher(SMALL, read_tower("sample"), False)
+    for name, value in start.state_dict().items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_an_average_of_the_weights_is_what_is_kept(catalog: Catalog, tmp_path: Path) -> None:
+    train(small(catalog, tmp_path / "plain"))
+    train(small(catalog, tmp_path / "ema", run=RunConfig(precision="32-true", ema=0.9)))
+    plain, ema = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "ema"))
+    assert set(plain) == set(ema)
+    assert any(not torch.equal(plain[name], ema[name]) for name in plain)
+
+
+def test_a_leak_is_refused_and_when_allowed_stands_in_the_card(catalog: Catalog, tmp_path: Path) -> None:
+    rows = catalog.table.to_pylist()
+    scored = next(row for row in rows if row["split"] == "test")
+    leaking = Catalog(
+        catalog.table.from_pylist([*rows, {**scored, "split": "train"}], catalog.table.schema), catalog.root
+    )
+    path = write_catalog(tmp_path / "catalog", leaking)
+    config = replace(small(catalog, tmp_path / "teacher", stages=STAGES[:1]), catalog=str(path))
+    with pytest.raises(UserError, match="leak: 1 products are both trained and scored"):
+        train(config)
+    assert not (tmp_path / "teacher").exists()
+    train(replace(config, allow_leak=True))
+    card = load_artifact(tmp_path / "teacher").card
+    assert card.catalog is not None
+    assert "train in test" in card.catalog["leak"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StageConfig("all", 0), r"stages\.epochs: 0"),
+        (lambda: StageConfig("last", 1), r"stages\.last_blocks: 0 with train: last"),
+        (lambda: StageConfig("all", 1, layer_decay=0.0), "layer_decay"),
+        (lambda: StageConfig("all", 1, lr_head=float("nan")), r"stages\.lr_head: nan"),
+        (lambda: RunConfig(accumulate=0), r"run\.accumulate: 0"),
+        (lambda: RunConfig(ema=1.0), r"run\.ema: 1\.0"),
+        (lambda: ViewConfig(flip=2.0), r"views\.flip: 2\.0"),
+        (lambda: ViewConfig(scale=(0.0, 1.0)), r"views\.scale"),
+        (lambda: TrainConfig("c", "o", stages=()), "stages: none"),
+        (lambda: TrainConfig("c", "o", seed=-1), "seed: -1"),
+    ],
+)
+def test_values_out_of_range_are_named(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_rates_follow_depth_and_part(catalog: Catalog) -> None:
+    stage = StageConfig("all", 1, lr_head=0.5, lr_tower=0.1, layer_decay=0.5)
+    module = module_of(catalog, stage)
+    module._trainer = type("T", (), {"estimated_stepping_batches": 10})()  # type: ignore[assignment]
+    optimizer = module.configure_optimizers()["optimizer"]
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(module.teacher.visual.named_parameters())
+    assert rates[id(module.head.weight)] == 0.5
+    assert set(rates) == {id(p) for p in module.parameters()}
+    stem = rates[id(named["trunk.conv1.0.weight"])] if "trunk.conv1.0.weight" in named else min(rates.values())
+    assert stem < 0.1 <= rates[id(named["head.proj.weight"])]
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0 or all(p.ndim > 1 for p in group["params"])
+    assert np.isclose(max(rate for key, rate in rates.items() if key != id(module.head.weight)), 0.1)

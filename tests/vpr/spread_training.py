@@ -1,0 +1,86 @@
+"""Run by torchrun in test_processes.py: trains a small module on synthetic batches and writes what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vpr.catalog import SCHEMA, Catalog
+from vpr.images import Preprocess
+from vpr.processes import gathered, is_first, rank_and_world
+from vpr.training import RecallModule, RunConfig, fit
+
+BATCH, BATCHES, SIZE = 16, 5, 16
+
+
+def catalog() -> Catalog:
+    """24 pictures of 6 products, of which only the labels are used."""
+    rows = [
+        {"image": f"{n}.jpg", "product": str(n % 6), "role": "gallery" if n < 12 else "query", "split": "validation"}
+        for n in range(24)
+    ]
+    return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), Path())
+
+
+def batches(count: int, size: int, seed: int) -> list[dict[str, Tensor]]:
+    """This process's share of seeded batches of the whole."""
+    rank, world = rank_and_world()
+    rng = np.random.default_rng(seed)
+    pixels = torch.from_numpy(rng.integers(0, 256, (count, size, 3, SIZE, SIZE), dtype=np.uint8))
+    rows = torch.arange(count * size).view(count, size)
+    share = slice(rank * size // world, (rank + 1) * size // world)
+    return [{"rows": rows[n][share], "pixels": pixels[n][share]} for n in range(count)]
+
+
+class Block(nn.Module):
+    """Large enough to be spread on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(768, 704), nn.Linear(704, 768)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Small(RecallModule):
+    """Two blocks and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__(Preprocess(size=SIZE), catalog(), sharded=("net",))
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Sequential(Block(), Block()), nn.Linear(768, 8))
+        self.losses: list[float] = []
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+        loss = (self.net(self.normalise(batch["pixels"])) - 1).square().mean()
+        self.losses.append(float(gathered(loss.detach()[None]).mean()))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
+    """Train, or go on with what is in ``folder``."""
+    module = Small()
+    loaders = [DataLoader(batches(count, size, n), batch_size=None) for n, (count, size) in enumerate(((5, 16), (1, 24)))]  # type: ignore[arg-type]
+    fitted = fit(module, tuple(loaders), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))  # type: ignore[arg-type]
+    if is_first():
+        save_file(fitted.last, folder / "last.safetensors")
+        (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": fitted.best}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -1,0 +1,83 @@
+"""Exponential moving average of a module's weights during training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Ema(Callback):
+    """Averages weights and floating-point buffers after every step, and validates the averaged ones.
+
+    ``shadow = d * shadow + (1 - d) * weight`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
+    the first, random weights are soon forgotten (as in ``tf.train.ExponentialMovingAverage``).
+
+    Args:
+        decay: d, in 0…1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.shadow: dict[str, Tensor] = {}
+        self.updates = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin from the weights as they are, unless a checkpoint brought the average back."""
+        if not self.shadow:
+            self.shadow = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        """Take the new weights in, once per optimiser step (not per accumulated batch)."""
+        if trainer.global_step <= self.updates:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates = trainer.global_step
+        for value, average in self._pairs(module):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
+            else:
+                average.copy_(value)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Put the average in the weights' place."""
+        self._swap(module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Put the weights back."""
+        self._swap(module)
+
+    def averaged(self, prefix: str) -> dict[str, Tensor]:
+        """The average of the part of the module under ``prefix``, on the CPU."""
+        state = self.state_dict()["shadow"]
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in the checkpoint; every process must call it."""
+        whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in self.shadow.items()}
+        return {"updates": self.updates, "shadow": {name: value.cpu() for name, value in whole.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore from a checkpoint."""
+        self.updates, self.shadow = state_dict["updates"], state_dict["shadow"]
+
+    @torch.no_grad()
+    def _swap(self, module: L.LightningModule) -> None:
+        for value, average in self._pairs(module):
+            kept = value.clone()
+            value.copy_(average)
+            average.copy_(kept)
+
+    def _pairs(self, module: L.LightningModule) -> list[tuple[Tensor, Tensor]]:
+        pairs = []
+        for name, value in module.state_dict().items():
+            average = self.shadow[name]
+            if isinstance(value, DTensor) and not isinstance(average, DTensor):  # as a checkpoint brings it
+                average = distribute_tensor(average.to(value.device), value.device_mesh, value.placements)
+            self.shadow[name] = average = average.to(value.device)
+            pairs.append((value, average))
+        return pairs
