@@ -72,9 +72,11 @@ def _depths(teacher: Teacher) -> dict[str, int]:
     if hasattr(visual, "trunk"):
         from timm.models import group_parameters
 
-        # Layer 0 of timm is the stem.
-        for depth, names in group_parameters(visual.trunk, visual.trunk.group_matcher()).items():
-            found.update({f"visual.trunk.{name}": int(depth) - 1 for name in names})
+        groups = group_parameters(visual.trunk, visual.trunk.group_matcher())
+        for depth, names in groups.items():
+            # Layer 0 of timm is the stem; its last one may hold what belongs to no block (a pooling, a norm).
+            end = depth == max(groups) and not any(re.search(r"\.\d+\.", name) for name in names)
+            found.update({f"visual.trunk.{name}": _END if end else int(depth) - 1 for name in names})
         return found
     for name in found:
         block, stage = _RESBLOCK.match(name.removeprefix("visual.")), _STAGE.match(name.removeprefix("visual."))

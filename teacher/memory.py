@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from teacher.model import Teacher
 
 _GIB = 1 << 30
-_HALF = 36 / 64
 _FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, also under autocast
 
 
@@ -73,36 +73,47 @@ def estimate(
 
 
 def activation_bytes(teacher: Teacher, size: int, half: bool) -> int:
-    """Bytes that autograd keeps for one picture, counted in a forward pass on the meta device.
+    """Bytes that autograd keeps for one picture, counted in a forward pass of tensors without memory.
 
     Under gradient checkpointing these are the inputs of the blocks, and all of the block at work.
 
     Args:
         teacher: its ``requires_grad`` decides what is kept; not changed.
         size: side of the picture, pixels.
-        half: under autocast a ViT block keeps 36 instead of 64 bytes per value of its width (its norms' inputs
-            stay float32); other towers are taken to do alike.
+        half: whether autocast computes in bfloat16.
     """
     shadow = copy.deepcopy(teacher).to("meta").train()
     blocks = _take_checkpointing_off(shadow)
-    own = {parameter.untyped_storage()._cdata for parameter in shadow.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
     inputs: list[int] = []
+
+    def take_in(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if arguments[0].requires_grad:
+            inputs.append(arguments[0].nbytes // len(arguments[0]))
+
+    for block in blocks:
+        block.register_forward_pre_hook(take_in)
+    # The difference of two batches leaves out the weights and their 16-bit copies.
+    whole = (_kept(shadow, 4, size, half) - _kept(shadow, 2, size, half)) // 2
+    return sum(inputs) // 2 + whole // len(blocks) if blocks and whole else whole
+
+
+def _kept(shadow: Teacher, batch: int, size: int, half: bool) -> int:
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that its address is not given to another
+        kept[storage._cdata] = storage  # held, so that its address is not given to another
         return tensor
 
-    for block in blocks:
-        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        shadow(torch.empty(2, 3, size, size, device="meta"))
-    whole = sum(storage.nbytes() for storage in kept.values()) * (_HALF if half else 1)
-    # The residual stream stays float32, so the blocks' inputs do too.
-    found = sum(inputs) + whole / len(blocks) if blocks and whole else whole
-    return int(found / 2)
+    # Fake CPU tensors choose the operators of real ones (meta tensors would materialise every attention matrix).
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        state = {
+            name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
+            for name, value in (*shadow.named_parameters(), *shadow.named_buffers())
+        }
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            torch.func.functional_call(shadow, state, (torch.empty(batch, 3, size, size),))
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def advice(memory: Memory, available: int, batch: int, checkpointing: bool, half: bool, processes: int) -> list[str]:

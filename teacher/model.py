@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class TowerConfig:
     def __post_init__(self) -> None:
         for name, least in (("image_size", 16), ("patch_stride", 1), ("embedding_dim", 1)):
             value = getattr(self, name)
-            if value and value < least:
+            if value != 0 and value < least:
                 raise UserError(f"tower.{name}: {value}: give 0, or {least} or more")
         if not 0 <= self.dropout < 1:
             raise UserError(f"tower.dropout: {self.dropout}: give a share from 0 to below 1")
@@ -166,14 +167,15 @@ def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> nn.Modul
     alone = {key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower}
     # open_clip reads configurations by name only; ours is added under one that cannot clash.
     open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**alone, "text_cfg": _TEXT}
-    visual: Any = open_clip.create_model(
-        "vpr-tower",
-        load_weights=False,
-        pretrained_image=False,
-        force_quick_gelu=bool(tower.get("quick_gelu", False)),
-        force_image_size=config.image_size or None,
-        device=device,
-    ).visual
+    with torch.device(device):  # made there at once: a meta tower never has weights
+        visual: Any = open_clip.create_model(
+            "vpr-tower",
+            load_weights=False,
+            pretrained_image=False,
+            force_quick_gelu=bool(tower.get("quick_gelu", False)),
+            force_image_size=config.image_size or None,
+            device=device,
+        ).visual
     visual.output_tokens = False  # CoCa's tower would give its tokens too
     if config.image_size:
         set_size(visual, config.image_size)

@@ -2,56 +2,103 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import ArcFaceLoss
+from hypothesis import given
+from hypothesis import strategies as st
 
-from teacher.margin import ArcFaceHead, arcface_logits, growing_margin
-
-
-@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5, 0.8])
-def test_loss_and_gradients_equal_pytorch_metric_learning(margin: float) -> None:
-    torch.manual_seed(0)
-    embeddings = F.normalize(torch.randn(32, 16), dim=1).requires_grad_()
-    labels = torch.randint(0, 10, (32,))
-    head = ArcFaceHead(16, 10, scale=16.0)
-    reference = ArcFaceLoss(10, 16, margin=math.degrees(margin), scale=16.0)
-    reference.W.data = head.weight.data.T.clone()
-    ours, theirs = head(embeddings, labels, margin), reference(embeddings, labels)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-    (ours_e, ours_w) = torch.autograd.grad(ours, (embeddings, head.weight))
-    (theirs_e, theirs_w) = torch.autograd.grad(theirs, (embeddings, reference.W))
-    torch.testing.assert_close(ours_w, theirs_w.T, rtol=1e-3, atol=1e-5)
-    # Theirs normalises the embeddings once more, which projects the radial part of the gradient out.
-    radial = (ours_e * embeddings).sum(dim=1, keepdim=True) * embeddings
-    torch.testing.assert_close(ours_e - radial, theirs_e, rtol=1e-3, atol=1e-5)
+from teacher.margin import (
+    arcface_logits,
+    class_weights,
+    cosface_logits,
+    growing_margin,
+    margin_loss,
+    margins_by_count,
+    nearest_centre,
+    stepped_margin,
+)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, -1.0 - 1e-6, 0.0, 1.0, 1.0 + 1e-6])
-@pytest.mark.parametrize("margin", [0.0, 0.5])
-def test_no_nan_where_the_angle_is_0_or_pi(cosine: float, margin: float) -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.5, math.pi / 2])
+@pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
+def test_no_nan_where_the_angle_is_0_or_pi(cosine: float, margin: float, logits_of) -> None:  # type: ignore[no-untyped-def]
     values = torch.full((1, 3), cosine, requires_grad=True)
-    logits = arcface_logits(values, torch.tensor([1]), margin, 30.0)
+    logits = logits_of(values, torch.tensor([1]), margin, 30.0)
     logits.sum().backward()
     assert torch.isfinite(logits).all()
+    assert values.grad is not None
     assert torch.isfinite(values.grad).all()
 
 
-def test_the_target_falls_with_the_angle_over_the_whole_half_circle() -> None:
-    angles = torch.linspace(0.01, math.pi - 0.01, 500, dtype=torch.float64)
-    logits = arcface_logits(torch.cos(angles)[:, None], torch.zeros(500, dtype=torch.int64), 0.5, 1.0)[:, 0]
-    assert (logits.diff() < 0).all()
-    inside = angles < math.pi - 0.5
-    torch.testing.assert_close(logits[inside].double(), torch.cos(angles + 0.5)[inside], atol=1e-6, rtol=0)
+@given(st.floats(0, math.pi / 2), st.floats(0.5, 64))
+def test_the_target_never_rises_with_the_angle(margin: float, scale: float) -> None:
+    angles = torch.linspace(0, math.pi, 400, dtype=torch.float64)
+    logits = arcface_logits(torch.cos(angles)[:, None], torch.zeros(400, dtype=torch.int64), margin, scale)[:, 0]
+    assert (logits.diff() <= 1e-9 * scale).all()
+    inside = (angles < math.pi - margin) & (angles > 0.01)
+    torch.testing.assert_close(logits[inside], scale * torch.cos(angles + margin)[inside], atol=1e-5 * scale, rtol=0)
 
 
-def test_other_classes_are_untouched() -> None:
-    cosine = torch.rand(4, 6) * 2 - 1
+@pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
+def test_a_margin_per_picture_is_that_picture_s_alone(logits_of) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(0)
+    cosine = torch.rand(4, 6, generator=generator) * 2 - 1
     labels = torch.tensor([0, 2, 4, 5])
-    changed = arcface_logits(cosine, labels, 0.3, 10.0) != 10 * cosine
-    assert torch.equal(changed, F.one_hot(labels, 6).bool())
+    margins = torch.tensor([0.0, 0.1, 0.3, 0.5])
+    together = logits_of(cosine, labels, margins, 10.0)
+    for row in range(4):
+        alone = logits_of(cosine[row : row + 1], labels[row : row + 1], float(margins[row]), 10.0)
+        torch.testing.assert_close(together[row], alone[0])
+    changed = (together - 10 * cosine).abs() > 1e-4
+    assert torch.equal(changed, F.one_hot(labels, 6).bool() & (margins > 0)[:, None])
 
 
-def test_margin_grows_from_start_to_end() -> None:
+def test_the_nearest_centre_of_each_class_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cosine = torch.rand(5, 4 * 3, generator=generator)
+    expected = [[max(row[3 * c : 3 * c + 3]) for c in range(4)] for row in cosine.tolist()]
+    assert nearest_centre(cosine, 3).tolist() == expected
+    assert nearest_centre(cosine, 1) is cosine
+
+
+def test_margins_by_count_equal_a_loop() -> None:
+    counts = [3, 3, 20, 100, 1000]
+    rarity = [n**-0.25 for n in counts]
+    expected = [0.05 + 0.45 * (r - min(rarity)) / (max(rarity) - min(rarity)) for r in rarity]
+    found = margins_by_count(torch.tensor(counts), 0.05, 0.5)
+    assert found.tolist() == pytest.approx(expected)
+    assert found[0] == found[1] == 0.5
+    assert found[-1] == 0.05
+    assert margins_by_count(torch.tensor([7, 7]), 0.05, 0.5).tolist() == [0.5, 0.5]
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=20), st.floats(0, 1))
+def test_class_weights_keep_the_mean_over_pictures(counts: list[int], power: float) -> None:
+    weights = class_weights(torch.tensor(counts), power).numpy()
+    assert np.average(weights, weights=counts) == pytest.approx(1)
+    for weight, count in zip(weights, counts, strict=True):
+        assert weight * count**power == pytest.approx(weights[0] * counts[0] ** power)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_equals_a_float64_loop(smoothing: float, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 5 * torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 3, 3, 0])
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.7]) if weighted else None
+    total = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        norm = math.log(sum(math.exp(value) for value in row))
+        share = [smoothing / 4 + (1 - smoothing) * (c == label) for c in range(4)]
+        loss = sum(s * (norm - value) for s, value in zip(share, row, strict=True))
+        total += loss * (float(weights[label]) if weights is not None else 1.0)
+    assert margin_loss(logits, labels, smoothing, weights).item() == pytest.approx(total / 7)
+
+
+def test_margins_grow_evenly_or_by_epoch_up_to_their_end() -> None:
     assert [growing_margin(p, 0.1, 0.5) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.1, 0.3, 0.5, 0.5])
+    assert [stepped_margin(e, 0.3, 0.1, 0.8) for e in range(7)] == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8])

@@ -6,49 +6,19 @@ import lightning as L
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from teacher.model import TowerConfig, build_teacher, load_teacher, read_tower
-from teacher.train import StageConfig, TeacherModule, TrainConfig, train
-from vpr.artifact import load_artifact
+from teacher.head import HeadConfig
+from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.module import Place, StageConfig, TeacherModule
+from teacher.weights import load_tower_weights, read_tower_weights, resize_positions
+from vpr.artifact import Embedding, write_artifact
 from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig, PictureDataset, training_loader
-from vpr.training import warmup_cosine
+from vpr.views import ViewConfig
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
-
-
-@pytest.fixture(scope="module")
-def trained(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    assert catalog.artifact is not None
-    stages = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))
-    output = str(tmp_path_factory.mktemp("teacher") / "teacher")
-    loader = LoaderConfig(batch_size=16)
-    return train(TrainConfig(str(catalog.artifact.path), output, SMALL, stages, scale=16.0, loader=loader))
-
-
-def test_a_trained_teacher_is_loaded_with_its_weights_and_preprocessing(trained: Path) -> None:
-    model, artifact = load_teacher(trained)
-    assert not model.training
-    assert artifact.card.metrics["steps"] == 3 * (64 // 16)
-    assert artifact.card.preprocess is not None
-    assert artifact.card.preprocess.size == 32
-    assert set(load_file(artifact.file("model.safetensors"))) == set(model.state_dict())
-    assert artifact.file("metrics.csv").read_text().startswith("arcface")
-    with torch.inference_mode():
-        out = model(torch.randn(3, 3, 32, 32))
-    torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
-
-
-def test_an_unchanged_training_is_not_repeated(trained: Path, catalog: Catalog) -> None:
-    card = load_artifact(trained).card
-    before = (trained / "card.json").stat().st_mtime_ns
-    stages = tuple(StageConfig(**stage) for stage in card.config["stages"])
-    assert catalog.artifact is not None
-    loader = LoaderConfig(batch_size=16)
-    train(TrainConfig(str(catalog.artifact.path), str(trained), SMALL, stages, scale=16.0, loader=loader))
-    assert (trained / "card.json").stat().st_mtime_ns == before
 
 
 def test_weights_come_from_a_local_safetensors_file(tmp_path: Path) -> None:
@@ -64,6 +34,148 @@ def test_weights_come_from_a_local_safetensors_file(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(clip.visual.eval()(x), dim=1)
         torch.testing.assert_close(model.eval()(x), expected)
+
+
+def test_the_tower_of_another_teacher_is_a_start(tmp_path: Path) -> None:
+    tower = read_tower("sample-vit")
+    torch.manual_seed(3)
+    first, preprocess = build_teacher(TowerConfig("sample-vit", ""), tower, False)
+    own = preprocess.model_copy(update={"mean": (0.5, 0.5, 0.5)})
+    with write_artifact(tmp_path / "first", "teacher", {}) as draft:
+        save_file(first.state_dict(), draft.path / "model.safetensors")
+        draft.preprocess, draft.embedding = own, Embedding(dim=128, normalised=True, dtype="float32")
+    config = TowerConfig("sample-vit", str(tmp_path / "first"), keep_projection=False, embedding_dim=24)
+    second, found = build_teacher(config, tower, load_pretrained=True)
+    assert second.embedding_dim == 24
+    assert found == own
+    state = second.visual.state_dict()
+    assert "proj" not in state
+    for name, value in state.items():
+        assert torch.equal(value, first.visual.state_dict()[name]), name
+
+
+def tiny_vit(**changes: object) -> open_clip.model.VisionTransformer:
+    torch.manual_seed(0)
+    shape = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 2, "heads": 2, "mlp_ratio": 2, "output_dim": 32}
+    return open_clip.model.VisionTransformer(**{**shape, **changes}).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [64, 80, 96])
+def test_positions_are_resized_as_open_clip_does(size: int) -> None:
+    tower, larger = tiny_vit(), tiny_vit(image_size=size)
+    theirs = {f"visual.{name}": value.clone() for name, value in tower.state_dict().items()}
+    open_clip.model.resize_pos_embed(theirs, type("Model", (), {"visual": larger})())
+    load_tower_weights(larger, tower.state_dict())
+    for name, value in larger.state_dict().items():
+        torch.testing.assert_close(value, theirs[f"visual.{name}"], msg=name)
+    if size == 64:
+        assert torch.equal(larger.positional_embedding, tower.positional_embedding)
+
+
+def test_timm_positions_are_resized_too() -> None:
+    tower = {"embed_dim": 32, "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64}}
+    small, _ = build_teacher(TowerConfig("t", "", image_size=64), tower, False)
+    large, preprocess = build_teacher(TowerConfig("t", "", image_size=96), tower, False)
+    load_tower_weights(large.visual, small.visual.state_dict())
+    before, after = small.visual.trunk.pos_embed, large.visual.trunk.pos_embed
+    assert (before.shape[1], after.shape[1]) == (1 + 16, 1 + 36)
+    assert torch.equal(before[:, 0], after[:, 0])
+    grid = before[:, 1:].detach().reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True, align_corners=False)
+    torch.testing.assert_close(after[:, 1:].detach(), expected.flatten(2).transpose(1, 2))
+    assert large.eval()(torch.randn(1, 3, preprocess.size, preprocess.size)).shape == (1, 32)
+
+
+def test_overlapping_patches_see_the_same_places() -> None:
+    """Every second patch of stride 4 is a patch of stride 8."""
+    plain, _ = build_teacher(TowerConfig("sample-vit", ""), read_tower("sample-vit"), False)
+    config = TowerConfig("sample-vit", "", patch_stride=4)
+    overlapping, _ = build_teacher(config, read_tower("sample-vit"), False)
+    load_tower_weights(overlapping.visual, plain.visual.state_dict())
+    assert overlapping.visual.positional_embedding.shape == (1 + 15 * 15, 128)
+    x = torch.randn(1, 3, 64, 64)
+    dense, sparse = overlapping.visual.conv1(x), plain.visual.conv1(x)
+    torch.testing.assert_close(dense[:, :, ::2, ::2], sparse)
+    assert overlapping.eval()(x).shape == (1, 128)
+
+
+def test_weights_of_another_tower_are_named(tmp_path: Path) -> None:
+    narrow = tiny_vit(width=32, heads=1)
+    with pytest.raises(UserError, match=r"differ in the shape of 'class_embedding'|differ in the shape of"):
+        load_tower_weights(tiny_vit(), narrow.state_dict())
+    with pytest.raises(UserError, match=r"lack 'transformer\.resblocks\.1"):
+        load_tower_weights(tiny_vit(), tiny_vit(layers=1).state_dict())
+    with pytest.raises(UserError, match=r"have 'transformer\.resblocks\.2"):
+        load_tower_weights(tiny_vit(), tiny_vit(layers=3).state_dict())
+    save_file({"text.weight": torch.zeros(1)}, tmp_path / "text.safetensors")
+    with pytest.raises(UserError, match=r"no tensor named 'visual"):
+        read_tower_weights(tmp_path / "text.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="no safetensors file"):
+        read_tower_weights(tmp_path / "junk.safetensors")
+
+
+def test_positions_of_the_same_grid_are_untouched() -> None:
+    positions = torch.randn(17, 8)
+    assert resize_positions(positions, (17, 8)) is positions
+    assert resize_positions(positions, (26, 8)).shape == (26, 8)
+    assert torch.equal(resize_positions(positions, (26, 8))[0], positions[0])
+
+
+def test_dropout_and_batch_norm_stand_round_the_projection() -> None:
+    config = TowerConfig("sample-vit", "", embedding_dim=24, dropout=0.5, batch_norm=True)
+    model, _ = build_teacher(config, read_tower("sample-vit"), False)
+    assert [name for name, _ in model.project.named_children()] == ["dropout", "linear", "norm"]
+    x = torch.randn(4, 3, 64, 64)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    expected = model.project.norm(model.project.linear(model.visual(x)))
+    torch.testing.assert_close(model(x), torch.nn.functional.normalize(expected, dim=1))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["sample-vit", "sample"])
+def test_gradient_checkpointing_leaves_the_gradients(name: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        config = TowerConfig(name, "", image_size=64, gradient_checkpointing=checkpointing)
+        torch.manual_seed(0)
+        model, _ = build_teacher(config, read_tower(name), False)
+        torch.manual_seed(1)
+        model.train()(torch.randn(4, 3, 64, 64)).sum(dim=1).square().sum().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+FAMILIES = ["RN50", "convnext_base", "ViT-B-16-SigLIP", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "EVA02-B-16"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_towers_of_every_family_give_embeddings(name: str) -> None:
+    model, preprocess = build_teacher(TowerConfig(name, ""), read_tower(name), False, device="meta")
+    assert model(torch.empty(2, 3, preprocess.size, preprocess.size, device="meta")).shape == (2, model.embedding_dim)
+    # No text tower comes along.
+    assert sum(p.numel() for p in model.parameters()) < 130e6
+
+
+def test_a_tag_brings_its_own_preprocessing() -> None:
+    _, siglip = build_teacher(TowerConfig("ViT-B-16-SigLIP", "webli"), read_tower("ViT-B-16-SigLIP"), False, "meta")
+    assert siglip.mean == siglip.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 8}, r"tower\.image_size: 8"),
+        ({"patch_stride": -1}, r"tower\.patch_stride: -1"),
+        ({"dropout": 1.0}, r"tower\.dropout: 1\.0"),
+        ({"embedding_dim": -5}, r"tower\.embedding_dim: -5"),
+    ],
+)
+def test_values_out_of_range_are_named(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TowerConfig(**changes)  # type: ignore[arg-type]
 
 
 def test_preprocessing_is_the_towers_own() -> None:
@@ -89,7 +201,10 @@ def test_a_new_projection_sets_the_dimension() -> None:
         (TowerConfig("ViT-B-32", "laion7b"), "ViT-B-32 has no tag 'laion7b': choose from"),
         (TowerConfig("ViT-B-32", "weights.bin"), "pickled weights can run code"),
         (TowerConfig("ViT-B-32", "absent.safetensors"), "no such file"),
-        (TowerConfig("sample", "", keep_projection=False), "has no projection to drop"),
+        (TowerConfig("RN50", "", keep_projection=False), "has no projection to drop"),
+        (TowerConfig("RN50", "", patch_stride=8), "is no ViT with position embeddings"),
+        (TowerConfig("sample-vit", "", patch_stride=9), "9 is more than the patch of 8"),
+        (TowerConfig("RN50", "", gradient_checkpointing=True), "cannot do it"),
     ],
 )
 def test_wrong_towers_are_named(config: TowerConfig, message: str) -> None:
@@ -97,34 +212,21 @@ def test_wrong_towers_are_named(config: TowerConfig, message: str) -> None:
         build_teacher(config, read_tower(config.name), load_pretrained=True)
 
 
-def test_stages_freeze_the_tower_and_set_the_rates(catalog: Catalog) -> None:
-    stages = (StageConfig("head", 2, lr_head=1.0), StageConfig("all", 3, lr_head=0.5, lr_tower=0.1, warmup=0.5))
-    config = TrainConfig("c", "o", SMALL, stages)
-    teacher, preprocess = build_teacher(SMALL, read_tower("sample"), False)
-    training = catalog.select(split="train")
-    module = TeacherModule(config, teacher, preprocess, training, catalog.select(split="validation"))
-    assert module._rate(5, 10, "tower") == 0
-    assert module._rate(5, 10, "head") == pytest.approx(warmup_cosine(5, 20, 2))
-    assert module._rate(20 + 14, 10, "tower") == pytest.approx(0.1)
-    assert module._rate(20 + 14, 10, "head") == pytest.approx(0.5)
-    assert module._rate(50, 10, "head") == 0
-
-
 @pytest.mark.slow
 def test_vit_h_14_takes_a_head_step_and_embeds(catalog: Catalog) -> None:
     """The real tower of 632 M parameters with random weights."""
     tower = TowerConfig(name="ViT-H-14", pretrained="")
-    stage = (StageConfig("head", 1, lr_head=1e-2, warmup=0.0),)
-    config = TrainConfig("c", "o", tower, stage, loader=LoaderConfig(batch_size=2))
+    stage = StageConfig("head", 1, lr_head=1e-2, warmup=0.0)
     teacher, preprocess = build_teacher(tower, read_tower(tower.name), load_pretrained=False)
     assert sum(p.numel() for p in teacher.parameters()) == pytest.approx(632e6, rel=0.002)
     assert (teacher.embedding_dim, preprocess.size) == (1024, 224)
     training = catalog.select(split="train")
-    module = TeacherModule(config, teacher, preprocess, training, catalog.select(split="validation"))
+    place = Place(stage, 0, 1, ViewConfig(), 0)
+    module = TeacherModule(place, HeadConfig(), teacher, preprocess, training, catalog.select(split="validation"))
     before = {name: p.detach().sum().item() for name, p in teacher.named_parameters()}
     head = module.head.weight.detach().clone()
     trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0)
-    trainer.fit(module, training_loader(PictureDataset(training, preprocess), config.loader, 0))
+    trainer.fit(module, training_loader(PictureDataset(training, preprocess), LoaderConfig(batch_size=2), 0))
     assert trainer.global_step == 1
     assert not torch.equal(head, module.head.weight)
     assert {name: p.detach().sum().item() for name, p in teacher.named_parameters()} == before

@@ -36,7 +36,7 @@ def _rows(counts: list[int]) -> list[dict[str, object]]:
     ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 6), min_size=4, max_size=30),
     validation=st.floats(0.0, 0.45),
@@ -87,7 +87,7 @@ def _split_by_a_plain_loop(
     return [changed[id(row)] for row in rows]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     made=st.lists(
         st.tuples(

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -45,6 +45,7 @@ def test_merging_reports_copies_and_near_copies_of_another_source(
     assert again.path(0) == joined.path(0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=12), st.integers(0, 64), st.integers(1, 40), st.randoms())
 def test_near_pairs_equal_a_plain_loop(values: list[int], bits: int, block: int, random: Random) -> None:
     values = [*values, *values[:3], *(value ^ 5 for value in values), *(value ^ (0b1011 << 20) for value in values)]

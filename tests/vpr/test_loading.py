@@ -50,7 +50,7 @@ def test_an_epoch_has_as_many_of_each_product_as_asked(
 
 
 def test_each_epoch_draws_others_of_a_capped_product_and_all_come_round() -> None:
-    sampler = EpochSampler(_names([200, 5]), LoaderConfig(1, cap=20), 0)
+    sampler = EpochSampler(_names([200, 5]), LoaderConfig(1, cap=40), 0)
     epochs = []
     for epoch in range(60):
         sampler.set_epoch(epoch)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, SubCenterArcFaceLoss
+from torch import Tensor
+
+from teacher.head import HeadConfig, MarginHead
+from vpr.errors import UserError
+
+
+def batch(dim: int = 16, classes: int = 10, size: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(size, dim, generator=generator)).requires_grad_()
+    return embeddings, torch.randint(0, classes, (size,), generator=generator)
+
+
+def head_of(classes: int = 10, dim: int = 16, **changes: object) -> MarginHead:
+    torch.manual_seed(0)
+    margin = changes.get("margin", 0.3)
+    counts = torch.arange(1, classes + 1)
+    return MarginHead(dim, counts, HeadConfig(**{"scale": 16.0, "margin_end": margin, **changes}))  # type: ignore[arg-type]
+
+
+def compare(ours: Tensor, theirs: Tensor, embeddings: Tensor, weight: Tensor, reference: Tensor) -> None:
+    """Loss and gradients; the reference normalises embeddings once more, which takes the radial part out of them."""
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours_e, ours_w = torch.autograd.grad(ours, (embeddings, weight))
+    theirs_e, theirs_w = torch.autograd.grad(theirs, (embeddings, reference))
+    torch.testing.assert_close(ours_w, theirs_w.T, rtol=1e-3, atol=1e-5)
+    radial = (ours_e * embeddings).sum(dim=1, keepdim=True) * embeddings
+    torch.testing.assert_close(ours_e - radial, theirs_e, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5, 0.8])
+def test_arcface_equals_pytorch_metric_learning(margin: float) -> None:
+    embeddings, labels = batch()
+    head = head_of(margin=margin)
+    reference = ArcFaceLoss(10, 16, margin=math.degrees(margin), scale=16.0)
+    reference.W.data = head.weight.data.T.clone()
+    compare(head(embeddings, labels, 0, 0), reference(embeddings, labels), embeddings, head.weight, reference.W)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.35, 0.65])
+def test_cosface_equals_pytorch_metric_learning(margin: float) -> None:
+    embeddings, labels = batch()
+    head = head_of(loss="cosface", margin=margin)
+    reference = CosFaceLoss(10, 16, margin=margin, scale=16.0)
+    reference.W.data = head.weight.data.T.clone()
+    compare(head(embeddings, labels, 0, 0), reference(embeddings, labels), embeddings, head.weight, reference.W)
+
+
+@pytest.mark.parametrize("centres", [1, 2, 3])
+def test_sub_centres_equal_pytorch_metric_learning(centres: int) -> None:
+    embeddings, labels = batch()
+    head = head_of(margin=0.3, sub_centres=centres)
+    sizes = {"num_classes": 10, "embedding_size": 16, "sub_centers": centres}
+    reference = SubCenterArcFaceLoss(margin=math.degrees(0.3), scale=16.0, **sizes)
+    reference.W.data = head.weight.data.T.clone()
+    compare(head(embeddings, labels, 0, 0), reference(embeddings, labels), embeddings, head.weight, reference.W)
+
+
+def test_margins_by_count_smoothing_and_weights_equal_a_float64_loop() -> None:
+    embeddings, labels = batch()
+    changes = {"margin": 0.4, "margin_end": 0.4, "by_count": 0.25, "label_smoothing": 0.1, "class_weight_power": 0.5}
+    head = head_of(**changes)
+    counts = [n + 1 for n in range(10)]
+    rarity = [n**-0.25 for n in counts]
+    shares = [0.25 + 0.75 * (r - min(rarity)) / (max(rarity) - min(rarity)) for r in rarity]
+    weights = [n**-0.5 for n in counts]
+    scale = sum(counts) / sum(n * w for n, w in zip(counts, weights, strict=True))
+    directions = F.normalize(head.weight.detach().double())
+    total = 0.0
+    for embedding, label in zip(embeddings.detach().double(), labels.tolist(), strict=True):
+        cosines = (directions @ embedding).tolist()
+        angle = math.acos(max(-1.0, min(1.0, cosines[label])))
+        margin = 0.4 * shares[label]
+        target = math.cos(angle + margin) if angle + margin < math.pi else cosines[label] - margin * math.sin(margin)
+        logits = [16 * (target if c == label else value) for c, value in enumerate(cosines)]
+        norm = math.log(sum(math.exp(value) for value in logits))
+        losses = [norm - value for value in logits]
+        total += weights[label] * scale * (0.9 * losses[label] + 0.1 * sum(losses) / 10)
+    assert head(embeddings, labels, 0, 0).item() == pytest.approx(total / 32, rel=1e-5)
+
+
+def test_the_margin_follows_progress_or_epoch() -> None:
+    even = head_of(margin=0.1, margin_end=0.5)
+    assert [even.margin(p, 9) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.3, 0.5])
+    stepped = head_of(margin=0.3, margin_end=0.8, margin_step=0.05)
+    assert [stepped.margin(1.0, e) for e in (0, 1, 10, 11)] == pytest.approx([0.3, 0.35, 0.8, 0.8])
+
+
+def test_autocast_leaves_the_loss_in_float32() -> None:
+    embeddings, labels = batch()
+    head = head_of()
+    exact = head(embeddings, labels, 0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(embeddings.detach().bfloat16(), labels, 0, 0)
+        assert torch.equal(head(embeddings, labels, 0, 0), exact)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_gradients_are_finite_where_an_embedding_is_its_class_s_direction() -> None:
+    head = head_of(margin=0.5)
+    embeddings = torch.cat([F.normalize(head.weight.detach()), -F.normalize(head.weight.detach())]).requires_grad_()
+    head(embeddings, torch.arange(20) % 10, 0, 0).backward()
+    assert embeddings.grad is not None
+    assert head.weight.grad is not None
+    assert torch.isfinite(embeddings.grad).all()
+    assert torch.isfinite(head.weight.grad).all()
+
+
+@pytest.mark.parametrize("centres", [1, 3])
+def test_the_head_of_10300_classes_keeps_little(centres: int) -> None:
+    """What autograd keeps beside the weights: a few copies of the cosines, 1 % of what ViT-H-14's training needs."""
+    classes, dim, size = 10_300, 1024, 128
+    head = head_of(classes, dim, sub_centres=centres, margin=0.3)
+    embeddings, labels = batch(dim, classes, size)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = head(embeddings, labels, 0, 0)
+    own = {head.weight.untyped_storage()._cdata, embeddings.untyped_storage()._cdata}
+    found = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    cosines = 4 * size * classes
+    directions = 4 * dim * classes * centres  # the normalised weights
+    assert found <= (2 + centres) * cosines + 1.01 * directions
+    # Weights, gradients, two AdamW states and all that is kept, against 632 M parameters in 16 bytes each.
+    assert 4 * directions + found < 0.08 * 632e6 * 16
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"margin": -0.1}, r"head\.margin: -0\.1 to"),
+        ({"margin": 0.5, "margin_end": 0.4}, r"head\.margin: 0\.5 to 0\.4"),
+        ({"margin": 1.0, "margin_end": 1.6}, "at most 1.57"),
+        ({"margin": float("nan")}, r"head\.margin: nan"),
+        ({"sub_centres": 0}, r"head\.sub_centres: 0"),
+        ({"scale": 0.0}, r"head\.scale"),
+        ({"label_smoothing": 1.5}, r"head\.label_smoothing: 1\.5"),
+        ({"margin_step": -1.0}, r"head\.margin_step"),
+    ],
+)
+def test_values_out_of_range_are_named(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        HeadConfig(**changes)  # type: ignore[arg-type]

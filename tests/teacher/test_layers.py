@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from teacher.layers import decay_factor, layers, trainable
+from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
+from vpr.errors import UserError
+
+
+def teacher_of(name: str, **changes: object) -> Teacher:
+    config = TowerConfig(name, "", embedding_dim=16, batch_norm=True, **changes)  # type: ignore[arg-type]
+    return build_teacher(config, read_tower(name), False, device="meta")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "first", "last"),
+    [
+        ("sample-vit", 1 + 4 + 1, "visual.conv1.weight", "visual.ln_post.weight"),
+        ("sample", 1 + 4 + 1, "visual.trunk.conv1.0.weight", "visual.head.proj.weight"),
+        ("RN50", 1 + 16 + 1, "visual.conv1.weight", "visual.attnpool.positional_embedding"),
+        ("convnext_base", 1 + 36 + 1, "visual.trunk.stem.0.weight", "visual.head.proj.weight"),
+        ("ViT-B-16-SigLIP", 1 + 12 + 1, "visual.trunk.pos_embed", "visual.trunk.attn_pool.latent"),
+    ],
+)
+def test_layers_run_from_the_stem_to_the_output(name: str, depth: int, first: str, last: str) -> None:
+    teacher = teacher_of(name)
+    found = layers(teacher)
+    names = [[key for key, _ in layer] for layer in found]
+    assert len(found) == depth
+    assert first in names[0]
+    assert last in names[-1]
+    assert "project.linear.weight" in names[-1]
+    assert sorted(sum(names, [])) == sorted(key for key, _ in teacher.named_parameters())
+
+
+def test_rates_fall_from_the_output_to_the_stem() -> None:
+    assert [decay_factor(index, 4, 0.5) for index in range(4)] == [0.125, 0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["sample-vit", "sample", "RN50"])
+def test_the_last_blocks_train_with_what_follows_them(name: str) -> None:
+    teacher = teacher_of(name)
+    learning = trainable(teacher, "last", 2)
+    found = layers(teacher)
+    assert [all(p.requires_grad for _, p in layer) for layer in found] == [False] * (len(found) - 3) + [True] * 3
+    assert not any(p.requires_grad for layer in found[:-3] for _, p in layer)
+    teacher.eval()
+    for part in learning:
+        part.train()
+    for module in teacher.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert module.training == module.weight.requires_grad
+
+
+def test_head_tower_and_all() -> None:
+    teacher = teacher_of("sample-vit", dropout=0.1)
+    for part, tower, added in (("head", False, True), ("tower", True, False), ("all", True, True)):
+        trainable(teacher, part)  # type: ignore[arg-type]
+        assert {p.requires_grad for p in teacher.visual.parameters()} == {tower}
+        assert {p.requires_grad for p in teacher.project.parameters()} == {added}
+
+
+def test_more_blocks_than_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match=r"stages\.last_blocks: 5, the tower has 4 blocks"):
+        trainable(teacher_of("sample-vit"), "last", 5)
+
+
+def test_frozen_blocks_get_no_gradient() -> None:
+    teacher, _ = build_teacher(TowerConfig("sample-vit", ""), read_tower("sample-vit"), False)
+    trainable(teacher, "last", 1)
+    teacher(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert teacher.visual.transformer.resblocks[2].mlp.c_fc.weight.grad is None
+    assert teacher.visual.transformer.resblocks[3].mlp.c_fc.weight.grad is not None
