@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward
 from vpr.loading import LoaderConfig
-from vpr.metrics import bootstrap_interval, score
+from vpr.metrics import bootstrap_interval, evaluate_similarities
 from vpr.rerank import RerankConfig, similarities
 from vpr.training import RunConfig
 from vpr.views import ViewConfig
@@ -37,19 +35,6 @@ RERANKINGS = {
     "DBA + query expansion": RerankConfig(dba=5, qe=5),
     "k-reciprocal": RerankConfig(k_reciprocal=True),
 }
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores of one model per query, so that seeds can be averaged before the bootstrap.
-
-    Attributes:
-        hits: (queries,) whether the first result is right.
-        precisions: (queries,) average precision.
-    """
-
-    hits: NDArray[np.float64]
-    precisions: NDArray[np.float64]
 
 
 def build_grocery(data: Path, folder: Path) -> Path:
@@ -82,10 +67,9 @@ def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[
     for method in ("uniform", "greedy"):
         found[f"{method} soup of the {len(members)} above"] = [_vectors(_soup(folder, method, members, 0), test)]
     for name, vectors in found.items():
-        rows.append(_row(name, [_score(each, test, RerankConfig()) for each in vectors]))
+        rows.append(_row(name, vectors, test, RerankConfig()))
     for name, config in RERANKINGS.items():
-        scored = [_score(each, test, config) for each in found["ArcFace"]]
-        rows.append(_row(f"ArcFace + {name}", scored))
+        rows.append(_row(f"ArcFace + {name}", found["ArcFace"], test, config))
     return rows
 
 
@@ -113,7 +97,7 @@ def _train(folder: Path, start: Path, head: HeadConfig, seed: int, epochs: int, 
 
 def _soup(folder: Path, method: Any, models: list[Path], number: int) -> Path:
     output = str(folder / f"{method}-{number}")
-    return soup(SoupConfig([str(path) for path in models], str(folder / "catalog"), output, method))
+    return soup(SoupConfig(tuple(str(path) for path in models), str(folder / "catalog"), output, method))
 
 
 def _vectors(path: Path, test: Catalog) -> Vectors:
@@ -121,3 +105,28 @@ def _vectors(path: Path, test: Catalog) -> Vectors:
     assert artifact.card.preprocess is not None
     say(f"  scoring {path.name}")
     return embed(test, artifact.card.preprocess, torch_forward(model))
+
+
+def _row(name: str, seeds: list[Vectors], test: Catalog, config: RerankConfig) -> Row:
+    """Scores averaged over seeds, with the bootstrap interval over queries of that average."""
+    query, gallery = test.roles == "query", test.roles == "gallery"
+    scores = [
+        evaluate_similarities(
+            similarities(vectors[query], vectors[gallery], config), test.products[query], test.products[gallery]
+        )
+        for vectors in seeds
+    ]
+    hits = np.mean([score.hits for score in scores], axis=0)
+    precisions = np.mean([score.precisions for score in scores], axis=0)
+    return {
+        "variant": name,
+        "seeds": len(seeds),
+        "recall@1 [95 %]": _interval(hits),
+        "mAP [95 %]": _interval(precisions),
+        "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores),
+    }
+
+
+def _interval(values: NDArray[np.float64]) -> str:
+    low, high = bootstrap_interval(values)
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"

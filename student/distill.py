@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ from vpr.processes import rank_and_world
 from vpr.training import (
     RecallModule,
     RunConfig,
+    copy_logs,
     decay_groups,
     drop_checkpoint,
-    finish_run,
     fit,
     run_folder,
     warmup_cosine,
@@ -171,7 +172,8 @@ def distill(config: DistillConfig) -> Path:
     folder = run_folder(config.output, values, parents)
     best = fit(module, loaders, student, folder, config.epochs, config.run)
     with write_artifact(config.output, "student", values, parents) as draft:
-        finish_run(folder, draft.path)
+        copy_logs(folder, draft.path)
+        shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
         draft.preprocess = preprocess
         draft.embedding = Embedding(dim=config.model.embedding_dim, normalised=True, dtype="float32")
         draft.catalog = catalog.summary()

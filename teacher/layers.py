@@ -53,7 +53,8 @@ def trainable(teacher: Teacher, part: Literal["head", "tower", "last", "all"], l
     if part != "last":
         teacher.visual.requires_grad_(part != "head")
         teacher.project.requires_grad_(part != "tower")
-        return {"head": [teacher.project], "tower": [teacher.visual], "all": [teacher]}[part]
+        parts: dict[str, nn.Module] = {"head": teacher.project, "tower": teacher.visual, "all": teacher}
+        return [parts[part]]
     depths = _depths(teacher)
     blocks = sorted({depth for depth in depths.values() if _STEM < depth < _END})
     if last_blocks > len(blocks):

@@ -68,8 +68,8 @@ def estimate(
     # The head keeps its cosines and its softmax.
     activations = batch * activation_bytes(teacher, size, half) + 2 * _FLOAT * batch * classes
     states = learning * (2 if optimizer == "adamw" else 1)
-    spread = [weights, learning, states, weights if average else 0]
-    return Memory(*(amount // share for amount in spread), activations)
+    mean = weights if average else 0
+    return Memory(weights // share, learning // share, states // share, mean // share, activations)
 
 
 def activation_bytes(teacher: Teacher, size: int, half: bool) -> int:

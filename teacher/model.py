@@ -160,11 +160,11 @@ def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
     return model.eval(), artifact
 
 
-def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> nn.Module:
+def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
     """The image tower alone, with random weights."""
     import open_clip
 
-    alone = {key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower}
+    alone: dict[str, Any] = {key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower}
     # open_clip reads configurations by name only; ours is added under one that cannot clash.
     open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**alone, "text_cfg": _TEXT}
     with torch.device(device):  # made there at once: a meta tower never has weights

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from teacher.head import HeadConfig, MarginHead
 from teacher.layers import trainable
@@ -48,15 +49,18 @@ def print_plan(
         batch = stage.batch_size or loader.batch_size
         batches = EpochSampler(train.products, replace(loader, batch_size=batch), 0, 0, world).batches
         steps = -(-batches // run.accumulate)
-        learning = sum(p.numel() for module in (teacher, classes) for p in module.parameters() if p.requires_grad)
         spread = world if run.strategy == "fsdp" else 1
         memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
         say(
             f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
-            f"{batch * world * run.accumulate} pictures of {preprocess.size} pixels, {learning / 1e6:.1f} M of "
-            f"{sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters and "
-            f"{sum(p.numel() for p in classes.parameters()) / 1e6:.1f} M of the head learn"
+            f"{batch * world * run.accumulate} pictures of {preprocess.size} pixels; {_learning(teacher)} "
+            f"parameters of the network learn, {_learning(classes)} of the head"
         )
         say(f"    memory: {memory}")
         for line in advice(memory, available_memory(), batch, changed.gradient_checkpointing, half, world):
             say(f"    {line}")
+
+
+def _learning(module: nn.Module) -> str:
+    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{learning / 1e6:.1f} of {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"

@@ -20,7 +20,7 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import Fitted, RunConfig, drop_checkpoint, finish_run, fit, run_folder
+from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoint, fit, run_folder
 from vpr.views import ViewConfig
 
 
@@ -102,7 +102,7 @@ def train(config: TrainConfig) -> Path | None:
         }
         with write_artifact(config.output, "teacher", values, parents) as draft:
             for number in range(len(fits)):
-                finish_run(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
+                copy_logs(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
             shutil.copyfile(folder / f"stage-{len(fits)}" / "best.safetensors", draft.path / "model.safetensors")
             draft.preprocess = preprocess
             draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")

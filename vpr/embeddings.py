@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, Embedding, find_current, load_artifact, plain, write_artifact
+from vpr.artifact import Artifact, Embedding, find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
@@ -99,8 +99,9 @@ def write_embeddings(
 def load_embeddings(path: Path | str) -> Embeddings:
     """Load an embeddings artifact; :class:`UserError` if its files do not fit its card."""
     artifact = load_artifact(path, "embeddings")
-    vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
-    rows = pq.read_table(artifact.file("rows.parquet"), columns=["image", "product", "role"])
+    with reading(artifact):
+        vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
+        rows = pq.read_table(artifact.file("rows.parquet"), columns=["image", "product", "role"])
     embedding = artifact.card.embedding
     if embedding is None or vectors.shape != (len(rows), embedding.dim):
         raise UserError(f"{artifact.path}: vectors {vectors.shape} do not fit its rows and card: embed again")

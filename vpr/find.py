@@ -7,14 +7,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vpr.artifact import Parent
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
 from vpr.errors import UserError
-from vpr.search import search
+from vpr.rerank import RerankConfig, rank
+
+SUBMITTED = 1000  # results per query in an AIcrowd submission
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -26,29 +32,46 @@ class FindConfig:
         gallery: embeddings artifact of the same model whose ``gallery`` pictures are searched.
         output: CSV file of the results; empty prints the first queries only.
         k: results per query.
+        rerank: steps between the embeddings and the ranking.
+        submission: ``.npy`` file for the AIcrowd Visual Product Recognition challenge: (queries, 1000) int64
+            gallery indices, both in the order of their tables.
     """
 
     queries: str
     gallery: str
     output: str = ""
     k: int = 5
+    rerank: RerankConfig = RerankConfig()
+    submission: str = ""
 
 
 def find(config: FindConfig) -> Path | None:
-    """Search, print the first queries, and write all results as CSV (query, rank, image, product, score)."""
+    """Search, print the first queries, and write all results as CSV (query, rank, image, product, score).
+
+    Raises:
+        UserError: embeddings of two models, too small a gallery for ``k`` or a submission.
+    """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
-    first, second = queries.artifact.card.parents[0], gallery.artifact.card.parents[0]
+    first, second = _model(queries), _model(gallery)
     if first.sha256 != second.sha256:
         raise UserError(
             f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
         )
     asked, shown = _rows(queries, "query"), _rows(gallery, "gallery")
-    scores, found = search(queries.vectors[asked], gallery.vectors[shown], config.k)
-    table = Table("query", *[f"top {rank + 1}" for rank in range(config.k)])
-    for row in range(min(8, len(asked))):
-        names = [escape(f"{gallery.products[shown[i]]} {s:.2f}") for i, s in zip(found[row], scores[row], strict=True)]
-        table.add_row(escape(str(queries.products[asked[row]])), *names)
-    Console().print(table)
+    if config.submission and len(shown) < SUBMITTED:
+        raise UserError(
+            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {len(shown)}: "
+            "use --output instead"
+        )
+    wanted = max(config.k, SUBMITTED) if config.submission else config.k
+    scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
+    _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
+    if config.submission:
+        partial = Path(f"{config.submission}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, found[:, :SUBMITTED].astype(np.int64), allow_pickle=False)
+        os.replace(partial, config.submission)
+        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
     if not config.output:
         return None
     partial = Path(f"{Path(config.output)}.partial")
@@ -56,15 +79,36 @@ def find(config: FindConfig) -> Path | None:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
         for row, query in enumerate(asked):
-            for rank in range(config.k):
-                hit = shown[found[row, rank]]
-                values = [queries.images[query], rank + 1, gallery.images[hit], gallery.products[hit]]
-                writer.writerow([*values, f"{scores[row, rank]:.6f}"])
+            for place in range(config.k):
+                hit = shown[found[row, place]]
+                values = [queries.images[query], place + 1, gallery.images[hit], gallery.products[hit]]
+                writer.writerow([*values, f"{scores[row, place]:.6f}"])
     os.replace(partial, config.output)
     say(f"{config.output}: {len(asked)} queries, {config.k} results each")
     return Path(config.output)
 
 
-def _rows(embeddings: Embeddings, role: str) -> list[int]:
-    rows = [row for row, value in enumerate(embeddings.roles) if value == role]
-    return rows or list(range(len(embeddings.roles)))
+def _print(
+    queries: Embeddings,
+    gallery: Embeddings,
+    asked: NDArray[np.int64],
+    hits: NDArray[np.int64],
+    scores: NDArray[np.float32],
+) -> None:
+    table = Table("query", *[f"top {place + 1}" for place in range(hits.shape[1])])
+    for row, found in enumerate(hits):
+        names = [escape(f"{gallery.products[i]} {s:.2f}") for i, s in zip(found, scores[row], strict=False)]
+        table.add_row(escape(str(queries.products[asked[row]])), *names)
+    Console().print(table)
+
+
+def _model(embeddings: Embeddings) -> Parent:
+    for parent in embeddings.artifact.card.parents:
+        if parent.role == "model":
+            return parent
+    raise UserError(f"{embeddings.artifact.path}: its card names no model: embed the catalogue again")
+
+
+def _rows(embeddings: Embeddings, role: str) -> NDArray[np.int64]:
+    rows = np.flatnonzero(embeddings.roles == role)
+    return rows if len(rows) else np.arange(len(embeddings.roles))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ class RetrievalScores:
         gallery: number of gallery pictures.
         ci95: 95 % bootstrap interval of ``recall_at_1`` over queries.
         hits: (queries,) bool, whether the first result is right.
+        precisions: (queries,) float64, average precision of each.
     """
 
     recall_at_1: float
@@ -38,6 +40,7 @@ class RetrievalScores:
     gallery: int
     ci95: tuple[float, float]
     hits: NDArray[np.bool_]
+    precisions: NDArray[np.float64]
 
 
 def evaluate(
@@ -61,31 +64,54 @@ def evaluate(
             in the gallery (its recall would be 0 whatever the model).
     """
     _check(query_vectors, query_products, gallery_vectors, gallery_products)
+    blocks = range(0, len(query_vectors), _BLOCK)
+    scores = (query_vectors[start : start + _BLOCK] @ gallery_vectors.T for start in blocks)
+    return _score(scores, query_products, gallery_products, seed)
+
+
+def evaluate_similarities(
+    similarities: NDArray[np.float32],
+    query_products: NDArray[np.str_],
+    gallery_products: NDArray[np.str_],
+    seed: int = 0,
+) -> RetrievalScores:
+    """As :func:`evaluate`, of (queries, gallery) similarities made elsewhere (:mod:`vpr.rerank`), larger is nearer."""
+    _check(similarities, query_products, similarities.T, gallery_products, same_dim=False)
+    blocks = range(0, len(similarities), _BLOCK)
+    return _score((similarities[s : s + _BLOCK] for s in blocks), query_products, gallery_products, seed)
+
+
+def _score(
+    blocks: Iterator[NDArray[np.float32]],
+    query_products: NDArray[np.str_],
+    gallery_products: NDArray[np.str_],
+    seed: int,
+) -> RetrievalScores:
     codes = {product: code for code, product in enumerate(dict.fromkeys(gallery_products.tolist()))}
     gallery_codes = np.array([codes[p] for p in gallery_products.tolist()])
     query_codes = np.array([codes[p] for p in query_products.tolist()])
     first: list[NDArray[np.int64]] = []
     full: list[NDArray[np.float64]] = []
     cut: list[NDArray[np.float64]] = []
-    for start in range(0, len(query_vectors), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        order = np.argsort(-(query_vectors[block] @ gallery_vectors.T), axis=1, kind="stable")
-        relevant = gallery_codes[order] == query_codes[block, None]
+    for number, scores in enumerate(blocks):
+        order = np.argsort(-scores, axis=1, kind="stable")
+        relevant = gallery_codes[order] == query_codes[number * _BLOCK : (number + 1) * _BLOCK, None]
         first.append(relevant.argmax(axis=1))
         full.append(average_precision(relevant))
         cut.append(average_precision(relevant, 1000))
-    rank = np.concatenate(first)
+    rank, precisions = np.concatenate(first), np.concatenate(full)
     hits = rank == 0
     return RetrievalScores(
         recall_at_1=float(hits.mean()),
         recall_at_5=float((rank < 5).mean()),
         recall_at_10=float((rank < 10).mean()),
-        map=float(np.concatenate(full).mean()),
+        map=float(precisions.mean()),
         map_at_1000=float(np.concatenate(cut).mean()),
-        queries=len(query_vectors),
-        gallery=len(gallery_vectors),
+        queries=len(query_products),
+        gallery=len(gallery_products),
         ci95=bootstrap_interval(hits, seed=seed),
         hits=hits,
+        precisions=precisions,
     )
 
 
@@ -129,12 +155,13 @@ def _check(
     query_products: NDArray[np.str_],
     gallery_vectors: NDArray[np.float32],
     gallery_products: NDArray[np.str_],
+    same_dim: bool = True,
 ) -> None:
     if not len(query_vectors) or not len(gallery_vectors):
         raise UserError("evaluation: no queries or no gallery pictures: choose a split with both roles")
     if len(query_vectors) != len(query_products) or len(gallery_vectors) != len(gallery_products):
         raise UserError("evaluation: vectors and product ids differ in number: embed the catalogue again")
-    if query_vectors.shape[1] != gallery_vectors.shape[1]:
+    if same_dim and query_vectors.shape[1] != gallery_vectors.shape[1]:
         raise UserError(
             f"evaluation: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}: "
             "embed both with the same model"

@@ -295,7 +295,7 @@ def fit(
     return Fitted(best.best, best.epoch, int(trainer.global_step), round(clock.seconds, 1), state)
 
 
-def finish_run(folder: Path, destination: Path, name: str = "metrics") -> None:
+def copy_logs(folder: Path, destination: Path, name: str = "metrics") -> None:
     """Put a run's CSV logs into an artifact: ``<name>.csv``, and one more for each time it was resumed."""
     for number, log in enumerate(_csv_logs(folder)):
         shutil.copyfile(log, destination / (f"{name}-resumed-{number}.csv" if number else f"{name}.csv"))

@@ -18,7 +18,7 @@ from vpr.images import Preprocess
 from vpr.processes import gathered, is_first, rank_and_world
 from vpr.training import RecallModule, RunConfig, fit
 
-BATCH, BATCHES, SIZE = 16, 5, 16
+BATCH, SIZE = 16, 16
 
 
 def catalog() -> Catalog:
@@ -75,8 +75,9 @@ class Small(RecallModule):
 def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
     """Train, or go on with what is in ``folder``."""
     module = Small()
-    loaders = [DataLoader(batches(count, size, n), batch_size=None) for n, (count, size) in enumerate(((5, 16), (1, 24)))]  # type: ignore[arg-type]
-    fitted = fit(module, tuple(loaders), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))  # type: ignore[arg-type]
+    training, validation = (batches(5, BATCH, 0), batches(1, 24, 1))
+    loaders = tuple(DataLoader(part, batch_size=None) for part in (training, validation))  # type: ignore[arg-type, var-annotated]
+    fitted = fit(module, loaders, module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))  # type: ignore[arg-type]
     if is_first():
         save_file(fitted.last, folder / "last.safetensors")
         (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": fitted.best}))
