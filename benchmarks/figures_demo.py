@@ -22,6 +22,7 @@ from benchmarks.page import HEADINGS, cells, milliseconds
 from student.model import count_multiply_adds, count_parameters, load_student
 from teacher.model import load_teacher
 from vpr.artifact import load_artifact
+from vpr.cli import quieten
 from vpr.console import say
 
 # Relative, as the demo itself names them: paths are part of an artifact's configuration.
@@ -194,6 +195,7 @@ def _pytest(*arguments: str) -> int:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    quieten()
     for part in sys.argv[1:] or PARTS:
         say(f"measuring {part}")
         PARTS[part]()

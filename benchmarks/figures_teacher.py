@@ -17,7 +17,7 @@ from benchmarks.input_pipeline import pipeline_figures
 from benchmarks.two_processes import Spread, train_spread
 from teacher.train import TrainConfig, train
 from vpr.catalog import CatalogConfig, build_catalog
-from vpr.cli import read_config
+from vpr.cli import quieten, read_config
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -85,6 +85,7 @@ def _pretrained() -> Path:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    quieten()
     for part in sys.argv[1:] or PARTS:
         say(f"measuring {part}")
         PARTS[part]()

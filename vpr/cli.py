@@ -58,7 +58,7 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 and one line on anything the caller can put right."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _quieten()
+    quieten()
     try:
         run(arguments)
     except UserError as error:
@@ -128,7 +128,8 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Silence libraries' notices."""
     # Libraries' notices hide the few lines that matter here; their errors still come through.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "open_clip", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)

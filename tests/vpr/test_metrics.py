@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,3 +87,17 @@ def test_what_cannot_be_scored_is_refused() -> None:
         evaluate(vectors[:, :8], names, vectors, names)
     with pytest.raises(UserError, match="k is 5"):
         search(vectors, vectors, 5)
+
+
+@pytest.mark.parametrize("gallery", [40, 1500])
+def test_map_at_1000_equals_trec_eval(gallery: int) -> None:
+    """TREC's map_cut_1000 divides by all relevant pictures, as the challenge does by GTP."""
+    rng = np.random.default_rng(gallery)
+    relevant = rng.random((12, gallery)) < 0.02
+    relevant[:, -1] = True  # one that the cut at 1000 may lose
+    judged = {str(q): {str(g): int(rel) for g, rel in enumerate(row)} for q, row in enumerate(relevant)}
+    ranked = {str(q): {str(g): float(gallery - g) for g in range(gallery)} for q in range(12)}
+    found = pytrec_eval.RelevanceEvaluator(judged, {"map_cut_1000", "map"}).evaluate(ranked)
+    expected = [found[str(q)]["map_cut_1000"] for q in range(12)]
+    np.testing.assert_allclose(average_precision(relevant, 1000), expected, atol=1e-9)
+    np.testing.assert_allclose(average_precision(relevant), [found[str(q)]["map"] for q in range(12)], atol=1e-9)
