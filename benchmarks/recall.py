@@ -146,6 +146,9 @@ def _score(model: Model, part: Catalog, seed: int) -> Scored:
         return Scored({**row, "notes": f"not run: {reason}"}, None, model)
     if card.preprocess is None:
         raise UserError(f"{model.artifact.path}: its card has no preprocessing: make the artifact again")
+    if (card.catalog or {}).get("leak"):
+        row["notes"] = f"{row['notes']}; trained with a leak allowed, see its card: the recall is not honest"
+        say(f"  {model.name}: its card tells of a leak: something scored was trained on")
     vectors = embed(part, card.preprocess, forward)
     scores = score_row(part, vectors, seed)
     _say_scores(model.name, scores)

@@ -30,6 +30,7 @@ from benchmarks.figures import Figure, Row, record
 from teacher.head import HeadConfig, MarginHead
 from teacher.layers import trainable
 from teacher.model import TowerConfig, build_teacher, read_tower
+from vpr.cli import quieten
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.loading import Normalise
@@ -354,4 +355,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    quieten()
     main()

@@ -176,7 +176,8 @@ def distill(config: DistillConfig) -> Path:
         shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
         draft.preprocess = preprocess
         draft.embedding = Embedding(dim=config.model.embedding_dim, normalised=True, dtype="float32")
-        draft.catalog = catalog.summary()
+        leak = (teacher_artifact.card.catalog or {}).get("leak")
+        draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {})}
         draft.metrics = {
             "val_recall_at_1": best.best,
             "best_epoch": best.epoch,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ class TowerConfig:
         name: an ``open_clip`` model such as ``ViT-H-14``, a JSON file in open_clip's form, or the
             name of one in ``teacher/towers`` (``sample``, ``sample-vit``).
         pretrained: a tag of ``open_clip`` such as ``laion2b_s32b_b79k``, a local ``.safetensors``
-            file, a teacher artifact of the same tower, or empty for random weights.
+            file, a teacher artifact of the same tower (what is added to it starts from that teacher's too, where
+            it is of the same shape), or empty for random weights.
         image_size: side of the input in pixels; 0 keeps the tower's own.
         patch_stride: distance of the patches of a ViT in pixels, less than their side to let them overlap; 0 does not.
         keep_projection: keep CLIP's own projection (ViT-H-14: 1280 to 1024).
@@ -132,10 +134,9 @@ def build_teacher(
     teacher = Teacher(visual, width, config).to(device)
     recorded = dict(visual.preprocess_cfg)
     if config.pretrained:
-        recorded.update(_load(config, teacher, load_pretrained))
-    size = visual.image_size
+        recorded.update(_load(config, tower, teacher, load_pretrained))
     preprocess = Preprocess(
-        size=size if isinstance(size, int) else size[0],
+        size=_side(visual),
         resize="squash" if config.squash else "shortest",
         crop="none" if config.squash else "center",
         interpolation=recorded["interpolation"],
@@ -177,21 +178,32 @@ def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
             device=device,
         ).visual
     visual.output_tokens = False  # CoCa's tower would give its tokens too
-    if config.image_size:
-        set_size(visual, config.image_size)
+    # A timm tower is made in its own size, whatever its configuration says.
+    set_size(visual, _side(visual))
     return visual
 
 
-def _load(config: TowerConfig, teacher: Teacher, load: bool) -> dict[str, Any]:
+def _side(visual: Any) -> int:
+    """Side of the tower's pictures, pixels."""
+    size = visual.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:
     """Load what ``config.pretrained`` names; the preprocessing that those weights were trained with."""
     import open_clip
 
     path = Path(config.pretrained)
     if (path / CARD_NAME).is_file():
         start = load_artifact(path, "teacher")
-        if load:
-            with reading(start):
-                load_tower_weights(teacher.visual, read_tower_weights(start.file("model.safetensors")))
+        with reading(start):
+            # Weights of the same shapes may be of another tower: with other heads, or another activation.
+            if _kind(start.card.config["tower_config"]) != _kind(tower):
+                raise UserError(f"tower.pretrained: {path} has another tower than {config.name}: name that teacher's")
+            if load:
+                file = start.file("model.safetensors")
+                load_tower_weights(teacher.visual, read_tower_weights(file))
+                _take_added(teacher, file)
         recorded = start.card.preprocess
         return {} if recorded is None else recorded.model_dump(include={"interpolation", "mean", "std"})
     if path.suffix or "/" in config.pretrained:
@@ -202,6 +214,35 @@ def _load(config: TowerConfig, teacher: Teacher, load: bool) -> dict[str, Any]:
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
         raise UserError(f"tower.pretrained: {config.name} has no tag '{config.pretrained}': choose from {known}")
+    if tag.get("quick_gelu", False) and any(isinstance(module, nn.GELU) for module in teacher.visual.modules()):
+        raise UserError(
+            f"tower.pretrained: '{config.pretrained}' was trained with QuickGELU, {config.name} computes GELU: "
+            f"set tower.name to {config.name}-quickgelu"
+        )
     if load:
         load_tower_weights(teacher.visual, read_tower_weights(download(config.name, tag)))
     return {key: tag[key] for key in ("interpolation", "mean", "std") if key in tag}
+
+
+def _kind(tower: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes towers the same, whatever the size of their pictures."""
+    vision = {key: value for key, value in tower["vision_cfg"].items() if key != "image_size"}
+    return tower["embed_dim"], bool(tower.get("quick_gelu", False)), vision
+
+
+def _take_added(teacher: Teacher, file: Path) -> None:
+    """Start what is added to the tower from another teacher's, as far as it has the same."""
+    own = teacher.project.state_dict()
+    with safe_open(file, "pt") as stored:
+        found = {
+            name.removeprefix("project."): stored.get_tensor(name)
+            for name in stored.keys()  # noqa: SIM118 (no dictionary)
+            if name.startswith("project.")
+        }
+    # In this order: the statistics of a norm are those of the projection before it.
+    for part in ("linear.", "norm."):
+        theirs = {name: value for name, value in found.items() if name.startswith(part)}
+        mine = {name: value.shape for name, value in own.items() if name.startswith(part)}
+        if mine != {name: value.shape for name, value in theirs.items()}:
+            return
+        teacher.project.load_state_dict(theirs, strict=False)

@@ -54,7 +54,7 @@ def print_plan(
         say(
             f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
             f"{batch * world * run.accumulate} pictures of {preprocess.size} pixels; {_learning(teacher)} "
-            f"parameters of the network learn, {_learning(classes)} of the head"
+            f"parameters learn, and {_learning(classes)} of the head"
         )
         say(f"    memory: {memory}")
         for line in advice(memory, available_memory(), batch, changed.gradient_checkpointing, half, world):

@@ -135,13 +135,9 @@ def _read(path: Path) -> Card | str | None:
 def _finished(name: str, card: Card) -> Run:
     config, metrics, catalog = card.config, card.metrics, card.catalog or {}
     try:
-        stages = [(stage["train"], stage["epochs"]) for stage in config.get("stages", [])]
         return Run(
             name,
-            recipe=config.get("recipe") or None,
-            stages=" + ".join(f"{part} {epochs}" for part, epochs in stages) or None,
-            loss=config.get("head", {}).get("loss"),
-            seed=_number(config.get("seed"), int),
+            **_planned(config),
             val_recall_at_1=_number(metrics.get(MONITOR), float),
             best_epoch=_number(metrics.get("best_epoch"), int),
             seconds=_number(metrics.get("seconds"), float),
@@ -150,6 +146,17 @@ def _finished(name: str, card: Card) -> Run:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return Run(name, state=f"damaged: its card's values ({type(error).__name__}: {error})")
+
+
+def _planned(config: dict[str, Any]) -> dict[str, Any]:
+    """What a training's configuration tells of a run."""
+    stages = [(stage["train"], stage["epochs"]) for stage in config.get("stages", [])]
+    return {
+        "recipe": config.get("recipe") or None,
+        "stages": " + ".join(f"{part} {epochs}" for part, epochs in stages) or None,
+        "loss": config.get("head", {}).get("loss"),
+        "seed": _number(config.get("seed"), int),
+    }
 
 
 def _number(value: Any, kind: type[int] | type[float]) -> Any:
@@ -172,7 +179,13 @@ def _unfinished(name: str, folder: Path) -> Run | None:
     # A run's checkpoints go when it finishes, its logs stay.
     ended = before > 0 and not any(folder.glob("stage-*/last.ckpt"))
     state = "artifact gone" if ended else f"unfinished at epoch {before}"
-    return Run(name, val_recall_at_1=best, best_epoch=best_epoch, state=state) if stages else None
+    if not stages:
+        return None
+    try:
+        planned = _planned(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        planned = {}  # cut off by a kill
+    return Run(name, **planned, val_recall_at_1=best, best_epoch=best_epoch, state=state)
 
 
 def _logged(stage: Path) -> tuple[dict[int, float], int]:

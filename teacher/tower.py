@@ -31,7 +31,9 @@ def drop_projection(visual: Any, name: str) -> int:
         visual.proj = None
         return width
     head = getattr(visual, "head", None)
-    if isinstance(head, nn.Sequential) and any(part in dict(head.named_children()) for part in ("proj", "mlp")):
+    parts = {name for name, _ in head.named_children()} if isinstance(head, nn.Sequential) else set()
+    # An attention pool of open_clip's own projects too, and cannot go.
+    if parts & {"proj", "mlp"} and "pool" not in parts:
         visual.head = nn.Sequential()
         return int(visual.trunk.num_features)
     raise UserError(f"tower.keep_projection: {name} has no projection to drop: set it to true")
@@ -62,5 +64,8 @@ def overlap_patches(visual: Any, stride: int, name: str) -> None:
     grid = (side, side)
     if embed is not None:
         embed.grid_size, embed.num_patches = grid, side * side
+        rope = getattr(trunk, "rope", None)
+        if rope is not None:
+            rope.update_feat_shape(list(grid))
     else:
         visual.grid_size = grid

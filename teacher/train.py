@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,16 @@ from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
 from teacher.plan import print_plan
-from vpr.artifact import Embedding, find_current, plain, write_artifact
+from vpr.artifact import (
+    CARD_NAME,
+    Artifact,
+    Embedding,
+    file_sha256,
+    find_current,
+    load_artifact,
+    plain,
+    write_artifact,
+)
 from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
@@ -80,6 +90,11 @@ def train(config: TrainConfig) -> Path | None:
     values.pop("dry_run")
     values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
     parents = [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
+    start = read_start(config.tower.pretrained)
+    if isinstance(start, Artifact):
+        parents.append(start.as_parent("start"))
+    elif start:
+        values["pretrained_sha256"] = start
     if not config.dry_run and find_current(config.output, "teacher", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
@@ -87,10 +102,15 @@ def train(config: TrainConfig) -> Path | None:
     if not len(training) or not len(validation):
         raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
     leak = find_leaks(catalog, config.allow_leak)
+    if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
+        leak["start"] = (start.card.catalog or {})["leak"]
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
     folder = run_folder(config.output, values, parents)
+    if is_first():  # what an unfinished run is shows in `vpr teacher runs`
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     fits, preprocess, dim = _run_stages(config, tower, training, validation, folder)
     if is_first():
         metrics = {
@@ -112,6 +132,14 @@ def train(config: TrainConfig) -> Path | None:
             drop_checkpoint(folder / f"stage-{number + 1}")
         say(f"{config.output}: teacher of epoch {metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}")
     return Path(config.output)
+
+
+def read_start(pretrained: str) -> Artifact | str:
+    """What identifies the weights that training begins from: a teacher, or a file's sha256 (empty for tag or none)."""
+    path = Path(pretrained)
+    if pretrained and (path / CARD_NAME).is_file():
+        return load_artifact(path, "teacher")
+    return file_sha256(path) if path.suffix == ".safetensors" and path.is_file() else ""
 
 
 def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import open_clip
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from teacher.head import HeadConfig
-from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.model import Teacher, TowerConfig, build_teacher, load_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
 from teacher.weights import load_tower_weights, read_tower_weights, resize_positions
 from vpr.artifact import Embedding, write_artifact
@@ -41,7 +43,7 @@ def test_the_tower_of_another_teacher_is_a_start(tmp_path: Path) -> None:
     torch.manual_seed(3)
     first, preprocess = build_teacher(TowerConfig("sample-vit", ""), tower, False)
     own = preprocess.model_copy(update={"mean": (0.5, 0.5, 0.5)})
-    with write_artifact(tmp_path / "first", "teacher", {}) as draft:
+    with write_artifact(tmp_path / "first", "teacher", {"tower_config": tower}) as draft:
         save_file(first.state_dict(), draft.path / "model.safetensors")
         draft.preprocess, draft.embedding = own, Embedding(dim=128, normalised=True, dtype="float32")
     config = TowerConfig("sample-vit", str(tmp_path / "first"), keep_projection=False, embedding_dim=24)
@@ -52,6 +54,88 @@ def test_the_tower_of_another_teacher_is_a_start(tmp_path: Path) -> None:
     assert "proj" not in state
     for name, value in state.items():
         assert torch.equal(value, first.visual.state_dict()[name]), name
+
+
+def write_teacher(path: Path, config: TowerConfig, tower: dict[str, Any]) -> Teacher:
+    """A teacher artifact with random weights, BatchNorm statistics included."""
+    torch.manual_seed(1)
+    teacher, preprocess = build_teacher(config, tower, load_pretrained=False)
+    for buffer in teacher.project.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2)
+    with write_artifact(path, "teacher", {"network": asdict(config), "tower_config": tower}) as draft:
+        save_file(teacher.state_dict(), draft.path / "model.safetensors")
+        draft.preprocess = preprocess
+        draft.embedding = Embedding(dim=teacher.embedding_dim, normalised=True, dtype="float32")
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"embedding_dim": 24, "batch_norm": True}, {"linear", "norm"}),
+        ({"embedding_dim": 24}, {"linear"}),
+        ({"embedding_dim": 24, "batch_norm": True, "image_size": 80}, {"linear", "norm"}),
+        ({"embedding_dim": 12, "batch_norm": True}, set()),
+        ({"batch_norm": True}, set()),
+    ],
+)
+def test_what_was_added_to_another_teacher_is_a_start_where_it_fits(
+    tmp_path: Path, changes: dict[str, Any], taken: set[str]
+) -> None:
+    tower = read_tower("sample-vit")
+    first = write_teacher(tmp_path / "first", TowerConfig("sample-vit", "", embedding_dim=24, batch_norm=True), tower)
+    torch.manual_seed(2)
+    second, _ = build_teacher(TowerConfig("sample-vit", str(tmp_path / "first"), **changes), tower, True)
+    theirs = first.project.state_dict()
+    same = {
+        name.split(".")[0]
+        for name, value in second.project.state_dict().items()
+        if value.is_floating_point() and value.shape == theirs[name].shape and torch.equal(value, theirs[name])
+    }
+    # A norm's weight and bias begin as ones and zeros everywhere: its statistics tell.
+    if "norm" in same and not torch.equal(second.project.norm.running_var, first.project.norm.running_var):
+        same.remove("norm")
+    assert same == taken
+
+
+def test_a_teacher_of_another_tower_is_no_start(tmp_path: Path) -> None:
+    """Its weights would fit, its attention has other heads."""
+    tower = read_tower("sample-vit")
+    write_teacher(tmp_path / "first", TowerConfig("sample-vit", ""), tower)
+    other = {**tower, "vision_cfg": {**tower["vision_cfg"], "head_width": 64}}
+    with pytest.raises(UserError, match=r"first has another tower than other\.json"):
+        build_teacher(TowerConfig("other.json", str(tmp_path / "first")), other, load_pretrained=True)
+    with pytest.raises(UserError, match=r"first has another tower than sample"):
+        build_teacher(TowerConfig("sample", str(tmp_path / "first")), read_tower("sample"), load_pretrained=False)
+
+
+def test_a_teacher_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    changes = {"image_size": 72, "patch_stride": 5, "keep_projection": False, "dropout": 0.1, "embedding_dim": 24}
+    config = TowerConfig("sample-vit", "", batch_norm=True, gradient_checkpointing=True, **changes)
+    written = write_teacher(tmp_path / "first", config, read_tower("sample-vit"))
+    read, _ = load_teacher(tmp_path / "first")
+    x = torch.randn(2, 3, 72, 72)
+    assert torch.equal(written.eval()(x), read(x))
+
+
+@pytest.mark.parametrize(("name", "tag"), [("ViT-B-32", "openai"), ("ViT-H-14", "dfn5b")])
+def test_weights_of_the_other_activation_are_refused(name: str, tag: str) -> None:
+    with pytest.raises(UserError, match=rf"'{tag}' was trained with QuickGELU.*: set tower\.name to {name}-quickgelu"):
+        build_teacher(TowerConfig(name, tag), read_tower(name), False, "meta")
+    build_teacher(TowerConfig(f"{name}-quickgelu", tag), read_tower(f"{name}-quickgelu"), False, "meta")
+
+
+def test_an_image_tower_without_gelu_takes_either_activation() -> None:
+    build_teacher(TowerConfig("RN50", "openai"), read_tower("RN50"), False, "meta")
+
+
+def test_a_timm_tower_has_the_size_of_its_json() -> None:
+    tower = {"embed_dim": 32, "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 96}}
+    model, preprocess = build_teacher(TowerConfig("t", ""), tower, False)
+    assert preprocess.size == 96
+    assert model.visual.trunk.pos_embed.shape[1] == 1 + 6 * 6
+    assert model.eval()(torch.randn(1, 3, 96, 96)).shape == (1, 32)
 
 
 def tiny_vit(**changes: object) -> open_clip.model.VisionTransformer:
@@ -146,6 +230,22 @@ def test_gradient_checkpointing_leaves_the_gradients(name: str) -> None:
         model.train()(torch.randn(4, 3, 64, 64)).sum(dim=1).square().sum().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_overlapping_patches_of_a_rotary_tower_have_their_angles() -> None:
+    """A pair of angles for each of the patches that there are now."""
+    plain, _ = build_teacher(TowerConfig("EVA02-B-16", ""), read_tower("EVA02-B-16"), False, "meta")
+    config = TowerConfig("EVA02-B-16", "", patch_stride=8)
+    teacher, preprocess = build_teacher(config, read_tower("EVA02-B-16"), False, "meta")
+    assert len(plain.visual.trunk.rope.get_embed()) == 14 * 14
+    assert len(teacher.visual.trunk.rope.get_embed()) == 27 * 27
+    assert teacher(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta")).shape == (1, 512)
+
+
+def test_an_attention_pool_is_not_dropped() -> None:
+    vision = {"timm_model_name": "resnet10t", "timm_pool": "rot_attn", "timm_proj": "linear", "image_size": 224}
+    with pytest.raises(UserError, match="t has no projection to drop"):
+        build_teacher(TowerConfig("t", "", keep_projection=False), {"embed_dim": 64, "vision_cfg": vision}, False)
 
 
 FAMILIES = ["RN50", "convnext_base", "ViT-B-16-SigLIP", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "EVA02-B-16"]

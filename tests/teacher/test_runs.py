@@ -83,6 +83,16 @@ def test_an_unfinished_run_is_told_by_its_logs(tmp_path: Path) -> None:
     assert (run.val_recall_at_1, run.best_epoch) == (0.75, 4)
 
 
+def test_an_unfinished_run_s_configuration_is_told(tmp_path: Path) -> None:
+    for name, text in (("a", json.dumps(config())), ("b", '{"stages": [{"tra')):
+        folder = tmp_path / f"{name}.run-0123456789ab"
+        log(folder / "stage-1", "csv-0", ["0,8.0,,5,,,"])
+        (folder / "config.json").write_text(text)
+    told, cut = find_runs(tmp_path)
+    assert (told.recipe, told.stages, told.loss, told.seed) == ("guie-2nd", "head 1 + all 3", "arcface", 7)
+    assert (cut.recipe, cut.stages, cut.state) == (None, None, "unfinished at epoch 1")
+
+
 def test_a_run_that_has_just_begun_is_listed(tmp_path: Path) -> None:
     log(tmp_path / "teacher.run-0123456789ab" / "stage-1", "csv-0", ["0,,9.0,0,,,"], checkpoint=False)
     (run,) = find_runs(tmp_path)

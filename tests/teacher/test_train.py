@@ -176,6 +176,14 @@ def test_a_leak_is_refused_and_when_allowed_stands_in_the_card(catalog: Catalog,
     card = load_artifact(tmp_path / "teacher").card
     assert card.catalog is not None
     assert "train in test" in card.catalog["leak"]
+    begun = replace(
+        small(catalog, tmp_path / "second", stages=STAGES[:1]), tower=replace(SMALL, pretrained=config.output)
+    )
+    train(begun)
+    second = load_artifact(tmp_path / "second").card
+    assert second.catalog is not None
+    assert second.catalog["leak"] == {"start": card.catalog["leak"]}
+    assert [parent.role for parent in second.parents] == ["catalog", "start"]
 
 
 @pytest.mark.parametrize(

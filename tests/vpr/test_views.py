@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
@@ -67,3 +68,26 @@ def test_ranges_are_kept_and_used() -> None:
     assert 0.5 <= zoom.min() < 0.52
     assert 1.95 < zoom.max() <= 2.0 + 1e-5
     assert abs(np.log(zoom).mean()) < 0.05
+
+
+def test_autocast_leaves_the_views_as_they_are() -> None:
+    pixels, index = _pixels(4, 64), torch.arange(4)
+    drawn = draw_views(ViewConfig(), 0, index, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = apply_views(pixels, drawn)
+    assert torch.equal(half, apply_views(pixels, drawn))
+
+
+def test_jitter_and_grey_come_as_often_as_asked() -> None:
+    index = torch.arange(2000)
+    drawn = draw_views(ViewConfig(jitter=0.3, grey=0.1), 0, index, index)
+    assert (drawn[:, 6] != 1).float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert (drawn[:, 8] == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    # The other draws stay what they are without them.
+    assert torch.equal(drawn[:, :6], draw_views(ViewConfig(), 0, index, index)[:, :6])
+
+
+def test_a_grey_picture_has_no_colour() -> None:
+    views = _views(ViewConfig(grey=1.0, tint=0.0), _pixels(3), [0, 1, 2])
+    torch.testing.assert_close(views[:, 0], views[:, 1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(views[:, 0], views[:, 2], atol=1e-3, rtol=0)
