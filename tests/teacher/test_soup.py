@@ -201,8 +201,8 @@ def test_wise_ft_ends_at_the_zero_shot_and_the_fine_tuned_network(
     at_zero, _ = load_teacher(tmp_path / "soup-0.0")
     with torch.inference_mode():
         expected = clip.visual(x)
-        if "project.weight" in tuned:  # without a zero-shot twin: as fine-tuned
-            expected = expected @ tuned["project.weight"].T
+        if "project.linear.weight" in tuned:  # without a zero-shot twin: as fine-tuned
+            expected = expected @ tuned["project.linear.weight"].T
         torch.testing.assert_close(at_zero(x), nn.functional.normalize(expected, dim=1))
 
 
