@@ -11,9 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from benchmarks.ablation import ablate
 from benchmarks.figures import ROOT, Figure, record
 from benchmarks.input_pipeline import pipeline_figures
+from benchmarks.teacher_step import TeacherStepConfig, teacher_step, unmeasured
 from benchmarks.two_processes import Spread, train_spread
 from teacher.train import TrainConfig, train
 from vpr.catalog import CatalogConfig, build_catalog
@@ -58,7 +61,22 @@ def measure_processes() -> None:
     record("teacher", figures, {})
 
 
-PARTS = {"grocery": measure_grocery, "pipeline": measure_pipeline, "processes": measure_processes}
+def measure_gpu() -> None:
+    """ViT-H-14's step on the GPU at hand, into ``gpu.json``; without one, that it is not measured."""
+    config = TeacherStepConfig()
+    if torch.cuda.is_available():
+        record("gpu", *teacher_step(config))
+        return
+    record("gpu", unmeasured(config), {})
+    say("no GPU here: ViT-H-14's step is recorded as not measured")
+
+
+PARTS = {
+    "grocery": measure_grocery,
+    "pipeline": measure_pipeline,
+    "processes": measure_processes,
+    "gpu": measure_gpu,
+}
 
 
 def _spread(folder: Path, processes: int, strategy: str) -> Spread:

@@ -314,17 +314,25 @@ def teacher_step(config: TeacherStepConfig) -> tuple[list[Figure], dict[str, lis
     return _figures(config, steps, ceiling), tables
 
 
+def unmeasured(config: TeacherStepConfig) -> list[Figure]:
+    """The figures of a machine without a GPU: their names and goals, and no values."""
+    return [figure for mode in config.modes for figure in _mode_figures(config, mode, None, None)]
+
+
 def _figures(config: TeacherStepConfig, steps: list[Measured], ceiling: float) -> list[Figure]:
-    name = config.tower + (", compiled" if config.compile else "")
     figures = [Figure("bf16 matrix product, the fastest", ceiling / 1e12, "TFLOP/s", None, ">=", config.command)]
     for step in steps:
-        goal = 45.0 if (config.tower, step.mode) == ("ViT-H-14", "full") else None
-        label, use = f"{name}, {_LABELS[step.mode]}", 100 * step.utilisation(ceiling)
-        figures += [
-            Figure(label, step.images_per_second, "images/s", None, ">=", config.command),
-            Figure(f"{label}: model FLOP utilisation", use, "%", goal, ">=", config.command),
-        ]
+        figures += _mode_figures(config, step.mode, step.images_per_second, 100 * step.utilisation(ceiling))
     return figures
+
+
+def _mode_figures(config: TeacherStepConfig, mode: Mode, rate: float | None, use: float | None) -> list[Figure]:
+    label = f"{config.tower}{', compiled' if config.compile else ''}, {_LABELS[mode]}"
+    goal = 45.0 if (config.tower, mode) == ("ViT-H-14", "full") else None
+    return [
+        Figure(label, rate, "images/s", None, ">=", config.command),
+        Figure(f"{label}: model FLOP utilisation", use, "%", goal, ">=", config.command),
+    ]
 
 
 def _step_row(step: Measured, ceiling: float) -> Row:

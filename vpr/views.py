@@ -29,7 +29,7 @@ class ViewConfig:
 
     Attributes:
         rotate: largest rotation, degrees.
-        scale: smallest and largest magnification of the content.
+        scale: smallest and largest magnification of the content; above 1, with ``translate``, it is a random crop.
         stretch: largest relative change of the aspect ratio.
         translate: largest shift, as a fraction of the side.
         flip: probability of a horizontal flip.

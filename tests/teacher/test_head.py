@@ -63,27 +63,68 @@ def test_sub_centres_equal_pytorch_metric_learning(centres: int) -> None:
     compare(head(embeddings, labels, 0, 0), reference(embeddings, labels), embeddings, head.weight, reference.W)
 
 
-def test_margins_by_count_smoothing_and_weights_equal_a_float64_loop() -> None:
-    embeddings, labels = batch()
-    changes = {"margin": 0.4, "margin_end": 0.4, "by_count": 0.25, "label_smoothing": 0.1, "class_weight_power": 0.5}
-    head = head_of(**changes)
-    counts = [n + 1 for n in range(10)]
+def loop(embeddings: Tensor, weight: Tensor, labels: Tensor, config: HeadConfig) -> Tensor:
+    """The loss at the margin's start, one float64 number after the other; class c has c + 1 pictures."""
+    counts = range(1, len(weight) // config.sub_centres + 1)
     rarity = [n**-0.25 for n in counts]
-    shares = [0.25 + 0.75 * (r - min(rarity)) / (max(rarity) - min(rarity)) for r in rarity]
-    weights = [n**-0.5 for n in counts]
-    scale = sum(counts) / sum(n * w for n, w in zip(counts, weights, strict=True))
-    directions = F.normalize(head.weight.detach().double())
-    total = 0.0
-    for embedding, label in zip(embeddings.detach().double(), labels.tolist(), strict=True):
-        cosines = (directions @ embedding).tolist()
-        angle = math.acos(max(-1.0, min(1.0, cosines[label])))
-        margin = 0.4 * shares[label]
-        target = math.cos(angle + margin) if angle + margin < math.pi else cosines[label] - margin * math.sin(margin)
-        logits = [16 * (target if c == label else value) for c, value in enumerate(cosines)]
-        norm = math.log(sum(math.exp(value) for value in logits))
-        losses = [norm - value for value in logits]
-        total += weights[label] * scale * (0.9 * losses[label] + 0.1 * sum(losses) / 10)
-    assert head(embeddings, labels, 0, 0).item() == pytest.approx(total / 32, rel=1e-5)
+    shares = [(r - min(rarity)) / (max(rarity) - min(rarity)) * (1 - config.by_count) + config.by_count for r in rarity]
+    weights = [n**-config.class_weight_power for n in counts]
+    mean = sum(n * w for n, w in zip(counts, weights, strict=True)) / sum(counts)
+    total = torch.zeros((), dtype=torch.float64)
+    for embedding, label in zip(embeddings, labels.tolist(), strict=True):
+        each = [embedding @ direction / direction.norm() for direction in weight]
+        nearest = [max(each[c * config.sub_centres : (c + 1) * config.sub_centres]) for c in range(len(counts))]
+        margin = config.margin * shares[label]
+        angle = torch.acos(nearest[label])
+        if config.loss == "cosface":
+            target = nearest[label] - margin
+        elif angle + margin < math.pi:
+            target = torch.cos(angle + margin)
+        else:
+            target = nearest[label] - margin * math.sin(margin)
+        logits = [config.scale * (target if c == label else value) for c, value in enumerate(nearest)]
+        norm = sum(value.exp() for value in logits).log()
+        smooth = sum(norm - value for value in logits) / len(counts)
+        loss = (1 - config.label_smoothing) * (norm - logits[label]) + config.label_smoothing * smooth
+        total = total + weights[label] / mean * loss
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("kind", ["arcface", "cosface"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"by_count": 0.25},
+        {"label_smoothing": 0.1},
+        {"class_weight_power": 0.5},
+        {"by_count": 0.0, "label_smoothing": 0.2, "class_weight_power": 1.0, "sub_centres": 2},
+    ],
+)
+def test_loss_and_gradients_equal_a_float64_loop(kind: str, changes: dict[str, float]) -> None:
+    embeddings, labels = batch(dim=6, size=16)
+    head = head_of(10, 6, loss=kind, margin=0.6, **changes)
+    # Pictures opposite to their class lie beyond pi - m, where ArcFace's target has its other form.
+    opposite = -F.normalize(head.weight.detach())[labels[:2] * head.config.sub_centres]
+    embeddings = torch.cat([embeddings.detach()[2:], F.normalize(opposite + 0.1)]).requires_grad_()
+    labels = labels.roll(-2)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (embeddings, head.weight)]
+    expected = loop(exact[0], exact[1], labels, head.config)
+    found = head(embeddings, labels, 0, 0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    pairs = zip(
+        torch.autograd.grad(found, (embeddings, head.weight)), torch.autograd.grad(expected, exact), strict=True
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("centres", [1, 2])
+def test_without_a_margin_the_loss_is_the_cross_entropy_of_scaled_cosines(centres: int) -> None:
+    embeddings, labels = batch()
+    head = head_of(margin=0.0, sub_centres=centres)
+    logits = head.config.scale * head.cosine(embeddings)
+    assert logits.shape == (32, 10)
+    assert F.cross_entropy(logits, labels).item() == pytest.approx(head(embeddings, labels, 0, 0).item())
 
 
 def test_the_margin_follows_progress_or_epoch() -> None:
@@ -97,10 +138,12 @@ def test_autocast_leaves_the_loss_in_float32() -> None:
     embeddings, labels = batch()
     head = head_of()
     exact = head(embeddings, labels, 0, 0)
+    rounded = embeddings.detach().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = head(embeddings.detach().bfloat16(), labels, 0, 0)
+        loss = head(rounded, labels, 0, 0)
         assert torch.equal(head(embeddings, labels, 0, 0), exact)
     assert loss.dtype == torch.float32
+    assert torch.equal(loss, head(rounded.float(), labels, 0, 0))
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
 
 
@@ -114,11 +157,12 @@ def test_gradients_are_finite_where_an_embedding_is_its_class_s_direction() -> N
     assert torch.isfinite(head.weight.grad).all()
 
 
+@pytest.mark.parametrize("changes", [{}, {"by_count": 0.1, "label_smoothing": 0.1, "class_weight_power": 0.5}])
 @pytest.mark.parametrize("centres", [1, 3])
-def test_the_head_of_10300_classes_keeps_little(centres: int) -> None:
-    """What autograd keeps beside the weights: a few copies of the cosines, 1 % of what ViT-H-14's training needs."""
+def test_the_head_of_10300_classes_keeps_little(centres: int, changes: dict[str, float]) -> None:
+    """Autograd keeps the normalised weights and two copies of all cosines, whatever is switched on."""
     classes, dim, size = 10_300, 1024, 128
-    head = head_of(classes, dim, sub_centres=centres, margin=0.3)
+    head = head_of(classes, dim, sub_centres=centres, margin=0.3, **changes)
     embeddings, labels = batch(dim, classes, size)
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -130,9 +174,9 @@ def test_the_head_of_10300_classes_keeps_little(centres: int) -> None:
         loss = head(embeddings, labels, 0, 0)
     own = {head.weight.untyped_storage()._cdata, embeddings.untyped_storage()._cdata}
     found = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    cosines = 4 * size * classes
+    cosines = 4 * size * classes * centres
     directions = 4 * dim * classes * centres  # the normalised weights
-    assert found <= (2 + centres) * cosines + 1.01 * directions
+    assert found <= 2.05 * cosines + 1.01 * directions
     # Weights, gradients, two AdamW states and all that is kept, against 632 M parameters in 16 bytes each.
     assert 4 * directions + found < 0.08 * 632e6 * 16
     assert loss.isfinite()
@@ -149,6 +193,8 @@ def test_the_head_of_10300_classes_keeps_little(centres: int) -> None:
         ({"scale": 0.0}, r"head\.scale"),
         ({"label_smoothing": 1.5}, r"head\.label_smoothing: 1\.5"),
         ({"margin_step": -1.0}, r"head\.margin_step"),
+        ({"by_count": 1.1}, r"head\.by_count: 1\.1"),
+        ({"class_weight_power": -0.5}, r"head\.class_weight_power: -0\.5"),
     ],
 )
 def test_values_out_of_range_are_named(changes: dict[str, float], message: str) -> None:

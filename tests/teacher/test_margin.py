@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher.margin import (
@@ -33,6 +33,17 @@ def test_no_nan_where_the_angle_is_0_or_pi(cosine: float, margin: float, logits_
     assert torch.isfinite(values.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
+def test_cosines_of_16_bits_are_computed_in_32(logits_of, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    cosine = torch.linspace(-1, 1, 12).reshape(4, 3).to(dtype)
+    labels = torch.tensor([0, 1, 2, 0])
+    logits = logits_of(cosine, labels, 0.3, 30.0)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, logits_of(cosine.float(), labels, 0.3, 30.0))
+
+
+@settings(deadline=None)  # the first comparison of a process loads much of torch
 @given(st.floats(0, math.pi / 2), st.floats(0.5, 64))
 def test_the_target_never_rises_with_the_angle(margin: float, scale: float) -> None:
     angles = torch.linspace(0, math.pi, 400, dtype=torch.float64)
@@ -40,6 +51,18 @@ def test_the_target_never_rises_with_the_angle(margin: float, scale: float) -> N
     assert (logits.diff() <= 1e-9 * scale).all()
     inside = (angles < math.pi - margin) & (angles > 0.01)
     torch.testing.assert_close(logits[inside], scale * torch.cos(angles + margin)[inside], atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
+@pytest.mark.parametrize("margin", [0.0, 0.3, math.pi / 2])
+def test_gradients_equal_differences_on_both_sides_of_the_guard(logits_of, margin: float) -> None:  # type: ignore[no-untyped-def]
+    cosine = torch.linspace(-0.99, 0.99, 18, dtype=torch.float64).reshape(6, 3).requires_grad_()
+    labels, weights = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0.5, 2.0, 1.0])
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        return margin_loss(logits_of(values, labels, margin, 8.0), labels, 0.1, weights)
+
+    assert torch.autograd.gradcheck(loss, cosine)
 
 
 @pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
@@ -75,6 +98,7 @@ def test_margins_by_count_equal_a_loop() -> None:
     assert margins_by_count(torch.tensor([7, 7]), 0.05, 0.5).tolist() == [0.5, 0.5]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=20), st.floats(0, 1))
 def test_class_weights_keep_the_mean_over_pictures(counts: list[int], power: float) -> None:
     weights = class_weights(torch.tensor(counts), power).numpy()
