@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -203,14 +204,24 @@ class Clock(Callback):
 
 
 class EpochLine(Callback):
-    """Prints one line after each validation, for logs that are not terminals."""
+    """Prints one line of each epoch, for logs that are not terminals."""
+
+    def __init__(self) -> None:
+        self.validated = False
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Print losses and recall by name."""
-        assert trainer.max_epochs is not None
-        shown = {k: v for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_at_5", "map"))}
-        text = "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items())
-        say(f"  epoch {min(trainer.current_epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}  {text}")
+        """Remember that this epoch has a recall of its own; print that of the last weights, which comes after."""
+        self.validated = trainer.state.fn == TrainerFn.FITTING
+        if not self.validated:
+            say(f"  the last weights  {MONITOR} {float(trainer.callback_metrics[MONITOR]):.3f}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        """Print mean losses and, after a validation, recall."""
+        hidden = ("_step", "_epoch", "_at_5", "map") + (() if self.validated else (MONITOR,))
+        shown = {k: v for k, v in trainer.callback_metrics.items() if not k.endswith(hidden)}
+        text = "  ".join(f"{name} {float(value):.3f}" for name, value in sorted(shown.items()))
+        say(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
+        self.validated = False
 
 
 @dataclass(frozen=True)

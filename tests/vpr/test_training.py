@@ -26,6 +26,7 @@ class Tiny(RecallModule):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 8), nn.Dropout(dropout))
         self.seen: list[tuple[int, float]] = []
+        self.sizes: list[int] = []
         self.weights: list[Tensor] = []
         self.validated: list[Tensor] = []
 
@@ -36,6 +37,8 @@ class Tiny(RecallModule):
         self.seed_step(0, self.current_epoch, number)
         loss = (self.net(self.normalise(batch["pixels"])) - 1).square().mean()
         self.seen.append((self.global_step, loss.item()))
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(batch["rows"]))
+        self.sizes.append(len(batch["rows"]))
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -102,6 +105,20 @@ def test_the_last_epoch_is_validated_whatever_the_interval(catalog: Catalog, tmp
     assert torch.equal(module.validated[-1], module.weights[-1])
     assert fitted.epoch in (2, 3)
     assert load_file(tmp_path / "best.safetensors")["2.weight"].shape == (8, 48)
+
+
+def test_the_printed_loss_is_the_epoch_s_mean(
+    catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _ = run(catalog, tmp_path, 3, RunConfig("32-true", validate_every=2))
+    *lines, after = capsys.readouterr().err.splitlines()
+    per_epoch = len(module.seen) // 3
+    for number, line in enumerate(lines):
+        part = slice(number * per_epoch, (number + 1) * per_epoch)
+        mean = np.average([loss for _, loss in module.seen[part]], weights=module.sizes[part])
+        assert line.startswith(f"  epoch {number + 1}/3  loss {mean:.3f}")
+    assert [("val_recall_at_1" in line) for line in lines] == [False, True, False]
+    assert "the last weights  val_recall_at_1 " in after
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(catalog: Catalog, tmp_path: Path) -> None:
