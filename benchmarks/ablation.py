@@ -68,7 +68,9 @@ def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[
     found["ArcFace + WiSE-FT"] = [_embed(path, test, shop) for path in wise]
     members = [_train(folder, start, head, seed, epochs, 0.0) for head in HEADS.values() for seed in seeds]
     for method in ("uniform", "greedy"):
-        found[f"{method} soup of the {len(members)} above"] = [_embed(_soup(folder, method, members, 0), test, shop)]
+        found[f"{method} soup of the {len(members)} heads and seeds"] = [
+            _embed(_soup(folder, method, members, 0), test, shop)
+        ]
     for name, embedded in found.items():
         rows.append(_row(name, embedded, test, shop, RerankConfig()))
     for name, config in RERANKINGS.items():

@@ -6,6 +6,7 @@ photographs of ``grocery`` lie in the folder that the environment variable ``VPR
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ablation import ablate
-from benchmarks.figures import ROOT, Figure, record
+from benchmarks.figures import RESULTS, ROOT, Figure, record
 from benchmarks.input_pipeline import pipeline_figures
 from benchmarks.teacher_step import TeacherStepConfig, teacher_step, unmeasured
 from benchmarks.two_processes import Spread, train_spread
@@ -66,6 +67,11 @@ def measure_gpu() -> None:
     config = TeacherStepConfig()
     if torch.cuda.is_available():
         record("gpu", *teacher_step(config))
+        return
+    if (RESULTS / "gpu.json").is_file() and any(
+        row["value"] is not None for row in json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
+    ):
+        say("no GPU here: the figures of another machine stay")
         return
     record("gpu", unmeasured(config), {})
     say("no GPU here: ViT-H-14's step is recorded as not measured")

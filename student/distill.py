@@ -99,7 +99,7 @@ class StudentModule(RecallModule):
         seed = self.config.seed * 1_000_003 + self.current_epoch
         self.bank = self.signal.bank(self.config.bank, seed).to(self.device)
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         """Weighted sum of the losses of one batch of views."""
         rows = batch["rows"].cpu()
         view = self.current_epoch % self.config.view_count
@@ -108,7 +108,8 @@ class StudentModule(RecallModule):
         teacher = self.signal.lookup(rows, view).to(student.device)
         losses = self.losses(student, teacher)
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows))
-        return self.config.cosine * losses["cosine"] + self.config.similarity_kl * losses["similarity_kl"]
+        loss = self.config.cosine * losses["cosine"] + self.config.similarity_kl * losses["similarity_kl"]
+        return self.of_step(loss, number)
 
     def losses(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """The losses by name, unweighted, in float32 also under autocast."""

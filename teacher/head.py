@@ -58,10 +58,10 @@ class HeadConfig:
             raise UserError(
                 f"head.margin: {self.margin} to {self.margin_end}: give 0 or more, not falling, at most {most:.3g}"
             )
-        if self.sub_centres < 1:
-            raise UserError(f"head.sub_centres: {self.sub_centres}: give 1 or more")
-        if not 0 < self.scale < math.inf:
-            raise UserError(f"head.scale: {self.scale}: give a number above 0")
+        if not 1 <= self.sub_centres <= 100:
+            raise UserError(f"head.sub_centres: {self.sub_centres}: give 1 to 100")
+        if not 0 < self.scale <= 1000:
+            raise UserError(f"head.scale: {self.scale}: give a number above 0, at most 1000")
         for name in ("by_count", "label_smoothing", "class_weight_power"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"head.{name}: {getattr(self, name)}: give 0 to 1")

@@ -65,8 +65,9 @@ def estimate(
     learning = _FLOAT * sum(p.numel() for p in parameters if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in tensors)
     classes = sum(p.shape[0] for p in head.parameters())
-    # The head keeps its cosines and its softmax.
-    activations = batch * activation_bytes(teacher, size, half) + 2 * _FLOAT * batch * classes
+    # The head keeps its cosines, its softmax, and its directions as scaled to length 1.
+    directions = _FLOAT * sum(p.numel() for p in head.parameters())
+    activations = batch * activation_bytes(teacher, size, half) + 2 * _FLOAT * batch * classes + directions
     states = learning * (2 if optimizer == "adamw" else 1)
     mean = weights if average else 0
     return Memory(weights // share, learning // share, states // share, mean // share, activations)

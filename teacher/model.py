@@ -19,6 +19,7 @@ from vpr.artifact import CARD_NAME, Artifact, load_artifact, reading
 from vpr.errors import UserError
 from vpr.images import Preprocess
 
+LARGEST_SIDE = 2048  # of a picture, pixels; `Preprocess` has the same
 _TOWERS = Path(__file__).parent / "towers"
 # Only the image tower is used; the text tower is made as small as open_clip lets it be.
 _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
@@ -56,10 +57,11 @@ class TowerConfig:
     squash: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 16), ("patch_stride", 1), ("embedding_dim", 1)):
+        sides = (("image_size", 16, LARGEST_SIDE), ("patch_stride", 1, LARGEST_SIDE), ("embedding_dim", 1, 1 << 16))
+        for name, least, most in sides:
             value = getattr(self, name)
-            if value != 0 and value < least:
-                raise UserError(f"tower.{name}: {value}: give 0, or {least} or more")
+            if value != 0 and not least <= value <= most:
+                raise UserError(f"tower.{name}: {value}: give 0, or {least} to {most}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"tower.dropout: {self.dropout}: give a share from 0 to below 1")
 
@@ -209,7 +211,7 @@ def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bo
     if path.suffix or "/" in config.pretrained:
         if load:
             load_tower_weights(teacher.visual, read_tower_weights(path))
-        return {}
+        return _agreed(config.name)
     tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
@@ -222,6 +224,19 @@ def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bo
     if load:
         load_tower_weights(teacher.visual, read_tower_weights(download(config.name, tag)))
     return {key: tag[key] for key in ("interpolation", "mean", "std") if key in tag}
+
+
+def _agreed(name: str) -> dict[str, Any]:
+    """The preprocessing that all published weights of a tower share: a file of weights does not tell its own."""
+    import open_clip
+
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found: dict[str, Any] = {}
+    for key in ("interpolation", "mean", "std"):
+        values = {tag[key] for tag in tags if key in tag}
+        if len(values) == 1:
+            found[key] = values.pop()
+    return found
 
 
 def _kind(tower: dict[str, Any]) -> tuple[Any, ...]:

@@ -11,13 +11,22 @@ from torch import Tensor
 
 from teacher.head import HeadConfig, MarginHead
 from teacher.layers import decay_factor, layers, trainable
-from teacher.model import Teacher, TowerConfig, load_tower_weights
+from teacher.model import LARGEST_SIDE, Teacher, TowerConfig, load_tower_weights
 from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.processes import rank_and_world
 from vpr.training import RecallModule, decay_groups, warmup_cosine
 from vpr.views import ViewConfig, apply_views, draw_views
+
+LARGEST = {
+    "lr_head": 100.0,
+    "lr_tower": 100.0,
+    "weight_decay": 100.0,
+    "image_size": LARGEST_SIDE + 1,
+    "patch_stride": LARGEST_SIDE + 1,
+    "batch_size": 1 << 20,
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,9 @@ class StageConfig:
         if not 0 < self.layer_decay <= 1 or not 0 <= self.warmup <= 1:
             raise UserError("stages: layer_decay is above 0 and at most 1, warmup a share from 0 to 1")
         for name in ("lr_head", "lr_tower", "weight_decay", "image_size", "patch_stride", "batch_size"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"stages.{name}: {getattr(self, name)}: give 0 or more")
+            if not 0 <= getattr(self, name) < LARGEST[name]:
+                largest = LARGEST[name]
+                raise UserError(f"stages.{name}: {getattr(self, name)}: give 0 or more, below {largest:g}")
 
     def tower(self, tower: TowerConfig) -> TowerConfig:
         """The training's tower with what this stage changes of it."""
@@ -156,7 +166,7 @@ class TeacherModule(RecallModule):
         progress = (place.before + self.global_step / per_epoch) / place.total
         loss = self.head(embeddings, self.labels[batch["rows"]], progress, epoch)
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=size, sync_dist=world > 1)
-        return loss
+        return self.of_step(loss, number)
 
     def configure_optimizers(self) -> Any:
         """One optimiser with the stage's warm-up and cosine; rates differ by part and depth."""

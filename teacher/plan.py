@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from teacher.model import TowerConfig, build_teacher
 from teacher.module import Place
 from vpr.catalog import Catalog
 from vpr.console import say
+from vpr.errors import UserError
 from vpr.loading import EpochSampler, LoaderConfig
 from vpr.processes import rank_and_world
 from vpr.training import RunConfig, best_precision
@@ -42,15 +45,22 @@ def print_plan(
     for number, place in enumerate(places, start=1):
         stage = place.stage
         changed = stage.tower(tower)
-        teacher, preprocess = build_teacher(changed, tower_json, load_pretrained=False, device="meta")
+        with _building(f"tower.name: {tower.name} in stage {number}"):
+            teacher, preprocess = build_teacher(changed, tower_json, load_pretrained=False, device="meta")
         classes = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head).to("meta")
         trainable(teacher, stage.train, stage.last_blocks)
         classes.requires_grad_(stage.train != "tower")
         batch = stage.batch_size or loader.batch_size
         batches = EpochSampler(train.products, replace(loader, batch_size=batch), 0, 0, world).batches
+        if not batches:
+            raise UserError(
+                f"stages {number}: {batch * world} pictures in a batch, the training has {len(train)}: "
+                "lower loader.batch_size or the stage's batch_size"
+            )
         steps = -(-batches // run.accumulate)
         spread = world if run.strategy == "fsdp" else 1
-        memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
+        with _building(f"tower.image_size: {preprocess.size} in stage {number}"):
+            memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
         say(
             f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
             f"{batch * world * run.accumulate} pictures of {preprocess.size} pixels; {_learning(teacher)} "
@@ -59,6 +69,16 @@ def print_plan(
         say(f"    memory: {memory}")
         for line in advice(memory, available_memory(), batch, changed.gradient_checkpointing, half, world):
             say(f"    {line}")
+
+
+@contextmanager
+def _building(what: str) -> Iterator[None]:
+    """Turn what a library says of a configuration that no network can be made of into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"{what}: cannot be built ({reason}): mend the configuration of the tower") from None
 
 
 def _learning(module: nn.Module) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from teacher.model import TowerConfig, build_teacher
 from teacher.scorer import Scorer, Weights
+from teacher.train import read_start
 from vpr.artifact import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
@@ -184,10 +185,22 @@ def zero_shot_weights(teacher: Artifact) -> Weights:
                 f"{teacher.path}: was trained from random weights (tower.pretrained is empty): it has no zero-shot "
                 "weights, use uniform or greedy"
             )
+        began = started_from(teacher)
+        found = read_start(network.pretrained)
+        if began and began != (found.sha256 if isinstance(found, Artifact) else found):
+            raise UserError(
+                f"{teacher.path}: {network.pretrained} is not what its training began from any more: put that back"
+            )
         if (Path(network.pretrained) / CARD_NAME).is_file():
             say(f"  {teacher.path} began from the teacher {network.pretrained}: interpolating with its weights")
         model, _ = build_teacher(network, teacher.card.config["tower_config"], load_pretrained=True)
     return {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
+
+
+def started_from(teacher: Artifact) -> str:
+    """Checksum of the teacher or file that a training began from, as its card tells; empty for a tag or none."""
+    starts = [parent.sha256 for parent in teacher.card.parents if parent.role == "start"]
+    return starts[0] if starts else str(teacher.card.config.get("pretrained_sha256", ""))
 
 
 def read_weights(teacher: Artifact) -> Weights:
@@ -289,4 +302,7 @@ def _comparable(teacher: Artifact) -> Row:
     """What must be equal for weights to be of one network."""
     config = teacher.card.config
     network = {f"network.{key}": value for key, value in config["network"].items() if key not in _FREE}
-    return {**network, "tower_config": config["tower_config"], "preprocess": teacher.card.preprocess}
+    # Weights drawn at random are alike only where the draw was: an average of others is of nothing.
+    random = not config["network"].get("pretrained") or config["network"].get("embedding_dim")
+    start = {"start": started_from(teacher), "seed": config.get("seed") if random else None}
+    return {**network, **start, "tower_config": config["tower_config"], "preprocess": teacher.card.preprocess}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, read_tower
@@ -18,6 +19,7 @@ from vpr.artifact import (
     CARD_NAME,
     Artifact,
     Embedding,
+    check_output,
     file_sha256,
     find_current,
     load_artifact,
@@ -30,7 +32,7 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoint, fit, run_folder
+from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoint, fit, run_folder, score_split
 from vpr.views import ViewConfig
 
 
@@ -70,8 +72,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise UserError("stages: none: give at least one, such as {train: all, epochs: 10}")
-        if self.seed < 0:
-            raise UserError(f"seed: {self.seed}: give 0 or more")
+        if not 0 <= self.seed < 1 << 31:
+            raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
 
     def places(self) -> list[Place]:
         """The stages with where each begins."""
@@ -88,6 +90,8 @@ def train(config: TrainConfig) -> Path | None:
     tower = read_tower(config.tower.name)
     values = plain(config)
     values.pop("dry_run")
+    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
+        values["processes"] = rank_and_world()[1]
     values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
     parents = [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
     start = read_start(config.tower.pretrained)
@@ -101,9 +105,14 @@ def train(config: TrainConfig) -> Path | None:
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     if not len(training) or not len(validation):
         raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
+    check_output(config.output, "teacher")
+    if isinstance(start, Artifact) and start.path.resolve() == Path(config.output).resolve():
+        raise UserError(f"output: {config.output} is tower.pretrained and would be replaced: choose another")
+    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
     leak = find_leaks(catalog, config.allow_leak)
     if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
         leak["start"] = (start.card.catalog or {})["leak"]
+    unknown = _unknown_start(start, catalog)
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
@@ -126,7 +135,7 @@ def train(config: TrainConfig) -> Path | None:
             shutil.copyfile(folder / f"stage-{len(fits)}" / "best.safetensors", draft.path / "model.safetensors")
             draft.preprocess = preprocess
             draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-            draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {})}
+            draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {}), **unknown}
             draft.metrics = metrics
         for number in range(len(fits)):
             drop_checkpoint(folder / f"stage-{number + 1}")
@@ -137,9 +146,20 @@ def train(config: TrainConfig) -> Path | None:
 def read_start(pretrained: str) -> Artifact | str:
     """What identifies the weights that training begins from: a teacher, or a file's sha256 (empty for tag or none)."""
     path = Path(pretrained)
+    if path.name == "model.safetensors" and (path.parent / CARD_NAME).is_file():
+        path = path.parent
     if pretrained and (path / CARD_NAME).is_file():
         return load_artifact(path, "teacher")
     return file_sha256(path) if path.suffix == ".safetensors" and path.is_file() else ""
+
+
+def _unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
+    """What a card says where training begins from a teacher of other pictures, which nobody compared with these."""
+    if not isinstance(start, Artifact) or (start.card.catalog or {}).get("sha256") == catalog.sha256:
+        return {}
+    text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"
+    say(f"  {text}; the card says so")
+    return {"start": text}
 
 
 def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:

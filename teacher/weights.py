@@ -24,13 +24,15 @@ def read_tower_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, another form, or no image tower inside.
     """
+    if not path.exists():
+        raise UserError(f"tower.pretrained: {path}: no such file: check the path")
     if path.suffix != ".safetensors":
         raise UserError(
             f"tower.pretrained: {path}: pickled weights can run code: convert them to .safetensors (tensors named as "
             "in open_clip) and give that file"
         )
     if not path.is_file():
-        raise UserError(f"tower.pretrained: {path}: no such file: check the path")
+        raise UserError(f"tower.pretrained: {path}: is no file: name a .safetensors file or a teacher")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

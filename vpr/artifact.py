@@ -156,10 +156,7 @@ def write_artifact(
         the draft, whose ``path`` is a temporary directory on the same file system.
     """
     target = Path(path)
-    _restore_previous(target)
-    if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists and is not an artifact: choose another output or remove it")
-    _refuse_other_kind(target, kind)
+    check_output(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -169,6 +166,17 @@ def write_artifact(
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(path: Path | str, kind: Kind) -> None:
+    """Refuse an output that an artifact of this kind may not replace; long work asks before it starts."""
+    target = Path(path)
+    _restore_previous(target)
+    if not target.name:
+        raise UserError(f"{path!r}: names no folder of its own: choose another output")
+    if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an artifact: choose another output or remove it")
+    _refuse_other_kind(target, kind)
 
 
 def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None) -> Artifact:

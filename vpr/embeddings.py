@@ -93,6 +93,8 @@ def write_embeddings(
         draft.preprocess = model.card.preprocess
         draft.embedding = Embedding(dim=vectors.shape[1], normalised=True, dtype="float32")
         draft.catalog = catalog.summary()
+        if catalog.artifact:
+            draft.metrics = {"set_aside": catalog.artifact.card.metrics.get("set_aside", 0)}
     return Path(path)
 
 
@@ -105,6 +107,8 @@ def load_embeddings(path: Path | str) -> Embeddings:
     embedding = artifact.card.embedding
     if embedding is None or vectors.shape != (len(rows), embedding.dim):
         raise UserError(f"{artifact.path}: vectors {vectors.shape} do not fit its rows and card: embed again")
+    if vectors.dtype != np.float32 or not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
+        raise UserError(f"{artifact.path}: its vectors are not float32 of length 1: embed again")
     columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]
     return Embeddings(vectors, columns[0], columns[1], columns[2], artifact)
 
@@ -126,6 +130,10 @@ class EmbedConfig:
     output: str
     split: str = ""
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size}: give 1 or more")
 
 
 def embed_with(config: EmbedConfig, model: Artifact, forward: Forward) -> Path:

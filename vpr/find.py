@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpr.artifact import Parent
+from vpr.artifact import CARD_NAME, Parent
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
 from vpr.errors import UserError
@@ -44,6 +44,18 @@ class FindConfig:
     rerank: RerankConfig = RerankConfig()
     submission: str = ""
 
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"k: {self.k}: give 1 or more")
+        for name in ("output", "submission"):
+            path = Path(getattr(self, name))
+            if not getattr(self, name):
+                continue
+            if path.is_dir() or not path.name or not path.parent.is_dir():
+                raise UserError(f"{name}: {path}: is no file in a folder that exists: name one")
+            if (path.parent / CARD_NAME).is_file():
+                raise UserError(f"{name}: {path}: lies in an artifact, whose files are fixed: choose another folder")
+
 
 def find(config: FindConfig) -> Path | None:
     """Search, print the first queries, and write all results as CSV (query, rank, image, product, score).
@@ -57,12 +69,23 @@ def find(config: FindConfig) -> Path | None:
         raise UserError(
             f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
         )
+    if queries.vectors.shape[1] != gallery.vectors.shape[1]:
+        raise UserError(
+            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
+            "embed both again"
+        )
     asked, shown = _rows(queries, "query"), _rows(gallery, "gallery")
     if config.submission and len(shown) < SUBMITTED:
         raise UserError(
             f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {len(shown)}: "
             "use --output instead"
         )
+    for embeddings in (queries, gallery) if config.submission else ():
+        if embeddings.artifact.card.metrics.get("set_aside"):  # places in the tables would be those of other pictures
+            raise UserError(
+                f"submission: {embeddings.artifact.path} lacks pictures that could not be read (its catalogue's "
+                "set_aside.csv): mend them and embed again"
+            )
     wanted = max(config.k, SUBMITTED) if config.submission else config.k
     scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
     _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)

@@ -43,9 +43,9 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"loader.batch_size: {self.batch_size}: give 1 or more")
-        for name in ("workers", "cap", "at_least"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loader.{name}: {getattr(self, name)}: give 0 or more")
+        for name, most in (("workers", 512), ("cap", 1 << 20), ("at_least", 10_000)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"loader.{name}: {getattr(self, name)}: give 0 to {most}")
         if 0 < self.cap < self.at_least:
             raise UserError(f"loader.at_least: {self.at_least} is more than loader.cap {self.cap}: lower it")
 

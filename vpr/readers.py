@@ -104,10 +104,10 @@ def _row(image: str, product: str, category: str, source: str, role: str = "trai
 def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV with their line number; refuses a missing column, a short row and broken text."""
     if not table.is_file():
-        raise UserError(f"{table}: no such file: check --root")
+        raise UserError(f"{table}: no such file: check the path")
     csv.field_size_limit(_MAX_FIELD)
     with table.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
+        reader = csv.DictReader(stream, strict=True)
         try:
             missing = [name for name in required if name not in (reader.fieldnames or [])]
             if missing:
@@ -117,6 +117,14 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                 absent = [name for name in required if not values[name]]
                 if absent:
                     raise UserError(f"{table}: line {reader.line_num}: no value for '{absent[0]}': complete the row")
+                if None in values:
+                    raise UserError(
+                        f"{table}: line {reader.line_num}: more cells than columns: quote those with commas"
+                    )
+                broken = [name for name in required if "\n" in values[name] or "\r" in values[name]]
+                if broken:  # a stray quote swallows the rows below it
+                    reason = f"'{broken[0]}' has a line break: look for a stray quote above"
+                    raise UserError(f"{table}: line {reader.line_num}: {reason}")
                 yield reader.line_num, values
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{table}: line {reader.line_num + 1}: {error}: write it as CSV in UTF-8") from None

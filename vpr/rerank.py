@@ -143,7 +143,7 @@ def k_reciprocal(query: Vectors, gallery: Vectors, k1: int = 20, k2: int = 6, we
         (queries, gallery) float32 distances, smaller is nearer.
     """
     everything = np.concatenate([query, gallery])
-    wanted = min(len(everything), k1 + 1)
+    wanted = min(len(everything), max(k1 + 1, k2))
     cosine, near = search(everything, everything, wanted)
     farthest = _farthest(everything)
     reach, half = near[:, : k1 + 1], near[:, : round(k1 / 2) + 1]

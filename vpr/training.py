@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 MONITOR = "val_recall_at_1"
+_CHECKED = 10  # batches between looks at the loss
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
 def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Optimiser groups of the parameters that train: no weight decay on biases, norms and other vectors."""
     training = [p for p in parameters if p.requires_grad]
-    matrices = [p for p in training if p.ndim > 1]
-    vectors = [p for p in training if p.ndim <= 1]
+    # By axes longer than 1: class tokens of shape (1, 1, dim) are vectors too.
+    matrices = [p for p in training if sum(side > 1 for side in p.shape) > 1]
+    vectors = [p for p in training if sum(side > 1 for side in p.shape) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [{**group, "lr": lr} for group in groups if group["params"]]
 
@@ -131,6 +134,17 @@ class RecallModule(L.LightningModule):
         values = [seed, epoch, step, rank_and_world()[0]]
         torch.manual_seed(int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0]))
 
+    def of_step(self, loss: Tensor, number: int) -> Tensor:
+        """A batch's loss as its optimiser step takes it; a loss that is not finite stops the training.
+
+        Lightning divides by the batches accumulated; an epoch's last step may have fewer, whose mean it shall be too.
+        """
+        accumulate, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
+        if number % _CHECKED == 0 and not torch.isfinite(loss):  # now and then: looking waits for the GPU
+            raise UserError(f"training: the loss is not finite at step {self.global_step}: lower the learning rate")
+        rest = batches % accumulate
+        return loss * (accumulate / rest) if rest and number >= batches - rest else loss
+
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Collect the embeddings of a batch."""
         self._found.append((batch["rows"], self.embed(self.normalise(batch["pixels"])).float()))
@@ -144,6 +158,19 @@ class RecallModule(L.LightningModule):
         vectors[rows.cpu().numpy()] = found.cpu().numpy()
         scores = score_split(self._validation, unit(vectors))
         self.log_dict({MONITOR: scores.recall_at_1, "val_recall_at_5": scores.recall_at_5, "val_map": scores.map})
+
+
+class AtomicCheckpoint(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that a kill leaves the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Lightning's own goes through the system's temporary folder, which may be another file system."""
+        partial = Path(path).with_suffix(".partial")
+        with partial.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
 
 
 class BestWeights(Callback):
@@ -294,6 +321,7 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         use_distributed_sampler=False,
+        plugins=[AtomicCheckpoint()],
         **trainer_options(run.strategy),
     )
     last = folder / "last.ckpt"

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,6 +77,54 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     said = capsys.readouterr().err
     assert "64 pictures of 8 products" in said
     assert "stage 2: all, 2 epochs, 8 steps" in said
+
+
+def _nobody_trains(*_: object) -> None:
+    raise AssertionError("the training began")
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "catalog"])
+def test_an_output_that_may_not_be_replaced_is_refused_before_training(
+    place: str, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher.train.fit", _nobody_trains)
+    output = tmp_path / "output"
+    if place == "folder":
+        output.mkdir()
+        (output / "notes.txt").write_text("mine")
+    elif place == "file":
+        output.write_text("mine")
+    else:
+        write_catalog(output, catalog)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"output: (exists and is not an artifact|.*catalog)"):
+        train(small(catalog, output))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_validation_split_without_queries_is_refused_before_training(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher.train.fit", _nobody_trains)
+    splits = np.array(catalog.table["split"].to_pylist())
+    keep = (splits != "validation") | (catalog.roles != "query")
+    path = write_catalog(tmp_path / "c", Catalog(catalog.table.filter(pa.array(keep)), catalog.root))
+    with pytest.raises(UserError, match="no queries"):
+        train(replace(small(catalog, tmp_path / "t"), catalog=str(path)))
+
+
+def test_a_batch_of_more_pictures_than_there_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    stages = (StageConfig("head", 1), StageConfig("all", 1, batch_size=5000))
+    with pytest.raises(UserError, match="stages 2: 5000 pictures in a batch, the training has 64"):
+        train(small(catalog, tmp_path / "t", stages=stages, dry_run=True))
+
+
+def test_a_size_that_no_tower_has_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    tower = TowerConfig(name="ViT-B-32", pretrained="", image_size=16)
+    with pytest.raises(UserError, match="cannot be built"):
+        train(small(catalog, tmp_path / "t", tower=tower, dry_run=True))
+    with pytest.raises(UserError, match="tower.image_size: 5000: give 0, or 16 to 2048"):
+        TowerConfig(name="sample", image_size=5000)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -83,11 +83,13 @@ def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
     assert not (tmp_path / "s.npy").exists()
 
 
-@pytest.mark.parametrize("k", [0, -3, 16])
-def test_more_results_than_pictures_are_refused(k: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("k", "expected"), [(0, "k: 0: give 1 or more"), (-3, "k: -3"), (16, "search: k is 16, the gallery has 15")]
+)
+def test_more_results_than_pictures_are_refused(k: int, expected: str, tmp_path: Path) -> None:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)
     for rerank in (RerankConfig(), RerankConfig(k_reciprocal=True)):
-        with pytest.raises(UserError, match=f"search: k is {k}, the gallery has 15"):
+        with pytest.raises(UserError, match=expected):
             find(FindConfig(path, path, k=k, rerank=rerank))
 
 

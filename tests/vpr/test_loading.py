@@ -125,7 +125,7 @@ def test_too_few_pictures_for_a_batch_are_refused(catalog: Catalog) -> None:
     ("values", "message"),
     [
         ({"batch_size": 0}, r"loader\.batch_size: 0: give 1 or more"),
-        ({"workers": -1}, r"loader\.workers: -1: give 0 or more"),
+        ({"workers": -1}, r"loader\.workers: -1: give 0 to 512"),
         ({"cap": -1}, r"loader\.cap: -1"),
         ({"at_least": -2}, r"loader\.at_least: -2"),
         ({"cap": 5, "at_least": 6}, r"loader\.at_least: 6 is more than loader\.cap 5: lower it"),

@@ -68,6 +68,9 @@ def test_csv_with_everything(tmp_path: Path) -> None:
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,0,4\n", "has no area"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,nan,2,3,4\n", "out of range"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,5,nan,3,4\n", "out of range"),
+        ("image,product\na.jpg,Shoe, red\n", "line 2: more cells than columns"),
+        ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,p3\n', "unexpected end of data"),
+        ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,"\n', "line 4: 'product' has a line break: look for a stray"),
         ('image,product\n"a' + "x" * (2 << 20) + '",1\n', "field larger than field limit"),
     ],
 )

@@ -13,7 +13,7 @@ from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
-from vpr.training import RecallModule, RunConfig, decay_groups, fit, warmup_cosine
+from vpr.training import AtomicCheckpoint, RecallModule, RunConfig, decay_groups, fit, warmup_cosine
 
 PREPROCESS = Preprocess(size=16)
 
@@ -39,7 +39,7 @@ class Tiny(RecallModule):
         self.seen.append((self.global_step, loss.item()))
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(batch["rows"]))
         self.sizes.append(len(batch["rows"]))
-        return loss
+        return self.of_step(loss, number)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.weights.append(self.net[2].weight.detach().clone())
@@ -128,6 +128,39 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(catalog: Catalog, 
     torch.testing.assert_close(accumulated.last, large.last, rtol=1e-5, atol=1e-7)
 
 
+def test_the_last_step_of_an_epoch_takes_the_mean_of_what_is_left(catalog: Catalog, tmp_path: Path) -> None:
+    module, fitted = run(catalog, tmp_path, 1, RunConfig("32-true", accumulate=3, clip=0.0), dropout=0)
+    net = Tiny(catalog, 0).net
+    training = PictureDataset(catalog.select(split="train"), PREPROCESS, True)
+    batches = list(training_loader(training, LoaderConfig(batch_size=16), 0))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for part in (batches[:3], batches[3:]):
+        losses = [(net(module.normalise(batch["pixels"])) - 1).square().mean() for batch in part]
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert fitted.steps == 2
+    torch.testing.assert_close(fitted.last["net.2.weight"], net[2].weight.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(catalog: Catalog, tmp_path: Path) -> None:
+    training = PictureDataset(catalog.select(split="train"), PREPROCESS, True)
+    module = Tiny(catalog.select(split="validation"))
+    with torch.no_grad():
+        module.net[2].bias.fill_(torch.inf)
+    loader = training_loader(training, LoaderConfig(batch_size=16), 0)
+    with pytest.raises(UserError, match="not finite at step 0: lower the learning rate"):
+        fit(module, (loader, loader), module.net, tmp_path, 1, RunConfig("32-true"))
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoint().save_checkpoint({"step": 1}, path)
+    with pytest.raises(AttributeError):  # what cannot be written stands for a kill half way
+        AtomicCheckpoint().save_checkpoint({"step": 2, "lost": lambda: 0}, path)
+    assert AtomicCheckpoint().load_checkpoint(path, weights_only=True) == {"step": 1}
+
+
 def test_rates_warm_up_and_fall_to_nothing() -> None:
     rates = [warmup_cosine(step, 20, 5) for step in range(21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -142,6 +175,8 @@ def test_vectors_have_no_decay_and_frozen_parameters_no_group() -> None:
     assert [p.ndim for p in matrices["params"]] == [2]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.0)
     assert [p.ndim for p in vectors["params"]] == [1, 1, 1]
+    token = nn.Parameter(torch.zeros(1, 1, 8))
+    assert [group["weight_decay"] for group in decay_groups([token], 0.1, 0.05)] == [0.0]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
