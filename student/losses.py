@@ -52,7 +52,7 @@ def affinity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber loss between pairwise distances, each divided by its batch's mean (Park et al., "RKD", CVPR 2019, 3.2.1)."""
+    """Huber loss between pairwise distances, over its batch's mean (Park et al., "RKD", CVPR 2019, 3.2.1)."""
     return F.smooth_l1_loss(*(_relative(_distances(vectors)) for vectors in (student, teacher)))
 
 
