@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr import __version__
 from vpr.errors import UserError
+from vpr.processes import leave
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     try:
         run(arguments)
+        leave()
     except UserError as error:
         _fail(str(error))
     except OSError as error:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from vpr.errors import UserError
@@ -25,6 +26,14 @@ def rank_and_world() -> tuple[int, int]:
 def is_first() -> bool:
     """Whether this process speaks and writes for all."""
     return rank_and_world()[0] == 0
+
+
+def leave() -> None:
+    """End the group of processes once all are here: one that exits with it open may be aborted by its threads."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def trainer_options(strategy: Strategy) -> dict[str, Any]:

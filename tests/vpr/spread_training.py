@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from vpr.catalog import SCHEMA, Catalog
 from vpr.images import Preprocess
-from vpr.processes import gathered, is_first, rank_and_world
+from vpr.processes import gathered, is_first, leave, rank_and_world
 from vpr.training import RecallModule, RunConfig, fit
 
 BATCH, SIZE = 16, 16
@@ -85,3 +85,4 @@ def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    leave()
