@@ -48,12 +48,12 @@ def affinity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     Raises:
         ValueError: a batch of fewer than two pictures has no relations.
     """
-    return _kl(*(_others(vectors @ vectors.T) / temperature for vectors in (student, teacher)))
+    return _kl(_others(student @ student.T) / temperature, _others(teacher @ teacher.T) / temperature)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between pairwise distances, over its batch's mean (Park et al., "RKD", CVPR 2019, 3.2.1)."""
-    return F.smooth_l1_loss(*(_relative(_distances(vectors)) for vectors in (student, teacher)))
+    return F.smooth_l1_loss(_relative(_distances(student)), _relative(_distances(teacher)))
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from vpr.artifact import Artifact, load_artifact, reading
 from vpr.errors import UserError
-
 
 Preset = Literal["sample", "tiny", "small", "base"]
 
@@ -156,11 +155,13 @@ class Blocks(nn.Module):
 
     registers: nn.Parameter | None
 
-    def __init__(self, transformer: nn.Module, tokens: int, dim: int, registers: int, checkpointing: bool) -> None:
+    layers: nn.ModuleList
+
+    def __init__(self, transformer: Any, tokens: int, dim: int, registers: int, checkpointing: bool) -> None:
         super().__init__()
         self.layers = transformer.layers
         self.norm = getattr(transformer, "norm", None) or nn.Identity()
-        for layer in self.layers:
+        for layer in transformer.layers:
             layer[0] = SdpaAttention(layer[0], tokens + registers)
         self.registers = nn.Parameter(torch.randn(registers, dim) * 0.02) if registers else None
         self.checkpointing = checkpointing
@@ -178,7 +179,7 @@ class Blocks(nn.Module):
         return self.norm(x[:, :tokens] if self.registers is not None else x)
 
 
-def _block(layer: nn.ModuleList, x: Tensor) -> Tensor:
+def _block(layer: Any, x: Tensor) -> Tensor:
     attention, mlp = layer
     x = attention(x) + x
     return mlp(x) + x
@@ -221,7 +222,7 @@ class Student(nn.Module):
         return F.normalize(self.vit(x).float(), dim=1)
 
 
-def build_vit(kind: type[nn.Module], config: StudentConfig) -> nn.Module:
+def build_vit(kind: Any, config: StudentConfig) -> Any:
     """A network of one of vit-pytorch's classes, with our attention, blocks and stem in their places.
 
     Args:

@@ -113,7 +113,8 @@ def test_wrong_shapes_are_refused_by_key(values: dict[str, Any], message: str) -
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_output_has_unit_length_and_does_not_depend_on_the_batch(stem: str) -> None:
     torch.manual_seed(0)
-    student = Student(StudentConfig(image_size=32, dim=64, depth=2, heads=2, dim_head=32, embedding_dim=24, stem=stem)).eval()
+    shape = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "embedding_dim": 24}
+    student = Student(StudentConfig(image_size=32, stem=stem, **shape)).eval()
     x = torch.randn(5, 3, 32, 32)
     out = student(x)
     torch.testing.assert_close(out.norm(dim=1), torch.ones(5))
@@ -125,7 +126,9 @@ def test_the_convolutional_stem_gives_as_many_tokens_as_patches() -> None:
 
 
 def test_counts_agree_with_arithmetic() -> None:
-    config = StudentConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256)
+    config = StudentConfig(
+        image_size=32, patch_size=8, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256
+    )
     student, tokens = Student(config), 16
     linears = 64 * 192 + 64 * 64 + 2 * 64 * 128
     attention = 2 * tokens * 64
