@@ -63,9 +63,16 @@ def calibrate(config: CalibrateConfig) -> Path:
     with reading(model):
         graph = onnx.load(model.file("model.onnx"), load_external_data=False)
     histograms = measure(graph, pictures, model.card.preprocess)
+    readers: dict[str, list[str]] = {}
+    for node in linear_nodes(graph):
+        readers.setdefault(node.input[0], []).append(module_name(node))
     ranges = {
-        name: {"threshold": threshold(h, config.method, config.percentile), "largest": h.largest}
-        for name, h in histograms.items()
+        name: {
+            "threshold": threshold(histogram, config.method, config.percentile),
+            "largest": histogram.largest,
+            "linears": readers[name],
+        }
+        for name, histogram in histograms.items()
     }
     with write_artifact(config.output, "ranges", plain(config), parents) as draft:
         (draft.path / "ranges.json").write_text(json.dumps(ranges, indent=1), encoding="utf-8")
@@ -80,6 +87,11 @@ def linear_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The products with a constant matrix: what INT8 is about in a ViT."""
     constants = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 2}
     return [n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
+
+
+def module_name(node: onnx.NodeProto) -> str:
+    """The PyTorch module that a node of our export comes from, such as ``vit.transformer.layers.0.0.to_qkv``."""
+    return node.name.rpartition("/")[0]
 
 
 def measure(graph: onnx.ModelProto, pictures: Catalog, preprocess: Preprocess) -> dict[str, MagnitudeHistogram]:

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr.int8 import LEVELS
+
 BINS = 2048
-LEVELS = 127
 _BLOCK = 128  # thresholds tried at a time: bounds the memory of a search over all of them
 Method = Literal["minmax", "percentile", "mse"]
 

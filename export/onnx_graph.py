@@ -61,7 +61,8 @@ def export_onnx(config: OnnxConfig) -> Path:
         UserError: the FP32 graph departs from PyTorch by more than 1e-4 anywhere.
     """
     model, student = load_student(config.student)
-    parents = [student.as_parent("student")]
+    # The ranges that a student was fine-tuned under are those of its INT8 graph.
+    parents = [student.as_parent("student"), *(one for one in student.card.parents if one.role == "ranges")]
     values = plain(config)
     if find_current(config.output, "onnx", values, parents):
         say(f"{config.output}: up to date")

@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from calibration.calibrate import linear_nodes
-from calibration.ranges import LEVELS
 from export.onnx_graph import count_operators, describe, load_onnx
 from export.precision import to_fp16
 from vpr.artifact import Artifact, find_current, load_artifact, plain, reading, write_artifact
 from vpr.console import say
 from vpr.errors import UserError
-
-# Below this, a scale is no normal FP16 number and loses digits.
-_SMALLEST_SCALE = 2.0**-14
+from vpr.int8 import KEEP, LEVELS, activation_scale, weight_scales
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Int8Config:
     ranges: str
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
-    keep: tuple[str, ...] = ("vit.to_patch_embedding", "vit.mlp_head")
+    keep: tuple[str, ...] = KEEP
 
 
 def export_int8(config: Int8Config) -> Path:
@@ -135,16 +132,14 @@ def quantise_per_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArra
     Returns:
         int8 of the same shape, in -127…127, and (channels,) float32 scales.
     """
-    scale = np.abs(weight).max(axis=1 - axis).astype(np.float64) / LEVELS
-    scale = np.maximum(scale, _SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+    scale = weight_scales(weight, axis)
     # Rounding the scale to FP16 may bring the largest value just above 127.
     steps = np.rint(weight / np.expand_dims(scale, 1 - axis))
     return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scale
 
 
 def _quantise_activation(body: onnx.GraphProto, name: str, limit: float, pairs: list[onnx.NodeProto]) -> str:
-    # FP16 holds the scale exactly, so FP16 and FP32 graphs quantise alike.
-    scale = np.float32(np.float16(max(limit / LEVELS, _SMALLEST_SCALE)))
+    scale = activation_scale(limit)
     body.initializer.append(numpy_helper.from_array(np.array(scale), f"{name}_scale"))
     body.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{name}_zero"))
     quantisation = [f"{name}_scale", f"{name}_zero"]
@@ -172,7 +167,8 @@ def _channel_axis(node: onnx.NodeProto) -> int:
 def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> None:
     if model.card.config.get("precision") != "fp32":
         raise UserError(f"{config.onnx}: Q/DQ is inserted into the FP32 graph: give that one, --base sets the rest")
-    if model.as_parent("onnx") not in ranges.card.parents:
+    # A student that was fine-tuned under these very ranges keeps them.
+    if model.as_parent("onnx") not in ranges.card.parents and ranges.as_parent("ranges") not in model.card.parents:
         raise UserError(
             f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
         )

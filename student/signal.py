@@ -1,25 +1,73 @@
-"""The teacher's signal: its embeddings of seeded views, computed once and kept as an artifact."""
+"""The teacher's signal: its embeddings of the very views that the student sees, cached or computed beside it.
+
+Cached embeddings are an artifact: a file per view and shard of pictures, so that a run that was killed goes on at the
+next file, and a set of any size is looked up from disk.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from vpr.artifact import Artifact, find_current, load_artifact, write_artifact
+from vpr.artifact import CARD_NAME, Artifact, check_output, find_current, load_artifact, write_artifact
 from vpr.catalog import Catalog
 from vpr.console import say
+from vpr.embeddings import unit
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig, Normalise, PictureDataset, validation_loader
+from vpr.processes import compute_device, is_first, rank_and_world
 from vpr.training import best_precision, run_folder
 from vpr.views import ViewConfig, apply_views, draw_views
+
+_BATCH = 256
+_MOST_VIEWS = 10_000
+_KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
+_WAIT = 0.5  # seconds between looks for what other processes write
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """Where the teacher's embeddings come from.
+
+    Attributes:
+        mode: ``cached`` embeds the views once, before training; ``online`` runs the teacher beside the student, on
+            new views in every epoch.
+        views: cached views of each picture; epochs go round them.
+        shard: pictures in a file of the cache.
+        bank: teacher embeddings that similarities are taken to: drawn from the cache anew in each epoch, or the
+            latest ones online.
+        mixup: a of the Beta(a, a) by which pairs of pictures are mixed, teacher's and student's alike; online
+            alone, 0 mixes none (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
+            CVPR 2022, section 3).
+    """
+
+    mode: Literal["cached", "online"] = "cached"
+    views: int = 8
+    shard: int = 16384
+    bank: int = 4096
+    mixup: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("views", 1, _MOST_VIEWS), ("shard", 1, 1 << 24), ("bank", 1, 1 << 20)):
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"signal.{name}: {getattr(self, name)}: give {least} to {most}")
+        if not 0 <= self.mixup <= 100:
+            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none) to 100")
+        if self.mixup and self.mode == "cached":
+            raise UserError("signal.mixup: a mixed picture cannot be looked up: set signal.mode to online")
 
 
 @dataclass(frozen=True)
@@ -27,34 +75,48 @@ class Signal:
     """Cached teacher embeddings.
 
     Attributes:
-        views: one (pictures, dim) float16 array per view, memory-mapped, L2-normalised.
+        shards: of each view, (pictures, dim) float16 arrays, memory-mapped, L2-normalised.
+        size: pictures in each shard but the last.
         artifact: where they are.
     """
 
-    views: list[NDArray[np.float16]]
+    shards: list[list[NDArray[np.float16]]]
+    size: int
     artifact: Artifact
 
-    def lookup(self, rows: Tensor, view: int) -> Tensor:
-        """(batch,) rows and the number of a view to (batch, dim) float32."""
-        return torch.from_numpy(self.views[view][rows.numpy()].astype(np.float32))
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards[0])
 
-    def bank(self, size: int, seed: int) -> Tensor:
-        """A seeded draw of at most ``size`` pictures, each in a random view: (size, dim) float32."""
+    def lookup(self, rows: NDArray[np.int64], view: int | NDArray[np.int64]) -> NDArray[np.float32]:
+        """(batch,) rows, and one view or that of each, to (batch, dim) float32."""
+        out = np.empty((len(rows), self.shards[0][0].shape[1]), dtype=np.float32)
+        places = np.broadcast_to(view, rows.shape) * len(self.shards[0]) + rows // self.size
+        for place in np.unique(places):
+            here = places == place
+            of_view, shard = divmod(int(place), len(self.shards[0]))
+            out[here] = self.shards[of_view][shard][rows[here] - shard * self.size]
+        return out
+
+    def draw(self, size: int, seed: int) -> NDArray[np.float32]:
+        """A seeded draw of at most ``size`` pictures, each in a random view: (size, dim) float32, of unit length."""
         rng = np.random.default_rng(seed)
-        pictures = rng.permutation(len(self.views[0]))[:size]
-        chosen = rng.integers(0, len(self.views), len(pictures))
-        out = np.empty((len(pictures), self.views[0].shape[1]), dtype=np.float32)
-        for view in np.unique(chosen):
-            out[chosen == view] = self.views[view][pictures[chosen == view]]
-        return torch.from_numpy(out)
+        pictures = rng.permutation(len(self))[:size]
+        return unit(self.lookup(pictures, rng.integers(0, len(self.shards), len(pictures))))
 
 
 def cache_signal(
-    path: str, teacher: nn.Module, artifact: Artifact, catalog: Catalog, views: ViewConfig, count: int, seed: int
+    path: str,
+    teacher: nn.Module,
+    artifact: Artifact,
+    catalog: Catalog,
+    views: ViewConfig,
+    config: SignalConfig,
+    seed: int,
+    loader: LoaderConfig | None = None,
 ) -> Signal:
-    """Embed ``count`` seeded views of every picture with the teacher, or load them if that was done.
+    """Embed seeded views of every picture with the teacher, or load them if that was done.
 
-    Every finished view is kept when the process is killed, and not computed again.
+    Every finished file is kept when the process is killed, and not computed again. Several processes share the files.
 
     Args:
         path: where the artifact is written.
@@ -62,8 +124,9 @@ def cache_signal(
         artifact: the teacher's.
         catalog: the training pictures.
         views: augmentation.
-        count: views per picture.
+        config: how many views, and pictures in a file.
         seed: of the views.
+        loader: workers that decode, and whether pixels are kept in memory.
 
     Raises:
         UserError: the teacher's card lacks preprocessing or embedding.
@@ -71,53 +134,120 @@ def cache_signal(
     preprocess, embedding = artifact.card.preprocess, artifact.card.embedding
     if preprocess is None or embedding is None:
         raise UserError(f"{artifact.path}: its card has no preprocessing or embedding: train the teacher again")
-    config = {"views": asdict(views), "count": count, "seed": seed, "pictures": _ordered_sha256(catalog)}
+    values = {
+        "views": asdict(views),
+        "count": config.views,
+        "shard": config.shard,
+        "seed": seed,
+        "pictures": _ordered_sha256(catalog),
+    }
     parents = [artifact.as_parent("teacher")]
-    if find_current(path, "views", config, parents):
-        say(f"{path}: up to date")
+    if find_current(path, "views", values, parents):
+        if is_first():
+            say(f"{path}: up to date")
         return _load(path)
-    say(
-        f"views: {count} of each of {len(catalog)} pictures, {embedding.dim} dimensions, "
-        f"{2 * count * len(catalog) * embedding.dim / 1e6:.1f} MB"
-    )
-    folder = run_folder(path, config, parents)
+    check_output(path, "views")
+    if is_first():
+        say(
+            f"views: {config.views} of each of {len(catalog)} pictures, {embedding.dim} dimensions, "
+            f"{cache_bytes(len(catalog), embedding.dim, config) / 1e6:.1f} MB"
+        )
+    folder = run_folder(path, values, parents)
     folder.mkdir(parents=True, exist_ok=True)
-    loader: DataLoader[dict[str, Tensor]] | None = None
-    for view in range(count):
-        if (folder / _name(view)).is_file():
-            continue
-        if loader is None:
-            loader = validation_loader(PictureDataset(catalog, preprocess, keep_in_memory=True), LoaderConfig(256))
-        vectors = _embed_view(teacher, Normalise(preprocess), loader, views, view, seed)
-        partial = folder / "partial.npy"
-        np.save(partial, vectors, allow_pickle=False)
-        os.replace(partial, folder / _name(view))
-    with write_artifact(path, "views", config, parents) as draft:
-        for view in range(count):
-            shutil.copyfile(folder / _name(view), draft.path / _name(view))
-        draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
-    shutil.rmtree(folder)
+    files = list(_files(len(catalog), config))
+    _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())
+    if is_first():
+        for file in files:
+            _wait((folder / file.name).is_file)
+        with write_artifact(path, "views", values, parents) as draft:
+            for file in files:
+                _link(folder / file.name, draft.path / file.name)
+            draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
+        shutil.rmtree(folder)
+    else:
+        _wait(lambda: not folder.exists() or _written(path, values))
     return _load(path)
+
+
+def cache_bytes(pictures: int, dim: int, config: SignalConfig) -> int:
+    """Exact size of the cache's files."""
+    return sum(_npy_bytes(file.stop - file.start, dim) for file in _files(pictures, config))
+
+
+@dataclass(frozen=True)
+class _File:
+    view: int
+    shard: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"view-{self.view:04d}-shard-{self.shard:05d}.npy"
+
+
+def _files(pictures: int, config: SignalConfig) -> Iterator[_File]:
+    for view in range(config.views):
+        for shard, start in enumerate(range(0, pictures, config.shard)):
+            yield _File(view, shard, start, min(pictures, start + config.shard))
+
+
+def _embed_files(
+    files: list[_File],
+    folder: Path,
+    teacher: nn.Module,
+    artifact: Artifact,
+    catalog: Catalog,
+    views: ViewConfig,
+    seed: int,
+    loader: LoaderConfig,
+) -> None:
+    """Compute this process's part of the files that are not there: all views of its shards, one after the other."""
+    rank, world = rank_and_world()
+    # A process decodes its shards once for all their views; where there are fewer shards, each takes views.
+    by_shard = files[-1].shard + 1 >= world
+    mine_of = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
+    absent = [file for file in mine_of if not (folder / file.name).is_file()]
+    assert artifact.card.preprocess is not None
+    settings = LoaderConfig(_BATCH, workers=loader.workers)
+    teacher.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for shard in sorted({file.shard for file in absent}):
+        mine = [file for file in absent if file.shard == shard]
+        rows = slice(mine[0].start, mine[0].stop)
+        part = Catalog(catalog.table.slice(rows.start, rows.stop - rows.start), catalog.root)
+        keep = loader.keep_in_memory or 3 * artifact.card.preprocess.size**2 * len(part) <= _KEPT
+        pictures = PictureDataset(part, artifact.card.preprocess, keep)
+        for file in mine:
+            vectors = _embed_view(teacher, Normalise(artifact.card.preprocess), pictures, settings, views, file, seed)
+            partial = folder / f"partial-{rank}.npy"
+            np.save(partial, vectors, allow_pickle=False)
+            os.replace(partial, folder / file.name)
 
 
 def _embed_view(
     teacher: nn.Module,
     normalise: Normalise,
-    loader: DataLoader[dict[str, Tensor]],
+    pictures: PictureDataset,
+    loader: LoaderConfig,
     views: ViewConfig,
-    view: int,
+    file: _File,
     seed: int,
 ) -> NDArray[np.float16]:
-    device = next(teacher.parameters()).device
-    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    half = best_precision() == "bf16-mixed"
     parts = []
-    for batch in loader:
-        parameters = draw_views(views, seed, batch["rows"], torch.full_like(batch["rows"], view))
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
-            pixels = apply_views(batch["pixels"].to(device), parameters)
-            parts.append(teacher(normalise.to(device)(pixels)).float().cpu().numpy().astype(np.float16))
-    return np.concatenate(parts)
+    for batch in validation_loader(pictures, loader):
+        rows = batch["rows"] + file.start
+        parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
+        device = next(teacher.parameters()).device
+        pixels = apply_views(batch["pixels"].to(device), parameters)
+        parts.append(embed_pixels(teacher, normalise, pixels).cpu().numpy())
+    return unit(np.concatenate(parts)).astype(np.float16)
+
+
+def embed_pixels(teacher: nn.Module, normalise: Normalise, pixels: Tensor) -> Tensor:
+    """The teacher's (batch, dim) float32 embeddings of (batch, 3, size, size) pixels 0…255, without gradients."""
+    half = best_precision() == "bf16-mixed"
+    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+        return teacher(normalise.to(pixels.device)(pixels)).float()
 
 
 def _ordered_sha256(catalog: Catalog) -> str:
@@ -126,11 +256,35 @@ def _ordered_sha256(catalog: Catalog) -> str:
     return hashlib.sha256(repr(list(zip(*columns, strict=True))).encode()).hexdigest()
 
 
-def _name(view: int) -> str:
-    return f"view-{view:04d}.npy"
+def _npy_bytes(rows: int, dim: int) -> int:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)})
+    return len(header.getvalue()) + 2 * rows * dim
+
+
+def _link(source: Path, destination: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no links."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    """Until another process is done; torchrun ends all when one fails."""
+    while not done():
+        time.sleep(_WAIT)
+
+
+def _written(path: str, values: dict[str, Any]) -> bool:
+    card = Path(path) / CARD_NAME
+    return card.is_file() and json.loads(card.read_text(encoding="utf-8")).get("config") == values
 
 
 def _load(path: str) -> Signal:
     artifact = load_artifact(path, "views")
-    files = [artifact.file(name) for name in sorted(artifact.card.files)]
-    return Signal([np.load(file, mmap_mode="r", allow_pickle=False) for file in files], artifact)
+    shards: dict[str, list[NDArray[np.float16]]] = {}
+    for name in sorted(artifact.card.files):
+        array = np.load(artifact.file(name), mmap_mode="r", allow_pickle=False)
+        shards.setdefault(name.partition("-shard-")[0], []).append(array)
+    return Signal(list(shards.values()), int(artifact.card.config["shard"]), artifact)

@@ -112,7 +112,7 @@ def train(config: TrainConfig) -> Path | None:
     leak = find_leaks(catalog, config.allow_leak)
     if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
         leak["start"] = (start.card.catalog or {})["leak"]
-    unknown = _unknown_start(start, catalog)
+    unknown = unknown_start(start, catalog)
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
@@ -153,8 +153,8 @@ def read_start(pretrained: str) -> Artifact | str:
     return file_sha256(path) if path.suffix == ".safetensors" and path.is_file() else ""
 
 
-def _unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
-    """What a card says where training begins from a teacher of other pictures, which nobody compared with these."""
+def unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
+    """What a card says where training begins from a model of other pictures, which nobody compared with these."""
     if not isinstance(start, Artifact) or (start.card.catalog or {}).get("sha256") == catalog.sha256:
         return {}
     text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"

@@ -205,10 +205,11 @@ def reading(artifact: Artifact) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        told = isinstance(error, UserError)
+        if told and str(artifact.path) in str(error):
+            raise
+        reason = f"{'' if told else type(error).__name__ + ': '}{' '.join(str(error).split())[:200]}"
         raise UserError(f"{artifact.path}: is no usable {artifact.card.kind} ({reason}): make it again") from None
 
 

@@ -52,11 +52,11 @@ class CatalogConfig:
         validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
         test: share of products held out to be scored.
         seed: of the split.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder reader
-            always lists there what is no picture by name.
+        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder and
+            pictures readers always list there what is no picture by name.
     """
 
-    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder"]
+    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures"]
     output: str
     root: str = ""
     validation: float = 0.0
@@ -162,7 +162,7 @@ def build_catalog(config: CatalogConfig) -> Path:
         raise UserError(f"{config.root}: no pictures here: check --root and --reader")
     root = picture_root(config.reader, config.root)
     good, refused = check_pictures(root, rows, config.skip_unreadable)
-    if config.reader == "folder":
+    if config.reader in ("folder", "pictures"):
         refused += [(name, "unknown suffix") for name in unknown_suffixes(root, Path(config.output))]
     if not good:
         raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")

@@ -76,6 +76,35 @@ def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Dupl
     return joined, Duplicates(same, [(images[later], images[earlier]) for later, earlier in pairs.tolist()])
 
 
+def concatenate(catalogs: list[Catalog]) -> Catalog:
+    """The rows of several catalogues as one, whose root is the folder that holds all of theirs."""
+    roots = [catalog.root.resolve() for catalog in catalogs]
+    root = common_root(roots)
+    place, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
+    tables = []
+    for catalog, folder in zip(catalogs, roots, strict=True):
+        names = pa.array(_names(catalog, folder.relative_to(root)), pa.string())
+        tables.append(catalog.table.set_column(place, field, names))
+    return Catalog(pa.concat_tables(tables).combine_chunks(), root)
+
+
+def repeats_of(catalog: Catalog, others: Catalog, bits: int = NEAR_BITS) -> NDArray[np.bool_]:
+    """(n,) bool, which pictures of a catalogue are, or nearly are, some picture of another one.
+
+    Args:
+        catalog: n pictures.
+        others: the pictures that they are compared with.
+        bits: largest difference, of 64, between the :func:`picture_hash` of near-same pictures.
+    """
+    same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
+    mine, theirs = (_hashes([one.path(row) for row in range(len(one))]) for one in (catalog, others))
+    for start in range(0, len(mine), step := max(1, _BLOCK // max(1, len(theirs)))):
+        block = slice(start, start + step)
+        distances = np.bitwise_count(mine[block, None] ^ theirs[None])
+        same[block] |= (distances <= bits).any(axis=1)
+    return same
+
+
 def common_root(folders: list[Path]) -> Path:
     """The folder that holds all of these, links followed."""
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))

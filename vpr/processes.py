@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vpr.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -26,6 +27,15 @@ def rank_and_world() -> tuple[int, int]:
 def is_first() -> bool:
     """Whether this process speaks and writes for all."""
     return rank_and_world()[0] == 0
+
+
+def compute_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def leave() -> None:

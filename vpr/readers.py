@@ -13,6 +13,7 @@ from vpr.errors import UserError
 
 Row = dict[str, Any]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+UNLABELLED = "unlabelled"  # source of pictures without labels
 _MAX_FIELD = 1 << 20
 
 
@@ -66,12 +67,20 @@ def read_folder(root: Path) -> Iterator[Row]:
     below = _Below(root)
     for name in _files(root):
         if _is_picture(name):
-            if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
-                raise UserError(f"{root}/{ascii(name)}: its name is not UTF-8: rename it")
+            _check_name(root, name)
             product, _, rest = name.partition("/")
             if not rest:
                 raise UserError(f"{root / name}: lies in no product's folder: move it to {root}/PRODUCT/{name}")
             yield _row(below.check(name), product, "", "folder")
+
+
+def read_pictures(root: Path) -> Iterator[Row]:
+    """Pictures without labels, anywhere below a folder: each is taken for a product of its own."""
+    below = _Below(root)
+    for name in _files(root):
+        if _is_picture(name):
+            _check_name(root, name)
+            yield _row(below.check(name), f"unlabelled/{name}", "", UNLABELLED)
 
 
 def unknown_suffixes(root: Path, output: Path) -> list[str]:
@@ -86,7 +95,13 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "aicrowd": read_aicrowd,
     "csv": read_csv,
     "folder": read_folder,
+    "pictures": read_pictures,
 }
+
+
+def _check_name(root: Path, name: str) -> None:
+    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise UserError(f"{root}/{ascii(name)}: its name is not UTF-8: rename it")
 
 
 def _row(image: str, product: str, category: str, source: str, role: str = "train") -> Row:

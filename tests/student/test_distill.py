@@ -10,7 +10,7 @@ import torch
 from student.distill import DistillConfig, distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import StudentConfig, load_student
-from student.signal import cache_signal
+from student.signal import SignalConfig, cache_bytes, cache_signal
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, load_teacher
 from teacher.module import StageConfig
@@ -54,9 +54,8 @@ def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFac
         catalog=str(catalog.artifact.path),
         output=str(tmp_path_factory.mktemp("s") / "student"),
         model=STUDENT,
-        view_count=3,
+        signal=SignalConfig(views=3, bank=32, shard=40),
         epochs=12,
-        bank=32,
         loader=LoaderConfig(batch_size=16, keep_in_memory=True),
         run=RunConfig(precision="32-true", validate_every=2),
     )
@@ -81,8 +80,12 @@ def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, ca
 def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
     model, artifact = load_teacher(teacher)
     training, views = catalog.select(split="train"), ViewConfig()
-    signal = cache_signal(str(tmp_path / "views"), model, artifact, training, views, count=2, seed=9)
-    assert [view.shape for view in signal.views] == [(64, 256)] * 2
+    signal = cache_signal(
+        str(tmp_path / "views"), model, artifact, training, views, SignalConfig(views=2, shard=40), seed=9
+    )
+    assert [[shard.shape for shard in view] for view in signal.shards] == [[(40, 256), (24, 256)]] * 2
+    sizes = [entry.size for entry in signal.artifact.card.files.values()]
+    assert sum(sizes) == cache_bytes(64, 256, SignalConfig(views=2, shard=40))
     assert artifact.card.preprocess is not None
     from vpr.embeddings import read_pixels
 
@@ -92,7 +95,7 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
     )
     seen = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1))).numpy()
     expected = torch_forward(model)(artifact.card.preprocess.normalise(seen))
-    found = signal.lookup(rows, 1).numpy()
+    found = signal.lookup(rows.numpy(), 1)
     # bf16, where the hardware has it, and float16 storage.
     assert (found * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)
 
@@ -103,18 +106,21 @@ def test_cached_signal_is_not_reused_for_another_order_of_the_pictures(
     model, artifact = load_teacher(teacher)
     training = catalog.select(split="train")
     turned = Catalog(training.table.take(pa.array(np.arange(len(training))[::-1])), training.root)
-    first = cache_signal(str(tmp_path / "v"), model, artifact, training, ViewConfig(), count=1, seed=0).artifact.sha256
-    again = cache_signal(str(tmp_path / "v"), model, artifact, turned, ViewConfig(), count=1, seed=0).artifact.sha256
+    one = SignalConfig(views=1)
+    first = cache_signal(str(tmp_path / "v"), model, artifact, training, ViewConfig(), one, seed=0).artifact.sha256
+    again = cache_signal(str(tmp_path / "v"), model, artifact, turned, ViewConfig(), one, seed=0).artifact.sha256
     assert first != again
 
 
 def test_the_bank_is_drawn_by_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
     model, artifact = load_teacher(teacher)
     training = catalog.select(split="train")
-    signal = cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), count=2, seed=0)
-    assert torch.equal(signal.bank(20, 4), signal.bank(20, 4))
-    assert not torch.equal(signal.bank(20, 4), signal.bank(20, 5))
-    assert signal.bank(1000, 0).shape == (64, 256)
+    signal = cache_signal(
+        str(tmp_path / "views"), model, artifact, training, ViewConfig(), SignalConfig(views=2), seed=0
+    )
+    assert np.array_equal(signal.draw(20, 4), signal.draw(20, 4))
+    assert not np.array_equal(signal.draw(20, 4), signal.draw(20, 5))
+    assert signal.draw(1000, 0).shape == (64, 256)
 
 
 def test_another_dimension_is_refused_by_key(config: DistillConfig, tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""Quantisation-aware finishing: a student's linears computed as the INT8 graph will compute them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpr.artifact import Artifact, load_artifact, reading
+from vpr.errors import UserError
+from vpr.int8 import LEVELS, activation_scale, weight_scales
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear whose input and weight pass through the export's Q/DQ, gradients straight through.
+
+    The scale of the input is the calibrated one; those of the weight follow the weight as it learns. A
+    value beyond its range has no gradient (Esser et al., "LSQ", ICLR 2020, eq. 3 for the data).
+
+    Args:
+        linear: its parameters are taken over, under their own names.
+        threshold: magnitude of the input that maps to 127.
+    """
+
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, threshold: float) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("scale", torch.tensor(float(activation_scale(threshold))), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out), in float32 also under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            scales = torch.from_numpy(weight_scales(self.weight.detach().float().cpu().numpy(), axis=0))
+            weight = _fake(self.weight.float(), scales.to(x.device)[:, None], LEVELS)
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(_fake(x.float(), self.scale, LEVELS + 1), weight, bias)
+
+
+def _fake(x: Tensor, scale: Tensor, least: int) -> Tensor:
+    """Rounded to multiples of the scale from -least to 127; its gradient is that of the clipping alone."""
+    inside = torch.maximum(torch.minimum(x, scale * LEVELS), -scale * least)
+    return inside + (torch.round(inside / scale) * scale - inside).detach()
+
+
+def fake_quantise(model: nn.Module, thresholds: dict[str, float], keep: tuple[str, ...]) -> list[str]:
+    """Put Q/DQ around a network's linears in place; names of those that have it.
+
+    Args:
+        model: the network.
+        thresholds: magnitude that maps to 127, by the name of a linear.
+        keep: beginnings of names of linears to leave alone.
+
+    Raises:
+        UserError: a range of no linear, or nothing left to quantise.
+    """
+    chosen = [name for name in thresholds if not name.startswith(keep)]
+    if not chosen:
+        raise UserError("quantise.keep: leaves nothing to quantise: name fewer layers")
+    for name in chosen:
+        parent_name, _, own = name.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            linear = parent.get_submodule(own)
+        except AttributeError:
+            linear = parent = nn.Identity()
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"quantise.ranges: '{name}' is no linear of this student: calibrate its own graph")
+        setattr(parent, own, FakeQuantLinear(linear, thresholds[name]))
+    return chosen
+
+
+def read_thresholds(path: Path | str) -> tuple[dict[str, float], Artifact]:
+    """Ranges by the name of each linear, from a ``ranges`` artifact.
+
+    Raises:
+        UserError: ranges that do not name their linears.
+    """
+    artifact = load_artifact(path, "ranges")
+    with reading(artifact):
+        measured = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
+        found = {name: float(entry["threshold"]) for entry in measured.values() for name in entry.get("linears", ())}
+    if not found:
+        raise UserError(f"{path}: does not say which linears its ranges are of: calibrate again with this version")
+    return found, artifact

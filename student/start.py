@@ -1,0 +1,167 @@
+"""Where a student begins: weights selected from a larger ViT.
+
+Its first blocks, and of every matrix evenly spaced rows and columns (Xu et al., "Initializing Models with Larger
+Ones", ICLR 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from student.model import Student, StudentConfig
+from teacher.weights import resize_positions
+from vpr.artifact import Artifact, load_artifact, reading
+from vpr.errors import UserError
+
+# Of open_clip's blocks, as they are called in ours.
+_BLOCK = {
+    "ln_1.weight": "0.norm.weight",
+    "ln_1.bias": "0.norm.bias",
+    "attn.in_proj_weight": "0.to_qkv.weight",
+    "attn.out_proj.weight": "0.to_out.0.weight",
+    "attn.out_proj.bias": "0.to_out.0.bias",
+    "ln_2.weight": "1.net.0.weight",
+    "ln_2.bias": "1.net.0.bias",
+    "mlp.c_fc.weight": "1.net.1.weight",
+    "mlp.c_fc.bias": "1.net.1.bias",
+    "mlp.c_proj.weight": "1.net.4.weight",
+    "mlp.c_proj.bias": "1.net.4.bias",
+}
+
+
+def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
+    """Start a student from a larger one, or from a teacher whose tower is a ViT of open_clip.
+
+    A student of the same shape is taken over whole.
+
+    Args:
+        student: changed in place.
+        path: student or teacher artifact.
+
+    Returns:
+        the artifact, and how many of the student's parameters were taken over.
+
+    Raises:
+        UserError: a tower of another kind, or one that is smaller than the student.
+    """
+    artifact = load_artifact(path)
+    if artifact.card.kind not in ("student", "teacher"):
+        raise UserError(f"start: {path} is a {artifact.card.kind}: give a student or a teacher")
+    with reading(artifact):
+        weights = load_file(artifact.file("model.safetensors"))
+        if artifact.card.kind == "student":
+            shape = StudentConfig(**artifact.card.config["model"])
+            if shape.family != student.config.family:
+                raise UserError(f"start: {path} is of the family '{shape.family}': set model.family to it")
+            heads = shape.heads
+        else:
+            weights = _as_student(weights, str(path))
+            width = int(weights["vit.transformer.norm.weight"].shape[0])
+            heads = int(artifact.card.config["tower_config"]["vision_cfg"].get("heads", 0))
+            heads = heads or width // int(artifact.card.config["tower_config"]["vision_cfg"].get("head_width", 64))
+    taken = select(student, weights, heads)
+    if not taken:
+        raise UserError(f"start: {path}: no weight of it fits this student: it must be at least as wide and deep")
+    return artifact, taken
+
+
+def select(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
+    """Select a student's weights from a larger network's; what has no counterpart stays as it is.
+
+    Args:
+        student: changed in place.
+        weights: of the larger network, under the student's names.
+        heads: of the larger network.
+
+    Returns:
+        how many parameters were selected.
+    """
+    own, taken = student.state_dict(), 0
+    for name, value in own.items():
+        source = weights.get(name)
+        if source is None or source.ndim != value.ndim:
+            continue
+        if name.endswith("pos_embedding"):
+            source = _positions(source, value)
+        if name.endswith("to_qkv.weight"):
+            own[name] = _select_qkv(source, value.shape, heads, student.config.heads)
+        elif name.endswith("to_out.0.weight"):
+            own[name] = _select_qkv(source.T, (value.shape[1], value.shape[0]), heads, student.config.heads, 1).T
+        else:
+            own[name] = _evenly(source, value.shape)
+        if own[name].shape == value.shape:
+            taken += value.numel()
+        else:
+            own[name] = value
+    student.load_state_dict(own)
+    return taken
+
+
+def _evenly(source: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Evenly spaced entries along each axis; the source itself where it is too small."""
+    if any(have < want for have, want in zip(source.shape, shape, strict=True)):
+        return source
+    for axis, want in enumerate(shape):
+        have = source.shape[axis]
+        if have != want:
+            source = source.index_select(axis, torch.arange(want) * have // want)
+    return source
+
+
+def _select_qkv(
+    source: Tensor, shape: torch.Size | tuple[int, ...], heads: int, own_heads: int, parts: int = 3
+) -> Tensor:
+    """Rows of (parts x heads x width, dim): evenly spaced heads and rows within each, so that parts never mix."""
+    if source.shape[0] % (parts * heads) or shape[0] % (parts * own_heads):
+        return source
+    split = source.reshape(parts, heads, -1, source.shape[1])
+    found = _evenly(split, (parts, own_heads, shape[0] // (parts * own_heads), shape[1]))
+    return found.reshape(-1, found.shape[-1])
+
+
+def _positions(source: Tensor, value: Tensor) -> Tensor:
+    """Positions of another grid, resized; a class token's is dropped or missing as the student has it."""
+    tokens, wanted = source.shape[-2], value.shape[-2]
+    if round(tokens**0.5) ** 2 != tokens and round(wanted**0.5) ** 2 == wanted:
+        source = source[..., 1:, :]  # the larger one has a class token
+    return resize_positions(source, torch.Size((*value.shape[:-1], source.shape[-1])))
+
+
+def _as_student(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """An open_clip ViT's weights under a vit-pytorch student's names.
+
+    vit-pytorch has no biases of queries, keys and values. That of the values is added to the output's, which
+    gives the same result (attention weights sum to 1); that of the keys changes nothing; the queries' is lost.
+    """
+    tower = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
+    if "transformer.resblocks.0.attn.in_proj_weight" not in tower:
+        raise UserError(f"start: {path}: its tower is no ViT of open_clip: give one that is, or a larger student")
+    width = tower["ln_post.weight"].shape[0]
+    found = {
+        "vit.transformer.norm.weight": tower["ln_post.weight"],
+        "vit.transformer.norm.bias": tower["ln_post.bias"],
+        "vit.pos_embedding": tower["positional_embedding"],
+        "vit.cls_token": tower["class_embedding"][None],
+        # Patches are flattened as (row, column, channel).
+        "vit.to_patch_embedding.2.weight": tower["conv1.weight"].permute(0, 2, 3, 1).reshape(width, -1),
+        "vit.to_patch_embedding.3.weight": tower["ln_pre.weight"],
+        "vit.to_patch_embedding.3.bias": tower["ln_pre.bias"],
+    }
+    if "proj" in tower:
+        found["vit.mlp_head.weight"] = tower["proj"].T
+    for name, value in tower.items():
+        if name.startswith("transformer.resblocks."):
+            block, _, part = name.removeprefix("transformer.resblocks.").partition(".")
+            if part in _BLOCK:
+                found[f"vit.transformer.layers.{block}.{_BLOCK[part]}"] = value
+    for name in [name for name in tower if name.endswith("attn.in_proj_bias")]:
+        prefix = name.removesuffix("in_proj_bias")
+        block = prefix.split(".")[2]
+        output = f"vit.transformer.layers.{block}.0.to_out.0.bias"
+        found[output] = found[output] + tower[f"{prefix}out_proj.weight"] @ tower[name][2 * width :]
+    return found

@@ -1,0 +1,57 @@
+"""Pictures that nobody has labelled: distillation learns from the teacher's embeddings of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vpr.artifact import CARD_NAME, Parent
+from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.console import say
+from vpr.duplicates import concatenate, repeats_of
+from vpr.errors import UserError
+from vpr.processes import is_first, rank_and_world
+
+
+def add_unlabelled(
+    training: Catalog, scored: list[Catalog], folders: tuple[str, ...], output: str
+) -> tuple[Catalog, dict[str, Any], list[Parent]]:
+    """Add the pictures of folders to the training ones, but for those that are scored.
+
+    Args:
+        training: labelled pictures; they come first.
+        scored: pictures that no stage may see; one that is, or nearly is, among them is left out.
+        folders: of pictures, or catalogues of the reader ``pictures``.
+        output: a folder's catalogue is written beside it, as ``<output>-unlabelled-<number>``.
+
+    Returns:
+        the pictures, what the card says of them, and the catalogues that they come from.
+    """
+    if not folders:
+        return training, {}, []
+    found = [_catalog(folder, f"{Path(output)}-unlabelled-{number}") for number, folder in enumerate(folders)]
+    extra = concatenate(found)
+    seen = repeats_of(extra, concatenate(scored))
+    kept = Catalog(extra.table.filter(pa.array(~seen)), extra.root)
+    if is_first():
+        say(f"unlabelled: {len(kept)} pictures, and {int(seen.sum())} left out that are (nearly) scored ones")
+    parents = [one.artifact.as_parent("unlabelled") for one in found if one.artifact]
+    summary = {"unlabelled": {"pictures": len(kept), "left_out": int(seen.sum()), "sha256": kept.sha256}}
+    return concatenate([training, kept]), summary, parents
+
+
+def _catalog(folder: str, output: str) -> Catalog:
+    if not (Path(folder) / CARD_NAME).is_file():
+        if rank_and_world()[1] > 1:
+            raise UserError(
+                f"unlabelled: {folder}: several processes need its catalogue first: run 'vpr catalog --reader pictures "
+                f"--root {folder} --output {output}' and name that"
+            )
+        build_catalog(CatalogConfig("pictures", output, folder, skip_unreadable=True))
+        folder = output
+    catalog = load_catalog(folder)
+    if catalog.artifact is None or catalog.artifact.card.config.get("reader") != "pictures":
+        raise UserError(f"unlabelled: {folder}: is a catalogue of products: build one with --reader pictures")
+    return catalog
