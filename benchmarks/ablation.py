@@ -100,6 +100,11 @@ def _train(folder: Path, start: Path, head: HeadConfig, seed: int, epochs: int, 
     return path
 
 
+def grocery_teacher(folder: Path, start: Path, epochs: int = 8) -> Path:
+    """The ablation's plain ArcFace teacher of seed 0."""
+    return _train(folder, start, HEADS["ArcFace"], SEEDS[0], epochs, 0.0)
+
+
 def _soup(folder: Path, method: Any, models: list[Path], number: int) -> Path:
     output = str(folder / f"{method}-{number}")
     return soup(SoupConfig(tuple(str(path) for path in models), str(folder / "catalog"), output, method))

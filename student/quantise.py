@@ -42,9 +42,10 @@ class FakeQuantLinear(nn.Module):
 
 
 def _fake(x: Tensor, scale: Tensor, least: int) -> Tensor:
-    """Rounded to multiples of the scale from -least to 127; its gradient is that of the clipping alone."""
-    inside = torch.maximum(torch.minimum(x, scale * LEVELS), -scale * least)
-    return inside + (torch.round(inside / scale) * scale - inside).detach()
+    """Rounded to multiples of the scale from -least to 127; straight through where it rounds to one of them."""
+    steps = torch.clamp(torch.round(x / scale), -least, LEVELS) * scale
+    inside = torch.maximum(torch.minimum(x, scale * (LEVELS + 0.5)), -scale * (least + 0.5))
+    return inside + (steps - inside).detach()
 
 
 def fake_quantise(model: nn.Module, thresholds: dict[str, float], keep: tuple[str, ...]) -> list[str]:

@@ -53,21 +53,20 @@ def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
     if artifact.card.kind not in ("student", "teacher"):
         raise UserError(f"start: {path} is a {artifact.card.kind}: give a student or a teacher")
     with reading(artifact):
-        weights = load_file(artifact.file("model.safetensors"))
+        weights, vision = load_file(artifact.file("model.safetensors")), {}
         if artifact.card.kind == "student":
             shape = StudentConfig(**artifact.card.config["model"])
             if shape.family != student.config.family:
                 raise UserError(f"start: {path} is of the family '{shape.family}': set model.family to it")
             heads = shape.heads
         else:
-            weights = _as_student(weights, str(path))
-            width = int(weights["vit.transformer.norm.weight"].shape[0])
-            heads = int(artifact.card.config["tower_config"]["vision_cfg"].get("heads", 0))
-            heads = heads or width // int(artifact.card.config["tower_config"]["vision_cfg"].get("head_width", 64))
-    taken = select(student, weights, heads)
-    if not taken:
-        raise UserError(f"start: {path}: no weight of it fits this student: it must be at least as wide and deep")
-    return artifact, taken
+            weights, vision = _as_student(weights, str(path)), artifact.card.config["tower_config"]["vision_cfg"]
+        width = int(weights["vit.transformer.norm.weight"].shape[0])
+        if vision:
+            heads = int(vision.get("heads", 0)) or width // int(vision.get("head_width", 64))
+    if width < (own := student.config.dim):
+        raise UserError(f"start: {path} has tokens of {width}, the student of {own}: give one that is at least as wide")
+    return artifact, select(student, weights, heads)
 
 
 def select(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:

@@ -7,63 +7,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from student.distill import DistillConfig, distill
+from student.config import DistillConfig
+from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
-from student.model import StudentConfig, load_student
+from student.model import load_student
 from student.signal import SignalConfig, cache_bytes, cache_signal
-from teacher.head import HeadConfig
-from teacher.model import TowerConfig, load_teacher
-from teacher.module import StageConfig
-from teacher.train import TrainConfig, train
+from teacher.model import load_teacher
+from tests.student.conftest import STUDENT
 from vpr.artifact import load_artifact
 from vpr.catalog import Catalog
 from vpr.embeddings import load_embeddings, torch_forward
 from vpr.errors import UserError
 from vpr.find import FindConfig, find
-from vpr.loading import LoaderConfig
-from vpr.training import RunConfig
 from vpr.views import ViewConfig, apply_views, draw_views
-
-STUDENT = StudentConfig(
-    image_size=32, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256, stem="conv"
-)
-
-
-@pytest.fixture(scope="module")
-def teacher(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    assert catalog.artifact is not None
-    stages = (StageConfig("all", 8, lr_head=2e-3, lr_tower=2e-3),)
-    return train(
-        TrainConfig(
-            catalog=str(catalog.artifact.path),
-            output=str(tmp_path_factory.mktemp("t") / "teacher"),
-            tower=TowerConfig("sample", "", 32),
-            stages=stages,
-            head=HeadConfig(scale=16.0, margin=0.0, margin_end=0.1),
-            loader=LoaderConfig(batch_size=16, keep_in_memory=True),
-            run=RunConfig(precision="32-true"),
-        )
-    )
-
-
-@pytest.fixture(scope="module")
-def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
-    assert catalog.artifact is not None
-    return DistillConfig(
-        teacher=str(teacher),
-        catalog=str(catalog.artifact.path),
-        output=str(tmp_path_factory.mktemp("s") / "student"),
-        model=STUDENT,
-        signal=SignalConfig(views=3, bank=32, shard=40),
-        epochs=12,
-        loader=LoaderConfig(batch_size=16, keep_in_memory=True),
-        run=RunConfig(precision="32-true", validate_every=2),
-    )
-
-
-@pytest.fixture(scope="module")
-def student(config: DistillConfig) -> Path:
-    return distill(config)
 
 
 def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:

@@ -22,6 +22,6 @@ def test_the_command_trains_the_same_in_two_processes(catalog: Catalog, tmp_path
     for strategy in ("ddp", "fsdp"):
         two = train_spread(arguments, tmp_path / strategy, 2, 16, strategy)  # type: ignore[arg-type]
         assert two.losses == pytest.approx(one.losses, abs=1e-4)
-        assert two.teacher.card.metrics["steps"] == one.teacher.card.metrics["steps"]
-        weights = [load_file(run.teacher.file("model.safetensors")) for run in (one, two)]
+        assert two.artifact.card.metrics["steps"] == one.artifact.card.metrics["steps"]
+        weights = [load_file(run.artifact.file("model.safetensors")) for run in (one, two)]
         torch.testing.assert_close(weights[0], weights[1], atol=2e-3, rtol=0)

@@ -1,0 +1,96 @@
+"""What a distillation is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from student.dimension import DimensionConfig
+from student.model import StudentConfig
+from student.objective import LossConfig
+from student.signal import SignalConfig
+from vpr.errors import UserError
+from vpr.int8 import KEEP
+from vpr.loading import LoaderConfig
+from vpr.training import RunConfig
+from vpr.views import ViewConfig
+
+
+@dataclass(frozen=True)
+class QuantiseConfig:
+    """Quantisation-aware finishing.
+
+    Attributes:
+        ranges: ``ranges`` artifact of the graph of the student that ``start`` names; empty trains without Q/DQ.
+        keep: linears whose names begin with one of these are not quantised, as in ``vpr export int8``.
+    """
+
+    ranges: str = ""
+    keep: tuple[str, ...] = KEEP
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A distillation.
+
+    Attributes:
+        teacher: teacher artifact.
+        catalog: catalogue artifact; its ``train`` split is used (labels by ``losses.margin`` and ``logits`` alone),
+            ``validation`` chooses the epoch.
+        output: where the student is written; the teacher's signal is kept beside it as ``<output>-views``.
+        cache: where the signal is kept instead, for students that share one.
+        assistant: student artifact that gives the signal in the teacher's place, as in teacher -> base -> small.
+        start: larger student, or teacher with a ViT of open_clip, whose weights are selected from; a student of the
+            same shape is taken over whole.
+        unlabelled: folders of further pictures (or catalogues of the reader ``pictures``), which need no labels.
+        model: shape of the student.
+        views: augmentation, the same for teacher and student.
+        signal: how the teacher's embeddings come.
+        losses: what is made small.
+        dimension: how the teacher's dimension becomes the student's.
+        quantise: train under the Q/DQ of an INT8 graph.
+        epochs: passes over the pictures.
+        lr: peak learning rate.
+        warmup: share of the training spent warming up.
+        weight_decay: of matrices; biases and norms have none.
+        loader: batches.
+        run: how it is carried out.
+        allow_leak: distil even if a scored product or picture is inside; the card then says so.
+        dry_run: print the plan, take one step on two pictures, and stop.
+        seed: of weights, order and views.
+    """
+
+    teacher: str
+    catalog: str
+    output: str
+    cache: str = ""
+    assistant: str = ""
+    start: str = ""
+    unlabelled: tuple[str, ...] = ()
+    model: StudentConfig = StudentConfig()
+    views: ViewConfig = ViewConfig()
+    signal: SignalConfig = SignalConfig()
+    losses: LossConfig = LossConfig()
+    dimension: DimensionConfig = DimensionConfig()
+    quantise: QuantiseConfig = QuantiseConfig()
+    epochs: int = 30
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    loader: LoaderConfig = LoaderConfig()
+    run: RunConfig = RunConfig(validate_every=2)
+    allow_leak: bool = False
+    dry_run: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"epochs: {self.epochs}: give 1 or more")
+        for name, most in (("lr", 10.0), ("weight_decay", 100.0), ("warmup", 1.0)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"{name}: {getattr(self, name)}: give 0 to {most:g}")
+        if not 0 <= self.seed < 1 << 31:
+            raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
+        if self.run.strategy == "fsdp":
+            raise UserError("run.strategy: a student fits on one device: set it to ddp, or auto")
+        if self.quantise.ranges and not self.start:
+            raise UserError("quantise.ranges: finishes a trained student: name it by start")

@@ -1,0 +1,201 @@
+"""Whole distillations: every mode, resumed, in two processes, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.interrupted import interrupt
+from student.config import DistillConfig, QuantiseConfig
+from student.dimension import DimensionConfig
+from student.distill import distill
+from student.model import StudentConfig, load_student
+from student.objective import LossConfig
+from student.signal import SignalConfig, cache_signal
+from teacher.model import load_teacher
+from tests.student.conftest import STUDENT
+from vpr.artifact import Artifact, load_artifact
+from vpr.catalog import Catalog
+from vpr.errors import UserError
+from vpr.training import RunConfig
+from vpr.views import ViewConfig
+
+SHORT: dict[str, Any] = {"epochs": 1, "signal": SignalConfig(views=1, bank=32)}
+
+
+def made(config: DistillConfig, folder: Path, **changes: Any) -> Artifact:
+    path = distill(replace(config, **{**SHORT, **changes, "output": str(folder / "student")}))
+    assert path is not None
+    return load_artifact(path, "student")
+
+
+def log(artifact: Artifact, name: str) -> list[float]:
+    with artifact.file("metrics.csv").open() as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        LossConfig(mse=1.0, affinity=1.0, rkd_distance=1.0, rkd_angle=2.0, contrastive=1.0, margin=0.1),
+        LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0),
+        LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0),
+    ],
+    ids=["all", "logits", "labels"],
+)
+def test_every_loss_trains_and_is_logged(losses: LossConfig, config: DistillConfig, tmp_path: Path) -> None:
+    artifact = made(config, tmp_path, losses=losses, epochs=3)
+    for name in losses.weights():
+        values = log(artifact, f"{name}_epoch")
+        assert len(values) == 3
+        assert values[-1] < values[0] or name == "margin", name  # the margin grows
+    assert (tmp_path / "student-views").exists() == losses.needs_teacher
+    load_student(tmp_path / "student")  # heads and wrappers are no part of it
+
+
+def test_online_with_mixup_and_average(config: DistillConfig, tmp_path: Path) -> None:
+    run = RunConfig(precision="32-true", ema=0.8)
+    artifact = made(config, tmp_path, signal=SignalConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run)
+    losses = log(artifact, "cosine_epoch")
+    assert losses[-1] < 0.8 * losses[0]
+    assert not (tmp_path / "student-views").exists()
+
+
+@pytest.mark.parametrize("method", ["pca", "cosine", "projector"])
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_a_smaller_dimension(
+    method: Any, mode: Any, config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = made(
+        config,
+        tmp_path,
+        model=replace(STUDENT, embedding_dim=24),
+        dimension=DimensionConfig(method, steps=20),
+        signal=SignalConfig(mode=mode, views=1, bank=32),
+    )
+    assert artifact.card.embedding is not None
+    assert artifact.card.embedding.dim == 24
+    assert "dimension:" in capsys.readouterr().err
+    assert ("projection.safetensors" in artifact.card.files) == (method != "projector")
+    if method != "projector":
+        loss = artifact.card.metrics["projected_teacher_val_recall_at_1"]
+        assert 0 <= loss <= artifact.card.metrics["teacher_val_recall_at_1"] + 0.1
+        assert load_file(artifact.file("projection.safetensors"))["projection"].shape == (256, 24)
+    model, _ = load_student(tmp_path / "student")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 24)
+
+
+def test_an_assistant_gives_the_signal(student: Path, config: DistillConfig, tmp_path: Path) -> None:
+    small = replace(STUDENT, dim=32, heads=1, mlp_dim=48, embedding_dim=0)
+    artifact = made(config, tmp_path, assistant=str(student), model=small)
+    assert {parent.role for parent in artifact.card.parents} == {"teacher", "assistant", "catalog"}
+    signal = load_artifact(tmp_path / "student-views")
+    assert signal.card.parents[0].sha256 == load_artifact(student).sha256
+
+
+def test_a_start_from_a_larger_student(
+    student: Path, config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = made(config, tmp_path, start=str(student), model=replace(STUDENT, dim=32, heads=1, mlp_dim=64))
+    assert {parent.role for parent in artifact.card.parents} == {"teacher", "start", "catalog"}
+    # The stem's first convolutions have a least width, which both reach.
+    share = int(capsys.readouterr().err.split("% of the student's parameters are selected")[0].split()[-1])
+    assert share > 90
+
+
+def test_a_cache_goes_on_where_it_was_left(
+    teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import student.signal as signal
+
+    model, artifact = load_teacher(teacher)
+    training, config = catalog.select(split="train"), SignalConfig(views=2, shard=24)
+    path, embed = str(tmp_path / "views"), signal._embed_view
+    calls = []
+
+    def counted(*arguments: Any) -> np.ndarray:
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(arguments[5].name)
+        return embed(*arguments)
+
+    monkeypatch.setattr(signal, "_embed_view", counted)
+    with pytest.raises(KeyboardInterrupt):
+        cache_signal(path, model, artifact, training, ViewConfig(), config, 0)
+    assert not (tmp_path / "views").exists()
+    first, calls = calls, []
+    broken = cache_signal(path, model, artifact, training, ViewConfig(), config, 0)
+    assert sorted(first + calls) == sorted({*first, *calls})  # no file twice
+    assert len(first + calls) == 6
+    monkeypatch.setattr(signal, "_embed_view", embed)
+    whole = cache_signal(str(tmp_path / "whole"), model, artifact, training, ViewConfig(), config, 0)
+    assert broken.artifact.card.files == whole.artifact.card.files
+    assert not list(tmp_path.glob("*.run-*"))
+
+
+def arguments(config: DistillConfig) -> list[str]:
+    shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
+    flags = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
+    flags += ["--model", json.dumps({**shape, "stem": "conv"}), "--signal", '{"views": 2, "bank": 32}']
+    return [*flags, "--run.validate_every", "2", "--run.ema", "0.8"]
+
+
+def test_a_killed_distillation_resumes_to_the_unbroken_result(config: DistillConfig, tmp_path: Path) -> None:
+    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16"]
+    both = interrupt("student distill", flags, tmp_path, epochs=8)
+    assert both.resumed.card.metrics["steps"] == both.unbroken.card.metrics["steps"]
+    assert both.resumed.card.files["model.safetensors"] == both.unbroken.card.files["model.safetensors"]  # bit-equal
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, r"epochs: 0: give 1 or more"),
+        ({"lr": float("nan")}, r"lr: nan: give 0 to 10"),
+        ({"seed": -1}, r"seed: -1: give 0 or more"),
+        ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: a student fits on one device"),
+        ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: finishes a trained student"),
+    ],
+)
+def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, config: DistillConfig) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SignalConfig(mixup=0.2), r"signal\.mixup: a mixed picture cannot be looked up: set signal\.mode"),
+        (lambda: SignalConfig(views=0), r"signal\.views: 0: give 1 to"),
+        (lambda: DimensionConfig(steps=0), r"dimension\.steps: 0: give 1 to"),
+        (lambda: StudentConfig(preset="huge"), r"model\.preset: 'huge': choose from"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_parts_are_refused_by_key(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_nothing_finished_is_harmed(student: Path, config: DistillConfig, teacher: Path) -> None:
+    before = load_artifact(student).sha256
+    with pytest.raises(UserError, match="is the start and would be replaced"):
+        distill(replace(config, output=str(student), start=str(student), epochs=1))
+    with pytest.raises(UserError, match="model.embedding_dim: 300 is more than the teacher's 256"):
+        distill(replace(config, model=replace(STUDENT, embedding_dim=300), dimension=DimensionConfig("pca"), epochs=1))
+    assert load_artifact(student).sha256 == before
+
+
+def test_a_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill(replace(config, output=str(tmp_path / "s"), dry_run=True)) is None
+    assert list(tmp_path.iterdir()) == []
+    err = capsys.readouterr().err
+    assert "is asked 192 times, then cached in" in err
+    assert "dry run: one step taken, nothing written" in err

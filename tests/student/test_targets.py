@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from student.signal import SignalConfig, cache_signal
+from student.targets import CachedTargets, Mix, OnlineTargets, PairDataset
+from teacher.model import load_teacher
+from vpr.catalog import Catalog
+from vpr.images import Preprocess
+from vpr.views import ViewConfig, draw_views
+
+
+@pytest.fixture(scope="module")
+def cached(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> CachedTargets:
+    model, artifact = load_teacher(teacher)
+    config, training = SignalConfig(views=2, bank=32), catalog.select(split="train")
+    path = str(tmp_path_factory.mktemp("signal") / "views")
+    return CachedTargets(cache_signal(path, model, artifact, training, ViewConfig(), config, 3), config, None, 3)
+
+
+def batch_of(catalog: Catalog, sizes: tuple[int, int], rows: list[int]) -> dict[str, torch.Tensor]:
+    student, teacher = (Preprocess(size=size) for size in sizes)
+    return PairDataset(catalog.select(split="train"), student, teacher).__getitems__(rows)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_teacher_beside_the_student_gives_what_was_cached(
+    size: int, cached: CachedTargets, teacher: Path, catalog: Catalog
+) -> None:
+    """On the same views, also where the student sees them in another size than the teacher."""
+    model, artifact = load_teacher(teacher)
+    assert artifact.card.preprocess is not None
+    batch = batch_of(catalog, (size, 32), list(range(8, 24)))
+    assert ("teacher_pixels" in batch) == (size != 32)
+    online = OnlineTargets(model, artifact.card.preprocess, SignalConfig(mode="online", bank=24), 256, None)
+    cpu = torch.device("cpu")
+    cached.start_epoch(1, cpu)
+    online.start_epoch(1, cpu)
+    parameters = draw_views(ViewConfig(), 3, batch["rows"], torch.ones_like(batch["rows"]))
+    expected, bank = cached.of(batch, parameters, 1, None)
+    found, queue = online.of(batch, parameters, 1, None)
+    assert (found * expected).sum(dim=1).min() > 0.995  # bf16 of other batches, and float16 storage
+    assert bank.shape == (32, 256)
+    assert torch.equal(queue, found)
+
+
+def test_the_queue_holds_the_latest() -> None:
+    online = OnlineTargets(nn.Identity(), Preprocess(size=16), SignalConfig(mode="online", bank=5), 2, None)
+    vectors = torch.arange(16.0).view(8, 2)
+    for part in vectors.split(2):
+        online._enqueue(part)
+    assert online.queue[:, 0].tolist() == [12, 14, 8, 10, 4]
+    assert int(online.filled) == 5
+    assert set(online.state_dict()) == {"queue", "filled"}  # a resumed run goes on with it; the teacher is no part
+
+
+def test_epochs_go_round_the_cached_views_and_banks_differ(cached: CachedTargets) -> None:
+    assert [cached.view(epoch) for epoch in range(4)] == [0, 1, 0, 1]
+    banks = []
+    for epoch in (0, 1, 0):
+        cached.start_epoch(epoch, torch.device("cpu"))
+        banks.append(cached.bank)
+    assert torch.equal(banks[0], banks[2])
+    assert not torch.equal(banks[0], banks[1])
+    torch.testing.assert_close(banks[0].norm(dim=1), torch.ones(32))
+
+
+def test_mixed_pictures_are_shares_of_two_and_the_same_for_both() -> None:
+    torch.manual_seed(0)
+    mix = Mix(1.0, 6)
+    x, y = torch.rand(6, 3, 4, 4), torch.rand(6, 3, 8, 8)
+    for pixels in (x, y):
+        expected = torch.stack(
+            [mix.share * pixels[i] + (1 - mix.share) * pixels[int(mix.partner[i])] for i in range(6)]
+        )
+        torch.testing.assert_close(mix(pixels), expected)
+    assert 0 < mix.share < 1
+    assert sorted(mix.partner.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("a", [0.2, 1.0, 4.0])
+def test_shares_have_the_moments_of_a_beta(a: float) -> None:
+    torch.manual_seed(1)
+    shares = torch.tensor([Mix(a, 2).share for _ in range(4000)])
+    assert float(shares.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(shares.var()) == pytest.approx(1 / (4 * (2 * a + 1)), rel=0.1)
+
+
+def test_a_projection_shortens_targets_and_bank(cached: CachedTargets, catalog: Catalog) -> None:
+    projection = torch.linalg.qr(torch.randn(256, 10, generator=torch.Generator().manual_seed(0)))[0]
+    short = CachedTargets(cached.signal, cached.config, projection, 3)
+    for targets in (short, cached):
+        targets.start_epoch(0, torch.device("cpu"))
+    batch = {"rows": torch.arange(4)}
+    whole, _ = cached.of(batch, torch.empty(0), 0, None)
+    found, bank = short.of(batch, torch.empty(0), 0, None)
+    torch.testing.assert_close(found, F.normalize(whole @ projection, dim=1))
+    torch.testing.assert_close(bank, F.normalize(cached.bank @ projection, dim=1))

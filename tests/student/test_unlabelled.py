@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from student.config import DistillConfig
+from student.distill import distill
+from student.signal import SignalConfig
+from student.unlabelled import add_unlabelled
+from vpr.artifact import load_artifact
+from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.errors import UserError
+
+
+@pytest.fixture
+def more(catalog: Catalog, tmp_path: Path) -> Path:
+    """Six new pictures, a scored one, and a scored one saved again a little smaller."""
+    folder, rng = tmp_path / "more", np.random.default_rng(7)
+    folder.mkdir()
+    for number in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        coarse.resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    images = [Path(catalog.root) / name for name in catalog.select(split="test").table["image"].to_pylist()[:2]]
+    shutil.copyfile(images[0], folder / "scored.jpg")
+    with Image.open(images[1]) as image:
+        image.resize((44, 44)).save(folder / "scored-again.jpg", quality=80)
+    return folder
+
+
+def test_scored_pictures_are_left_out(catalog: Catalog, more: Path, tmp_path: Path) -> None:
+    training = catalog.select(split="train")
+    scored = [catalog.select(split="validation"), catalog.select(split="test")]
+    joined, summary, parents = add_unlabelled(training, scored, (str(more),), str(tmp_path / "student"))
+    assert len(joined) == len(training) + 6
+    assert summary["unlabelled"]["left_out"] == 2
+    assert joined.products[: len(training)].tolist() == training.products.tolist()
+    names = [Path(name).name for name in joined.table["image"].to_pylist()[len(training) :]]
+    assert sorted(names) == [f"{n}.png" for n in range(6)]
+    assert [parent.role for parent in parents] == ["unlabelled"]
+
+
+def test_a_student_learns_from_them_without_labels(
+    config: DistillConfig, catalog: Catalog, more: Path, tmp_path: Path
+) -> None:
+    losses = replace(config.losses, margin=0.1)
+    chosen = replace(
+        config,
+        output=str(tmp_path / "s"),
+        unlabelled=(str(more),),
+        epochs=1,
+        signal=SignalConfig(views=1),
+        losses=losses,
+    )
+    artifact = load_artifact(distill(chosen))  # type: ignore[arg-type]
+    assert artifact.card.catalog is not None
+    assert artifact.card.catalog["unlabelled"]["pictures"] == 6
+    assert {parent.role for parent in artifact.card.parents} == {"teacher", "catalog", "unlabelled"}
+    signal = load_artifact(tmp_path / "s-views")
+    assert np.load(signal.file("view-0000-shard-00000.npy")).shape == (64 + 6, 256)
+
+
+def test_folders_and_catalogues_of_products_are_told_apart(
+    catalog: Catalog, more: Path, tmp_path: Path, texture_folder: Path
+) -> None:
+    assert catalog.artifact is not None
+    training = catalog.select(split="train")
+    with pytest.raises(UserError, match="is a catalogue of products: build one with --reader pictures"):
+        add_unlabelled(training, [], (str(catalog.artifact.path),), str(tmp_path / "s"))
+    with pytest.raises(UserError, match="nowhere"):
+        add_unlabelled(training, [], (str(tmp_path / "nowhere"),), str(tmp_path / "s"))
+
+
+def test_the_reader_takes_pictures_of_all_folders(more: Path, tmp_path: Path) -> None:
+    (more / "deeper").mkdir()
+    shutil.copyfile(more / "0.png", more / "deeper" / "another.png")
+    (more / "notes.txt").write_text("no picture")
+    path = build_catalog(CatalogConfig("pictures", str(tmp_path / "c"), str(more)))
+    catalog = load_catalog(path)
+    names = catalog.table["image"].to_pylist()
+    assert len(names) in (8, 9)  # the repeated one may be set aside
+    assert set(catalog.table["source"].to_pylist()) == {"unlabelled"}
+    assert set(catalog.table["split"].to_pylist()) == {"train"}
