@@ -1,4 +1,4 @@
-"""What each loss, start and ladder brings a student of a fifth of the teacher's multiply-adds, at the same budget."""
+"""What each loss, start and ladder brings a student of under half the teacher's multiply-adds, at the same budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vpr.training import RunConfig, score_split
 SEEDS = (0, 1)
 # Patches of 16 of the teacher's own 96 pixels: the fewest multiply-adds that keep a convolutional stem's detail.
 SMALL = StudentConfig(image_size=96, patch_size=16, stem="conv")
-LARGER = replace(SMALL, dim=384, heads=6, mlp_dim=768)
+LARGER = replace(SMALL, dim=256, heads=4, mlp_dim=512)
 DEFAULT = "cosine + queue-KL"
 LABELS, LOGITS = "labels only", "logits by DistillWrapper"
 
@@ -188,7 +188,8 @@ def _better(setting: Setting, default: Scores, other: Scores, name: str, seeds: 
     """The lower end of the paired interval is what has to be above 0."""
     low, high = bootstrap_interval(default.hits - other.hits)
     title = f"{setting.name}: default over {name}, recall@1, lower end of the paired interval"
-    return Figure(title, low, "", 0.0, ">=", setting.command, (low, high), seeds)
+    goal = 0.0 if VARIANTS[name].times == 1 else None  # longer training is there to be compared, not to be beaten
+    return Figure(title, low, "", goal, ">=", setting.command, (low, high), seeds)
 
 
 def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -> Row:
@@ -199,14 +200,14 @@ def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -
         "mAP [95 %]": _interval(scores.precisions),
         "retention [95 %]": f"{kept:.2f} [{low:.2f}, {high:.2f}]",
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.found),
-        "less than the default": "" if scores is default else _interval(default.hits - scores.hits, "+.3f"),
+        "default ahead by": "" if scores is default else _interval(default.hits - scores.hits, "+.3f"),
         "seconds": f"{scores.seconds:.0f}",
     }
 
 
 def _teacher_row(teacher: RetrievalScores, seconds: float) -> Row:
     row = _row("the teacher", Scores([teacher], seconds), teacher, Scores([teacher], seconds))
-    return {**row, "less than the default": ""}
+    return {**row, "default ahead by": ""}
 
 
 def _interval(values: NDArray[Any], form: str = ".3f") -> str:

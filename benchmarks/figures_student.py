@@ -27,7 +27,7 @@ def sample() -> Setting:
     """The demo's furniture renders and the teacher of its long form."""
     catalog = build_catalog(CatalogConfig("sample", str(_FULL / "catalog")))
     teacher = _teacher("sample-full", catalog, _FULL / "teacher")
-    return Setting("sample", teacher, catalog, _FOLDER / "sample", 12, 12, _command("sample"))
+    return Setting("sample", teacher, catalog, _FOLDER / "sample", 8, 8, _command("sample"))
 
 
 def grocery() -> Setting:
@@ -38,7 +38,7 @@ def grocery() -> Setting:
     folder = Path("runs/figures-teacher/grocery")
     catalog = build_grocery(Path(data), folder)
     pretrained = _teacher("sample", build_catalog(CatalogConfig("sample", "runs/demo/catalog")), "runs/demo/teacher")
-    teacher = grocery_teacher(folder, pretrained)
+    teacher = grocery_teacher(folder, pretrained, _FOLDER / "grocery-teacher")
     return Setting("grocery", teacher, catalog, _FOLDER / "grocery", 24, 24, _command("grocery"), batch=64)
 
 

@@ -72,7 +72,8 @@ class StudentModule(RecallModule):
         else:
             progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
             losses = self.objective(self.student(x), teacher, bank, rows, progress, epoch)
-        self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows))
+        spread = self.trainer.world_size > 1
+        self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows), sync_dist=spread)
         return self.of_step(self.objective.total(losses), number)
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,101 @@
+"""What an epoch of distillation costs over the student's own forward and backward passes on pictures in memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.figures import Figure
+from student.config import DistillConfig
+from student.losses import cosine_loss
+from student.model import Student
+from student.module import StudentModule
+from student.objective import Labels, Objective
+from student.signal import cache_signal
+from student.targets import CachedTargets
+from teacher.model import load_teacher
+from vpr.catalog import load_catalog
+from vpr.loading import PictureDataset, training_loader, validation_loader
+from vpr.training import RunConfig, best_precision, fit
+
+_EPOCHS = 4  # the first warms up, the last has a validation
+
+
+class TimedModule(StudentModule):
+    """The training's own module, which notes when its epochs begin."""
+
+    begun: list[float]
+
+    def on_train_epoch_start(self) -> None:
+        """Note the time; the bank that is drawn now is part of this epoch."""
+        self.begun.append(time.perf_counter())
+        super().on_train_epoch_start()
+
+
+def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float | None = 1.15) -> list[Figure]:
+    """Seconds of whole epochs as they are trained (pictures in memory, cached signal), over those of the passes.
+
+    Args:
+        config: the distillation.
+        folder: of the cache and the run.
+        command: that measures this again.
+        goal: for the ratio.
+    """
+    catalog = load_catalog(config.catalog)
+    training, validation = catalog.select(split="train"), catalog.select(split="validation")
+    teacher, artifact = load_teacher(config.teacher)
+    assert artifact.card.preprocess is not None
+    assert artifact.card.embedding is not None
+    signal = cache_signal(
+        config.cache or str(folder / "views"), teacher, artifact, training, config.views, config.signal, config.seed
+    )
+    preprocess = artifact.card.preprocess.model_copy(update={"size": config.model.image_size})
+    student, dim = Student(config.model), artifact.card.embedding.dim
+    module = TimedModule(
+        config,
+        student,
+        Objective(config.losses, student, Labels(training), dim),
+        CachedTargets(signal, config.signal, None, config.seed),
+        preprocess,
+        validation,
+    )
+    module.begun = []
+    loaders = (
+        training_loader(PictureDataset(training, preprocess, True), config.loader, config.seed),
+        validation_loader(PictureDataset(validation, preprocess), config.loader),
+    )
+    batches, batch = len(loaders[0]), config.loader.batch_size
+    before = passes(config, batch, batches)
+    fit(module, loaders, student, folder / "run", _EPOCHS, RunConfig(validate_every=_EPOCHS))
+    after = passes(config, batch, batches)
+    epoch = min(later - begun for begun, later in zip(module.begun[1:], module.begun[2:], strict=False))
+    own = min(before, after)
+    name = f"{config.model.image_size} pixels, {config.model.dim} wide"
+    return [
+        Figure(f"epoch of {batches * batch} pictures, cached signal ({name})", epoch, "s", None, "<=", command),
+        Figure(f"the student's own forward and backward passes of them ({name})", own, "s", None, "<=", command),
+        Figure(f"an epoch over the student's own passes ({name})", epoch / own, "times", goal, "<=", command),
+    ]
+
+
+def passes(config: DistillConfig, batch: int, batches: int) -> float:
+    """Seconds of forward and backward passes of so many batches that lie in memory, in the training's precision."""
+    size = config.model.image_size
+    student = Student(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    teacher = torch.nn.functional.normalize(torch.randn(batch, config.model.embedding_dim), dim=1)
+
+    def step() -> None:
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bf16-mixed"):
+            found = student(x)
+        cosine_loss(found, teacher).backward()
+
+    for _ in range(3):
+        step()
+    begun = time.perf_counter()
+    for _ in range(batches):
+        step()
+    return time.perf_counter() - begun

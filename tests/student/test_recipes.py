@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from student.config import DistillConfig
+from student.distill import distill
+from teacher.model import TowerConfig, build_teacher, read_tower
+from vpr.artifact import Embedding, write_artifact
+from vpr.catalog import Catalog
+from vpr.cli import read_config
+
+RECIPES = Path(__file__).parents[2] / "student/recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_read(recipe: str) -> None:
+    arguments = ["--config", str(RECIPES / recipe), "--teacher", "t", "--catalog", "c", "--output", "o"]
+    assert isinstance(read_config(DistillConfig, "student distill", arguments), DistillConfig)
+
+
+@pytest.fixture(scope="module")
+def vit_h_14(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher artifact of the real tower with random weights."""
+    config = TowerConfig("ViT-H-14", "")
+    tower = read_tower(config.name)
+    model, preprocess = build_teacher(config, tower, load_pretrained=False)
+    path = tmp_path_factory.mktemp("h14") / "teacher"
+    with write_artifact(path, "teacher", {"network": asdict(config), "tower_config": tower}) as draft:
+        save_file(model.state_dict(), draft.path / "model.safetensors")
+        draft.preprocess = preprocess
+        draft.embedding = Embedding(dim=model.embedding_dim, normalised=True, dtype="float32")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "told", "embeddings"), [("small-from-h14", "256 dim", 768), ("tiny-from-h14", "128 dim", 768)]
+)
+def test_the_h14_recipes_take_a_step(
+    recipe: str,
+    told: str,
+    embeddings: int,
+    vit_h_14: Path,
+    catalog: Catalog,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In dry mode: the whole teacher, the student, one forward and backward pass."""
+    assert catalog.artifact is not None
+    arguments = ["--config", str(RECIPES / f"{recipe}.yaml"), "--teacher", str(vit_h_14), "--dry_run", "true"]
+    arguments += ["--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "student")]
+    assert distill(read_config(DistillConfig, "student distill", arguments)) is None
+    lines = capsys.readouterr().err
+    assert told in lines
+    # 64 pictures in 12 views: each file is a header of 128 bytes and 64 x 1024 float16.
+    assert f"is asked {embeddings} times, then cached in {12 * (128 + 64 * 1024 * 2)} bytes" in lines
+    assert "one step taken, nothing written" in lines
+    assert list(tmp_path.iterdir()) == []
