@@ -6,13 +6,23 @@ photographs of ``grocery`` lie in the folder that the environment variable ``VPR
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.ablation import build_grocery, grocery_teacher
-from benchmarks.ablation_student import Setting, ablate_students
-from benchmarks.figures import ROOT, record
+from benchmarks.ablation_student import SMALL, Setting, ablate_students, distillation
+from benchmarks.figures import RESULTS, ROOT, record
+from benchmarks.student_dimension import dimension_figures
+from benchmarks.student_epoch import epoch_figures
+from benchmarks.student_sizes import size_curve
+from benchmarks.student_step import StudentStepConfig, student_step, unmeasured
+from student.model import StudentConfig
 from teacher.train import TrainConfig, train
 from vpr.catalog import CatalogConfig, build_catalog
 from vpr.cli import quieten, read_config
@@ -54,7 +64,53 @@ def measure_grocery() -> None:
     record("student", figures, {"grocery": table})
 
 
-PARTS = {"sample": measure_sample, "grocery": measure_grocery}
+def measure_sizes() -> None:
+    """Retention and cost of four sizes on furniture renders, trained for longer than the ablation."""
+    setting = replace(sample(), folder=_FOLDER / "sizes", epochs=40, views=12, command=_command("sizes"))
+    figures, table = size_curve(setting, RESULTS / "student-sizes.svg")
+    record("student", figures, {"sizes": table})
+
+
+def measure_dimension() -> None:
+    """What a teacher of a known spectrum loses from 1024 to 256 dimensions."""
+    figures, table = dimension_figures(_command("dimension"))
+    record("student", figures, {"dimension": table})
+
+
+def measure_throughput() -> None:
+    """Epochs with the cache against the student's own passes: the ablation's student and the demo's."""
+    setting = replace(sample(), folder=_FOLDER / "throughput", epochs=4, views=1)
+    config, figures = distillation(setting, setting.folder / "none", replace(SMALL, embedding_dim=256), 0), []
+    for model in (config.model, StudentConfig(stem="conv", embedding_dim=256)):
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = replace(config, model=model)
+            figures += epoch_figures(chosen, Path(folder), _command("throughput"))
+    record("student", figures, {})
+
+
+def measure_gpu() -> None:
+    """The small student's step on the GPU at hand, into ``gpu.json``; without one, that it is not measured."""
+    config = StudentStepConfig()
+    if torch.cuda.is_available():
+        record("gpu", *student_step(config))
+        return
+    names = {figure.name for figure in unmeasured(config)}
+    known = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
+    if any(row["name"] in names and row["value"] is not None for row in known):
+        say("no GPU here: the figures of another machine stay")
+        return
+    record("gpu", unmeasured(config), {})
+    say("no GPU here: the student's step is recorded as not measured")
+
+
+PARTS = {
+    "dimension": measure_dimension,
+    "throughput": measure_throughput,
+    "grocery": measure_grocery,
+    "sample": measure_sample,
+    "sizes": measure_sizes,
+    "gpu": measure_gpu,
+}
 
 
 def _teacher(recipe: str, catalog: Path, output: Path | str) -> Path:

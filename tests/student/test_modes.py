@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.interrupted import interrupt
+from benchmarks.student_epoch import epoch_figures
 from student.config import DistillConfig, QuantiseConfig
 from student.dimension import DimensionConfig
 from student.distill import distill
@@ -199,3 +200,11 @@ def test_a_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys:
     err = capsys.readouterr().err
     assert "is asked 192 times, then cached in" in err
     assert "dry run: one step taken, nothing written" in err
+
+
+def test_an_epoch_is_measured_as_it_is_trained(config: DistillConfig, tmp_path: Path) -> None:
+    epoch, own, ratio = (figure.value for figure in epoch_figures(config, tmp_path, "command"))
+    assert epoch is not None
+    assert own is not None
+    assert ratio == pytest.approx(epoch / own)
+    assert epoch > own > 0

@@ -1,0 +1,159 @@
+"""Students of four sizes: how much of the teacher each keeps, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablation_student import SMALL, Setting, distillation, retention, score_students
+from benchmarks.figures import Figure, Row
+from benchmarks.latency import time_models
+from export.onnx_graph import OnnxConfig, export_onnx
+from student.distill import distill
+from student.model import count_multiply_adds
+from teacher.model import load_teacher
+from vpr.artifact import load_artifact
+from vpr.catalog import load_catalog
+from vpr.embeddings import embed, torch_forward
+from vpr.training import score_split
+
+_HEADS = {96: 2, 128: 2, 192: 3, 256: 4}
+SIZES = {width: replace(SMALL, dim=width, heads=heads, mlp_dim=2 * width) for width, heads in _HEADS.items()}
+# Retention aimed at by a student of at most this share of the teacher's multiply-adds.
+GOALS = {0.5: 0.95, 0.25: 0.90}
+_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A student of the curve.
+
+    Attributes:
+        width: of its tokens.
+        parameters: number of them.
+        multiply_adds: of one picture.
+        share: of the teacher's multiply-adds.
+        recall: recall@1.
+        kept: retention, and its interval.
+        torch: milliseconds of one picture by PyTorch.
+        openvino: milliseconds of one picture by OpenVINO, FP32.
+        seconds: of training, on the CPU.
+    """
+
+    width: int
+    parameters: int
+    multiply_adds: int
+    share: float
+    recall: float
+    kept: tuple[float, float, float]
+    torch: float
+    openvino: float
+    seconds: float
+
+    @property
+    def row(self) -> Row:
+        """For people."""
+        return {
+            "width": self.width,
+            "parameters": f"{self.parameters / 1e6:.2f} M",
+            "multiply-adds": f"{self.multiply_adds / 1e6:.1f} M",
+            "of the teacher's": f"{self.share:.0%}",
+            "recall@1": f"{self.recall:.3f}",
+            "retention [95 %]": "{:.2f} [{:.2f}, {:.2f}]".format(*self.kept),
+            "ms, PyTorch": f"{self.torch:.2f}",
+            "ms, OpenVINO": f"{self.openvino:.2f}",
+            "training, s": f"{self.seconds:.0f}",
+        }
+
+
+def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
+    """Distil each size with the default, score it on the test split, time it, and draw retention against cost.
+
+    Args:
+        setting: teacher, catalogue and budget.
+        plot: SVG file to write.
+
+    Returns:
+        retention of the largest student within each share of the teacher's multiply-adds, and the table.
+    """
+    test = load_catalog(setting.catalog).select(split="test")
+    model, artifact = load_teacher(setting.teacher)
+    assert artifact.card.preprocess is not None
+    teacher = score_split(test, embed(test, artifact.card.preprocess, torch_forward(model)))
+    whole = count_multiply_adds(model, artifact.card.preprocess.size)
+    students = {width: _train(setting, width) for width in SIZES}
+    graphs = {width: _export(path) for width, path in students.items()}
+    paths = (str(setting.teacher), *map(str, (*students.values(), *graphs.values())))
+    times = {name: row["latency_ms"] for name, row in time_models(paths, (1,), _SECONDS, 1).items()}
+    points = []
+    for width, path in students.items():
+        scores, metrics = score_students([path], test), load_artifact(path).card.metrics
+        points.append(
+            Point(
+                width,
+                metrics["parameters"],
+                metrics["multiply_adds"],
+                metrics["multiply_adds"] / whole,
+                scores.found[0].recall_at_1,
+                retention(scores.hits, teacher.hits),
+                times[f"{path.name} (torch)"]["1"]["p50"],
+                times[f"{graphs[width].name} (openvino)"]["1"]["p50"],
+                scores.seconds,
+            )
+        )
+    draw(points, plot)
+    alone = {"width": "the teacher", "parameters": f"{artifact.card.metrics['parameters'] / 1e6:.2f} M"}
+    ours = times[f"{artifact.card.name} (torch)"]["1"]["p50"]
+    alone |= {"multiply-adds": f"{whole / 1e6:.1f} M", "of the teacher's": "100%"}
+    alone |= {
+        "recall@1": f"{teacher.recall_at_1:.3f}",
+        "retention [95 %]": "",
+        "ms, PyTorch": f"{ours:.2f}",
+        "ms, OpenVINO": "",
+    }
+    rows = [{**alone, "training, s": f"{artifact.card.metrics['seconds']:.0f}"}, *(point.row for point in points)]
+    return [_kept(points, share, goal, setting) for share, goal in GOALS.items()], rows
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """Retention against parameters and against milliseconds, side by side, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(8, 3.2), layout="constrained")
+    axes = drawing.subplots(1, 2, sharey=True)
+    kept = [point.kept[0] for point in points]
+    spread = [[k - point.kept[1] for k, point in zip(kept, points, strict=True)]]
+    spread.append([point.kept[2] - k for k, point in zip(kept, points, strict=True)])
+    costs: list[tuple[Any, list[float], str]] = [
+        (axes[0], [point.parameters / 1e6 for point in points], "parameters, millions"),
+        (axes[1], [point.openvino for point in points], "ms per picture, OpenVINO FP32, one thread"),
+    ]
+    for axis, cost, label in costs:
+        axis.errorbar(cost, kept, spread, marker="o", capsize=3, color="#1f5fa8")
+        for point, x, y in zip(points, cost, kept, strict=True):
+            axis.annotate(str(point.width), (x, y), textcoords="offset points", xytext=(6, -12))
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("recall@1 over the teacher's")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "vpr", "svg.fonttype": "none"}):
+        drawing.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _kept(points: list[Point], share: float, goal: float, setting: Setting) -> Figure:
+    best = max((point for point in points if point.share <= share), key=lambda point: point.share)
+    name = f"{setting.name}: retention at {best.share:.0%} of the teacher's multiply-adds (at most {share:.0%})"
+    return Figure(name, best.kept[0], "", goal, ">=", setting.command, best.kept[1:], (0,))
+
+
+def _train(setting: Setting, width: int) -> Path:
+    path = distill(distillation(setting, setting.folder / f"width-{width}", SIZES[width], 0))
+    assert path is not None
+    return path
+
+
+def _export(student: Path) -> Path:
+    return export_onnx(OnnxConfig(str(student), f"{student}-fp32"))
