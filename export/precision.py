@@ -132,6 +132,9 @@ def _convert_initialisers(body: onnx.GraphProto, kept: set[int]) -> None:
                 node.input[j] = f"{name}_fp16" if name in wide else name
     for name in sorted(narrow):
         values = numpy_helper.to_array(weights[name])
+        # The largest number of FP32 stands for infinity in the exporter's masks; FP16's does as well.
+        endless = np.abs(values) >= np.finfo(np.float32).max
+        values = np.where(endless, np.copysign(_FP16_MAX, values), values)
         if np.abs(values).max(initial=0) > _FP16_MAX:
             raise UserError(f"fp16: weight '{name}' is beyond FP16's range: serve this student in FP32 or BF16")
         if name in wide:
