@@ -18,10 +18,10 @@ from student.signal import SignalConfig
 from teacher.model import load_teacher
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.embeddings import embed, torch_forward
+from vpr.embeddings import embed, score_split, torch_forward
 from vpr.loading import LoaderConfig
 from vpr.metrics import RetrievalScores, bootstrap_interval
-from vpr.training import RunConfig, score_split
+from vpr.training import RunConfig
 
 SEEDS = (0, 1)
 # Patches of 16 of the teacher's own 96 pixels: the fewest multiply-adds that keep a convolutional stem's detail.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.cpu import openvino_forward
 from export.onnx_graph import INPUT, OUTPUT, load_onnx, session
 from vpr.artifact import Artifact, load_artifact
 from vpr.embeddings import Forward, torch_forward
@@ -88,22 +88,9 @@ def _open_onnxruntime(path: Path | str, threads: int) -> Forward:
 
 def _open_openvino(artifact: Artifact, threads: int) -> Forward:
     try:
-        import openvino
+        return openvino_forward(artifact.file("model.onnx"), threads)
     except ImportError as error:
         raise BackendUnavailable(f"openvino cannot be loaded ({error}): pip install -r requirements.txt") from None
-    # Without the precision hint the CPU plugin computes FP32 graphs in BF16 where the processor has it.
-    options: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    compiled = openvino.Core().compile_model(str(artifact.file("model.onnx")), "CPU", options)
-    request = compiled.create_infer_request()
-
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return request.infer({INPUT: batch})[OUTPUT].copy()
-
-    return forward
 
 
 def _open_engine(artifact: Artifact) -> Forward:

@@ -15,8 +15,7 @@ from student.model import count_multiply_adds
 from teacher.model import load_teacher
 from vpr.artifact import load_artifact
 from vpr.catalog import load_catalog
-from vpr.embeddings import embed, torch_forward
-from vpr.training import score_split
+from vpr.embeddings import embed, score_split, torch_forward
 
 _HEADS = {96: 2, 128: 2, 192: 3, 256: 4}
 SIZES = {width: replace(SMALL, dim=width, heads=heads, mlp_dim=2 * width) for width, heads in _HEADS.items()}

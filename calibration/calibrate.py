@@ -1,18 +1,26 @@
-"""``vpr calibrate``: run training pictures through the FP32 graph and record INT8 ranges."""
+"""``vpr calibrate``: run training pictures through the FP32 graph and record what INT8 needs to know."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
-from calibration.ranges import MagnitudeHistogram, Method, threshold
-from calibration.select import select_pictures
+from calibration.linears import Linear, find_linears
+from calibration.ranges import METHODS, Method, threshold
+from calibration.select import Selection, select_pictures
+from calibration.smooth import Smoothing, correct_bias, factors, output_error, search_smoothing, smooth
+from calibration.statistics import Activations, measure
 from vpr.artifact import find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
@@ -21,6 +29,7 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 
 _BATCH = 16
+_EXACT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,14 @@ class CalibrateConfig:
         catalog: catalogue artifact; only its ``train`` split is used.
         output: where the ranges are written.
         count: pictures.
-        method: how a range is chosen from what was seen.
+        selection: how they are drawn, see :func:`calibration.select.select_pictures`.
+        method: how a range is chosen from what was seen; ``auto`` takes for each tensor the method whose
+            range leaves the least error at the output of its linear.
         percentile: in percent, for the method of that name.
+        smooth: move the difficulty of activations with outlying channels into the weights (SmoothQuant).
+        correct: take the mean error of each quantised linear from its bias.
+        evaluation: catalogue artifact that is scored, if another: pictures and products of all but its ``train``
+            split are refused.
         seed: of the draw of pictures.
     """
 
@@ -41,9 +56,36 @@ class CalibrateConfig:
     catalog: str
     output: str
     count: int = 256
-    method: Method = "mse"
+    selection: Selection = "stratified"
+    method: Literal[Method, "auto"] = "mse"
     percentile: float = 99.99
+    smooth: bool = False
+    correct: bool = False
+    evaluation: str = ""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise UserError(f"percentile: {self.percentile}: give more than 0 and at most 100")
+
+
+@dataclass(frozen=True)
+class Range:
+    """How the input of one or more linears is quantised.
+
+    Attributes:
+        threshold: magnitude that maps to 127.
+        method: that chose it.
+        thresholds: of every method.
+        largest: magnitude seen.
+        linears: modules that read the tensor.
+    """
+
+    threshold: float
+    method: str
+    thresholds: dict[Method, float]
+    largest: float
+    linears: list[str]
 
 
 def calibrate(config: CalibrateConfig) -> Path:
@@ -51,67 +93,111 @@ def calibrate(config: CalibrateConfig) -> Path:
     model, catalog = load_artifact(config.onnx, "onnx"), load_catalog(config.catalog)
     if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
         raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")
-    parents = [model.as_parent("onnx")]
+    parents, evaluation = [model.as_parent("onnx")], None
     if catalog.artifact:
         parents.append(catalog.artifact.as_parent("catalog"))
+    if config.evaluation:
+        evaluation = load_catalog(config.evaluation)
+        parents += [evaluation.artifact.as_parent("evaluation")] if evaluation.artifact else []
     if find_current(config.output, "ranges", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    training = catalog.select(split="train")
-    rows = select_pictures(training, config.count, config.seed)
-    pictures = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
     with reading(model):
         graph = onnx.load(model.file("model.onnx"), load_external_data=False)
-    histograms = measure(graph, pictures, model.card.preprocess)
-    readers: dict[str, list[str]] = {}
-    for node in linear_nodes(graph):
-        readers.setdefault(node.input[0], []).append(module_name(node))
-    ranges = {
-        name: {
-            "threshold": threshold(histogram, config.method, config.percentile),
-            "largest": histogram.largest,
-            "linears": readers[name],
-        }
-        for name, histogram in histograms.items()
-    }
+    training = catalog.select(split="train")
+    embed = _embedder(graph, training, model.card.preprocess)
+    scored = evaluation or catalog
+    scored = Catalog(scored.table.filter(pc.not_equal(scored.table["split"], "train")), scored.root, scored.artifact)
+    rows = select_pictures(training, config.count, config.seed, config.selection, embed, scored)
+    pictures = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
+
+    def batches() -> Iterator[NDArray[np.float32]]:
+        assert model.card.preprocess is not None
+        return read_batches(pictures, model.card.preprocess, _BATCH)
+
+    seen, smoothings = measure(graph, batches(), config.seed), []
+    if config.smooth:
+        smoothings = search_smoothing(graph, seen)
+        smoothed = smooth(graph, factors(smoothings))
+        check_unchanged(graph, smoothed, next(batches()))
+        graph, seen = smoothed, measure(smoothed, batches(), config.seed)
+    linears = find_linears(graph)
+    ranges = {name: choose_range(name, one, linears, config) for name, one in seen.items()}
+    arrays = {f"smooth:{linear}": values for linear, values in factors(smoothings).items()}
+    if config.correct:
+        arrays |= _corrections(linears, seen, ranges)
     with write_artifact(config.output, "ranges", plain(config), parents) as draft:
-        (draft.path / "ranges.json").write_text(json.dumps(ranges, indent=1), encoding="utf-8")
+        written = {name: vars(one) for name, one in ranges.items()}
+        (draft.path / "ranges.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
         pq.write_table(pictures.table.select(["image", "product", "sha256"]), draft.path / "pictures.parquet")
+        save_file(arrays, draft.path / "adjustments.safetensors")
         draft.catalog = catalog.summary()
-        draft.metrics = {"pictures": len(pictures), "tensors": len(ranges)}
+        draft.metrics = {
+            "pictures": len(pictures),
+            "tensors": len(ranges),
+            "smoothing": [_described(one) for one in smoothings],
+            "methods": {method: sum(one.method == method for one in ranges.values()) for method in METHODS},
+        }
     say(f"{config.output}: ranges of {len(ranges)} tensors from {len(pictures)} training pictures, by {config.method}")
     return Path(config.output)
 
 
-def linear_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The products with a constant matrix: what INT8 is about in a ViT."""
-    constants = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 2}
-    return [n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
+def choose_range(name: str, seen: Activations, linears: list[Linear], config: CalibrateConfig) -> Range:
+    """The range of one tensor by the configuration's method."""
+    found = {method: threshold(seen.histogram, method, config.percentile) for method in METHODS}
+    readers = [linear for linear in linears if linear.input == name]
+    if config.method == "auto" and readers:
+        errors = {
+            method: sum(output_error(seen.rows, linear.weight, limit) for linear in readers)
+            for method, limit in found.items()
+        }
+        method: Method = min(METHODS, key=lambda one: errors[one])
+    else:
+        method = "mse" if config.method == "auto" else config.method
+    return Range(found[method], method, found, seen.histogram.largest, [linear.module for linear in readers])
 
 
-def module_name(node: onnx.NodeProto) -> str:
-    """The PyTorch module that a node of our export comes from, such as ``vit.transformer.layers.0.0.to_qkv``."""
-    return node.name.rpartition("/")[0]
+def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: NDArray[np.float32]) -> None:
+    """Refuse a fold that changes the float graph's embeddings by more than 1e-5."""
+    before, after = (_run(_session(one), batch) for one in (graph, smoothed))
+    largest = float(np.abs(before - after).max())
+    if not largest <= _EXACT:
+        raise UserError(
+            f"smooth: folding changes the embeddings by {largest:.1e} (limit {_EXACT}): calibrate with --smooth false"
+        )
 
 
-def measure(graph: onnx.ModelProto, pictures: Catalog, preprocess: Preprocess) -> dict[str, MagnitudeHistogram]:
-    """Histograms of the inputs of all linears, by tensor name, batch by batch."""
+def _session(graph: onnx.ModelProto) -> Any:
     import onnxruntime as ort
 
-    names = list(dict.fromkeys(node.input[0] for node in linear_nodes(graph)))
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph)
-    present = {value.name for value in watched.graph.output}
-    watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in present
-    )
-    session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-    pixels = session.get_inputs()[0].name
-    histograms = {name: MagnitudeHistogram() for name in names}
-    for batch in read_batches(pictures, preprocess, _BATCH):
-        for name, values in zip(names, session.run(names, {pixels: batch}), strict=True):
-            try:
-                histograms[name].add(np.asarray(values))
-            except ValueError:
-                raise UserError(f"calibration: tensor '{name}' is not finite: check the student's weights") from None
-    return histograms
+    return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: batch})[0])
+
+
+def _embedder(
+    graph: onnx.ModelProto, training: Catalog, preprocess: Preprocess
+) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
+    """The graph's own embeddings of some of the pictures."""
+
+    def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        some, session = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact), _session(graph)
+        return np.concatenate([_run(session, batch) for batch in read_batches(some, preprocess, _BATCH)])
+
+    return embed
+
+
+def _corrections(
+    linears: list[Linear], seen: dict[str, Activations], ranges: dict[str, Range]
+) -> dict[str, NDArray[np.float32]]:
+    return {
+        f"bias:{linear.module}": correct_bias(seen[linear.input].rows, linear.weight, ranges[linear.input].threshold)
+        for linear in linears
+        if linear.bias is not None
+    }
+
+
+def _described(one: Smoothing) -> dict[str, Any]:
+    return {"linear": one.linear, "source": one.source, "alpha": one.alpha, "error": round(one.gain, 4)}

@@ -1,118 +1,75 @@
-"""``vpr export int8``: FP32 graph and ranges -> a graph with explicit quantisation of its linears.
+"""FP32 graph and ranges -> a graph with explicit quantisation, INT8 or FP8.
 
-Symmetric INT8: weights per output channel, activations per tensor. Only products with a constant
-matrix are quantised (LayerNorm, softmax and attention keep the base precision: quantising those is
-what collapses a ViT, see FQ-ViT, IJCAI 2022), and biases stay in floating point (TensorRT's parser
-refuses quantised INT32 biases).
+Symmetric: weights per output channel, activations per tensor. The recipe ``linear`` quantises products with a
+constant matrix (LayerNorm, softmax and attention keep the base precision: quantising those is what collapses a
+ViT, see FQ-ViT, IJCAI 2022); ``full-mha`` the inputs of attention's own products too. Biases stay in floating
+point (TensorRT's parser refuses quantised INT32 biases).
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from calibration.calibrate import linear_nodes
-from export.onnx_graph import count_operators, describe, load_onnx
-from export.precision import to_fp16
-from vpr.artifact import Artifact, find_current, load_artifact, plain, reading, write_artifact
-from vpr.console import say
+from calibration.linears import attention_nodes, channel_axis, find_linears, linear_nodes, replace_constant
 from vpr.errors import UserError
 from vpr.int8 import KEEP, LEVELS, activation_scale, weight_scales
 
-
-@dataclass(frozen=True)
-class Int8Config:
-    """An INT8 graph.
-
-    Attributes:
-        onnx: FP32 ``onnx`` artifact.
-        ranges: ``ranges`` artifact measured on it.
-        output: where the graph is written.
-        base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
-            computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
-            slower than without quantisation over ``fp16``.
-        keep: linears whose names begin with one of these stay in the base precision.
-    """
-
-    onnx: str
-    ranges: str
-    output: str
-    base: Literal["fp16", "fp32"] = "fp16"
-    keep: tuple[str, ...] = KEEP
+Recipe = Literal["linear", "full-mha"]
+Format = Literal["int8", "fp8"]
+_FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+_FP8_LARGEST = 448.0
 
 
-def export_int8(config: Int8Config) -> Path:
-    """Insert Q/DQ and write an artifact of kind ``onnx``.
-
-    Raises:
-        UserError: ranges of another graph, a linear without a range, or nothing left to quantise.
-    """
-    graph, model = load_onnx(config.onnx)
-    ranges = load_artifact(config.ranges, "ranges")
-    _check_parents(config, model, ranges)
-    parents = [model.as_parent("onnx"), ranges.as_parent("ranges")]
-    values = {**plain(config), "precision": "int8"}
-    if find_current(config.output, "onnx", values, parents):
-        say(f"{config.output}: up to date")
-        return Path(config.output)
-    with reading(ranges):
-        measured = json.loads(ranges.file("ranges.json").read_text(encoding="utf-8"))
-        thresholds = {name: float(entry["threshold"]) for name, entry in measured.items()}
-    quantised = quantise(graph, thresholds, config.keep)
-    names = [n.name for n in linear_nodes(graph) if not n.name.startswith(config.keep)]
-    wide = model.card.metrics.get("fp32_nodes", [])
-    if config.base == "fp16":
-        quantised = to_fp16(quantised, wide)
-    with write_artifact(config.output, "onnx", values, parents) as draft:
-        onnx.save(quantised, draft.path / "model.onnx")
-        describe(draft, model, quantised)
-        kept = [n.name for n in linear_nodes(graph) if n.name not in names]
-        counts = count_operators(quantised)
-        draft.metrics = {"quantised": names, "kept": kept, "fp32_nodes": wide, "nodes": counts}
-    say(f"{config.output}: INT8 over {config.base.upper()}, {len(names)} linears quantised, {len(kept)} kept")
-    return Path(config.output)
-
-
-def quantise(graph: onnx.ModelProto, thresholds: dict[str, float], keep: tuple[str, ...]) -> onnx.ModelProto:
-    """A copy of an FP32 graph with Q/DQ before every linear that is not kept.
+def quantise(
+    graph: onnx.ModelProto,
+    thresholds: Mapping[str, float],
+    layers: Collection[str],
+    number: Format = "int8",
+    corrections: Mapping[str, NDArray[np.float32]] | None = None,
+) -> onnx.ModelProto:
+    """A copy of an FP32 graph with Q/DQ before each of some layers.
 
     Args:
         graph: FP32.
-        thresholds: magnitude that maps to 127, by the name of a linear's input.
-        keep: beginnings of names of linears to leave alone.
+        thresholds: magnitude that maps to the largest number, by the name of a tensor.
+        layers: nodes to quantise, of :func:`quantised_nodes`.
+        number: of eight bits: ``fp8`` is E4M3, for Ada and Hopper GPUs.
+        corrections: by the module of a linear, what is taken from its bias where it is quantised.
+
+    Raises:
+        UserError: a tensor without a range.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
+    _correct(model, corrections or {}, layers)
     body = model.graph
-    chosen = [node for node in linear_nodes(model) if not node.name.startswith(keep)]
-    if not chosen:
-        raise UserError(f"keep: {', '.join(keep)} leaves nothing to quantise: name fewer layers")
+    chosen = {name: inputs for name, inputs in quantised_nodes(model, (), "full-mha").items() if name in layers}
     weights = {tensor.name: tensor for tensor in body.initializer}
+    linears = {node.name for node in linear_nodes(model)}
     before: dict[str, list[onnx.NodeProto]] = {}
     done: dict[str, str] = {}
-    for node in chosen:
-        activation, weight = node.input[0], node.input[1]
-        if activation not in thresholds:
-            raise UserError(
-                f"ranges: no range for '{activation}', the input of '{node.name}': calibrate this graph again"
-            )
+    for node in (node for node in body.node if node.name in chosen):
         pairs = before.setdefault(node.name, [])
-        if activation not in done:
-            done[activation] = _quantise_activation(body, activation, thresholds[activation], pairs)
-        if weight not in done:
-            done[weight] = _quantise_weight(body, weights[weight], _channel_axis(node), pairs)
-        node.input[0], node.input[1] = done[activation], done[weight]
-    used = {name for node in body.node for name in node.input}
+        for position, name in enumerate(chosen[node.name]):
+            if name not in thresholds:
+                raise UserError(f"ranges: no range for '{name}', an input of '{node.name}': calibrate this graph again")
+            if name not in done:
+                done[name] = _quantise_activation(body, name, thresholds[name], pairs, number)
+            node.input[position] = done[name]
+        if node.name in linears:
+            weight = node.input[1]
+            if weight not in done:
+                done[weight] = _quantise_weight(body, weights[weight], channel_axis(node), pairs, number)
+            node.input[1] = done[weight]
     ordered = [one for node in body.node for one in (*before.get(node.name, ()), node)]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
-    used |= {name for node in copies for name in node.input}
+    used = {name for node in copies for name in node.input}
     initialisers = [tensor for tensor in body.initializer if tensor.name in used]
     kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in initialisers]
     del body.node[:], body.initializer[:], body.value_info[:]
@@ -120,6 +77,22 @@ def quantise(graph: onnx.ModelProto, thresholds: dict[str, float], keep: tuple[s
     body.initializer.extend(kept)
     onnx.checker.check_model(model)
     return model
+
+
+def quantised_nodes(
+    graph: onnx.ModelProto, keep: tuple[str, ...] = KEEP, recipe: Recipe = "linear"
+) -> dict[str, tuple[str, ...]]:
+    """The nodes that a recipe quantises, by name, with the activations that each reads.
+
+    Args:
+        graph: FP32.
+        keep: beginnings of names of linears, and of attentions, to leave alone.
+        recipe: which products are quantised.
+    """
+    found: dict[str, tuple[str, ...]] = {node.name: (node.input[0],) for node in linear_nodes(graph)}
+    if recipe == "full-mha":
+        found |= attention_nodes(graph)
+    return {name: inputs for name, inputs in found.items() if not name.startswith(keep)}
 
 
 def quantise_per_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -138,37 +111,42 @@ def quantise_per_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArra
     return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scale
 
 
-def _quantise_activation(body: onnx.GraphProto, name: str, limit: float, pairs: list[onnx.NodeProto]) -> str:
-    scale = activation_scale(limit)
+def _correct(model: onnx.ModelProto, corrections: Mapping[str, NDArray[np.float32]], layers: Collection[str]) -> None:
+    for linear in find_linears(model):
+        if linear.module in corrections and linear.bias is not None and linear.node in layers:
+            adder = next(node for node in model.graph.node if node.name == linear.adder)
+            constants = {tensor.name for tensor in model.graph.initializer}
+            position = 2 if adder.op_type == "Gemm" else next(i for i, x in enumerate(adder.input) if x in constants)
+            corrected = linear.bias - corrections[linear.module]
+            replace_constant(model, adder.name, adder.input[position], corrected)
+
+
+def _quantise_activation(
+    body: onnx.GraphProto, name: str, limit: float, pairs: list[onnx.NodeProto], number: Format
+) -> str:
+    scale = activation_scale(limit, LEVELS if number == "int8" else _FP8_LARGEST)
+    zero = np.array(0, np.int8 if number == "int8" else _FP8)
     body.initializer.append(numpy_helper.from_array(np.array(scale), f"{name}_scale"))
-    body.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{name}_zero"))
+    body.initializer.append(numpy_helper.from_array(zero, f"{name}_zero"))
     quantisation = [f"{name}_scale", f"{name}_zero"]
     pairs.append(helper.make_node("QuantizeLinear", [name, *quantisation], [f"{name}_q"], name=f"{name}/Q"))
     pairs.append(helper.make_node("DequantizeLinear", [f"{name}_q", *quantisation], [f"{name}_dq"], name=f"{name}/DQ"))
     return f"{name}_dq"
 
 
-def _quantise_weight(body: onnx.GraphProto, tensor: onnx.TensorProto, axis: int, pairs: list[onnx.NodeProto]) -> str:
-    name = tensor.name
-    values, scale = quantise_per_channel(numpy_helper.to_array(tensor), axis)
-    body.initializer.append(numpy_helper.from_array(values, f"{name}_int8"))
+def _quantise_weight(
+    body: onnx.GraphProto, tensor: onnx.TensorProto, axis: int, pairs: list[onnx.NodeProto], number: Format
+) -> str:
+    name, matrix = tensor.name, numpy_helper.to_array(tensor)
+    if number == "int8":
+        values, scale = quantise_per_channel(matrix, axis)
+    else:
+        scale = weight_scales(matrix, axis, _FP8_LARGEST)
+        steps = matrix / np.expand_dims(scale, 1 - axis)
+        values = np.clip(steps, -_FP8_LARGEST, _FP8_LARGEST).astype(_FP8)
+    body.initializer.append(numpy_helper.from_array(values, f"{name}_{number}"))
     body.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
-    body.initializer.append(numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}_zero"))
-    inputs = [f"{name}_int8", f"{name}_scale", f"{name}_zero"]
+    body.initializer.append(numpy_helper.from_array(np.zeros(len(scale), values.dtype), f"{name}_zero"))
+    inputs = [f"{name}_{number}", f"{name}_scale", f"{name}_zero"]
     pairs.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}/DQ", axis=axis))
     return f"{name}_dq"
-
-
-def _channel_axis(node: onnx.NodeProto) -> int:
-    """Axis of the output channels: rows of a transposed Gemm weight, else columns."""
-    return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
-
-
-def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> None:
-    if model.card.config.get("precision") != "fp32":
-        raise UserError(f"{config.onnx}: Q/DQ is inserted into the FP32 graph: give that one, --base sets the rest")
-    # A student that was fine-tuned under these very ranges keeps them.
-    if model.as_parent("onnx") not in ranges.card.parents and ranges.as_parent("ranges") not in model.card.parents:
-        raise UserError(
-            f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
-        )

@@ -29,11 +29,12 @@ from teacher.train import find_leaks, unknown_start
 from vpr.artifact import Artifact, Embedding, Parent, check_output, find_current, load_artifact, plain, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
+from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import copy_logs, drop_checkpoint, fit, run_folder, score_split
+from vpr.training import copy_logs, drop_checkpoint, fit, run_folder
 
 
 def distill(config: DistillConfig) -> Path | None:

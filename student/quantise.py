@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from vpr.artifact import Artifact, load_artifact, reading
@@ -79,12 +80,15 @@ def read_thresholds(path: Path | str) -> tuple[dict[str, float], Artifact]:
     """Ranges by the name of each linear, from a ``ranges`` artifact.
 
     Raises:
-        UserError: ranges that do not name their linears.
+        UserError: ranges that do not name their linears, or of a smoothed graph.
     """
     artifact = load_artifact(path, "ranges")
     with reading(artifact):
         measured = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
         found = {name: float(entry["threshold"]) for entry in measured.values() for name in entry.get("linears", ())}
+        adjusted = load_file(artifact.file("adjustments.safetensors"))
+    if any(name.startswith("smooth:") for name in adjusted):
+        raise UserError(f"{path}: of a smoothed graph: calibrate with --smooth false to finish a student")
     if not found:
         raise UserError(f"{path}: does not say which linears its ranges are of: calibrate again with this version")
     return found, artifact

@@ -16,10 +16,9 @@ from teacher.model import load_teacher
 from vpr.artifact import Artifact
 from vpr.catalog import Catalog
 from vpr.console import say
-from vpr.embeddings import embed, torch_forward, unit
+from vpr.embeddings import embed, score_split, torch_forward, unit
 from vpr.errors import UserError
 from vpr.processes import compute_device, is_first
-from vpr.training import score_split
 
 
 def load_source(config: DistillConfig) -> tuple[nn.Module, Artifact]:

@@ -15,12 +15,11 @@ from torch.utils.data import DataLoader
 
 from teacher.model import load_teacher
 from vpr.catalog import Catalog
-from vpr.embeddings import torch_forward, unit
+from vpr.embeddings import score_split, torch_forward, unit
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, validation_loader
 from vpr.metrics import RetrievalScores
-from vpr.training import score_split
 
 Weights = dict[str, Tensor]
 _KEPT_BYTES = 2 << 30  # pixels of a split that are decoded once and kept

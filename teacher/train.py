@@ -28,11 +28,12 @@ from vpr.artifact import (
 )
 from vpr.catalog import Catalog, check_leaks, load_catalog
 from vpr.console import say
+from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoint, fit, run_folder, score_split
+from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoint, fit, run_folder
 from vpr.views import ViewConfig
 
 

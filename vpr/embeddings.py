@@ -16,6 +16,7 @@ from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Preprocess, decode
+from vpr.metrics import RetrievalScores, evaluate
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -59,6 +60,12 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     if not np.isfinite(lengths).all() or (lengths == 0).any():
         raise UserError("embedding: the model gave a zero or non-finite vector: check its weights and preprocessing")
     return (vectors / lengths).astype(np.float32)
+
+
+def score_split(catalog: Catalog, vectors: NDArray[np.float32]) -> RetrievalScores:
+    """Recall of query pictures against gallery pictures of one split, whose vectors are given in order."""
+    query, gallery = catalog.roles == "query", catalog.roles == "gallery"
+    return evaluate(vectors[query], catalog.products[query], vectors[gallery], catalog.products[gallery])
 
 
 @dataclass(frozen=True)

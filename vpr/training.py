@@ -32,11 +32,10 @@ from vpr.artifact import Parent
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.ema import Ema
-from vpr.embeddings import unit
+from vpr.embeddings import score_split, unit
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise
-from vpr.metrics import RetrievalScores, evaluate
 from vpr.processes import Strategy, gathered, is_first, rank_and_world, shard, trainer_options, whole_state
 
 # Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
@@ -94,12 +93,6 @@ def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float)
     vectors = [p for p in training if sum(side > 1 for side in p.shape) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [{**group, "lr": lr} for group in groups if group["params"]]
-
-
-def score_split(catalog: Catalog, vectors: np.ndarray[Any, np.dtype[np.float32]]) -> RetrievalScores:
-    """Recall of query pictures against gallery pictures of one split, whose vectors are given in order."""
-    query, gallery = catalog.roles == "query", catalog.roles == "gallery"
-    return evaluate(vectors[query], catalog.products[query], vectors[gallery], catalog.products[gallery])
 
 
 class RecallModule(L.LightningModule):

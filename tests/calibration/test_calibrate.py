@@ -11,7 +11,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from calibration.calibrate import CalibrateConfig, calibrate, linear_nodes, measure
+from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.linears import linear_nodes
+from calibration.statistics import measure
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx
 from student.model import load_student
 from vpr.artifact import load_artifact
@@ -70,7 +72,9 @@ def test_pictures_are_recorded_and_of_training_products(ranges: Path, catalog: C
     assert recorded.column_names == ["image", "product", "sha256"]
     assert set(recorded["product"].to_pylist()) <= set(catalog.select(split="train").products.tolist())
     card = load_artifact(ranges, "ranges").card
-    assert card.metrics == {"pictures": 40, "tensors": 9}
+    # Nine linears, and queries, keys and values of two attentions.
+    assert (card.metrics["pictures"], card.metrics["tensors"]) == (40, 15)
+    assert card.metrics["methods"]["minmax"] == 15
     assert [parent.role for parent in card.parents] == ["onnx", "catalog"]
 
 
@@ -115,4 +119,4 @@ def test_a_tensor_that_is_not_finite_is_named(fp32: Path, catalog: Catalog) -> N
     assert artifact.card.preprocess is not None
     training = catalog.select(split="train")
     with pytest.raises(UserError, match=f"tensor '{node.input[0]}' is not finite"):
-        measure(broken, training, artifact.card.preprocess)
+        measure(broken, read_batches(training, artifact.card.preprocess, 16))

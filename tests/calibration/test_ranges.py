@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.ranges import BINS, LEVELS, MagnitudeHistogram, expected_error, threshold
+from calibration.ranges import BINS, LEVELS, METHODS, MagnitudeHistogram, divergence, expected_error, threshold
 
 
 def _histogram(*batches: np.ndarray) -> MagnitudeHistogram:
@@ -80,3 +80,90 @@ def test_zeros_and_what_is_not_finite() -> None:
         _histogram(np.array([1.0, np.inf]))
     with pytest.raises(ValueError, match="not finite"):
         _histogram(np.array([1.0, np.nan]))
+
+
+def _naive_divergence(counts: list[int], size: int) -> float:
+    """Migacz's algorithm with MXNet's smoothing, bin by bin."""
+    p = [float(c) for c in counts[:size]]
+    q = [0.0] * size
+    for level in range(128):
+        bins = [j for j in range(size) if j * 128 // size == level]
+        held = [j for j in bins if counts[j]]
+        for j in held:
+            q[j] = sum(counts[i] for i in bins) / len(held)
+    p[-1] += sum(counts[size:])
+
+    def smoothed(values: list[float]) -> list[float]:
+        empty = sum(v == 0 for v in values)
+        taken = 1e-4 * empty / max(len(values) - empty, 1)
+        values = [max(v - taken, 1e-4) if v else 1e-4 for v in values]
+        return [v / sum(values) for v in values]
+
+    return sum(a * np.log(a / b) for a, b in zip(smoothed(p), smoothed(q), strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_divergence_is_the_naive_loop_s(shape: str) -> None:
+    histogram = _histogram(SHAPES[shape](np.random.default_rng(4))[:5000])
+    found, counts = divergence(histogram), histogram.counts.tolist()
+    assert np.isinf(found[:127]).all()
+    for size in (128, 129, 200, 1000, 1791, 2047, 2048):
+        assert found[size - 1] == pytest.approx(_naive_divergence(counts, size), rel=1e-9)
+
+
+def test_entropy_clips_a_heavy_tail_that_onnx_runtime_s_default_keeps() -> None:
+    """With its 128 bins, ONNX Runtime's entropy is the largest value: nothing is decided."""
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    values = np.random.default_rng(5).standard_t(3, size=200_000).astype(np.float32)
+    collector = HistogramCollector("entropy", False, 128, 128, 99.999, "same")
+    collector.collect({"x": [values]})
+    low, high = (float(v) for v in collector.compute_collection_result()["x"][:2])
+    assert (low, high) == (values.min(), values.max())
+    assert threshold(_histogram(values), "entropy") < 0.6 * max(-low, high)
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9, 99.99])
+def test_percentile_and_min_max_are_onnx_runtime_s(percentile: float) -> None:
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    values = np.random.default_rng(6).normal(size=300_000).astype(np.float32)
+    collector = HistogramCollector("percentile", True, BINS, 128, percentile, "same")
+    collector.collect({"x": [values]})
+    low, high = (float(v) for v in collector.compute_collection_result()["x"][:2])
+    histogram = _histogram(values)
+    width = 2 * histogram.limit / BINS  # theirs has as many bins for both signs
+    assert -low == pytest.approx(high)
+    assert threshold(histogram, "percentile", percentile) == pytest.approx(high, abs=1.5 * width)
+    assert threshold(histogram, "minmax") == np.abs(values).max()
+
+
+def test_moving_average_is_pytorch_s_observer() -> None:
+    from torch.ao.quantization import MovingAverageMinMaxObserver
+
+    batches = np.abs(np.random.default_rng(7).standard_t(3, size=(12, 5000))).astype(np.float32)
+    observer = MovingAverageMinMaxObserver(averaging_constant=0.1)
+    for batch in batches:
+        observer(torch.from_numpy(batch))
+    assert threshold(_histogram(*batches), "moving-average") == pytest.approx(float(observer.max_val), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_octav_is_the_least_of_its_model_of_the_error(shape: str) -> None:
+    values = np.abs(SHAPES[shape](np.random.default_rng(8)).astype(np.float64))
+
+    def error(s: float) -> float:
+        noise = s**2 / (12 * 127**2) * np.mean((values > 0) & (values <= s))
+        return float(noise + np.mean(np.maximum(values - s, 0) ** 2))
+
+    found = threshold(_histogram(values), "octav")
+    best = min(error(s) for s in np.linspace(0.01, 1, 400) * values.max())
+    assert error(found) <= 1.01 * best
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=200))
+def test_every_method_gives_a_positive_threshold_within_what_was_seen(values: list[float]) -> None:
+    histogram = _histogram(np.array(values, dtype=np.float32))
+    for method in METHODS:
+        assert 0 < threshold(histogram, method) <= (histogram.largest or 1.0)

@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.engine import EngineConfig, build_engine, build_plan, load_builder
+from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
 from export.precision import to_fp16
-from export.qdq import Int8Config, export_int8
 from vpr.artifact import load_artifact
 from vpr.errors import UserError
 

@@ -11,15 +11,14 @@ import onnx
 import pytest
 import torch
 
-from calibration.calibrate import linear_nodes
+from calibration.statistics import measure
 from export.engine import EngineConfig, build_plan, load_builder
 from export.onnx_graph import run_graph, trace
 from export.parity import parity
 from export.precision import to_fp16
-from export.qdq import quantise
+from export.qdq import quantise, quantised_nodes
 from student.model import Student, StudentConfig
 from tests.conftest import small_student
-from vpr.int8 import KEEP
 
 CONFIG = EngineConfig(onnx="", output="", targets=("sm80", "sm86", "sm89", "sm120"))
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,16 +42,22 @@ def test_it_builds_and_computes_what_pytorch_does(shape: str, opset: int) -> Non
     with torch.inference_mode():
         expected = model(torch.from_numpy(pixels)).numpy()
     graph = trace(model, 32, opset)
-    thresholds = {node.input[0]: 4.0 for node in linear_nodes(graph)}
-    written: dict[str, onnx.ModelProto] = {
-        "fp32": graph,
-        "fp16": to_fp16(graph),
-        "int8": to_fp16(quantise(graph, thresholds, KEEP)),
+    seen = measure(graph, [pixels])
+    thresholds = {name: one.histogram.largest for name, one in seen.items()}
+    linears, every = quantised_nodes(graph), quantised_nodes(graph, (), "full-mha")
+    # Largest drop of the cosine, and the number of tensors that are quantised.
+    written: dict[str, tuple[onnx.ModelProto, float, int]] = {
+        "fp32": (graph, 1e-6, 0),
+        "fp16": (to_fp16(graph), 1e-4, 0),
+        "int8": (to_fp16(quantise(graph, thresholds, linears)), 0.01, len(linears)),
+        "int8, full-mha": (to_fp16(quantise(graph, thresholds, every)), 0.02, len(seen)),
+        "fp8": (to_fp16(quantise(graph, thresholds, linears, "fp8")), 0.02, len(linears)),
     }
-    for precision, least in (("fp32", 1 - 1e-6), ("fp16", 0.9999), ("int8", 0.98)):
-        assert parity(expected, run_graph(written[precision], pixels))["cosine_min"] > least, precision
-    # TensorRT-RTX has no fused attention in FP32: what is built for GPUs is the other two.
-    for precision in ("fp16", "int8"):
-        plan, layers = build_plan(trt, "tensorrt-rtx", written[precision], CONFIG)
+    for precision, (made, most, _) in written.items():
+        assert 1 - parity(expected, run_graph(made, pixels))["cosine_min"] < most, precision
+    # TensorRT-RTX has no fused attention in FP32: what is built for GPUs is the others.
+    for precision in list(written)[1:]:
+        config = replace(CONFIG, targets=("sm89", "sm120")) if precision == "fp8" else CONFIG
+        plan, layers = build_plan(trt, "tensorrt-rtx", written[precision][0], config)
         assert len(plan) > 10_000
-        assert bool(layers["layers"].get("QUANTIZE")) == (precision == "int8")
+        assert layers["layers"].get("QUANTIZE", 0) == written[precision][2], precision

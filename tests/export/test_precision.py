@@ -12,12 +12,13 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from calibration.calibrate import CalibrateConfig, calibrate
-from calibration.calibrate import linear_nodes as linears
+from calibration.linears import linear_nodes as linears
 from export.engine import EngineConfig, build_plan, load_builder
+from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
 from export.parity import parity
 from export.precision import find_overflow, to_fp16
-from export.qdq import Int8Config, export_int8, quantise
+from export.qdq import quantise, quantised_nodes
 from student.model import load_student
 from vpr.artifact import load_artifact, write_artifact
 from vpr.catalog import Catalog
@@ -75,7 +76,7 @@ def test_nodes_that_overflow_are_found_and_kept_fp32(graph: onnx.ModelProto, fac
 def test_a_quantised_graph_keeps_them_too(graph: onnx.ModelProto) -> None:
     loud, inputs = _louder(graph, 20_000), _inputs(2)
     limits = {node.input[0]: 4.0 for node in linears(graph)}
-    quantised = quantise(loud, limits, ("vit.to_patch_embedding", "vit.mlp_head"))
+    quantised = quantise(loud, limits, quantised_nodes(loud))
     half = to_fp16(quantised, find_overflow(loud, inputs))
     assert parity(run_graph(quantised, inputs), _in_real_fp16(half, inputs))["cosine_min"] > 0.999
     _accepts(half)

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
 
-from calibration.calibrate import linear_nodes
+from calibration.linears import linear_nodes
+from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
 from export.parity import parity
-from export.qdq import Int8Config, export_int8, quantise, quantise_per_channel
+from export.qdq import quantise, quantise_per_channel, quantised_nodes
 from student.model import load_student
 from vpr.artifact import load_artifact
 from vpr.errors import UserError
-
-KEEP = ("vit.to_patch_embedding", "vit.mlp_head")
 
 
 def _inputs(n: int) -> np.ndarray:
@@ -69,12 +68,12 @@ def test_graph_equals_fake_quantised_pytorch(each_student: Path, graph: onnx.Mod
     inputs = _inputs(8)
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
-    found = run_graph(quantise(graph, _thresholds(graph, limit), KEEP), inputs)
+    found = run_graph(quantise(graph, _thresholds(graph, limit), quantised_nodes(graph)), inputs)
     assert parity(expected, found)["cosine_min"] > 0.99999
 
 
 def test_only_the_linears_of_the_blocks_are_quantised(graph: onnx.ModelProto) -> None:
-    quantised = quantise(graph, _thresholds(graph, 3.0), KEEP)
+    quantised = quantise(graph, _thresholds(graph, 3.0), quantised_nodes(graph))
     producers = {output: node for node in quantised.graph.node for output in node.output}
     for node in linear_nodes(graph):
         after = next(n for n in quantised.graph.node if n.name == node.name)
@@ -133,8 +132,9 @@ def test_ranges_of_another_graph_are_refused(student_artifact: Path, ranges: Pat
         export_int8(Int8Config(str(other), str(ranges), str(tmp_path / "int8")))
 
 
-def test_nothing_left_to_quantise_is_refused(graph: onnx.ModelProto) -> None:
+def test_nothing_left_to_quantise_is_refused(graph: onnx.ModelProto, fp32: Path, ranges: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leaves nothing to quantise"):
-        quantise(graph, {}, ("vit",))
+        export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), keep=("vit",)))
+    assert not (tmp_path / "int8").exists()
     with pytest.raises(UserError, match="calibrate this graph again"):
-        quantise(graph, {}, KEEP)
+        quantise(graph, {}, quantised_nodes(graph))

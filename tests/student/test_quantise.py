@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from calibration.calibrate import CalibrateConfig, calibrate
+from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, run_graph
 from export.parity import parity
-from export.qdq import Int8Config, export_int8
 from student.config import DistillConfig, QuantiseConfig
 from student.distill import distill
 from student.model import load_student

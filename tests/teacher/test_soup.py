@@ -21,9 +21,8 @@ from teacher.soup import SoupConfig, average, soup
 from vpr.artifact import Artifact, Embedding, load_artifact, write_artifact
 from vpr.catalog import Catalog, write_catalog
 from vpr.cli import main
-from vpr.embeddings import embed, read_batches, torch_forward
+from vpr.embeddings import embed, read_batches, score_split, torch_forward
 from vpr.errors import UserError
-from vpr.training import score_split
 
 VIT = {
     "embed_dim": 32,

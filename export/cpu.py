@@ -1,0 +1,42 @@
+"""Graphs on the CPU by OpenVINO, the engine that computes Q/DQ in INT8 over any base precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from export.onnx_graph import INPUT, OUTPUT
+from vpr.embeddings import Forward
+
+
+def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
+    """A graph, or the file it lies in, as a function of arrays.
+
+    Args:
+        graph: with the input and output of our exports.
+        threads: 0 leaves their number to OpenVINO.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    import openvino
+
+    # Without the precision hint the CPU plugin computes FP32 graphs in BF16 where the processor has it.
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    if isinstance(graph, Path):
+        compiled = core.compile_model(str(graph), "CPU", options)
+    else:
+        compiled = core.compile_model(core.read_model(graph.SerializeToString(), b""), "CPU", options)
+    request = compiled.create_infer_request()
+
+    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return request.infer({INPUT: batch})[OUTPUT].copy()
+
+    return forward

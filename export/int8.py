@@ -1,0 +1,180 @@
+"""``vpr export int8``: FP32 graph and ranges -> an INT8 or FP8 graph, within a budget of recall if one is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from calibration.smooth import smooth
+from export.budget import Budget, keep_recall
+from export.onnx_graph import MAX_BATCH, count_operators, describe, load_onnx
+from export.precision import to_fp16
+from export.qdq import Format, Recipe, quantise, quantised_nodes
+from vpr.artifact import Artifact, find_current, load_artifact, plain, reading, write_artifact
+from vpr.catalog import load_catalog
+from vpr.console import say
+from vpr.embeddings import read_batches
+from vpr.errors import UserError
+from vpr.int8 import KEEP
+
+_READ_BY = 16
+
+
+@dataclass(frozen=True)
+class Int8Config:
+    """A graph of eight-bit products.
+
+    Attributes:
+        onnx: FP32 ``onnx`` artifact.
+        ranges: ``ranges`` artifact measured on it.
+        output: where the graph is written.
+        base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
+            computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
+            slower than without quantisation over ``fp16``.
+        keep: layers whose names begin with one of these stay in the base precision.
+        recipe: ``linear`` leaves attention in the base precision, ``full-mha`` quantises its products too.
+        number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
+        max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
+            that ``keep`` does not name.
+        catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
+        batch: pictures per call when candidates are timed.
+        seconds: of timing each candidate.
+        threads: of the engine that times; 0 leaves their number to it.
+    """
+
+    onnx: str
+    ranges: str
+    output: str
+    base: Literal["fp16", "fp32"] = "fp16"
+    keep: tuple[str, ...] = KEEP
+    recipe: Recipe = "linear"
+    number: Format = "int8"
+    max_recall_drop: float | None = None
+    catalog: str = ""
+    batch: int = 1
+    seconds: float = 2.0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_recall_drop is not None and not -1 <= self.max_recall_drop <= 1:
+            raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.005")
+        if (self.max_recall_drop is None) != (not self.catalog):
+            raise UserError("max_recall_drop: give it together with catalog, whose validation split decides")
+        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and self.threads >= 0):
+            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 or more")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A float graph as calibration left it, and what quantises it.
+
+    Attributes:
+        graph: FP32, smoothed where the ranges say so.
+        thresholds: by tensor.
+        corrections: of biases, by the module of a linear.
+    """
+
+    graph: onnx.ModelProto
+    thresholds: dict[str, float]
+    corrections: dict[str, NDArray[np.float32]]
+
+    def quantise(self, layers: Collection[str], number: Format) -> onnx.ModelProto:
+        """The FP32 graph with these layers quantised; itself with none."""
+        return quantise(self.graph, self.thresholds, layers, number, self.corrections) if layers else self.graph
+
+
+def export_int8(config: Int8Config) -> Path:
+    """Insert Q/DQ and write an artifact of kind ``onnx``.
+
+    With ``max_recall_drop`` the artifact also holds ``decision.json``: why every layer is what it is.
+
+    Raises:
+        UserError: ranges of another graph, a layer without a range, or nothing left to quantise.
+    """
+    graph, model = load_onnx(config.onnx)
+    ranges = load_artifact(config.ranges, "ranges")
+    _check_parents(config, model, ranges)
+    parents = [model.as_parent("onnx"), ranges.as_parent("ranges")]
+    validation = None
+    if config.catalog:
+        validation = load_catalog(config.catalog)
+        parents += [validation.artifact.as_parent("catalog")] if validation.artifact else []
+        validation = validation.select(split="validation")
+    values = {**plain(config), "precision": config.number}
+    if find_current(config.output, "onnx", values, parents):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    calibrated = read_calibrated(graph, model, ranges)
+    layers = list(quantised_nodes(calibrated.graph, config.keep, config.recipe))
+    if not layers:
+        raise UserError(f"keep: {', '.join(config.keep)} leaves nothing to quantise: name fewer layers")
+    decision = None
+    if validation is not None:
+        assert config.max_recall_drop is not None
+        if model.card.preprocess is None or not len(validation):
+            raise UserError(f"{config.catalog}: its validation split is empty: build it with --validation above 0")
+        budget = Budget(config.max_recall_drop, config.batch, config.seconds, config.threads)
+        pixels = list(read_batches(validation, model.card.preprocess, _READ_BY))
+        decision = keep_recall(
+            calibrated.graph, lambda some: calibrated.quantise(some, config.number), layers, validation, pixels, budget
+        )
+        layers = decision["quantised"]
+    wide = model.card.metrics.get("fp32_nodes", [])
+    quantised = calibrated.quantise(layers, config.number)
+    if config.base == "fp16":
+        quantised = to_fp16(quantised, wide)
+    left = [name for name in quantised_nodes(calibrated.graph, (), config.recipe) if name not in layers]
+    mixed = any(not name.startswith(KEEP) for name in left)
+    with write_artifact(config.output, "onnx", values, parents) as draft:
+        onnx.save(quantised, draft.path / "model.onnx")
+        describe(draft, model, quantised)
+        draft.metrics = {
+            "precision": f"{config.number}-mixed" if mixed else config.number,
+            "quantised": layers,
+            "kept": left,
+            "fp32_nodes": wide,
+            "nodes": count_operators(quantised),
+        }
+        if decision is not None:
+            (draft.path / "decision.json").write_text(json.dumps(decision, indent=1), encoding="utf-8")
+            draft.metrics |= {key: decision[key] for key in ("met", "drop", "drop_interval", "latency_ms")}
+    kind = f"{config.number.upper()} over {config.base.upper()}"
+    say(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
+    return Path(config.output)
+
+
+def read_calibrated(graph: onnx.ModelProto, model: Artifact, ranges: Artifact) -> Calibrated:
+    """An FP32 graph with what its ranges say of it.
+
+    A student that was fine-tuned under the ranges has learned its own weights for them: of those only the
+    thresholds are taken.
+    """
+    with reading(ranges):
+        measured = json.loads(ranges.file("ranges.json").read_text(encoding="utf-8"))
+        thresholds = {str(name): float(entry["threshold"]) for name, entry in measured.items()}
+        arrays = load_file(ranges.file("adjustments.safetensors"))
+    if not all(np.isfinite(limit) and limit > 0 for limit in thresholds.values()):
+        raise UserError(f"{ranges.path}: a threshold is not a positive number: calibrate again")
+    if ranges.as_parent("ranges") in model.card.parents:
+        return Calibrated(graph, thresholds, {})
+    factors = {name.removeprefix("smooth:"): one for name, one in arrays.items() if name.startswith("smooth:")}
+    corrections = {name.removeprefix("bias:"): one for name, one in arrays.items() if name.startswith("bias:")}
+    return Calibrated(smooth(graph, factors), thresholds, corrections)
+
+
+def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> None:
+    if model.card.config.get("precision") != "fp32":
+        raise UserError(f"{config.onnx}: Q/DQ is inserted into the FP32 graph: give that one, --base sets the rest")
+    # A student that was fine-tuned under these very ranges keeps them.
+    if model.as_parent("onnx") not in ranges.card.parents and ranges.as_parent("ranges") not in model.card.parents:
+        raise UserError(
+            f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
+        )
