@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,15 +20,18 @@ from typing import Any, Literal
 
 import onnx
 
-from export.onnx_graph import INPUT, describe, load_onnx
+from export.onnx_graph import INPUT, MAX_BATCH, describe, load_onnx
 from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
+from vpr.environment import read_gpus
 from vpr.errors import UserError
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 _RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
+_MOST_WORKSPACE = 1 << 20
+_MOST_CACHE = 1 << 28
 _REMEDY = {
     "tensorrt-rtx": "pip install -r requirements.txt",
     "tensorrt": "pip install -r requirements-gpu.txt, on a machine with an NVIDIA GPU",
@@ -41,19 +46,50 @@ class EngineConfig:
         onnx: ``onnx`` artifact; its precision is the engine's.
         output: where the engine is written.
         backend: ``auto`` takes TensorRT where it is installed, else TensorRT-RTX.
-        targets: GPU architectures of a TensorRT-RTX build (TensorRT builds for the GPU at hand).
+        target: GPU architectures of a TensorRT-RTX build, with commas between; one engine runs on all of them,
+            and is the smaller the fewer they are (TensorRT builds for the GPU at hand).
         min_batch: smallest batch of the optimisation profile.
         opt_batch: batch it is tuned for.
         max_batch: largest batch.
+        optimisation_level: 0 (quick build) to 5 (fast engine); None leaves it to the builder.
+        workspace_mb: most memory of a layer's scratch space; None is all there is.
+        timing_cache: file of TensorRT's measured kernels, read where it exists and written after the build; a
+            cache belongs to one GPU and TensorRT version. TensorRT-RTX measures nothing and has none.
+        version_compatible: the engine runs on later versions too, by the lean runtime it carries.
+        weight_stripped: the engine has no weights; they are put in from the graph where it runs. Needs a GPU.
     """
 
     onnx: str
     output: str
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    targets: tuple[str, ...] = ("sm80", "sm86", "sm89", "sm120")
+    target: str = "sm80,sm86,sm89,sm120"
     min_batch: int = 1
     opt_batch: int = 8
     max_batch: int = 32
+    optimisation_level: int | None = None
+    workspace_mb: int | None = None
+    timing_cache: str = ""
+    version_compatible: bool = False
+    weight_stripped: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The architectures one by one."""
+        return tuple(name for name in self.target.split(",") if name)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+            raise UserError(f"target: {', '.join(unknown) or 'none, or one twice'}: choose from {', '.join(TARGETS)}")
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch <= MAX_BATCH:
+            raise UserError(
+                f"min_batch {self.min_batch}, opt_batch {self.opt_batch}, max_batch {self.max_batch}: "
+                f"they must rise from at least 1 to at most {MAX_BATCH}"
+            )
+        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
+            raise UserError(f"optimisation_level: {self.optimisation_level}: give 0 (quick build) to 5 (fast engine)")
+        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST_WORKSPACE:
+            raise UserError(f"workspace_mb: {self.workspace_mb}: give 1 to {_MOST_WORKSPACE}")
 
 
 def build_engine(config: EngineConfig) -> Path:
@@ -70,7 +106,6 @@ def build_engine(config: EngineConfig) -> Path:
     if find_current(config.output, "engine", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    _check_config(config)
     say(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(config.targets)}")
     started = time.monotonic()
     plan, layers = build_plan(trt, backend, graph, config)
@@ -79,7 +114,7 @@ def build_engine(config: EngineConfig) -> Path:
         (draft.path / "engine.plan").write_bytes(plan)
         describe(draft, artifact, graph)
         draft.metrics = {
-            "precision": artifact.card.config.get("precision", "int8"),
+            "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
             "builder": f"{backend} {trt.__version__}",
             "targets": list(config.targets) if backend == "tensorrt-rtx" else ["this GPU"],
             "profile": [config.min_batch, config.opt_batch, config.max_batch],
@@ -151,12 +186,83 @@ def build_plan(
         build.num_compute_capabilities = len(config.targets)
         for index, target in enumerate(config.targets):
             build.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    _set_options(trt, backend, build, config)
     plan = builder.build_serialized_network(network, build)
     if plan is None:
-        reason = errors[0][:400] if errors else "no reason given"
-        remedy = "build from the FP16 or INT8 graph (fused attention has no FP32 kernel), or export with --opset 20"
-        raise UserError(f"engine: the build failed: {reason}: {remedy}")
-    return bytes(plan), count_layers(network)
+        reason = " ".join(errors[0][:400].split()) if errors else "no reason given"
+        raise UserError(f"engine: the build failed: {reason}: {_remedy(config)}")
+    if config.timing_cache:
+        _write_cache(build, Path(config.timing_cache))
+    plan = bytes(plan)
+    return plan, count_layers(network) | inspect(trt, plan, logger)
+
+
+def inspect(trt: ModuleType, plan: bytes, logger: Any) -> dict[str, Any]:
+    """What the engine's inspector says, where there is a GPU to load it on: ``inspector`` of the card, else nothing."""
+    gpus, _ = read_gpus()
+    if not gpus:
+        return {}
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        return {}
+    found = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return {"inspector": summarise_inspection(found)}
+
+
+def summarise_inspection(found: str) -> dict[str, Any]:
+    """Layers of a built engine by type and by the format of their first output, and whether attention is fused.
+
+    Args:
+        found: JSON of TensorRT's engine inspector, with detailed verbosity.
+
+    Returns:
+        ``layers``, ``formats`` (counts) and ``fused_attention`` (the number of such layers).
+    """
+    layers = [layer for layer in json.loads(found)["Layers"] if isinstance(layer, dict)]
+    outputs = [layer["Outputs"][0] for layer in layers if layer.get("Outputs")]
+    names = [f"{layer.get('Name', '')} {layer.get('TacticName', '')}".lower() for layer in layers]
+    return {
+        "layers": dict(sorted(Counter(str(layer.get("LayerType")) for layer in layers).items())),
+        "formats": dict(sorted(Counter(str(output.get("Format/Datatype")) for output in outputs).items())),
+        "fused_attention": sum("mha" in name or "fused_attention" in name for name in names),
+    }
+
+
+def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineConfig) -> None:
+    build.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if config.optimisation_level is not None:
+        build.builder_optimization_level = config.optimisation_level
+    if config.workspace_mb is not None:
+        build.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mb << 20)
+    if config.version_compatible:
+        build.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if config.weight_stripped:
+        build.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if config.timing_cache:
+        if backend == "tensorrt-rtx":
+            raise UserError("timing_cache: TensorRT-RTX measures nothing when it builds: leave it out")
+        path = Path(config.timing_cache)
+        held = path.read_bytes() if path.is_file() else b""
+        if len(held) > _MOST_CACHE:
+            raise UserError(f"{path}: too large for a timing cache: name another file")
+        cache = build.create_timing_cache(held)
+        if cache is None or not build.set_timing_cache(cache, False):
+            raise UserError(f"{path}: no timing cache of this GPU and version: name another file")
+
+
+def _write_cache(build: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(bytes(build.get_timing_cache().serialize()))
+    os.replace(partial, path)
+
+
+def _remedy(config: EngineConfig) -> str:
+    if config.workspace_mb is not None:
+        return "raise --workspace_mb or leave it out"
+    if config.version_compatible or config.weight_stripped:
+        return "leave --version_compatible and --weight_stripped out, or build with TensorRT beside its GPU"
+    return "build from the FP16 or INT8 graph (fused attention has no FP32 kernel), or export with --opset 20"
 
 
 def count_layers(network: Any) -> dict[str, Any]:
@@ -165,17 +271,6 @@ def count_layers(network: Any) -> dict[str, Any]:
     types = Counter(layer.type.name for layer in layers)
     precisions = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
     return {"layers": dict(sorted(types.items())), "precisions": dict(sorted(precisions.items()))}
-
-
-def _check_config(config: EngineConfig) -> None:
-    unknown = [target for target in config.targets if target not in TARGETS]
-    if unknown or not config.targets or len(set(config.targets)) != len(config.targets):
-        raise UserError(f"targets: {', '.join(unknown) or 'none, or one twice'}: choose from {', '.join(TARGETS)}")
-    if not 1 <= config.min_batch <= config.opt_batch <= config.max_batch:
-        raise UserError(
-            f"min_batch {config.min_batch}, opt_batch {config.opt_batch}, max_batch {config.max_batch}: "
-            "they must rise from at least 1"
-        )
 
 
 def _parser_error(parser: Any) -> str:

@@ -59,7 +59,7 @@ def test_percentiles_are_numpy_s() -> None:
 
 def test_every_backend_of_every_artifact_is_timed_or_gives_its_reason(student_artifact: Path, tmp_path: Path) -> None:
     fp16 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp16"), precision="fp16"))
-    engine = build_engine(EngineConfig(str(fp16), str(tmp_path / "engine"), targets=("sm86",)))
+    engine = build_engine(EngineConfig(str(fp16), str(tmp_path / "engine"), target="sm86"))
     rows = time_models((str(student_artifact), str(fp16), str(engine)), (1, 8), 0.05, threads=1)
     assert set(rows) == {"student (torch)", "fp16 (onnxruntime-cpu)", "fp16 (openvino)", "engine (tensorrt-rtx)"}
     engine_row = rows.pop("engine (tensorrt-rtx)")
@@ -84,7 +84,7 @@ def test_all_backends_compute_the_same_embeddings(student_artifact: Path, tmp_pa
 
 def test_an_engine_without_a_gpu_says_what_it_needs(student_artifact: Path, tmp_path: Path) -> None:
     fp16 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp16"), precision="fp16"))
-    engine = build_engine(EngineConfig(str(fp16), str(tmp_path / "engine"), targets=("sm89",)))
+    engine = build_engine(EngineConfig(str(fp16), str(tmp_path / "engine"), target="sm89"))
     (model,) = models_of(engine)
     with pytest.raises(BackendUnavailable, match="built for sm89"):
         model.open(1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import sys
 from pathlib import Path
 
@@ -8,14 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.engine import EngineConfig, build_engine, build_plan, load_builder
+from export.engine import EngineConfig, build_engine, build_plan, load_builder, summarise_inspection
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
 from export.precision import to_fp16
 from vpr.artifact import load_artifact
 from vpr.errors import UserError
 
-CONFIG = EngineConfig(onnx="", output="", targets=("sm86",))
+CONFIG = EngineConfig(onnx="", output="", target="sm86")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -81,8 +82,12 @@ def test_quantised_int32_biases_are_refused(graph: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ("sm90",)}, "targets: sm90: choose from"),
-        ({"targets": ()}, "targets: none"),
+        ({"target": "sm90"}, "target: sm90: choose from"),
+        ({"target": ""}, "target: none"),
+        ({"target": "sm86,sm86"}, "target: none, or one twice"),
+        ({"max_batch": 4096}, "at most 1024"),
+        ({"optimisation_level": 6}, "optimisation_level: 6: give 0"),
+        ({"workspace_mb": 0}, "workspace_mb: 0: give 1"),
         ({"min_batch": 8, "opt_batch": 4}, "must rise"),
         ({"backend": "tensorrt"}, r"tensorrt: cannot be loaded .* pip install -r requirements-gpu\.txt"),
     ],
@@ -107,3 +112,41 @@ def test_a_missing_builder_names_what_installs_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
         load_builder("tensorrt-rtx")
+
+
+def test_each_option_reaches_the_builder(fp32: Path, ranges: Path, tmp_path: Path) -> None:
+    """A megabyte of workspace is too little, a version-compatible engine needs a library that is not here."""
+    graph = str(export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"))))
+    one = build_engine(
+        EngineConfig(graph, str(tmp_path / "one"), target="sm89", optimisation_level=5, workspace_mb=512)
+    )
+    four = build_engine(EngineConfig(graph, str(tmp_path / "four")))
+    sizes = [load_artifact(path).card.metrics["size_bytes"] for path in (one, four)]
+    assert sizes[0] < sizes[1]
+    assert load_artifact(one).card.config["optimisation_level"] == 5
+    for options, message in (
+        ({"workspace_mb": 1}, "no tactics .* within workspace limit.*: raise --workspace_mb"),
+        ({"version_compatible": True}, "the build failed: .*: leave --version_compatible"),
+        ({"weight_stripped": True}, "the build failed: .*: leave --version_compatible and --weight_stripped"),
+        ({"timing_cache": str(tmp_path / "cache")}, "timing_cache: TensorRT-RTX measures nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_engine(EngineConfig(graph, str(tmp_path / "none"), backend="tensorrt-rtx", **options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "graph", "one"]
+
+
+def test_the_inspector_s_layers_are_counted() -> None:
+    """In the form that TensorRT's documentation of ``IEngineInspector`` shows."""
+    found = {
+        "Layers": [
+            {"Name": "conv", "LayerType": "CaskConvolution", "Outputs": [{"Format/Datatype": "Half"}]},
+            {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Outputs": [{"Format/Datatype": "Half"}]},
+            {"Name": "_gemm_mha_v2_myl0_9", "LayerType": "kgen", "Outputs": [{"Format/Datatype": "Int8"}]},
+            "a layer of little verbosity",
+        ]
+    }
+    assert summarise_inspection(json.dumps(found)) == {
+        "layers": {"CaskConvolution": 1, "Myelin": 1, "kgen": 1},
+        "formats": {"Half": 2, "Int8": 1},
+        "fused_attention": 1,
+    }

@@ -20,7 +20,7 @@ from export.qdq import quantise, quantised_nodes
 from student.model import Student, StudentConfig
 from tests.conftest import small_student
 
-CONFIG = EngineConfig(onnx="", output="", targets=("sm80", "sm86", "sm89", "sm120"))
+CONFIG = EngineConfig(onnx="", output="", target="sm80,sm86,sm89,sm120")
 SHAPES: dict[str, dict[str, Any]] = {
     "patches": {},
     "convolutional stem": {"stem": "conv"},
@@ -57,7 +57,7 @@ def test_it_builds_and_computes_what_pytorch_does(shape: str, opset: int) -> Non
         assert 1 - parity(expected, run_graph(made, pixels))["cosine_min"] < most, precision
     # TensorRT-RTX has no fused attention in FP32: what is built for GPUs is the others.
     for precision in list(written)[1:]:
-        config = replace(CONFIG, targets=("sm89", "sm120")) if precision == "fp8" else CONFIG
+        config = replace(CONFIG, target="sm89,sm120") if precision == "fp8" else CONFIG
         plan, layers = build_plan(trt, "tensorrt-rtx", written[precision][0], config)
         assert len(plan) > 10_000
         assert layers["layers"].get("QUANTIZE", 0) == written[precision][2], precision

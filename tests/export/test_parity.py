@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export.parity import parity
+from export.parity import parity, rank_changes
 
 
 def test_it_agrees_with_pytorch_whatever_the_lengths() -> None:
@@ -31,3 +31,19 @@ def test_a_vector_that_is_not_finite_counts_as_opposite() -> None:
 def test_a_vector_of_zeros_counts_as_opposite() -> None:
     a = np.eye(2, dtype=np.float32)
     assert parity(a, np.zeros_like(a))["cosine_min"] == -1.0
+
+
+def test_rank_changes_are_those_of_scipy_s_ranks() -> None:
+    from scipy.stats import rankdata
+
+    rng = np.random.default_rng(1)
+    expected = rng.normal(size=(40, 25)).astype(np.float32)
+    found = (expected + 0.5 * rng.normal(size=(40, 25))).astype(np.float32)
+    before, after = rankdata(-expected, axis=1), rankdata(-found, axis=1)
+    result = rank_changes(expected, found, 5)
+    moved = [after[q, before[q] == 1].item() - 1 for q in range(40)]
+    assert result["first_moved"] == pytest.approx(np.mean(moved))
+    assert result["first_changed"] == np.mean(np.array(moved) > 0)
+    both = ((before <= 5) & (after <= 5)).sum(axis=1)
+    assert result["overlap"] == pytest.approx(both.mean() / 5)
+    assert rank_changes(expected, 2 * expected + 1) == {"first_changed": 0.0, "overlap": 1.0, "first_moved": 0.0}

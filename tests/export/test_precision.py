@@ -83,7 +83,7 @@ def test_a_quantised_graph_keeps_them_too(graph: onnx.ModelProto) -> None:
 
 
 def _accepts(graph: onnx.ModelProto) -> None:
-    config = EngineConfig(onnx="", output="", targets=("sm80", "sm86", "sm89", "sm120"))
+    config = EngineConfig(onnx="", output="", target="sm80,sm86,sm89,sm120")
     plan, layers = build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", graph, config)
     assert len(plan) > 10_000
     assert layers["precisions"]["FLOAT"] > 0
