@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all check lint figures readme clean
+.PHONY: demo demo-full test test-all check lint figures readme other-quantisers clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -32,6 +32,13 @@ figures: $(STAMP)
 
 readme: $(STAMP)
 	@$(BIN)/python -m benchmarks.figures
+
+# Tools that INT8 is compared with; their requirements clash with ours and with each other's.
+other-quantisers:
+	@test -x .venv-nncf/bin/python || $(PYTHON) -m venv .venv-nncf
+	@.venv-nncf/bin/python -m pip install --quiet nncf==3.4.0 openvino==2026.4.1 onnx==1.23.2 onnxruntime==1.31.1
+	@test -x .venv-modelopt/bin/python || $(PYTHON) -m venv .venv-modelopt
+	@.venv-modelopt/bin/python -m pip install --quiet "nvidia-modelopt[onnx]==0.47.0"
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,126 @@
+"""``make figures TOPIC=int8``: calibration, INT8 and engines, into ``benchmarks/results/int8.json``.
+
+Parts can be named (``make figures TOPIC=int8 PARTS="study"``); without any, all are measured. The students are
+those of ``make demo-full`` and ``make figures TOPIC=student``, trained first where they are not there. Part ``tools``
+needs ``make other-quantisers``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.demo import DemoConfig, demo
+from benchmarks.figures import ROOT, Figure, Row, record
+from benchmarks.figures_student import measure_grocery, measure_sizes
+from benchmarks.int8_speed import cpu_speed
+from benchmarks.int8_study import study
+from benchmarks.int8_tools import Student, compare_tools
+from calibration.calibrate import CalibrateConfig, calibrate
+from export.int8 import Int8Config, export_int8
+from export.onnx_graph import OnnxConfig, export_onnx
+from vpr.cli import quieten
+from vpr.console import say
+from vpr.errors import UserError
+
+_FOLDER = Path("runs/figures-int8")
+_BUDGET = 0.005
+
+
+def sample() -> Student:
+    """The student of the demo's long form."""
+    demo(DemoConfig("runs/demo-full", full=True))
+    return Student("sample", Path("runs/demo-full/student"), Path("runs/demo-full/catalog"), _FOLDER / "sample")
+
+
+def grocery() -> Student:
+    """The default student of the ablation on photographs."""
+    path = Path("runs/figures-student/grocery/cosine-queue-kl-seed0")
+    if not (path / "card.json").is_file():
+        measure_grocery()
+    return Student("grocery", path, Path("runs/figures-teacher/grocery/catalog"), _FOLDER / "grocery")
+
+
+def larger() -> Student:
+    """The largest student of the size curve."""
+    path = Path("runs/figures-student/sizes/width-256")
+    if not (path / "card.json").is_file():
+        measure_sizes()
+    return Student("larger", path, Path("runs/demo-full/catalog"), _FOLDER / "larger")
+
+
+def measure_tools() -> None:
+    """Ours against other tools on three students."""
+    figures: list[Figure] = []
+    table: list[Row] = []
+    for student in (sample(), grocery(), larger()):
+        found, rows = compare_tools(student, _command("tools"))
+        figures, table = figures + found, table + rows
+    record("int8", figures, {"tools": table})
+
+
+def measure_study() -> None:
+    """Number and choice of pictures, ranges, smoothing, correction."""
+    record("int8", [], {"study": [row for student in (sample(), grocery()) for row in study(student)]})
+
+
+def measure_budget() -> None:
+    """INT8 decided on recall: what is found within half a point on validation, for each student."""
+    rows: list[Row] = []
+    for student in (sample(), grocery(), larger()):
+        floats = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
+        ranges = calibrate(CalibrateConfig(str(floats), str(student.catalog), str(student.folder / "ranges")))
+        config = Int8Config(
+            str(floats),
+            str(ranges),
+            str(student.folder / "int8-budget"),
+            recipe="full-mha",
+            max_recall_drop=_BUDGET,
+            catalog=str(student.catalog),
+        )
+        decision = json.loads((export_int8(config) / "decision.json").read_text(encoding="utf-8"))
+        low, high = decision["drop_interval"]
+        rows.append(
+            {
+                "student": student.name,
+                "layers quantised": f"{len(decision['quantised'])} of {len(decision['layers'])}",
+                "drop on validation [95 %]": f"{decision['drop']:+.4f} [{low:+.4f}, {high:+.4f}]",
+                "sets tried": len(decision["trials"]),
+                "ms, OpenVINO": ", ".join(f"{name}: {ms:.2f}" for name, ms in decision["latency_ms"].items()),
+            }
+        )
+    record("int8", [], {"budget": rows})
+
+
+def measure_speed() -> None:
+    """ViT-S/16-224 on this CPU."""
+    figures, table = cpu_speed(_command("speed"))
+    record("int8", figures, {"speed": table})
+
+
+PARTS = {
+    "tools": measure_tools,
+    "study": measure_study,
+    "budget": measure_budget,
+    "speed": measure_speed,
+}
+
+
+def _command(part: str) -> str:
+    return f'make figures TOPIC=int8 PARTS="{part}"'
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    quieten()
+    chosen = sys.argv[1:] or list(PARTS)
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
+    for part in chosen:
+        say(f"measuring {part}")
+        try:
+            PARTS[part]()
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None

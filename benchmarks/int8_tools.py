@@ -1,0 +1,212 @@
+"""Our INT8 of a student beside that of other tools: same FP32 graph, same pictures, same queries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from benchmarks.figures import ROOT, Figure, Row
+from calibration.calibrate import CalibrateConfig, calibrate
+from export.cpu import openvino_forward
+from export.int8 import Int8Config, export_int8
+from export.onnx_graph import INPUT, OUTPUT, OnnxConfig, export_onnx, session
+from export.parity import parity
+from vpr.artifact import load_artifact
+from vpr.catalog import Catalog, load_catalog
+from vpr.console import say
+from vpr.embeddings import Forward, embed, read_batches, score_split
+from vpr.errors import UserError
+from vpr.images import Preprocess
+from vpr.metrics import RetrievalScores, bootstrap_interval
+from vpr.timing import measure, summarise
+
+OURS, FLOAT = "ours", "FP32"
+# The environment that each tool runs in; NNCF's and ModelOpt's requirements clash with ours.
+ENVIRONMENTS = {
+    "onnxruntime-minmax": "",
+    "onnxruntime-entropy": "",
+    "onnxruntime-percentile": "",
+    "modelopt-max": ".venv-modelopt",
+    "modelopt-entropy": ".venv-modelopt",
+    "nncf": ".venv-nncf",
+}
+_SECONDS = 2.0
+_LEAST_COSINE, _LEAST_RETENTION = 0.999, 0.995
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained student and what it is scored on.
+
+    Attributes:
+        name: of the set.
+        artifact: student artifact.
+        catalog: artifact with train and test splits.
+        folder: of what is made.
+    """
+
+    name: str
+    artifact: Path
+    catalog: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One graph on the test split and on this machine.
+
+    Attributes:
+        scores: of its embeddings.
+        cosine_mean: to the FP32 graph's, over pictures.
+        cosine_min: the least of them.
+        openvino: milliseconds of one picture, p50.
+        onnxruntime: the same.
+    """
+
+    scores: RetrievalScores
+    cosine_mean: float
+    cosine_min: float
+    openvino: float
+    onnxruntime: float
+
+
+def compare_tools(student: Student, command: str) -> tuple[list[Figure], list[Row]]:
+    """Quantise a student with every tool and measure all graphs side by side.
+
+    Returns:
+        figures of our default against FP32 and against the best of the others, and the table.
+    """
+    graphs = quantise_with_all(student)
+    found = measure_graphs(student, graphs)
+    ours, floats = found[OURS], found[FLOAT]
+    others = {name: one for name, one in found.items() if name not in (OURS, FLOAT)}
+    best = max(others, key=lambda name: others[name].scores.recall_at_1)
+    retained = ours.scores.recall_at_1 / floats.scores.recall_at_1
+    paired = bootstrap_interval(ours.scores.hits.astype(float) - others[best].scores.hits)
+    ahead = ours.scores.recall_at_1 - others[best].scores.recall_at_1
+    fastest = min(others, key=lambda name: others[name].openvino)
+    speed = others[fastest].openvino / ours.openvino
+    figures = [
+        Figure(f"{student.name}: INT8 over FP32, recall@1", retained, "", _LEAST_RETENTION, ">=", command),
+        Figure(f"{student.name}: INT8, mean cosine to FP32", ours.cosine_mean, "", _LEAST_COSINE, ">=", command),
+        Figure(
+            f"{student.name}: INT8 less the best other tool ({best}), recall@1", ahead, "", 0, ">=", command, paired
+        ),
+        Figure(
+            f"{student.name}: fastest other tool ({fastest}) over ours, OpenVINO ms", speed, "", None, ">=", command
+        ),
+    ]
+    return figures, [_row(student.name, name, one, floats) for name, one in found.items()]
+
+
+def quantise_with_all(student: Student) -> dict[str, Path]:
+    """ONNX files by tool; finished ones are used again."""
+    folder = student.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    floats = export_onnx(OnnxConfig(str(student.artifact), str(folder / "fp32")))
+    ranges = calibrate(CalibrateConfig(str(floats), str(student.catalog), str(folder / "ranges")))
+    ours = export_int8(Int8Config(str(floats), str(ranges), str(folder / "int8"), base="fp32"))
+    pixels = folder / "pixels.npy"
+    if not pixels.is_file():
+        np.save(pixels, calibration_pixels(ranges, student), allow_pickle=False)
+    found = {FLOAT: floats / "model.onnx", OURS: ours / "model.onnx"}
+    for tool, environment in ENVIRONMENTS.items():
+        found[tool] = folder / f"{tool}.onnx"
+        if not found[tool].is_file():
+            say(f"  {student.name}: {tool}")
+            run_tool(tool, environment, floats / "model.onnx", pixels, found[tool])
+    return found
+
+
+def calibration_pixels(ranges: Path, student: Student) -> NDArray[np.float32]:
+    """(n, 3, size, size) float32: the very pictures that our ranges were measured on."""
+    drawn = pq.read_table(load_artifact(ranges, "ranges").file("pictures.parquet"))["image"].to_pylist()
+    catalog = load_catalog(student.catalog)
+    places = {image: row for row, image in enumerate(catalog.table["image"].to_pylist())}
+    rows = pa.array([places[image] for image in drawn])
+    pictures = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
+    return np.concatenate(list(read_batches(pictures, _preprocess(student), 64)))
+
+
+def run_tool(tool: str, environment: str, graph: Path, pixels: Path, output: Path) -> None:
+    """Run one tool in its own environment and process.
+
+    Raises:
+        UserError: the environment is not there, or the tool fails.
+    """
+    python = ROOT / environment / "bin" / "python" if environment else Path(sys.executable)
+    if not python.is_file():
+        raise UserError(f"{environment}: not there, {tool} runs in it: make other-quantisers")
+    partial_output = output.with_suffix(".partial.onnx")
+    command = [str(python), str(ROOT / "benchmarks" / "other_quantisers.py"), tool, str(graph), str(pixels)]
+    done = subprocess.run([*command, str(partial_output)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"{tool}: failed: {done.stderr.strip().splitlines()[-1][:300]}: see benchmarks/other_quantisers.py"
+        )
+    os.replace(partial_output, output)
+
+
+def measure_graphs(student: Student, graphs: dict[str, Path]) -> dict[str, Measured]:
+    """Embeddings by OpenVINO on the test split, then milliseconds of all graphs in interleaved rounds."""
+    test, preprocess = load_catalog(student.catalog).select(split="test"), _preprocess(student)
+    opened = {name: openvino_forward(path, 1) for name, path in graphs.items()}
+    runners = {name: onnxruntime_forward(path, 1) for name, path in graphs.items()}
+    pixels = np.zeros((1, 3, preprocess.size, preprocess.size), np.float32)
+    calls = {(name, "openvino"): partial(one, pixels) for name, one in opened.items()}
+    calls |= {(name, "onnxruntime"): partial(one, pixels) for name, one in runners.items()}
+    named = {" ".join(key): call for key, call in calls.items()}
+    times = {name: summarise(seen)["p50"] for name, seen in measure(named, _SECONDS).items()}
+    vectors = {name: embed(test, preprocess, one) for name, one in opened.items()}
+    found = {}
+    for name, one in vectors.items():
+        against = parity(vectors[FLOAT], one)
+        found[name] = Measured(
+            score_split(test, one),
+            against["cosine_mean"],
+            against["cosine_min"],
+            times[f"{name} openvino"],
+            times[f"{name} onnxruntime"],
+        )
+        say(f"  {student.name}, {name}: recall@1 {found[name].scores.recall_at_1:.4f}, {found[name].openvino:.2f} ms")
+    return found
+
+
+def onnxruntime_forward(path: Path, threads: int) -> Forward:
+    """An ONNX file on ONNX Runtime's CPU provider."""
+    runner = session(onnx.load(path, load_external_data=False), threads)
+    return lambda batch: runner.run([OUTPUT], {INPUT: batch})[0]
+
+
+def _preprocess(student: Student) -> Preprocess:
+    preprocess = load_artifact(student.artifact, "student").card.preprocess
+    assert preprocess is not None
+    return preprocess
+
+
+def _row(student: str, name: str, one: Measured, floats: Measured) -> dict[str, Any]:
+    low, high = one.scores.ci95
+    lost = floats.scores.hits.astype(float) - one.scores.hits
+    least, most = bootstrap_interval(lost)
+    return {
+        "student": student,
+        "by": name,
+        "recall@1 [95 %]": f"{one.scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]",
+        "drop, paired [95 %]": "" if one is floats else f"{lost.mean():+.4f} [{least:+.4f}, {most:+.4f}]",
+        "mAP": f"{one.scores.map:.4f}",
+        "cosine mean": f"{one.cosine_mean:.5f}",
+        "cosine min": f"{one.cosine_min:.5f}",
+        "ms, OpenVINO": f"{one.openvino:.2f}",
+        "ms, ONNX Runtime": f"{one.onnxruntime:.2f}",
+    }

@@ -1,0 +1,76 @@
+"""Other tools' INT8 of an ONNX graph, each run in its own environment: this file imports nothing of the project.
+
+``python benchmarks/other_quantisers.py TOOL GRAPH.onnx PIXELS.npy OUTPUT.onnx``; ``make other-quantisers`` makes the
+environments of NNCF and ModelOpt, whose requirements clash with ours.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+_BATCH = 16
+
+
+def _nncf(graph: str, pixels: np.ndarray, output: str) -> None:
+    import nncf
+    import onnx
+
+    name = (model := onnx.load(graph)).graph.input[0].name
+    batches = [{name: pixels[i : i + _BATCH]} for i in range(0, len(pixels), _BATCH)]
+    made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER)
+    onnx.save(made, output)
+
+
+def _modelopt(graph: str, pixels: np.ndarray, output: str, method: str) -> None:
+    import onnx
+    from modelopt.onnx.quantization import quantize
+
+    name = onnx.load(graph).graph.input[0].name
+    quantize(
+        graph,
+        quantize_mode="int8",
+        calibration_data={name: pixels},
+        calibration_method=method,
+        calibration_eps=["cpu"],
+        high_precision_dtype="fp32",
+        output_path=output,
+    )
+
+
+def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """The pictures, batch by batch."""
+
+        def __init__(self) -> None:
+            self._starts = iter(range(0, len(pixels), _BATCH))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            start = next(self._starts, None)
+            return None if start is None else {"pixels": pixels[start : start + _BATCH]}
+
+    quantize_static(
+        graph,
+        output,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        calibrate_method=getattr(CalibrationMethod, method),
+    )
+
+
+TOOLS = {
+    "nncf": _nncf,
+    "modelopt-max": lambda *files: _modelopt(*files, "max"),
+    "modelopt-entropy": lambda *files: _modelopt(*files, "entropy"),
+    "onnxruntime-minmax": lambda *files: _onnxruntime(*files, "MinMax"),
+    "onnxruntime-entropy": lambda *files: _onnxruntime(*files, "Entropy"),
+    "onnxruntime-percentile": lambda *files: _onnxruntime(*files, "Percentile"),
+}
+
+if __name__ == "__main__":
+    tool, graph_file, pixels_file, output_file = sys.argv[1:]
+    TOOLS[tool](graph_file, np.load(pixels_file, allow_pickle=False), output_file)
