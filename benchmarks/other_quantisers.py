@@ -7,6 +7,8 @@ environments of NNCF and ModelOpt, whose requirements clash with ours.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -62,13 +64,13 @@ def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str) -> No
     )
 
 
-TOOLS = {
+TOOLS: dict[str, Callable[..., None]] = {
     "nncf": _nncf,
-    "modelopt-max": lambda *files: _modelopt(*files, "max"),
-    "modelopt-entropy": lambda *files: _modelopt(*files, "entropy"),
-    "onnxruntime-minmax": lambda *files: _onnxruntime(*files, "MinMax"),
-    "onnxruntime-entropy": lambda *files: _onnxruntime(*files, "Entropy"),
-    "onnxruntime-percentile": lambda *files: _onnxruntime(*files, "Percentile"),
+    "modelopt-max": partial(_modelopt, method="max"),
+    "modelopt-entropy": partial(_modelopt, method="entropy"),
+    "onnxruntime-minmax": partial(_onnxruntime, method="MinMax"),
+    "onnxruntime-entropy": partial(_onnxruntime, method="Entropy"),
+    "onnxruntime-percentile": partial(_onnxruntime, method="Percentile"),
 }
 
 if __name__ == "__main__":
