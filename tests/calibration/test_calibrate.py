@@ -71,7 +71,7 @@ def test_pictures_are_recorded_and_of_training_products(ranges: Path, catalog: C
     assert set(recorded["product"].to_pylist()) <= set(catalog.select(split="train").products.tolist())
     card = load_artifact(ranges, "ranges").card
     assert card.metrics == {"pictures": 40, "tensors": 9}
-    assert [parent.role for parent in card.parents] == ["onnx", "catalog"]
+    assert [parent.role for parent in card.parents] == ["onnx", "student", "catalog"]
 
 
 def test_an_unchanged_calibration_is_not_made_again(config: CalibrateConfig, ranges: Path) -> None:
