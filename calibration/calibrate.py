@@ -93,7 +93,9 @@ def calibrate(config: CalibrateConfig) -> Path:
     model, catalog = load_artifact(config.onnx, "onnx"), load_catalog(config.catalog)
     if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
         raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")
-    parents, evaluation = [model.as_parent("onnx")], None
+    # The student too: its finishing asks whether the ranges are its own.
+    parents = [model.as_parent("onnx"), *(one for one in model.card.parents if one.role == "student")]
+    evaluation = None
     if catalog.artifact:
         parents.append(catalog.artifact.as_parent("catalog"))
     if config.evaluation:

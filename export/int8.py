@@ -178,3 +178,6 @@ def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> Non
         raise UserError(
             f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
         )
+    finished = model.card.metrics.get("quantise_keep")
+    if ranges.as_parent("ranges") in model.card.parents and finished != list(config.keep):
+        raise UserError(f"keep: the student was finished with [{', '.join(finished or ())}] kept: give the same")

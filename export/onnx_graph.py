@@ -80,7 +80,8 @@ def export_onnx(config: OnnxConfig) -> Path:
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(graph, draft.path / "model.onnx")
         describe(draft, student, graph)
-        draft.metrics = {**metrics, "fp32_nodes": wide, "nodes": count_operators(graph)}
+        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
+        draft.metrics = {**metrics, **kept, "fp32_nodes": wide, "nodes": count_operators(graph)}
     say(
         f"{config.output}: {config.precision} graph, cosine to PyTorch {metrics['cosine_min']:.6f} at least, "
         f"max abs {metrics['max_abs']:.1e}"

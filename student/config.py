@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from student.dimension import DimensionConfig
 from student.model import StudentConfig
@@ -94,3 +95,18 @@ class DistillConfig:
             raise UserError("run.strategy: a student fits on one device: set it to ddp, or auto")
         if self.quantise.ranges and not self.start:
             raise UserError("quantise.ranges: finishes a trained student: name it by start")
+        if self.cache and Path(self.cache).resolve() == Path(self.output).resolve():
+            raise UserError(f"cache: {self.cache} is the output: the signal needs a folder of its own")
+        weights = self.losses.weights()
+        if self.signal.mixup and weights.keys() & {"margin", "logits"}:
+            raise UserError("signal.mixup: a mixed picture has no one label: set losses.margin and logits to 0")
+        if "logits" in weights:
+            if self.signal.mode == "online":
+                raise UserError("losses.logits: needs every product's mean embedding: set signal.mode to cached")
+            if self.dimension.method != "none":
+                raise UserError("losses.logits: compares in the teacher's dimension: set dimension.method to none")
+            if self.unlabelled:
+                raise UserError("losses.logits: needs a label of every picture: leave unlabelled out")
+        pairs = weights.keys() & {"affinity", "rkd_distance", "rkd_angle"}
+        if pairs and self.loader.batch_size < 2:
+            raise UserError(f"loader.batch_size: 1: {min(pairs)} relates the pictures of a batch: give 2 or more")

@@ -19,7 +19,7 @@ from student.dimension import project
 from student.model import Student, count_multiply_adds, count_parameters
 from student.module import StudentModule
 from student.objective import Labels, Objective, class_means
-from student.quantise import fake_quantise, read_thresholds
+from student.quantise import check_ranges, fake_quantise, read_thresholds
 from student.signal import Signal, cache_bytes, cache_signal, embed_pixels
 from student.source import find_projection, load_source, own_dimension, source_dim
 from student.start import start_from
@@ -34,7 +34,7 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import copy_logs, drop_checkpoint, fit, run_folder
+from vpr.training import check_tracker, copy_logs, drop_checkpoint, fit, run_folder
 
 
 def distill(config: DistillConfig) -> Path | None:
@@ -47,25 +47,28 @@ def distill(config: DistillConfig) -> Path | None:
     if not len(training) or not len(validation):
         raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
     score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
-    scored = [validation, catalog.select(split="test")]
-    training, extra, more = add_unlabelled(training, scored, config.unlabelled, config.output)
-    values, parents = _identity(config, catalog, source, more)
-    if not config.dry_run and find_current(config.output, "student", values, parents):
-        if is_first():
-            say(f"{config.output}: up to date")
-        return Path(config.output)
     check_output(config.output, "student")
     for key in ("teacher", "assistant", "start"):
         named = getattr(config, key)
         if named and Path(named).resolve() == Path(config.output).resolve():
             raise UserError(f"output: {config.output} is the {key} and would be replaced: choose another")
+    if config.quantise.ranges:
+        check_ranges(config.quantise.ranges, config.start)
+    scored = [validation, catalog.select(split="test")]
+    training, extra, more = add_unlabelled(training, scored, config.unlabelled, config.output, config.dry_run)
+    values, parents = _identity(config, catalog, source, more)
+    if not config.dry_run and find_current(config.output, "student", values, parents):
+        if is_first():
+            say(f"{config.output}: up to date")
+        return Path(config.output)
     assert source.card.preprocess is not None
     preprocess = source.card.preprocess.model_copy(update={"size": config.model.image_size})
-    notes = _notes(config, catalog, source)
+    notes = _notes(config, catalog)
     _print_plan(config, source, training, preprocess)
     started = time.monotonic()
     pictures = _pictures(config, training, preprocess, source.card.preprocess)
     student, labels = _build_student(config), Labels(training)
+    _check(config, student, labels, source, pictures)
     if config.dry_run:
         _try_step(config, student, labels, teacher, source, training, validation, pictures, preprocess)
         say("dry run: one step taken, nothing written")
@@ -103,6 +106,7 @@ def distill(config: DistillConfig) -> Path | None:
                 "parameters": count_parameters(student),
                 "multiply_adds": count_multiply_adds(student, preprocess.size),
                 **recalls,
+                **({"quantise_keep": list(config.quantise.keep)} if config.quantise.ranges else {}),
             }
         drop_checkpoint(folder)
         say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
@@ -130,17 +134,19 @@ def _identity(
     return values, parents + more
 
 
-def _notes(config: DistillConfig, catalog: Catalog, source: Artifact) -> dict[str, Any]:
+def _notes(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
     """What the card says of leaks, also of those before this stage."""
     leak = find_leaks(catalog, config.allow_leak)
-    found: dict[str, Any] = {}
-    named = [load_artifact(config.teacher, "teacher"), source, *([load_artifact(config.start)] if config.start else [])]
-    for artifact in named:
-        earlier = (artifact.card.catalog or {}).get("leak")
-        if earlier:
-            leak[artifact.card.kind] = earlier
-        found |= unknown_start(artifact, catalog)
-    return {**found, **({"leak": leak} if leak else {})}
+    named = {"teacher": config.teacher, "assistant": config.assistant, "start": config.start}
+    started = []
+    for role, path in {**named, "ranges": config.quantise.ranges}.items():
+        if path:
+            artifact = load_artifact(path)
+            before = artifact.card.catalog or {}
+            leak |= {role: before["leak"]} if before.get("leak") else {}
+            started += [before.get("start"), unknown_start(artifact, catalog).get("start")]
+    told = "; ".join(dict.fromkeys(text for text in started if text))
+    return {**({"start": told} if told else {}), **({"leak": leak} if leak else {})}
 
 
 def _print_plan(config: DistillConfig, source: Artifact, training: Catalog, preprocess: Preprocess) -> None:
@@ -164,7 +170,7 @@ def _print_plan(config: DistillConfig, source: Artifact, training: Catalog, prep
 
 def _pictures(config: DistillConfig, training: Catalog, student: Preprocess, teacher: Preprocess) -> PictureDataset:
     keep = config.loader.keep_in_memory and not config.dry_run
-    if config.signal.mode == "online":
+    if config.signal.mode == "online" and config.losses.needs_teacher:
         return PairDataset(training, student, teacher, keep)
     return PictureDataset(training, student, keep)
 
@@ -183,6 +189,24 @@ def _build_student(config: DistillConfig) -> Student:
         if is_first():
             say(f"  {len(names)} linears compute as they will in INT8")
     return student
+
+
+def _check(config: DistillConfig, student: Student, labels: Labels, source: Artifact, pictures: PictureDataset) -> None:
+    """Refuse now what would only come to light when the teacher's signal is there."""
+    width = source_dim(source)
+    if config.dimension.projects_teacher and config.model.embedding_dim != width:
+        width = config.model.embedding_dim
+        most = min(config.dimension.pictures, len(pictures))
+        if width > most:
+            raise UserError(
+                f"model.embedding_dim: {width} directions cannot be fitted on {most} embeddings: give at most {most}, "
+                "or raise dimension.pictures"
+            )
+    Objective(config.losses, student, labels, width, torch.zeros(len(labels.counts), width))
+    training_loader(pictures, config.loader, config.seed, *rank_and_world())
+    check_tracker(config.run.tracker)
+    if config.cache:
+        check_output(config.cache, "views")
 
 
 def _signal(config: DistillConfig, teacher: nn.Module, source: Artifact, training: Catalog) -> Signal | None:
@@ -234,11 +258,11 @@ def _try_step(
     if config.dimension.projects_teacher and config.model.embedding_dim != width:
         width = config.model.embedding_dim
         vectors = project(vectors, torch.eye(vectors.shape[1])[:, :width])
-    classes = torch.randn(max(2, len(labels.counts)), width)
+    classes = torch.randn(len(labels.counts), width)
     objective = Objective(config.losses, student, labels, width, classes)
     x = Normalise(preprocess)(batch["pixels"].float())
     if objective.logits is not None:
-        loss = objective.logits(x, labels.of_rows[batch["rows"]].clamp_min(0), vectors)
+        loss = objective.logits(x, labels.of_rows[batch["rows"]], vectors)
     else:
         asked = vectors if config.losses.needs_teacher else None
         loss = objective.total(objective(student(x), asked, vectors, batch["rows"], 0.0, 0))

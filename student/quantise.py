@@ -58,9 +58,10 @@ def fake_quantise(model: nn.Module, thresholds: dict[str, float], keep: tuple[st
         keep: beginnings of names of linears to leave alone.
 
     Raises:
-        UserError: a range of no linear, or nothing left to quantise.
+        UserError: a range of no linear, a linear without a range, or nothing left to quantise.
     """
     chosen = [name for name in thresholds if not name.startswith(keep)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not chosen:
         raise UserError("quantise.keep: leaves nothing to quantise: name fewer layers")
     for name in chosen:
@@ -73,7 +74,19 @@ def fake_quantise(model: nn.Module, thresholds: dict[str, float], keep: tuple[st
         if not isinstance(linear, nn.Linear):
             raise UserError(f"quantise.ranges: '{name}' is no linear of this student: calibrate its own graph")
         setattr(parent, own, FakeQuantLinear(linear, thresholds[name]))
+    absent = [name for name in linears if name not in thresholds and not name.startswith(keep)]
+    if absent:
+        raise UserError(f"quantise.ranges: no range for '{absent[0]}': calibrate this student's own graph")
     return chosen
+
+
+def check_ranges(ranges: Path | str, start: Path | str) -> None:
+    """Refuse ranges that were not measured on the graph of the student that is to be finished."""
+    student = load_artifact(start).as_parent("student")
+    if student.sha256 not in {parent.sha256 for parent in load_artifact(ranges, "ranges").card.parents}:
+        raise UserError(
+            f"quantise.ranges: {ranges} is not of a graph of {start}: run 'vpr export onnx' and 'vpr calibrate' on it"
+        )
 
 
 def read_thresholds(path: Path | str) -> tuple[dict[str, float], Artifact]:

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vpr.artifact import CARD_NAME, Artifact, check_output, find_current, load_artifact, write_artifact
+from vpr.artifact import (
+    CARD_NAME,
+    Artifact,
+    Parent,
+    check_output,
+    find_current,
+    load_artifact,
+    reading,
+    write_artifact,
+)
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import unit
@@ -64,8 +74,8 @@ class SignalConfig:
         for name, least, most in (("views", 1, _MOST_VIEWS), ("shard", 1, 1 << 24), ("bank", 1, 1 << 20)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"signal.{name}: {getattr(self, name)}: give {least} to {most}")
-        if not 0 <= self.mixup <= 100:
-            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none) to 100")
+        if self.mixup and not 0.05 <= self.mixup <= 100:
+            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
         if self.mixup and self.mode == "cached":
             raise UserError("signal.mixup: a mixed picture cannot be looked up: set signal.mode to online")
 
@@ -158,14 +168,14 @@ def cache_signal(
     _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())
     if is_first():
         for file in files:
-            _wait((folder / file.name).is_file)
+            _wait(partial(_whole, folder / file.name, file, embedding.dim))
         with write_artifact(path, "views", values, parents) as draft:
             for file in files:
                 _link(folder / file.name, draft.path / file.name)
             draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
         shutil.rmtree(folder)
     else:
-        _wait(lambda: not folder.exists() or _written(path, values))
+        _wait(lambda: _written(path, values, parents))
     return _load(path)
 
 
@@ -207,8 +217,9 @@ def _embed_files(
     # A process decodes its shards once for all their views; where there are fewer shards, each takes views.
     by_shard = files[-1].shard + 1 >= world
     mine_of = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
-    absent = [file for file in mine_of if not (folder / file.name).is_file()]
     assert artifact.card.preprocess is not None
+    assert artifact.card.embedding is not None
+    absent = [file for file in mine_of if not _whole(folder / file.name, file, artifact.card.embedding.dim)]
     settings = LoaderConfig(_BATCH, workers=loader.workers)
     teacher.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     for shard in sorted({file.shard for file in absent}):
@@ -219,9 +230,11 @@ def _embed_files(
         pictures = PictureDataset(part, artifact.card.preprocess, keep)
         for file in mine:
             vectors = _embed_view(teacher, Normalise(artifact.card.preprocess), pictures, settings, views, file, seed)
-            partial = folder / f"partial-{rank}.npy"
-            np.save(partial, vectors, allow_pickle=False)
-            os.replace(partial, folder / file.name)
+            unfinished = folder / f"partial-{rank}.npy"
+            with unfinished.open("wb") as stream:
+                np.save(stream, vectors, allow_pickle=False)
+                os.fsync(stream.fileno())
+            os.replace(unfinished, folder / file.name)
 
 
 def _embed_view(
@@ -276,15 +289,25 @@ def _wait(done: Callable[[], bool]) -> None:
         time.sleep(_WAIT)
 
 
-def _written(path: str, values: dict[str, Any]) -> bool:
-    card = Path(path) / CARD_NAME
-    return card.is_file() and json.loads(card.read_text(encoding="utf-8")).get("config") == values
+def _written(path: str, values: dict[str, Any], parents: list[Parent]) -> bool:
+    """Whether the card that lies there is this one; the files behind it are verified once it is."""
+    try:
+        card = json.loads((Path(path) / CARD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or being replaced
+        return False
+    made_from = [parent.model_dump() for parent in parents]
+    return bool(card.get("config") == json.loads(json.dumps(values)) and card.get("parents") == made_from)
+
+
+def _whole(path: Path, file: _File, dim: int) -> bool:
+    return path.is_file() and path.stat().st_size == _npy_bytes(file.stop - file.start, dim)
 
 
 def _load(path: str) -> Signal:
     artifact = load_artifact(path, "views")
     shards: dict[str, list[NDArray[np.float16]]] = {}
-    for name in sorted(artifact.card.files):
-        array = np.load(artifact.file(name), mmap_mode="r", allow_pickle=False)
-        shards.setdefault(name.partition("-shard-")[0], []).append(array)
-    return Signal(list(shards.values()), int(artifact.card.config["shard"]), artifact)
+    with reading(artifact):
+        for name in sorted(artifact.card.files):
+            array = np.load(artifact.file(name), mmap_mode="r", allow_pickle=False)
+            shards.setdefault(name.partition("-shard-")[0], []).append(array)
+        return Signal(list(shards.values()), int(artifact.card.config["shard"]), artifact)

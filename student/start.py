@@ -6,6 +6,7 @@ Ones", ICLR 2024).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,14 @@ _BLOCK = {
     "mlp.c_proj.weight": "1.net.4.weight",
     "mlp.c_proj.bias": "1.net.4.bias",
 }
+
+
+# Weights with an axis of a patch's pixels, of vit-pytorch's linear embeddings.
+_OF_PIXELS = tuple(
+    f"{part}.{name}"
+    for part in ("to_patch_embedding", "to_patch_tokens")
+    for name in ("1.weight", "1.bias", "2.weight")
+)
 
 
 def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
@@ -85,26 +94,30 @@ def select(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
         source = weights.get(name)
         if source is None or source.ndim != value.ndim:
             continue
+        # Pixels of a patch of another size lie elsewhere: there is nothing to select.
+        if name.endswith(_OF_PIXELS) and source.shape[-1] != value.shape[-1]:
+            continue
+        found: Tensor | None
         if name.endswith("pos_embedding"):
-            source = _positions(source, value)
-        if name.endswith("to_qkv.weight"):
-            own[name] = _select_qkv(source, value.shape, heads, student.config.heads)
+            found = _positions(source, value)
+        elif name.endswith("to_qkv.weight"):
+            found = _select_qkv(source, value.shape, heads, student.config.heads)
         elif name.endswith("to_out.0.weight"):
-            own[name] = _select_qkv(source.T, (value.shape[1], value.shape[0]), heads, student.config.heads, 1).T
+            turned = _select_qkv(source.T, (value.shape[1], value.shape[0]), heads, student.config.heads, 1)
+            found = None if turned is None else turned.T
         else:
-            own[name] = _evenly(source, value.shape)
-        if own[name].shape == value.shape:
+            found = _evenly(source, value.shape)
+        if found is not None:
+            own[name] = found
             taken += value.numel()
-        else:
-            own[name] = value
     student.load_state_dict(own)
     return taken
 
 
-def _evenly(source: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Evenly spaced entries along each axis; the source itself where it is too small."""
+def _evenly(source: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
+    """Evenly spaced entries along each axis; None where it is too small."""
     if any(have < want for have, want in zip(source.shape, shape, strict=True)):
-        return source
+        return None
     for axis, want in enumerate(shape):
         have = source.shape[axis]
         if have != want:
@@ -114,21 +127,23 @@ def _evenly(source: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def _select_qkv(
     source: Tensor, shape: torch.Size | tuple[int, ...], heads: int, own_heads: int, parts: int = 3
-) -> Tensor:
-    """Rows of (parts x heads x width, dim): evenly spaced heads and rows within each, so that parts never mix."""
+) -> Tensor | None:
+    """Rows of (parts x heads x width, dim): evenly spaced heads and rows within each, so that neither ever mix."""
     if source.shape[0] % (parts * heads) or shape[0] % (parts * own_heads):
-        return source
+        return None
     split = source.reshape(parts, heads, -1, source.shape[1])
     found = _evenly(split, (parts, own_heads, shape[0] // (parts * own_heads), shape[1]))
-    return found.reshape(-1, found.shape[-1])
+    return None if found is None else found.reshape(-1, found.shape[-1])
 
 
-def _positions(source: Tensor, value: Tensor) -> Tensor:
-    """Positions of another grid, resized; a class token's is dropped or missing as the student has it."""
-    tokens, wanted = source.shape[-2], value.shape[-2]
-    if round(tokens**0.5) ** 2 != tokens and round(wanted**0.5) ** 2 == wanted:
-        source = source[..., 1:, :]  # the larger one has a class token
-    return resize_positions(source, torch.Size((*value.shape[:-1], source.shape[-1])))
+def _positions(source: Tensor, value: Tensor) -> Tensor | None:
+    """Positions of another grid, resized; a class token's is dropped, or the student's own kept, where one has none."""
+    theirs, ours = (math.isqrt(one.shape[-2]) ** 2 != one.shape[-2] for one in (source, value))
+    if theirs and not ours:
+        source = source[..., 1:, :]
+    grid = value[..., 1:, :] if ours and not theirs else value
+    found = _evenly(resize_positions(source, torch.Size((*grid.shape[:-1], source.shape[-1]))), grid.shape)
+    return found if found is None or grid is value else torch.cat([value[..., :1, :], found], dim=-2)
 
 
 def _as_student(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:

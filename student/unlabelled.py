@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vpr.processes import is_first, rank_and_world
 
 
 def add_unlabelled(
-    training: Catalog, scored: list[Catalog], folders: tuple[str, ...], output: str
+    training: Catalog, scored: list[Catalog], folders: tuple[str, ...], output: str, dry_run: bool = False
 ) -> tuple[Catalog, dict[str, Any], list[Parent]]:
     """Add the pictures of folders to the training ones, but for those that are scored.
 
@@ -25,13 +26,16 @@ def add_unlabelled(
         scored: pictures that no stage may see; one that is, or nearly is, among them is left out.
         folders: of pictures, or catalogues of the reader ``pictures``.
         output: a folder's catalogue is written beside it, as ``<output>-unlabelled-<number>``.
+        dry_run: leave nothing there.
 
     Returns:
         the pictures, what the card says of them, and the catalogues that they come from.
     """
     if not folders:
         return training, {}, []
-    found = [_catalog(folder, f"{Path(output)}-unlabelled-{number}") for number, folder in enumerate(folders)]
+    with tempfile.TemporaryDirectory() as passing:
+        place = Path(passing) / "student" if dry_run else Path(output)
+        found = [_catalog(folder, f"{place}-unlabelled-{number}") for number, folder in enumerate(folders)]
     extra = concatenate(found)
     seen = repeats_of(extra, concatenate(scored))
     kept = Catalog(extra.table.filter(pa.array(~seen)), extra.root)
@@ -49,7 +53,11 @@ def _catalog(folder: str, output: str) -> Catalog:
                 f"unlabelled: {folder}: several processes need its catalogue first: run 'vpr catalog --reader pictures "
                 f"--root {folder} --output {output}' and name that"
             )
-        build_catalog(CatalogConfig("pictures", output, folder, skip_unreadable=True))
+        try:
+            build_catalog(CatalogConfig("pictures", output, folder, skip_unreadable=True))
+        except UserError as error:
+            reason = str(error).partition(": check ")[0]
+            raise UserError(f"unlabelled: {folder}: {reason}: name a folder of pictures") from None
         folder = output
     catalog = load_catalog(folder)
     if catalog.artifact is None or catalog.artifact.card.config.get("reader") != "pictures":

@@ -7,6 +7,7 @@ every epoch, so a run that was killed goes on to the same result.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -346,24 +347,28 @@ def best_precision() -> Literal["32-true", "bf16-mixed"]:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
+def check_tracker(tracker: str) -> None:
+    """Refuse a tracker whose package is not installed."""
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"run.tracker: {tracker} is not installed: pip install {tracker}, or set it to none")
+
+
 def _logs(folder: Path, tracker: str) -> list[Logger]:
+    check_tracker(tracker)
     folder.mkdir(parents=True, exist_ok=True)
     logs: list[Logger] = [
         CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}"),
         TensorBoardLogger(folder, name="", version="tb"),
     ]
-    try:
-        if tracker == "wandb":
-            from lightning.pytorch.loggers import WandbLogger
+    if tracker == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
 
-            logs.append(WandbLogger(name=folder.name, save_dir=folder, project="vpr"))
-        if tracker == "mlflow":
-            from lightning.pytorch.loggers import MLFlowLogger
+        logs.append(WandbLogger(name=folder.name, save_dir=folder, project="vpr"))
+    if tracker == "mlflow":
+        from lightning.pytorch.loggers import MLFlowLogger
 
-            server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
-            logs.append(MLFlowLogger("vpr", folder.name, tracking_uri=server))
-    except ModuleNotFoundError:
-        raise UserError(f"run.tracker: {tracker} is not installed: pip install {tracker}, or set it to none") from None
+        server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
+        logs.append(MLFlowLogger("vpr", folder.name, tracking_uri=server))
     return logs
 
 

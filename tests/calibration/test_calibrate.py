@@ -75,7 +75,7 @@ def test_pictures_are_recorded_and_of_training_products(ranges: Path, catalog: C
     # Nine linears, and queries, keys and values of two attentions.
     assert (card.metrics["pictures"], card.metrics["tensors"]) == (40, 15)
     assert card.metrics["methods"]["minmax"] == 15
-    assert [parent.role for parent in card.parents] == ["onnx", "catalog"]
+    assert [parent.role for parent in card.parents] == ["onnx", "student", "catalog"]
 
 
 def test_an_unchanged_calibration_is_not_made_again(config: CalibrateConfig, ranges: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.interrupted import interrupt
 from benchmarks.student_epoch import epoch_figures
+from student import signal
 from student.config import DistillConfig, QuantiseConfig
 from student.dimension import DimensionConfig
 from student.distill import distill
@@ -26,9 +27,12 @@ from tests.student.conftest import STUDENT
 from vpr.artifact import Artifact, load_artifact
 from vpr.catalog import Catalog
 from vpr.errors import UserError
+from vpr.loading import LoaderConfig
 from vpr.training import RunConfig
 from vpr.views import ViewConfig
 
+LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
+ONLINE, MIXED = SignalConfig(mode="online"), SignalConfig(mode="online", mixup=0.5)
 SHORT: dict[str, Any] = {"epochs": 1, "signal": SignalConfig(views=1, bank=32)}
 
 
@@ -145,15 +149,27 @@ def test_a_cache_goes_on_where_it_was_left(
 def arguments(config: DistillConfig) -> list[str]:
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
     flags = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
-    flags += ["--model", json.dumps({**shape, "stem": "conv"}), "--signal", '{"views": 2, "bank": 32}']
+    flags += ["--model", json.dumps({**shape, "stem": "conv"})]
     return [*flags, "--run.validate_every", "2", "--run.ema", "0.8"]
 
 
-def test_a_killed_distillation_resumes_to_the_unbroken_result(config: DistillConfig, tmp_path: Path) -> None:
-    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16"]
+@pytest.mark.parametrize("asked", [{"views": 2, "bank": 32}, {"mode": "online", "bank": 32, "mixup": 0.5}])
+def test_a_killed_distillation_resumes_to_the_unbroken_result(
+    asked: dict[str, Any], config: DistillConfig, tmp_path: Path
+) -> None:
+    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16", "--signal", json.dumps(asked)]
     both = interrupt("student distill", flags, tmp_path, epochs=8)
     assert both.resumed.card.metrics["steps"] == both.unbroken.card.metrics["steps"]
     assert both.resumed.card.files["model.safetensors"] == both.unbroken.card.files["model.safetensors"]  # bit-equal
+    # The best epoch may have come before the kill: what was trained after it shows in the logs, digit for digit.
+    names = ("epoch", "step", "cosine_epoch", "similarity_kl_epoch", "val_recall_at_1", "val_map")
+    with both.unbroken.file("metrics.csv").open() as stream:
+        whole = {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
+    with both.resumed.file("metrics-resumed-1.csv").open() as stream:
+        rest = {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
+    assert {row[0] for row in rest} >= {"6", "7"}
+    assert any(row[2] for row in rest)
+    assert rest <= whole
 
 
 @pytest.mark.parametrize(
@@ -164,6 +180,12 @@ def test_a_killed_distillation_resumes_to_the_unbroken_result(config: DistillCon
         ({"seed": -1}, r"seed: -1: give 0 or more"),
         ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: a student fits on one device"),
         ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: finishes a trained student"),
+        ({"cache": "a", "output": "./a"}, r"cache: a is the output"),
+        ({"signal": MIXED, "losses": LossConfig(margin=0.1)}, r"signal\.mixup: a mixed picture has no one label"),
+        ({"signal": ONLINE, "losses": LOGITS}, r"losses\.logits: .* set signal\.mode to cached"),
+        ({"dimension": DimensionConfig("pca"), "losses": LOGITS}, r"losses\.logits: .* set dimension\.method to none"),
+        ({"unlabelled": ("more",), "losses": LOGITS}, r"losses\.logits: .* leave unlabelled out"),
+        ({"loader": LoaderConfig(1), "losses": LossConfig(affinity=1.0)}, r"loader\.batch_size: 1: affinity relates"),
     ],
 )
 def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, config: DistillConfig) -> None:
@@ -175,6 +197,7 @@ def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, 
     ("make", "message"),
     [
         (lambda: SignalConfig(mixup=0.2), r"signal\.mixup: a mixed picture cannot be looked up: set signal\.mode"),
+        (lambda: SignalConfig(mode="online", mixup=0.001), r"signal\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
         (lambda: SignalConfig(views=0), r"signal\.views: 0: give 1 to"),
         (lambda: DimensionConfig(steps=0), r"dimension\.steps: 0: give 1 to"),
         (lambda: StudentConfig(preset="huge"), r"model\.preset: 'huge': choose from"),  # type: ignore[arg-type]
@@ -192,6 +215,87 @@ def test_nothing_finished_is_harmed(student: Path, config: DistillConfig, teache
     with pytest.raises(UserError, match="model.embedding_dim: 300 is more than the teacher's 256"):
         distill(replace(config, model=replace(STUDENT, embedding_dim=300), dimension=DimensionConfig("pca"), epochs=1))
     assert load_artifact(student).sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loader": LoaderConfig(65)}, r"loader\.batch_size: 65 is more than the 64"),
+        ({"losses": LOGITS, "model": replace(STUDENT, family="small-data", stem="patch")}, r"losses\.logits: .* 'vit'"),
+        ({"run": RunConfig(tracker="wandb")}, r"run\.tracker: wandb is not installed"),
+        (
+            {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=200)},
+            r"model\.embedding_dim: 200 directions cannot be fitted on 64",
+        ),
+        ({"unlabelled": ("nowhere",)}, r"unlabelled: nowhere: .*: name a folder of pictures"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked(
+    dry: bool,
+    changes: dict[str, Any],
+    message: str,
+    config: DistillConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vpr.training.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=message):
+        distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": dry, **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_is_something_else_is_refused_at_once(config: DistillConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a teacher artifact, a views would replace it"):
+        distill(replace(config, output=str(tmp_path / "s"), cache=config.teacher))
+
+
+def test_a_file_that_was_cut_short_is_made_again(
+    teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, artifact = load_teacher(teacher)
+    training, chosen = catalog.select(split="train"), SignalConfig(views=2)
+    embed, calls = signal._embed_view, []
+
+    def once(*arguments: Any) -> np.ndarray:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return embed(*arguments)
+
+    monkeypatch.setattr(signal, "_embed_view", once)
+    with pytest.raises(KeyboardInterrupt):
+        cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), chosen, 0)
+    (finished,) = tmp_path.glob("views.run-*/view-*.npy")
+    finished.write_bytes(finished.read_bytes()[:5000])
+    monkeypatch.setattr(signal, "_embed_view", embed)
+    again = cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), chosen, 0)
+    whole = cache_signal(str(tmp_path / "whole"), model, artifact, training, ViewConfig(), chosen, 0)
+    assert again.artifact.card.files == whole.artifact.card.files
+
+
+def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    """They go by configuration and parents: a stale cache of another teacher may lie there still."""
+    model, artifact = load_teacher(teacher)
+    training, path = catalog.select(split="train"), str(tmp_path / "views")
+    found = cache_signal(path, model, artifact, training, ViewConfig(), SignalConfig(views=1), 0).artifact
+    config = {**found.card.config, "views": asdict(ViewConfig())}  # tuples, which the card has as lists
+    assert signal._written(path, config, found.card.parents)
+    assert not signal._written(path, {**config, "seed": 1}, found.card.parents)
+    assert not signal._written(path, config, [artifact.as_parent("other")])
+    assert not signal._written(str(tmp_path / "none"), config, found.card.parents)
+
+
+def test_an_unknown_start_is_passed_on(config: DistillConfig, teacher: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(teacher, tmp_path / "teacher")
+    card = json.loads((tmp_path / "teacher" / "card.json").read_text())
+    card["catalog"]["start"] = "pretrained may have seen what is scored"
+    (tmp_path / "teacher" / "card.json").write_text(json.dumps(card))
+    artifact = made(replace(config, teacher=str(tmp_path / "teacher")), tmp_path)
+    assert artifact.card.catalog is not None
+    assert artifact.card.catalog["start"] == "pretrained may have seen what is scored"
 
 
 def test_a_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

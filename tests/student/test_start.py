@@ -103,6 +103,37 @@ def test_positions_of_another_grid_are_resized() -> None:
     assert not torch.equal(small.state_dict()["vit.pos_embedding"], Student(small.config).vit.pos_embedding)
 
 
+def test_a_class_token_keeps_its_own_position_where_the_larger_has_none() -> None:
+    torch.manual_seed(0)
+    large = Student(replace(LARGE, image_size=48, pool="mean", stem="conv"))
+    small = Student(replace(SMALL, pool="cls", stem="patch"))
+    before = small.state_dict()["vit.pos_embedding"].clone()
+    select(small, large.state_dict(), LARGE.heads)
+    found, grid = small.state_dict()["vit.pos_embedding"], large.state_dict()["vit.pos_embedding"]
+    assert torch.equal(found[..., 0, :], before[..., 0, :])
+    expected = torch.nn.functional.interpolate(
+        grid.reshape(1, 6, 6, 96).permute(0, 3, 1, 2), (4, 4), mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(found[..., 1:, :].reshape(16, 48), expected.permute(0, 2, 3, 1).reshape(16, 96)[:, ::2])
+
+
+def test_pixels_of_another_patch_and_heads_of_another_number_are_left_alone() -> None:
+    torch.manual_seed(0)
+    large, small = Student(replace(LARGE, patch_size=16)), Student(replace(SMALL, patch_size=8))
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    select(small, large.state_dict(), LARGE.heads)
+    for name in ("1.weight", "2.weight"):
+        assert torch.equal(
+            small.state_dict()[f"vit.to_patch_embedding.{name}"], before[f"vit.to_patch_embedding.{name}"]
+        )
+    more = Student(replace(LARGE, heads=8, dim_head=12))
+    before = {name: value.clone() for name, value in more.state_dict().items()}
+    select(more, Student(LARGE).state_dict(), LARGE.heads)
+    for name in ("to_qkv.weight", "to_out.0.weight"):
+        key = f"vit.transformer.layers.0.0.{name}"
+        assert torch.equal(more.state_dict()[key], before[key])
+
+
 def test_what_cannot_be_selected_from_is_refused(tmp_path: Path) -> None:
     narrow = write_student(tmp_path / "narrow", replace(LARGE, dim=24, mlp_dim=32, dim_head=8, embedding_dim=16))
     with pytest.raises(UserError, match="tokens of 24, the student of 48: give one that is at least as wide"):
