@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+GPU_STAMP := .venv/.installed-gpu
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all check lint figures readme other-quantisers clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme other-quantisers clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -18,6 +19,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(GPU_STAMP)
+	@$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -42,6 +46,10 @@ other-quantisers:
 
 clean:
 	rm -rf .venv runs build *.egg-info
+
+$(GPU_STAMP): requirements-gpu.txt $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@touch $@
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from export.cpu import openvino_forward
 from export.onnx_graph import INPUT, OUTPUT, load_onnx, session
+from export.runner import open_engine
 from vpr.artifact import Artifact, load_artifact
 from vpr.embeddings import Forward, torch_forward
 from vpr.environment import available_cpus, read_gpus
+from vpr.errors import UserError
 
 
 class BackendUnavailable(Exception):
@@ -98,4 +100,7 @@ def _open_engine(artifact: Artifact) -> Forward:
     gpus, _ = read_gpus()
     if not gpus:
         raise BackendUnavailable(f"built for {targets}: running it needs such an NVIDIA GPU, this machine has none")
-    raise BackendUnavailable(f"built for {targets}: running engines from here is not implemented yet")
+    try:
+        return open_engine(artifact.path)
+    except UserError as error:
+        raise BackendUnavailable(str(error)) from None

@@ -116,7 +116,7 @@ def build_engine(config: EngineConfig) -> Path:
         draft.metrics = {
             "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
             "builder": f"{backend} {trt.__version__}",
-            "targets": list(config.targets) if backend == "tensorrt-rtx" else ["this GPU"],
+            "targets": list(config.targets) if backend == "tensorrt-rtx" else [_this_gpu()],
             "profile": [config.min_batch, config.opt_batch, config.max_batch],
             "size_bytes": len(plan),
             "build_seconds": seconds,
@@ -167,7 +167,7 @@ def build_plan(
         the serialised engine, and counts of the network's layers by type and of tensors by precision.
     """
     errors: list[str] = []
-    logger = _logger(trt, errors)
+    logger = error_logger(trt, errors)
     builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag
     # TensorRT 11 has strongly typed networks only and no flag for it.
@@ -273,6 +273,12 @@ def count_layers(network: Any) -> dict[str, Any]:
     return {"layers": dict(sorted(types.items())), "precisions": dict(sorted(precisions.items()))}
 
 
+def _this_gpu() -> str:
+    """Architecture of the GPU that TensorRT builds for, where all of the machine are alike."""
+    found = {str(gpu["compute_capability"]).replace(".", "") for gpu in read_gpus()[0]}
+    return f"sm{found.pop()}" if len(found) == 1 else "this GPU"
+
+
 def _parser_error(parser: Any) -> str:
     if not parser.num_errors:
         return "no reason given"
@@ -280,7 +286,9 @@ def _parser_error(parser: Any) -> str:
     return f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
 
 
-def _logger(trt: ModuleType, errors: list[str]) -> Any:
+def error_logger(trt: ModuleType, errors: list[str]) -> Any:
+    """A logger that appends TensorRT's errors to a list."""
+
     class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
         """Keeps errors for the message; everything else is the builder's own business."""
 

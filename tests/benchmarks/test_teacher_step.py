@@ -102,5 +102,6 @@ def test_without_a_gpu_it_ends_with_2(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
 def test_a_gpu_s_matrix_products_are_measured() -> None:
     assert matmul_rate((4096, 4096, 4096), "cuda") > 1e12
