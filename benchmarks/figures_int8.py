@@ -1,8 +1,8 @@
 """``make figures TOPIC=int8``: calibration, INT8 and engines, into ``benchmarks/results/int8.json``.
 
 Parts can be named (``make figures TOPIC=int8 PARTS="study"``); without any, all are measured. The students are
-those of ``make demo-full`` and ``make figures TOPIC=student``, trained first where they are not there. Part ``tools``
-needs ``make other-quantisers``.
+those of ``make figures TOPIC=student``, trained first where they are not there. Part ``tools`` needs
+``make other-quantisers``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import ROOT, Figure, Row, record
 from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.int8_speed import cpu_speed
@@ -30,9 +29,8 @@ _BUDGET = 0.005
 
 
 def sample() -> Student:
-    """The student of the demo's long form."""
-    demo(DemoConfig("runs/demo-full", full=True))
-    return Student("sample", Path("runs/demo-full/student"), Path("runs/demo-full/catalog"), _FOLDER / "sample")
+    """The size curve's student of under half the teacher's multiply-adds."""
+    return Student("sample", _of_the_curve(192), Path("runs/demo-full/catalog"), _FOLDER / "sample")
 
 
 def grocery() -> Student:
@@ -45,10 +43,14 @@ def grocery() -> Student:
 
 def larger() -> Student:
     """The largest student of the size curve."""
-    path = Path("runs/figures-student/sizes/width-256")
+    return Student("larger", _of_the_curve(256), Path("runs/demo-full/catalog"), _FOLDER / "larger")
+
+
+def _of_the_curve(width: int) -> Path:
+    path = Path(f"runs/figures-student/sizes/width-{width}")
     if not (path / "card.json").is_file():
         measure_sizes()
-    return Student("larger", path, Path("runs/demo-full/catalog"), _FOLDER / "larger")
+    return path
 
 
 def measure_tools() -> None:

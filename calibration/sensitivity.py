@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,9 @@ class Decision:
     reasons: dict[str, str]
 
 
-def decide(layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: float) -> Decision:
+def decide(
+    layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: float, lean: Collection[str] = ()
+) -> Decision:
     """The largest set of quantised layers found whose recall@1 drops by no more than the budget.
 
     All layers are tried first. Where that costs too much, each is tried alone, and the fewest of the most
@@ -76,6 +78,7 @@ def decide(layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: f
         layers: that may be quantised, one or more.
         evaluate: scores a set of quantised layers; the empty set is the float model.
         budget: of recall@1, such as 0.005.
+        lean: layers to which what is chosen is cut down for one more trial, for a caller who asks what is faster.
     """
     floats = evaluate(frozenset())
     tried = {frozenset[str](): _trial(frozenset(), floats, floats)}
@@ -87,6 +90,7 @@ def decide(layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: f
 
     whole = attempt(frozenset(layers))
     if whole.drop <= budget:
+        attempt(whole.quantised & frozenset(lean))
         reasons = dict.fromkeys(layers, "quantised: all layers together are within the budget")
         return Decision(whole, True, [], list(tried.values()), reasons)
     alone = sorted((attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop))
@@ -105,6 +109,7 @@ def decide(layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: f
             chosen = more
     if not chosen.quantised:
         chosen = min(tried.values(), key=lambda trial: (not trial.quantised, trial.drop, -len(trial.quantised)))
+    attempt(chosen.quantised & frozenset(lean))
     return Decision(chosen, chosen.drop <= budget, alone, list(tried.values()), _reasons(chosen, alone, budget))
 
 

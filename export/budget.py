@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from calibration.sensitivity import Decision, Layers, Score, Trial, decide
-from export.cpu import openvino_forward
+from export.candidates import Candidates
 from export.onnx_graph import INPUT, OUTPUT, session
 from export.parity import parity
 from vpr.catalog import Catalog
@@ -21,8 +21,8 @@ from vpr.embeddings import score_split, unit
 from vpr.timing import measure, summarise
 
 _BASE = "nothing quantised"
-# Sets of layers within the budget that are timed, those of most layers; and how much faster than the largest a
-# smaller one must be to be taken: less is noise.
+# Sets of layers within the budget that are timed beside the one found, those of most layers; and how much faster than
+# it another must be to be taken: less is noise.
 _TIMED = 3
 _FASTER = 0.98
 
@@ -35,21 +35,20 @@ class Budget:
 
     Attributes:
         drop: of recall@1.
-        batch: pictures per call.
         seconds: of timing each candidate.
-        threads: 0 leaves their number to the engine.
+        candidates: how they are run.
     """
 
     drop: float
-    batch: int
     seconds: float
-    threads: int
+    candidates: Candidates
 
 
 def keep_recall(
     graph: onnx.ModelProto,
     quantise: Quantise,
     layers: list[str],
+    linears: list[str],
     validation: Catalog,
     batches: list[NDArray[np.float32]],
     budget: Budget,
@@ -60,6 +59,7 @@ def keep_recall(
         graph: FP32.
         quantise: names of layers to the FP32 graph with those quantised.
         layers: that may be.
+        linears: of the graph; attention in eight bits may cost time, so what is found is timed without it too.
         validation: pictures with roles ``query`` and ``gallery`` that no score is reported on.
         batches: those pictures as inputs.
         budget: what may be lost.
@@ -76,13 +76,17 @@ def keep_recall(
         say(f"  {_name(quantised)}: recall@1 {score.hits.mean():.4f}, cosine {score.cosine:.6f}")
         return score
 
-    found = decide(layers, evaluate, budget.drop)
-    chosen, times = _fastest(graph, quantise, found, batches, budget)
+    found = decide(layers, evaluate, budget.drop, linears)
+    names = _names(found)
+    times = _time(
+        graph, quantise, {names[one]: one.quantised for one in _candidates(found, budget.drop)}, batches, budget
+    )
+    chosen = _fastest(found, names, times)
     low, high = chosen.interval
-    say(f"  {_name(chosen.quantised)}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget.drop:g}")
+    say(f"  {names[chosen]}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget.drop:g}")
     if not found.met:
         say(f"  no set of layers stays within a drop of {budget.drop:g}: this one is the nearest")
-    if times[_name(chosen.quantised)] >= times[_BASE]:
+    if times[names[chosen]] >= times[_BASE]:
         say("  on this machine it is no faster than the graph without it")
     return {
         "max_recall_drop": budget.drop,
@@ -93,34 +97,52 @@ def keep_recall(
         "drop": chosen.drop,
         "drop_interval": [low, high],
         "latency_ms": times,
-        "latency_by": f"openvino, batch {budget.batch}",
+        "latency_by": f"{budget.candidates.by}, batch {budget.candidates.batch}",
         "quantised": [name for name in layers if name in chosen.quantised],
-        "layers": found.reasons,
+        "layers": found.reasons | _slower(found, chosen, names, times),
         "alone": [_record(trial) for trial in found.alone],
-        "trials": [_record(trial) for trial in found.trials],
+        "trials": [{"name": names[trial], **_record(trial)} for trial in found.trials],
     }
 
 
-def _fastest(
+def _candidates(found: Decision, budget: float) -> list[Trial]:
+    """What is timed: what was found, and those within the budget that quantise most."""
+    within = [one for one in found.trials if one.quantised and one.drop <= budget and one != found.chosen]
+    return [found.chosen, *sorted(within, key=lambda one: -len(one.quantised))[:_TIMED]]
+
+
+def _time(
     graph: onnx.ModelProto,
     quantise: Quantise,
-    found: Decision,
+    candidates: dict[str, Layers],
     batches: list[NDArray[np.float32]],
     budget: Budget,
-) -> tuple[Trial, dict[str, float]]:
-    """What was found, or a smaller set within the budget that is plainly faster; p50 milliseconds by name."""
-    within = [one for one in found.trials if one.quantised and one.drop <= budget.drop]
-    most = sorted(within, key=lambda one: -len(one.quantised))[:_TIMED]
-    candidates = {_name(one.quantised): one for one in (*most, found.chosen)}
-    graphs = {_BASE: graph, **{name: quantise(sorted(one.quantised)) for name, one in candidates.items()}}
-    copies = -(-budget.batch // len(batches[0]))
-    pixels = np.concatenate([batches[0]] * copies)[: budget.batch]
-    calls = {name: partial(openvino_forward(one, budget.threads), pixels) for name, one in graphs.items()}
-    times = {name: summarise(seen)["p50"] for name, seen in measure(calls, budget.seconds).items()}
-    best = min(candidates, key=lambda name: times[name])
-    if times[best] < _FASTER * times[_name(found.chosen.quantised)]:
-        return candidates[best], times
-    return found.chosen, times
+) -> dict[str, float]:
+    """p50 milliseconds of the candidates and of the float graph, side by side."""
+    graphs = {_BASE: graph, **{name: quantise(sorted(one)) for name, one in candidates.items()}}
+    batch = budget.candidates.batch
+    pixels = np.concatenate([batches[0]] * -(-batch // len(batches[0])))[:batch]
+    with budget.candidates.opened(graphs) as forwards:
+        calls = {name: partial(forward, pixels) for name, forward in forwards.items()}
+        return {name: summarise(seen)["p50"] for name, seen in measure(calls, budget.seconds).items()}
+
+
+def _fastest(found: Decision, names: dict[Trial, str], times: dict[str, float]) -> Trial:
+    """What was found, or another that was timed and is plainly faster."""
+    best = min(
+        (one for one in found.trials if names[one] in times and one.quantised), key=lambda one: times[names[one]]
+    )
+    return best if times[names[best]] < _FASTER * times[names[found.chosen]] else found.chosen
+
+
+def _slower(found: Decision, chosen: Trial, names: dict[Trial, str], times: dict[str, float]) -> dict[str, str]:
+    """Reasons of the layers in which what is fastest departs from the largest set within the budget."""
+    what = f"{times[names[chosen]]:.2f} ms, against {times[names[found.chosen]]:.2f} ms of the largest set"
+    kept = dict.fromkeys(
+        found.chosen.quantised, f"kept: the budget bears it, but what is fastest is without it: {what}"
+    )
+    taken = dict.fromkeys(chosen.quantised, f"quantised: in the fastest set within the budget: {what}")
+    return {name: why for name, why in (kept | taken).items() if (name in kept) != (name in taken)}
 
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -129,10 +151,21 @@ def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArra
 
 
 def _name(quantised: Layers) -> str:
-    """A set of layers in few words; sets of one size are told apart by what they leave out in the record."""
     if len(quantised) == 1:
         return f"only {next(iter(quantised))}"
     return f"{len(quantised)} layers quantised" if quantised else _BASE
+
+
+def _names(found: Decision) -> dict[Trial, str]:
+    """A name of each set that was tried; those of one size are numbered."""
+    names: dict[Trial, str] = {}
+    for trial in found.trials:
+        name, number = _name(trial.quantised), 1
+        while name in names.values():
+            number += 1
+            name = f"{_name(trial.quantised)} ({number})"
+        names[trial] = name
+    return names
 
 
 def _record(trial: Trial) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def build_engine(config: EngineConfig) -> Path:
         draft.metrics = {
             "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
             "builder": f"{backend} {trt.__version__}",
-            "targets": list(config.targets) if backend == "tensorrt-rtx" else [_this_gpu()],
+            "targets": list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()],
             "profile": [config.min_batch, config.opt_batch, config.max_batch],
             "size_bytes": len(plan),
             "build_seconds": seconds,
@@ -273,7 +273,7 @@ def count_layers(network: Any) -> dict[str, Any]:
     return {"layers": dict(sorted(types.items())), "precisions": dict(sorted(precisions.items()))}
 
 
-def _this_gpu() -> str:
+def this_gpu() -> str:
     """Architecture of the GPU that TensorRT builds for, where all of the machine are alike."""
     found = {str(gpu["compute_capability"]).replace(".", "") for gpu in read_gpus()[0]}
     return f"sm{found.pop()}" if len(found) == 1 else "this GPU"

@@ -13,8 +13,10 @@ import onnx
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from calibration.linears import linear_nodes
 from calibration.smooth import smooth
 from export.budget import Budget, keep_recall
+from export.candidates import Candidates, TimedBy, choose_timer
 from export.onnx_graph import MAX_BATCH, count_operators, describe, load_onnx
 from export.precision import to_fp16
 from export.qdq import Format, Recipe, quantise, quantised_nodes
@@ -45,9 +47,11 @@ class Int8Config:
         max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
             that ``keep`` does not name.
         catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
+        timed_by: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
+            else OpenVINO on this CPU.
         batch: pictures per call when candidates are timed.
         seconds: of timing each candidate.
-        threads: of the engine that times; 0 leaves their number to it.
+        threads: of OpenVINO when it times; 0 leaves their number to it.
     """
 
     onnx: str
@@ -59,6 +63,7 @@ class Int8Config:
     number: Format = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""
+    timed_by: TimedBy = "auto"
     batch: int = 1
     seconds: float = 2.0
     threads: int = 0
@@ -117,17 +122,25 @@ def export_int8(config: Int8Config) -> Path:
     if not layers:
         raise UserError(f"keep: {', '.join(config.keep)} leaves nothing to quantise: name fewer layers")
     decision = None
+    wide = tuple(model.card.metrics.get("fp32_nodes", []))
     if validation is not None:
         assert config.max_recall_drop is not None
         if model.card.preprocess is None or not len(validation):
             raise UserError(f"{config.catalog}: its validation split is empty: build it with --validation above 0")
-        budget = Budget(config.max_recall_drop, config.batch, config.seconds, config.threads)
+        candidates = Candidates(model, choose_timer(config.timed_by), config.batch, config.threads, wide)
+        budget = Budget(config.max_recall_drop, config.seconds, candidates)
         pixels = list(read_batches(validation, model.card.preprocess, _READ_BY))
+        linears = [node.name for node in linear_nodes(calibrated.graph)]
         decision = keep_recall(
-            calibrated.graph, lambda some: calibrated.quantise(some, config.number), layers, validation, pixels, budget
+            calibrated.graph,
+            lambda some: calibrated.quantise(some, config.number),
+            layers,
+            linears,
+            validation,
+            pixels,
+            budget,
         )
         layers = decision["quantised"]
-    wide = model.card.metrics.get("fp32_nodes", [])
     quantised = calibrated.quantise(layers, config.number)
     if config.base == "fp16":
         quantised = to_fp16(quantised, wide)
@@ -140,7 +153,7 @@ def export_int8(config: Int8Config) -> Path:
             "precision": f"{config.number}-mixed" if mixed else config.number,
             "quantised": layers,
             "kept": left,
-            "fp32_nodes": wide,
+            "fp32_nodes": list(wide),
             "nodes": count_operators(quantised),
         }
         if decision is not None:
