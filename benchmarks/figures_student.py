@@ -66,7 +66,7 @@ def measure_grocery() -> None:
 
 def measure_sizes() -> None:
     """Retention and cost of four sizes on furniture renders, trained for longer than the ablation."""
-    setting = replace(sample(), folder=_FOLDER / "sizes", epochs=32, views=12, command=_command("sizes"))
+    setting = replace(sample(), folder=_FOLDER / "sizes", epochs=24, views=12, command=_command("sizes"))
     figures, table = size_curve(setting, RESULTS / "student-sizes.svg")
     record("student", figures, {"sizes": table})
 
