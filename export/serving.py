@@ -96,18 +96,12 @@ def export_serving(config: ServingConfig) -> Path:
         scheduling = _scheduling(model, config)
         fields = model_config(name, model, preprocess, scheduling)
     with write_artifact(config.output, "serving", values, parents) as draft:
-        folder = draft.path / "model_repository" / name
-        (folder / "1").mkdir(parents=True)
-        shutil.copyfile(model.file(_stored(model)), folder / "1" / _FILES[model.card.kind])
-        (folder / "config.pbtxt").write_text(to_text(fields), encoding="utf-8")
+        _write_repository(draft.path / "model_repository" / name, model, fields)
         pictures, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
         text = _read_me(name, model, preprocess, scheduling.max_batch, pictures, config.index)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
-        draft.preprocess, draft.embedding, draft.catalog = (
-            preprocess,
-            model.card.embedding,
-            gallery.artifact.card.catalog,
-        )
+        draft.preprocess, draft.embedding = preprocess, model.card.embedding
+        draft.catalog = gallery.artifact.card.catalog
         draft.inputs, draft.outputs = model.card.inputs, model.card.outputs
         draft.metrics = {"max_batch": scheduling.max_batch, "gallery": pictures, "index_top10_overlap": overlap}
     exact = "exact" if overlap is None else f"finds {overlap:.3f} of the exact top 10"
@@ -117,7 +111,10 @@ def export_serving(config: ServingConfig) -> Path:
 
 
 def _check_model(model: Artifact, config: ServingConfig) -> None:
-    """Refuse what Triton would load never, or not as it is."""
+    """Refuse what Triton would not load, or could not ask for a single picture."""
+    ends = [model.card.inputs, model.card.outputs]
+    if any(len(specs) != 1 or not specs[0].shape or not isinstance(specs[0].shape[0], str) for specs in ends):
+        raise UserError(f"{model.path}: its card tells no input and output for batches of any size: export it again")
     if model.card.kind == "onnx":
         _check_graph(model)
         return
@@ -185,8 +182,11 @@ def _scheduling(model: Artifact, config: ServingConfig) -> Scheduling:
     return Scheduling(chosen, preferred, config.queue_delay_us, config.instances, config.device)
 
 
-def _stored(model: Artifact) -> str:
-    return "engine.plan" if model.card.kind == "engine" else "model.onnx"
+def _write_repository(folder: Path, model: Artifact, fields: dict[str, Any]) -> None:
+    source = model.file("engine.plan" if model.card.kind == "engine" else "model.onnx")
+    (folder / "1").mkdir(parents=True)
+    shutil.copyfile(source, folder / "1" / _FILES[model.card.kind])
+    (folder / "config.pbtxt").write_text(to_text(fields), encoding="utf-8")
 
 
 def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, float | None]:

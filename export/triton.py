@@ -10,7 +10,7 @@ from typing import Any
 from vpr.artifact import Artifact, TensorSpec
 from vpr.images import Preprocess
 
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+_TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 at both ends
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "engine": ("tensorrt_plan", "tensorrt")}
 
 

@@ -122,7 +122,7 @@ def test_a_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalo
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     names = np.array([row["image"] for row in rows]).reshape(-1, 5)
     # Neighbours nearer to each other than rounding may change places.
-    apart = np.diff(expected, axis=1, prepend=2, append=-2).__abs__() > 2e-5
+    apart = np.abs(np.diff(expected, axis=1, prepend=2, append=-2)) > 2e-5
     clear = apart[:, :-1] & apart[:, 1:]
     clear[:, -1] = False  # the sixth is unknown
     assert clear.mean() > 0.5
@@ -343,6 +343,15 @@ def test_an_artifact_s_name_that_triton_does_not_take_is_said(graph: Path, galle
         draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
     with pytest.raises(UserError, match="no model of the name 'my model': give --name"):
         export_serving(ServingConfig(str(tmp_path / "my model"), str(gallery), str(tmp_path / "serving")))
+
+
+def test_a_card_without_inputs_is_said(graph: Path, gallery: Path, tmp_path: Path) -> None:
+    artifact = load_artifact(graph)
+    with write_artifact(tmp_path / "bare", "onnx", artifact.card.config, artifact.card.parents) as draft:
+        (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
+        draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
+    with pytest.raises(UserError, match="bare: its card tells no input and output for batches of any size"):
+        export_serving(ServingConfig(str(tmp_path / "bare"), str(gallery), str(tmp_path / "serving")))
 
 
 def test_the_same_hand_off_is_not_repeated(
