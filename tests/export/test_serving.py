@@ -147,6 +147,28 @@ def test_the_gallery_is_whole_and_in_the_index_s_order(graph: Path, gallery: Pat
     np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), vectors)
 
 
+def test_a_centre_crop_is_written_down(
+    graph: Path, student_artifact: Path, gallery: Path, catalog: Catalog, tmp_path: Path
+) -> None:
+    source, student = load_artifact(graph), load_artifact(student_artifact)
+    cropped = Preprocess(size=32, resize="shortest", crop="center")
+    with write_artifact(tmp_path / "cropped", "onnx", source.card.config, source.card.parents) as draft:
+        (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
+        draft.preprocess, draft.embedding = cropped, source.card.embedding
+        draft.inputs, draft.outputs = source.card.inputs, source.card.outputs
+    told = Artifact(student.path, student.card.model_copy(update={"preprocess": cropped}), student.sha256)
+    vectors = load_embeddings(gallery).vectors
+    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), told, {})
+    output = export_serving(ServingConfig(str(tmp_path / "cropped"), str(written), str(tmp_path / "serving")))
+    noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((140, 90), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "wide.png")
+    expected = cropped.normalise(cropped.pixels(picture)[None])[0]
+    found = preprocess_by(read_config(output, "cropped"), tmp_path / "wide.png")
+    np.testing.assert_allclose(found, expected, atol=2.5 / 255 / 0.26)  # two of 255 levels
+    assert "Resize the shorter side to 32 pixels, bicubic" in (output / "README.md").read_text()
+
+
 def test_an_approximate_index_says_what_it_finds(graph: Path, gallery: Path, tmp_path: Path) -> None:
     config = ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"), index="hnsw")
     output = export_serving(config)
