@@ -94,7 +94,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
         raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")
     # The student too: its finishing asks whether the ranges are its own.
-    parents = [model.as_parent("onnx"), *(one for one in model.card.parents if one.role == "student")]
+    parents = [model.as_parent("onnx"), *model.parents("student")]
     evaluation = None
     if catalog.artifact:
         parents.append(catalog.artifact.as_parent("catalog"))

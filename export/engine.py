@@ -102,7 +102,7 @@ def build_engine(config: EngineConfig) -> Path:
     backend = choose_backend(config.backend)
     trt = load_builder(backend)
     values = {**plain(config), "backend": backend, "builder_version": trt.__version__}
-    parents = [artifact.as_parent("onnx")]
+    parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
     if find_current(config.output, "engine", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)

@@ -107,7 +107,7 @@ def export_int8(config: Int8Config) -> Path:
     graph, model = load_onnx(config.onnx)
     ranges = load_artifact(config.ranges, "ranges")
     _check_parents(config, model, ranges)
-    parents = [model.as_parent("onnx"), ranges.as_parent("ranges")]
+    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
     validation = None
     if config.catalog:
         validation = load_catalog(config.catalog)

@@ -62,7 +62,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     """
     model, student = load_student(config.student)
     # The ranges that a student was fine-tuned under are those of its INT8 graph.
-    parents = [student.as_parent("student"), *(one for one in student.card.parents if one.role == "ranges")]
+    parents = [student.as_parent("student"), *student.parents("ranges")]
     values = plain(config)
     if find_current(config.output, "onnx", values, parents):
         say(f"{config.output}: up to date")

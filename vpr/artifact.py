@@ -30,7 +30,17 @@ CARD_NAME = "card.json"
 _MAX_CARD_BYTES = 4 << 20
 
 Kind = Literal[
-    "catalog", "teacher", "student", "views", "embeddings", "calibration", "onnx", "ranges", "engine", "report"
+    "catalog",
+    "teacher",
+    "student",
+    "views",
+    "embeddings",
+    "calibration",
+    "onnx",
+    "ranges",
+    "engine",
+    "serving",
+    "report",
 ]
 
 
@@ -110,6 +120,10 @@ class Artifact:
     def as_parent(self, role: str) -> Parent:
         """This artifact as an entry of another's ``parents``."""
         return Parent(role=role, name=self.card.name, sha256=self.sha256)
+
+    def parents(self, role: str) -> list[Parent]:
+        """What this artifact was made from in that role."""
+        return [parent for parent in self.card.parents if parent.role == role]
 
 
 @dataclass

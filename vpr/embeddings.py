@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, Embedding, find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifact import Artifact, Embedding, Parent, find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
@@ -85,6 +85,19 @@ class Embeddings:
     products: NDArray[np.str_]
     roles: NDArray[np.str_]
     artifact: Artifact
+
+    @property
+    def model(self) -> Parent:
+        """What they were computed with; :class:`UserError` if their card names nothing."""
+        models = self.artifact.parents("model")
+        if not models:
+            raise UserError(f"{self.artifact.path}: its card names no model: embed the catalogue again")
+        return models[0]
+
+    def of_role(self, role: str) -> NDArray[np.int64]:
+        """Rows of a role; all of them, if none has it."""
+        rows = np.flatnonzero(self.roles == role)
+        return rows if len(rows) else np.arange(len(self.roles))
 
 
 def write_embeddings(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpr.artifact import CARD_NAME, Parent
+from vpr.artifact import CARD_NAME
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
 from vpr.errors import UserError
@@ -64,7 +64,7 @@ def find(config: FindConfig) -> Path | None:
         UserError: embeddings of two models, too small a gallery for ``k`` or a submission.
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
-    first, second = _model(queries), _model(gallery)
+    first, second = queries.model, gallery.model
     if first.sha256 != second.sha256:
         raise UserError(
             f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
@@ -74,7 +74,7 @@ def find(config: FindConfig) -> Path | None:
             f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
             "embed both again"
         )
-    asked, shown = _rows(queries, "query"), _rows(gallery, "gallery")
+    asked, shown = queries.of_role("query"), gallery.of_role("gallery")
     if config.submission and len(shown) < SUBMITTED:
         raise UserError(
             f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {len(shown)}: "
@@ -123,15 +123,3 @@ def _print(
         names = [escape(f"{gallery.products[i]} {s:.2f}") for i, s in zip(found, scores[row], strict=False)]
         table.add_row(escape(str(queries.products[asked[row]])), *names)
     Console().print(table)
-
-
-def _model(embeddings: Embeddings) -> Parent:
-    for parent in embeddings.artifact.card.parents:
-        if parent.role == "model":
-            return parent
-    raise UserError(f"{embeddings.artifact.path}: its card names no model: embed the catalogue again")
-
-
-def _rows(embeddings: Embeddings, role: str) -> NDArray[np.int64]:
-    rows = np.flatnonzero(embeddings.roles == role)
-    return rows if len(rows) else np.arange(len(embeddings.roles))

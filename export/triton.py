@@ -1,0 +1,131 @@
+"""What Triton reads of a model: ``config.pbtxt``, in protobuf's text form of its ``ModelConfig``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vpr.artifact import Artifact, TensorSpec
+from vpr.images import Preprocess
+
+_TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 at both ends
+_PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "engine": ("tensorrt_plan", "tensorrt")}
+
+
+class Enumerator(str):
+    """A value of an enumeration: text form has no quotes around it."""
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """How Triton batches requests and spreads them.
+
+    Attributes:
+        max_batch: most pictures at once.
+        preferred: batch sizes that are sent off as soon as they are full.
+        queue_delay_us: longest wait for a fuller batch, microseconds.
+        instances: of the model on each device.
+        device: ``gpu`` or ``cpu``.
+    """
+
+    max_batch: int
+    preferred: tuple[int, ...]
+    queue_delay_us: int
+    instances: int
+    device: str
+
+
+def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling) -> dict[str, Any]:
+    """The fields of Triton's ``ModelConfig`` for an ``onnx`` or ``engine`` artifact.
+
+    Both batch sizes that matter are run once when the model is loaded: memory that is too small shows then.
+
+    Args:
+        name: of the model.
+        model: whose inputs and outputs have the batch as their first dimension.
+        preprocess: the card's, written down among the parameters.
+        scheduling: batching and instances.
+    """
+    platform, backend = _PLATFORMS[model.card.kind]
+    batching: dict[str, Any] = {"max_queue_delay_microseconds": scheduling.queue_delay_us}
+    if scheduling.preferred:
+        batching = {"preferred_batch_size": list(scheduling.preferred), **batching}
+    fields: dict[str, Any] = {
+        "name": name,
+        "platform": platform,
+        "backend": backend,
+        "max_batch_size": scheduling.max_batch,
+        "input": [{**_tensor(spec), "format": Enumerator("FORMAT_NCHW")} for spec in model.card.inputs],
+        "output": [_tensor(spec) for spec in model.card.outputs],
+        "instance_group": [
+            {"kind": Enumerator(f"KIND_{scheduling.device.upper()}"), "count": scheduling.instances},
+        ],
+        "dynamic_batching": batching,
+        "model_warmup": [_warm_up(model.card.inputs, batch) for batch in sorted({1, scheduling.max_batch})],
+        "parameters": [
+            {"key": key, "value": {"string_value": value}} for key, value in parameters(model, preprocess).items()
+        ],
+    }
+    if model.card.kind == "engine":
+        # Captured for batches of 1, of the preferred sizes and of the largest; others run without.
+        fields["optimization"] = {"cuda": {"graphs": True}}
+    return fields
+
+
+def parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
+    """What a client must know and Triton does not: preprocessing, embedding, and what an engine was built for.
+
+    Text stands as it is, numbers and lists as JSON.
+    """
+    values: dict[str, Any] = {f"preprocess.{key}": value for key, value in preprocess.model_dump(mode="json").items()}
+    values |= {"preprocess.colour": "RGB", "preprocess.value": "(pixel / 255 - mean) / std"}
+    if model.card.embedding is not None:
+        values |= {f"embedding.{key}": value for key, value in model.card.embedding.model_dump(mode="json").items()}
+    if model.card.kind == "engine":
+        values |= {
+            "engine.builder": model.card.metrics["builder"],
+            "engine.targets": ",".join(model.card.metrics["targets"]),
+        }
+    values["artifact.card_sha256"] = model.sha256
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def to_text(fields: Mapping[str, Any], indent: int = 0) -> str:
+    """Protobuf's text form of a message.
+
+    Args:
+        fields: strings, numbers, truth values, :class:`Enumerator`, mappings (messages), and lists of these.
+        indent: levels.
+    """
+    margin, lines = "  " * indent, []
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{margin}{key} {{\n{to_text(value, indent + 1)}{margin}}}\n")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [to_text({key: item}, indent) for item in value]
+        elif isinstance(value, list):
+            lines.append(f"{margin}{key}: [{', '.join(map(_scalar, value))}]\n")
+        else:
+            lines.append(f"{margin}{key}: {_scalar(value)}\n")
+    return "".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    return str(value) if isinstance(value, Enumerator) else json.dumps(value)
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": Enumerator(_TYPES[spec.dtype]), "dims": spec.shape[1:]}
+
+
+def _warm_up(inputs: list[TensorSpec], batch: int) -> dict[str, Any]:
+    zeros = [
+        {
+            "key": spec.name,
+            "value": {"data_type": Enumerator(_TYPES[spec.dtype]), "dims": spec.shape[1:], "zero_data": True},
+        }
+        for spec in inputs
+    ]
+    return {"name": f"batch_{batch}", "batch_size": batch, "inputs": zeros}

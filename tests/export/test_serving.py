@@ -1,0 +1,401 @@
+"""What is handed to Triton, read as Triton and a client without this toolkit would."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import onnxruntime as ort
+import pyarrow.parquet as pq
+import pytest
+from google.protobuf import text_format
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import v2
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
+
+from calibration.calibrate import CalibrateConfig, calibrate
+from export.engine import EngineConfig, build_engine
+from export.int8 import Int8Config, export_int8
+from export.onnx_graph import OnnxConfig, export_onnx
+from export.serving import ServingConfig, export_serving
+from export.triton import Enumerator, to_text
+from student.embed import EmbedConfig, embed_catalog
+from tests.conftest import small_student, write_student
+from vpr.artifact import Artifact, load_artifact, write_artifact
+from vpr.catalog import Catalog
+from vpr.cli import main
+from vpr.embeddings import load_embeddings, write_embeddings
+from vpr.errors import UserError
+from vpr.find import FindConfig, find
+from vpr.images import Preprocess
+
+VERSION = "11.4.0.106"
+
+
+@pytest.fixture(scope="module")
+def graph(student_artifact: Path) -> Path:
+    """The student's FP32 graph."""
+    return export_onnx(OnnxConfig(str(student_artifact), str(student_artifact.parent / "fp32"), pictures=1))
+
+
+@pytest.fixture(scope="module")
+def ranges(graph: Path, catalog: Catalog) -> Path:
+    assert catalog.artifact is not None
+    return calibrate(CalibrateConfig(str(graph), str(catalog.artifact.path), str(graph.parent / "ranges"), count=16))
+
+
+@pytest.fixture(scope="module")
+def gallery(student_artifact: Path, catalog: Catalog) -> Path:
+    """The test split's embeddings by the student."""
+    assert catalog.artifact is not None
+    output = str(student_artifact.parent / "embeddings")
+    return embed_catalog(EmbedConfig(str(student_artifact), str(catalog.artifact.path), output, split="test"))
+
+
+@pytest.fixture
+def write_engine(graph: Path, tmp_path: Path) -> Callable[..., Artifact]:
+    """An engine artifact as TensorRT's builder would leave it, with bytes for a plan."""
+    source = load_artifact(graph)
+
+    def make(profile: tuple[int, int, int] = (1, 8, 64), **config: Any) -> Artifact:
+        low, best, most = profile
+        values = {"onnx": str(graph), "backend": "tensorrt", "builder_version": VERSION}
+        values |= {"min_batch": low, "opt_batch": best, "max_batch": most, **config}
+        parents = [source.as_parent("onnx"), *source.parents("student")]
+        with write_artifact(tmp_path / "engine", "engine", values, parents) as draft:
+            (draft.path / "engine.plan").write_bytes(b"plan" * 100)
+            draft.preprocess, draft.embedding = source.card.preprocess, source.card.embedding
+            draft.inputs, draft.outputs = source.card.inputs, source.card.outputs
+            draft.metrics = {
+                "precision": "fp16",
+                "builder": f"tensorrt {VERSION}",
+                "targets": ["sm89"],
+                "profile": list(profile),
+            }
+        return load_artifact(tmp_path / "engine")
+
+    return make
+
+
+def read_config(path: Path, name: str) -> ModelConfig:
+    """Parsed by Triton's schema, which refuses what it does not know."""
+    return text_format.Parse((path / "model_repository" / name / "config.pbtxt").read_text(), ModelConfig())
+
+
+def preprocess_by(config: ModelConfig, path: Path) -> NDArray[np.float32]:
+    """A picture as the configuration's parameters say, by torchvision."""
+    told = {key: value.string_value for key, value in config.parameters.items()}
+    assert (told["preprocess.colour"], told["preprocess.value"]) == ("RGB", "(pixel / 255 - mean) / std")
+    assert (told["preprocess.layout"], told["preprocess.dtype"]) == ("NCHW", "float32")
+    size, filter = int(told["preprocess.size"]), v2.InterpolationMode(told["preprocess.interpolation"])
+    resize = {
+        ("squash", "none"): [v2.Resize((size, size), filter)],
+        ("shortest", "center"): [v2.Resize(size, filter), v2.CenterCrop(size)],
+    }[told["preprocess.resize"], told["preprocess.crop"]]
+    image = np.asarray(v2.Compose(resize)(Image.open(path).convert("RGB")), dtype=np.float64)
+    mean, std = json.loads(told["preprocess.mean"]), json.loads(told["preprocess.std"])
+    return ((image / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
+
+
+def test_a_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
+    output = export_serving(ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"), name="student"))
+    config = read_config(output, "student")
+    part = catalog.select(split="test")
+    queries = np.flatnonzero(part.roles == "query")
+    batch = np.stack([preprocess_by(config, part.path(row)) for row in queries.tolist()])
+    assert batch.shape[1:] == tuple(config.input[0].dims)
+    model = ort.InferenceSession(output / "model_repository" / "student" / "1" / "model.onnx")
+    (vectors,) = model.run([config.output[0].name], {config.input[0].name: batch})
+    scores, found = faiss.read_index(str(output / "gallery" / "index.faiss")).search(vectors, 5)
+    images = np.array(pq.read_table(output / "gallery" / "rows.parquet")["image"].to_pylist())[found]
+
+    find(FindConfig(str(gallery), str(gallery), output=str(tmp_path / "results.csv"), k=5))
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    expected = np.array([float(row["score"]) for row in rows]).reshape(-1, 5)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    names = np.array([row["image"] for row in rows]).reshape(-1, 5)
+    # Neighbours nearer to each other than rounding may change places.
+    apart = np.abs(np.diff(expected, axis=1, prepend=2, append=-2)) > 2e-5
+    clear = apart[:, :-1] & apart[:, 1:]
+    clear[:, -1] = False  # the sixth is unknown
+    assert clear.mean() > 0.5
+    np.testing.assert_array_equal(images[clear], names[clear])
+
+
+def test_the_gallery_is_whole_and_in_the_index_s_order(graph: Path, gallery: Path, tmp_path: Path) -> None:
+    output = export_serving(ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"))) / "gallery"
+    embeddings = load_embeddings(gallery)
+    shown = embeddings.roles == "gallery"
+    assert 0 < shown.sum() < len(shown)
+    vectors = np.load(output / "vectors.npy", allow_pickle=False)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, embeddings.vectors[shown])
+    table = pq.read_table(output / "rows.parquet")
+    assert table.column_names == ["id", "image", "product", "category"]
+    assert table["id"].to_pylist() == list(range(len(vectors)))
+    assert table["image"].to_pylist() == embeddings.images[shown].tolist()
+    assert table["product"].to_pylist() == embeddings.products[shown].tolist()
+    index = faiss.read_index(str(output / "index.faiss"))
+    assert (index.ntotal, index.metric_type) == (len(vectors), faiss.METRIC_INNER_PRODUCT)
+    np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), vectors)
+
+
+def test_a_centre_crop_is_written_down(
+    graph: Path, student_artifact: Path, gallery: Path, catalog: Catalog, tmp_path: Path
+) -> None:
+    source, student = load_artifact(graph), load_artifact(student_artifact)
+    cropped = Preprocess(size=32, resize="shortest", crop="center")
+    with write_artifact(tmp_path / "cropped", "onnx", source.card.config, source.card.parents) as draft:
+        (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
+        draft.preprocess, draft.embedding = cropped, source.card.embedding
+        draft.inputs, draft.outputs = source.card.inputs, source.card.outputs
+    told = Artifact(student.path, student.card.model_copy(update={"preprocess": cropped}), student.sha256)
+    vectors = load_embeddings(gallery).vectors
+    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), told, {})
+    output = export_serving(ServingConfig(str(tmp_path / "cropped"), str(written), str(tmp_path / "serving")))
+    noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((140, 90), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "wide.png")
+    expected = cropped.normalise(cropped.pixels(picture)[None])[0]
+    found = preprocess_by(read_config(output, "cropped"), tmp_path / "wide.png")
+    np.testing.assert_allclose(found, expected, atol=2.5 / 255 / 0.26)  # two of 255 levels
+    assert "Resize the shorter side to 32 pixels, bicubic" in (output / "README.md").read_text()
+
+
+def test_an_approximate_index_says_what_it_finds(graph: Path, gallery: Path, tmp_path: Path) -> None:
+    config = ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"), index="hnsw")
+    output = export_serving(config)
+    index = faiss.read_index(str(output / "gallery" / "index.faiss"))
+    assert isinstance(index, faiss.IndexHNSW)
+    vectors = np.load(output / "gallery" / "vectors.npy")
+    embeddings = load_embeddings(gallery)
+    asked = embeddings.vectors[embeddings.roles == "query"]
+    exact = np.argsort(-asked.astype(np.float64) @ vectors.T, axis=1, kind="stable")[:, :10]
+    found = index.search(asked, 10)[1]
+    share = np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)])
+    assert load_artifact(output, "serving").card.metrics["index_top10_overlap"] == pytest.approx(share, abs=0.02)
+    assert share > 0.8
+
+
+def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> None:
+    output = export_serving(
+        ServingConfig(
+            *(str(graph), str(gallery), str(tmp_path / "serving")),
+            max_batch=16,
+            preferred_batches=(4, 8),
+            queue_delay_us=250,
+            instances=2,
+            device="cpu",
+        )
+    )
+    config = read_config(output, "fp32")
+    assert (config.name, config.platform, config.backend) == ("fp32", "onnxruntime_onnx", "onnxruntime")
+    assert config.max_batch_size == 16
+    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 250
+    assert [(group.kind, group.count) for group in config.instance_group] == [(ModelInstanceGroup.KIND_CPU, 2)]
+    assert config.input[0].format == ModelInput.FORMAT_NCHW
+    session = ort.InferenceSession(output / "model_repository" / "fp32" / "1" / "model.onnx")
+    for told, real in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(one.name, list(one.dims)) for one in told] == [(one.name, one.shape[1:]) for one in real]
+        assert {one.type for one in real} == {"tensor(float)"}
+        assert {one.data_type for one in told} == {11}  # TYPE_FP32
+    assert [(one.batch_size, one.inputs["pixels"].dims) for one in config.model_warmup] == [
+        (1, config.input[0].dims),
+        (16, config.input[0].dims),
+    ]
+    assert not config.HasField("optimization")
+    assert config.parameters["embedding.dim"].string_value == "32"
+    assert config.parameters["artifact.card_sha256"].string_value == load_artifact(graph).sha256
+    text = (output / "README.md").read_text()
+    assert "Resize to 32 x 32 pixels whatever the shape, bicubic" in text
+    assert "{{" not in text
+
+
+def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
+    int8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32"))
+    output = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving")))
+    assert read_config(output, "int8").max_batch_size == 32
+    stored = output / "model_repository" / "int8" / "1" / "model.onnx"
+    assert stored.read_bytes() == (int8 / "model.onnx").read_bytes()
+
+
+def test_an_engine_s_configuration(write_engine: Callable[..., Artifact], gallery: Path, tmp_path: Path) -> None:
+    engine = write_engine()
+    output = export_serving(ServingConfig(str(engine.path), str(gallery), str(tmp_path / "serving")))
+    config = read_config(output, "engine")
+    assert (config.platform, config.backend, config.max_batch_size) == ("tensorrt_plan", "tensorrt", 64)
+    assert list(config.dynamic_batching.preferred_batch_size) == [8, 64]
+    assert config.instance_group[0].kind == ModelInstanceGroup.KIND_GPU
+    assert config.optimization.cuda.graphs
+    assert config.parameters["engine.builder"].string_value == f"tensorrt {VERSION}"
+    assert config.parameters["engine.targets"].string_value == "sm89"
+    plan = output / "model_repository" / "engine" / "1" / "model.plan"
+    assert plan.read_bytes() == b"plan" * 100
+    assert f"built by tensorrt {VERSION} for sm89" in (output / "README.md").read_text()
+    assert "--backend-config" not in (output / "README.md").read_text()
+
+
+def test_smaller_batches_than_the_profile_s_are_preferred_alone(
+    write_engine: Callable[..., Artifact], gallery: Path, tmp_path: Path
+) -> None:
+    engine = write_engine(version_compatible=True)
+    output = export_serving(ServingConfig(str(engine.path), str(gallery), str(tmp_path / "s"), max_batch=4))
+    assert list(read_config(output, "engine").dynamic_batching.preferred_batch_size) == [4]
+    assert "--backend-config=tensorrt,version-compatible=true" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "message"),
+    [
+        ({"backend": "tensorrt-rtx"}, {}, r"Triton loads engines of TensorRT alone: give the graph .*fp32, or"),
+        ({"backend": "tensorrt-rtx"}, {}, r"or where TensorRT is installed build: vpr .* --backend tensorrt"),
+        ({"weight_stripped": True}, {}, r"has no weights, and Triton puts none in: vpr export engine"),
+        ({"profile": (4, 8, 8)}, {}, r"takes no fewer than 4 pictures, .*: vpr export engine"),
+        ({}, {"device": "cpu"}, r"device: cpu: an engine needs a GPU"),
+        ({}, {"max_batch": 65}, r"max_batch: 65: .*engine takes at most 64"),
+        ({}, {"preferred_batches": (8, 65)}, r"preferred_batches: \(8, 65\) .* sizes of 1 to 64"),
+    ],
+)
+def test_what_triton_would_not_run_is_refused(
+    write_engine: Callable[..., Artifact],
+    gallery: Path,
+    engine: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    built = write_engine(**engine)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        export_serving(ServingConfig(str(built.path), str(gallery), str(tmp_path / "serving"), **changes))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_real_tensorrt_rtx_engine_is_refused(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
+    int8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "int8")))
+    engine = build_engine(EngineConfig(str(int8), str(tmp_path / "engine"), backend="tensorrt-rtx"))
+    assert load_artifact(engine).parents("student") == load_artifact(graph).parents("student")
+    with pytest.raises(UserError, match=rf"is of tensorrt-rtx, .*: give the graph {int8}"):
+        export_serving(ServingConfig(str(engine), str(gallery), str(tmp_path / "serving")))
+
+
+def test_a_graph_that_onnx_runtime_does_not_load_is_refused(
+    graph: Path, ranges: Path, gallery: Path, tmp_path: Path
+) -> None:
+    fp8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "fp8"), base="fp32", number="fp8"))
+    with pytest.raises(UserError, match=r"fp8: ONNX Runtime does not load it .*: build an engine from it"):
+        export_serving(ServingConfig(str(fp8), str(gallery), str(tmp_path / "serving")))
+
+
+def test_a_gallery_of_another_model_is_refused(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
+    config = small_student("patch")
+    other = write_student(tmp_path / "other", config)
+    assert catalog.artifact is not None
+    strange = embed_catalog(EmbedConfig(str(other), str(catalog.artifact.path), str(tmp_path / "e"), split="test"))
+    with pytest.raises(UserError, match="embedded with 'other', the model is of student 'student'"):
+        export_serving(ServingConfig(str(graph), str(strange), str(tmp_path / "serving")))
+
+
+@pytest.mark.parametrize("change", ["preprocess", "dimension"])
+def test_a_gallery_that_does_not_fit_its_model_is_refused(
+    graph: Path, student_artifact: Path, gallery: Path, catalog: Catalog, change: str, tmp_path: Path
+) -> None:
+    """Cards that name the right student and say something else: by hand, or by an older version."""
+    student, embeddings = load_artifact(student_artifact), load_embeddings(gallery)
+    vectors, preprocess = embeddings.vectors, student.card.preprocess
+    if change == "preprocess":
+        preprocess = Preprocess(size=32, interpolation="bilinear")
+    else:
+        vectors = vectors[:, :16] / np.linalg.norm(vectors[:, :16], axis=1, keepdims=True)
+    told = Artifact(student.path, student.card.model_copy(update={"preprocess": preprocess}), student.sha256)
+    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), told, {})
+    with pytest.raises(
+        UserError, match={"preprocess": "not preprocessed as", "dimension": "not of the dimension"}[change]
+    ):
+        export_serving(ServingConfig(str(graph), str(written), str(tmp_path / "serving")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--name", "a/b"], "name: 'a/b': give letters"),
+        (["--name", ".."], "name: '..': give letters"),
+        (["--name", "a\nb"], "name: 'a\\nb': give letters"),
+        (["--max_batch", "0"], "max_batch: 0: give 1 to 1024"),
+        (["--queue_delay_us", "-1"], "queue_delay_us: -1: give 0"),
+        (["--instances", "0"], "instances: 0: give 1 to 64"),
+        (["--preferred_batches", "[0]"], "preferred_batches: (0,)"),
+        (["--index", "ivf"], "vpr export serving --help"),
+        (["--model", "GALLERY"], "is a embeddings artifact, a onnx or engine is needed"),
+        (["--gallery", "MODEL"], "is a onnx artifact, a embeddings is needed"),
+        (["--output", "MODEL"], "holds a onnx artifact, a serving would replace it"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    flags: list[str],
+    message: str,
+    graph: Path,
+    gallery: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"MODEL": str(graph), "GALLERY": str(gallery)}
+    given = ["--model", str(graph), "--gallery", str(gallery), "--output", str(tmp_path / "serving")]
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "serving", *given, *[places.get(flag, flag) for flag in flags]])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_s_name_that_triton_does_not_take_is_said(graph: Path, gallery: Path, tmp_path: Path) -> None:
+    artifact = load_artifact(graph)
+    with write_artifact(tmp_path / "my model", "onnx", artifact.card.config, artifact.card.parents) as draft:
+        (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
+        draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
+    with pytest.raises(UserError, match="no model of the name 'my model': give --name"):
+        export_serving(ServingConfig(str(tmp_path / "my model"), str(gallery), str(tmp_path / "serving")))
+
+
+def test_a_card_without_inputs_is_said(graph: Path, gallery: Path, tmp_path: Path) -> None:
+    artifact = load_artifact(graph)
+    with write_artifact(tmp_path / "bare", "onnx", artifact.card.config, artifact.card.parents) as draft:
+        (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
+        draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
+    with pytest.raises(UserError, match="bare: its card tells no input and output for batches of any size"):
+        export_serving(ServingConfig(str(tmp_path / "bare"), str(gallery), str(tmp_path / "serving")))
+
+
+def test_the_same_hand_off_is_not_repeated(
+    graph: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"))
+    first = load_artifact(export_serving(config), "serving")
+    assert load_artifact(export_serving(config)).sha256 == first.sha256
+    assert "up to date" in capsys.readouterr().err
+    assert [parent.role for parent in first.card.parents] == ["onnx", "embeddings"]
+
+
+def test_text_is_read_back_as_it_was() -> None:
+    fields = {
+        "name": 'quotes " and \\ and\nlines',
+        "max_batch_size": 3,
+        "input": [{"name": "a", "dims": [3, -1], "data_type": Enumerator("TYPE_FP16"), "optional": True}],
+        "parameters": [{"key": "k", "value": {"string_value": "[0.1, 0.2]"}}],
+    }
+    config = text_format.Parse(to_text(fields), ModelConfig())
+    assert config.name == 'quotes " and \\ and\nlines'
+    assert (config.input[0].dims, config.input[0].data_type, config.input[0].optional) == ([3, -1], 10, True)
+    assert config.parameters["k"].string_value == "[0.1, 0.2]"
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse(to_text({"max_batch": 3}), ModelConfig())
