@@ -150,7 +150,7 @@ class _Page:
         self._worker = ThreadPoolExecutor(1)
         self._uploads = asyncio.Semaphore(_UPLOADS)
         blank = io.BytesIO()
-        Image.new("RGB", (64, 64), "white").save(blank, "PNG")
+        Image.new("RGB", (64, 64), "white").save(blank, "WEBP")  # loads every reader of Pillow, as a PNG does not
         # What a thread does at its first call only would otherwise stand in the first times shown.
         self._worker.submit(self._look_up, blank.getvalue()).result()
 
