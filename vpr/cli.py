@@ -53,6 +53,7 @@ VERBS = {
         "benchmarks.report", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
     ),
     "search": Verb("vpr.find", "find", "FindConfig", "nearest gallery pictures of embedded queries"),
+    "search serve": Verb("benchmarks.search_page", "serve", "ServeConfig", "a local page to look pictures up on"),
     "demo": Verb("benchmarks.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
     "doctor": Verb("benchmarks.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
 }
@@ -96,7 +97,10 @@ def run(arguments: Sequence[str]) -> Any:
 
 def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:
     """A configuration from ``--config file.yaml`` and dotted flags over it, checked by type."""
-    parser = ArgumentParser(prog=f"vpr {name}", description=VERBS[name].help, exit_on_error=False)
+    longer = [f"vpr {other}: {verb.help}" for other, verb in VERBS.items() if other.startswith(f"{name} ")]
+    parser = ArgumentParser(
+        prog=f"vpr {name}", description=VERBS[name].help, epilog="; ".join(longer), exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML recipe; flags override it")
     parser.add_class_arguments(config_class)
     try:

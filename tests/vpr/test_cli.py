@@ -116,6 +116,15 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--config" in capsys.readouterr().out
 
 
+def test_the_help_of_a_verb_names_the_longer_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, named in (("search", True), ("search serve", False), ("calibrate", False)):
+        with pytest.raises(SystemExit):
+            main([*words.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert f"usage: vpr {words} [" in shown
+        assert ("vpr search serve: a local page" in shown) is named
+
+
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from vpr.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
