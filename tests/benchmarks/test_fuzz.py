@@ -54,11 +54,11 @@ def test_a_share_of_the_mutated_graphs_reaches_the_runtimes(originals: Path) -> 
     for seed in range(60):
         _, made = mutate_file("model.onnx", data, np.random.default_rng(seed))
         try:
-            onnx.checker.check_model(made)
+            onnx.checker.check_model(made, full_check=True)
         except Exception:
             continue
         passed += made != data
-    assert passed > 20
+    assert passed > 30
 
 
 def test_signing_makes_every_card_fit_again(originals: Path, tmp_path: Path) -> None:

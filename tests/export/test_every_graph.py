@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -40,18 +41,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 QUANTISED = {("linear", "int8"): 0.01, ("full-mha", "int8"): 0.02, ("linear", "fp8"): 0.02, ("full-mha", "fp8"): 0.04}
 
 
-def _student(shape: str) -> Student:
-    torch.manual_seed(0)
-    config: StudentConfig = replace(small_student("patch"), **SHAPES[shape])
-    return Student(config).eval()
-
-
 def _pixels(size: int = 32) -> NDArray[np.float32]:
     return np.random.default_rng(0).normal(size=(5, 3, size, size)).astype(np.float32)
 
 
 def _thresholds(graph: onnx.ModelProto, size: int = 32) -> dict[str, float]:
     return {name: one.histogram.largest for name, one in measure(graph, [_pixels(size)]).items()}
+
+
+@dataclass(frozen=True)
+class Traced:
+    graph: onnx.ModelProto
+    expected: NDArray[np.float32]
+    thresholds: dict[str, float]
+
+
+@cache
+def _traced(shape: str, opset: int) -> Traced:
+    torch.manual_seed(0)
+    config: StudentConfig = replace(small_student("patch"), **SHAPES[shape])
+    model = Student(config).eval()
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(_pixels())).numpy()
+    graph = trace(model, 32, opset)
+    return Traced(graph, expected, _thresholds(graph))
 
 
 def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, int]:
@@ -63,14 +76,12 @@ def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, i
 
 @pytest.mark.parametrize(("shape", "opset"), list(product(SHAPES, [20, 23])))
 def test_float_graphs_build_and_compute_what_pytorch_does(shape: str, opset: int) -> None:
-    model, pixels = _student(shape), _pixels()
-    with torch.inference_mode():
-        expected = model(torch.from_numpy(pixels)).numpy()
-    graph = trace(model, 32, opset)
+    traced = _traced(shape, opset)
+    graph = traced.graph
     # The third has an attention that stays FP32, as one whose values FP16 cannot hold does.
     attention = next(iter(attention_nodes(graph)))
     for made, most in ((graph, 1e-6), (to_fp16(graph), 1e-4), (to_fp16(graph, [attention]), 1e-4)):
-        assert 1 - parity(expected, run_graph(made, pixels))["cosine_min"] < most
+        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < most
         assert "QUANTIZE" not in _build(made)
 
 
@@ -78,29 +89,26 @@ def test_float_graphs_build_and_compute_what_pytorch_does(shape: str, opset: int
 @pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize(("recipe", "number"), QUANTISED)
 def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, number: Format) -> None:
-    model, pixels = _student(shape), _pixels()
-    with torch.inference_mode():
-        expected = model(torch.from_numpy(pixels)).numpy()
-    graph = trace(model, 32, opset)
-    layers = quantised_nodes(graph, (), recipe)
-    quantised = quantise(graph, _thresholds(graph), layers, number)
+    traced = _traced(shape, opset)
+    layers = quantised_nodes(traced.graph, (), recipe)
+    quantised = quantise(traced.graph, traced.thresholds, layers, number)
     tensors = len({name for names in layers.values() for name in names})
     for made in (quantised, to_fp16(quantised)):
-        assert 1 - parity(expected, run_graph(made, pixels))["cosine_min"] < QUANTISED[recipe, number]
+        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < QUANTISED[recipe, number]
         assert _build(made, CONFIG if number == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
 
 
 @pytest.mark.parametrize("number", ["int8", "fp8"])
 def test_what_a_budget_may_choose_builds(number: Format) -> None:
     """One linear alone, one attention alone, all but the first block."""
-    graph = trace(_student("patches"), 32, 23)
-    thresholds, every = _thresholds(graph), list(quantised_nodes(graph, (), "full-mha"))
+    traced = _traced("patches", 23)
+    every = quantised_nodes(traced.graph, (), "full-mha")
     alone = [[next(name for name in every if name.endswith(kind))] for kind in ("MatMul", "Attention")]
     later = [name for name in every if not name.startswith("vit.transformer.layers.0")]
     for some in (*alone, later):
-        made = to_fp16(quantise(graph, thresholds, some, number))
+        made = to_fp16(quantise(traced.graph, traced.thresholds, some, number))
         layers = _build(made, CONFIG if number == "int8" else FP8_CONFIG)
-        assert layers["QUANTIZE"] == len({name for one in some for name in quantised_nodes(graph, (), "full-mha")[one]})
+        assert layers["QUANTIZE"] == len({name for one in some for name in every[one]})
 
 
 @pytest.mark.parametrize("number", ["int8", "fp8"])
