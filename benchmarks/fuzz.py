@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figure, Row
+from benchmarks.figures import Figure, Row, figure_rows, markdown
+from vpr.cli import quieten
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -171,10 +172,10 @@ def fuzz(config: FuzzConfig) -> list[Told]:
     return found
 
 
-def summarise(found: list[Told], command: str) -> tuple[list[Figure], list[Row]]:
+def summarise(found: list[Told], command: str, seed: int = 0) -> tuple[list[Figure], list[Row]]:
     """Figures of what must not be, and a table of outcomes by file and verb."""
     seen = Counter(one.outcome for one in found)
-    seeds = (0,)
+    seeds = (seed,)
 
     def figure(name: str, value: float, goal: float | None, unit: str = "files") -> Figure:
         return Figure(f"fuzz: {name}", value, unit, goal, "<=", command, seeds=seeds)
@@ -206,3 +207,19 @@ def summarise(found: list[Told], command: str) -> tuple[list[Figure], list[Row]]
             }
         )
     return figures, rows
+
+
+def main() -> None:
+    """Run the cases that the flags ask for and print the table; ends with 1 where there is a fault."""
+    from jsonargparse import auto_cli
+
+    config = auto_cli(FuzzConfig)
+    found = fuzz(config)
+    figures, rows = summarise(found, "python -m benchmarks.fuzz", config.seed)
+    print(f"{markdown(figure_rows([{**vars(one), 'met': one.met} for one in figures]))}\n\n{markdown(rows)}")
+    sys.exit(any(one.faulty for one in found))
+
+
+if __name__ == "__main__":
+    quieten()
+    main()
