@@ -136,7 +136,8 @@ class Worker:
             process.kill()
         code = process.wait()
         self.close()
-        return {"outcome": "crash", "line": f"signal {-code}"} if ready else {"outcome": "hang", "line": ""}
+        ended = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return {"outcome": "crash", "line": ended} if ready else {"outcome": "hang", "line": ""}
 
 
 def _processor_seconds(process: int) -> float:

@@ -236,11 +236,11 @@ def _change_inputs(model: onnx.ModelProto, rng: Rng) -> None:
     elif rng.random() < 0.2:
         node.input.append(_pick(rng, names))
     else:
-        node.input[at] = _pick(rng, (*_TEXTS, node.output[0], *(_pick(rng, names) for _ in range(8))))
+        node.input[at] = _pick(rng, (*_TEXTS, *node.output, *(_pick(rng, names) for _ in range(8))))
 
 
 def _change_outputs(model: onnx.ModelProto, rng: Rng) -> None:
-    node = _pick(rng, model.graph.node)
+    node = _pick(rng, [node for node in model.graph.node if node.output])
     names = [name for one in model.graph.node for name in one.output]
     node.output[0] = _pick(rng, (*_TEXTS, _pick(rng, names), _pick(rng, names)))
 
