@@ -146,7 +146,7 @@ def _change_place(parent: Any, key: Any, places: list[Any], rng: Rng) -> str:
         parent[key] = json.loads(json.dumps(other[name]))
     elif action == "add" and isinstance(parent, dict):
         parent[f"{key}{_pick(rng, _TEXTS)}"] = _pick(rng, _ODD)
-    elif action == "scale" and isinstance(old, int | float):
+    elif action == "scale" and isinstance(old, int | float) and abs(old) < 1e300:
         parent[key] = old * _pick(rng, (-1, 2, 1000, 10**9, 0.37))
     elif key == "kind":
         parent[key] = _pick(rng, _KINDS)
