@@ -79,7 +79,7 @@ def make_artifacts(folder: Path) -> None:
     export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32"), pictures=8))
     catalog, fp32, ranges = (str(folder / name) for name in ("catalog", "fp32", "ranges"))
     calibrate(CalibrateConfig(fp32, catalog, ranges, count=8, smooth=True, correct=True))
-    calibrate(CalibrateConfig(fp32, catalog, str(folder / "plain"), count=8))
+    calibrate(CalibrateConfig(fp32, catalog, str(folder / "plain"), count=8, correct=True))
     export_int8(Int8Config(fp32, ranges, str(folder / "int8")))
     build_engine(EngineConfig(str(folder / "int8"), str(folder / "engine"), "tensorrt-rtx", target="sm86"))
     embed_catalog(EmbedConfig(str(folder / "student"), catalog, str(folder / "embeddings"), split="test"))
