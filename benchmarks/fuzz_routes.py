@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,15 +97,15 @@ def sign(folder: Path, name: str, file: str) -> None:
     for later in ARTIFACTS[ARTIFACTS.index(name) + 1 :]:
         sums = {one: hashlib.sha256((folder / one / "card.json").read_bytes()).hexdigest() for one in signed}
 
-        def follow(card: dict[str, object], sums: dict[str, str] = sums) -> None:
-            for parent in card["parents"]:  # type: ignore[attr-defined]
+        def follow(card: dict[str, Any], sums: dict[str, str] = sums) -> None:
+            for parent in card["parents"]:
                 parent["sha256"] = sums.get(parent["name"], parent["sha256"])
 
         _edit_card(folder / later, follow)
         signed.add(later)
 
 
-def _edit_card(artifact: Path, change: Callable[[dict[str, object]], object]) -> None:
+def _edit_card(artifact: Path, change: Callable[[dict[str, Any]], object]) -> None:
     card = json.loads((artifact / "card.json").read_bytes())
     change(card)
     (artifact / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

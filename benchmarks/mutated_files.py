@@ -289,9 +289,8 @@ def _change_whole_numbers(model: onnx.ModelProto, rng: Rng) -> None:
     having = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64]
     if having:
         tensor = _pick(rng, having)
-        tensor.raw_data = b"".join(
-            struct.pack("<q", _pick(rng, (*_NUMBERS, *old))) for old in struct.iter_unpack("<q", tensor.raw_data)
-        )
+        values = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 8 * 8], np.int64).tolist()
+        tensor.raw_data = b"".join(struct.pack("<q", _pick(rng, (*_NUMBERS, old))) for old in values)
 
 
 def _point_outside(model: onnx.ModelProto, rng: Rng) -> None:
