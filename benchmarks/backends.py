@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.cpu import openvino_forward
-from export.onnx_graph import INPUT, OUTPUT, load_onnx, session
+from export.onnx_graph import load_onnx
 from export.runner import open_engine
-from vpr.artifact import Artifact, load_artifact
+from vpr.artifact import Artifact, load_artifact, reading
 from vpr.embeddings import Forward, torch_forward
 from vpr.environment import available_cpus, read_gpus
 from vpr.errors import UserError
+from vpr.graphs import INPUT, OUTPUT, GraphSession, load_graph
 
 
 class BackendUnavailable(Exception):
@@ -80,19 +82,29 @@ def _open_torch(path: Path | str, kind: str, threads: int) -> Forward:
 
 
 def _open_onnxruntime(path: Path | str, threads: int) -> Forward:
-    runner = session(load_onnx(path)[0], threads)
-
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return runner.run([OUTPUT], {INPUT: batch})[0]
-
-    return forward
+    graph, artifact = load_onnx(path)
+    with reading(artifact):
+        runner = GraphSession(graph, threads)
+    return _named(artifact, lambda batch: runner.run([OUTPUT], {INPUT: batch})[0])
 
 
 def _open_openvino(artifact: Artifact, threads: int) -> Forward:
     try:
-        return openvino_forward(artifact.file("model.onnx"), threads)
+        importlib.import_module("openvino")
     except ImportError as error:
         raise BackendUnavailable(f"openvino cannot be loaded ({error}): pip install -r requirements.txt") from None
+    with reading(artifact):
+        return _named(artifact, openvino_forward(load_graph(artifact), threads))
+
+
+def _named(artifact: Artifact, forward: Forward) -> Forward:
+    """The same function, whose refusals name the artifact."""
+
+    def named(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        with reading(artifact):
+            return forward(batch)
+
+    return named
 
 
 def _open_engine(artifact: Artifact) -> Forward:

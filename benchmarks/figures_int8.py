@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.figures import ROOT, Figure, Row, record
 from benchmarks.figures_student import measure_grocery, measure_sizes
+from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
 from benchmarks.int8_study import study
 from benchmarks.int8_tools import Student, compare_tools
@@ -102,11 +103,18 @@ def measure_speed() -> None:
     record("int8", figures, {"speed": table})
 
 
+def measure_fuzz() -> None:
+    """Files written wrong, given to every verb that reads them."""
+    figures, table = summarise(fuzz(FuzzConfig()), _command("fuzz"))
+    record("int8", figures, {"fuzz": table})
+
+
 PARTS = {
     "tools": measure_tools,
     "study": measure_study,
     "budget": measure_budget,
     "speed": measure_speed,
+    "fuzz": measure_fuzz,
 }
 
 

@@ -20,13 +20,14 @@ from benchmarks.figures import ROOT, Figure, Row
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.cpu import openvino_forward
 from export.int8 import Int8Config, export_int8
-from export.onnx_graph import INPUT, OUTPUT, OnnxConfig, export_onnx, session
+from export.onnx_graph import OnnxConfig, export_onnx
 from export.parity import parity
 from vpr.artifact import load_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import Forward, embed, read_batches, score_split
 from vpr.errors import UserError
+from vpr.graphs import INPUT, OUTPUT, GraphSession
 from vpr.images import Preprocess
 from vpr.metrics import RetrievalScores, bootstrap_interval
 from vpr.timing import measure, summarise
@@ -185,7 +186,7 @@ def measure_graphs(student: Student, graphs: dict[str, Path]) -> dict[str, Measu
 
 def onnxruntime_forward(path: Path, threads: int) -> Forward:
     """An ONNX file on ONNX Runtime's CPU provider."""
-    runner = session(onnx.load(path, load_external_data=False), threads)
+    runner = GraphSession(onnx.load(path, load_external_data=False), threads)
     return lambda batch: runner.run([OUTPUT], {INPUT: batch})[0]
 
 

@@ -26,6 +26,7 @@ from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
 from vpr.errors import UserError
+from vpr.graphs import INPUT, OUTPUT, GraphSession, load_graph
 from vpr.images import Preprocess
 
 _BATCH = 16
@@ -104,8 +105,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     if find_current(config.output, "ranges", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    with reading(model):
-        graph = onnx.load(model.file("model.onnx"), load_external_data=False)
+    graph = load_graph(model)
     training = catalog.select(split="train")
     embed = _embedder(graph, training, model.card.preprocess)
     scored = evaluation or catalog
@@ -117,7 +117,9 @@ def calibrate(config: CalibrateConfig) -> Path:
         assert model.card.preprocess is not None
         return read_batches(pictures, model.card.preprocess, _BATCH)
 
-    seen, smoothings = measure(graph, batches(), config.seed), []
+    smoothings: list[Smoothing] = []
+    with reading(model):
+        seen = measure(graph, batches(), config.seed)
     if config.smooth:
         smoothings = search_smoothing(graph, seen)
         smoothed = smooth(graph, factors(smoothings))
@@ -161,7 +163,7 @@ def choose_range(name: str, seen: Activations, linears: list[Linear], config: Ca
 
 def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: NDArray[np.float32]) -> None:
     """Refuse a fold that changes the float graph's embeddings by more than 1e-5."""
-    before, after = (_run(_session(one), batch) for one in (graph, smoothed))
+    before, after = (_run(GraphSession(one), batch) for one in (graph, smoothed))
     largest = float(np.abs(before - after).max())
     if not largest <= _EXACT:
         raise UserError(
@@ -169,14 +171,8 @@ def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: ND
         )
 
 
-def _session(graph: onnx.ModelProto) -> Any:
-    import onnxruntime as ort
-
-    return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-def _run(session: Any, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(session.run(None, {session.get_inputs()[0].name: batch})[0])
+def _run(session: GraphSession, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    return session.run([OUTPUT], {INPUT: batch})[0]
 
 
 def _embedder(
@@ -185,7 +181,8 @@ def _embedder(
     """The graph's own embeddings of some of the pictures."""
 
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        some, session = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact), _session(graph)
+        some = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
+        session = GraphSession(graph)
         return np.concatenate([_run(session, batch) for batch in read_batches(some, preprocess, _BATCH)])
 
     return embed

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from calibration.linears import attention_inputs, linear_nodes
 from calibration.ranges import MagnitudeHistogram
 from vpr.errors import UserError
+from vpr.graphs import GraphSession
 
 ROWS = 512
 
@@ -68,8 +69,6 @@ def measure(graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed
     Raises:
         UserError: a tensor that is not finite, by name.
     """
-    import onnxruntime as ort
-
     names = [*dict.fromkeys([*(node.input[0] for node in linear_nodes(graph)), *attention_inputs(graph)])]
     watched = onnx.ModelProto()
     watched.CopyFrom(graph)
@@ -77,8 +76,8 @@ def measure(graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in present
     )
-    session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-    pixels = session.get_inputs()[0].name
+    session = GraphSession(watched)
+    pixels = watched.graph.input[0].name
     found = {name: Activations() for name in names}
     rng = np.random.default_rng(seed)
     for batch in batches:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from calibration.sensitivity import Decision, Layers, Score, Trial, decide
 from export.candidates import Candidates
-from export.onnx_graph import INPUT, OUTPUT, session
 from export.parity import parity
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import score_split, unit
+from vpr.graphs import INPUT, OUTPUT, GraphSession
 from vpr.timing import measure, summarise
 
 _BASE = "nothing quantised"
@@ -146,7 +146,7 @@ def _slower(found: Decision, chosen: Trial, names: dict[Trial, str], times: dict
 
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    runner = session(graph)
+    runner = GraphSession(graph)
     return unit(np.concatenate([runner.run([OUTPUT], {INPUT: batch})[0] for batch in batches]))
 
 

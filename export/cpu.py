@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from export.onnx_graph import INPUT, OUTPUT
 from vpr.embeddings import Forward
+from vpr.graphs import INPUT, OUTPUT, refused_by
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
@@ -29,14 +29,16 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    core = openvino.Core()
-    if isinstance(graph, Path):
-        compiled = core.compile_model(str(graph), "CPU", options)
-    else:
-        compiled = core.compile_model(core.read_model(graph.SerializeToString(), b""), "CPU", options)
-    request = compiled.create_infer_request()
+    with refused_by("openvino"):
+        core = openvino.Core()
+        if isinstance(graph, Path):
+            compiled = core.compile_model(str(graph), "CPU", options)
+        else:
+            compiled = core.compile_model(core.read_model(graph.SerializeToString(), b""), "CPU", options)
+        request = compiled.create_infer_request()
 
     def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return request.infer({INPUT: batch})[OUTPUT].copy()
+        with refused_by("openvino"):
+            return request.infer({INPUT: batch})[OUTPUT].copy()
 
     return forward

@@ -176,6 +176,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph.SerializeToString()):
         raise UserError(f"engine: the graph is refused: {_parser_error(parser)}: export the student again")
+    _decompose_wide_attention(trt, network)
     build = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     shape = tuple(network.get_input(0).shape)[1:]
@@ -195,6 +196,15 @@ def build_plan(
         _write_cache(build, Path(config.timing_cache))
     plan = bytes(plan)
     return plan, count_layers(network) | inspect(trt, plan, logger)
+
+
+def _decompose_wide_attention(trt: ModuleType, network: Any) -> None:
+    """Let attention in FP32, which has no fused kernel on any GPU, be computed in parts; the rest stays whole."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT" and layer.get_input(0).dtype.name == "FLOAT":
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as an ILayer
+            layer.attention.decomposable = True
 
 
 def inspect(trt: ModuleType, plan: bytes, logger: Any) -> dict[str, Any]:
@@ -262,7 +272,7 @@ def _remedy(config: EngineConfig) -> str:
         return "raise --workspace_mb or leave it out"
     if config.version_compatible or config.weight_stripped:
         return "leave --version_compatible and --weight_stripped out, or build with TensorRT beside its GPU"
-    return "build from the FP16 or INT8 graph (fused attention has no FP32 kernel), or export with --opset 20"
+    return "build from the FP16 or INT8 graph, or export with --opset 20"
 
 
 def count_layers(network: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from calibration.linears import linear_nodes
 from calibration.smooth import smooth
@@ -20,12 +19,12 @@ from export.candidates import Candidates, TimedBy, choose_timer
 from export.onnx_graph import MAX_BATCH, count_operators, describe, load_onnx
 from export.precision import to_fp16
 from export.qdq import Format, Recipe, quantise, quantised_nodes
-from vpr.artifact import Artifact, find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifact import Artifact, find_current, load_artifact, plain, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
 from vpr.errors import UserError
-from vpr.int8 import KEEP
+from vpr.int8 import KEEP, read_ranges
 
 _READ_BY = 16
 
@@ -170,17 +169,10 @@ def read_calibrated(graph: onnx.ModelProto, model: Artifact, ranges: Artifact) -
     A student that was fine-tuned under the ranges has learned its own weights for them: of those only the
     thresholds are taken.
     """
-    with reading(ranges):
-        measured = json.loads(ranges.file("ranges.json").read_text(encoding="utf-8"))
-        thresholds = {str(name): float(entry["threshold"]) for name, entry in measured.items()}
-        arrays = load_file(ranges.file("adjustments.safetensors"))
-    if not all(np.isfinite(limit) and limit > 0 for limit in thresholds.values()):
-        raise UserError(f"{ranges.path}: a threshold is not a positive number: calibrate again")
+    measured = read_ranges(ranges)
     if ranges.as_parent("ranges") in model.card.parents:
-        return Calibrated(graph, thresholds, {})
-    factors = {name.removeprefix("smooth:"): one for name, one in arrays.items() if name.startswith("smooth:")}
-    corrections = {name.removeprefix("bias:"): one for name, one in arrays.items() if name.startswith("bias:")}
-    return Calibrated(smooth(graph, factors), thresholds, corrections)
+        return Calibrated(graph, measured.thresholds, {})
+    return Calibrated(smooth(graph, measured.smoothing), measured.thresholds, measured.corrections)
 
 
 def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> None:

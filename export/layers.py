@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from export.onnx_graph import INPUT, load_onnx, run_graph
+from export.onnx_graph import load_onnx, run_graph
 from export.parity import parity, rank_changes
 from student.model import Student, load_student
-from vpr.artifact import Artifact, find_current, plain, write_artifact
+from vpr.artifact import Artifact, find_current, plain, reading, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches, unit
 from vpr.errors import UserError
+from vpr.graphs import INPUT, GraphSession
 
 _BATCH = 16
 _LAYER_PICTURES = 8
@@ -79,7 +80,8 @@ def compare(config: ParityConfig) -> Path:
     query, gallery = part.roles == "query", part.roles == "gallery"
     rows = []
     for graph, artifact in graphs:
-        found = unit(run_graph(graph, pixels, _BATCH))
+        with reading(artifact):
+            found = unit(run_graph(graph, pixels, _BATCH))
         row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, found)}
         if query.any() and gallery.any():
             row |= rank_changes(expected[query] @ expected[gallery].T, found[query] @ found[gallery].T)
@@ -155,9 +157,7 @@ def graph_layers(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[st
     for name in names:
         kind = types.get(name, TensorProto.FLOAT)
         watched.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    import onnxruntime as ort
-
-    runner = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    runner = GraphSession(watched)
     outputs = [value.name for value in watched.graph.output]
     found = dict(zip(outputs, runner.run(outputs, {INPUT: pixels}), strict=True))
     return {module: np.asarray(found[name], dtype=np.float32) for module, name in last.items()}

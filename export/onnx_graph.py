@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from export.parity import parity
 from export.precision import find_overflow, to_fp16
 from student.model import Student, load_student
-from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_pixels
 from vpr.errors import UserError
+from vpr.graphs import INPUT as INPUT
+from vpr.graphs import OUTPUT as OUTPUT
+from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
 
-INPUT, OUTPUT = "pixels", "embedding"
 MAX_BATCH = 1024
 _BATCHES = (1, 3, 8)
 _TOLERANCE = 1e-4
@@ -126,29 +128,12 @@ def describe(draft: Draft, model: Artifact, graph: onnx.ModelProto) -> None:
 def load_onnx(path: Path | str) -> tuple[onnx.ModelProto, Artifact]:
     """Load an ``onnx`` artifact: the graph, checked, and the artifact."""
     artifact = load_artifact(path, "onnx")
-    with reading(artifact):
-        # External data would be read from wherever the file says; our graphs have none.
-        graph = onnx.load(artifact.file("model.onnx"), load_external_data=False)
-        onnx.checker.check_model(graph)
-    return graph, artifact
-
-
-def session(graph: onnx.ModelProto, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU; 0 threads is one per core."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer):
-        # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which it does not have for FP8.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return load_graph(artifact), artifact
 
 
 def run_graph(graph: onnx.ModelProto, inputs: NDArray[np.float32], batch_size: int = 8) -> NDArray[np.float32]:
     """(n, 3, size, size) to (n, dim) by ONNX Runtime on the CPU."""
-    runner = session(graph)
+    runner = GraphSession(graph)
     starts = range(0, len(inputs), batch_size)
     return np.concatenate([runner.run([OUTPUT], {INPUT: inputs[s : s + batch_size]})[0] for s in starts])
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vpr.errors import UserError
+from vpr.graphs import GraphSession
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 # Other pictures than those looked at may reach further.
@@ -56,15 +57,13 @@ def find_overflow(graph: onnx.ModelProto, inputs: NDArray[np.float32]) -> list[s
         graph: FP32.
         inputs: (n, 3, size, size) float32.
     """
-    import onnxruntime as ort
-
     watched = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     present = {value.name for value in watched.graph.output}
     floats = _float_tensors(watched.graph)
     made = [name for node in graph.graph.node for name in node.output if name in floats]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made if name not in present]
     watched.graph.output.extend(values)
-    runner = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    runner = GraphSession(watched)
     pixels = graph.graph.input[0].name
     found: set[str] = set()
     for start in range(0, len(inputs), _BATCH):

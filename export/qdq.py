@@ -117,6 +117,8 @@ def _correct(model: onnx.ModelProto, corrections: Mapping[str, NDArray[np.float3
             adder = next(node for node in model.graph.node if node.name == linear.adder)
             constants = {tensor.name for tensor in model.graph.initializer}
             position = 2 if adder.op_type == "Gemm" else next(i for i, x in enumerate(adder.input) if x in constants)
+            if corrections[linear.module].shape != linear.bias.shape:
+                raise UserError(f"ranges: correction of '{linear.module}' does not fit this graph: calibrate it again")
             corrected = linear.bias - corrections[linear.module]
             replace_constant(model, adder.name, adder.input[position], corrected)
 

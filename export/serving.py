@@ -20,6 +20,7 @@ from vpr.artifact import Artifact, check_output, find_current, load_artifact, pl
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
 from vpr.errors import UserError
+from vpr.graphs import load_graph
 from vpr.images import Preprocess
 from vpr.search import search
 
@@ -141,7 +142,7 @@ def _check_graph(model: Artifact) -> None:
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    content = model.file("model.onnx").read_bytes()
+    content = load_graph(model).SerializeToString()
     try:
         ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base of their own

@@ -274,6 +274,13 @@ def load_student(path: Path | str) -> tuple[Student, Artifact]:
     """Load a student artifact: the network in evaluation mode, and the artifact."""
     artifact = load_artifact(path, "student")
     with reading(artifact):
-        model = Student(StudentConfig(**artifact.card.config["model"]))
-        model.load_state_dict(load_file(artifact.file("model.safetensors")))
+        config = StudentConfig(**artifact.card.config["model"])
+        weights = load_file(artifact.file("model.safetensors"))
+        # A card may describe a network of any size: none is allocated that its weights do not fill.
+        with torch.device("meta"):
+            described = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
+        if described != {name: tensor.shape for name, tensor in weights.items()}:
+            raise UserError("its weights are not those of the network that its card describes")
+        model = Student(config)
+        model.load_state_dict(weights)
     return model.eval(), artifact

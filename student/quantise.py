@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from vpr.artifact import Artifact, load_artifact, reading
+from vpr.artifact import Artifact, load_artifact
 from vpr.errors import UserError
-from vpr.int8 import LEVELS, activation_scale, weight_scales
+from vpr.int8 import LEVELS, activation_scale, read_ranges, weight_scales
 
 
 class FakeQuantLinear(nn.Module):
@@ -96,11 +94,9 @@ def read_thresholds(path: Path | str) -> tuple[dict[str, float], Artifact]:
         UserError: ranges that do not name their linears, or of a smoothed graph.
     """
     artifact = load_artifact(path, "ranges")
-    with reading(artifact):
-        measured = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
-        found = {name: float(entry["threshold"]) for entry in measured.values() for name in entry.get("linears", ())}
-        adjusted = load_file(artifact.file("adjustments.safetensors"))
-    if any(name.startswith("smooth:") for name in adjusted):
+    ranges = read_ranges(artifact)
+    found = {name: ranges.thresholds[tensor] for tensor, names in ranges.linears.items() for name in names}
+    if ranges.smoothing:
         raise UserError(f"{path}: of a smoothed graph: calibrate with --smooth false to finish a student")
     if not found:
         raise UserError(f"{path}: does not say which linears its ranges are of: calibrate again with this version")

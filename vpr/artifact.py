@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vpr import __version__
 from vpr.environment import environment
 from vpr.errors import UserError
-from vpr.images import Preprocess
+from vpr.images import ImageRefused, Preprocess
 
 SCHEMA = 1
 CARD_NAME = "card.json"
@@ -221,7 +221,7 @@ def reading(artifact: Artifact) -> Iterator[None]:
         yield
     except Exception as error:
         told = isinstance(error, UserError)
-        if told and str(artifact.path) in str(error):
+        if isinstance(error, ImageRefused) or (told and str(artifact.path) in str(error)):
             raise
         reason = f"{'' if told else type(error).__name__ + ': '}{' '.join(str(error).split())[:200]}"
         raise UserError(f"{artifact.path}: is no usable {artifact.card.kind} ({reason}): make it again") from None

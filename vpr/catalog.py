@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, Draft, Parent, find_current, load_artifact, plain, write_artifact
+from vpr.artifact import Artifact, Draft, Parent, find_current, load_artifact, plain, reading, write_artifact
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import Box, ImageRefused, decode_bytes, read_picture
@@ -230,10 +230,9 @@ def load_catalog(path: Path | str) -> Catalog:
         UserError: not a catalogue, or a table of another form.
     """
     artifact = load_artifact(path, "catalog")
-    try:
+    with reading(artifact):
         table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
-    except (pa.ArrowInvalid, ValueError, KeyError) as error:
-        raise UserError(f"{artifact.path}: catalog.parquet is not a catalogue ({error}): build it again") from None
+        table.validate(full=True)
     config = artifact.card.config
     if config.get("reader") == "sample":
         return Catalog(table, artifact.path, artifact)

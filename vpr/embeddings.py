@@ -124,12 +124,12 @@ def load_embeddings(path: Path | str) -> Embeddings:
     with reading(artifact):
         vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
         rows = pq.read_table(artifact.file("rows.parquet"), columns=["image", "product", "role"])
+        columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]
     embedding = artifact.card.embedding
     if embedding is None or vectors.shape != (len(rows), embedding.dim):
         raise UserError(f"{artifact.path}: vectors {vectors.shape} do not fit its rows and card: embed again")
     if vectors.dtype != np.float32 or not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
         raise UserError(f"{artifact.path}: its vectors are not float32 of length 1: embed again")
-    columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]
     return Embeddings(vectors, columns[0], columns[1], columns[2], artifact)
 
 

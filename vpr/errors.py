@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 2000
+
 
 class UserError(Exception):
     """Something the caller can put right. The command line prints it as one line and exits with 2.
@@ -10,4 +12,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        # Names come from files too: none may steer the terminal.
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in line))

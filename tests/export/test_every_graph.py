@@ -1,63 +1,138 @@
-"""Every shape of student, in every precision and opset, is taken by the TensorRT-RTX builder for every target."""
+"""Every graph that the tool can write is taken by the TensorRT-RTX builder for every target."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
+from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.linears import attention_nodes
 from calibration.statistics import measure
 from export.engine import EngineConfig, build_plan, load_builder
-from export.onnx_graph import run_graph, trace
+from export.int8 import Int8Config, export_int8
+from export.onnx_graph import load_onnx, run_graph, trace
 from export.parity import parity
 from export.precision import to_fp16
-from export.qdq import quantise, quantised_nodes
-from student.model import Student, StudentConfig
+from export.qdq import Format, Recipe, quantise, quantised_nodes
+from student.model import PRESETS, Preset, Student, StudentConfig
 from tests.conftest import small_student
+from vpr.catalog import Catalog
 
 CONFIG = EngineConfig(onnx="", output="", target="sm80,sm86,sm89,sm120")
+# FP8 is for Ada and later.
+FP8_CONFIG = replace(CONFIG, target="sm89,sm120")
 SHAPES: dict[str, dict[str, Any]] = {
     "patches": {},
     "convolutional stem": {"stem": "conv"},
     "small data": {"family": "small-data"},
     "registers and mean": {"registers": 4, "pool": "mean"},
 }
+# Largest drop of the smallest cosine, by the recipe and the number of eight bits.
+QUANTISED = {("linear", "int8"): 0.01, ("full-mha", "int8"): 0.02, ("linear", "fp8"): 0.02, ("full-mha", "fp8"): 0.04}
 
 
-def _student(shape: str) -> Student:
+def _pixels(size: int = 32) -> NDArray[np.float32]:
+    return np.random.default_rng(0).normal(size=(5, 3, size, size)).astype(np.float32)
+
+
+def _thresholds(graph: onnx.ModelProto, size: int = 32) -> dict[str, float]:
+    return {name: one.histogram.largest for name, one in measure(graph, [_pixels(size)]).items()}
+
+
+@dataclass(frozen=True)
+class Traced:
+    graph: onnx.ModelProto
+    expected: NDArray[np.float32]
+    thresholds: dict[str, float]
+
+
+@cache
+def _traced(shape: str, opset: int) -> Traced:
     torch.manual_seed(0)
     config: StudentConfig = replace(small_student("patch"), **SHAPES[shape])
-    return Student(config).eval()
+    model = Student(config).eval()
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(_pixels())).numpy()
+    graph = trace(model, 32, opset)
+    return Traced(graph, expected, _thresholds(graph))
+
+
+def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, int]:
+    """Layers of a build, by type."""
+    plan, counted = build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", graph, config)
+    assert len(plan) > 10_000
+    return counted["layers"]
 
 
 @pytest.mark.parametrize(("shape", "opset"), list(product(SHAPES, [20, 23])))
-def test_it_builds_and_computes_what_pytorch_does(shape: str, opset: int) -> None:
-    model, trt = _student(shape), load_builder("tensorrt-rtx")
-    pixels = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
-    with torch.inference_mode():
-        expected = model(torch.from_numpy(pixels)).numpy()
-    graph = trace(model, 32, opset)
-    seen = measure(graph, [pixels])
-    thresholds = {name: one.histogram.largest for name, one in seen.items()}
-    linears, every = quantised_nodes(graph), quantised_nodes(graph, (), "full-mha")
-    # Largest drop of the cosine, and the number of tensors that are quantised.
-    written: dict[str, tuple[onnx.ModelProto, float, int]] = {
-        "fp32": (graph, 1e-6, 0),
-        "fp16": (to_fp16(graph), 1e-4, 0),
-        "int8": (to_fp16(quantise(graph, thresholds, linears)), 0.01, len(linears)),
-        "int8, full-mha": (to_fp16(quantise(graph, thresholds, every)), 0.02, len(seen)),
-        "fp8": (to_fp16(quantise(graph, thresholds, linears, "fp8")), 0.02, len(linears)),
-    }
-    for precision, (made, most, _) in written.items():
-        assert 1 - parity(expected, run_graph(made, pixels))["cosine_min"] < most, precision
-    # TensorRT-RTX has no fused attention in FP32: what is built for GPUs is the others.
-    for precision in list(written)[1:]:
-        config = replace(CONFIG, target="sm89,sm120") if precision == "fp8" else CONFIG
-        plan, layers = build_plan(trt, "tensorrt-rtx", written[precision][0], config)
-        assert len(plan) > 10_000
-        assert layers["layers"].get("QUANTIZE", 0) == written[precision][2], precision
+def test_float_graphs_build_and_compute_what_pytorch_does(shape: str, opset: int) -> None:
+    traced = _traced(shape, opset)
+    graph = traced.graph
+    # The third has an attention that stays FP32, as one whose values FP16 cannot hold does.
+    attention = next(iter(attention_nodes(graph)))
+    for made, most in ((graph, 1e-6), (to_fp16(graph), 1e-4), (to_fp16(graph, [attention]), 1e-4)):
+        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < most
+        assert "QUANTIZE" not in _build(made)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize(("recipe", "number"), QUANTISED)
+def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, number: Format) -> None:
+    traced = _traced(shape, opset)
+    layers = quantised_nodes(traced.graph, (), recipe)
+    quantised = quantise(traced.graph, traced.thresholds, layers, number)
+    tensors = len({name for names in layers.values() for name in names})
+    for made in (quantised, to_fp16(quantised)):
+        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < QUANTISED[recipe, number]
+        assert _build(made, CONFIG if number == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
+
+
+@pytest.mark.parametrize("number", ["int8", "fp8"])
+def test_what_a_budget_may_choose_builds(number: Format) -> None:
+    """One linear alone, one attention alone, all but the first block."""
+    traced = _traced("patches", 23)
+    every = quantised_nodes(traced.graph, (), "full-mha")
+    alone = [[next(name for name in every if name.endswith(kind))] for kind in ("MatMul", "Attention")]
+    later = [name for name in every if not name.startswith("vit.transformer.layers.0")]
+    for some in (*alone, later):
+        made = to_fp16(quantise(traced.graph, traced.thresholds, some, number))
+        layers = _build(made, CONFIG if number == "int8" else FP8_CONFIG)
+        assert layers["QUANTIZE"] == len({name for one in some for name in every[one]})
+
+
+@pytest.mark.parametrize("number", ["int8", "fp8"])
+def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, number: Format, tmp_path: Path) -> None:
+    assert catalog.artifact is not None
+    config = CalibrateConfig(str(fp32), str(catalog.artifact.path), str(tmp_path / "ranges"), count=16)
+    ranges = calibrate(replace(config, smooth=True, correct=True))
+    written = load_file(ranges / "adjustments.safetensors")
+    assert {name.partition(":")[0] for name in written} == {"smooth", "bias"}
+    made = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"), number=number))
+    assert _build(load_onnx(made)[0], CONFIG if number == "int8" else FP8_CONFIG)["QUANTIZE"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "small-data"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds(preset: Preset, family: Literal["vit", "small-data"]) -> None:
+    """Of the published depths and widths, in what is served: FP16, INT8 over it, FP8 over it."""
+    torch.manual_seed(0)
+    model = Student(StudentConfig(preset=preset, family=family, embedding_dim=256)).eval()
+    size = model.config.image_size
+    graph = trace(model, size, 23)
+    thresholds, linears = _thresholds(graph, size), quantised_nodes(graph)
+    assert _build(to_fp16(graph))["ATTENTION_INPUT"] == model.config.depth
+    for number, config in (("int8", CONFIG), ("fp8", FP8_CONFIG)):
+        made = to_fp16(quantise(graph, thresholds, linears, number))
+        assert _build(made, config)["QUANTIZE"] == len({names[0] for names in linears.values()})

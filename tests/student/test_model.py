@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vit_pytorch import ViT
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
-from student.model import PRESETS, ConvStem, Student, StudentConfig, count_multiply_adds, count_parameters
+from student.model import PRESETS, ConvStem, Student, StudentConfig, count_multiply_adds, count_parameters, load_student
+from vpr.artifact import write_artifact
 from vpr.errors import UserError
 
 
@@ -134,3 +138,14 @@ def test_counts_agree_with_arithmetic() -> None:
     attention = 2 * tokens * 64
     assert count_multiply_adds(student, 32) == tokens * (192 * 64 + 2 * (linears + attention)) + 64 * 256
     assert count_parameters(student) == sum(v.numel() for v in student.state_dict().values())
+
+
+def test_a_card_that_describes_a_larger_network_allocates_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number is within its limit; together they are 100 GB of weights."""
+    shape = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "mlp_dim": 64, "embedding_dim": 16}
+    config = StudentConfig(image_size=32, **shape)
+    huge = replace(config, dim=4096, depth=64, heads=64, dim_head=256, mlp_dim=16384)
+    with write_artifact(tmp_path / "student", "student", {"model": asdict(huge)}) as draft:
+        save_file(Student(config).state_dict(), draft.path / "model.safetensors")
+    with pytest.raises(UserError, match="its weights are not those of the network that its card describes"):
+        load_student(tmp_path / "student")

@@ -251,7 +251,27 @@ def test_a_catalogue_of_another_form_is_refused(catalog: Catalog, tmp_path: Path
 
     with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
         pq.write_table(pa.table({"image": ["a"]}), draft.path / "catalog.parquet")
-    with pytest.raises(UserError, match="not a catalogue"):
+    with pytest.raises(UserError, match="is no usable catalog"):
+        load_catalog(tmp_path / "c")
+
+
+@pytest.mark.parametrize("damage", ["piece", "text", "length"])
+def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, tmp_path: Path, damage: str) -> None:
+    import pyarrow.parquet as pq
+
+    from vpr.artifact import write_artifact
+
+    with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
+        path = draft.path / "catalog.parquet"
+        pq.write_table(catalog.table, path, use_dictionary=False, compression="none" if damage == "text" else "snappy")
+        data, product = path.read_bytes(), catalog.table["product"][0].as_py().encode()
+        broken = {
+            "piece": data[:200] + bytes(100) + data[300:],
+            "text": data.replace(product, b"\xff" * len(product)),
+            "length": data[:-8] + b"\xff\xff\xff\x7f" + data[-4:],
+        }
+        path.write_bytes(broken[damage])
+    with pytest.raises(UserError, match="is no usable catalog"):
         load_catalog(tmp_path / "c")
 
 

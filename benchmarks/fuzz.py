@@ -1,0 +1,226 @@
+"""Files written wrong, given to the verbs that read them: each must be refused by a line, or do no harm.
+
+``python -m benchmarks.fuzz --count 2000`` prints what was found; ``make figures TOPIC=int8 PARTS=fuzz`` records it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import Figure, Row, figure_rows, markdown
+from vpr.cli import quieten
+from vpr.console import say
+from vpr.errors import UserError
+
+LONGEST = 5.0  # seconds of processor time, which other work on the machine does not lengthen
+_STILL = 60.0  # seconds by the clock, for what waits without working
+_START = 900.0  # the same, for a worker to load its libraries and run every verb once
+_TICKS = os.sysconf("SC_CLK_TCK")
+_LOOK = 0.1
+_FAULTS = ("crash", "hang", "exception", "half-written")
+
+
+@dataclass(frozen=True)
+class FuzzConfig:
+    """Which cases are run.
+
+    Attributes:
+        count: mutated files.
+        seed: of all mutations.
+        first: number of the first case; with ``--count 1`` a single one is run again.
+    """
+
+    count: int = 2000
+    seed: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What became of one mutated file.
+
+    Attributes:
+        case: its number.
+        artifact: that the file belongs to.
+        file: that was mutated.
+        verb: that was given the artifact.
+        mutation: in words.
+        signed: whether the checksums were made to fit.
+        outcome: ``refused`` by a line, ``accepted``, or one of the faults ``crash``, ``hang``, ``exception`` (other
+            than an error line) and ``half-written``.
+        line: the refusal, or what is known of the fault.
+        seconds: of processor time that it took, mutation included.
+        memory: largest resident size of the process so far, bytes.
+    """
+
+    case: int
+    artifact: str
+    file: str
+    verb: str
+    mutation: str
+    signed: bool
+    outcome: str
+    line: str
+    seconds: float
+    memory: int
+
+    @property
+    def faulty(self) -> bool:
+        """Whether this is what must not be."""
+        return self.outcome in _FAULTS
+
+
+class Worker:
+    """A process that answers cases, started when it is needed and after each death.
+
+    Args:
+        command: that starts it; it writes a first line when it is ready.
+        log: file of what else it writes.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._command, self._log = command, log
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, case: int) -> dict[str, Any]:
+        """The worker's answer, or ``crash`` or ``hang``."""
+        process = self._started()
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died since its last answer, which is told below
+            process.stdin.write(f"{case}\n")
+            process.stdin.flush()
+        return self._answer(process, LONGEST, _STILL)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def last_words(self) -> str:
+        """The end of what the process wrote."""
+        return " ".join(self._log.read_text(encoding="utf-8", errors="replace")[-300:].split())
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+            if self._answer(self._process, _START, _START):
+                raise UserError(f"fuzz: its worker does not start: {self.last_words()}: mend that first")
+        return self._process
+
+    def _answer(self, process: subprocess.Popen[str], working: float, waiting: float) -> dict[str, Any]:
+        """The next line; ``crash`` or ``hang`` if none comes within seconds of work and seconds by the clock."""
+        assert process.stdout is not None
+        until, spent = time.monotonic() + waiting, _processor_seconds(process.pid) + working
+        ready: list[Any] = []
+        while not ready and time.monotonic() < until and _processor_seconds(process.pid) < spent:
+            ready, _, _ = select.select([process.stdout], [], [], _LOOK)
+        if ready and (line := process.stdout.readline()):
+            return json.loads(line)
+        if not ready:
+            process.kill()
+        code = process.wait()
+        self.close()
+        ended = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return {"outcome": "crash", "line": ended} if ready else {"outcome": "hang", "line": ""}
+
+
+def _processor_seconds(process: int) -> float:
+    """That a process has used so far, all threads together."""
+    after_name = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / _TICKS
+
+
+def fuzz(config: FuzzConfig) -> list[Told]:
+    """Run the cases one after another; the same seed and numbers give the same mutations."""
+    from benchmarks.fuzz_routes import make_artifacts
+    from benchmarks.fuzz_worker import route_of
+
+    found = []
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = Path(name)
+        make_artifacts(folder / "originals")
+        command = [sys.executable, "-m", "benchmarks.fuzz_worker"]
+        command += [str(folder / "originals"), str(folder / "case"), str(config.seed)]
+        worker = Worker(command, folder / "worker.log")
+        try:
+            for case in range(config.first, config.first + config.count):
+                told = {"mutation": "", "signed": True, "seconds": LONGEST, "memory": 0, **worker.ask(case)}
+                if told["outcome"] == "crash":
+                    told["line"] += f": {worker.last_words()}"
+                one = Told(case, **vars(route_of(case)), **told)
+                found.append(one)
+                if one.faulty:
+                    say(f"  case {case}: {one.verb} on {one.artifact}/{one.file}: {one.outcome}: {one.line}")
+                    say(f"    after: {one.mutation}")
+        finally:
+            worker.close()
+    return found
+
+
+def summarise(found: list[Told], command: str, seed: int = 0) -> tuple[list[Figure], list[Row]]:
+    """Figures of what must not be, and a table of outcomes by file and verb."""
+    seen = Counter(one.outcome for one in found)
+    seeds = (seed,)
+
+    def figure(name: str, value: float, goal: float | None, unit: str = "files") -> Figure:
+        return Figure(f"fuzz: {name}", value, unit, goal, "<=", command, seeds=seeds)
+
+    figures = [
+        Figure("fuzz: mutated files tried", len(found), "files", 2000, ">=", command, seeds=seeds),
+        figure("crashes", seen["crash"], 0),
+        figure(f"hangs over {LONGEST:g} s", seen["hang"], 0),
+        figure("exceptions other than an error line", seen["exception"], 0),
+        figure("files left half-written, older results changed", seen["half-written"], 0),
+        figure("refused by an error line", seen["refused"], None),
+        figure("accepted, since they are still valid", seen["accepted"], None),
+        figure("slowest", max(one.seconds for one in found), None, "s"),
+        figure("largest process", max(one.memory for one in found) / 2**30, None, "GiB"),
+    ]
+    rows = []
+    for route in dict.fromkeys((one.artifact, one.file, one.verb) for one in found):
+        some = [one for one in found if (one.artifact, one.file, one.verb) == route]
+        counts = Counter(one.outcome for one in some)
+        rows.append(
+            {
+                "file": f"{route[0]}: {route[1]}",
+                "given to": route[2],
+                "tried": len(some),
+                "checksums made to fit": sum(one.signed for one in some),
+                "refused": counts["refused"],
+                "accepted": counts["accepted"],
+                "faults": sum(counts[fault] for fault in _FAULTS),
+            }
+        )
+    return figures, rows
+
+
+def main() -> None:
+    """Run the cases that the flags ask for and print the table; ends with 1 where there is a fault."""
+    from jsonargparse import auto_cli
+
+    config = auto_cli(FuzzConfig)
+    found = fuzz(config)
+    figures, rows = summarise(found, "python -m benchmarks.fuzz", config.seed)
+    print(f"{markdown(figure_rows([{**vars(one), 'met': one.met} for one in figures]))}\n\n{markdown(rows)}")
+    sys.exit(any(one.faulty for one in found))
+
+
+if __name__ == "__main__":
+    quieten()
+    main()

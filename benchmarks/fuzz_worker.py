@@ -1,0 +1,149 @@
+"""The process that gives mutated files to the verbs: ``python -m benchmarks.fuzz_worker FOLDER SEED``.
+
+It reads numbers of cases from its input, one a line, and answers each with a line of JSON. It may crash or
+hang; :mod:`benchmarks.fuzz` watches it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from benchmarks.fuzz_routes import ARTIFACTS, RESULT, ROUTES, VERBS, Route, Verb, sign
+from benchmarks.mutated_files import mutate_file
+from vpr.artifact import load_artifact
+from vpr.cli import quieten
+from vpr.errors import UserError
+
+_SIGNED = 0.85  # share of the cases in which the checksums are made to fit the mutated file
+_MORE_MEMORY = 4 << 30  # address space beyond what the libraries have taken once they have run
+_LONGEST_LINE = 2100
+_TABLE = "an older table\n"
+
+
+def route_of(case: int) -> Route:
+    """The road of a case; they take turns."""
+    return ROUTES[case % len(ROUTES)]
+
+
+def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, Any]:
+    """Mutate one file and give its artifact to a verb.
+
+    Args:
+        originals: artifacts of :func:`benchmarks.fuzz_routes.make_artifacts`.
+        folder: emptied first; what the verb is given and what it leaves.
+        seed: of all cases.
+        case: number; with the seed it says everything.
+
+    Returns:
+        ``mutation`` in words, and what :func:`_outcome` tells.
+    """
+    rng, route = np.random.default_rng([seed, case]), route_of(case)
+    verb = _lay_out(originals, folder, route.verb)
+    path = folder / route.artifact / route.file
+    what, data = mutate_file(route.file, path.read_bytes(), rng)
+    path.write_bytes(data)
+    signed = bool(rng.random() < _SIGNED)
+    if signed:
+        sign(folder, route.artifact, route.file)
+    return {"mutation": what, "signed": signed, **_outcome(folder, verb)}
+
+
+def _lay_out(originals: Path, folder: Path, name: str) -> Verb:
+    """Copies of all artifacts, and an older result of the verb at its output."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "out").mkdir(parents=True)
+    for artifact in ARTIFACTS:
+        shutil.copytree(originals / artifact, folder / artifact)
+    verb = VERBS[name]
+    if verb.result == "csv":
+        (folder / f"{RESULT}.csv").write_text(_TABLE, encoding="utf-8")
+    elif verb.result:
+        shutil.copytree(originals / verb.result, folder / RESULT)
+    return verb
+
+
+def _outcome(folder: Path, verb: Verb) -> dict[str, Any]:
+    """``outcome`` is ``accepted``, ``refused``, ``exception`` or ``half-written``; ``line`` says more."""
+    before = _result(folder)
+    try:
+        verb.run(folder)
+        outcome, line = "accepted", ""
+    except UserError as error:
+        outcome, line = "refused", str(error)
+        if not line.isprintable() or len(line) > _LONGEST_LINE:
+            outcome, line = "exception", f"no line for a terminal: {line[:200]!a}"
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)
+        ours = [f"{Path(one.filename).name}:{one.lineno}" for one in last if "site-packages" not in one.filename]
+        outcome, line = "exception", f"{type(error).__name__}: {str(error)[:300]!a} at {' '.join(ours[-3:])}"
+    fault = _fault(folder, verb, before, outcome)
+    return {"outcome": "half-written", "line": fault} if fault else {"outcome": outcome, "line": line}
+
+
+def _result(folder: Path) -> bytes:
+    path = next((folder / "out").iterdir(), None)
+    if path is None:
+        return b""
+    return (path / "card.json" if path.is_dir() else path).read_bytes()
+
+
+def _fault(folder: Path, verb: Verb, before: bytes, outcome: str) -> str:
+    """What is wrong with what a verb left behind: more than its result, a part of it, or a changed older one."""
+    names = sorted(path.name for path in (folder / "out").iterdir())
+    expected = {"": [], "csv": ["result.csv"]}.get(verb.result, ["result"])
+    if names != expected:
+        return f"left {', '.join(names)}"
+    if outcome != "accepted" and _result(folder) != before:
+        return "changed the older result"
+    if expected == ["result"]:
+        try:
+            load_artifact(folder / RESULT)
+        except UserError as error:
+            return str(error)
+    elif expected and outcome == "accepted" and not _result(folder).startswith(b"query,rank,"):
+        return "wrote no table"
+    return ""
+
+
+def warm_up(originals: Path, folder: Path) -> None:
+    """Run every verb on files that nobody mutated, so that libraries are loaded; none may refuse them."""
+    for name in VERBS:
+        told = _outcome(folder, _lay_out(originals, folder, name))
+        if told["outcome"] != "accepted":
+            raise UserError(f"fuzz: {name}: unmutated files are not accepted: {told['line']}: mend that first")
+
+
+def _limit_memory() -> None:
+    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + _MORE_MEMORY, resource.RLIM_INFINITY))
+
+
+def main(originals: Path, folder: Path, seed: int, answers: TextIO) -> None:
+    """Answer case by case until the input ends."""
+    quieten()
+    warm_up(originals, folder)
+    _limit_memory()
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        begun = time.process_time()
+        told = run_case(originals, folder, seed, int(line))
+        told["seconds"] = round(time.process_time() - begun, 3)
+        told["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(told), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    # Verbs and libraries may print what they like: answers go by a copy of the output, the rest with the errors.
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), own)

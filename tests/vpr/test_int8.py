@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vpr.artifact import Artifact, load_artifact, write_artifact
+from vpr.errors import UserError
+from vpr.int8 import activation_scale, read_ranges
+
+ENTRY = {"threshold": 3.0, "linears": ["a.to_qkv"]}
+
+
+def _ranges(path: Path, entries: Any, arrays: dict[str, np.ndarray] | None = None) -> Artifact:
+    with write_artifact(path, "ranges", {}) as draft:
+        (draft.path / "ranges.json").write_text(json.dumps(entries))
+        save_file(arrays or {}, draft.path / "adjustments.safetensors")
+    return load_artifact(path)
+
+
+def test_ranges_are_read(tmp_path: Path) -> None:
+    ones = np.ones(4, np.float32)
+    ranges = read_ranges(_ranges(tmp_path / "r", {"x": ENTRY}, {"smooth:a.to_qkv": ones, "bias:a.to_out": -ones}))
+    assert (ranges.thresholds, ranges.linears) == ({"x": 3.0}, {"x": ["a.to_qkv"]})
+    assert list(ranges.smoothing) == ["a.to_qkv"]
+    assert list(ranges.corrections) == ["a.to_out"]
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), float("inf"), 1e308, 127 * 65504 * 1.01])
+def test_a_threshold_without_a_finite_step_is_refused(tmp_path: Path, threshold: float) -> None:
+    with pytest.raises(UserError, match="the threshold of 'x' is .*, not a positive number within FP16's range"):
+        read_ranges(_ranges(tmp_path / "r", {"x": {**ENTRY, "threshold": threshold}}))
+
+
+def test_the_largest_threshold_has_a_finite_step(tmp_path: Path) -> None:
+    ranges = read_ranges(_ranges(tmp_path / "r", {"x": {**ENTRY, "threshold": 127 * 65504}}))
+    assert activation_scale(ranges.thresholds["x"]) == 65504
+
+
+@pytest.mark.parametrize(
+    "entries", [[], {"x": 3.0}, {"x": {}}, {"x": {"threshold": "wide"}}, {"x": {**ENTRY, "linears": 3}}, None]
+)
+def test_json_that_is_no_ranges_is_refused(tmp_path: Path, entries: Any) -> None:
+    with pytest.raises(UserError, match="is no usable ranges"):
+        read_ranges(_ranges(tmp_path / "r", entries))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros(4, np.float32), np.full(4, np.nan, np.float32), np.full(4, np.inf, np.float32), np.ones(4, np.int64)],
+)
+def test_factors_that_cannot_be_folded_are_refused(tmp_path: Path, array: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"'smooth:a' of adjustments\.safetensors"):
+        read_ranges(_ranges(tmp_path / "r", {"x": ENTRY}, {"smooth:a": array}))

@@ -1,0 +1,114 @@
+"""ONNX graphs of ours: read with suspicion, and run on the CPU by ONNX Runtime.
+
+The libraries that parse and compile graphs are written for graphs that are well-formed. So an artifact's graph is
+checked before one of them sees it, and what they refuse all the same becomes one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, TensorProto
+
+from vpr.artifact import Artifact, Card, reading
+from vpr.errors import UserError
+
+INPUT, OUTPUT = "pixels", "embedding"
+_DOMAINS = ("", "ai.onnx")
+_BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS)
+
+
+def load_graph(artifact: Artifact) -> onnx.ModelProto:
+    """The checked graph of an ``onnx`` artifact; :class:`UserError` where it is none that an export writes."""
+    with reading(artifact):
+        # External data would be read from wherever the file says; our graphs have none.
+        graph = onnx.load(artifact.file("model.onnx"), load_external_data=False)
+        check_graph(graph, artifact.card)
+    return graph
+
+
+def check_graph(graph: onnx.ModelProto, card: Card) -> None:
+    """Refuse a graph that is not well-formed, has what no export of ours has, or does not do what its card says.
+
+    Raises:
+        UserError: weights in other files, loops, functions, operators of other domains, or other inputs and outputs.
+        onnx.checker.ValidationError: by ONNX's own rules.
+        onnx.shape_inference.InferenceError: shapes that contradict each other.
+    """
+    body = graph.graph
+    attributes = [attribute for node in body.node for attribute in node.attribute]
+    tensors = [tensor for attribute in attributes for tensor in (attribute.t, *attribute.tensors)]
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in (*body.initializer, *tensors)):
+        raise UserError("a weight lies in another file")
+    if graph.functions or body.sparse_initializer or any(attribute.type in _BODIES for attribute in attributes):
+        raise UserError("it has functions, loops or sparse weights")
+    # OpenVINO 2026.4 searches for ever for the operators of an opset that is yet to come.
+    latest = onnx.defs.onnx_opset_version()
+    if any(one.domain not in _DOMAINS or not 1 <= one.version <= latest for one in graph.opset_import):
+        raise UserError(f"it needs an opset other than ONNX's 1 to {latest}")
+    if stranger := next((node for node in body.node if node.domain not in _DOMAINS), None):
+        raise UserError(f"node '{stranger.name}' ({stranger.op_type}) is of the domain '{stranger.domain}'")
+    onnx.checker.check_model(graph, full_check=True)
+    names = [*(one.name for one in body.input), *(one.name for one in body.initializer)]
+    names += [name for node in body.node for name in node.output if name]
+    if len(set(names)) != len(names):
+        raise UserError("two tensors have the same name")
+    if card.preprocess is None or card.embedding is None:
+        raise UserError("its card has no preprocessing or no embedding")
+    _check_interface(body.input, INPUT, [3, card.preprocess.size, card.preprocess.size])
+    _check_interface(body.output, OUTPUT, [card.embedding.dim])
+
+
+def _check_interface(values: Sequence[onnx.ValueInfoProto], name: str, shape: list[int]) -> None:
+    kinds = [value.type.tensor_type for value in values]
+    found = [
+        (value.name, kind.elem_type, [dim.dim_value for dim in kind.shape.dim[1:]], kind.shape.dim[0].dim_value)
+        for value, kind in zip(values, kinds, strict=True)
+        if kind.shape.dim
+    ]
+    if len(found) != len(values) or found != [(name, TensorProto.FLOAT, shape, 0)]:
+        wanted = ", ".join(map(str, ["batch", *shape]))
+        raise UserError(f"its card asks for the one tensor '{name}' of ({wanted}) float32, the graph has another")
+
+
+class GraphSession:
+    """An ONNX Runtime session on the CPU, whose refusals are lines.
+
+    Args:
+        graph: to run.
+        threads: 0 is one per core.
+
+    Raises:
+        UserError: ONNX Runtime does not take the graph.
+    """
+
+    def __init__(self, graph: onnx.ModelProto, threads: int = 0) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer):
+            # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which it does not have for FP8.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        with refused_by("onnxruntime"):
+            self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Some of the graph's outputs, in the order of their names; :class:`UserError` where it fails."""
+        with refused_by("onnxruntime"):
+            return self._session.run(list(names), dict(inputs))
+
+
+@contextmanager
+def refused_by(library: str) -> Iterator[None]:
+    """Turn what a library says of a graph into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{library}: cannot run the graph ({reason}): export the student again") from None
