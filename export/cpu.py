@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from export.onnx_graph import INPUT, OUTPUT
+from export.runtime import INPUT, OUTPUT
 from vpr.embeddings import Forward
+
+if TYPE_CHECKING:  # a file is run without onnx
+    import onnx
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:

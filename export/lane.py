@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from export.batches import Piece, Profile, split
 from export.driver import Driver, DriverError, Stream
-from export.onnx_graph import INPUT, OUTPUT
+from export.runtime import INPUT, OUTPUT
 from vpr.console import say
 
 _MOST_GRAPHS = 16

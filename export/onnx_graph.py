@@ -5,16 +5,15 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from export.parity import parity
 from export.precision import find_overflow, to_fp16
-from student.model import Student, load_student
+from export.runtime import INPUT, OUTPUT, open_session
 from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
@@ -22,7 +21,9 @@ from vpr.embeddings import read_pixels
 from vpr.errors import UserError
 from vpr.images import Preprocess
 
-INPUT, OUTPUT = "pixels", "embedding"
+if TYPE_CHECKING:  # running a graph or an engine needs no torch
+    from student.model import Student
+
 MAX_BATCH = 1024
 _BATCHES = (1, 3, 8)
 _TOLERANCE = 1e-4
@@ -60,6 +61,8 @@ def export_onnx(config: OnnxConfig) -> Path:
     Raises:
         UserError: the FP32 graph departs from PyTorch by more than 1e-4 anywhere.
     """
+    from student.model import load_student
+
     model, student = load_student(config.student)
     # The ranges that a student was fine-tuned under are those of its INT8 graph.
     parents = [student.as_parent("student"), *(one for one in student.card.parents if one.role == "ranges")]
@@ -97,6 +100,8 @@ def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
         size: side of the input, pixels.
         opset: ONNX opset version.
     """
+    import torch
+
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     program = torch.onnx.export(
         model,
@@ -135,15 +140,9 @@ def load_onnx(path: Path | str) -> tuple[onnx.ModelProto, Artifact]:
 
 def session(graph: onnx.ModelProto, threads: int = 0) -> Any:
     """An ONNX Runtime session on the CPU; 0 threads is one per core."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer):
-        # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which it does not have for FP8.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which it does not have for FP8.
+    fp8 = any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer)
+    return open_session(graph.SerializeToString(), threads, keep_qdq=fp8)
 
 
 def run_graph(graph: onnx.ModelProto, inputs: NDArray[np.float32], batch_size: int = 8) -> NDArray[np.float32]:
@@ -188,6 +187,8 @@ def _inputs(config: OnnxConfig, preprocess: Preprocess, split: str) -> NDArray[n
 def _compare(
     model: Student, graph: onnx.ModelProto, inputs: NDArray[np.float32], config: OnnxConfig
 ) -> dict[str, float]:
+    import torch
+
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
     worst: dict[str, float] = {}

@@ -20,7 +20,7 @@ from export.driver import Driver, DriverError, PyCudaDriver
 from export.engine import error_logger, load_builder
 from export.fit import check_fit, load_engine, rebuild_command, refusal
 from export.lane import Lane, Plan
-from export.onnx_graph import INPUT, OUTPUT
+from export.runtime import INPUT, OUTPUT
 from vpr.artifact import Artifact, reading
 from vpr.errors import UserError
 
