@@ -57,10 +57,8 @@ def least_ms(ceiling: Ceiling, model: Model, multiply_adds: int, batch: int) -> 
 
 def count_work(artifact: Artifact) -> int | None:
     """Multiply-adds of one picture, from the card, the graph or the network; None where none of them tells."""
-    if "multiply_adds" in artifact.card.metrics:
-        return int(artifact.card.metrics["multiply_adds"])
-    if artifact.card.kind == "engine":
-        return None
+    if artifact.card.kind == "engine" or "multiply_adds" in artifact.card.metrics:
+        return artifact.card.metrics.get("multiply_adds")
     if artifact.card.kind == "onnx":
         from export.onnx_graph import load_onnx
         from export.work import multiply_adds

@@ -20,7 +20,7 @@ def multiply_adds(graph: onnx.ModelProto) -> int | None:
     one.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     # What the exporter noted has the free batch in it, and would not be inferred again.
     for value in one.graph.output:
-        value.type.tensor_type.shape.Clear()
+        value.type.tensor_type.ClearField("shape")
     del one.graph.value_info[:]
     shapes = _shapes(onnx.shape_inference.infer_shapes(one, data_prop=True))
     products = (node for node in one.graph.node if node.op_type in _COUNTS)
