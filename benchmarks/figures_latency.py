@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,8 +126,8 @@ def open_loop(paths: Sequence[str], seconds: float, command: str) -> tuple[list[
     """p99 at 80 % of the capacity measured just before, for three seeds of random arrivals."""
     figures, rows = [], []
     for name, (model, forward) in open_models(paths, default_threads())[0].items():
-        pixels = model.random_input(1)
-        seen = [answer_load(lambda: forward(pixels), Load("poisson", seed=seed), seconds) for seed in _SEEDS]  # noqa: B023
+        call = partial(forward, model.random_input(1))
+        seen = [answer_load(call, Load("poisson", seed=seed), seconds) for seed in _SEEDS]
         tails = [one["p99"] for one in seen]
         what = f"{name}: p99 at 80 % of capacity, from when requests were due"
         figures.append(

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.backends import USUAL, BackendUnavailable, Model, choose, default_threads, models_of
 from benchmarks.ceiling import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
 from benchmarks.device_time import device_times
@@ -142,6 +145,10 @@ def _call(forward: Forward, model: Model, batch: int) -> Callable[[], object]:
     return partial(forward, model.random_input(batch))
 
 
+def _after(read: Callable[[], NDArray[np.float32]], forward: Forward) -> Callable[[], object]:
+    return lambda: forward(read())
+
+
 def _add_ceilings(
     rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], batches: Sequence[int], threads: int
 ) -> None:
@@ -174,7 +181,7 @@ def _add_pictures(rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]]
     for name, (model, forward) in opened.items():
         read = picture_source(pictures, model.preprocess)
         calls[f"{model.preprocess}"] = read
-        calls[name] = lambda forward=forward, read=read: forward(read())  # type: ignore[misc]
+        calls[name] = _after(read, forward)
     timed = measure_rounds(calls, seconds)
     for name, (model, _) in opened.items():
         rows[name]["preprocess_ms"] = describe(timed[f"{model.preprocess}"])
