@@ -1,27 +1,46 @@
-"""What can run a model: one small protocol, and for what cannot run here the reason."""
+"""The backends by name, and which of them an artifact has."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.cpu import openvino_forward
-from export.onnx_graph import load_onnx
-from export.runner import open_engine
-from vpr.artifact import Artifact, load_artifact, reading
-from vpr.embeddings import Forward, torch_forward
-from vpr.environment import available_cpus, read_gpus
+from benchmarks.runtimes import (
+    Backend,
+    BackendUnavailable,
+    EngineBackend,
+    OnnxRuntimeBackend,
+    OpenVinoBackend,
+    TorchBackend,
+)
+from vpr.artifact import Artifact, load_artifact
+from vpr.embeddings import Forward
+from vpr.environment import available_cpus
 from vpr.errors import UserError
-from vpr.graphs import INPUT, OUTPUT, GraphSession, load_graph
+from vpr.images import Preprocess
+from vpr.runtime import CPU, CUDA, TENSORRT, TENSORRT_RTX
 
-
-class BackendUnavailable(Exception):
-    """This backend cannot run here; the message says why and what would help."""
+BACKENDS: tuple[Backend, ...] = (
+    TorchBackend("torch", "cpu", compiled=False),
+    TorchBackend("torch-compile", "cpu", compiled=True),
+    TorchBackend("torch-cuda", "cuda", compiled=False),
+    TorchBackend("torch-compile-cuda", "cuda", compiled=True),
+    OnnxRuntimeBackend("onnxruntime-cpu", CPU),
+    OnnxRuntimeBackend("onnxruntime-cuda", CUDA),
+    OnnxRuntimeBackend("onnxruntime-tensorrt", TENSORRT),
+    OnnxRuntimeBackend("onnxruntime-tensorrt-rtx", TENSORRT_RTX),
+    OpenVinoBackend(),
+    EngineBackend("tensorrt"),
+    EngineBackend("tensorrt-rtx"),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+# What models are compared on unless others are named: torch.compile takes minutes at the first call, and the
+# providers of ONNX Runtime on a GPU build engines of their own.
+USUAL = ("torch", "onnxruntime-cpu", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -30,89 +49,82 @@ class Model:
 
     Attributes:
         artifact: what is run.
-        stage: teacher, student, onnx or engine.
-        backend: what runs it, by the names of ``report.json``.
-        precision: of its arithmetic.
-        open: loads it for a number of threads; raises :class:`BackendUnavailable`.
+        runner: what runs it.
     """
 
     artifact: Artifact
-    stage: str
-    backend: str
-    precision: str
-    open: Callable[[int], Forward]
+    runner: Backend
+
+    @property
+    def stage(self) -> str:
+        """Teacher, student, onnx or engine."""
+        return self.artifact.card.kind
+
+    @property
+    def backend(self) -> str:
+        """What runs it, by the names of ``report.json``."""
+        return self.runner.name
+
+    @property
+    def precision(self) -> str:
+        """Of its arithmetic."""
+        return self.runner.precision(self.artifact)
 
     @property
     def name(self) -> str:
         """Artifact and backend."""
         return f"{self.artifact.card.name} ({self.backend})"
 
+    def open(self, threads: int) -> Forward:
+        """Load it for a number of threads.
 
-def models_of(path: Path | str) -> list[Model]:
-    """Every backend that an artifact has, whether or not it runs here."""
+        Raises:
+            BackendUnavailable: it cannot run here.
+        """
+        if reason := self.runner.missing():
+            targets = self.artifact.card.metrics.get("targets")
+            raise BackendUnavailable(f"built for {', '.join(targets)}: {reason}" if targets else reason)
+        return self.runner.open(self.artifact, threads)
+
+    def random_input(self, batch: int) -> NDArray[np.float32]:
+        """(batch, 3, size, size) float32 in the range of preprocessed pictures."""
+        size = self.preprocess.size
+        return np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The card's; :class:`UserError` where it has none."""
+        if self.artifact.card.preprocess is None:
+            raise UserError(f"{self.artifact.path}: its card has no preprocessing: make the artifact again")
+        return self.artifact.card.preprocess
+
+
+def models_of(path: Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
+    """Every way to run an artifact, whether or not it can be run here.
+
+    Args:
+        path: teacher, student, ``onnx`` or engine artifact. An engine is run by its own builder's runtime.
+        backends: names of those considered; ``all`` is every one.
+
+    Raises:
+        UserError: there is no backend of that name.
+    """
+    chosen = choose(backends)
     artifact = load_artifact(path, ("teacher", "student", "onnx", "engine"))
-    kind = artifact.card.kind
-    precision = str(artifact.card.config.get("precision", "fp32"))
-    if kind == "engine":
-        built = artifact.card.metrics
-        backend = str(artifact.card.config["backend"])
-        return [Model(artifact, "engine", backend, str(built["precision"]), lambda _: _open_engine(artifact))]
-    if kind == "onnx":
-        return [
-            Model(artifact, "onnx", "onnxruntime-cpu", precision, lambda threads: _open_onnxruntime(path, threads)),
-            Model(artifact, "onnx", "openvino", precision, lambda threads: _open_openvino(artifact, threads)),
-        ]
-    return [Model(artifact, kind, "torch", "fp32", lambda threads: _open_torch(path, kind, threads))]
+    fitting = [backend for backend in chosen if artifact.card.kind in backend.kinds]
+    if artifact.card.kind == "engine":
+        fitting = [backend for backend in fitting if backend.name == artifact.card.config["backend"]]
+    return [Model(artifact, backend) for backend in fitting]
+
+
+def choose(names: Sequence[str]) -> list[Backend]:
+    """Backends by name, in the order of the list."""
+    wanted = NAMES if "all" in names else names
+    if unknown := [name for name in wanted if name not in NAMES]:
+        raise UserError(f"backends: no '{unknown[0]}': choose from all, {', '.join(NAMES)}")
+    return [backend for backend in BACKENDS if backend.name in wanted]
 
 
 def default_threads() -> int:
     """One per processor this process may use."""
     return len(available_cpus())
-
-
-def _open_torch(path: Path | str, kind: str, threads: int) -> Forward:
-    import torch
-
-    from student.model import load_student
-    from teacher.model import load_teacher
-
-    torch.set_num_threads(threads)
-    model = load_teacher(path)[0] if kind == "teacher" else load_student(path)[0]
-    return torch_forward(model)
-
-
-def _open_onnxruntime(path: Path | str, threads: int) -> Forward:
-    graph, artifact = load_onnx(path)
-    with reading(artifact):
-        runner = GraphSession(graph, threads)
-    return _named(artifact, lambda batch: runner.run([OUTPUT], {INPUT: batch})[0])
-
-
-def _open_openvino(artifact: Artifact, threads: int) -> Forward:
-    try:
-        importlib.import_module("openvino")
-    except ImportError as error:
-        raise BackendUnavailable(f"openvino cannot be loaded ({error}): pip install -r requirements.txt") from None
-    with reading(artifact):
-        return _named(artifact, openvino_forward(load_graph(artifact), threads))
-
-
-def _named(artifact: Artifact, forward: Forward) -> Forward:
-    """The same function, whose refusals name the artifact."""
-
-    def named(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with reading(artifact):
-            return forward(batch)
-
-    return named
-
-
-def _open_engine(artifact: Artifact) -> Forward:
-    targets = ", ".join(artifact.card.metrics["targets"])
-    gpus, _ = read_gpus()
-    if not gpus:
-        raise BackendUnavailable(f"built for {targets}: running it needs such an NVIDIA GPU, this machine has none")
-    try:
-        return open_engine(artifact.path)
-    except UserError as error:
-        raise BackendUnavailable(str(error)) from None

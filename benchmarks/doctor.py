@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.backends import BACKENDS
 from export.engine import TARGETS, load_builder
 from vpr.environment import environment
 from vpr.errors import UserError
@@ -32,8 +30,8 @@ class Finding:
     """One thing that runs here or does not.
 
     Attributes:
-        name: of the backend.
-        works: whether it was loaded.
+        name: of the backend, or of what is built.
+        works: whether nothing is missing.
         detail: version and devices, or what is missing and the remedy.
     """
 
@@ -52,7 +50,7 @@ def doctor(config: DoctorConfig) -> None:
     console.print(f"instructions: {' '.join(cpu['features']) or 'none that matter here'}", highlight=False)
     console.print(f"GPU: {gpus}; driver: {found['driver'] or 'none'}; training precision: {best_precision()}")
     table = Table("", "what", "detail", box=None, pad_edge=False)
-    for finding in examine(bool(found["gpus"])):
+    for finding in examine():
         mark = "[green]yes[/]" if finding.works else "[red]no[/]"
         table.add_row(mark, finding.name, finding.detail)
     console.print(table)
@@ -60,61 +58,23 @@ def doctor(config: DoctorConfig) -> None:
     console.print("packages: " + ", ".join(f"{name} {version}" for name, version in packages), highlight=False)
 
 
-def examine(has_gpu: bool) -> list[Finding]:
-    """Load every backend; a failure becomes a finding, never a traceback."""
-    checks: list[tuple[str, Callable[[bool], str]]] = [
-        ("torch", _torch),
-        ("ONNX Runtime, CPU", _onnxruntime_cpu),
-        ("ONNX Runtime, CUDA", _onnxruntime_cuda),
-        ("OpenVINO", _openvino),
-        ("TensorRT-RTX builder", _rtx),
-        ("TensorRT builder", _tensorrt),
-        ("running engines", _running),
-    ]
+def examine() -> list[Finding]:
+    """Ask every backend and load the engine builders; a failure becomes a finding, never a traceback."""
     findings = []
-    for name, check in checks:
+    for backend in BACKENDS:
+        reason = backend.missing()
+        findings.append(Finding(backend.name, reason is None, backend.version() if reason is None else reason))
+    for name, check in (("build TensorRT-RTX engines", _rtx), ("build TensorRT engines", _tensorrt)):
         try:
-            findings.append(Finding(name, True, check(has_gpu)))
-        except (UserError, ImportError, OSError, RuntimeError) as error:
-            findings.append(Finding(name, False, " ".join(str(error).split())))
+            findings.append(Finding(name, True, check()))
+        except UserError as error:
+            findings.append(Finding(name, False, str(error)))
     return findings
 
 
-def _torch(_: bool) -> str:
-    import torch
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{torch.__version__}; {', '.join(devices) or 'CPU only'}; {torch.get_num_threads()} threads"
-
-
-def _onnxruntime_cpu(_: bool) -> str:
-    return str(importlib.import_module("onnxruntime").__version__)
-
-
-def _onnxruntime_cuda(has_gpu: bool) -> str:
-    runtime = importlib.import_module("onnxruntime")
-    if "CUDAExecutionProvider" not in runtime.get_available_providers():
-        raise UserError("this build has no CUDA provider: pip install -r requirements.txt")
-    if not has_gpu:
-        raise UserError("the provider is installed; it needs an NVIDIA GPU")
-    return str(runtime.__version__)
-
-
-def _openvino(_: bool) -> str:
-    openvino = importlib.import_module("openvino")
-    return f"{openvino.__version__.split('-')[0]}; {', '.join(openvino.Core().available_devices)}"
-
-
-def _rtx(_: bool) -> str:
+def _rtx() -> str:
     return f"{load_builder('tensorrt-rtx').__version__}; builds for {', '.join(TARGETS)} without a GPU"
 
 
-def _tensorrt(_: bool) -> str:
+def _tensorrt() -> str:
     return str(load_builder("tensorrt").__version__)
-
-
-def _running(has_gpu: bool) -> str:
-    if not has_gpu:
-        raise UserError("needs an NVIDIA GPU; engines are built and checked here, not run")
-    importlib.import_module("pycuda.driver")
-    return f"pycuda, Python {sys.version_info.major}.{sys.version_info.minor}"

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.backends import models_of
-from benchmarks.latency import random_input
 from benchmarks.recall import RecallConfig, recall
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.driver import Gpu
@@ -158,7 +157,7 @@ def _openvino(folder: Path) -> object:
 
 def _run_once(artifact: Path, backend: str) -> object:
     model = next(one for one in models_of(artifact) if one.backend == backend)
-    return model.open(1)(random_input(model.artifact, 2))
+    return model.open(1)(model.random_input(2))
 
 
 def _build(folder: Path) -> object:

@@ -27,9 +27,10 @@ from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import Forward, embed, read_batches, score_split
 from vpr.errors import UserError
-from vpr.graphs import INPUT, OUTPUT, GraphSession
+from vpr.graphs import GraphSession
 from vpr.images import Preprocess
 from vpr.metrics import RetrievalScores, bootstrap_interval
+from vpr.runtime import INPUT, OUTPUT
 from vpr.timing import measure, summarise
 
 OURS, FLOAT = "ours", "FP32"

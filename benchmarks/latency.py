@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.backends import BackendUnavailable, default_threads, models_of
-from vpr.artifact import Artifact, load_artifact, write_artifact
+from benchmarks.backends import USUAL, BackendUnavailable, Model, choose, default_threads, models_of
+from benchmarks.ceiling import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
+from benchmarks.device_time import device_times
+from benchmarks.fresh_process import start_often
+from benchmarks.open_loop import Load, answer_load
+from benchmarks.preprocessing import picture_source
+from benchmarks.spread import describe
+from vpr.artifact import load_artifact, plain, write_artifact
+from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import Forward
+from vpr.environment import available_cpus
 from vpr.errors import UserError
-from vpr.timing import measure, summarise
+from vpr.timing import measure_rounds
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,12 @@ class LatencyConfig:
         batches: pictures per call.
         seconds: time spent on each model and batch, after warm-up.
         threads: of every backend alike; 0 is one per processor.
+        backends: names of those tried, or ``all``; what cannot run here is listed with the reason.
+        starts: processes in which each model is started alone, for cold start and memory; 0 leaves that out.
+        catalog: whose pictures are decoded and resized, alone and before the model; empty leaves that out.
+        arrivals: times each model on requests that come at a given rate, at random (``poisson``) or evenly (``fixed``).
+        rate: of them, requests per second; 0 is 80 % of what the model answers one after another.
+        seed: of the arrivals.
     """
 
     models: tuple[str, ...]
@@ -37,58 +53,158 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1, 8)
     seconds: float = 1.5
     threads: int = 0
+    backends: tuple[str, ...] = USUAL
+    starts: int = 1
+    catalog: str = ""
+    arrivals: Literal["none", "poisson", "fixed"] = "none"
+    rate: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UserError("models: none given: name at least one artifact")
+        if not self.batches or min(self.batches) < 1:
+            raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more pictures")
+        for name in ("seconds", "threads", "starts", "rate"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)}: give 0 or more")
+        choose(self.backends)
 
 
 def latency(config: LatencyConfig) -> Path:
     """Time every model on every backend and write an artifact of kind ``report`` with ``latency.json``."""
     threads = config.threads or default_threads()
-    rows = time_models(config.models, config.batches, config.seconds, threads)
+    load = None if config.arrivals == "none" else Load(config.arrivals, config.rate, config.seed)
+    rows = time_models(
+        config.models, config.batches, config.seconds, threads, config.backends, config.starts, config.catalog, load
+    )
     parents = [load_artifact(path).as_parent("model") for path in config.models]
-    settings = {"models": list(config.models), "batches": list(config.batches), "threads": threads}
-    with write_artifact(config.output, "report", settings, parents) as draft:
+    with write_artifact(config.output, "report", {**plain(config), "threads": threads}, parents) as draft:
         (draft.path / "latency.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    say(f"{config.output}: latency of {len(rows)} models with {threads} threads each")
+    timed = sum(row["latency_ms"] is not None for row in rows.values())
+    say(f"{config.output}: latency of {timed} models with {threads} threads each, {len(rows) - timed} could not run")
     return Path(config.output)
 
 
 def time_models(
-    paths: tuple[str, ...], batches: tuple[int, ...], seconds: float, threads: int
-) -> dict[str, dict[str, Any]]:
-    """Time every backend of every artifact, all with the same number of threads.
+    paths: Sequence[str],
+    batches: Sequence[int],
+    seconds: float,
+    threads: int,
+    backends: Sequence[str] = USUAL,
+    starts: int = 1,
+    catalog: str = "",
+    load: Load | None = None,
+) -> dict[str, Row]:
+    """Time backends of every artifact, all with the same number of threads; the arguments are the config's.
 
     Returns:
-        by ``artifact (backend)``: ``latency_ms`` and ``throughput`` (pictures per second) by batch and
-        ``cold_start_ms`` (load and first call), or None and the reason in ``notes``.
+        by ``artifact (backend)``: ``latency_ms`` by batch (see :func:`benchmarks.spread.describe`); ``throughput``
+        (pictures per second, call after call), ``of_ceiling`` (see :func:`benchmarks.ceiling.least_ms`, over p50) and
+        ``device_ms`` by batch; ``ceiling``; what :func:`benchmarks.fresh_process.start_often` tells; ``preprocess_ms``
+        and ``with_preprocess_ms`` of one picture; ``open_loop`` (see :func:`benchmarks.open_loop.answer_load`);
+        ``threads`` and ``cpus``. What is not measured is None; a backend
+        that cannot run has None for ``latency_ms`` and ``throughput``, and the reason in ``notes``.
     """
-    opened: dict[str, tuple[Forward, Artifact]] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for model in (model for path in paths for model in models_of(path)):
-        begun = time.perf_counter()
-        try:
-            forward = model.open(threads)
-        except BackendUnavailable as reason:
-            rows[model.name] = {"latency_ms": None, "throughput": None, "notes": f"not run: {reason}"}
-            continue
-        forward(random_input(model.artifact, 1))
-        cold = 1000 * (time.perf_counter() - begun)
-        opened[model.name] = (forward, model.artifact)
-        rows[model.name] = {"latency_ms": {}, "throughput": {}, "cold_start_ms": cold}
+    opened, rows = open_models(paths, threads, backends)
+    for name, (model, _) in opened.items():
+        rows[name] |= {**start_often(model, threads, starts), "threads": threads, "cpus": available_cpus()}
+        rows[name] |= {"latency_ms": {}, "throughput": {}, "device_ms": None}
     for batch in batches:
-        calls = {name: _call(forward, random_input(artifact, batch)) for name, (forward, artifact) in opened.items()}
-        for name, times in measure(calls, seconds).items():
-            rows[name]["latency_ms"][str(batch)] = summary = summarise(times)
-            rows[name]["throughput"][str(batch)] = 1000 * batch / summary["p50"]
-            say(f"  {name}, batch {batch}: p50 {summary['p50']:.2f} ms, p99 {summary['p99']:.2f} ms")
+        calls = {name: _call(forward, model, batch) for name, (model, forward) in opened.items()}
+        for name, timed in measure_rounds(calls, seconds).items():
+            rows[name]["latency_ms"][str(batch)] = describe(timed)
+            rows[name]["throughput"][str(batch)] = 1000 * batch / float(timed.milliseconds.mean())
+    _add_ceilings(rows, opened, batches, threads)
+    for name, (model, _) in opened.items():
+        rows[name]["device_ms"] = device_times(model, batches)
+    _add_pictures(rows, opened, catalog, seconds)
+    for name, (model, forward) in opened.items():
+        rows[name]["open_loop"] = answer_load(_call(forward, model, 1), load, seconds) if load else None
+    for name in opened:
+        _say_row(name, rows[name])
     return rows
 
 
-def random_input(artifact: Artifact, batch: int) -> NDArray[np.float32]:
-    """(batch, 3, size, size) float32 in the range of preprocessed pictures."""
-    if artifact.card.preprocess is None:
-        raise UserError(f"{artifact.path}: its card has no preprocessing: make the artifact again")
-    size = artifact.card.preprocess.size
-    return np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
+def open_models(
+    paths: Sequence[str], threads: int, backends: Sequence[str] = USUAL
+) -> tuple[dict[str, tuple[Model, Forward]], dict[str, Row]]:
+    """Load what can run here; by name the loaded models, and rows of which those that cannot run hold the reason."""
+    opened: dict[str, tuple[Model, Forward]] = {}
+    rows: dict[str, Row] = {}
+    for model in (model for path in paths for model in models_of(path, backends)):
+        try:
+            opened[model.name], rows[model.name] = (model, model.open(threads)), {}
+        except BackendUnavailable as reason:
+            say(f"  {model.name}: not run: {reason}")
+            rows[model.name] = {"latency_ms": None, "throughput": None, "notes": f"not run: {reason}"}
+    return opened, rows
 
 
-def _call(forward: Forward, batch: NDArray[np.float32]) -> Callable[[], object]:
-    return lambda: forward(batch)
+def _call(forward: Forward, model: Model, batch: int) -> Callable[[], object]:
+    return partial(forward, model.random_input(batch))
+
+
+def _after(read: Callable[[], NDArray[np.float32]], forward: Forward) -> Callable[[], object]:
+    return lambda: forward(read())
+
+
+def _add_ceilings(
+    rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], batches: Sequence[int], threads: int
+) -> None:
+    """Add ``ceiling`` and ``of_ceiling``: None where the work, or the ceiling of its numbers, is not known."""
+    measured: dict[tuple[str, str], Ceiling] = {}
+    work: dict[str, int | None] = {}
+    for name, (model, _) in opened.items():
+        rows[name] |= {"ceiling": None, "of_ceiling": None}
+        kind = arithmetic(model)
+        path = str(model.artifact.path)
+        work[path] = counted = work[path] if path in work else count_work(model.artifact)
+        if kind is None or counted is None:
+            continue
+        if kind not in measured:
+            measured[kind] = measure_ceiling(*kind, threads)
+        ceiling = measured[kind]
+        rows[name]["ceiling"] = {**vars(ceiling), "model_multiply_adds": counted}
+        p50 = {batch: rows[name]["latency_ms"][str(batch)]["p50"] for batch in batches}
+        rows[name]["of_ceiling"] = {str(b): least_ms(ceiling, model, counted, b) / p50[b] for b in batches}
+
+
+def _add_pictures(rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], catalog: str, seconds: float) -> None:
+    """Add what one picture takes from file to input, and from file to embedding."""
+    for name in opened:
+        rows[name] |= {"preprocess_ms": None, "with_preprocess_ms": None}
+    if not catalog:
+        return
+    calls: dict[str, Callable[[], object]] = {}
+    pictures = load_catalog(catalog)
+    for name, (model, forward) in opened.items():
+        read = picture_source(pictures, model.preprocess)
+        calls[f"{model.preprocess}"] = read
+        calls[name] = _after(read, forward)
+    timed = measure_rounds(calls, seconds)
+    for name, (model, _) in opened.items():
+        rows[name]["preprocess_ms"] = describe(timed[f"{model.preprocess}"])
+        rows[name]["with_preprocess_ms"] = describe(timed[name])
+
+
+def _say_row(name: str, row: Row) -> None:
+    for batch, found in row["latency_ms"].items():
+        low, high = (f"{end:.2f}" if end is not None else "?" for end in found["ci95"]["p50"])
+        share = "" if row["of_ceiling"] is None else f", {row['of_ceiling'][batch]:.0%} of the ceiling"
+        mark = "" if found["unstable"] is None else f"  UNSTABLE: {found['unstable']}"
+        say(
+            f"  {name}, batch {batch}: p50 {found['p50']:.2f} ms [{low}, {high}], p99 {found['p99']:.2f} ms, "
+            f"{row['throughput'][batch]:.0f}/s{share}{mark}"
+        )
+    if row["cold_start_ms"] is not None and row["peak_memory_bytes"] is not None:
+        memory = row["peak_memory_bytes"] / 1e6
+        say(f"  {name}: first embedding {row['cold_start_ms']:.0f} ms after a cold start, {memory:.0f} MB at most")
+    if row["preprocess_ms"]:
+        alone, both = row["preprocess_ms"]["p50"], row["with_preprocess_ms"]["p50"]
+        say(f"  {name}: decode and resize {alone:.2f} ms, together with the model {both:.2f} ms")
+    if found := row["open_loop"]:
+        say(
+            f"  {name}: {found['rate']:.1f} requests/s, {found['arrivals']}: p50 {found['p50']:.2f} ms, p99 "
+            f"{found['p99']:.2f} ms from when they were due (the calls alone: p99 {found['service_p99']:.2f} ms)"
+        )

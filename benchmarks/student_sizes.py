@@ -88,7 +88,7 @@ def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
     students = train_ladder(setting)
     graphs = {width: _export(path) for width, path in students.items()}
     paths = (str(setting.teacher), *map(str, (*students.values(), *graphs.values())))
-    times = {name: row["latency_ms"] for name, row in time_models(paths, (1,), _SECONDS, 1).items()}
+    times = {name: row["latency_ms"] for name, row in time_models(paths, (1,), _SECONDS, 1, starts=0).items()}
     points: list[Point] = []
     for width, path in students.items():
         scores, metrics = score_students([path], test), load_artifact(path).card.metrics

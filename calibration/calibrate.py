@@ -26,8 +26,9 @@ from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
 from vpr.errors import UserError
-from vpr.graphs import INPUT, OUTPUT, GraphSession, load_graph
+from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
+from vpr.runtime import INPUT, OUTPUT
 
 _BATCH = 16
 _EXACT = 1e-5

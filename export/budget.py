@@ -17,7 +17,8 @@ from export.parity import parity
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import score_split, unit
-from vpr.graphs import INPUT, OUTPUT, GraphSession
+from vpr.graphs import GraphSession
+from vpr.runtime import INPUT, OUTPUT
 from vpr.timing import measure, summarise
 
 _BASE = "nothing quantised"

@@ -10,7 +10,8 @@ import onnx
 from numpy.typing import NDArray
 
 from vpr.embeddings import Forward
-from vpr.graphs import INPUT, OUTPUT, refused_by
+from vpr.graphs import refused_by
+from vpr.runtime import INPUT, OUTPUT
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:

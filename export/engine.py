@@ -21,6 +21,7 @@ from typing import Any, Literal
 import onnx
 
 from export.onnx_graph import INPUT, MAX_BATCH, describe, load_onnx
+from export.work import multiply_adds
 from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
 from vpr.environment import read_gpus
@@ -120,6 +121,7 @@ def build_engine(config: EngineConfig) -> Path:
             "profile": [config.min_batch, config.opt_batch, config.max_batch],
             "size_bytes": len(plan),
             "build_seconds": seconds,
+            "multiply_adds": multiply_adds(graph),
             **layers,
         }
     say(f"{config.output}: {len(plan) / 1e6:.1f} MB engine, built in {seconds:.1f} s")

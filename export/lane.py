@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from export.batches import Piece, Profile, split
 from export.driver import Driver, DriverError, Stream
-from export.onnx_graph import INPUT, OUTPUT
 from vpr.console import say
+from vpr.runtime import INPUT, OUTPUT
 
 _MOST_GRAPHS = 16
 _FLOAT = np.dtype(np.float32).itemsize

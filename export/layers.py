@@ -22,7 +22,8 @@ from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches, unit
 from vpr.errors import UserError
-from vpr.graphs import INPUT, GraphSession
+from vpr.graphs import GraphSession
+from vpr.runtime import INPUT
 
 _BATCH = 16
 _LAYER_PICTURES = 8

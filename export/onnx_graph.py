@@ -5,25 +5,25 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from export.parity import parity
 from export.precision import find_overflow, to_fp16
-from student.model import Student, load_student
 from vpr.artifact import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_pixels
 from vpr.errors import UserError
-from vpr.graphs import INPUT as INPUT
-from vpr.graphs import OUTPUT as OUTPUT
 from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
+from vpr.runtime import INPUT, OUTPUT
+
+if TYPE_CHECKING:  # running a graph or an engine needs no torch
+    from student.model import Student
 
 MAX_BATCH = 1024
 _BATCHES = (1, 3, 8)
@@ -62,6 +62,8 @@ def export_onnx(config: OnnxConfig) -> Path:
     Raises:
         UserError: the FP32 graph departs from PyTorch by more than 1e-4 anywhere.
     """
+    from student.model import load_student
+
     model, student = load_student(config.student)
     # The ranges that a student was fine-tuned under are those of its INT8 graph.
     parents = [student.as_parent("student"), *student.parents("ranges")]
@@ -99,6 +101,8 @@ def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
         size: side of the input, pixels.
         opset: ONNX opset version.
     """
+    import torch
+
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     program = torch.onnx.export(
         model,
@@ -173,6 +177,8 @@ def _inputs(config: OnnxConfig, preprocess: Preprocess, split: str) -> NDArray[n
 def _compare(
     model: Student, graph: onnx.ModelProto, inputs: NDArray[np.float32], config: OnnxConfig
 ) -> dict[str, float]:
+    import torch
+
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
     worst: dict[str, float] = {}

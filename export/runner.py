@@ -20,9 +20,9 @@ from export.driver import Driver, DriverError, PyCudaDriver
 from export.engine import error_logger, load_builder
 from export.fit import check_fit, load_engine, rebuild_command, refusal
 from export.lane import Lane, Plan
-from export.onnx_graph import INPUT, OUTPUT
 from vpr.artifact import Artifact, reading
 from vpr.errors import UserError
+from vpr.runtime import INPUT, OUTPUT
 
 
 def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_host_code: bool = False) -> EngineRunner:

@@ -122,14 +122,24 @@ def memory_bytes() -> int | None:
 
 def read_gpus() -> tuple[list[dict[str, Any]], str | None]:
     """NVIDIA GPUs (name, memory in MiB, compute capability) and the driver version, by ``nvidia-smi``."""
+    return parse_gpus(_ask_gpus("name,memory.total,compute_cap,driver_version"))
+
+
+def gpu_memory_used() -> int | None:
+    """Bytes that all processes hold on the NVIDIA GPUs together, or None where ``nvidia-smi`` does not tell."""
+    used = _ask_gpus("memory.used").split()
+    return sum(int(mib) << 20 for mib in used) if used and all(mib.isdigit() for mib in used) else None
+
+
+def _ask_gpus(fields: str) -> str:
+    """What ``nvidia-smi`` says of these fields, a line per GPU; nothing where it cannot be asked."""
     if shutil.which("nvidia-smi") is None:
-        return [], None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
+        return ""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return [], None
-    return parse_gpus(done.stdout)
+        return ""
 
 
 def parse_gpus(listing: str) -> tuple[list[dict[str, Any]], str | None]:

@@ -1,4 +1,4 @@
-"""ONNX graphs of ours: read with suspicion, and run on the CPU by ONNX Runtime.
+"""ONNX graphs of ours: read with suspicion, and run by ONNX Runtime.
 
 The libraries that parse and compile graphs are written for graphs that are well-formed. So an artifact's graph is
 checked before one of them sees it, and what they refuse all the same becomes one line.
@@ -16,8 +16,8 @@ from onnx import AttributeProto, TensorProto
 
 from vpr.artifact import Artifact, Card, reading
 from vpr.errors import UserError
+from vpr.runtime import CPU, INPUT, OUTPUT, open_session
 
-INPUT, OUTPUT = "pixels", "embedding"
 _DOMAINS = ("", "ai.onnx")
 _BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS)
 
@@ -76,27 +76,23 @@ def _check_interface(values: Sequence[onnx.ValueInfoProto], name: str, shape: li
 
 
 class GraphSession:
-    """An ONNX Runtime session on the CPU, whose refusals are lines.
+    """An ONNX Runtime session, whose refusals are lines.
 
     Args:
         graph: to run.
-        threads: 0 is one per core.
+        threads: on the CPU; 0 is one per core.
+        provider: ONNX Runtime's name of what runs it.
 
     Raises:
-        UserError: ONNX Runtime does not take the graph.
+        UserError: ONNX Runtime does not take the graph, or does not have the provider
+            (:class:`vpr.runtime.ProviderMissing`).
     """
 
-    def __init__(self, graph: onnx.ModelProto, threads: int = 0) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer):
-            # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which it does not have for FP8.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+    def __init__(self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU) -> None:
+        # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which its CPU does not have for FP8.
+        fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer)
         with refused_by("onnxruntime"):
-            self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            self._session = open_session(graph.SerializeToString(), threads, provider, fp8 and provider == CPU)
 
     def run(self, names: Sequence[str], inputs: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Some of the graph's outputs, in the order of their names; :class:`UserError` where it fails."""
@@ -109,6 +105,8 @@ def refused_by(library: str) -> Iterator[None]:
     """Turn what a library says of a graph into one line."""
     try:
         yield
-    except Exception as error:
+    except UserError:
+        raise
+    except Exception as error:  # their exceptions have no base of their own
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{library}: cannot run the graph ({reason}): export the student again") from None

@@ -1,76 +1,67 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.backends import BackendUnavailable, models_of
-from benchmarks.latency import measure, summarise, time_models
+from benchmarks.latency import LatencyConfig, latency
 from export.engine import EngineConfig, build_engine
 from export.onnx_graph import OnnxConfig, export_onnx
+from vpr.catalog import Catalog
+from vpr.environment import available_cpus
+from vpr.errors import UserError
 
 
-class Clock:
-    """A clock that only moves when a call costs something."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.order: list[str] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def call(self, name: str, *seconds: float) -> object:
-        costs = iter(seconds)
-
-        def run() -> None:
-            self.order.append(name)
-            self.now += next(costs, seconds[-1])
-
-        return run
-
-
-def test_calls_are_warmed_up_until_steady_and_interleaved() -> None:
-    clock = Clock()
-    slow_start = [0.5] * 7 + [0.01]
-    times = measure({"a": clock.call("a", *slow_start), "b": clock.call("b", 0.02)}, 0.4, clock)
-    assert times["a"].max() == pytest.approx(10)
-    assert times["b"] == pytest.approx(20)
-    assert len(times["a"]) == pytest.approx(40, abs=10)
-    assert len(times["b"]) == pytest.approx(20, abs=10)
-    changes = sum(x != y for x, y in zip(clock.order, clock.order[1:], strict=False))
-    assert changes >= 20  # ten rounds of each
-
-
-def test_a_call_that_never_settles_is_still_measured() -> None:
-    clock = Clock()
-    alternating = [0.1, 0.3] * 200
-    assert len(measure({"a": clock.call("a", *alternating)}, 0.1, clock)["a"]) >= 10
-
-
-def test_percentiles_are_numpy_s() -> None:
-    values = np.random.default_rng(0).gamma(2, 5, 999)
-    found = summarise(values)
-    assert found["p50"] == np.median(values)
-    assert found["p99"] == np.percentile(values, 99)
-    assert found["calls"] == 999
-
-
-def test_every_backend_of_every_artifact_is_timed_or_gives_its_reason(student_artifact: Path, tmp_path: Path) -> None:
+def test_every_backend_of_every_artifact_is_timed_or_gives_its_reason(
+    student_artifact: Path, catalog: Catalog, tmp_path: Path
+) -> None:
     fp16 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp16"), precision="fp16"))
     engine = build_engine(EngineConfig(str(fp16), str(tmp_path / "engine"), target="sm86"))
-    rows = time_models((str(student_artifact), str(fp16), str(engine)), (1, 8), 0.05, threads=1)
+    assert catalog.artifact is not None
+    models = (str(student_artifact), str(fp16), str(engine))
+    config = LatencyConfig(models, str(tmp_path / "out"), (1, 8), 0.05, 1, starts=1, arrivals="fixed", rate=200)
+    written = latency(replace(config, catalog=str(catalog.artifact.path)))
+    rows = json.loads((written / "latency.json").read_text())
     assert set(rows) == {"student (torch)", "fp16 (onnxruntime-cpu)", "fp16 (openvino)", "engine (tensorrt-rtx)"}
     engine_row = rows.pop("engine (tensorrt-rtx)")
     assert engine_row["latency_ms"] is None
     assert "built for sm86" in engine_row["notes"]
     for row in rows.values():
-        assert row["cold_start_ms"] > 0
-        for batch in (1, 8):
-            p50 = row["latency_ms"][str(batch)]["p50"]
-            assert p50 > 0
-            assert row["throughput"][str(batch)] == pytest.approx(1000 * batch / p50)
+        assert row["cold_start_ms"] > row["load_ms"] + row["first_call_ms"]
+        assert row["peak_memory_bytes"] > 20e6
+        assert row["gpu_memory_bytes"] is None
+        assert row["device_ms"] is None
+        assert row["threads"] == 1
+        assert row["cpus"] == available_cpus()
+        assert row["ceiling"]["dtype"] == "fp32"
+        assert row["open_loop"]["calls"] == 10
+        assert row["with_preprocess_ms"]["p50"] > row["preprocess_ms"]["p50"]
+        for batch in ("1", "8"):
+            seen = row["latency_ms"][batch]
+            assert 0 < seen["p50"] <= seen["p90"] <= seen["p99"] <= seen["max"]
+            # The mean of the calls is between the quickest and the slowest.
+            assert row["throughput"][batch] >= 1000 * int(batch) / seen["max"]
+            assert 0 < row["of_ceiling"][batch] < 2
+    # The runtimes are not weighed down by torch.
+    assert rows["fp16 (openvino)"]["peak_memory_bytes"] < rows["student (torch)"]["peak_memory_bytes"] / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ()}, "models: none given"),
+        ({"batches": (0,)}, "batches:"),
+        ({"starts": -1}, "starts: -1"),
+        ({"backends": ("tensorflow",)}, "backends: no 'tensorflow': choose from all, torch"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LatencyConfig(**{"models": ("a",), "output": "b", **changes})
 
 
 def test_all_backends_compute_the_same_embeddings(student_artifact: Path, tmp_path: Path) -> None:

@@ -531,13 +531,13 @@ def test_a_benchmark_notes_why_an_engine_does_not_run(
     write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (model,) = backends.models_of(write().path)
-    monkeypatch.setattr(backends, "read_gpus", lambda: ([{"name": "NVIDIA L4"}], "580.1"))
+    monkeypatch.setattr(backends.EngineBackend, "missing", lambda self: None)
 
     def refuse(path: Path) -> None:
         raise UserError(f"{path}: built for sm86")
 
-    monkeypatch.setattr(backends, "open_engine", refuse)
+    monkeypatch.setattr("export.runner.open_engine", refuse)
     with pytest.raises(backends.BackendUnavailable, match="engine: built for sm86"):
         model.open(1)
-    monkeypatch.setattr(backends, "open_engine", lambda path: expected)
+    monkeypatch.setattr("export.runner.open_engine", lambda path: expected)
     assert model.open(1) is expected

@@ -12,8 +12,9 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from vpr.artifact import Embedding, load_artifact, write_artifact
 from vpr.errors import UserError
-from vpr.graphs import INPUT, OUTPUT, GraphSession, load_graph
+from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
+from vpr.runtime import INPUT, OUTPUT
 
 
 def _graph() -> onnx.ModelProto:
