@@ -11,3 +11,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class BudgetBroken(Exception):
+    """What was measured breaks a budget that the caller named. The command line prints it and exits with 1."""
