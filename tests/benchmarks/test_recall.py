@@ -49,9 +49,8 @@ def test_categories_are_scored_by_their_own_queries(shop_catalog: Catalog, vecto
     assert {name: one["queries"] for name, one in found.items()} == {
         name: int((part.categories[queries] == name).sum()) for name in np.unique(part.categories)
     }
-    assert list(one["queries"] for one in found.values()) == sorted(
-        (o["queries"] for o in found.values()), reverse=True
-    )
+    counts = [one["queries"] for one in found.values()]
+    assert counts == sorted(counts, reverse=True)
     for name, one in found.items():
         assert one["recall_at_1"] == pytest.approx(hits[part.categories[queries] == name].mean())
         assert one["ci95"][0] <= one["recall_at_1"] <= one["ci95"][1]

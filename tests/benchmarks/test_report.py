@@ -61,7 +61,7 @@ def test_an_independent_validator_accepts_a_report_and_refuses_a_broken_one(made
 def test_a_report_is_read_from_its_folder_or_its_file(made: Path, measured: dict[str, Any], tmp_path: Path) -> None:
     assert read_report(made) == read_report(made / "report.json") == measured
     file = tmp_path / "report.json"
-    for content, said in (("{", "not JSON"), ("[]", "key 'report'"), ('{"schema": 2}', "schema 2, this version reads")):
+    for content, said in (("{", "not JSON"), ("[]", "key 'report'"), ('{"schema": 2}', "form 2, this version reads")):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=said):
             read_report(file)
