@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from benchmarks.backends import BackendUnavailable, Model, default_threads, models_of
@@ -138,9 +139,16 @@ def score_row(part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[st
         **measures(scores),
         "queries": scores.queries,
         "gallery": scores.gallery,
-        "hits": "".join("01"[hit] for hit in scores.hits.tolist()),
+        "hits": "".join("01"[scores.hits[place]] for place in _by_name(part)),
         "by_category": by_category(part, scores.hits, seed),
     }
+
+
+def _by_name(part: Catalog) -> list[int]:
+    """The queries by picture and box: an order that two catalogues of the same rows share."""
+    queries = part.table.filter(pc.equal(part.table["role"], "query"))
+    keys = list(zip(queries["image"].to_pylist(), map(str, queries["box"].to_pylist()), strict=True))
+    return sorted(range(len(keys)), key=lambda place: keys[place])
 
 
 def empty_row(name: str, stage: str, backend: str | None, precision: str | None) -> dict[str, Any]:

@@ -76,7 +76,9 @@ class Row(_Part):
     queries: int | None
     gallery: int | None
     ci95: Interval = Field(description="95 % bootstrap interval of recall_at_1 over the queries")
-    hits: str | None = Field(pattern="^[01]+$", description="for each query, whether its first result is right")
+    hits: str | None = Field(
+        pattern="^[01]+$", description="for each query, by picture and box, whether its first result is right"
+    )
     by_category: dict[str, Category] | None
     reranked: Retrieval | None = Field(description="after the report's rerank steps")
     asymmetric: Retrieval | None = Field(description="this model's queries in the teacher's gallery")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.recall import RecallConfig, recall
+from benchmarks.recall import RecallConfig, recall, score_row
 from benchmarks.variants import asymmetric, by_category, reranked
 from student.model import Student
 from tests.conftest import small_student
@@ -54,6 +55,16 @@ def test_categories_are_scored_by_their_own_queries(shop_catalog: Catalog, vecto
     for name, one in found.items():
         assert one["recall_at_1"] == pytest.approx(hits[part.categories[queries] == name].mean())
         assert one["ci95"][0] <= one["recall_at_1"] <= one["ci95"][1]
+
+
+def test_hits_are_told_in_one_order_whatever_that_of_the_rows(shop_catalog: Catalog, vectors: np.ndarray) -> None:
+    part = shop_catalog.select(split="test")
+    order = np.random.default_rng(4).permutation(len(part))
+    other = Catalog(part.table.take(pa.array(order)), part.root, part.artifact)
+    assert other.sha256 == part.sha256
+    hits = score_row(part, vectors, 0)["hits"]
+    assert score_row(other, vectors[order], 0)["hits"] == hits
+    assert set(hits) == {"0", "1"}
 
 
 def test_the_teacher_s_gallery_is_searched_where_the_dimensions_agree(
