@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ _MARKERS = {"fp32": "o", "bf16": "D", "fp16": "s", "int8": "^", "int8-mixed": "v
 _CATEGORIES = 12
 _LONGEST = 26  # characters of a name on an axis
 _NEAR = 0.035  # of the axes: points this close share one label
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
     "font.family": "sans-serif",
