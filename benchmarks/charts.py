@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from benchmarks.verdict import Row, batches, milliseconds, reference, title
 
 _WIDTH = 4.5  # inches; at 72 points each and 9-point text, legible at 390 pixels
-_COLOURS = {"torch": "#1f77b4", "torch-compile": "#17a2b8", "onnxruntime": "#2a9d5c", "openvino": "#7a4fd0"}
-_TENSORRT, _OTHER = "#d1495b", "#666666"
 _MARKERS = {"fp32": "o", "bf16": "D", "fp16": "s", "int8": "^", "int8-mixed": "v", "fp8": "P"}
 _CATEGORIES = 12
 _LONGEST = 26  # characters of a name on an axis
@@ -116,9 +115,11 @@ def sensitivity(decision: Row) -> str:
     for kept, colour, label in ((False, "#7a4fd0", "quantised"), (True, "#d1495b", "kept in the base precision")):
         lines = [line for line, name in enumerate(names) if (name not in decision["quantised"]) is kept]
         axes.barh(lines, [losses[line] for line in lines], color=colour, height=0.7, label=label)
-    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
+    start = len(os.path.commonprefix(names).rpartition(".")[0])
+    axes.set_yticks(range(len(names)), [_short(name[start:].lstrip(".")) for name in names], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xscale("log")
+    _plain_ticks(axes, (1,))
     axes.set_xlabel("1 - cosine to FP32, this layer alone (log scale)")
     _legend(figure, axes, 2)
     return _svg(figure, f"sensitivity of {decision['name']}")
@@ -151,6 +152,7 @@ def _tradeoff(rows: list[Row], values: Sequence[float | None], label: str, chose
         return ""
     figure, axes = _figure(3.7)
     seen: set[str] = set()
+    backends = list(dict.fromkeys(row["backend"] for row in rows if row["backend"]))
     for _, row, value in drawn:
         recall, name = row["recall_at_1"], f"{row['backend']} {row['precision']}"
         axes.errorbar(
@@ -158,7 +160,7 @@ def _tradeoff(rows: list[Row], values: Sequence[float | None], label: str, chose
             [recall],
             yerr=_errors([recall], [row["ci95"]]),
             fmt=_MARKERS.get(row["precision"], "X"),
-            color=_colour(row["backend"]),
+            color=f"C{backends.index(row['backend']) % 10}",
             capsize=2,
             elinewidth=0.7,
             label="" if name in seen else name,
@@ -170,7 +172,7 @@ def _tradeoff(rows: list[Row], values: Sequence[float | None], label: str, chose
     axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.margins(x=0.12)
-    _plain_ticks(axes)
+    _plain_ticks(axes, (1, 2, 5))
     axes.set_xlabel(label)
     axes.set_ylabel("recall@1, 95 % interval")
     axes.grid(alpha=0.25, which="both")
@@ -205,8 +207,9 @@ def _number(axes: Axes, points: list[tuple[int, float, float]]) -> None:
         axes.annotate(", ".join(map(str, names)), at, (7, 4), textcoords="offset points", fontsize=8)
 
 
-def _plain_ticks(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _plain_ticks(axes: Axes, of_ten: tuple[int, ...]) -> None:
+    """Numbers at these multiples of the powers of ten: Matplotlib's own are formulas."""
+    axes.xaxis.set_major_locator(LogLocator(subs=of_ten))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -214,12 +217,6 @@ def _plain_ticks(axes: Axes) -> None:
 def _errors(values: list[float], intervals: list[list[float]]) -> list[list[float]]:
     both = list(zip(values, intervals, strict=True))
     return [[max(0.0, v - ends[0]) for v, ends in both], [max(0.0, ends[1] - v) for v, ends in both]]
-
-
-def _colour(backend: str) -> str:
-    if backend.startswith("tensorrt"):
-        return _TENSORRT
-    return _COLOURS.get(backend) or _COLOURS.get(backend.split("-")[0], _OTHER)
 
 
 def _short(text: str) -> str:

@@ -111,7 +111,7 @@ def compare(config: CompareConfig) -> list[Change]:
 
 
 def _check_same_queries(before: Row, after: Row) -> None:
-    first, second = ((one["catalog"].get("sha256"), one["catalog"].get("split")) for one in (before, after))
+    first, second = ((one["catalog"]["sha256"], one["catalog"]["split"]) for one in (before, after))
     if first != second:
         raise UserError("compare: the reports are of other catalogues or splits: score both on the same queries")
 
@@ -120,8 +120,8 @@ def _other_machine(before: Row, after: Row) -> str:
     """How the machines or their use differ; empty if they do not."""
     first, second = (
         (
-            one["environment"].get("cpu", {}).get("model"),
-            [gpu.get("name") for gpu in one["environment"].get("gpus", [])],
+            one["environment"]["cpu"].get("model"),
+            [gpu.get("name") for gpu in one["environment"]["gpus"]],
             one["threads"],
         )
         for one in (before, after)

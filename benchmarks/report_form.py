@@ -17,6 +17,7 @@ from vpr.errors import UserError
 SCHEMA = 1
 Share = Annotated[float, Field(ge=0, le=1)] | None
 Interval = tuple[float, float] | None
+Batch = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
 
 
 class _Part(BaseModel):
@@ -29,6 +30,8 @@ class Latency(_Part):
     p50: float = Field(gt=0)
     p90: float = Field(gt=0)
     p99: float = Field(gt=0)
+    ci95: dict[str, tuple[float | None, float | None]] = Field({}, description="of the quantiles, by name")
+    unstable: str | None = Field(None, description="why these are not to be relied on")
 
 
 class Retrieval(_Part):
@@ -89,19 +92,35 @@ class Row(_Part):
     cosine_mean: float | None
     cosine_min: float | None
     top10_overlap: Share
-    latency_ms: dict[str, Latency] | None = Field(description="by pictures per call")
-    throughput: dict[str, float] | None = Field(description="pictures per second, by pictures per call")
+    latency_ms: dict[Batch, Latency] | None = Field(description="by pictures per call")
+    throughput: dict[Batch, float] | None = Field(description="pictures per second, by pictures per call")
     cold_start_ms: float | None
     peak_memory_bytes: int | None
     notes: str
+
+
+class Catalog(_Part):
+    """What was scored: the checksum of the whole catalogue's rows, and which split of it."""
+
+    sha256: str
+    split: str
+    sources: list[str]
+    products: dict[str, int] = Field(description="by split")
+
+
+class Environment(_Part):
+    """The machine and the versions of what ran on it."""
+
+    cpu: dict[str, Any]
+    gpus: list[dict[str, Any]]
 
 
 class Report(_Part):
     """The whole of ``report.json``."""
 
     version: int = Field(alias="schema", ge=1)
-    environment: dict[str, Any]
-    catalog: dict[str, Any]
+    environment: Environment
+    catalog: Catalog
     threads: int = Field(ge=1)
     drop: float = Field(description="recall@1 that the recommended model may lose against the reference")
     command: str

@@ -82,11 +82,12 @@ def verdict(report: Row) -> Verdict:
     low, high = chosen["ci95"]
     assert time is not None
     ends = milliseconds_ci95(chosen, batch)
-    timed = f"{time:.2f} ms" if ends is None else f"{time:.2f} ms [{ends[0]:.2f}, {ends[1]:.2f}]"
+    timed = [f"95 % interval {ends[0]:.2f} to {ends[1]:.2f}"] if ends else []
+    timed += [_speed_up(student, chosen, batch)] if student is not None and student is not chosen else []
     facts = [
         ("recall@1", f"{chosen['recall_at_1']:.3f}", f"95 % interval {low:.3f} to {high:.3f}"),
         ("drop to the FP32 student", signed(chosen["recall_drop"]), _interval(chosen["recall_drop_ci95"])),
-        (f"p50, batch {batch}", timed, _speed_up(student, chosen, batch)),
+        (f"p50, batch {batch}", f"{time:.2f} ms", "; ".join(filter(None, timed))),
     ]
     if chosen["size_bytes"] is not None:
         facts.append(("size", f"{chosen['size_bytes'] / 1e6:.1f} MB", _smaller(student, chosen)))
@@ -171,11 +172,9 @@ def _interval(ends: list[float]) -> str:
     return f"95 % interval {signed(ends[0])} to {signed(ends[1])}"
 
 
-def _speed_up(student: Row | None, chosen: Row, batch: str) -> str:
-    before, after = milliseconds(student, batch) if student else None, milliseconds(chosen, batch)
-    if student is None or student is chosen or not before or not after:
-        return ""
-    return f"{before / after:.1f} times as fast as {title(student)}"
+def _speed_up(student: Row, chosen: Row, batch: str) -> str:
+    before, after = milliseconds(student, batch), milliseconds(chosen, batch)
+    return f"{before / after:.1f} times as fast as {title(student)}" if before and after else ""
 
 
 def _smaller(student: Row | None, chosen: Row) -> str:

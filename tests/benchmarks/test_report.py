@@ -50,7 +50,13 @@ def test_an_independent_validator_accepts_a_report_and_refuses_a_broken_one(made
     validator.validate(measured)
     measured["rows"][2]["load_ms"] = 12.0  # a key of a later version
     validator.validate(measured)
-    for key, value in (("recall_at_1", 1.5), ("stage", "model"), ("latency_ms", {"1": {"p50": 3.0}}), ("hits", "012")):
+    for key, value in (
+        ("recall_at_1", 1.5),
+        ("stage", "model"),
+        ("latency_ms", {"1": {"p50": 3.0}}),
+        ("hits", "012"),
+        ("throughput", {"one": 1.0}),
+    ):
         broken = json.loads(json.dumps(measured))
         broken["rows"][2][key] = value
         assert not validator.is_valid(broken), key
