@@ -139,7 +139,7 @@ def score_row(part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[st
         **measures(scores),
         "queries": scores.queries,
         "gallery": scores.gallery,
-        "hits": "".join("01"[scores.hits[place]] for place in _by_name(part)),
+        "hits": "".join("1" if scores.hits[place] else "0" for place in _by_name(part)),
         "by_category": by_category(part, scores.hits, seed),
     }
 
