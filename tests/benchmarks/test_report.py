@@ -55,7 +55,6 @@ def test_an_independent_validator_accepts_a_report_and_refuses_a_broken_one(made
         ("stage", "model"),
         ("latency_ms", {"1": {"p50": 3.0}}),
         ("hits", "012"),
-        ("throughput", {"one": 1.0}),
     ):
         broken = json.loads(json.dumps(measured))
         broken["rows"][2][key] = value
