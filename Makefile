@@ -6,7 +6,7 @@ GPU_STAMP := .venv/.installed-gpu
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme other-quantisers clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme other-quantisers other-metrics clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -43,6 +43,11 @@ other-quantisers:
 	@.venv-nncf/bin/python -m pip install --quiet nncf==3.4.0 openvino==2026.4.1 onnx==1.23.2 onnxruntime==1.31.1
 	@test -x .venv-modelopt/bin/python || $(PYTHON) -m venv .venv-modelopt
 	@.venv-modelopt/bin/python -m pip install --quiet "nvidia-modelopt[onnx]==0.47.0"
+
+# ranx, which our metrics are compared with, brings numba.
+other-metrics:
+	@test -x .venv-ranx/bin/python || $(PYTHON) -m venv .venv-ranx
+	@.venv-ranx/bin/python -m pip install --quiet ranx==0.3.21
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -71,7 +71,8 @@ def steps(folder: str, full: bool) -> list[Step]:
     ]
     names = ("teacher", "student", "fp32", "fp16", "int8", "int8-cpu", "engine-fp16", "engine-int8")
     models = json.dumps([at(name) for name in names])
-    road.append(step("report", "bench report", "report", catalog=catalog, models=models))
+    ranges = json.dumps([at("ranges")])
+    road.append(step("report", "bench report", "report", catalog=catalog, models=models, ranges=ranges))
     return road
 
 

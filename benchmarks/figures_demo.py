@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.columns import main_columns, texts
 from benchmarks.demo import DemoConfig, demo, read_times
 from benchmarks.figures import ROOT, Figure, Row, record
 from benchmarks.interrupted import interrupt
-from benchmarks.page import HEADINGS, cells, milliseconds
+from benchmarks.verdict import milliseconds
 from student.model import count_multiply_adds, count_parameters, load_student
 from teacher.model import load_teacher
 from vpr.artifact import load_artifact
@@ -172,13 +173,13 @@ def _row(rows: list[Row], name: str, backend: str | None) -> Row:
 
 
 def _milliseconds(rows: list[Row], name: str, backend: str) -> float:
-    found = milliseconds(_row(rows, name, backend))
+    found = milliseconds(_row(rows, name, backend), "1")
     assert found is not None
     return found
 
 
 def _table(rows: list[Row]) -> list[Row]:
-    return [dict(zip(HEADINGS, cells(row), strict=True)) for row in rows]
+    return texts(main_columns(rows), rows)
 
 
 def _steps(seconds: dict[str, float]) -> list[Row]:

@@ -1,193 +1,116 @@
-"""Draws ``report.json``: a Markdown table, and one HTML page that needs no network."""
+"""Draws ``report.json``: Markdown tables, and one HTML page that needs no network."""
 
 from __future__ import annotations
 
-import io
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from benchmarks import charts
+from benchmarks.columns import Column, detail_columns, extra_columns, main_columns
+from benchmarks.report_form import Row as Form
+from benchmarks.verdict import conditions, notes_of, recommend, verdict
+
 _TEMPLATES = Path(__file__).parent / "templates"
-_COLOURS = {
-    "torch": "#1f77b4",
-    "onnxruntime-cpu": "#2a9d5c",
-    "openvino": "#7a4fd0",
-    "tensorrt": "#d1495b",
-    "tensorrt-rtx": "#d1495b",
-}
-_MARKERS = {"fp32": "o", "fp16": "s", "int8": "^"}
+_KNOWN = set(Form.model_fields)
+TABLES = {"models": "Every model", "details": "In detail", "more": "Also recorded"}
 
 
-def recommend(report: dict[str, Any]) -> dict[str, Any] | None:
-    """The fastest row at batch 1 whose recall@1 is within ``drop`` of the FP32 student's.
-
-    Only what was measured here can be recommended: rows without recall or latency are passed over, and
-    so is the teacher, which the student replaces.
-    """
-    student = next((row for row in report["rows"] if row["stage"] == "student"), None)
-    if student is None or student["recall_at_1"] is None:
-        return None
-    floor = student["recall_at_1"] - report["drop"]
-    usable = [
-        row
-        for row in report["rows"]
-        if row["stage"] in ("student", "onnx", "engine")
-        and row["recall_at_1"] is not None
-        and row["recall_at_1"] >= floor
-        and milliseconds(row) is not None
-    ]
-    return min(usable, key=lambda row: milliseconds(row) or 0.0, default=None)
-
-
-def milliseconds(row: dict[str, Any], batch: str = "1") -> float | None:
-    """p50 of a row at a batch size, or None."""
-    found = (row["latency_ms"] or {}).get(batch)
-    return None if found is None else float(found["p50"])
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text: model, backend, precision, recall and its interval, retention, cosine, latency, size."""
-    recall = "–" if row["recall_at_1"] is None else f"{row['recall_at_1']:.3f}"
-    interval = "" if row["ci95"] is None else f" [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]"
-    return [
-        row["name"],
-        row["backend"] or "–",
-        row["precision"] or "–",
-        recall + interval,
-        _number(row["recall_at_5"], "{:.3f}"),
-        _number(row["map_at_1000"], "{:.3f}"),
-        _number(row["retention"], "{:.2f}"),
-        _number(row["cosine_mean"], "{:.5f}"),
-        _number(milliseconds(row), "{:.2f}"),
-        _number(milliseconds(row, "8"), "{:.2f}"),
-        _number(None if row["size_bytes"] is None else row["size_bytes"] / 1e6, "{:.1f}"),
-    ]
-
-
-HEADINGS = [
-    "model",
-    "backend",
-    "precision",
-    "recall@1 [95 %]",
-    "recall@5",
-    "mAP@1000",
-    "retention",
-    "cosine to student",
-    "ms, batch 1",
-    "ms, batch 8",
-    "MB",
-]
+def tables(report: dict[str, Any]) -> dict[str, list[Column]]:
+    """The columns of the report's tables, by the keys of :data:`TABLES`."""
+    rows = report["rows"]
+    found = {"models": main_columns(rows), "details": detail_columns(rows), "more": extra_columns(rows, _KNOWN)}
+    return {name: columns for name, columns in found.items() if columns}
 
 
 def draw_markdown(report: dict[str, Any]) -> str:
-    """The table, the recommendation and what could not be measured."""
-    lines = ["# Report", "", verdict(report), "", "| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-    lines += ["| " + " | ".join(_escape_markdown(cell) for cell in cells(row)) + " |" for row in report["rows"]]
+    """The recommendation, the tables and what could not be measured."""
+    said = verdict(report)
+    lines = ["# Report", "", f"**{_escape_markdown(said.headline)}.**", ""]
+    lines += [_escape_markdown(f"- {name}: {value}{_after(remark)}") for name, value, remark in said.facts]
+    lines += ["", said.rule, "", *[f"- {_escape_markdown(one)}" for one in said.caveats]]
+    for name, columns in tables(report).items():
+        headings = [column.heading for column in columns]
+        lines += ["", f"## {TABLES[name]}", "", _line(headings), "|" + "---|" * len(columns)]
+        lines += [_line([column.text(row) for column in columns]) for row in report["rows"]]
     notes = notes_of(report)
     if notes:
-        lines += ["", "Not measured:", "", *[f"- {_escape_markdown(note)}" for note in notes]]
-    return "\n".join([*lines, "", conditions(report), ""])
+        lines += ["", "## Not measured, or doubtful", "", *[f"- {_escape_markdown(note)}" for note in notes]]
+    lines += ["", _escape_markdown(conditions(report)), "", "To repeat it:", "", f"    {report['command']}", ""]
+    return "\n".join(lines)
 
 
 def draw_html(report: dict[str, Any]) -> str:
-    """One self-contained page; every text from the report is escaped."""
+    """One self-contained page; every text from the report is escaped, and no other script than its own may run."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
     templates = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     chosen = recommend(report)
-    rows = [{"cells": cells(row), "chosen": row is chosen, "stage": row["stage"]} for row in report["rows"]]
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    found = {name: _rows(report, columns, chosen) for name, columns in tables(report).items()}
     return templates.get_template("report.html").render(
+        report=report,
         verdict=verdict(report),
         conditions=conditions(report),
-        headings=HEADINGS,
-        rows=rows,
         notes=notes_of(report),
-        plot=Markup(draw_plot(report)),
-        sheet=report["sheet"],
-        environment=report["environment"],
+        tables=found,
+        titles=TABLES,
+        charts={name: Markup(one) for name, one in _charts(report, chosen).items() if one},
+        calibrations=[(one["name"], Markup(charts.calibration(one))) for one in report["calibrations"]],
+        decisions=[(one, Markup(charts.trials(one)), Markup(charts.sensitivity(one))) for one in report["decisions"]],
+        steps=_steps(report["rerank"]),
+        script=Markup(script),
+        digest=digest,
     )
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """One sentence: which model to deploy on this machine, and on what evidence."""
-    chosen = recommend(report)
-    if chosen is None:
-        return "No model has both recall and latency here, so none can be recommended."
-    low, high = chosen["ci95"]
-    return (
-        f"Deploy {chosen['name']} on {chosen['backend']} ({chosen['precision']}): recall@1 {chosen['recall_at_1']:.3f} "
-        f"(95 % interval {low:.3f} to {high:.3f}), {milliseconds(chosen):.2f} ms per picture at batch 1. It is the "
-        f"fastest measured here whose recall@1 is within {report['drop']} of the FP32 student's."
-    )
+def _charts(report: dict[str, Any], chosen: dict[str, Any] | None) -> dict[str, str]:
+    return {
+        "latency": charts.by_latency(report, chosen),
+        "size": charts.by_size(report, chosen),
+        "category": charts.by_category(report, chosen),
+    }
 
 
-def conditions(report: dict[str, Any]) -> str:
-    """What the numbers hold for."""
-    environment, catalog = report["environment"], report["catalog"]
-    row = next((row for row in report["rows"] if row["queries"]), {"queries": 0, "gallery": 0})
-    cpu = environment["cpu"]
-    gpus = ", ".join(gpu["name"] for gpu in environment["gpus"]) or "no GPU"
-    products = catalog["products"][catalog["split"]]
-    return (
-        f"{row['queries']} queries against {row['gallery']} gallery pictures of {products} products "
-        f"({catalog['split']} split of {', '.join(catalog['sources'])}). Intervals: bootstrap over queries. "
-        f"Latency: p50 on {cpu['model']}, {report['threads']} threads, {gpus}."
-    )
+def _rows(report: dict[str, Any], columns: list[Column], chosen: dict[str, Any] | None) -> dict[str, Any]:
+    """Headings, and for each row its class and its cells: text and what it is sorted by."""
+    return {
+        "headings": [column.heading for column in columns],
+        "rows": [
+            {
+                "stage": row["stage"],
+                "chosen": row is chosen,
+                "cells": [{"text": column.text(row), "sort": _sort_key(column.value(row))} for column in columns],
+            }
+            for row in report["rows"]
+        ],
+    }
 
 
-def notes_of(report: dict[str, Any]) -> list[str]:
-    """What could not be measured, and why."""
-    missing = [row for row in report["rows"] if row["latency_ms"] is None and row["stage"] != "baseline"]
-    return [f"{row['name']} ({row['backend']}): {row['notes']}" for row in missing]
+def _steps(rerank: dict[str, Any]) -> str:
+    """The re-ranking steps that were taken, in words."""
+    found = ["centring"] if rerank["centre"] and not rerank["whiten"] else []
+    found += [f"whitening to {rerank['whiten']} dimensions"] if rerank["whiten"] else []
+    found += [f"database augmentation by {rerank['dba']} neighbours"] if rerank["dba"] else []
+    found += [f"query expansion by {rerank['qe']} neighbours"] if rerank["qe"] else []
+    sizes = ", ".join(f"{name} {rerank[name]}" for name in ("k1", "k2", "weight"))
+    found += [f"k-reciprocal re-ranking ({sizes})"] if rerank["k_reciprocal"] else []
+    return ", ".join(found) or "no steps"
 
 
-def draw_plot(report: dict[str, Any]) -> str:
-    """Recall@1 with its interval against milliseconds at batch 1, as inline SVG."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
-
-    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    drawn = [row for row in report["rows"] if row["recall_at_1"] is not None]
-    for row in drawn:
-        latency, recall = milliseconds(row), row["recall_at_1"]
-        if latency is None:
-            continue
-        low, high = row["ci95"]
-        axes.errorbar(
-            [latency],
-            [recall],
-            yerr=[[max(0.0, recall - low)], [max(0.0, high - recall)]],
-            fmt=_MARKERS.get(row["precision"], "D"),
-            color=_COLOURS.get(row["backend"], "grey"),
-            capsize=2,
-            markersize=7,
-            alpha=0.9,
-            label=f"{row['name']}, {row['backend']}",
-        )
-    for row in (row for row in drawn if row["stage"] == "baseline"):
-        axes.axhline(row["recall_at_1"], color="grey", linestyle=":", linewidth=1)
-        axes.annotate(row["name"], (1, row["recall_at_1"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("milliseconds per picture, batch 1 (p50, log scale)")
-    axes.set_ylabel("recall@1, 95 % interval")
-    axes.grid(alpha=0.3, which="both")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
-    stream = io.StringIO()
-    # A fixed salt makes the same report give the same page.
-    with mpl.rc_context({"svg.hashsalt": "vpr", "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+def _sort_key(value: float | str | None) -> str:
+    return "" if value is None else str(value)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+def _after(remark: str) -> str:
+    return f" ({remark})" if remark else ""
+
+
+def _line(values: list[str]) -> str:
+    return "| " + " | ".join(_escape_markdown(value) for value in values) + " |"
 
 
 def _escape_markdown(text: str) -> str:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from dataclasses import dataclass
+import shlex
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.backends import default_threads
 from benchmarks.latency import time_models
-from benchmarks.page import draw_html, draw_markdown
-from benchmarks.recall import Scored, score_models
-from vpr.artifact import find_current, load_artifact, plain, write_artifact
-from vpr.catalog import Catalog, load_catalog
+from benchmarks.paired import write_changed
+from benchmarks.recall import RERANK, Scored, add_note, parents_of, score_models
+from benchmarks.report_form import SCHEMA, check, json_schema
+from benchmarks.sheet import changed_sheet, query_sheet
+from vpr.artifact import find_current, load_artifact, plain, reading, write_artifact
+from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.environment import environment
 from vpr.errors import UserError
-from vpr.images import decode
-from vpr.search import search
-
-SCHEMA = 1
-_THUMBNAIL = 72
-_TOP = 5
+from vpr.rerank import RerankConfig
 
 
 @dataclass(frozen=True)
@@ -34,13 +28,15 @@ class ReportConfig:
 
     Attributes:
         catalog: catalogue artifact with query and gallery pictures.
-        models: artifacts: teacher, student, ONNX graphs, engines.
+        models: artifacts: teacher, assistants, student, ONNX graphs, engines.
         output: where the report is written.
         split: the scored split.
         batches: pictures per call, for latency.
         seconds: time spent on each model and batch.
         threads: of every backend alike; 0 is one per processor.
         drop: recall@1 that the recommended model may lose against the FP32 student.
+        rerank: steps after the embedding that every model is scored with as well, besides being scored without.
+        ranges: artifacts of ``vpr calibrate`` to draw.
         sheet_queries: queries shown with their top five.
         seed: of the bootstrap and of the queries shown.
     """
@@ -53,23 +49,32 @@ class ReportConfig:
     seconds: float = 1.5
     threads: int = 0
     drop: float = 0.02
+    rerank: RerankConfig = RERANK
+    ranges: tuple[str, ...] = ()
     sheet_queries: int = 12
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not -1 <= self.drop <= 1:
+            raise UserError(f"drop: {self.drop}: it is a share of queries, such as 0.02")
+        if not self.batches or min(self.batches) < 1:
+            raise UserError(f"batches: {list(self.batches)}: give at least one number of pictures, 1 or more")
+
 
 def report(config: ReportConfig) -> Path:
-    """Measure recall, then latency, and write an artifact of kind ``report``."""
-    if not config.models:
-        raise UserError("models: none given: name at least one artifact")
+    """Measure recall, then latency, and write an artifact of kind ``report``.
+
+    It holds ``report.json`` with its schema, ``report.md``, ``report.html``, and ``changed.csv``: the queries whose
+    first result is another than the FP32 student's.
+    """
     catalog = load_catalog(config.catalog)
-    parents = [load_artifact(path).as_parent("model") for path in config.models]
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
+    parents = parents_of(config.models, catalog)
+    parents += [load_artifact(path, "ranges").as_parent("ranges") for path in config.ranges]
     if find_current(config.output, "report", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     part = catalog.select(split=config.split)
-    scored = score_models(part, config.models, config.seed)
+    scored = score_models(part, config.models, config.seed, config.rerank)
     threads = config.threads or default_threads()
     _add_latency(scored, time_models(config.models, config.batches, config.seconds, threads))
     measured: dict[str, Any] = {
@@ -78,60 +83,69 @@ def report(config: ReportConfig) -> Path:
         "catalog": {**catalog.summary(), "split": config.split},
         "threads": threads,
         "drop": config.drop,
+        "command": command(config),
+        "rerank": asdict(config.rerank),
         "rows": [one.row for one in scored],
-        "sheet": _sheet(part, scored, config),
+        "sheet": query_sheet(part, scored, config.sheet_queries, config.seed),
+        "changed_sheet": changed_sheet(part, scored, config.sheet_queries // 2, config.seed),
+        "calibrations": [read_calibration(path) for path in config.ranges],
+        "decisions": read_decisions(config.models),
     }
+    check(measured, "report.json")
+    from benchmarks.page import draw_html, draw_markdown  # matplotlib is loaded after the timing
+
     with write_artifact(config.output, "report", plain(config), parents) as draft:
         draft.catalog = catalog.summary()
         (draft.path / "report.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+        (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
         (draft.path / "report.md").write_text(draw_markdown(measured), encoding="utf-8")
         (draft.path / "report.html").write_text(draw_html(measured), encoding="utf-8")
+        write_changed(draft.path / "changed.csv", [line for one in scored for line in one.changed])
     say(f"{config.output}: report of {len(scored)} rows")
     return Path(config.output)
+
+
+def command(config: ReportConfig) -> str:
+    """The command line that makes this report again."""
+    words = ["vpr", "bench", "report"]
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value != one.default:
+            text = value if isinstance(value, str) else json.dumps(asdict(value) if one.name == "rerank" else value)
+            words += [f"--{one.name}", shlex.quote(text)]
+    return " ".join(words)
+
+
+def read_calibration(path: str) -> dict[str, Any]:
+    """The ranges of an artifact: for each tensor the thresholds of every method and the largest magnitude seen."""
+    artifact = load_artifact(path, "ranges")
+    with reading(artifact):
+        ranges = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
+        keys = ("threshold", "method", "thresholds", "largest")
+        tensors = [{"name": name, **{key: one[key] for key in keys}} for name, one in ranges.items()]
+    return {"name": artifact.card.name, "tensors": tensors}
+
+
+def read_decisions(models: tuple[str, ...]) -> list[dict[str, Any]]:
+    """``decision.json`` of those models that were made within a budget of recall."""
+    found = []
+    for artifact in map(load_artifact, models):
+        if "decision.json" in artifact.card.files:
+            with reading(artifact):
+                decision = json.loads(artifact.file("decision.json").read_text(encoding="utf-8"))
+            found.append({"name": artifact.card.name, **decision})
+    return found
 
 
 def _add_latency(scored: list[Scored], timed: dict[str, dict[str, Any]]) -> None:
     for one in scored:
         if one.model is None:
             one.row["notes"] = "needs no model; not timed"
-        else:
-            one.row.update(timed[one.model.name])
-
-
-def _sheet(part: Catalog, scored: list[Scored], config: ReportConfig) -> list[dict[str, Any]]:
-    """Seeded queries with the top five of teacher, student and INT8, thumbnails as data URIs."""
-    columns: dict[str, Scored] = {}
-    for one in scored:
-        stage, precision = one.row["stage"], one.row["precision"]
-        title = "INT8" if precision == "int8" else stage
-        if one.vectors is not None and (title == "INT8" or stage in ("teacher", "student")):
-            columns.setdefault(title, one)
-    queries, gallery = np.flatnonzero(part.roles == "query"), np.flatnonzero(part.roles == "gallery")
-    shown = np.random.default_rng(config.seed).permutation(queries)[: config.sheet_queries]
-    products = part.products
-    sheet: list[dict[str, Any]] = [
-        {"product": str(products[row]), "picture": _thumbnail(part, int(row)), "results": {}} for row in shown
-    ]
-    for title, one in columns.items():
-        assert one.vectors is not None  # columns holds no other
-        top = min(_TOP, len(gallery))
-        scores, found = search(one.vectors[shown], one.vectors[gallery], top)
-        for entry, values, hits in zip(sheet, scores, gallery[found], strict=True):
-            entry["results"][title] = [
-                {
-                    "product": str(products[hit]),
-                    "picture": _thumbnail(part, int(hit)),
-                    "score": round(float(value), 3),
-                    "right": bool(products[hit] == entry["product"]),
-                }
-                for value, hit in zip(values, hits, strict=True)
-            ]
-    return sheet
-
-
-def _thumbnail(part: Catalog, row: int) -> str:
-    picture = decode(part.path(row), part.box(row), _THUMBNAIL)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=75)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+            continue
+        found = dict(timed[one.model.name])
+        note = found.pop("notes", "")
+        one.row.update(found)
+        if note and note not in one.row["notes"]:
+            add_note(one.row, note)
+        if one.row["latency_ms"] and one.row["peak_memory_bytes"] is None:
+            add_note(one.row, "peak memory: not measured")

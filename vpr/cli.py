@@ -18,18 +18,19 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr import __version__
-from vpr.errors import UserError
+from vpr.errors import BudgetBroken, UserError
 from vpr.processes import leave
 
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's function and configuration are, and what it is for."""
+    """Where a verb's function and configuration are, and what it is for; ``positional`` keys need no ``--key``."""
 
     module: str
     function: str
     config: str
     help: str
+    positional: bool = False
 
 
 VERBS = {
@@ -52,6 +53,9 @@ VERBS = {
     "bench report": Verb(
         "benchmarks.report", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
     ),
+    "bench compare": Verb(
+        "benchmarks.compare", "compare", "CompareConfig", "what changed from one report to another", positional=True
+    ),
     "search": Verb("vpr.find", "find", "FindConfig", "nearest gallery pictures of embedded queries"),
     "search serve": Verb("benchmarks.search_page", "serve", "ServeConfig", "a local page to look pictures up on"),
     "demo": Verb("benchmarks.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
@@ -60,7 +64,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 2 and one line on anything the caller can put right."""
+    """Entry point. Exit code 2 and one line on anything the caller can put right, 1 where a named budget is broken."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     quieten()
     try:
@@ -68,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave()
     except UserError as error:
         _fail(str(error))
+    except BudgetBroken as broken:
+        print(f"vpr: {broken}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             _fail(f"{_plain_line(error)}: check the network, the disk and the paths")
@@ -102,7 +109,7 @@ def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) ->
         prog=f"vpr {name}", description=VERBS[name].help, epilog="; ".join(longer), exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML recipe; flags override it")
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, as_positional=VERBS[name].positional)
     try:
         values = parser.instantiate_classes(parser.parse_args(list(arguments)))
     except (ArgumentError, TypeError, ValueError) as error:

@@ -17,3 +17,7 @@ class UserError(Exception):
             line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
         # Names come from files too: none may steer the terminal.
         super().__init__("".join(c if c.isprintable() else "\ufffd" for c in line))
+
+
+class BudgetBroken(Exception):
+    """What was measured breaks a budget that the caller named. The command line prints it and exits with 1."""

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import csv
 import json
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 from benchmarks.baselines import colour_histogram, histogram, raw_pixels
-from benchmarks.page import draw_html, draw_markdown, recommend
-from benchmarks.recall import RecallConfig, empty_row, recall
-from benchmarks.report import ReportConfig, report
-from export.onnx_graph import OnnxConfig, export_onnx
+from benchmarks.page import draw_html, draw_markdown
+from benchmarks.report import ReportConfig, command
+from benchmarks.report_form import check, json_schema, read_report
 from vpr.catalog import Catalog
+from vpr.cli import read_config
 from vpr.errors import UserError
+from vpr.rerank import RerankConfig
 
 FIELDS = {
     *("name", "stage", "backend", "precision", "params", "size_bytes", "recall_at_1", "recall_at_5", "recall_at_10"),
@@ -22,87 +25,90 @@ FIELDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(student_artifact: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    fp32 = export_onnx(OnnxConfig(str(student_artifact), str(folder / "fp32")))
-    assert catalog.artifact is not None
-    models = (str(student_artifact), str(fp32))
-    return report(
-        ReportConfig(str(catalog.artifact.path), models, str(folder / "report"), seconds=0.02, sheet_queries=3)
-    )
-
-
-@pytest.fixture
-def measured(made: Path) -> dict[str, object]:
-    return json.loads((made / "report.json").read_text())
-
-
-def test_rows_have_the_fields_of_the_design(measured: dict[str, object]) -> None:
+def test_rows_have_the_fields_of_the_design(measured: dict[str, Any]) -> None:
     assert measured["schema"] == 1
     assert all(set(row) >= FIELDS for row in measured["rows"])
-    assert [row["name"] for row in measured["rows"]] == ["raw-pixels", "colour-histogram", "student", "fp32", "fp32"]
+    names = ["raw-pixels", "colour-histogram", "student", "fp32", "fp32", "int8", "int8"]
+    assert [row["name"] for row in measured["rows"]] == names
     for row in measured["rows"]:
-        assert row["queries"] == row["gallery"] == 16
+        assert row["queries"] == row["gallery"] == len(row["hits"]) == 32
         assert row["ci95"][0] <= row["recall_at_1"] <= row["ci95"][1]
-    exported = measured["rows"][3]
+        assert row["recall_at_1"] == row["hits"].count("1") / 32
+    student, exported = measured["rows"][2:4]
+    assert student["reference"]
     assert exported["cosine_min"] > 0.99999
     assert exported["top10_overlap"] > 0.99
-    assert exported["recall_at_1"] == measured["rows"][2]["recall_at_1"]
+    assert (exported["recall_drop"], exported["recall_drop_ci95"]) == (0, [0, 0])
 
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.tags: list[str] = []
+def test_an_independent_validator_accepts_a_report_and_refuses_a_broken_one(made: Path) -> None:
+    schema = json.loads((made / "report.schema.json").read_text(encoding="utf-8"))
+    assert schema == json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    measured = json.loads((made / "report.json").read_text(encoding="utf-8"))
+    validator.validate(measured)
+    measured["rows"][2]["load_ms"] = 12.0  # a key of a later version
+    validator.validate(measured)
+    for key, value in (
+        ("recall_at_1", 1.5),
+        ("stage", "model"),
+        ("latency_ms", {"1": {"p50": 3.0}}),
+        ("hits", "012"),
+    ):
+        broken = json.loads(json.dumps(measured))
+        broken["rows"][2][key] = value
+        assert not validator.is_valid(broken), key
+        with pytest.raises(UserError, match=rf"key 'rows\.2\.{key}.*make it again"):
+            check(broken, "report.json")
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+def test_a_report_is_read_from_its_folder_or_its_file(made: Path, measured: dict[str, Any], tmp_path: Path) -> None:
+    assert read_report(made) == read_report(made / "report.json") == measured
+    file = tmp_path / "report.json"
+    for content, said in (("{", "not JSON"), ("[]", "key 'report'"), ('{"schema": 2}', "form 2, this version reads")):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            read_report(file)
+    with pytest.raises(UserError, match="no report here"):
+        read_report(tmp_path / "absent.json")
 
 
-def test_the_page_needs_no_network_and_shows_the_sheet(made: Path) -> None:
-    page = _Page()
-    page.feed((made / "report.html").read_text(encoding="utf-8"))
-    assert all(link.startswith(("data:image/", "#")) for link in page.links)
-    assert "script" not in page.tags
-    assert "svg" in page.tags
-    assert page.tags.count("section") == 3
-    assert page.tags.count("figure") == 3 * 5  # the student's top five; no teacher and no INT8 were given
-
-
-def test_pages_are_drawn_from_the_json_alone(made: Path, measured: dict[str, object]) -> None:
+def test_pages_are_drawn_from_the_json_alone(made: Path, measured: dict[str, Any]) -> None:
     assert draw_markdown(measured) == (made / "report.md").read_text(encoding="utf-8")
     assert draw_html(measured) == (made / "report.html").read_text(encoding="utf-8")
 
 
-def test_html_in_names_is_shown_as_text(measured: dict[str, object]) -> None:
-    evil = "<script>alert(1)</script>"
-    measured["sheet"][0]["product"] = evil
-    measured["rows"][2]["name"] = evil
-    assert evil not in draw_html(measured)
-    assert evil not in draw_markdown(measured)
+def test_changed_queries_are_listed_as_they_are_counted(made: Path, measured: dict[str, Any]) -> None:
+    with (made / "changed.csv").open(encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    for row in measured["rows"][2:]:
+        own = [line for line in lines if (line["model"], line["backend"]) == (row["name"], row["backend"])]
+        assert len(own) == row["first_changed"]["queries"]
+        right, wrong = (
+            sum(line["right_before"] != flag and line["right_after"] == flag for line in own) for flag in "10"
+        )
+        assert (right, wrong) == (row["first_changed"]["right"], row["first_changed"]["wrong"])
+        assert row["recall_drop"] == pytest.approx((wrong - right) / 32)
 
 
-def _row(name: str, stage: str, recall_at_1: float | None, p50: float | None) -> dict[str, object]:
-    latency = None if p50 is None else {"1": {"p50": p50}}
-    row = empty_row(name, stage, "torch", "fp32")
-    return {**row, "recall_at_1": recall_at_1, "ci95": [0, 1], "latency_ms": latency}
+def test_the_decision_and_the_ranges_are_in_the_report(measured: dict[str, Any]) -> None:
+    (decision,), (calibration,) = measured["decisions"], measured["calibrations"]
+    assert decision["name"] == "int8"
+    assert len(decision["alone"]) == len(decision["layers"])
+    assert calibration["name"] == "ranges"
+    assert all(one["thresholds"][one["method"]] == one["threshold"] for one in calibration["tensors"])
 
 
-def test_the_fastest_within_the_allowed_drop_is_recommended() -> None:
-    rows = [
-        _row("teacher", "teacher", 0.9, 0.1),
-        _row("student", "student", 0.50, 5.0),
-        _row("fp16", "onnx", 0.49, 3.0),
-        _row("int8", "onnx", 0.47, 1.0),
-        _row("engine", "engine", None, None),
-    ]
-    assert recommend({"rows": rows, "drop": 0.02})["name"] == "fp16"
-    assert recommend({"rows": rows, "drop": 0.04})["name"] == "int8"
-    assert recommend({"rows": rows, "drop": 0.0})["name"] == "student"
-    assert recommend({"rows": rows[-1:], "drop": 0.0}) is None
+def test_the_command_makes_the_same_configuration() -> None:
+    config = ReportConfig(
+        "runs/a catalog", ("a", "it's"), "out", batches=(1, 4), drop=0.01, rerank=RerankConfig(qe=3), seed=2
+    )
+    import shlex
+
+    words = shlex.split(command(config))
+    assert words[:3] == ["vpr", "bench", "report"]
+    assert read_config(ReportConfig, "bench report", words[3:]) == config
 
 
 def test_histogram_equals_a_loop() -> None:
@@ -121,13 +127,3 @@ def test_baselines_are_unit_vectors_in_order(catalog: Catalog) -> None:
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     alone = Catalog(part.table.slice(5, 1), part.root)
     np.testing.assert_allclose(raw_pixels(alone)[0], raw_pixels(part)[5], atol=1e-7)
-
-
-def test_recall_alone_and_a_split_without_queries(student_artifact: Path, catalog: Catalog, tmp_path: Path) -> None:
-    assert catalog.artifact is not None
-    path, models = str(catalog.artifact.path), (str(student_artifact),)
-    made = recall(RecallConfig(path, models, str(tmp_path / "recall")))
-    rows = json.loads((made / "recall.json").read_text())
-    assert [row["stage"] for row in rows] == ["baseline", "baseline", "student"]
-    with pytest.raises(UserError, match="has no gallery pictures"):
-        recall(RecallConfig(path, models, str(tmp_path / "again"), split="train"))

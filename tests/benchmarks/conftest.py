@@ -1,0 +1,63 @@
+"""One report of small models, made once: its products and categories are named to break out of a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.report import ReportConfig, report
+from calibration.calibrate import CalibrateConfig, calibrate
+from export.int8 import Int8Config, export_int8
+from export.onnx_graph import OnnxConfig, export_onnx
+from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+
+EVIL = "<script>alert(1)</script> $\\frac$ |"
+CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path:
+    """A catalogue of the textures whose products and categories have the worst of names."""
+    table = texture_folder / "shop.csv"
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "product", "category"])
+        for number, folder in enumerate(sorted(path for path in texture_folder.iterdir() if path.is_dir())):
+            for picture in sorted(folder.iterdir()):
+                writer.writerow([f"{folder.name}/{picture.name}", f"{EVIL} {number}", CATEGORIES[number % 2]])
+    output = tmp_path_factory.mktemp("shop") / "catalog"
+    try:
+        return build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.5, seed=1))
+    finally:
+        table.unlink()
+
+
+@pytest.fixture(scope="session")
+def shop_catalog(shop: Path) -> Catalog:
+    return load_catalog(shop)
+
+
+@pytest.fixture(scope="session")
+def made(student_artifact: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a student, its graph, and an INT8 graph decided on recall."""
+    folder = tmp_path_factory.mktemp("report")
+    fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(folder / "fp32"))))
+    ranges = str(calibrate(CalibrateConfig(fp32, str(shop), str(folder / "ranges"), count=16)))
+    budget = Int8Config(
+        fp32, ranges, str(folder / "int8"), base="fp32", max_recall_drop=-0.9, catalog=str(shop), seconds=0.01
+    )
+    models = (str(student_artifact), fp32, str(export_int8(budget)))
+    return report(
+        ReportConfig(
+            str(shop), models, str(folder / "report"), seconds=0.02, ranges=(ranges,), sheet_queries=3, drop=1.0
+        )
+    )
+
+
+@pytest.fixture
+def measured(made: Path) -> dict[str, Any]:
+    return json.loads((made / "report.json").read_text(encoding="utf-8"))
