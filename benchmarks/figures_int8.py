@@ -12,17 +12,20 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.figures import ROOT, Figure, Row, record
+from benchmarks.engines_gpu import gpu_engines, unmeasured
+from benchmarks.figures import RESULTS, ROOT, Figure, Row, record
 from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
 from benchmarks.int8_study import study
 from benchmarks.int8_tools import Student, compare_tools
 from calibration.calibrate import CalibrateConfig, calibrate
+from export.engine import TARGETS, EngineConfig, this_gpu
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
 from vpr.cli import quieten
 from vpr.console import say
+from vpr.environment import read_gpus
 from vpr.errors import UserError
 
 _FOLDER = Path("runs/figures-int8")
@@ -109,11 +112,27 @@ def measure_fuzz() -> None:
     record("int8", figures, {"fuzz": table})
 
 
+def measure_gpu() -> None:
+    """Engines of the sample's student on the GPU at hand, into ``gpu.json``; without one, that nothing is measured."""
+    command = _command("gpu")
+    if not read_gpus()[0]:
+        known = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
+        if any(row["command"] == command and row["value"] is not None for row in known):
+            say("no GPU here: the figures of another machine stay")
+            return
+        record("gpu", unmeasured(command), {})
+        say("no GPU here: the engines are recorded as not measured")
+        return
+    gpu = this_gpu()
+    record("gpu", *gpu_engines(sample(), gpu if gpu in TARGETS else EngineConfig.target, command))
+
+
 PARTS = {
     "tools": measure_tools,
     "study": measure_study,
     "budget": measure_budget,
     "speed": measure_speed,
+    "gpu": measure_gpu,
     "fuzz": measure_fuzz,
 }
 
