@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.backends import default_threads, models_of
+from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import ROOT, Figure, Row, record
 from benchmarks.independent import pyperf_median
 from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
 from benchmarks.open_loop import Load, answer_load
+from benchmarks.recall_check import measure_recall_code
 from export.onnx_graph import OnnxConfig, export_onnx
 from student.model import Preset, Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
@@ -170,7 +172,14 @@ def measure_open_loop() -> None:
     record("latency", figures, {"open-loop": table})
 
 
-PARTS = {"noise": measure_noise, "truth": measure_truth, "open-loop": measure_open_loop}
+def measure_recall() -> None:
+    """The recall code against ranx and faiss, on the demo's student; ranx needs ``make other-metrics``."""
+    demo(DemoConfig())
+    figures, table = measure_recall_code(Path("runs/demo/student"), Path("runs/demo/catalog"), _command("recall"))
+    record("latency", figures, {"recall": table})
+
+
+PARTS = {"noise": measure_noise, "truth": measure_truth, "open-loop": measure_open_loop, "recall": measure_recall}
 
 
 def _command(part: str) -> str:
