@@ -71,7 +71,8 @@ def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
             elif suffix in LABELS:
                 sample.labels[suffix] = os.pread(stream.fileno(), member.size, member.offset_data)
             else:
-                sample.pictures.append(f"#{member.offset_data:012d}+{member.size}/{name}"  # sorts like the members)
+                # Padded, so that names sort like the members.
+                sample.pictures.append(f"#{member.offset_data:012d}+{member.size}/{name}")
     yield sample
 
 
