@@ -53,7 +53,7 @@ class ScaleConfig:
         probes: lists that an IVF index looks through for a query.
         ef: candidates that HNSW keeps for a query.
         seconds: that each way of searching is timed for, at least one call.
-        build_seconds: an index that would take longer to build, by its time at the size before, is left out.
+        build_seconds: an index that would take longer, by its filling at the size before, is left out.
         seed: of the synthetic vectors and of the choice of queries.
     """
 
@@ -84,7 +84,8 @@ class ScaleRow:
     Attributes:
         size: vectors in the gallery.
         kind: of index.
-        build_seconds: training and filling it, by all threads.
+        train_seconds: training it, by all threads.
+        fill_seconds: filling it, by all threads.
         index_bytes: of the index when it is written, which is what it holds in memory but for its bookkeeping.
         single_ms: median time of a query on its own, one thread.
         batch_ms: median time of a query in a batch, by number of threads.
@@ -96,7 +97,8 @@ class ScaleRow:
 
     size: int
     kind: Kind
-    build_seconds: float | None = None
+    train_seconds: float | None = None
+    fill_seconds: float | None = None
     index_bytes: int | None = None
     single_ms: float | None = None
     batch_ms: dict[int, float] | None = None
@@ -119,18 +121,16 @@ def scale(config: ScaleConfig) -> Path:
 
 def measure_scale(config: ScaleConfig, real: Gallery) -> Iterator[ScaleRow]:
     """A row for each size and kind, as they are measured."""
-    built: dict[Kind, tuple[int, float]] = {}
+    built: dict[Kind, ScaleRow] = {}
     for size in config.sizes:
         gallery = grow(real, size, config.seed)
         exact = search(gallery.queries, gallery.vectors, _TOP)[0]
         for kind in config.kinds:
-            before, seconds = built.get(kind, (size, 0.0))
-            expected = seconds * size / before
+            expected = _expected_seconds(built.get(kind), size)
             if expected > config.build_seconds:
                 row = ScaleRow(size, kind, notes=f"not built: it would take about {expected:.0f} s")
             else:
-                row = measure_index(kind, gallery, exact, config)
-                built[kind] = (size, row.build_seconds or 0.0)
+                row = built[kind] = measure_index(kind, gallery, exact, config)
             _say_row(row)
             yield row
 
@@ -148,9 +148,7 @@ def measure_index(kind: Kind, gallery: Gallery, exact: NDArray[np.float32], conf
 
     threads = default_threads()
     faiss.omp_set_num_threads(threads)
-    begun = time.perf_counter()
-    index = _build(kind, gallery.vectors, config)
-    seconds = time.perf_counter() - begun
+    index, trained, filled = _build(kind, gallery.vectors, config)
     found, per_batch = _search(index, gallery.queries, config.batch, None)
     first, ten = found_share(gallery, found, exact)
     faiss.omp_set_num_threads(1)
@@ -162,7 +160,8 @@ def measure_index(kind: Kind, gallery: Gallery, exact: NDArray[np.float32], conf
     return ScaleRow(
         len(gallery.vectors),
         kind,
-        seconds,
+        trained,
+        filled,
         _index_bytes(index),
         float(np.median(single)),
         by_threads,
@@ -183,19 +182,29 @@ def found_share(gallery: Gallery, found: NDArray[np.int64], exact: NDArray[np.fl
     return float((scores[:, 0] >= exact[:, 0] - _TIE).mean()), float(ten)
 
 
-def _build(kind: Kind, vectors: NDArray[np.float32], config: ScaleConfig) -> Any:
+def _expected_seconds(before: ScaleRow | None, size: int) -> float:
+    if before is None or before.train_seconds is None or before.fill_seconds is None:
+        return 0.0
+    return before.train_seconds + before.fill_seconds * size / before.size
+
+
+def _build(kind: Kind, vectors: NDArray[np.float32], config: ScaleConfig) -> tuple[Any, float, float]:
+    """An index, the seconds that training took, and those that filling took."""
     import faiss
 
     count, dim = vectors.shape
     text = _FACTORY[kind].format(lists=max(1, round(count**0.5)), bytes=max(1, dim // 4))
-    index = faiss.index_factory(dim, text, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(dim, text, faiss.METRIC_INNER_PRODUCT)
+    begun = time.perf_counter()
     index.train(vectors)
+    trained = time.perf_counter()
     index.add(vectors)
+    filled = time.perf_counter()
     if kind.startswith("ivf"):
         index.nprobe = config.probes
     if kind == "hnsw":
         index.hnsw.efSearch = max(config.ef, _TOP)
-    return index
+    return index, trained - begun, filled - trained
 
 
 def _search(
@@ -225,7 +234,7 @@ def _index_bytes(index: Any) -> int:
         nonlocal total
         total += len(data)
 
-    writer = faiss.PyCallbackIOWriter(count)
+    writer = faiss.PyCallbackIOWriter(count)  # type: ignore[attr-defined]
     faiss.write_index(index, writer)
     del writer  # writes what it has buffered
     return total

@@ -39,9 +39,7 @@ def real_gallery(embeddings: Embeddings, most: int, seed: int) -> Gallery:
     """
     query = embeddings.roles == "query"
     if not query.any() or query.all():
-        raise UserError(
-            f"{embeddings.artifact.path}: needs query pictures and others: embed a catalogue that was split"
-        )
+        raise UserError(f"{embeddings.artifact.path}: needs query pictures and others: embed a split catalogue")
     codes = np.unique(embeddings.products, return_inverse=True)[1].astype(np.int32)
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(query))[:most]
     return Gallery(embeddings.vectors[~query], codes[~query], embeddings.vectors[drawn], codes[drawn])
