@@ -1,7 +1,4 @@
-"""``vpr bench scale``: what exact and approximate search cost, and lose, as the gallery grows to a million vectors.
-
-The gallery is the real one, grown by synthetic vectors that lie around the real ones as those lie around each other.
-"""
+"""``vpr bench scale``: what exact and approximate search cost, and lose, as the gallery grows to a million vectors."""
 
 from __future__ import annotations
 
