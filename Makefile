@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 GPU_STAMP := .venv/.installed-gpu
+SCALE_STAMP := .venv/.installed-scale
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme other-quantisers other-metrics clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme scale other-quantisers other-metrics clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -37,6 +38,9 @@ figures: $(STAMP)
 readme: $(STAMP)
 	@$(BIN)/python -m benchmarks.figures
 
+# Ray, for embedding on several machines; it needs nothing that clashes with ours.
+scale: $(SCALE_STAMP)
+
 # Tools that INT8 is compared with; their requirements clash with ours and with each other's.
 other-quantisers:
 	@test -x .venv-nncf/bin/python || $(PYTHON) -m venv .venv-nncf
@@ -54,6 +58,10 @@ clean:
 
 $(GPU_STAMP): requirements-gpu.txt $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@touch $@
+
+$(SCALE_STAMP): requirements-scale.txt $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scale.txt
 	@touch $@
 
 $(STAMP): requirements.txt pyproject.toml

@@ -25,6 +25,7 @@ from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
 from benchmarks.open_loop import Load, answer_load
 from benchmarks.recall_check import measure_recall_code
+from benchmarks.scale_figures import scale_figures
 from export.onnx_graph import OnnxConfig, export_onnx
 from student.model import Preset, Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
@@ -179,7 +180,19 @@ def measure_recall() -> None:
     record("latency", figures, {"recall": table})
 
 
-PARTS = {"noise": measure_noise, "truth": measure_truth, "open-loop": measure_open_loop, "recall": measure_recall}
+def measure_scale() -> None:
+    """Exact and approximate search in galleries of up to a million vectors."""
+    figures, table = scale_figures(_command("scale"))
+    record("latency", figures, {"scale": table})
+
+
+PARTS = {
+    "noise": measure_noise,
+    "truth": measure_truth,
+    "open-loop": measure_open_loop,
+    "recall": measure_recall,
+    "scale": measure_scale,
+}
 
 
 def _command(part: str) -> str:

@@ -28,7 +28,7 @@ from student.model import Student, StudentConfig, load_student
 from student.quantise import fake_quantise, read_thresholds
 from vpr.artifact import Embedding, reading, write_artifact
 from vpr.catalog import CatalogConfig, build_catalog
-from vpr.embeddings import EmbedConfig
+from vpr.embed import EmbedConfig
 from vpr.find import FindConfig, find
 from vpr.images import Preprocess
 from vpr.int8 import KEEP

@@ -18,7 +18,8 @@ from benchmarks.backends import BackendUnavailable, Model, default_threads, mode
 from vpr.artifact import Artifact, reading
 from vpr.catalog import SCHEMA, Catalog, load_catalog
 from vpr.console import say
-from vpr.embeddings import EmbedConfig, Forward, embed, embed_with, load_embeddings, unit
+from vpr.embed import EmbedConfig, embed_with
+from vpr.embeddings import Forward, embed, load_embeddings, unit
 from vpr.errors import UserError
 from vpr.images import Preprocess, decode_bytes
 from vpr.search import search

@@ -34,7 +34,8 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import check_tracker, copy_logs, drop_checkpoint, fit, run_folder
+from vpr.training import check_tracker, copy_logs, drop_checkpoint, fit
+from vpr.unfinished import run_folder
 
 
 def distill(config: DistillConfig) -> Path | None:

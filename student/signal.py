@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,9 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vpr.artifact import (
-    CARD_NAME,
     Artifact,
-    Parent,
     check_output,
     find_current,
     load_artifact,
@@ -39,13 +35,13 @@ from vpr.embeddings import unit
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig, Normalise, PictureDataset, validation_loader
 from vpr.processes import compute_device, is_first, rank_and_world
-from vpr.training import best_precision, run_folder
+from vpr.training import best_precision
+from vpr.unfinished import finished_by_another, run_folder, save_whole, wait
 from vpr.views import ViewConfig, apply_views, draw_views
 
 _BATCH = 256
 _MOST_VIEWS = 10_000
 _KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
-_WAIT = 0.5  # seconds between looks for what other processes write
 
 
 @dataclass(frozen=True)
@@ -168,14 +164,14 @@ def cache_signal(
     _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())
     if is_first():
         for file in files:
-            _wait(partial(_whole, folder / file.name, file, embedding.dim))
+            wait(partial(_whole, folder / file.name, file, embedding.dim))
         with write_artifact(path, "views", values, parents) as draft:
             for file in files:
                 _link(folder / file.name, draft.path / file.name)
             draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
         shutil.rmtree(folder)
     else:
-        _wait(lambda: _written(path, values, parents))
+        wait(lambda: finished_by_another(path, values, parents))
     return _load(path)
 
 
@@ -230,11 +226,7 @@ def _embed_files(
         pictures = PictureDataset(part, artifact.card.preprocess, keep)
         for file in mine:
             vectors = _embed_view(teacher, Normalise(artifact.card.preprocess), pictures, settings, views, file, seed)
-            unfinished = folder / f"partial-{rank}.npy"
-            with unfinished.open("wb") as stream:
-                np.save(stream, vectors, allow_pickle=False)
-                os.fsync(stream.fileno())
-            os.replace(unfinished, folder / file.name)
+            save_whole(folder / file.name, vectors)
 
 
 def _embed_view(
@@ -281,22 +273,6 @@ def _link(source: Path, destination: Path) -> None:
         os.link(source, destination)
     except OSError:
         shutil.copyfile(source, destination)
-
-
-def _wait(done: Callable[[], bool]) -> None:
-    """Until another process is done; torchrun ends all when one fails."""
-    while not done():
-        time.sleep(_WAIT)
-
-
-def _written(path: str, values: dict[str, Any], parents: list[Parent]) -> bool:
-    """Whether the card that lies there is this one; the files behind it are verified once it is."""
-    try:
-        card = json.loads((Path(path) / CARD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or being replaced
-        return False
-    made_from = [parent.model_dump() for parent in parents]
-    return bool(card.get("config") == json.loads(json.dumps(values)) and card.get("parents") == made_from)
 
 
 def _whole(path: Path, file: _File, dim: int) -> bool:

@@ -21,7 +21,8 @@ from rich.text import Text
 from vpr.artifact import CARD_NAME, SCHEMA, Card
 from vpr.console import say
 from vpr.errors import UserError
-from vpr.training import MONITOR, run_folder
+from vpr.training import MONITOR
+from vpr.unfinished import run_folder
 
 _MAX_CARD_BYTES = 4 << 20
 _RUN = ".run-"

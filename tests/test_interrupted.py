@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.interrupted import interrupt
 from vpr.catalog import CatalogConfig, build_catalog
-from vpr.training import run_folder
+from vpr.unfinished import run_folder
 
 
 @pytest.fixture(scope="module")

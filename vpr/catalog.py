@@ -52,11 +52,11 @@ class CatalogConfig:
         validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
         test: share of products held out to be scored.
         seed: of the split.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder and
-            pictures readers always list there what is no picture by name.
+        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder,
+            pictures and webdataset readers always list there what is no picture by name.
     """
 
-    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures"]
+    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures", "webdataset"]
     output: str
     root: str = ""
     validation: float = 0.0
@@ -255,7 +255,7 @@ def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[
 
     Args:
         root: folder that ``image`` is relative to.
-        rows: of a reader.
+        rows: of a reader; one with ``refused`` is set aside for that reason.
         skip_unreadable: collect refusals instead of raising the first.
 
     Returns:
@@ -267,7 +267,7 @@ def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[
         for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
             if isinstance(outcome, str):
                 good.append({**row, "sha256": outcome})
-            elif skip_unreadable:
+            elif skip_unreadable or "refused" in row:
                 refused.append((row["image"], outcome.reason))
             else:
                 pool.shutdown(cancel_futures=True)
@@ -381,7 +381,9 @@ def _order_in_product(table: pa.Table, codes: NDArray[np.int64], keep: NDArray[n
 
 
 def _check(root: Path, row: Row) -> str | ImageRefused:
-    path, box = root / row["image"], row["box"]
+    path, box = root / row["image"], row.get("box")
+    if "refused" in row:
+        return ImageRefused(path, row["refused"])
     try:
         data = read_picture(path)
         decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)

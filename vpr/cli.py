@@ -50,6 +50,7 @@ VERBS = {
     "export parity": Verb("export.layers", "compare", "ParityConfig", "how far exports depart from the student"),
     "bench recall": Verb("benchmarks.recall", "recall", "RecallConfig", "recall of models on the same queries"),
     "bench latency": Verb("benchmarks.latency", "latency", "LatencyConfig", "latency of models on this machine"),
+    "bench scale": Verb("benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"),
     "bench report": Verb(
         "benchmarks.report", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, Embedding, Parent, find_current, load_artifact, plain, reading, write_artifact
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
+from vpr.artifact import Artifact, Embedding, Parent, load_artifact, reading, write_artifact
+from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.images import Preprocess, decode
 from vpr.metrics import RetrievalScores, evaluate
@@ -27,14 +28,30 @@ def read_pixels(catalog: Catalog, preprocess: Preprocess, rows: range) -> NDArra
     return np.stack([preprocess.pixels(picture) for picture in pictures])
 
 
-def read_batches(catalog: Catalog, preprocess: Preprocess, batch_size: int) -> Iterator[NDArray[np.float32]]:
-    """The catalogue as model inputs, (<= batch_size, 3, size, size) float32, in order."""
-    for start in range(0, len(catalog), batch_size):
-        rows = range(start, min(start + batch_size, len(catalog)))
-        yield preprocess.normalise(read_pixels(catalog, preprocess, rows))
+def read_batches(
+    catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0
+) -> Iterator[NDArray[np.float32]]:
+    """The catalogue as model inputs, (<= batch_size, 3, size, size) float32, in order.
+
+    ``threads`` decode the batches that come next while the caller is busy with one; 0 decodes when asked.
+    """
+    blocks = [range(start, min(start + batch_size, len(catalog))) for start in range(0, len(catalog), batch_size)]
+    if not threads:
+        yield from (preprocess.normalise(read_pixels(catalog, preprocess, rows)) for rows in blocks)
+        return
+    ahead: deque[Future[NDArray[np.uint8]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in blocks:
+            ahead.append(pool.submit(read_pixels, catalog, preprocess, rows))
+            if len(ahead) > threads:
+                yield preprocess.normalise(ahead.popleft().result())
+        while ahead:
+            yield preprocess.normalise(ahead.popleft().result())
 
 
-def embed(catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size: int = 64) -> NDArray[np.float32]:
+def embed(
+    catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size: int = 64, threads: int = 0
+) -> NDArray[np.float32]:
     """Embed every picture of a catalogue.
 
     Args:
@@ -42,6 +59,7 @@ def embed(catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size
         preprocess: the card's.
         forward: (batch, 3, size, size) float32 to (batch, dim) float32.
         batch_size: pictures at a time.
+        threads: that decode ahead.
 
     Returns:
         (n, dim) float32, L2-normalised.
@@ -51,7 +69,7 @@ def embed(catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size
     """
     if not len(catalog):
         raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
-    return unit(np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size)]))
+    return unit(np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size, threads)]))
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -131,48 +149,6 @@ def load_embeddings(path: Path | str) -> Embeddings:
     if vectors.dtype != np.float32 or not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
         raise UserError(f"{artifact.path}: its vectors are not float32 of length 1: embed again")
     return Embeddings(vectors, columns[0], columns[1], columns[2], artifact)
-
-
-@dataclass(frozen=True)
-class EmbedConfig:
-    """What to embed, with what.
-
-    Attributes:
-        model: artifact of the model.
-        catalog: catalogue artifact.
-        output: where the embeddings are written.
-        split: only this split; empty embeds all.
-        batch_size: pictures at a time.
-    """
-
-    model: str
-    catalog: str
-    output: str
-    split: str = ""
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size: {self.batch_size}: give 1 or more")
-
-
-def embed_with(config: EmbedConfig, model: Artifact, forward: Forward) -> Path:
-    """Embed a catalogue with a loaded model and write the artifact, unless it is there already."""
-    catalog = load_catalog(config.catalog)
-    parents = [model.as_parent("model")]
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
-    values = plain(config)
-    if find_current(config.output, "embeddings", values, parents):
-        say(f"{config.output}: up to date")
-        return Path(config.output)
-    part = catalog.select(split=config.split or None)
-    if model.card.preprocess is None:
-        raise UserError(f"{config.model}: its card has no preprocessing: make the artifact again")
-    vectors = embed(part, model.card.preprocess, forward, config.batch_size)
-    write_embeddings(config.output, vectors, part, model, values)
-    say(f"{config.output}: {len(vectors)} embeddings of {vectors.shape[1]} dimensions")
-    return Path(config.output)
 
 
 def torch_forward(model: Any) -> Forward:

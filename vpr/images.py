@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from vpr.errors import UserError
 MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # EXIF 2.3, tag 0x0112: what makes the stored picture upright.
@@ -122,17 +124,27 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
 
 
 def read_picture(path: Path) -> bytes:
-    """The bytes of a picture's file; :class:`ImageRefused` if it is missing, too large or no plain file."""
+    """The bytes of a picture's file; :class:`ImageRefused` if it is missing, too large or no plain file.
+
+    ``SHARD.tar#OFFSET+SIZE/MEMBER`` is a picture in a shard (:mod:`vpr.shards`).
+    """
+    member = _MEMBER.fullmatch(str(path))
+    file, offset = (Path(member[1]), int(member[2])) if member else (path, 0)
     try:
         # Opening a pipe would wait for ever, a device might never end.
-        if path.exists() and not path.is_file():
+        if file.exists() and not file.is_file():
             raise ImageRefused(path, "not a file")
-        size = path.stat().st_size
+        size = int(member[3]) if member else file.stat().st_size
         if size > MAX_FILE_BYTES:
             raise ImageRefused(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageRefused(path, error.strerror or "cannot be read") from None
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(size)
+    except (OSError, OverflowError) as error:
+        raise ImageRefused(path, getattr(error, "strerror", None) or "cannot be read") from None
+    if len(data) < size:
+        raise ImageRefused(path, "its file ends before it does")
+    return data
 
 
 def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:

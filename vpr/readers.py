@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vpr.errors import UserError
+from vpr.shards import read_label, read_samples
 
 Row = dict[str, Any]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -45,7 +46,7 @@ def read_aicrowd(root: Path) -> Iterator[Row]:
         for line, values in _read_csv(table, ("img_path", "product_id", *columns)):
             image = below.check(values["img_path"], table, line)
             row = _row(image, f"aicrowd/{values['product_id']}", "", "aicrowd", role)
-            yield {**row, "box": _box([values[c] for c in columns], table, line) if columns else None}
+            yield {**row, "box": _box([values[c] for c in columns], f"{table}: line {line}") if columns else None}
 
 
 def read_csv(table: Path) -> Iterator[Row]:
@@ -59,7 +60,8 @@ def read_csv(table: Path) -> Iterator[Row]:
         image = below.check(values["image"], table, line)
         row = _row(image, values["product"], values.get("category") or "", "csv", values.get("role") or "train")
         given = [values.get(name) or "" for name in boxes]
-        yield {**row, "box": _box(given, table, line) if any(given) else None, "split": values.get("split") or "train"}
+        box = _box(given, f"{table}: line {line}") if any(given) else None
+        yield {**row, "box": box, "split": values.get("split") or "train"}
 
 
 def read_folder(root: Path) -> Iterator[Row]:
@@ -83,6 +85,37 @@ def read_pictures(root: Path) -> Iterator[Row]:
             yield _row(below.check(name), f"unlabelled/{name}", "", UNLABELLED)
 
 
+def read_webdataset(root: Path) -> Iterator[Row]:
+    """WebDataset shards, ``*.tar`` anywhere below a folder: each picture of a sample is a row, read where it lies.
+
+    A sample's ``.json`` holds ``product`` and, where wanted, ``category``, ``role``, ``split`` and ``box`` ([x, y, w,
+    h]); or its ``.cls`` is the product. Shards without any label are read as pictures without labels. Rows with
+    ``refused`` are members that are no pictures of use, with the reason.
+    """
+    below = _Below(root)
+    shards = [name for name in _files(root) if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
+    labelled: bool | None = None
+    for shard in shards:
+        _check_name(root, shard)
+        if not below.check(shard).endswith(".tar"):
+            raise UserError(f"{root / shard}: pictures are read at their place in plain .tar shards: gunzip it")
+        for sample in read_samples(root / shard, SUFFIXES):
+            yield from ({"image": f"{shard}/{name}", "refused": reason} for name, reason in sample.refused)
+            if not sample.pictures:
+                continue
+            where = f"{root / shard}: sample '{sample.key}'"
+            label = read_label(sample, where)
+            if labelled not in (None, "product" in label):
+                raise UserError(f"{where} has no product, or it alone has one: label all samples or none")
+            labelled = "product" in label
+            if "box" in label:
+                label["box"] = _box(label["box"], where)
+            for picture in sample.pictures:
+                image = shard + picture
+                row = _row(image, f"{UNLABELLED}/{image}", "", "webdataset" if labelled else UNLABELLED)
+                yield {**row, **label}
+
+
 def unknown_suffixes(root: Path, output: Path) -> list[str]:
     """The files that :func:`read_folder` passes over, but for those of the catalogue itself, where it lies below."""
     own = output.resolve()
@@ -96,6 +129,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "csv": read_csv,
     "folder": read_folder,
     "pictures": read_pictures,
+    "webdataset": read_webdataset,
 }
 
 
@@ -199,11 +233,11 @@ class _Below:
             return False
 
 
-def _box(values: list[str], table: Path, line: int) -> dict[str, float]:
+def _box(values: list[Any], where: str) -> dict[str, float]:
     try:
         x, y, w, h = (float(value) for value in values)
-    except ValueError:
-        raise UserError(f"{table}: line {line}: box {values} is not four numbers: mend the row") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: box {values} is not four numbers: mend the row") from None
     if not (w > 0 and h > 0 and all(math.isfinite(v) and abs(v) < 1e6 for v in (x, y, w, h))):
-        raise UserError(f"{table}: line {line}: box {values} has no area or is out of range: mend the row")
+        raise UserError(f"{where}: box {values} has no area or is out of range: mend the row")
     return {"x": x, "y": y, "w": w, "h": h}

@@ -6,9 +6,7 @@ every epoch, so a run that was killed goes on to the same result.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -29,7 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vpr.artifact import Parent
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.ema import Ema
@@ -262,16 +259,6 @@ class Fitted:
     steps: int
     seconds: float
     last: dict[str, Tensor]
-
-
-def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Path:
-    """Folder of a run's logs and checkpoint, beside its output and named after what it computes.
-
-    Another configuration has another folder, so a run never resumes from a stranger's checkpoint.
-    """
-    identity = json.dumps([config, [p.model_dump() for p in parents]], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return Path(output).parent / f"{Path(output).name}.run-{digest}"
 
 
 def fit(

@@ -29,6 +29,7 @@ from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig
 from vpr.training import RunConfig
+from vpr.unfinished import finished_by_another
 from vpr.views import ViewConfig
 
 LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
@@ -280,10 +281,10 @@ def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog
     training, path = catalog.select(split="train"), str(tmp_path / "views")
     found = cache_signal(path, model, artifact, training, ViewConfig(), SignalConfig(views=1), 0).artifact
     config = {**found.card.config, "views": asdict(ViewConfig())}  # tuples, which the card has as lists
-    assert signal._written(path, config, found.card.parents)
-    assert not signal._written(path, {**config, "seed": 1}, found.card.parents)
-    assert not signal._written(path, config, [artifact.as_parent("other")])
-    assert not signal._written(str(tmp_path / "none"), config, found.card.parents)
+    assert finished_by_another(path, config, found.card.parents)
+    assert not finished_by_another(path, {**config, "seed": 1}, found.card.parents)
+    assert not finished_by_another(path, config, [artifact.as_parent("other")])
+    assert not finished_by_another(str(tmp_path / "none"), config, found.card.parents)
 
 
 def test_an_unknown_start_is_passed_on(config: DistillConfig, teacher: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from teacher.runs import RunsConfig, find_runs, runs
 from vpr.artifact import load_artifact, write_artifact
 from vpr.cli import main
 from vpr.errors import UserError
-from vpr.training import run_folder
+from vpr.unfinished import run_folder
 
 
 def config(**changes: Any) -> dict[str, Any]:

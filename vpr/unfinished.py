@@ -1,0 +1,55 @@
+"""What a run keeps beside its output until it is finished: a killed one goes on, and processes share the work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpr.artifact import CARD_NAME, Parent
+from vpr.processes import rank_and_world
+
+_WAIT = 0.5  # seconds between looks for what other processes write
+
+
+def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Path:
+    """Folder of a run's logs and unfinished files, beside its output and named after what it computes.
+
+    Another configuration has another folder, so a run never resumes from a stranger's checkpoint.
+    """
+    identity = json.dumps([config, [p.model_dump() for p in parents]], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return Path(output).parent / f"{Path(output).name}.run-{digest}"
+
+
+def save_whole(path: Path, array: NDArray[Any]) -> None:
+    """Write a ``.npy`` file that is there whole or not at all, whenever the process or the machine stops."""
+    partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")
+    with partial.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def wait(done: Callable[[], bool]) -> None:
+    """Until another process is done; torchrun ends all when one fails."""
+    while not done():
+        time.sleep(_WAIT)
+
+
+def finished_by_another(path: str, config: dict[str, Any], parents: list[Parent]) -> bool:
+    """Whether the card that lies there is this one; the files behind it are verified once it is."""
+    try:
+        card = json.loads((Path(path) / CARD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or being replaced
+        return False
+    made_from = [parent.model_dump() for parent in parents]
+    return bool(card.get("config") == json.loads(json.dumps(config)) and card.get("parents") == made_from)
