@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.backends import BackendUnavailable, Model, default_threads, models_of
-from vpr.artifact import Artifact, reading
+from vpr.artifact import reading
 from vpr.catalog import SCHEMA, Catalog, load_catalog
 from vpr.console import say
-from vpr.embed import EmbedConfig, embed_with
-from vpr.embeddings import Forward, embed, load_embeddings, unit
+from vpr.embeddings import Forward, embed, load_embeddings, unit, write_embeddings
 from vpr.errors import UserError
 from vpr.images import Preprocess, decode_bytes
 from vpr.search import search
@@ -98,7 +97,7 @@ def load_searchers(
     searchers = []
     for place, path in enumerate(models):
         model, forward = _open_fastest(path)
-        preprocess = _preprocess(model.artifact)
+        preprocess = model.preprocess
         if embeddings:
             vectors = _kept_vectors(embeddings[place], model, forward, (catalog, split), gallery)
         else:
@@ -130,17 +129,10 @@ def _open_fastest(path: str) -> tuple[Model, Forward]:
         raise UserError(f"{path}: cannot run here: {'; '.join(reasons)}")
     if len(opened) == 1:
         return next(iter(opened.values()))
-    size = _preprocess(next(iter(opened.values()))[0].artifact).size
-    one = np.zeros((1, 3, size, size), np.float32)
+    one = next(iter(opened.values()))[0].random_input(1)
     calls = {name: (lambda forward=forward: forward(one)) for name, (_, forward) in opened.items()}
     times = {name: float(np.median(values)) for name, values in measure(calls, _CHOICE_SECONDS).items()}
     return opened[min(times, key=lambda name: times[name])]
-
-
-def _preprocess(artifact: Artifact) -> Preprocess:
-    if artifact.card.preprocess is None:
-        raise UserError(f"{artifact.path}: its card has no preprocessing: make the artifact again")
-    return artifact.card.preprocess
 
 
 def _kept_vectors(
@@ -149,9 +141,10 @@ def _kept_vectors(
     """The gallery's vectors from an embeddings artifact, which is made if it is not there and never replaced."""
     catalog, split = source
     if not Path(path).exists():
-        total = len(load_catalog(catalog).select(split=split or None))
-        with _counting(forward, model.name, total) as counted:
-            embed_with(EmbedConfig(str(model.artifact.path), catalog, path, split), model.artifact, counted)
+        part = load_catalog(catalog).select(split=split or None)
+        with _counting(forward, model.name, len(part)) as counted:
+            vectors = embed(part, model.preprocess, counted)
+        write_embeddings(path, vectors, part, model.artifact, {"split": split, "backend": model.backend})
     kept = load_embeddings(path)
     if model.artifact.as_parent("model") not in kept.artifact.card.parents:
         raise UserError(f"{path}: was not embedded with {model.artifact.path}: give that model's, or a new path")
