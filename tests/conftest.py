@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data._utils import signal_handling
 
 from student.model import Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
@@ -18,6 +19,9 @@ from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
 from vpr.images import Preprocess
 
 PRODUCTS, VIEWS, SIDE = 16, 8, 48
+# PyTorch would handle the end of a loader's worker in a signal. On one virtual machine's kernel a process that had used
+# the processor's matrix units (AMX) was killed when a handled signal reached it: without the handler none does.
+signal_handling._SIGCHLD_handler_set = True
 
 
 @pytest.fixture(scope="session")
