@@ -1,6 +1,6 @@
-"""The stated figures: ``benchmarks/results/<topic>.json``, and the README's tables drawn from them.
+"""The stated figures: ``benchmarks/results/<topic>.json``, and the tables drawn from them.
 
-``python -m benchmarks.figures`` draws the tables (``make readme``).
+``python -m benchmarks.figures`` draws the tables of ``DOCUMENTS`` (``make readme``).
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vpr.cli import quieten
 from vpr.console import say
 from vpr.environment import environment
 from vpr.errors import UserError
@@ -20,6 +21,7 @@ from vpr.errors import UserError
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = ("README.md", "benchmarks/README.md")
 _BLOCK = re.compile(r"(<!-- table:(\w+)\.([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -76,6 +78,25 @@ def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], f
     return path
 
 
+def command_of(topic: str, part: str) -> str:
+    """The command that measures a part again."""
+    return f'make figures TOPIC={topic} PARTS="{part}"'
+
+
+def measure(parts: Mapping[str, Callable[[], None]], chosen: Sequence[str]) -> None:
+    """Measure the ``chosen`` parts of a topic, all of them if none is; ends the process with one line on a fault."""
+    os.chdir(ROOT)
+    quieten()
+    if unknown := [part for part in chosen if part not in parts]:
+        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(parts)}")
+    for part in chosen or parts:
+        say(f"measuring {part}")
+        try:
+            parts[part]()
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
+
+
 def drawn(text: str, folder: Path = RESULTS) -> str:
     """``text`` with every ``<!-- table:TOPIC.NAME -->`` block drawn from the results.
 
@@ -91,15 +112,15 @@ def drawn(text: str, folder: Path = RESULTS) -> str:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tables": {}}
         rows = figure_rows(content["figures"]) if name == "figures" and path.is_file() else content["tables"].get(name)
         if rows is None:
-            raise UserError(f"README.md: table '{topic}.{name}' is not recorded: make figures TOPIC={topic}")
+            raise UserError(f"README: table '{topic}.{name}' is not recorded: make figures TOPIC={topic}")
         return f"{opening}{markdown(rows)}\n{closing}"
 
     return _BLOCK.sub(draw, text)
 
 
 def figure_rows(figures: list[Row]) -> list[Row]:
-    """Figures as rows of a table for people."""
-    return [
+    """Figures as rows of a table for people; those that could not be measured share the last one."""
+    rows = [
         {
             "figure": figure["name"],
             "measured": _value(figure),
@@ -107,7 +128,11 @@ def figure_rows(figures: list[Row]) -> list[Row]:
             "met": {True: "yes", False: "**no**", None: ""}[figure["met"]],
         }
         for figure in figures
+        if figure["value"] is not None
     ]
+    if unmeasured := len(figures) - len(rows):
+        rows.append({"figure": f"{unmeasured} more", "measured": "could not be measured", "goal": "", "met": ""})
+    return rows
 
 
 def markdown(rows: list[Row]) -> str:
@@ -121,8 +146,6 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _value(figure: Row) -> str:
-    if figure["value"] is None:
-        return "not measured"
     value = f"{figure['value']:.4g} {figure['unit']}".strip()
     if figure["interval"] is None:
         return value
@@ -131,15 +154,16 @@ def _value(figure: Row) -> str:
 
 
 def main() -> None:
-    """Draw the README's tables."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = drawn(text)
-    if new == text:
-        say("README.md: its tables are as recorded")
-        return
-    readme.write_text(new, encoding="utf-8")
-    say("README.md: tables drawn from benchmarks/results")
+    """Draw the tables of the documents."""
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = drawn(text)
+        if new == text:
+            say(f"{name}: its tables are as recorded")
+            continue
+        path.write_text(new, encoding="utf-8")
+        say(f"{name}: tables drawn from benchmarks/results")
 
 
 if __name__ == "__main__":

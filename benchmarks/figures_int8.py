@@ -8,12 +8,11 @@ those of ``make figures TOPIC=student``, trained first where they are not there.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from benchmarks.engines_gpu import gpu_engines, unmeasured
-from benchmarks.figures import RESULTS, ROOT, Figure, Row, record
+from benchmarks.figures import RESULTS, Figure, Row, command_of, measure, record
 from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
@@ -23,10 +22,8 @@ from calibration.calibrate import CalibrateConfig, calibrate
 from export.engine import TARGETS, EngineConfig, this_gpu
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
-from vpr.cli import quieten
 from vpr.console import say
 from vpr.environment import read_gpus
-from vpr.errors import UserError
 
 _FOLDER = Path("runs/figures-int8")
 _BUDGET = 0.005
@@ -62,7 +59,7 @@ def measure_tools() -> None:
     figures: list[Figure] = []
     table: list[Row] = []
     for student in (sample(), grocery(), larger()):
-        found, rows = compare_tools(student, _command("tools"))
+        found, rows = compare_tools(student, command_of("int8", "tools"))
         figures, table = figures + found, table + rows
     record("int8", figures, {"tools": table})
 
@@ -102,19 +99,19 @@ def measure_budget() -> None:
 
 def measure_speed() -> None:
     """ViT-S/16-224 on this CPU."""
-    figures, table = cpu_speed(_command("speed"))
+    figures, table = cpu_speed(command_of("int8", "speed"))
     record("int8", figures, {"speed": table})
 
 
 def measure_fuzz() -> None:
     """Files written wrong, given to every verb that reads them."""
-    figures, table = summarise(fuzz(FuzzConfig()), _command("fuzz"))
+    figures, table = summarise(fuzz(FuzzConfig()), command_of("int8", "fuzz"))
     record("int8", figures, {"fuzz": table})
 
 
 def measure_gpu() -> None:
     """Engines of the sample's student on the GPU at hand, into ``gpu.json``; without one, that nothing is measured."""
-    command = _command("gpu")
+    command = command_of("int8", "gpu")
     if not read_gpus()[0]:
         known = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
         if any(row["command"] == command and row["value"] is not None for row in known):
@@ -137,19 +134,5 @@ PARTS = {
 }
 
 
-def _command(part: str) -> str:
-    return f'make figures TOPIC=int8 PARTS="{part}"'
-
-
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
-    for part in chosen:
-        say(f"measuring {part}")
-        try:
-            PARTS[part]()
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
+    measure(PARTS, sys.argv[1:])

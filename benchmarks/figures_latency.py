@@ -6,7 +6,6 @@ random weights, which do not change the time. Nothing else should run on the mac
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from benchmarks.backends import default_threads, models_of
 from benchmarks.demo import DemoConfig, demo
-from benchmarks.figures import ROOT, Figure, Row, record
+from benchmarks.figures import Figure, Row, command_of, measure, record
 from benchmarks.independent import pyperf_median
 from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
@@ -29,9 +28,6 @@ from benchmarks.scale_figures import scale_figures
 from export.onnx_graph import OnnxConfig, export_onnx
 from student.model import Preset, Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
-from vpr.cli import quieten
-from vpr.console import say
-from vpr.errors import UserError
 from vpr.images import Preprocess
 
 _FOLDER = Path("runs/figures-latency")
@@ -156,33 +152,35 @@ def open_loop(paths: Sequence[str], seconds: float, command: str) -> tuple[list[
 def measure_noise() -> None:
     """Both students on every backend of this CPU."""
     paths = (*student("small"), *student("sample"))
-    figures, table = noise(paths, _NOISE_SECONDS, _NOISE_BACKENDS, _command("noise"))
+    figures, table = noise(paths, _NOISE_SECONDS, _NOISE_BACKENDS, command_of("latency", "noise"))
     record("latency", figures, {"noise": table})
 
 
 def measure_truth() -> None:
     """Both students by PyTorch and ONNX Runtime."""
     paths = (*student("small"), *student("sample"))
-    figures, table = truth(paths, _TRUTH_SECONDS, _PROCESSES, _VALUES, _command("truth"))
+    figures, table = truth(paths, _TRUTH_SECONDS, _PROCESSES, _VALUES, command_of("latency", "truth"))
     record("latency", figures, {"truth": table})
 
 
 def measure_open_loop() -> None:
     """ViT-S/16 at 224 pixels; 40 seconds are enough requests for a p99."""
-    figures, table = open_loop(student("small"), _LOAD_SECONDS, _command("open-loop"))
+    figures, table = open_loop(student("small"), _LOAD_SECONDS, command_of("latency", "open-loop"))
     record("latency", figures, {"open-loop": table})
 
 
 def measure_recall() -> None:
     """The recall code against ranx and faiss, on the demo's student; ranx needs ``make other-metrics``."""
     demo(DemoConfig())
-    figures, table = measure_recall_code(Path("runs/demo/student"), Path("runs/demo/catalog"), _command("recall"))
+    figures, table = measure_recall_code(
+        Path("runs/demo/student"), Path("runs/demo/catalog"), command_of("latency", "recall")
+    )
     record("latency", figures, {"recall": table})
 
 
 def measure_scale() -> None:
     """Exact and approximate search in galleries of up to a million vectors."""
-    figures, table = scale_figures(_command("scale"))
+    figures, table = scale_figures(command_of("latency", "scale"))
     record("latency", figures, {"scale": table})
 
 
@@ -195,19 +193,5 @@ PARTS = {
 }
 
 
-def _command(part: str) -> str:
-    return f'make figures TOPIC=latency PARTS="{part}"'
-
-
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
-    for part in chosen:
-        say(f"measuring {part}")
-        try:
-            PARTS[part]()
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
+    measure(PARTS, sys.argv[1:])

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.ablation import build_grocery, grocery_teacher
 from benchmarks.ablation_student import SMALL, Setting, ablate_students, distillation
-from benchmarks.figures import RESULTS, ROOT, record
+from benchmarks.figures import RESULTS, ROOT, command_of, measure, record
 from benchmarks.student_dimension import dimension_figures
 from benchmarks.student_epoch import epoch_figures
 from benchmarks.student_sizes import size_curve
@@ -25,7 +25,7 @@ from benchmarks.student_step import StudentStepConfig, student_step, unmeasured
 from student.model import StudentConfig
 from teacher.train import TrainConfig, train
 from vpr.catalog import CatalogConfig, build_catalog
-from vpr.cli import quieten, read_config
+from vpr.cli import read_config
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -37,7 +37,7 @@ def sample() -> Setting:
     """The demo's furniture renders and the teacher of its long form."""
     catalog = build_catalog(CatalogConfig("sample", str(_FULL / "catalog")))
     teacher = _teacher("sample-full", catalog, _FULL / "teacher")
-    return Setting("sample", teacher, catalog, _FOLDER / "sample", 8, 8, _command("sample"))
+    return Setting("sample", teacher, catalog, _FOLDER / "sample", 8, 8, command_of("student", "sample"))
 
 
 def grocery() -> Setting:
@@ -49,7 +49,7 @@ def grocery() -> Setting:
     catalog = build_grocery(Path(data), folder)
     pretrained = _teacher("sample", build_catalog(CatalogConfig("sample", "runs/demo/catalog")), "runs/demo/teacher")
     teacher = grocery_teacher(folder, pretrained, _FOLDER / "grocery-teacher")
-    return Setting("grocery", teacher, catalog, _FOLDER / "grocery", 24, 24, _command("grocery"), batch=64)
+    return Setting("grocery", teacher, catalog, _FOLDER / "grocery", 24, 24, command_of("student", "grocery"), batch=64)
 
 
 def measure_sample() -> None:
@@ -66,14 +66,14 @@ def measure_grocery() -> None:
 
 def measure_sizes() -> None:
     """Retention and cost of four sizes on furniture renders, trained for longer than the ablation."""
-    setting = replace(sample(), folder=_FOLDER / "sizes", epochs=24, views=12, command=_command("sizes"))
+    setting = replace(sample(), folder=_FOLDER / "sizes", epochs=24, views=12, command=command_of("student", "sizes"))
     figures, table = size_curve(setting, RESULTS / "student-sizes.svg")
     record("student", figures, {"sizes": table})
 
 
 def measure_dimension() -> None:
     """What a teacher of a known spectrum loses from 1024 to 256 dimensions."""
-    figures, table = dimension_figures(_command("dimension"))
+    figures, table = dimension_figures(command_of("student", "dimension"))
     record("student", figures, {"dimension": table})
 
 
@@ -84,7 +84,7 @@ def measure_throughput() -> None:
     for model in (config.model, StudentConfig(stem="conv", embedding_dim=256)):
         with tempfile.TemporaryDirectory() as folder:
             chosen = replace(config, model=model)
-            figures += epoch_figures(chosen, Path(folder), _command("throughput"))
+            figures += epoch_figures(chosen, Path(folder), command_of("student", "throughput"))
     record("student", figures, {})
 
 
@@ -120,16 +120,5 @@ def _teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
     return path
 
 
-def _command(part: str) -> str:
-    return f'make figures TOPIC=student PARTS="{part}"'
-
-
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
-    for part in chosen:
-        say(f"measuring {part}")
-        PARTS[part]()
+    measure(PARTS, sys.argv[1:])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import ROOT, Figure, drawn, figure_rows, record
+from benchmarks.figures import DOCUMENTS, ROOT, Figure, drawn, figure_rows, measure, record
 from vpr.errors import UserError
 
 
@@ -53,7 +53,31 @@ def test_a_missed_figure_is_shown_as_missed() -> None:
     assert row["met"] == "**no**"
 
 
-def test_the_readme_s_tables_are_the_recorded_ones() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- table:demo." in text
+def test_figures_that_could_not_be_measured_share_a_row() -> None:
+    unmeasured = {"name": "a", "value": None, "unit": "s", "interval": None, "goal": 2, "comparison": ">=", "met": None}
+    (row,) = figure_rows([unmeasured, unmeasured])
+    assert (row["figure"], row["measured"]) == ("2 more", "could not be measured")
+
+
+def test_only_the_chosen_parts_are_measured_and_a_fault_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    measured: list[str] = []
+
+    def fail() -> None:
+        raise UserError("b: it is broken: mend it")
+
+    parts = {"a": lambda: measured.append("a"), "b": fail, "c": lambda: measured.append("c")}
+    measure(parts, ["c"])
+    assert measured == ["c"]
+    with pytest.raises(SystemExit, match="^error: b: it is broken: mend it$"):
+        measure(parts, [])
+    assert measured == ["c", "a"]
+    with pytest.raises(SystemExit, match="^error: no part 'd': choose from a, b, c$"):
+        measure(parts, ["d"])
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_documents_tables_are_the_recorded_ones(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table:" in text
     assert drawn(text) == text, "make readme"
