@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from export.onnx_graph import MAX_BATCH, count_operators, describe, load_onnx
 from export.precision import to_fp16
 from export.qdq import Format, Recipe, quantise, quantised_nodes
 from vpr.artifact import Artifact, find_current, load_artifact, plain, write_artifact
-from vpr.catalog import load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
 from vpr.errors import UserError
@@ -120,25 +121,9 @@ def export_int8(config: Int8Config) -> Path:
     layers = list(quantised_nodes(calibrated.graph, config.keep, config.recipe))
     if not layers:
         raise UserError(f"keep: {', '.join(config.keep)} leaves nothing to quantise: name fewer layers")
-    decision = None
     wide = tuple(model.card.metrics.get("fp32_nodes", []))
-    if validation is not None:
-        assert config.max_recall_drop is not None
-        if model.card.preprocess is None or not len(validation):
-            raise UserError(f"{config.catalog}: its validation split is empty: build it with --validation above 0")
-        candidates = Candidates(model, choose_timer(config.timed_by), config.batch, config.threads, wide)
-        budget = Budget(config.max_recall_drop, config.seconds, candidates)
-        pixels = list(read_batches(validation, model.card.preprocess, _READ_BY))
-        linears = [node.name for node in linear_nodes(calibrated.graph)]
-        decision = keep_recall(
-            calibrated.graph,
-            lambda some: calibrated.quantise(some, config.number),
-            layers,
-            linears,
-            validation,
-            pixels,
-            budget,
-        )
+    decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)
+    if decision is not None:
         layers = decision["quantised"]
     quantised = calibrated.quantise(layers, config.number)
     if config.base == "fp16":
@@ -161,6 +146,30 @@ def export_int8(config: Int8Config) -> Path:
     kind = f"{config.number.upper()} over {config.base.upper()}"
     say(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
     return Path(config.output)
+
+
+def _decide(
+    config: Int8Config,
+    model: Artifact,
+    calibrated: Calibrated,
+    layers: list[str],
+    validation: Catalog,
+    wide: tuple[str, ...],
+) -> dict[str, Any]:
+    """Which of the layers are worth their recall on the validation split; ``wide`` nodes stay FP32 in an engine."""
+    assert config.max_recall_drop is not None
+    if model.card.preprocess is None or not len(validation):
+        raise UserError(f"{config.catalog}: its validation split is empty: build it with --validation above 0")
+    candidates = Candidates(model, choose_timer(config.timed_by), config.batch, config.threads, wide)
+    return keep_recall(
+        calibrated.graph,
+        partial(calibrated.quantise, number=config.number),
+        layers,
+        [node.name for node in linear_nodes(calibrated.graph)],
+        validation,
+        list(read_batches(validation, model.card.preprocess, _READ_BY)),
+        Budget(config.max_recall_drop, config.seconds, candidates),
+    )
 
 
 def read_calibrated(graph: onnx.ModelProto, model: Artifact, ranges: Artifact) -> Calibrated:
