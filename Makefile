@@ -7,7 +7,7 @@ SCALE_STAMP := .venv/.installed-scale
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme scale other-quantisers other-metrics clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture scale other-quantisers other-metrics clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -37,6 +37,9 @@ figures: $(STAMP)
 
 readme: $(STAMP)
 	@$(BIN)/python -m benchmarks.figures
+
+architecture: $(STAMP)
+	@$(BIN)/python -m benchmarks.imports
 
 # Ray, for embedding on several machines; it needs nothing that clashes with ours.
 scale: $(SCALE_STAMP)
