@@ -137,9 +137,11 @@ def draw(points: list[Point], path: Path) -> None:
     ]
     for axis, cost, label in costs:
         axis.errorbar(cost, kept, spread, marker="o", capsize=3, color="#1f5fa8")
-        for point, x, y in zip(points, cost, kept, strict=True):
-            axis.annotate(str(point.width), (x, y), textcoords="offset points", xytext=(6, -12))
+        for point, x in zip(points, cost, strict=True):
+            above = {"textcoords": "offset points", "xytext": (0, 3), "ha": "center", "fontsize": 8}
+            axis.annotate(f"{point.width} wide", (x, point.kept[2]), **above)
         axis.set_xlabel(label)
+        axis.margins(x=0.15, y=0.12)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("recall@1 over the teacher's")

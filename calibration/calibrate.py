@@ -73,14 +73,14 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class Range:
-    """How the input of one or more linears is quantised.
+    """How a tensor that linears, convolutions or attention read is quantised.
 
     Attributes:
         threshold: magnitude that maps to 127.
         method: that chose it.
         thresholds: of every method.
         largest: magnitude seen.
-        linears: modules that read the tensor.
+        linears: modules of linears that read the tensor; none where a convolution or attention does.
     """
 
     threshold: float
@@ -91,7 +91,7 @@ class Range:
 
 
 def calibrate(config: CalibrateConfig) -> Path:
-    """Measure the inputs of every linear and write an artifact of kind ``ranges``."""
+    """Measure the inputs of every linear, convolution and attention and write an artifact of kind ``ranges``."""
     model, catalog = load_artifact(config.onnx, "onnx"), load_catalog(config.catalog)
     if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
         raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")

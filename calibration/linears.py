@@ -1,4 +1,4 @@
-"""The linears of an exported graph: what INT8 is about in a ViT."""
+"""The linears, convolutions and attentions of an exported graph: what INT8 is about in a ViT."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def linear_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
 
 
+def weighted_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The products with constant weights, linears and the convolutions of a stem, in order."""
+    kernels = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 4}
+    linears = {node.name for node in linear_nodes(graph)}
+    return [n for n in graph.graph.node if n.name in linears or (n.op_type == "Conv" and n.input[1] in kernels)]
+
+
 def attention_nodes(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     """Nodes that multiply two activations, attention's, by name: the tensors that ``full-mha`` quantises there."""
     constants = {tensor.name for tensor in graph.graph.initializer}
@@ -64,8 +71,8 @@ def module_name(node: onnx.NodeProto) -> str:
 
 
 def channel_axis(node: onnx.NodeProto) -> int:
-    """Axis of the output channels: rows of a transposed Gemm weight, else columns."""
-    return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+    """Axis of the output channels in the weight: the first of a kernel or a transposed Gemm weight, else columns."""
+    return 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else 1
 
 
 def find_linears(graph: onnx.ModelProto) -> list[Linear]:

@@ -65,7 +65,7 @@ class Decision:
 
 
 def decide(
-    layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: float, lean: Collection[str] = ()
+    layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: float, fewer: Sequence[Collection[str]] = ()
 ) -> Decision:
     """The largest set of quantised layers found whose recall@1 drops by no more than the budget.
 
@@ -78,7 +78,7 @@ def decide(
         layers: that may be quantised, one or more.
         evaluate: scores a set of quantised layers; the empty set is the float model.
         budget: of recall@1, such as 0.005.
-        lean: layers to which what is chosen is cut down for one more trial, for a caller who asks what is faster.
+        fewer: kinds of layers; what is chosen is tried cut down to each too, for a caller who asks what is faster.
     """
     floats = evaluate(frozenset())
     tried = {frozenset[str](): _trial(frozenset(), floats, floats)}
@@ -90,7 +90,8 @@ def decide(
 
     whole = attempt(frozenset(layers))
     if whole.drop <= budget:
-        attempt(whole.quantised & frozenset(lean))
+        for kind in fewer:
+            attempt(whole.quantised & frozenset(kind))
         reasons = dict.fromkeys(layers, "quantised: all layers together are within the budget")
         return Decision(whole, True, [], list(tried.values()), reasons)
     alone = sorted((attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop))
@@ -109,7 +110,8 @@ def decide(
             chosen = more
     if not chosen.quantised:
         chosen = min(tried.values(), key=lambda trial: (not trial.quantised, trial.drop, -len(trial.quantised)))
-    attempt(chosen.quantised & frozenset(lean))
+    for kind in fewer:
+        attempt(chosen.quantised & frozenset(kind))
     return Decision(chosen, chosen.drop <= budget, alone, list(tried.values()), _reasons(chosen, alone, budget))
 
 

@@ -1,4 +1,4 @@
-"""What training pictures leave at the inputs of a graph's linears and of attention, gathered in one pass."""
+"""What training pictures leave at the inputs of a graph's layers and of attention, gathered in one pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calibration.linears import attention_inputs, linear_nodes
+from calibration.linears import attention_inputs, weighted_nodes
 from calibration.ranges import MagnitudeHistogram
 from vpr.errors import UserError
 from vpr.graphs import GraphSession
@@ -34,7 +34,7 @@ class Activations:
     seen: int = 0
 
     def add(self, values: NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Take in a batch, (..., channels).
+        """Take in a batch, (..., channels); of a picture or feature map, whose channels are not last, only magnitudes.
 
         Raises:
             ValueError: a value is not finite.
@@ -64,12 +64,12 @@ def measure(graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed
         seed: of the draw of tokens.
 
     Returns:
-        by the name of the tensor, the inputs of all linears and of attention's products.
+        by the name of the tensor, the inputs of all linears, convolutions and products of attention.
 
     Raises:
         UserError: a tensor that is not finite, by name.
     """
-    names = [*dict.fromkeys([*(node.input[0] for node in linear_nodes(graph)), *attention_inputs(graph)])]
+    names = [*dict.fromkeys([*(node.input[0] for node in weighted_nodes(graph)), *attention_inputs(graph)])]
     watched = onnx.ModelProto()
     watched.CopyFrom(graph)
     present = {value.name for value in watched.graph.output}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def keep_recall(
     graph: onnx.ModelProto,
     quantise: Quantise,
     layers: list[str],
-    linears: list[str],
+    fewer: Sequence[Collection[str]],
     validation: Catalog,
     batches: list[NDArray[np.float32]],
     budget: Budget,
@@ -60,7 +60,7 @@ def keep_recall(
         graph: FP32.
         quantise: names of layers to the FP32 graph with those quantised.
         layers: that may be.
-        linears: of the graph; attention in eight bits may cost time, so what is found is timed without it too.
+        fewer: kinds of layers; others in eight bits may cost time, so what is found is timed cut down to each too.
         validation: pictures with roles ``query`` and ``gallery`` that no score is reported on.
         batches: those pictures as inputs.
         budget: what may be lost.
@@ -77,7 +77,7 @@ def keep_recall(
         say(f"  {_name(quantised)}: recall@1 {score.hits.mean():.4f}, cosine {score.cosine:.6f}")
         return score
 
-    found = decide(layers, evaluate, budget.drop, linears)
+    found = decide(layers, evaluate, budget.drop, fewer)
     names = _names(found)
     times = _time(
         graph, quantise, {names[one]: one.quantised for one in _candidates(found, budget.drop)}, batches, budget

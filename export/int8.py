@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calibration.linears import linear_nodes
+from calibration.linears import linear_nodes, weighted_nodes
 from calibration.smooth import smooth
 from export.budget import Budget, keep_recall
 from export.candidates import Candidates, TimedBy, choose_timer
@@ -25,7 +25,7 @@ from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
 from vpr.errors import UserError
-from vpr.int8 import KEEP, read_ranges
+from vpr.int8 import read_ranges
 
 _READ_BY = 16
 
@@ -41,7 +41,9 @@ class Int8Config:
         base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
             computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
             slower than without quantisation over ``fp16``.
-        keep: layers whose names begin with one of these stay in the base precision.
+        keep: layers whose names begin with one of these stay in the base precision. None keeps the first and the
+            last, or what a student's finishing kept. ONNX Runtime's CPU provider is faster with a convolutional
+            stem in floating point (``[vit.to_patch_embedding, vit.mlp_head]``), OpenVINO with its INT8.
         recipe: ``linear`` leaves attention in the base precision, ``full-mha`` quantises its products too.
         number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
         max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
@@ -58,7 +60,7 @@ class Int8Config:
     ranges: str
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
-    keep: tuple[str, ...] = KEEP
+    keep: tuple[str, ...] | None = None
     recipe: Recipe = "linear"
     number: Format = "int8"
     max_recall_drop: float | None = None
@@ -118,9 +120,10 @@ def export_int8(config: Int8Config) -> Path:
         say(f"{config.output}: up to date")
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
-    layers = list(quantised_nodes(calibrated.graph, config.keep, config.recipe))
+    keep = config.keep if config.keep is not None else _finished_keep(model, ranges)
+    layers = list(quantised_nodes(calibrated.graph, keep, config.recipe))
     if not layers:
-        raise UserError(f"keep: {', '.join(config.keep)} leaves nothing to quantise: name fewer layers")
+        raise UserError(f"keep: {', '.join(keep or ())} leaves nothing to quantise: name fewer layers")
     wide = tuple(model.card.metrics.get("fp32_nodes", []))
     decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)
     if decision is not None:
@@ -129,12 +132,12 @@ def export_int8(config: Int8Config) -> Path:
     if config.base == "fp16":
         quantised = to_fp16(quantised, wide)
     left = [name for name in quantised_nodes(calibrated.graph, (), config.recipe) if name not in layers]
-    mixed = any(not name.startswith(KEEP) for name in left)
+    usual = quantised_nodes(calibrated.graph, _finished_keep(model, ranges), config.recipe)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         describe(draft, model, quantised)
         draft.metrics = {
-            "precision": f"{config.number}-mixed" if mixed else config.number,
+            "precision": config.number if set(usual) <= set(layers) else f"{config.number}-mixed",
             "quantised": layers,
             "kept": left,
             "fp32_nodes": list(wide),
@@ -165,7 +168,7 @@ def _decide(
         calibrated.graph,
         partial(calibrated.quantise, number=config.number),
         layers,
-        [node.name for node in linear_nodes(calibrated.graph)],
+        [[node.name for node in some(calibrated.graph)] for some in (weighted_nodes, linear_nodes)],
         validation,
         list(read_batches(validation, model.card.preprocess, _READ_BY)),
         Budget(config.max_recall_drop, config.seconds, candidates),
@@ -192,6 +195,16 @@ def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> Non
         raise UserError(
             f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
         )
-    finished = model.card.metrics.get("quantise_keep")
-    if ranges.as_parent("ranges") in model.card.parents and finished != list(config.keep):
-        raise UserError(f"keep: the student was finished with [{', '.join(finished or ())}] kept: give the same")
+    finished = _finished_keep(model, ranges)
+    if finished is not None and config.keep not in (None, finished):
+        raise UserError(f"keep: the student was finished with [{', '.join(finished)}] kept: give the same or none")
+
+
+def _finished_keep(model: Artifact, ranges: Artifact) -> tuple[str, ...] | None:
+    """What the finishing of a student under these ranges left alone; None where there was none."""
+    if ranges.as_parent("ranges") not in model.card.parents:
+        return None
+    kept = model.card.metrics.get("quantise_keep")
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise UserError(f"{model.path}: its card does not say what its finishing kept: export the student again")
+    return tuple(kept)

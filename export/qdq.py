@@ -1,9 +1,9 @@
 """FP32 graph and ranges -> a graph with explicit quantisation, INT8 or FP8.
 
-Symmetric: weights per output channel, activations per tensor. The recipe ``linear`` quantises products with a
-constant matrix (LayerNorm, softmax and attention keep the base precision: quantising those is what collapses a
-ViT, see FQ-ViT, IJCAI 2022); ``full-mha`` the inputs of attention's own products too. Biases stay in floating
-point (TensorRT's parser refuses quantised INT32 biases).
+Symmetric: weights per output channel, activations per tensor. The recipe ``linear`` quantises products with
+constant weights, linears and convolutions (LayerNorm, softmax and attention keep the base precision: quantising
+those is what collapses a ViT, see FQ-ViT, IJCAI 2022); ``full-mha`` the inputs of attention's own products too.
+Biases stay in floating point (TensorRT's parser refuses quantised INT32 biases).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.linears import attention_nodes, channel_axis, find_linears, linear_nodes, replace_constant
+from calibration.linears import attention_nodes, channel_axis, find_linears, replace_constant, weighted_nodes
 from vpr.errors import UserError
-from vpr.int8 import KEEP, LEVELS, activation_scale, weight_scales
+from vpr.int8 import LEVELS, activation_scale, weight_scales
 
 Recipe = Literal["linear", "full-mha"]
 Format = Literal["int8", "fp8"]
@@ -51,7 +51,7 @@ def quantise(
     body = model.graph
     chosen = {name: inputs for name, inputs in quantised_nodes(model, (), "full-mha").items() if name in layers}
     weights = {tensor.name: tensor for tensor in body.initializer}
-    linears = {node.name for node in linear_nodes(model)}
+    weighted = {node.name for node in weighted_nodes(model)}
     before: dict[str, list[onnx.NodeProto]] = {}
     done: dict[str, str] = {}
     for node in (node for node in body.node if node.name in chosen):
@@ -62,7 +62,7 @@ def quantise(
             if name not in done:
                 done[name] = _quantise_activation(body, name, thresholds[name], pairs, number)
             node.input[position] = done[name]
-        if node.name in linears:
+        if node.name in weighted:
             weight = node.input[1]
             if weight not in done:
                 done[weight] = _quantise_weight(body, weights[weight], channel_axis(node), pairs, number)
@@ -80,35 +80,43 @@ def quantise(
 
 
 def quantised_nodes(
-    graph: onnx.ModelProto, keep: tuple[str, ...] = KEEP, recipe: Recipe = "linear"
+    graph: onnx.ModelProto, keep: tuple[str, ...] | None = None, recipe: Recipe = "linear"
 ) -> dict[str, tuple[str, ...]]:
     """The nodes that a recipe quantises, by name, with the activations that each reads.
 
     Args:
         graph: FP32.
-        keep: beginnings of names of linears, and of attentions, to leave alone.
+        keep: beginnings of names of nodes to leave alone; None leaves the first and the last product with weights.
         recipe: which products are quantised.
     """
-    found: dict[str, tuple[str, ...]] = {node.name: (node.input[0],) for node in linear_nodes(graph)}
+    found: dict[str, tuple[str, ...]] = {node.name: (node.input[0],) for node in weighted_nodes(graph)}
+    outer = {*list(found)[:1], *list(found)[-1:]}
     if recipe == "full-mha":
         found |= attention_nodes(graph)
+    if keep is None:
+        return {name: inputs for name, inputs in found.items() if name not in outer}
     return {name: inputs for name, inputs in found.items() if not name.startswith(keep)}
 
 
 def quantise_per_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric INT8 of a matrix, one scale per channel of ``axis``.
+    """Symmetric INT8 of a matrix or kernel, one scale per channel of ``axis``.
 
     Args:
-        weight: (rows, columns) float32.
-        axis: 0 or 1, the output channels.
+        weight: float32, (rows, columns) or (out, in, height, width).
+        axis: the output channels.
 
     Returns:
         int8 of the same shape, in -127…127, and (channels,) float32 scales.
     """
     scale = weight_scales(weight, axis)
     # Rounding the scale to FP16 may bring the largest value just above 127.
-    steps = np.rint(weight / np.expand_dims(scale, 1 - axis))
+    steps = np.rint(weight / _along(scale, axis, weight.ndim))
     return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scale
+
+
+def _along(scale: NDArray[np.float32], axis: int, dims: int) -> NDArray[np.float32]:
+    """(channels,) shaped so that it is broadcast along an axis of ``dims``."""
+    return scale.reshape([-1 if one == axis else 1 for one in range(dims)])
 
 
 def _correct(model: onnx.ModelProto, corrections: Mapping[str, NDArray[np.float32]], layers: Collection[str]) -> None:
@@ -144,7 +152,7 @@ def _quantise_weight(
         values, scale = quantise_per_channel(matrix, axis)
     else:
         scale = weight_scales(matrix, axis, _FP8_LARGEST)
-        steps = matrix / np.expand_dims(scale, 1 - axis)
+        steps = matrix / _along(scale, axis, matrix.ndim)
         values = np.clip(steps, -_FP8_LARGEST, _FP8_LARGEST).astype(_FP8)
     body.initializer.append(numpy_helper.from_array(values, f"{name}_{number}"))
     body.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))

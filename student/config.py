@@ -22,7 +22,8 @@ class QuantiseConfig:
 
     Attributes:
         ranges: ``ranges`` artifact of the graph of the student that ``start`` names; empty trains without Q/DQ.
-        keep: linears whose names begin with one of these are not quantised, as in ``vpr export int8``.
+        keep: linears whose names begin with one of these are not quantised, and ``vpr export int8`` leaves them too;
+            a convolutional stem has to be among them.
     """
 
     ranges: str = ""

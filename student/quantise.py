@@ -56,12 +56,16 @@ def fake_quantise(model: nn.Module, thresholds: dict[str, float], keep: tuple[st
         keep: beginnings of names of linears to leave alone.
 
     Raises:
-        UserError: a range of no linear, a linear without a range, or nothing left to quantise.
+        UserError: a range of no linear, a linear without a range, a convolution that is not kept, or nothing left
+            to quantise.
     """
     chosen = [name for name in thresholds if not name.startswith(keep)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not chosen:
         raise UserError("quantise.keep: leaves nothing to quantise: name fewer layers")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.startswith(keep):
+            raise UserError(f"quantise.keep: '{name}' is a convolution, finishing is of linears alone: keep it too")
     for name in chosen:
         parent_name, _, own = name.rpartition(".")
         try:

@@ -89,7 +89,6 @@ class GraphSession:
     """
 
     def __init__(self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU) -> None:
-        # ONNX Runtime 1.31 moves Q and DQ past a Transpose, which its CPU does not have for FP8.
         fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer)
         with refused_by("onnxruntime"):
             self._session = open_session(graph.SerializeToString(), threads, provider, fp8 and provider == CPU)

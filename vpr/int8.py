@@ -16,7 +16,7 @@ from vpr.artifact import Artifact, reading
 from vpr.errors import UserError
 
 LEVELS = 127
-# Linears that stay in the base precision unless asked otherwise: the first and the last.
+# Modules whose linears finishing leaves alone unless asked otherwise: the first and the last.
 KEEP = ("vit.to_patch_embedding", "vit.mlp_head")
 # Below this, a scale is no normal FP16 number and loses digits.
 _SMALLEST_SCALE = 2.0**-14
@@ -69,6 +69,7 @@ def activation_scale(threshold: float, levels: float = LEVELS) -> np.float32:
 
 
 def weight_scales(weight: NDArray[np.float32], axis: int, levels: float = LEVELS) -> NDArray[np.float32]:
-    """(channels,) steps of a (rows, columns) matrix, one per channel of ``axis``; FP16 holds them exactly."""
-    scale = np.abs(weight).max(axis=1 - axis).astype(np.float64) / levels
+    """(channels,) steps of a matrix or kernel, one per channel of ``axis``; FP16 holds them exactly."""
+    others = tuple(other for other in range(weight.ndim) if other != axis)
+    scale = np.abs(weight).max(axis=others).astype(np.float64) / levels
     return np.maximum(scale, _SMALLEST_SCALE).astype(np.float16).astype(np.float32)

@@ -65,7 +65,7 @@ def test_torch_compile_without_a_compiler_is_a_reason(monkeypatch: pytest.Monkey
 class _Session:
     """A session of a runtime that could not load what it was asked for."""
 
-    def __init__(self, graph: bytes, options: object, providers: list[str] | None = None) -> None:
+    def __init__(self, graph: bytes, options: object, providers: list[str] | None = None, **others: object) -> None:
         self.asked = providers
 
     def get_providers(self) -> list[str]:

@@ -72,9 +72,9 @@ def test_pictures_are_recorded_and_of_training_products(ranges: Path, catalog: C
     assert recorded.column_names == ["image", "product", "sha256"]
     assert set(recorded["product"].to_pylist()) <= set(catalog.select(split="train").products.tolist())
     card = load_artifact(ranges, "ranges").card
-    # Nine linears, and queries, keys and values of two attentions.
-    assert (card.metrics["pictures"], card.metrics["tensors"]) == (40, 15)
-    assert card.metrics["methods"]["minmax"] == 15
+    # Nine linears and four convolutions, and queries, keys and values of two attentions.
+    assert (card.metrics["pictures"], card.metrics["tensors"]) == (40, 19)
+    assert card.metrics["methods"]["minmax"] == 19
     assert [parent.role for parent in card.parents] == ["onnx", "student", "catalog"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from calibration.linears import attention_nodes, linear_nodes
+from calibration.linears import attention_nodes, weighted_nodes
 from calibration.sensitivity import Decision, Trial
 from calibration.statistics import measure
 from export import candidates as candidates_module
@@ -48,7 +48,7 @@ def test_the_graph_is_what_the_decision_says(decided: Path, graph: onnx.ModelPro
     written, artifact = load_onnx(decided)
     assert decision["met"]
     assert decision["drop"] <= 0.05
-    products = {node.name for node in (*linear_nodes(graph),)} | set(attention_nodes(graph))
+    products = {node.name for node in weighted_nodes(graph)} | set(attention_nodes(graph))
     inputs = {node.name: node.input for node in written.graph.node}
     in_eight_bits = {name for name in products if inputs[name][0].endswith("_dq")}
     assert in_eight_bits == set(decision["quantised"])

@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from calibration.calibrate import CalibrateConfig, calibrate
-from calibration.linears import linear_nodes as linears
+from calibration.linears import weighted_nodes
 from export.engine import EngineConfig, build_plan, load_builder
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
@@ -75,7 +75,7 @@ def test_nodes_that_overflow_are_found_and_kept_fp32(graph: onnx.ModelProto, fac
 
 def test_a_quantised_graph_keeps_them_too(graph: onnx.ModelProto) -> None:
     loud, inputs = _louder(graph, 20_000), _inputs(2)
-    limits = {node.input[0]: 4.0 for node in linears(graph)}
+    limits = {node.input[0]: 4.0 for node in weighted_nodes(graph)}
     quantised = quantise(loud, limits, quantised_nodes(loud))
     half = to_fp16(quantised, find_overflow(loud, inputs))
     assert parity(run_graph(quantised, inputs), _in_real_fp16(half, inputs))["cosine_min"] > 0.999

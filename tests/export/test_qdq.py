@@ -8,9 +8,9 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from calibration.linears import linear_nodes
+from calibration.linears import weighted_nodes
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
 from export.parity import parity
@@ -18,6 +18,7 @@ from export.qdq import quantise, quantise_per_channel, quantised_nodes
 from student.model import load_student
 from vpr.artifact import load_artifact
 from vpr.errors import UserError
+from vpr.graphs import GraphSession
 
 
 def _inputs(n: int) -> np.ndarray:
@@ -25,7 +26,7 @@ def _inputs(n: int) -> np.ndarray:
 
 
 def _thresholds(graph: onnx.ModelProto, value: float) -> dict[str, float]:
-    return {node.input[0]: value for node in linear_nodes(graph)}
+    return {node.input[0]: value for node in weighted_nodes(graph)}
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -68,21 +69,71 @@ def test_graph_equals_fake_quantised_pytorch(each_student: Path, graph: onnx.Mod
     inputs = _inputs(8)
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
-    found = run_graph(quantise(graph, _thresholds(graph, limit), quantised_nodes(graph)), inputs)
+    linears = quantised_nodes(graph, ("vit.to_patch_embedding", "vit.mlp_head"))
+    found = run_graph(quantise(graph, _thresholds(graph, limit), linears), inputs)
     assert parity(expected, found)["cosine_min"] > 0.99999
 
 
-def test_only_the_linears_of_the_blocks_are_quantised(graph: onnx.ModelProto) -> None:
+def test_a_convolution_equals_fake_quantised_pytorch() -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 12, 12), (16, 8, 3, 3)))
+    bias = rng.normal(size=16).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "kernel", "bias"], ["y"], name="conv", strides=[2, 2], pads=[1, 1, 1, 1])
+    shapes = {"x": x.shape, "y": (2, 16, 6, 6)}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    constants = [numpy_helper.from_array(kernel, "kernel"), numpy_helper.from_array(bias, "bias")]
+    model = helper.make_model(
+        helper.make_graph([node], "g", ends[:1], ends[1:], constants),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    quantised = quantise(model, {"x": 2.0}, ["conv"])
+    found = GraphSession(quantised).run(["y"], {"x": x})[0]
+    assert sum(one.op_type == "QuantizeLinear" for one in quantised.graph.node) == 1
+    steps, zeros = np.abs(kernel).max(axis=(1, 2, 3)) / 127, torch.zeros(16, dtype=torch.int32)
+    steps = torch.from_numpy(steps.astype(np.float16).astype(np.float32))
+    weight = torch.fake_quantize_per_channel_affine(torch.from_numpy(kernel), steps, zeros, 0, -127, 127)
+    seen = torch.fake_quantize_per_tensor_affine(torch.from_numpy(x), float(np.float16(2.0 / 127)), 0, -128, 127)
+    expected = F.conv2d(seen, weight, torch.from_numpy(bias), 2, 1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - F.conv2d(*map(torch.from_numpy, (x, kernel, bias)), 2, 1).numpy()).max() > 1e-3
+
+
+def test_fp8_after_a_relu_is_what_pytorch_rounds_to() -> None:
+    """ONNX Runtime drops a Relu before a Q whose zero point it takes for the smallest number."""
+    rng = np.random.default_rng(0)
+    x, matrix = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 32), (32, 16)))
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], name="relu"),
+        helper.make_node("MatMul", ["r", "w"], ["y"], name="product"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (6, d)) for n, d in (("x", 32), ("y", 16))]
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(matrix, "w")])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    found = GraphSession(quantise(model, {"r": 4.0}, ["product"], "fp8")).run(["y"], {"x": x})[0]
+
+    def rounded(values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        scale = steps.half().float()
+        return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    weight = torch.from_numpy(matrix)
+    expected = rounded(torch.from_numpy(x).relu(), torch.tensor(4.0 / 448)) @ rounded(
+        weight, weight.abs().amax(0) / 448
+    )
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_all_but_the_first_and_the_last_product_with_weights_are_quantised(graph: onnx.ModelProto) -> None:
     quantised = quantise(graph, _thresholds(graph, 3.0), quantised_nodes(graph))
-    producers = {output: node for node in quantised.graph.node for output in node.output}
-    for node in linear_nodes(graph):
-        after = next(n for n in quantised.graph.node if n.name == node.name)
-        inside = node.name.startswith("vit.transformer")
-        assert all(
-            (producers.get(name) is not None and producers[name].op_type == "DequantizeLinear") == inside
-            for name in (after.input[1],)
-        )
-    assert sum(node.op_type == "QuantizeLinear" for node in quantised.graph.node) == 8
+    producers = {output: node.op_type for node in quantised.graph.node for output in node.output}
+    after = {node.name: node for node in quantised.graph.node}
+    names = [node.name for node in weighted_nodes(graph)]
+    in_eight_bits = [
+        name for name in names if {producers.get(one) for one in after[name].input[:2]} == {"DequantizeLinear"}
+    ]
+    assert in_eight_bits == names[1:-1]
+    assert names[-1].startswith("vit.mlp_head")
+    assert sum(node.op_type == "QuantizeLinear" for node in quantised.graph.node) == len(names) - 2
     assert not [t for t in quantised.graph.initializer if t.data_type == TensorProto.INT32]
 
 
@@ -93,24 +144,30 @@ def test_the_whole_verb(fp32: Path, ranges: Path, base: str, tmp_path: Path) -> 
     float_graph, _ = load_onnx(fp32)
     inputs = _inputs(16)
     assert parity(run_graph(float_graph, inputs), run_graph(quantised, inputs))["cosine_mean"] > 0.99
-    assert len(artifact.card.metrics["quantised"]) == 8
+    products = weighted_nodes(float_graph)
+    assert len(artifact.card.metrics["quantised"]) == len(products) - 2
+    assert artifact.card.metrics["precision"] == "int8"
+    assert artifact.card.metrics["kept"] == [products[0].name, products[-1].name]
     weights = {t.name: t for t in quantised.graph.initializer}
     for node in (n for n in quantised.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights):
         scale = numpy_helper.to_array(weights[node.input[1]])
         assert scale.dtype == (np.float16 if base == "fp16" else np.float32)
         assert weights[node.input[0]].data_type == TensorProto.INT8
-        assert len(scale) == weights[node.input[0]].dims[1]
+        dims = weights[node.input[0]].dims
+        assert len(scale) == dims[0 if len(dims) == 4 else 1]
 
 
-def test_openvino_computes_the_linears_in_int8(fp32: Path, ranges: Path, tmp_path: Path) -> None:
+def test_openvino_computes_linears_and_convolutions_in_int8(fp32: Path, ranges: Path, tmp_path: Path) -> None:
     import openvino
 
     output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
     compiled = openvino.Core().compile_model(str(output / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     kinds = [(i["layerType"].astype(str), i["runtimePrecision"].astype(str)) for i in info]
-    integer = sum(kind == "FullyConnected" and precision in ("i8", "u8") for kind, precision in kinds)
-    assert integer == 8
+    integer = [kind for kind, precision in kinds if precision in ("i8", "u8")]
+    convolutions = sum(node.op_type == "Conv" for node in weighted_nodes(load_onnx(fp32)[0]))
+    assert integer.count("FullyConnected") == 8
+    assert integer.count("Convolution") == max(convolutions - 1, 0)
     inputs = _inputs(4)
     assert parity(run_graph(load_onnx(fp32)[0], inputs), compiled(inputs)[0])["cosine_mean"] > 0.99
 

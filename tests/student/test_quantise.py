@@ -17,6 +17,7 @@ from student.config import DistillConfig, QuantiseConfig
 from student.distill import distill
 from student.model import Student, load_student
 from student.quantise import FakeQuantLinear, fake_quantise, read_thresholds
+from tests.conftest import small_student
 from vpr.artifact import load_artifact
 from vpr.catalog import Catalog
 from vpr.errors import UserError
@@ -130,5 +131,7 @@ def test_wrong_ranges_are_refused(quantised: Path, config: DistillConfig, tmp_pa
         fake_quantise(model, thresholds, ("vit",))
     with pytest.raises(UserError, match="is no linear of this student"):
         fake_quantise(model, {"vit.transformer.layers.9.0.to_qkv": 1.0}, KEEP)
+    with pytest.raises(UserError, match=r"'vit\.to_patch_embedding\.layers\.0' is a convolution.*keep it too"):
+        fake_quantise(Student(replace(small_student("conv"))), read_thresholds(ranges)[0], ("vit.mlp_head",))
     with pytest.raises(UserError, match=r"quantise\.ranges: finishes a trained student: name it by start"):
         replace(config, quantise=QuantiseConfig(ranges))
