@@ -53,7 +53,7 @@ def study(student: Student) -> list[Row]:
         for seed in SEEDS:
             place = student.folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
             config = replace(base, onnx=str(floats), output=f"{place}-ranges", seed=seed, **change)
-            graph = export_int8(Int8Config(str(floats), str(calibrate(config)), str(place), base="fp32"))
+            graph = export_int8(Int8Config(str(floats), str(calibrate(config)), str(place), base="fp32", recipe="full"))
             found = embed(test, preprocess, openvino_forward(Path(graph) / "model.onnx"))
             against = parity(expected, found)
             cosines.append(against["cosine_mean"])

@@ -42,9 +42,9 @@ class Int8Config:
             computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
             slower than without quantisation over ``fp16``.
         keep: layers whose names begin with one of these stay in the base precision. None keeps the first and the
-            last, or what a student's finishing kept. ONNX Runtime's CPU provider is faster with a convolutional
-            stem in floating point (``[vit.to_patch_embedding, vit.mlp_head]``), OpenVINO with its INT8.
-        recipe: ``linear`` leaves attention in the base precision, ``full-mha`` quantises its products too.
+            last product with weights, or what a student's finishing kept.
+        recipe: ``linear`` leaves attention and convolutions in the base precision, ``full-mha`` quantises attention's
+            products too, ``full`` also a stem's convolutions. None is ``linear``, and ``full`` where a budget decides.
         number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
         max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
             that ``keep`` does not name.
@@ -61,7 +61,7 @@ class Int8Config:
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
     keep: tuple[str, ...] | None = None
-    recipe: Recipe = "linear"
+    recipe: Recipe | None = None
     number: Format = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""
@@ -121,7 +121,8 @@ def export_int8(config: Int8Config) -> Path:
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
     keep = config.keep if config.keep is not None else _finished_keep(model, ranges)
-    layers = list(quantised_nodes(calibrated.graph, keep, config.recipe))
+    recipe: Recipe = config.recipe or ("linear" if validation is None else "full")
+    layers = list(quantised_nodes(calibrated.graph, keep, recipe))
     if not layers:
         raise UserError(f"keep: {', '.join(keep or ())} leaves nothing to quantise: name fewer layers")
     wide = tuple(model.card.metrics.get("fp32_nodes", []))
@@ -131,8 +132,8 @@ def export_int8(config: Int8Config) -> Path:
     quantised = calibrated.quantise(layers, config.number)
     if config.base == "fp16":
         quantised = to_fp16(quantised, wide)
-    left = [name for name in quantised_nodes(calibrated.graph, (), config.recipe) if name not in layers]
-    usual = quantised_nodes(calibrated.graph, _finished_keep(model, ranges), config.recipe)
+    left = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
+    usual = quantised_nodes(calibrated.graph, _finished_keep(model, ranges))
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         describe(draft, model, quantised)

@@ -1,8 +1,9 @@
 """FP32 graph and ranges -> a graph with explicit quantisation, INT8 or FP8.
 
-Symmetric: weights per output channel, activations per tensor. The recipe ``linear`` quantises products with
-constant weights, linears and convolutions (LayerNorm, softmax and attention keep the base precision: quantising
-those is what collapses a ViT, see FQ-ViT, IJCAI 2022); ``full-mha`` the inputs of attention's own products too.
+Symmetric: weights per output channel, activations per tensor. The recipe ``linear`` quantises products with a
+constant matrix (LayerNorm, softmax and attention keep the base precision: quantising those is what collapses a
+ViT, see FQ-ViT, IJCAI 2022); ``full-mha`` the inputs of attention's own products too; ``full`` also a stem's
+convolutions, whose outputs after a ReLU use half of the symmetric range.
 Biases stay in floating point (TensorRT's parser refuses quantised INT32 biases).
 """
 
@@ -16,11 +17,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.linears import attention_nodes, channel_axis, find_linears, replace_constant, weighted_nodes
+from calibration.linears import (
+    attention_nodes,
+    channel_axis,
+    find_linears,
+    linear_nodes,
+    replace_constant,
+    weighted_nodes,
+)
 from vpr.errors import UserError
 from vpr.int8 import LEVELS, activation_scale, weight_scales
 
-Recipe = Literal["linear", "full-mha"]
+Recipe = Literal["linear", "full-mha", "full"]
 Format = Literal["int8", "fp8"]
 _FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _FP8_LARGEST = 448.0
@@ -49,7 +57,7 @@ def quantise(
     model.CopyFrom(graph)
     _correct(model, corrections or {}, layers)
     body = model.graph
-    chosen = {name: inputs for name, inputs in quantised_nodes(model, (), "full-mha").items() if name in layers}
+    chosen = {name: inputs for name, inputs in quantised_nodes(model, (), "full").items() if name in layers}
     weights = {tensor.name: tensor for tensor in body.initializer}
     weighted = {node.name for node in weighted_nodes(model)}
     before: dict[str, list[onnx.NodeProto]] = {}
@@ -89,9 +97,11 @@ def quantised_nodes(
         keep: beginnings of names of nodes to leave alone; None leaves the first and the last product with weights.
         recipe: which products are quantised.
     """
-    found: dict[str, tuple[str, ...]] = {node.name: (node.input[0],) for node in weighted_nodes(graph)}
-    outer = {*list(found)[:1], *list(found)[-1:]}
-    if recipe == "full-mha":
+    weighted = weighted_nodes(graph)
+    outer = {node.name for node in (*weighted[:1], *weighted[-1:])}
+    products = weighted if recipe == "full" else linear_nodes(graph)
+    found: dict[str, tuple[str, ...]] = {node.name: (node.input[0],) for node in products}
+    if recipe != "linear":
         found |= attention_nodes(graph)
     if keep is None:
         return {name: inputs for name, inputs in found.items() if name not in outer}

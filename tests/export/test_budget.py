@@ -34,7 +34,6 @@ def decided(fp32: Path, ranges: Path, catalog: Catalog, tmp_path_factory: pytest
             str(fp32),
             str(ranges),
             str(tmp_path_factory.mktemp("budget") / "int8"),
-            recipe="full-mha",
             max_recall_drop=0.05,
             catalog=str(catalog.artifact.path),
             timed_by="openvino",

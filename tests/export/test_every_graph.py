@@ -38,7 +38,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "registers and mean": {"registers": 4, "pool": "mean"},
 }
 # Largest drop of the smallest cosine, by the recipe and the number of eight bits.
-QUANTISED = {("linear", "int8"): 0.01, ("full-mha", "int8"): 0.02, ("linear", "fp8"): 0.02, ("full-mha", "fp8"): 0.04}
+QUANTISED = {
+    ("linear", "int8"): 0.01,
+    ("full-mha", "int8"): 0.02,
+    ("full", "int8"): 0.02,
+    ("linear", "fp8"): 0.02,
+    ("full-mha", "fp8"): 0.04,
+    ("full", "fp8"): 0.04,
+}
 
 
 def _pixels(size: int = 32) -> NDArray[np.float32]:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.linears import weighted_nodes
+from calibration.linears import attention_nodes, weighted_nodes
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
 from export.parity import parity
-from export.qdq import quantise, quantise_per_channel, quantised_nodes
+from export.qdq import Recipe, quantise, quantise_per_channel, quantised_nodes
 from student.model import load_student
 from vpr.artifact import load_artifact
 from vpr.errors import UserError
@@ -124,7 +124,8 @@ def test_fp8_after_a_relu_is_what_pytorch_rounds_to() -> None:
 
 
 def test_all_but_the_first_and_the_last_product_with_weights_are_quantised(graph: onnx.ModelProto) -> None:
-    quantised = quantise(graph, _thresholds(graph, 3.0), quantised_nodes(graph))
+    layers = [name for name in quantised_nodes(graph, recipe="full") if name not in attention_nodes(graph)]
+    quantised = quantise(graph, _thresholds(graph, 3.0), layers)
     producers = {output: node.op_type for node in quantised.graph.node for output in node.output}
     after = {node.name: node for node in quantised.graph.node}
     names = [node.name for node in weighted_nodes(graph)]
@@ -138,16 +139,20 @@ def test_all_but_the_first_and_the_last_product_with_weights_are_quantised(graph
 
 
 @pytest.mark.parametrize("base", ["fp16", "fp32"])
-def test_the_whole_verb(fp32: Path, ranges: Path, base: str, tmp_path: Path) -> None:
-    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base))
+@pytest.mark.parametrize("recipe", [None, "full"])
+def test_the_whole_verb(fp32: Path, ranges: Path, base: str, recipe: Recipe | None, tmp_path: Path) -> None:
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base, recipe=recipe))
     quantised, artifact = load_onnx(output)
     float_graph, _ = load_onnx(fp32)
     inputs = _inputs(16)
     assert parity(run_graph(float_graph, inputs), run_graph(quantised, inputs))["cosine_mean"] > 0.99
     products = weighted_nodes(float_graph)
-    assert len(artifact.card.metrics["quantised"]) == len(products) - 2
+    quantised_names = artifact.card.metrics["quantised"]
+    attention = list(attention_nodes(float_graph)) if recipe == "full" else []
+    inner = [one.name for one in products[1:-1] if recipe == "full" or one.op_type != "Conv"]
+    assert quantised_names == [*inner, *attention]
     assert artifact.card.metrics["precision"] == "int8"
-    assert artifact.card.metrics["kept"] == [products[0].name, products[-1].name]
+    assert artifact.card.metrics["kept"][-1] == products[-1].name
     weights = {t.name: t for t in quantised.graph.initializer}
     for node in (n for n in quantised.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights):
         scale = numpy_helper.to_array(weights[node.input[1]])
@@ -160,7 +165,7 @@ def test_the_whole_verb(fp32: Path, ranges: Path, base: str, tmp_path: Path) -> 
 def test_openvino_computes_linears_and_convolutions_in_int8(fp32: Path, ranges: Path, tmp_path: Path) -> None:
     import openvino
 
-    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), recipe="full"))
     compiled = openvino.Core().compile_model(str(output / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     kinds = [(i["layerType"].astype(str), i["runtimePrecision"].astype(str)) for i in info]
