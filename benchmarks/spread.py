@@ -11,8 +11,9 @@ from vpr.timing import Timed, summarise
 
 _QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 _LEVEL = 0.95
-# A row is unstable beyond these: the medians of its two halves, and of a round against all rounds, in parts of one.
-HALVES, ROUND = 0.05, 0.15
+# A row is unstable beyond these, in parts of one: the medians of its two halves, a round's median against all rounds',
+# and twice the standard error of the rounds' medians (two runs then differ by more than 3.5 % one time in twenty).
+HALVES, ROUND, ERROR = 0.05, 0.15, 0.025
 
 Interval = tuple[float | None, float | None]
 
@@ -51,7 +52,8 @@ def judge(timed: Timed) -> str | None:
     """Why a row is not to be relied on, or None.
 
     It is unstable if its warm-up ended at 60 calls without being steady, if the medians of its first and second five
-    rounds differ by more than 5 %, or if the median of any round lies more than 15 % from the median of all rounds'.
+    rounds differ by more than 5 %, if the median of any round lies more than 15 % from the median of all rounds', or
+    if the rounds' medians are so far apart that they tell the p50 to no better than 2.5 %.
     """
     medians = np.array([np.median(one) for one in timed.rounds])
     half = len(medians) // 2
@@ -65,6 +67,9 @@ def judge(timed: Timed) -> str | None:
     if np.abs(medians - centre).max() > ROUND * centre:
         least, most = medians.min() / centre - 1, medians.max() / centre - 1
         reasons.append(f"rounds' medians {least:+.0%} to {most:+.0%} around theirs")
+    error = 2 * float(medians.std(ddof=1)) / len(medians) ** 0.5 / centre
+    if error > ERROR:
+        reasons.append(f"rounds' medians tell the p50 to {error:.1%} only")
     return "; ".join(reasons) or None
 
 
