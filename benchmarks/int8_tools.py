@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.figures import ROOT, Figure, Row
+from benchmarks.apart import run_apart
+from benchmarks.figures import Figure, Row
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.cpu import openvino_forward
 from export.int8 import Int8Config, export_int8
@@ -26,7 +25,6 @@ from vpr.artifact import load_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import Forward, embed, read_batches, score_split
-from vpr.errors import UserError
 from vpr.graphs import GraphSession
 from vpr.images import Preprocess
 from vpr.metrics import RetrievalScores, bootstrap_interval
@@ -43,6 +41,7 @@ ENVIRONMENTS = {
     "modelopt-entropy": ".venv-modelopt",
     "nncf": ".venv-nncf",
 }
+_TARGET = "other-quantisers"
 _SECONDS = 2.0
 _LEAST_COSINE, _LEAST_RETENTION = 0.999, 0.995
 
@@ -114,6 +113,17 @@ def compare_tools(student: Student, command: str) -> tuple[list[Figure], list[Ro
 
 def quantise_with_all(student: Student) -> dict[str, Path]:
     """ONNX files by tool; finished ones are used again."""
+    found, pixels = own_graphs(student)
+    for tool, environment in ENVIRONMENTS.items():
+        found[tool] = student.folder / f"{tool}.onnx"
+        if not found[tool].is_file():
+            say(f"  {student.name}: {tool}")
+            run_tool(tool, environment, found[FLOAT], pixels, found[tool])
+    return found
+
+
+def own_graphs(student: Student) -> tuple[dict[str, Path], Path]:
+    """Our FP32 and INT8 graphs of a student, and the file of the pictures that its ranges are of."""
     folder = student.folder
     folder.mkdir(parents=True, exist_ok=True)
     floats = export_onnx(OnnxConfig(str(student.artifact), str(folder / "fp32")))
@@ -122,13 +132,7 @@ def quantise_with_all(student: Student) -> dict[str, Path]:
     pixels = folder / "pixels.npy"
     if not pixels.is_file():
         np.save(pixels, calibration_pixels(ranges, student), allow_pickle=False)
-    found = {FLOAT: floats / "model.onnx", OURS: ours / "model.onnx"}
-    for tool, environment in ENVIRONMENTS.items():
-        found[tool] = folder / f"{tool}.onnx"
-        if not found[tool].is_file():
-            say(f"  {student.name}: {tool}")
-            run_tool(tool, environment, floats / "model.onnx", pixels, found[tool])
-    return found
+    return {FLOAT: floats / "model.onnx", OURS: ours / "model.onnx"}, pixels
 
 
 def calibration_pixels(ranges: Path, student: Student) -> NDArray[np.float32]:
@@ -138,39 +142,25 @@ def calibration_pixels(ranges: Path, student: Student) -> NDArray[np.float32]:
     places = {image: row for row, image in enumerate(catalog.table["image"].to_pylist())}
     rows = pa.array([places[image] for image in drawn])
     pictures = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
-    return np.concatenate(list(read_batches(pictures, _preprocess(student), 64)))
+    return np.concatenate(list(read_batches(pictures, preprocess_of(student), 64)))
 
 
-def run_tool(tool: str, environment: str, graph: Path, pixels: Path, output: Path) -> None:
-    """Run one tool in its own environment and process.
+def run_tool(tool: str, environment: str, graph: Path, pixels: Path, output: Path, target: str = _TARGET) -> None:
+    """Quantise a graph by one tool in its own environment and process.
 
     Raises:
         UserError: the environment is not there, or the tool fails.
     """
-    python = ROOT / environment / "bin" / "python" if environment else Path(sys.executable)
-    if not python.is_file():
-        raise UserError(f"{environment}: not there, {tool} runs in it: make other-quantisers")
     partial_output = output.with_suffix(".partial.onnx")
-    command = [str(python), str(ROOT / "benchmarks" / "other_quantisers.py"), tool, str(graph), str(pixels)]
-    done = subprocess.run([*command, str(partial_output)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"{tool}: failed: {done.stderr.strip().splitlines()[-1][:300]}: see benchmarks/other_quantisers.py"
-        )
+    run_apart(environment, "other_quantisers.py", [tool, str(graph), str(pixels), str(partial_output)], target)
     os.replace(partial_output, output)
 
 
 def measure_graphs(student: Student, graphs: dict[str, Path]) -> dict[str, Measured]:
-    """Embeddings by OpenVINO on the test split, then milliseconds of all graphs in interleaved rounds."""
-    test, preprocess = load_catalog(student.catalog).select(split="test"), _preprocess(student)
-    opened = {name: openvino_forward(path, 1) for name, path in graphs.items()}
-    runners = {name: onnxruntime_forward(path, 1) for name, path in graphs.items()}
-    pixels = np.zeros((1, 3, preprocess.size, preprocess.size), np.float32)
-    calls = {(name, "openvino"): partial(one, pixels) for name, one in opened.items()}
-    calls |= {(name, "onnxruntime"): partial(one, pixels) for name, one in runners.items()}
-    named = {" ".join(key): call for key, call in calls.items()}
-    times = {name: summarise(seen)["p50"] for name, seen in measure(named, _SECONDS).items()}
-    vectors = {name: embed(test, preprocess, one) for name, one in opened.items()}
+    """Embeddings by OpenVINO on the test split, and milliseconds of all graphs."""
+    test, preprocess = load_catalog(student.catalog).select(split="test"), preprocess_of(student)
+    times = time_graphs(graphs, preprocess.size)
+    vectors = {name: embed(test, preprocess, openvino_forward(path, 1)) for name, path in graphs.items()}
     found = {}
     for name, one in vectors.items():
         against = parity(vectors[FLOAT], one)
@@ -178,11 +168,20 @@ def measure_graphs(student: Student, graphs: dict[str, Path]) -> dict[str, Measu
             score_split(test, one),
             against["cosine_mean"],
             against["cosine_min"],
-            times[f"{name} openvino"],
-            times[f"{name} onnxruntime"],
+            times[name, "openvino"],
+            times[name, "onnxruntime"],
         )
         say(f"  {student.name}, {name}: recall@1 {found[name].scores.recall_at_1:.4f}, {found[name].openvino:.2f} ms")
     return found
+
+
+def time_graphs(graphs: dict[str, Path], size: int) -> dict[tuple[str, str], float]:
+    """p50, in milliseconds, of one picture and one thread by graph and runtime, from one interleaved run."""
+    pixels = np.zeros((1, 3, size, size), np.float32)
+    calls = {(name, "openvino"): partial(openvino_forward(path, 1), pixels) for name, path in graphs.items()}
+    calls |= {(name, "onnxruntime"): partial(onnxruntime_forward(path, 1), pixels) for name, path in graphs.items()}
+    seen = measure({"\n".join(key): call for key, call in calls.items()}, _SECONDS)
+    return {key: summarise(seen["\n".join(key)])["p50"] for key in calls}
 
 
 def onnxruntime_forward(path: Path, threads: int) -> Forward:
@@ -191,7 +190,8 @@ def onnxruntime_forward(path: Path, threads: int) -> Forward:
     return lambda batch: runner.run([OUTPUT], {INPUT: batch})[0]
 
 
-def _preprocess(student: Student) -> Preprocess:
+def preprocess_of(student: Student) -> Preprocess:
+    """What a student's card asks for."""
     preprocess = load_artifact(student.artifact, "student").card.preprocess
     assert preprocess is not None
     return preprocess
