@@ -7,7 +7,7 @@ SCALE_STAMP := .venv/.installed-scale
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture scale other-quantisers other-metrics clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture scale other-quantisers other-metrics other-toolkits clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -55,6 +55,15 @@ other-quantisers:
 other-metrics:
 	@test -x .venv-ranx/bin/python || $(PYTHON) -m venv .venv-ranx
 	@.venv-ranx/bin/python -m pip install --quiet ranx==0.3.21
+
+# The peers of our whole road: lightly-train, which exports a student by its own code (5 GB, with torch), and ONNX
+# Runtime's quantiser. onnxslim and timm are what lightly-train's ONNX export and its timm models need.
+other-toolkits:
+	@test -x .venv-lightly/bin/python || $(PYTHON) -m venv .venv-lightly
+	@.venv-lightly/bin/python -m pip install --quiet lightly-train==0.18.0 torch==2.12.1 torchvision==0.27.1 \
+		timm==1.0.31 onnx==1.23.2 onnxruntime==1.31.1 onnxslim==0.1.98
+	@test -x .venv-onnxruntime/bin/python || $(PYTHON) -m venv .venv-onnxruntime
+	@.venv-onnxruntime/bin/python -m pip install --quiet onnx==1.23.2 onnxruntime==1.31.1
 
 clean:
 	rm -rf .venv runs build *.egg-info

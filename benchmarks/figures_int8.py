@@ -17,16 +17,12 @@ from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
 from benchmarks.int8_study import study
-from benchmarks.int8_tools import Student, compare_tools
-from calibration.calibrate import CalibrateConfig, calibrate
+from benchmarks.int8_tools import Student, compare_tools, own_graphs, within_budget
 from export.engine import TARGETS, EngineConfig, this_gpu
-from export.int8 import Int8Config, export_int8
-from export.onnx_graph import OnnxConfig, export_onnx
 from vpr.console import say
 from vpr.environment import read_gpus
 
 _FOLDER = Path("runs/figures-int8")
-_BUDGET = 0.005
 
 
 def sample() -> Student:
@@ -73,17 +69,8 @@ def measure_budget() -> None:
     """INT8 decided on recall: what is found within half a point on validation, for each student."""
     rows: list[Row] = []
     for student in (sample(), grocery(), larger()):
-        floats = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
-        ranges = calibrate(CalibrateConfig(str(floats), str(student.catalog), str(student.folder / "ranges")))
-        config = Int8Config(
-            str(floats),
-            str(ranges),
-            str(student.folder / "int8-budget"),
-            recipe="full-mha",
-            max_recall_drop=_BUDGET,
-            catalog=str(student.catalog),
-        )
-        decision = json.loads((export_int8(config) / "decision.json").read_text(encoding="utf-8"))
+        own_graphs(student)
+        decision = json.loads((within_budget(student) / "decision.json").read_text(encoding="utf-8"))
         low, high = decision["drop_interval"]
         rows.append(
             {

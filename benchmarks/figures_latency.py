@@ -1,7 +1,8 @@
 """``make figures TOPIC=latency``: how far the latencies can be trusted, into ``benchmarks/results/latency.json``.
 
 Parts can be named (``make figures TOPIC=latency PARTS="truth"``); without any, all are measured. The students have
-random weights, which do not change the time. Nothing else should run on the machine meanwhile.
+random weights, which do not change the time; that of ``peers`` is trained by ``make figures TOPIC=student``. Nothing
+else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from safetensors.torch import save_file
 
 from benchmarks.backends import default_threads, models_of
 from benchmarks.demo import DemoConfig, demo
-from benchmarks.figures import Figure, Row, command_of, measure, record
+from benchmarks.figures import Figure, Row, command_of, markdown, measure, record
 from benchmarks.independent import pyperf_median
+from benchmarks.int8_tools import Student as PeerStudent
 from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
 from benchmarks.open_loop import Load, answer_load
+from benchmarks.peers import compare_peers
 from benchmarks.recall_check import measure_recall_code
 from benchmarks.scale_figures import scale_figures
 from export.onnx_graph import OnnxConfig, export_onnx
@@ -184,12 +187,23 @@ def measure_scale() -> None:
     record("latency", figures, {"scale": table})
 
 
+def measure_peers() -> None:
+    """The size curve's student of 192, by other toolkits and by ours; they need ``make other-toolkits``."""
+    curve, catalog = Path("runs/figures-student/sizes/width-192"), Path("runs/demo-full/catalog")
+    figures, table = compare_peers(
+        PeerStudent("sample", curve, catalog, _FOLDER / "peers"), command_of("latency", "peers")
+    )
+    print(markdown(table))
+    record("latency", figures, {"peers": table})
+
+
 PARTS = {
     "noise": measure_noise,
     "truth": measure_truth,
     "open-loop": measure_open_loop,
     "recall": measure_recall,
     "scale": measure_scale,
+    "peers": measure_peers,
 }
 
 

@@ -7,6 +7,7 @@ environments of NNCF and ModelOpt, whose requirements clash with ours.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -41,7 +42,7 @@ def _modelopt(graph: str, pixels: np.ndarray, output: str, method: str) -> None:
     )
 
 
-def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str) -> None:
+def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str, only: list[str] | None = None) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -61,7 +62,19 @@ def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str) -> No
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         calibrate_method=getattr(CalibrationMethod, method),
+        op_types_to_quantize=only,
     )
+
+
+def _onnxruntime_linears(graph: str, pixels: np.ndarray, output: str) -> None:
+    """As its guide advises, the graph is prepared first; and only the products are quantised."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = f"{folder}/prepared.onnx"
+        # The inference of symbolic shapes needs packages of its own; the batch is our only symbol.
+        quant_pre_process(graph, prepared, skip_symbolic_shape=True)
+        _onnxruntime(prepared, pixels, output, "MinMax", ["MatMul", "Gemm"])
 
 
 TOOLS: dict[str, Callable[..., None]] = {
@@ -71,6 +84,7 @@ TOOLS: dict[str, Callable[..., None]] = {
     "onnxruntime-minmax": partial(_onnxruntime, method="MinMax"),
     "onnxruntime-entropy": partial(_onnxruntime, method="Entropy"),
     "onnxruntime-percentile": partial(_onnxruntime, method="Percentile"),
+    "onnxruntime-linears": _onnxruntime_linears,
 }
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,8 +12,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.apart import run_apart
 from benchmarks.backends import default_threads
-from benchmarks.figures import ROOT, Figure, Row
+from benchmarks.figures import Figure, Row
 from student.model import load_student
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
@@ -23,7 +23,7 @@ from vpr.errors import UserError
 from vpr.metrics import evaluate, evaluate_similarities
 from vpr.search import search
 
-RANX = ROOT / ".venv-ranx" / "bin" / "python"
+RANX = ".venv-ranx"
 _CUTS = (1, 5, 10)
 
 
@@ -65,17 +65,12 @@ def against_ranx(rankings: int = 100, gallery: int = 1500, seed: int = 0) -> flo
     Raises:
         UserError: the environment is not there, or ranx failed.
     """
-    if not RANX.is_file():
-        raise UserError("ranx: its environment is not there: make other-metrics")
     relevant = random_rankings(rankings, gallery, seed)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "relevant.npy"
         np.save(file, relevant)
-        script = [str(RANX), str(ROOT / "benchmarks" / "other_metrics.py"), str(file)]
-        done = subprocess.run(script, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"ranx: {done.stderr.strip().splitlines()[-1]}: make other-metrics")
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+        printed = run_apart(RANX, "other_metrics.py", [str(file)], "other-metrics")
+    theirs = json.loads(printed.strip().splitlines()[-1])
     return max(abs(one[name] - theirs[name][q]) for q, one in enumerate(our_metrics(relevant)) for name in theirs)
 
 
