@@ -110,9 +110,9 @@ def compare_tools(student: Student, command: str) -> tuple[list[Figure], list[Ro
     figures = [
         Figure(f"{what}: INT8 over FP32, recall@1", retained, "", _LEAST_RETENTION, ">=", command),
         Figure(f"{what}: INT8, mean cosine to FP32", ours.cosine_mean, "", _LEAST_COSINE, ">=", command),
-        _ahead(f"{what}: INT8 less the best other tool ({best}), recall@1", ours, others[best], command),
-        _ahead(f"{what}: {BUDGETED} less the fastest other ({fastest}), recall@1", budgeted, others[fastest], command),
-        Figure(f"{what}: that tool over {BUDGETED}, OpenVINO ms", speed, "times", 1, ">=", command),
+        _ahead(f"{what}: INT8 less the best other tool, recall@1", ours, others[best], command),
+        _ahead(f"{what}: {BUDGETED} less the fastest other tool, recall@1", budgeted, others[fastest], command),
+        Figure(f"{what}: fastest other tool over {BUDGETED}, OpenVINO ms", speed, "times", 1, ">=", command),
         Figure(f"{what}: tools ahead of ours in recall at their speed", len(beaten_by), "", 0, "<=", command),
     ]
     return figures, [_row(student.name, name, one, floats) for name, one in found.items()]

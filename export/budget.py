@@ -66,7 +66,8 @@ def keep_recall(
         budget: what may be lost.
 
     Returns:
-        the record that becomes ``decision.json``: ``quantised`` layers, ``met``, the ``drop`` with its interval,
+        the record that becomes ``decision.json``: ``quantised`` layers, ``met`` by the ``drop`` and ``certain`` by the
+        upper end of its interval,
         ``latency_ms`` of the candidates, a reason for each layer, and every trial.
     """
     floats = _embed(graph, batches)
@@ -84,7 +85,10 @@ def keep_recall(
     )
     chosen = _fastest(found, names, times)
     low, high = chosen.interval
+    queries = int((validation.roles == "query").sum())
     say(f"  {names[chosen]}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget.drop:g}")
+    if found.met and high > budget.drop:
+        say(f"  the interval of {queries} validation queries reaches beyond that: more of them tell it better")
     if not found.met:
         say(f"  no set of layers stays within a drop of {budget.drop:g}: this one is the nearest")
     if times[names[chosen]] >= times[_BASE]:
@@ -92,8 +96,9 @@ def keep_recall(
     return {
         "max_recall_drop": budget.drop,
         "met": found.met,
+        "certain": high <= budget.drop,
         "split": "validation",
-        "queries": int((validation.roles == "query").sum()),
+        "queries": queries,
         "recall_at_1": chosen.recall,
         "drop": chosen.drop,
         "drop_interval": [low, high],
