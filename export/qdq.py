@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.linears import attention_nodes, channel_axis, find_linears, linear_nodes, replace_constant
 from vpr.errors import UserError
+from vpr.graphs import refused_by
 from vpr.int8 import KEEP, LEVELS, activation_scale, weight_scales
 
 Recipe = Literal["linear", "full-mha"]
@@ -26,6 +27,7 @@ _FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _FP8_LARGEST = 448.0
 
 
+@refused_by("Q/DQ")
 def quantise(
     graph: onnx.ModelProto,
     thresholds: Mapping[str, float],
@@ -79,6 +81,7 @@ def quantise(
     return model
 
 
+@refused_by("Q/DQ")
 def quantised_nodes(
     graph: onnx.ModelProto, keep: tuple[str, ...] = KEEP, recipe: Recipe = "linear"
 ) -> dict[str, tuple[str, ...]]:

@@ -275,7 +275,7 @@ def _refuse_other_kind(target: Path, kind: Kind) -> None:
     """An output that names an input, by slip, must not replace it."""
     try:
         found = json.loads((target / CARD_NAME).read_bytes())["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if found != kind:
         raise UserError(f"{target}: holds a {found} artifact, a {kind} would replace it: choose another output")
