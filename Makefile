@@ -4,10 +4,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 GPU_STAMP := .venv/.installed-gpu
 SCALE_STAMP := .venv/.installed-scale
+FUZZ_STAMP := .venv/.installed-fuzz
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme scale other-quantisers other-metrics clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme scale fuzzer other-quantisers other-metrics clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -18,7 +19,7 @@ demo-full: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(FUZZ_STAMP)
 	@$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(GPU_STAMP)
@@ -41,6 +42,9 @@ readme: $(STAMP)
 # Ray, for embedding on several machines; it needs nothing that clashes with ours.
 scale: $(SCALE_STAMP)
 
+# atheris, for the coverage-guided fuzzer.
+fuzzer: $(FUZZ_STAMP)
+
 # Tools that INT8 is compared with; their requirements clash with ours and with each other's.
 other-quantisers:
 	@test -x .venv-nncf/bin/python || $(PYTHON) -m venv .venv-nncf
@@ -62,6 +66,10 @@ $(GPU_STAMP): requirements-gpu.txt $(STAMP)
 
 $(SCALE_STAMP): requirements-scale.txt $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scale.txt
+	@touch $@
+
+$(FUZZ_STAMP): requirements-fuzz.txt $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
 	@touch $@
 
 $(STAMP): requirements.txt pyproject.toml

@@ -1,15 +1,28 @@
 """``make figures TOPIC=reliability``: what faults, load and time do, into ``benchmarks/results/reliability.json``.
 
-Parts can be named (``make figures TOPIC=reliability PARTS="kills"``); without any, all are measured.
+Parts can be named (``make figures TOPIC=reliability PARTS="fuzz"``); without any, all are measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.figures import measure
+from benchmarks.figures import measure, record
+from benchmarks.guided_fuzz import GuidedFuzzConfig, guided_fuzz, summarise
 
-PARTS: dict[str, Callable[[], None]] = {}
+
+def measure_fuzz() -> None:
+    """The coverage-guided fuzzer on every target; each is recorded when it is done."""
+    found = []
+    for one in guided_fuzz(GuidedFuzzConfig()):
+        found.append(one)
+        figures, rows = summarise(found, _command("fuzz"))
+        record("reliability", figures, {"fuzz": rows})
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "fuzz": measure_fuzz,
+}
 
 
 def _command(part: str) -> str:
