@@ -6,9 +6,11 @@ Parts can be named (``make figures TOPIC=reliability PARTS="fuzz"``); without an
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks.figures import measure, record
 from benchmarks.guided_fuzz import GuidedFuzzConfig, guided_fuzz, summarise
+from benchmarks.offline import offline
 
 
 def measure_fuzz() -> None:
@@ -20,8 +22,15 @@ def measure_fuzz() -> None:
         record("reliability", figures, {"fuzz": rows})
 
 
+def measure_offline() -> None:
+    """Every verb, with sockets blocked."""
+    figures, rows = offline(Path("runs/figures-reliability/offline").resolve(), _command("offline"))
+    record("reliability", figures, {"offline": rows})
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "fuzz": measure_fuzz,
+    "offline": measure_offline,
 }
 
 
