@@ -135,8 +135,11 @@ def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
         (lambda p: (p / "card.json").write_text("{"), "not a card"),
         (lambda p: (p / "card.json").write_text("[" * 100_000), "not a card"),
         (lambda p: (p / "card.json").write_text("[1]"), "not a card"),
+        (lambda p: (p / "card.json").write_text(" " * ((4 << 20) + 1)), "larger than 4194304 bytes: not a card"),
         (lambda p: (p / "card.json").unlink(), "no artifact here"),
         (lambda p: _edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: _edit_card(p, files={"n" * 300: {"size": 1, "sha256": "0"}}), "missing"),
+        (lambda p: _edit_card(p, files={"a\0b": {"size": 1, "sha256": "0"}}), "missing"),
         (lambda p: _edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
     ],
 )
