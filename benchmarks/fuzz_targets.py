@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from calibration.smooth import smooth
 from export.precision import to_fp16
 from export.qdq import quantise, quantised_nodes
 from teacher.runs import RunsConfig, runs
-from vpr.artifact import Artifact, Card, Embedding, Kind, check_output, find_current, load_artifact, reading
+from vpr.artifact import Artifact, Card, Embedding, FileEntry, Kind, check_output, find_current, load_artifact, reading
 from vpr.catalog import Catalog, split_by_product, table_of
 from vpr.errors import UserError
 from vpr.graphs import check_graph, load_graph
@@ -120,7 +121,7 @@ def _card(kind: Kind, files: tuple[str, ...]) -> Card:
         config={"precision": "fp32"},
         preprocess=Preprocess(size=_SIDE),
         embedding=Embedding(dim=_DIM, normalised=True, dtype="float32"),
-        files={name: {"size": 0, "sha256": _EMPTY} for name in files},
+        files={name: FileEntry(size=0, sha256=_EMPTY) for name in files},
     )
 
 
@@ -137,7 +138,7 @@ def sample_graph() -> onnx.ModelProto:
     def constant(name: str, *shape: int) -> onnx.TensorProto:
         return numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
 
-    def node(kind: str, module: str, inputs: list[str], output: str, **values: int) -> onnx.NodeProto:
+    def node(kind: str, module: str, inputs: list[str], output: str, **values: Any) -> onnx.NodeProto:
         return helper.make_node(kind, inputs, [output], name=f"{module}/{kind}", **values)
 
     nodes = [

@@ -44,10 +44,10 @@ def licence_of(package: str) -> Licence:
         found = metadata.metadata(package)
     except metadata.PackageNotFoundError:
         raise UserError(f"{package}: is not installed: pip install --require-hashes -r {LOCK.name}") from None
-    field = " ".join((found.get("License") or "").split())
+    field = " ".join((found.get_all("License") or [""])[0].split())
     classes = [one.split(" :: ")[-1] for one in found.get_all("Classifier") or () if one.startswith("License ::")]
-    if expression := found.get("License-Expression"):
-        return Licence(package, expression, "License-Expression")
+    if expressions := found.get_all("License-Expression"):
+        return Licence(package, expressions[0], "License-Expression")
     if field and len(field) <= _LONGEST and field.upper() != "UNKNOWN":
         return Licence(package, field, "License")
     if classes := [one for one in classes if one != "OSI Approved"]:
