@@ -87,12 +87,15 @@ def _fuzz(target: str, folder: Path, seconds: float) -> Fuzzed:
     grown = folder / "corpus"
     grown.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        nothing = _covered(_run(target, Path(name), seconds, name, "-runs=0"))
-        kept = _covered(_run(target, Path(name), seconds, name, str(KEPT / target), "-runs=0"))
-    log = ""
+        empty = Path(name) / "empty"
+        empty.mkdir()
+        nothing = _covered(_run(target, Path(name), seconds, str(empty), "-runs=0"))
+        kept = _covered(_run(target, Path(name), seconds, str(empty), str(KEPT / target), "-runs=0"))
+    log, told = "", {"accepted": 0, "refused": 0, "seconds": 0.0}
     for _ in range(_RESTARTS):
         log = _run(target, folder, seconds, str(grown), str(KEPT / target))
-        told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
+        if (folder / "told.json").is_file():
+            told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
         if told["seconds"] >= seconds:
             break
     faults = sorted(path.name for path in folder.iterdir() if path.name.startswith(_FAULTS) and path.suffix != ".txt")

@@ -56,12 +56,12 @@ class Watched:
             self._told["accepted"] += 1
         except UserError:
             self._told["refused"] += 1
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._keep(data, error)
         if time.monotonic() >= self._due:
             self._tell()
 
-    def _keep(self, data: bytes, error: Exception) -> None:
+    def _keep(self, data: bytes, error: BaseException) -> None:
         """Faults are told apart by their kind and by where in our code they come from."""
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
         ours = [f"{Path(frame.filename).name}:{frame.name}" for frame in frames if "/lib/python" not in frame.filename]
