@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz_targets import TARGETS, Target
-from benchmarks.guided_fuzz import KEPT, NAMES, Fuzzed, GuidedFuzzConfig, guided_fuzz, summarise
+from benchmarks.guided_fuzz import KEPT, NAMES, Fuzzed, GuidedFuzzConfig, _drop_false_alarms, guided_fuzz, summarise
 from vpr.errors import UserError
 
 CORPUS = [(name, path.name) for name in NAMES for path in sorted((KEPT / name).iterdir())]
@@ -67,6 +67,16 @@ def test_the_fuzzer_gets_further_than_the_corpus_and_finds_no_fault(tmp_path: Pa
         assert one.refused > 100
         nothing, kept, all_inputs = one.covered
         assert 2 * nothing < kept < all_inputs
+
+
+@needs_atheris
+@pytest.mark.slow
+def test_a_hang_that_does_not_come_again_is_none(tmp_path: Path) -> None:
+    """As where a process was stopped for a while; what does not end well again stays a fault."""
+    (tmp_path / "timeout-card").write_bytes((KEPT / "card" / "teacher.json").read_bytes())
+    (tmp_path / "timeout-nothing").symlink_to(tmp_path / "gone")
+    _drop_false_alarms("card", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["timeout-nothing"]
 
 
 @needs_atheris
