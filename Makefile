@@ -1,13 +1,19 @@
 # `make demo` and `make test` are all a newcomer needs; both set up .venv when it is missing or out of date.
 PYTHON ?= python3
+# The lock has what builds the package; without it pip fetches that for the moment of building.
+BUILD = $(if $(filter %.lock,$(REQUIREMENTS)),--no-build-isolation)
 BIN := .venv/bin
 STAMP := .venv/.installed
 GPU_STAMP := .venv/.installed-gpu
 SCALE_STAMP := .venv/.installed-scale
+FUZZ_STAMP := .venv/.installed-fuzz
+# requirements.lock has the same with hashes, and the packages that they need.
+REQUIREMENTS ?= requirements.txt
 TOPIC ?= demo
 PARTS ?=
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture scale other-quantisers other-metrics other-toolkits clean
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture lock audit licences scale fuzzer \
+	other-quantisers other-metrics other-toolkits clean
 
 demo: $(STAMP)
 	@$(BIN)/vpr demo
@@ -18,7 +24,7 @@ demo-full: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(FUZZ_STAMP)
 	@$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(GPU_STAMP)
@@ -43,6 +49,25 @@ architecture: $(STAMP)
 
 # Ray, for embedding on several machines; it needs nothing that clashes with ours.
 scale: $(SCALE_STAMP)
+
+# atheris, for the coverage-guided fuzzer.
+fuzzer: $(FUZZ_STAMP)
+
+# The lock, made again by a resolver with an environment of its own; and what is known against the versions in it.
+lock:
+	@test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv==0.13.9; }
+	@{ echo "# Linux x86-64, Python 3.11 to 3.14: requirements.txt and all that it needs, with the hashes of PyPI's files."; \
+	   echo "# Written by make lock; pip install --require-hashes -r requirements.lock"; \
+	   .venv-lock/bin/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes \
+	     --no-annotate --no-header --quiet; } > requirements.lock.partial && mv requirements.lock.partial requirements.lock
+
+audit: $(STAMP)
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit \
+	  && .venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	@$(BIN)/python -m benchmarks.audit .venv-audit/bin/pip-audit
+
+licences: $(STAMP)
+	@$(BIN)/python -m benchmarks.licences
 
 # Tools that INT8 is compared with; their requirements clash with ours and with each other's.
 other-quantisers:
@@ -76,12 +101,16 @@ $(SCALE_STAMP): requirements-scale.txt $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scale.txt
 	@touch $@
 
-$(STAMP): requirements.txt pyproject.toml
+$(FUZZ_STAMP): requirements-fuzz.txt $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
+	@touch $@
+
+$(STAMP): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "setting up .venv (about 2 minutes and 6 GB, once)"
 	@date +%s > .venv-started
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(BUILD) --editable .
 	@echo "$$(($$(date +%s) - $$(cat .venv-started)))" > $(STAMP)
 	@rm -f .venv-started

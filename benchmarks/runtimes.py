@@ -15,7 +15,7 @@ from vpr.artifact import Artifact, reading
 from vpr.embeddings import Forward, torch_forward
 from vpr.environment import read_gpus
 from vpr.errors import UserError
-from vpr.runtime import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, rtx_devices
+from vpr.runtime import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, keep_to_ourselves, rtx_devices
 
 _INSTALL = "pip install -r requirements.txt"
 _INSTALL_GPU = "pip install -r requirements-gpu.txt"
@@ -243,6 +243,7 @@ def _named(artifact: Artifact, forward: Forward) -> Forward:
 
 def _load(package: str, remedy: str) -> tuple[Any, str | None]:
     """A package, or None and the reason why it does not load."""
+    keep_to_ourselves()
     try:
         return importlib.import_module(package), None
     except (ImportError, OSError) as error:

@@ -14,6 +14,7 @@ from calibration.linears import Linear, find_linears, replace_constant
 from calibration.ranges import MagnitudeHistogram, threshold
 from calibration.statistics import Activations
 from vpr.errors import UserError
+from vpr.graphs import refused_by
 from vpr.int8 import LEVELS, activation_scale, weight_scales
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -81,6 +82,7 @@ def smoothing_factors(largest: NDArray[np.float32], weight: NDArray[np.float32],
     return (factors / np.exp(np.log(factors).mean())).astype(np.float32)
 
 
+@refused_by("smoothing")
 def smooth(graph: onnx.ModelProto, factors: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
     """A copy of an FP32 graph with factors folded in; it computes the same embeddings.
 

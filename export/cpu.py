@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vpr.embeddings import Forward
 from vpr.graphs import refused_by
-from vpr.runtime import INPUT, OUTPUT
+from vpr.runtime import INPUT, OUTPUT, keep_to_ourselves
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
@@ -24,6 +24,7 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     Raises:
         ImportError: OpenVINO is not installed.
     """
+    keep_to_ourselves()
     import openvino
 
     # Without the precision hint the CPU plugin computes FP32 graphs in BF16 where the processor has it.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vpr.errors import UserError
-from vpr.graphs import GraphSession
+from vpr.graphs import GraphSession, refused_by
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 # Other pictures than those looked at may reach further.
@@ -21,6 +21,7 @@ _LIMIT = _FP16_MAX / 2
 _BATCH = 8
 
 
+@refused_by("FP16")
 def to_fp16(graph: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
     """A copy of an FP32 graph that computes in FP16.
 

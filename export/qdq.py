@@ -26,6 +26,7 @@ from calibration.linears import (
     weighted_nodes,
 )
 from vpr.errors import UserError
+from vpr.graphs import refused_by
 from vpr.int8 import LEVELS, activation_scale, weight_scales
 
 Recipe = Literal["linear", "full-mha", "full"]
@@ -34,6 +35,7 @@ _FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _FP8_LARGEST = 448.0
 
 
+@refused_by("Q/DQ")
 def quantise(
     graph: onnx.ModelProto,
     thresholds: Mapping[str, float],
@@ -87,6 +89,7 @@ def quantise(
     return model
 
 
+@refused_by("Q/DQ")
 def quantised_nodes(
     graph: onnx.ModelProto, keep: tuple[str, ...] | None = None, recipe: Recipe = "linear"
 ) -> dict[str, tuple[str, ...]]:

@@ -141,11 +141,11 @@ def _finished(name: str, card: Card) -> Run:
             **_planned(config),
             val_recall_at_1=_number(metrics.get(MONITOR), float),
             best_epoch=_number(metrics.get("best_epoch"), int),
-            seconds=_number(metrics.get("seconds"), float),
+            seconds=_seconds(metrics.get("seconds")),
             pictures=_number(catalog.get("pictures", {}).get("train"), int),
             state="finished, leak" if catalog.get("leak") else "finished",
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return Run(name, state=f"damaged: its card's values ({type(error).__name__}: {error})")
 
 
@@ -162,6 +162,11 @@ def _planned(config: dict[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any, kind: type[int] | type[float]) -> Any:
     return None if value is None else kind(value)
+
+
+def _seconds(value: Any) -> float | None:
+    """A duration; what :class:`timedelta` cannot hold is none."""
+    return None if value is None else timedelta(seconds=float(value)).total_seconds()
 
 
 def _unfinished(name: str, folder: Path) -> Run | None:
@@ -184,7 +189,7 @@ def _unfinished(name: str, folder: Path) -> Run | None:
         return None
     try:
         planned = _planned(json.loads((folder / "config.json").read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         planned = {}  # cut off by a kill
     return Run(name, **planned, val_recall_at_1=best, best_epoch=best_epoch, state=state)
 

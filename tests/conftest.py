@@ -17,7 +17,9 @@ from student.model import Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
 from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
 from vpr.images import Preprocess
+from vpr.runtime import keep_to_ourselves
 
+keep_to_ourselves()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48
 # PyTorch would handle the end of a loader's worker in a signal. On one virtual machine's kernel a process that had used
 # the processor's matrix units (AMX) was killed when a handled signal reached it: without the handler none does.

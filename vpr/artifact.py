@@ -275,7 +275,7 @@ def _refuse_other_kind(target: Path, kind: Kind) -> None:
     """An output that names an input, by slip, must not replace it."""
     try:
         found = json.loads((target / CARD_NAME).read_bytes())["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if found != kind:
         raise UserError(f"{target}: holds a {found} artifact, a {kind} would replace it: choose another output")
@@ -286,9 +286,10 @@ def _verify_file(root: Path, name: str, entry: FileEntry) -> None:
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise UserError(f"{root / CARD_NAME}: file name '{name}' leaves the artifact: do not use it")
     path = root / name
-    if any(p.is_symlink() for p in (path, *path.parents) if root in p.parents):
+    # os.path, to which a name too long for the file system is no file; pathlib raises.
+    if any(os.path.islink(p) for p in (path, *path.parents) if root in p.parents):
         raise UserError(f"{path}: is a symbolic link: artifacts hold plain files, make it again")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise Damaged(f"{path}: missing: copy the artifact again or make it again")
     if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
         raise Damaged(f"{path}: changed since it was written (checksum differs): copy or make the artifact again")

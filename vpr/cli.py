@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vpr import __version__
 from vpr.errors import BudgetBroken, UserError
 from vpr.processes import leave
+from vpr.runtime import keep_to_ourselves
 
 
 @dataclass(frozen=True)
@@ -152,4 +152,4 @@ def quieten() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLE", "1")
+    keep_to_ourselves()

@@ -101,7 +101,7 @@ class GraphSession:
 
 @contextmanager
 def refused_by(library: str) -> Iterator[None]:
-    """Turn what a library says of a graph into one line."""
+    """Turn what a library, or a change of ours, says of a graph into one line."""
     try:
         yield
     except UserError:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vpr.errors import UserError
 from vpr.processes import compute_device
+from vpr.runtime import keep_to_ourselves
 from vpr.unfinished import save_whole
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
     Raises:
         UserError: Ray is not installed, or a worker failed.
     """
+    keep_to_ourselves()
     try:
         import ray
         import ray.data

@@ -170,6 +170,8 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                     raise UserError(
                         f"{table}: line {reader.line_num}: more cells than columns: quote those with commas"
                     )
+                if any("\0" in value for value in values.values() if value):  # NumPy drops those that end a text
+                    raise UserError(f"{table}: line {reader.line_num}: a zero byte: write it as CSV in UTF-8")
                 broken = [name for name in required if "\n" in values[name] or "\r" in values[name]]
                 if broken:  # a stray quote swallows the rows below it
                     reason = f"'{broken[0]}' has a line break: look for a stray quote above"

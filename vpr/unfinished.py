@@ -49,7 +49,7 @@ def finished_by_another(path: str, config: dict[str, Any], parents: list[Parent]
     """Whether the card that lies there is this one; the files behind it are verified once it is."""
     try:
         card = json.loads((Path(path) / CARD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or being replaced
+        found = card["config"], card["parents"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, being replaced, or no card
         return False
-    made_from = [parent.model_dump() for parent in parents]
-    return bool(card.get("config") == json.loads(json.dumps(config)) and card.get("parents") == made_from)
+    return found == (json.loads(json.dumps(config)), [parent.model_dump() for parent in parents])

@@ -285,6 +285,10 @@ def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog
     assert not finished_by_another(path, {**config, "seed": 1}, found.card.parents)
     assert not finished_by_another(path, config, [artifact.as_parent("other")])
     assert not finished_by_another(str(tmp_path / "none"), config, found.card.parents)
+    (tmp_path / "none").mkdir()
+    for half in ("[]", "{}", "[" * 100_000):
+        (tmp_path / "none" / "card.json").write_text(half)
+        assert not finished_by_another(str(tmp_path / "none"), config, found.card.parents)
 
 
 def test_an_unknown_start_is_passed_on(config: DistillConfig, teacher: Path, tmp_path: Path) -> None:

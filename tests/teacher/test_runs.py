@@ -133,6 +133,8 @@ def damage(path: Path, **changes: Any) -> None:
         ({"config": {"stages": 3}}, "damaged: its card's values"),
         ({"config": {"head": "arcface"}}, "damaged: its card's values"),
         ({"metrics": {"val_recall_at_1": "high"}}, "damaged: its card's values"),
+        ({"metrics": {"best_epoch": float("inf")}}, "damaged: its card's values"),
+        ({"metrics": {"seconds": 1e300}}, "damaged: its card's values"),
     ],
 )
 def test_damaged_cards_are_listed_as_such(tmp_path: Path, changes: dict[str, Any], reason: str | None) -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vpr.artifact import find_current, load_artifact, write_artifact
+from vpr.artifact import CARD_NAME, Damaged, check_output, find_current, load_artifact, write_artifact
 from vpr.errors import UserError
 
 
@@ -28,6 +32,53 @@ def test_what_is_written_is_read_back(artifact: Path) -> None:
     assert loaded.card.config == {"method": "mse", "bins": 2048}
     assert loaded.file("ranges.json").read_text() == "{}"
     assert [p.name for p in artifact.parent.iterdir()] == ["thing"]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(), JSON, max_size=5), st.dictionaries(st.text(), JSON, max_size=3))
+def test_whatever_json_a_card_is_given_is_read_back(config: dict[str, Any], metrics: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "thing"
+        with write_artifact(path, "ranges", config) as draft:
+            draft.metrics = metrics
+        card = load_artifact(path).card
+        assert (card.config, card.metrics) == (config, metrics)
+        assert json.loads((path / CARD_NAME).read_bytes())["config"] == config
+        assert find_current(path, "ranges", config, []) is not None
+        assert find_current(path, "ranges", {**config, "one": "more"}, []) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_no_changed_byte_goes_unseen(content: bytes, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "thing"
+        with write_artifact(path, "ranges", {}) as draft:
+            (draft.path / "file").write_bytes(content)
+        at = data.draw(st.integers(0, len(content) - 1))
+        changed = bytearray(content)
+        changed[at] ^= data.draw(st.integers(1, 255))
+        (path / "file").write_bytes(changed)
+        with pytest.raises(Damaged, match="changed since it was written"):
+            load_artifact(path)
+
+
+def test_a_card_nested_without_end_is_no_artifact_to_keep(tmp_path: Path) -> None:
+    (tmp_path / CARD_NAME).write_text("[" * 100_000)
+    check_output(tmp_path, "ranges")
+    with pytest.raises(UserError, match="not a card"):
+        load_artifact(tmp_path)
 
 
 def test_an_error_while_writing_leaves_nothing_and_harms_nothing(artifact: Path) -> None:
@@ -84,8 +135,11 @@ def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
         (lambda p: (p / "card.json").write_text("{"), "not a card"),
         (lambda p: (p / "card.json").write_text("[" * 100_000), "not a card"),
         (lambda p: (p / "card.json").write_text("[1]"), "not a card"),
+        (lambda p: (p / "card.json").write_text(" " * ((4 << 20) + 1)), "larger than 4194304 bytes: not a card"),
         (lambda p: (p / "card.json").unlink(), "no artifact here"),
         (lambda p: _edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: _edit_card(p, files={"n" * 300: {"size": 1, "sha256": "0"}}), "missing"),
+        (lambda p: _edit_card(p, files={"a\0b": {"size": 1, "sha256": "0"}}), "missing"),
         (lambda p: _edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
     ],
 )

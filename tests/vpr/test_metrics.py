@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpr.errors import UserError
-from vpr.metrics import average_precision, bootstrap_interval, evaluate
+from vpr.metrics import average_precision, bootstrap_interval, evaluate, evaluate_similarities
 from vpr.search import search
 
 
@@ -55,6 +55,31 @@ def test_recall_equals_faiss_on_a_random_gallery() -> None:
     assert scores.recall_at_5 == pytest.approx(hit[:, :5].any(axis=1).mean())
     assert scores.recall_at_10 == pytest.approx(hit.any(axis=1).mean())
     assert scores.ci95[0] <= scores.recall_at_1 <= scores.ci95[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_scores_equal_a_plain_loop_ties_included(data: st.DataObject) -> None:
+    """Equal similarities are ranked in the order of the gallery."""
+    gallery_products = data.draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=14))
+    query_products = data.draw(st.lists(st.sampled_from(sorted(set(gallery_products))), min_size=1, max_size=6))
+    row = st.lists(
+        st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=len(gallery_products), max_size=len(gallery_products)
+    )
+    similarities = [data.draw(row) for _ in query_products]
+    ranks, precisions = [], []
+    for product, scores in zip(query_products, similarities, strict=True):
+        order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
+        relevant = [gallery_products[place] == product for place in order]
+        ranks.append(relevant.index(True))
+        precisions.append(_loop_average_precision(relevant, len(relevant)))
+    found = evaluate_similarities(
+        np.array(similarities, dtype=np.float32), np.array(query_products), np.array(gallery_products)
+    )
+    for k, recall in ((1, found.recall_at_1), (5, found.recall_at_5), (10, found.recall_at_10)):
+        assert recall == pytest.approx(sum(rank < k for rank in ranks) / len(ranks))
+    assert found.map == found.map_at_1000 == pytest.approx(sum(precisions) / len(precisions))
+    assert found.hits.tolist() == [rank == 0 for rank in ranks]
 
 
 def test_the_gallery_finds_itself() -> None:

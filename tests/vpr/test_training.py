@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,23 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):  # what cannot be written stands for a kill half way
         AtomicCheckpoint().save_checkpoint({"step": 2, "lost": lambda: 0}, path)
     assert AtomicCheckpoint().load_checkpoint(path, weights_only=True) == {"step": 1}
+
+
+class _Opener:
+    """What a pickle that runs code holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    torch.save({"epoch": _Opener(tmp_path / "owned")}, tmp_path / "last.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match=r"Weights only load failed"):
+        run(catalog, tmp_path, 2, RunConfig("32-true"))
+    assert not (tmp_path / "owned").exists()
 
 
 def test_rates_warm_up_and_fall_to_nothing() -> None:

@@ -1,0 +1,41 @@
+"""SECURITY.md claims nothing that is not tested, and no limit that is not the code's."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import search_page
+from benchmarks.figures import ROOT
+from vpr import artifact, images, shards
+
+PAGE = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("test", sorted(set(re.findall(r"`(tests/\S+?::test_\w+)`", PAGE))))
+def test_each_claim_has_its_test(test: str) -> None:
+    path, _, name = test.partition("::")
+    assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("section", ["What is not trusted", "The search page"])
+def test_each_row_has_a_test(section: str) -> None:
+    rows = [line for line in PAGE.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines() if line[:1] == "|"]
+    assert len(rows) > 8
+    assert [row for row in rows[2:] if "::test_" not in row] == []
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    for limit in (
+        f"at most {images.MAX_FILE_BYTES >> 20} MiB as a file",
+        f"at most {images.MAX_PIXELS // 10**6} megapixels",
+        f"members at most {images.MAX_FILE_BYTES >> 20} MiB, labels {shards._MAX_LABEL >> 20} MiB",
+        f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
+        f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",
+        f"an upload may take {search_page.UPLOAD_SECONDS} s",
+        f"{search_page._CONNECTIONS} connections",
+        f"listens on {search_page.ADDRESS} alone",
+    ):
+        assert limit in PAGE
+    assert f"one of {', '.join(images.FORMATS)}".replace("WEBP", "WebP") in PAGE
