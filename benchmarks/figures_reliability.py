@@ -6,10 +6,23 @@ Parts can be named (``make figures TOPIC=reliability PARTS="kills"``); without a
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.figures import measure
+from benchmarks import soak
+from benchmarks.figures import measure, record
 
-PARTS: dict[str, Callable[[], None]] = {}
+
+def measure_soak() -> None:
+    """Two hours, or whatever ``python -m benchmarks.soak`` left; its samples are read again rather than made again."""
+    config = soak.SoakConfig()
+    path = Path(config.output) / soak.SAMPLES
+    if not path.is_file():
+        soak.soak(config)
+    figures, table = soak.summarise(soak.read_samples(path), config.warmup, _command("soak"))
+    record("reliability", figures, {"soak": table})
+
+
+PARTS: dict[str, Callable[[], None]] = {"soak": measure_soak}
 
 
 def _command(part: str) -> str:
