@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import soak
+from benchmarks import load, soak
+from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import measure, record
+from benchmarks.many_threads import hand_off
+from vpr.catalog import load_catalog
 
 
 def measure_soak() -> None:
@@ -22,7 +25,19 @@ def measure_soak() -> None:
     record("reliability", figures, {"soak": table})
 
 
-PARTS: dict[str, Callable[[], None]] = {"soak": measure_soak}
+def measure_load() -> None:
+    """The demo's student behind the search page, and its hand-off to Triton; nothing else should run meanwhile."""
+    demo(DemoConfig())
+    demo_folder, folder = Path("runs/demo"), Path("runs/load")
+    config = load.LoadConfig((str(demo_folder / "student"),), str(demo_folder / "catalog"), str(folder / "gallery"))
+    figures, table = load.summarise(config, load.put_under_load(config), _command("load"))
+    record("reliability", figures, {"load": table})
+    queries = load_catalog(config.catalog).select(split="test", role="query")
+    figures, table = hand_off(demo_folder / "fp32", folder / "gallery", queries, folder, _command("load"))
+    record("reliability", figures, {"hand-off": table})
+
+
+PARTS: dict[str, Callable[[], None]] = {"load": measure_load, "soak": measure_soak}
 
 
 def _command(part: str) -> str:

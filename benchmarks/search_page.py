@@ -215,14 +215,15 @@ def _with_headers(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-def _refused(_: Request, error: Exception) -> Response:
+# As coroutines, these answer without a thread of their own.
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ImageRefused)
     return PlainTextResponse(f"{error.reason}: choose another picture ({', '.join(FORMATS)})", status_code=422)
 
 
-def _failed(_: Request, error: Exception) -> Response:
+async def _failed(_: Request, error: Exception) -> Response:
     return PlainTextResponse(str(error), status_code=500)
 
 
-def _gone(_: Request, __: Exception) -> Response:
+async def _gone(_: Request, __: Exception) -> Response:
     return PlainTextResponse("the upload broke off", status_code=400)
