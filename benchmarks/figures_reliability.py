@@ -1,17 +1,20 @@
 """``make figures TOPIC=reliability``: what faults, load and time do, into ``benchmarks/results/reliability.json``.
 
-Parts can be named (``make figures TOPIC=reliability PARTS="fuzz"``); without any, all are measured.
+Parts can be named (``make figures TOPIC=reliability PARTS="kills"``); without any, all are measured.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.figures import measure, record
+from benchmarks import load, soak
+from benchmarks.demo import DemoConfig, demo
+from benchmarks.figures import command_of, measure, record
 from benchmarks.guided_fuzz import GuidedFuzzConfig, guided_fuzz, summarise
+from benchmarks.many_threads import hand_off
 from benchmarks.offline import offline
+from vpr.catalog import load_catalog
 
 
 def measure_fuzz() -> None:
@@ -19,24 +22,46 @@ def measure_fuzz() -> None:
     found = []
     for one in guided_fuzz(GuidedFuzzConfig()):
         found.append(one)
-        figures, rows = summarise(found, _command("fuzz"))
+        figures, rows = summarise(found, command_of("reliability", "fuzz"))
         record("reliability", figures, {"fuzz": rows})
 
 
 def measure_offline() -> None:
     """Every verb, with sockets blocked."""
-    figures, rows = offline(Path("runs/figures-reliability/offline").resolve(), _command("offline"))
+    folder = Path("runs/figures-reliability/offline").resolve()
+    figures, rows = offline(folder, command_of("reliability", "offline"))
     record("reliability", figures, {"offline": rows})
 
 
-PARTS: dict[str, Callable[[], None]] = {
+def measure_load() -> None:
+    """The demo's student behind the search page, and its hand-off to Triton; nothing else should run meanwhile."""
+    demo(DemoConfig())
+    demo_folder, folder = Path("runs/demo"), Path("runs/load")
+    config = load.LoadConfig((str(demo_folder / "student"),), str(demo_folder / "catalog"), str(folder / "gallery"))
+    command = command_of("reliability", "load")
+    figures, table = load.summarise(config, load.put_under_load(config), command)
+    record("reliability", figures, {"load": table})
+    queries = load_catalog(config.catalog).select(split="test", role="query")
+    figures, table = hand_off(demo_folder / "fp32", folder / "gallery", queries, folder, command)
+    record("reliability", figures, {"hand-off": table})
+
+
+def measure_soak() -> None:
+    """Two hours, or whatever ``python -m benchmarks.soak`` left; its samples are read again rather than made again."""
+    config = soak.SoakConfig()
+    path = Path(config.output) / soak.SAMPLES
+    if not path.is_file():
+        soak.soak(config)
+    figures, table = soak.summarise(soak.read_samples(path), config.warmup, command_of("reliability", "soak"))
+    record("reliability", figures, {"soak": table})
+
+
+PARTS = {
     "fuzz": measure_fuzz,
     "offline": measure_offline,
+    "load": measure_load,
+    "soak": measure_soak,
 }
-
-
-def _command(part: str) -> str:
-    return f'make figures TOPIC=reliability PARTS="{part}"'
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import re
 import secrets
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import uvicorn
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from starlette.applications import Starlette
@@ -33,17 +30,16 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from benchmarks.http_limits import ADDRESS, Room, listen, make_server
 from benchmarks.lookup import Found, Searcher, agreement, load_searchers
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.images import FORMATS, ImageRefused, decode
 
-ADDRESS = "127.0.0.1"
 MAX_BYTES = 16 << 20
 UPLOAD_SECONDS = 20
-_UPLOADS = 8  # held in memory at once; more wait
-_CONNECTIONS = 64  # more are answered 503
+ROOM = 8 * MAX_BYTES  # of all uploads in memory; who finds too little left waits
 _THUMBNAIL = 240  # pixels, either side at most
 _TEMPLATES = Path(__file__).parent / "templates"
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -96,30 +92,13 @@ def serve(config: ServeConfig) -> None:
     Raises:
         UserError: the port is taken, or what :func:`load_searchers` finds wrong.
     """
-    with _listen(config.port) as listener:
+    with listen(config.port) as listener:
         searchers, gallery = load_searchers(config.models, config.catalog, config.split, config.embeddings)
         app = make_app(searchers, gallery, config.top)
         say(f"http://{ADDRESS}:{listener.getsockname()[1]}: open it in a browser, Ctrl-C ends it")
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
             make_server(app).run(sockets=[listener])
     say("ended")
-
-
-def make_server(app: ASGIApp) -> uvicorn.Server:
-    """The HTTP server, with its limits."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=_CONNECTIONS,
-            timeout_graceful_shutdown=2,
-        )
-    )
 
 
 def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
@@ -148,7 +127,7 @@ class _Page:
         self._form, self._results = (templates.get_template(f"{name}.html") for name in ("search", "search-results"))
         # One picture at a time: memory stays bounded, and no time shown is that of two searches at once.
         self._worker = ThreadPoolExecutor(1)
-        self._uploads = asyncio.Semaphore(_UPLOADS)
+        self._room = Room(ROOM)
         blank = io.BytesIO()
         Image.new("RGB", (64, 64), "white").save(blank, "WEBP")  # loads every reader of Pillow, as a PNG does not
         # What a thread does at its first call only would otherwise stand in the first times shown.
@@ -165,7 +144,8 @@ class _Page:
         own = f"http://{request.headers['host']}"
         if request.headers.get("origin", own) != own:
             raise HTTPException(403, "another site's page may not search here")
-        async with self._uploads:
+        # A slow upload holds the room of its own bytes alone, so that it keeps few others waiting.
+        async with self._room.take(_size_said(request)):
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     data = await request.body()
@@ -213,6 +193,14 @@ class _Page:
         return {"name": self._searchers[place].name, "milliseconds": found[place].milliseconds, "hits": hits}
 
 
+def _size_said(request: Request) -> int:
+    """Bytes that an upload says it has; where it does not, all that is allowed, as more is cut off."""
+    said = request.headers.get("content-length", "")
+    # In pieces a body may have any length, whatever else the head says.
+    whole = "transfer-encoding" not in request.headers and re.fullmatch("[0-9]{1,18}", said)
+    return min(int(said), MAX_BYTES) if whole else MAX_BYTES
+
+
 def _with_headers(app: ASGIApp) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_guarded(message: Message) -> None:
@@ -227,23 +215,15 @@ def _with_headers(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-def _refused(_: Request, error: Exception) -> Response:
+# As coroutines, these answer without a thread of their own.
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ImageRefused)
     return PlainTextResponse(f"{error.reason}: choose another picture ({', '.join(FORMATS)})", status_code=422)
 
 
-def _failed(_: Request, error: Exception) -> Response:
+async def _failed(_: Request, error: Exception) -> Response:
     return PlainTextResponse(str(error), status_code=500)
 
 
-def _gone(_: Request, __: Exception) -> Response:
+async def _gone(_: Request, __: Exception) -> Response:
     return PlainTextResponse("the upload broke off", status_code=400)
-
-
-def _listen(port: int) -> socket.socket:
-    try:
-        return socket.create_server((ADDRESS, port))
-    except OSError as error:
-        raise UserError(
-            f"port: {port}: {os.strerror(error.errno or 0)}: choose another with --port, or 0 for a free one"
-        ) from None

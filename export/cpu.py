@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vpr.runtime import INPUT, OUTPUT, keep_to_ourselves
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
-    """A graph, or the file it lies in, as a function of arrays.
+    """A graph, or the file it lies in, as a function of arrays that any number of threads may call.
 
     Args:
         graph: with the input and output of our exports.
@@ -37,10 +38,12 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
             compiled = core.compile_model(str(graph), "CPU", options)
         else:
             compiled = core.compile_model(core.read_model(graph.SerializeToString(), b""), "CPU", options)
-        request = compiled.create_infer_request()
+    own = threading.local()  # one request for all threads would hand one's result to another
 
     def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         with refused_by("openvino"):
-            return request.infer({INPUT: batch})[OUTPUT].copy()
+            if not hasattr(own, "request"):
+                own.request = compiled.create_infer_request()
+            return own.request.infer({INPUT: batch})[OUTPUT].copy()
 
     return forward

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import csv
 import http.client
 import io
@@ -14,7 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,10 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
-from benchmarks import search_page
+from benchmarks import http_limits, search_page
+from benchmarks.http_limits import ADDRESS, Room, make_server
 from benchmarks.lookup import Searcher, load_searchers
-from benchmarks.search_page import ADDRESS, MAX_BYTES, ServeConfig, make_app, make_server, serve
+from benchmarks.search_page import MAX_BYTES, ServeConfig, make_app, serve
 from export.onnx_graph import OnnxConfig, export_onnx
 from vpr.catalog import Catalog
 from vpr.embeddings import load_embeddings
@@ -53,8 +56,15 @@ class Site:
     gallery: Catalog
     embeddings: tuple[str, ...] = field(default=())
 
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
-        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=30)
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        patience: float = 30,
+    ) -> Answer:
+        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=patience)
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
         data = response.read()
@@ -344,14 +354,89 @@ def test_the_page_needs_no_network_and_its_policy_allows_none(site: Site) -> Non
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_connections_beyond_the_limit_are_turned_away(site: Site) -> None:
-    idle = [socket.create_connection((ADDRESS, site.port), timeout=10) for _ in range(64)]
-    assert site.ask("GET", "/").status == 503
-    for connection in idle:
-        connection.close()
-    until = time.monotonic() + 10
-    while (status := site.ask("GET", "/").status) != 200:
-        assert time.monotonic() < until, status
+def test_connections_beyond_the_limit_are_turned_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "CONNECTIONS", 16)
+    with serving(site.searchers, site.gallery) as other:
+        idle = [socket.create_connection((ADDRESS, other.port), timeout=10) for _ in range(16)]
+        assert other.ask("GET", "/").status == 503
+        for connection in idle:
+            connection.close()
+        until = time.monotonic() + 10
+        while (status := other.ask("GET", "/").status) != 200:
+            assert time.monotonic() < until, status
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /sea",
+        b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\nGET /half-a-second-request",
+        # Its answer comes before its body, which never ends.
+        b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\nbytes",
+    ],
+    ids=["a head", "a second head", "the body of a refused upload"],
+)
+def test_a_connection_on_which_no_request_becomes_whole_is_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.5)
+    with socket.create_connection((ADDRESS, site.port), timeout=0.05) as client:
+        client.sendall(sent)
+        until = time.monotonic() + 10
+        with suppress(ConnectionResetError, BrokenPipeError):
+            while time.monotonic() < until:
+                client.send(b"x")  # what trickles on does not keep it open
+                with suppress(TimeoutError):
+                    if not client.recv(1 << 16):
+                        break
+    assert time.monotonic() < until
+
+
+def test_slow_uploads_keep_nobody_waiting(site: Site) -> None:
+    head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: 100000\r\n\r\n".encode()
+    slow = [socket.create_connection((ADDRESS, site.port), timeout=10) for _ in range(40)]
+    for client in slow:
+        client.sendall(head + b"a few bytes")
+    assert site.ask("POST", "/search", jpeg(), patience=search_page.UPLOAD_SECONDS / 4).status == 200
+    for client in slow:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"content-length": "1000"}, 1000),
+        ({"content-length": str(10 * MAX_BYTES)}, MAX_BYTES),
+        ({"content-length": "-1"}, MAX_BYTES),
+        ({"transfer-encoding": "chunked"}, MAX_BYTES),
+        ({"transfer-encoding": "chunked", "content-length": "5"}, MAX_BYTES),
+    ],
+)
+def test_an_upload_takes_the_room_that_it_says_or_may_have(headers: dict[str, str], expected: int) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert search_page._size_said(Request({"type": "http", "headers": raw})) == expected
+
+
+def test_room_is_never_given_twice() -> None:
+    taken, most = 0, 0
+
+    async def hold(room: Room, size: int) -> None:
+        nonlocal taken, most
+        async with room.take(size):
+            taken += size
+            most = max(most, taken)
+            await asyncio.sleep(0.001)
+            taken -= size
+
+    async def all_at_once() -> None:
+        room = Room(100)
+        holders = [asyncio.create_task(hold(room, size)) for size in [60, 1, 100, 30, 41] * 20]
+        holders[3].cancel()
+        await asyncio.wait(holders, timeout=10)
+        assert all(holder.done() for holder in holders)
+
+    asyncio.run(all_at_once())
+    assert 90 <= most <= 100
 
 
 def test_requests_write_no_file(site: Site, catalog: Catalog, tmp_path: Path) -> None:

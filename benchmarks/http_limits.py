@@ -1,0 +1,91 @@
+"""The HTTP server of a page on this machine, and what it lets clients have of it: connections, time, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vpr.errors import UserError
+
+ADDRESS = "127.0.0.1"
+CONNECTIONS = 256  # more are answered 503
+HEAD_SECONDS = 10.0  # from a connection's first moment, or its last answer, to a whole request head
+
+
+def listen(port: int) -> socket.socket:
+    """A socket of this machine alone; :class:`UserError` where the port is taken. 0 takes a free one."""
+    try:
+        return socket.create_server((ADDRESS, port))
+    except OSError as error:
+        raise UserError(
+            f"port: {port}: {os.strerror(error.errno or 0)}: choose another with --port, or 0 for a free one"
+        ) from None
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """The HTTP server, with its limits."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=2,
+        )
+    )
+
+
+class Connection(H11Protocol):
+    """A connection that is closed when no whole request comes: uvicorn would wait for ever for the rest of one."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The first request is awaited from now on."""
+        self._limit = self.loop.call_later(HEAD_SECONDS, self._close_idle)
+        super().connection_made(transport)
+
+    def on_response_complete(self) -> None:
+        """The next request is awaited from now on."""
+        self._limit.cancel()
+        self._limit = self.loop.call_later(HEAD_SECONDS, self._close_idle)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        self._limit.cancel()
+        super().connection_lost(exc)
+
+    def _close_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()  # also where the answer is not taken
+
+
+class Room:
+    """Bytes of memory that uploads share."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._freed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def take(self, size: int) -> AsyncIterator[None]:
+        """Hold so many of them, once they are there."""
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._left >= size)
+            self._left -= size
+        try:
+            yield
+        finally:
+            async with self._freed:
+                self._left += size
+                self._freed.notify_all()
