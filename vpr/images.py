@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,11 @@ class ImageRefused(UserError):
         self.reason = reason
 
 
+# Bounded, so that no card can make an input that is not finite.
+_Mean = Annotated[float, Field(ge=-10, le=10)]
+_Std = Annotated[float, Field(ge=1e-3, le=10)]
+
+
 class Preprocess(BaseModel):
     """From a picture to the model's input, as recorded in an artifact's card.
 
@@ -68,8 +73,8 @@ class Preprocess(BaseModel):
     resize: Literal["squash", "shortest"] = "squash"
     crop: Literal["none", "center"] = "none"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[_Mean, _Mean, _Mean] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[_Std, _Std, _Std] = (0.26862954, 0.26130258, 0.27577711)
     layout: Literal["NCHW"] = "NCHW"
     dtype: Literal["float32"] = "float32"
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from vpr.images import MAX_FILE_BYTES, MAX_PIXELS, ImageRefused, Preprocess, decode, decode_bytes
@@ -212,3 +213,11 @@ def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
         stream.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ImageRefused, match=f"more than {MAX_FILE_BYTES}"):
         decode(tmp_path / "huge.jpg")
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"mean": (0.5, float("nan"), 0.5)}, {"std": (0.2, 0.0, 0.2)}, {"std": (0.2, float("inf"), 0.2)}]
+)
+def test_a_normalisation_that_makes_inputs_without_end_is_refused(numbers: dict[str, tuple[float, ...]]) -> None:
+    with pytest.raises(ValidationError, match="Input should be"):
+        Preprocess(size=32, **numbers)
