@@ -208,7 +208,10 @@ class EngineBackend:
 
     def precision(self, artifact: Artifact) -> str:
         """See :class:`Backend`."""
-        return str(artifact.card.metrics["precision"])
+        precision = artifact.card.metrics.get("precision")
+        if not isinstance(precision, str):
+            raise UserError(f"{artifact.path}: its card does not say its precision: build the engine again")
+        return precision
 
     def open(self, artifact: Artifact, threads: int) -> Forward:
         """See :class:`Backend`."""

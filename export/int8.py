@@ -125,7 +125,7 @@ def export_int8(config: Int8Config) -> Path:
     layers = list(quantised_nodes(calibrated.graph, keep, recipe))
     if not layers:
         raise UserError(f"keep: {', '.join(keep or ())} leaves nothing to quantise: name fewer layers")
-    wide = tuple(model.card.metrics.get("fp32_nodes", []))
+    wide = model.names("fp32_nodes")
     decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)
     if decision is not None:
         layers = decision["quantised"]
@@ -205,7 +205,4 @@ def _finished_keep(model: Artifact, ranges: Artifact) -> tuple[str, ...] | None:
     """What the finishing of a student under these ranges left alone; None where there was none."""
     if ranges.as_parent("ranges") not in model.card.parents:
         return None
-    kept = model.card.metrics.get("quantise_keep")
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
-        raise UserError(f"{model.path}: its card does not say what its finishing kept: export the student again")
-    return tuple(kept)
+    return model.names("quantise_keep")

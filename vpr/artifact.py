@@ -125,6 +125,17 @@ class Artifact:
         """What this artifact was made from in that role."""
         return [parent for parent in self.card.parents if parent.role == role]
 
+    def names(self, metric: str) -> tuple[str, ...]:
+        """The names that a metric of the card lists, none if it is not there.
+
+        Raises:
+            UserError: it is anything else than a list of names.
+        """
+        listed = self.card.metrics.get(metric, [])
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise UserError(f"{self.path / CARD_NAME}: key 'metrics.{metric}' lists no names: make the artifact again")
+        return tuple(listed)
+
 
 @dataclass
 class Draft:

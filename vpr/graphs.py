@@ -52,6 +52,11 @@ def check_graph(graph: onnx.ModelProto, card: Card) -> None:
         raise UserError(f"it needs an opset other than ONNX's 1 to {latest}")
     if stranger := next((node for node in body.node if node.domain not in _DOMAINS), None):
         raise UserError(f"node '{stranger.name}' ({stranger.op_type}) is of the domain '{stranger.domain}'")
+    texts = [text for node in body.node for text in (node.name, node.op_type, *node.input, *node.output)]
+    try:
+        "".join([*texts, *(tensor.name for tensor in body.initializer)]).encode()
+    except (TypeError, UnicodeEncodeError):  # what protobuf makes of bytes that are no UTF-8
+        raise UserError("a name in it is no text") from None
     onnx.checker.check_model(graph, full_check=True)
     names = [*(one.name for one in body.input), *(one.name for one in body.initializer)]
     names += [name for node in body.node for name in node.output if name]

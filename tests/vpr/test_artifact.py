@@ -171,3 +171,14 @@ def test_an_output_that_names_an_input_does_not_replace_it(artifact: Path) -> No
     ):
         pass
     assert load_artifact(artifact, "ranges")
+
+
+def test_a_metric_that_lists_no_names_is_refused(tmp_path: Path) -> None:
+    with write_artifact(tmp_path / "made", "onnx", {}) as draft:
+        draft.metrics = {"kept": ["a", "b"], "wide": 3.5, "mixed": ["a", 1]}
+    artifact = load_artifact(tmp_path / "made")
+    assert artifact.names("kept") == ("a", "b")
+    assert artifact.names("absent") == ()
+    for metric in ("wide", "mixed"):
+        with pytest.raises(UserError, match=rf"key 'metrics\.{metric}' lists no names: make the artifact again"):
+            artifact.names(metric)

@@ -161,14 +161,26 @@ def test_a_graph_that_no_export_writes_is_refused_in_a_line(
     assert str(caught.value).startswith(f"{path}: is no usable onnx (")
 
 
-def test_bytes_that_are_no_graph_are_refused_in_a_line(tmp_path: Path) -> None:
-    path = _write(tmp_path / "onnx", _graph())
-    data = b"\xff" * 200
+def _put(path: Path, data: bytes) -> None:
+    """Other bytes in a graph's place, with the checksum to fit."""
     (path / "model.onnx").write_bytes(data)
     card = json.loads((path / "card.json").read_text())
     card["files"]["model.onnx"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (path / "card.json").write_text(json.dumps(card))
+
+
+def test_bytes_that_are_no_graph_are_refused_in_a_line(tmp_path: Path) -> None:
+    path = _write(tmp_path / "onnx", _graph())
+    _put(path, b"\xff" * 200)
     with pytest.raises(UserError, match="is no usable onnx"):
+        load_graph(load_artifact(path))
+
+
+@pytest.mark.parametrize("name", [b"mean", b"weight"])
+def test_a_name_that_is_no_text_is_refused_in_a_line(tmp_path: Path, name: bytes) -> None:
+    path = _write(tmp_path / "onnx", _graph())
+    _put(path, (path / "model.onnx").read_bytes().replace(name, b"\x84" + name[1:]))
+    with pytest.raises(UserError, match="is no usable onnx .a name in it is no text"):
         load_graph(load_artifact(path))
 
 
