@@ -5,11 +5,24 @@ Parts can be named (``make figures TOPIC=reliability PARTS="kills"``); without a
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.figures import measure
+from benchmarks.figures import measure, record
+from benchmarks.kills import kill_figures
 
-PARTS: dict[str, Callable[[], None]] = {}
+
+def measure_kills() -> None:
+    """Every stage, killed at random moments and started again."""
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        figures, table = kill_figures(Path(folder), _command("kills"))
+    record("reliability", figures, {"kills": table})
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "kills": measure_kills,
+}
 
 
 def _command(part: str) -> str:

@@ -67,7 +67,7 @@ class Route:
 
 def make_artifacts(folder: Path) -> None:
     """Write one artifact of each of :data:`ARTIFACTS`, of a student with random weights."""
-    _write_pictures(folder / "pictures")
+    write_pictures(folder / "pictures")
     build_catalog(
         CatalogConfig("folder", str(folder / "catalog"), str(folder / "pictures"), validation=0.25, test=0.25)
     )
@@ -110,7 +110,8 @@ def _edit_card(artifact: Path, change: Callable[[dict[str, Any]], object]) -> No
     (artifact / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
-def _write_pictures(folder: Path) -> None:
+def write_pictures(folder: Path) -> None:
+    """A folder per product of noisy views of its own texture."""
     rng = np.random.default_rng(0)
     for product in range(_PRODUCTS):
         (folder / str(product)).mkdir(parents=True)
