@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +105,7 @@ class Road:
 
     def __init__(self, folder: Path, last: str = STAGES[-1].name) -> None:
         self.folder = folder
-        os.environ.update(_ONE_THREAD)  # the libraries read it when they are loaded
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_PRELOADED))
+        self._context = _one_threaded_processes()
         self._runs = 0
         self._work: dict[str, float] = {}
         self._paths = write_inputs(folder / "inputs")
@@ -147,9 +147,11 @@ class Road:
         the output.
         """
         told, output = Struck(stage.name), folder / stage.name
-        if rng.random() < 0.5:
-            self._lay_older(stage, output)
-        while not told.kills:
+        older = rng.random() < 0.5
+        while not told.kills and not told.stuck:  # a run that was quicker than its end is not counted
+            shutil.rmtree(folder, ignore_errors=True)
+            if older:
+                self.lay_older(stage, output)
             self._kill(stage, output, rng, told)
         if rng.random() < _AGAIN:
             self._kill(stage, output, rng, told)
@@ -159,7 +161,7 @@ class Road:
     def strike_at(self, stage: Stage, step: int, folder: Path) -> Struck:
         """Kill a run at its n-th change of a file or folder, over an older artifact; no kill if it has fewer."""
         told, output = Struck(stage.name), folder / stage.name
-        self._lay_older(stage, output)
+        self.lay_older(stage, output)
         done = self.run(stage, output, prepare=partial(die_at, step, str(folder)))
         told.kills += done.killed
         _look(output, told)
@@ -180,9 +182,7 @@ class Road:
             told.kills += 1
             _look(output, told)
         elif done.code:
-            told.stuck = done.output[-300:]
-        elif not told.kills:  # it was quicker this time: another moment
-            shutil.rmtree(output)
+            told.stuck = f"exit status {done.code}: {done.output[-300:]}"
 
     def _finish(self, stage: Stage, output: Path, told: Struck) -> None:
         done = self.run(stage, output)
@@ -192,12 +192,26 @@ class Road:
         else:
             self.check(stage, output, told)
 
-    def _lay_older(self, stage: Stage, output: Path) -> None:
+    def lay_older(self, stage: Stage, output: Path) -> None:
         """An artifact of the same kind and another configuration, as an earlier training leaves it."""
         shutil.copytree(self.unbroken(stage), output)
         card = json.loads((output / CARD_NAME).read_bytes())
         card["config"] = _OLDER
         (output / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
+
+
+def _one_threaded_processes() -> Any:
+    """The context whose processes are forked from one that has the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    before = dict(os.environ)
+    os.environ.update(_ONE_THREAD)  # read by the libraries when they are loaded
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 class Running:
@@ -260,6 +274,11 @@ def _run(command: list[str], module: str, log: Path, prepare: Prepare | None) ->
     if prepare is not None:
         prepare()
     main(command)
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond so many bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def die_at(step: int, folder: str) -> None:
