@@ -7,6 +7,7 @@ the work and not its imports. From there on it is what ``python -m vpr`` is: a p
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,14 +18,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, tzinfo
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from benchmarks.fault_stages import STAGES, Stage, difference, leftovers, write_inputs
+from vpr import artifact
 from vpr.artifact import CARD_NAME, load_artifact
 from vpr.cli import VERBS
 from vpr.errors import UserError
@@ -107,7 +110,7 @@ class Road:
         self.folder = folder
         self._context = _one_threaded_processes()
         self._runs = 0
-        self._work: dict[str, float] = {}
+        self.work: dict[str, float] = {}
         self._paths = write_inputs(folder / "inputs")
         names = [stage.name for stage in STAGES]
         self.stages = {stage.name: stage for stage in STAGES[: names.index(last) + 1]}
@@ -116,7 +119,7 @@ class Road:
             if done.code:
                 raise UserError(f"faults: {stage.verb}: {done.output[-500:]}: run it by hand")
             self._paths[stage.name] = str(self.unbroken(stage))
-            self._work[stage.name] = done.seconds
+            self.work[stage.name] = done.seconds
 
     def unbroken(self, stage: Stage) -> Path:
         """The artifact of the run that was left alone."""
@@ -177,7 +180,7 @@ class Road:
         told.left = leftovers(self.unbroken(stage).parent, output.parent)
 
     def _kill(self, stage: Stage, output: Path, rng: np.random.Generator, told: Struck) -> None:
-        done = self.run(stage, output, float(rng.random()) * self._work[stage.name])
+        done = self.run(stage, output, float(rng.random()) * self.work[stage.name])
         if done.killed:
             told.kills += 1
             _look(output, told)
@@ -186,7 +189,7 @@ class Road:
 
     def _finish(self, stage: Stage, output: Path, told: Struck) -> None:
         done = self.run(stage, output)
-        told.again = done.seconds / self._work[stage.name]
+        told.again = done.seconds / self.work[stage.name]
         if done.code:
             told.stuck = f"exit status {done.code}: {done.output[-300:]}"
         else:
@@ -279,6 +282,20 @@ def _run(command: list[str], module: str, log: Path, prepare: Prepare | None) ->
 def limit_files(size: int) -> None:
     """Let no file of this process grow beyond so many bytes, as on a disk that is full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def set_clock_back() -> None:
+    """Let the clock of this process stand years before, and run backwards from there."""
+    seconds = itertools.count(1_000_000_000, -1)  # 2001
+
+    class Past(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(next(seconds), tz)
+
+    time.time = lambda: float(next(seconds))
+    time.time_ns = lambda: next(seconds) * 10**9
+    artifact.datetime = Past  # type: ignore[attr-defined, misc]
 
 
 def die_at(step: int, folder: str) -> None:
