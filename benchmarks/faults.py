@@ -125,6 +125,10 @@ class Road:
         """The artifact of the run that was left alone."""
         return self.folder / "unbroken" / stage.name / stage.name
 
+    def command(self, stage: Stage, output: Path) -> list[str]:
+        """Words behind ``vpr``."""
+        return stage.command(self._paths, output)
+
     def run(self, stage: Stage, output: Path, until: float = np.inf, prepare: Prepare | None = None) -> Ended:
         """Run the stage's command; kill it after so many seconds of processor time, imports aside.
 
@@ -140,7 +144,7 @@ class Road:
         """Begin to run the stage's command; the arguments are those of :meth:`run`."""
         output.parent.mkdir(parents=True, exist_ok=True)
         self._runs += 1
-        command = stage.command(self._paths, output)
+        command = self.command(stage, output)
         return Running(self._context, command, VERBS[stage.verb].module, self.folder / f"{self._runs}.log", prepare)
 
     def strike(self, stage: Stage, rng: np.random.Generator, folder: Path) -> Struck:

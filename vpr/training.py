@@ -324,7 +324,10 @@ def copy_logs(folder: Path, destination: Path, name: str = "metrics") -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove a finished run's checkpoints and weights, which its artifact holds, and what a kill left; its logs stay."""
+    """Remove a finished run's checkpoints and weights, which its artifact holds, and what a kill has left.
+
+    Its logs stay.
+    """
     for name in ("last.ckpt", "best.safetensors", "last.partial", "best.partial", ".lock"):
         for path in folder.rglob(name):
             path.unlink(missing_ok=True)
