@@ -6,15 +6,24 @@ Parts can be named (``make figures TOPIC=reliability PARTS="kills"``); without a
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks import load, soak
 from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import command_of, measure, record
 from benchmarks.guided_fuzz import GuidedFuzzConfig, guided_fuzz, summarise
+from benchmarks.kills import kill_figures
 from benchmarks.many_threads import hand_off
 from benchmarks.offline import offline
 from vpr.catalog import load_catalog
+
+
+def measure_kills() -> None:
+    """Every stage, killed at random moments and started again."""
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        figures, table = kill_figures(Path(folder), command_of("reliability", "kills"))
+    record("reliability", figures, {"kills": table})
 
 
 def measure_fuzz() -> None:
@@ -57,6 +66,7 @@ def measure_soak() -> None:
 
 
 PARTS = {
+    "kills": measure_kills,
     "fuzz": measure_fuzz,
     "offline": measure_offline,
     "load": measure_load,

@@ -111,7 +111,7 @@ def _edit_card(artifact: Path, change: Callable[[dict[str, Any]], object]) -> No
 
 
 def write_pictures(folder: Path) -> None:
-    """Eight products of four small pictures each, a folder for each product."""
+    """A folder per product of noisy views of its own texture."""
     rng = np.random.default_rng(0)
     for product in range(_PRODUCTS):
         (folder / str(product)).mkdir(parents=True)

@@ -34,8 +34,8 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import check_tracker, copy_logs, drop_checkpoint, fit
-from vpr.unfinished import run_folder
+from vpr.training import check_tracker, copy_logs, drop_checkpoints, fit
+from vpr.unfinished import only_run, run_folder
 
 
 def distill(config: DistillConfig) -> Path | None:
@@ -58,8 +58,10 @@ def distill(config: DistillConfig) -> Path | None:
     scored = [validation, catalog.select(split="test")]
     training, extra, more = add_unlabelled(training, scored, config.unlabelled, config.output, config.dry_run)
     values, parents = _identity(config, catalog, source, more)
+    folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_current(config.output, "student", values, parents):
         if is_first():
+            drop_checkpoints(folder)  # of a run that was killed after its artifact was there
             say(f"{config.output}: up to date")
         return Path(config.output)
     assert source.card.preprocess is not None
@@ -88,29 +90,29 @@ def distill(config: DistillConfig) -> Path | None:
         training_loader(pictures, config.loader, config.seed, *rank_and_world()),
         validation_loader(PictureDataset(validation, preprocess, keep), config.loader, *rank_and_world()),
     )
-    folder = run_folder(config.output, values, parents)
-    best = fit(module, loaders, student, folder, config.epochs, config.run)
-    if is_first():
-        with write_artifact(config.output, "student", values, parents) as draft:
-            copy_logs(folder, draft.path)
-            shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
-            if projection is not None:
-                save_file({"projection": projection.contiguous()}, draft.path / "projection.safetensors")
-            draft.preprocess = preprocess
-            draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-            draft.catalog = {**catalog.summary(), **extra, **notes}
-            draft.metrics = {
-                "val_recall_at_1": best.best,
-                "best_epoch": best.epoch,
-                "steps": best.steps,
-                "seconds": round(best.seconds + before, 1),
-                "parameters": count_parameters(student),
-                "multiply_adds": count_multiply_adds(student, preprocess.size),
-                **recalls,
-                **({"quantise_keep": list(config.quantise.keep)} if config.quantise.ranges else {}),
-            }
-        drop_checkpoint(folder)
-        say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
+    with only_run(folder):
+        best = fit(module, loaders, student, folder, config.epochs, config.run)
+        if is_first():
+            with write_artifact(config.output, "student", values, parents) as draft:
+                copy_logs(folder, draft.path)
+                shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
+                if projection is not None:
+                    save_file({"projection": projection.contiguous()}, draft.path / "projection.safetensors")
+                draft.preprocess = preprocess
+                draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+                draft.catalog = {**catalog.summary(), **extra, **notes}
+                draft.metrics = {
+                    "val_recall_at_1": best.best,
+                    "best_epoch": best.epoch,
+                    "steps": best.steps,
+                    "seconds": round(best.seconds + before, 1),
+                    "parameters": count_parameters(student),
+                    "multiply_adds": count_multiply_adds(student, preprocess.size),
+                    **recalls,
+                    **({"quantise_keep": list(config.quantise.keep)} if config.quantise.ranges else {}),
+                }
+            drop_checkpoints(folder)
+            say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
     return Path(config.output)
 
 

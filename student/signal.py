@@ -36,7 +36,7 @@ from vpr.errors import UserError
 from vpr.loading import LoaderConfig, Normalise, PictureDataset, validation_loader
 from vpr.processes import compute_device, is_first, rank_and_world
 from vpr.training import best_precision
-from vpr.unfinished import finished_by_another, run_folder, save_whole, wait
+from vpr.unfinished import finished_by_another, only_run, run_folder, save_whole, wait
 from vpr.views import ViewConfig, apply_views, draw_views
 
 _BATCH = 256
@@ -148,7 +148,9 @@ def cache_signal(
         "pictures": _ordered_sha256(catalog),
     }
     parents = [artifact.as_parent("teacher")]
+    folder = run_folder(path, values, parents)
     if find_current(path, "views", values, parents):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
         if is_first():
             say(f"{path}: up to date")
         return _load(path)
@@ -158,20 +160,19 @@ def cache_signal(
             f"views: {config.views} of each of {len(catalog)} pictures, {embedding.dim} dimensions, "
             f"{cache_bytes(len(catalog), embedding.dim, config) / 1e6:.1f} MB"
         )
-    folder = run_folder(path, values, parents)
-    folder.mkdir(parents=True, exist_ok=True)
     files = list(_files(len(catalog), config))
-    _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())
-    if is_first():
-        for file in files:
-            wait(partial(_whole, folder / file.name, file, embedding.dim))
-        with write_artifact(path, "views", values, parents) as draft:
+    with only_run(folder):
+        _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())
+        if is_first():
             for file in files:
-                _link(folder / file.name, draft.path / file.name)
-            draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
-        shutil.rmtree(folder)
-    else:
-        wait(lambda: finished_by_another(path, values, parents))
+                wait(partial(_whole, folder / file.name, file, embedding.dim))
+            with write_artifact(path, "views", values, parents) as draft:
+                for file in files:
+                    _link(folder / file.name, draft.path / file.name)
+                draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
+            shutil.rmtree(folder)
+        else:
+            wait(lambda: finished_by_another(path, values, parents))
     return _load(path)
 
 

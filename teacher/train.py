@@ -18,6 +18,7 @@ from teacher.plan import print_plan
 from vpr.artifact import (
     CARD_NAME,
     Artifact,
+    Draft,
     Embedding,
     check_output,
     file_sha256,
@@ -33,8 +34,8 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoint, fit
-from vpr.unfinished import run_folder
+from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoints, fit
+from vpr.unfinished import only_run, run_folder
 from vpr.views import ViewConfig
 
 
@@ -101,7 +102,9 @@ def train(config: TrainConfig) -> Path | None:
         parents.append(start.as_parent("start"))
     elif start:
         values["pretrained_sha256"] = start
+    folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_current(config.output, "teacher", values, parents):
+        drop_checkpoints(folder)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
@@ -118,30 +121,19 @@ def train(config: TrainConfig) -> Path | None:
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
-    folder = run_folder(config.output, values, parents)
-    if is_first():  # what an unfinished run is shows in `vpr teacher runs`
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    fits, preprocess, dim = _run_stages(config, tower, training, validation, folder)
-    if is_first():
-        metrics = {
-            "val_recall_at_1": fits[-1].best,
-            "best_epoch": config.places()[-1].before + fits[-1].epoch,
-            "steps": sum(fitted.steps for fitted in fits),
-            "seconds": round(sum(fitted.seconds for fitted in fits), 1),
-            "parameters": sum(value.numel() for name, value in fits[-1].last.items() if name.startswith("teacher.")),
-        }
-        with write_artifact(config.output, "teacher", values, parents) as draft:
-            for number in range(len(fits)):
-                copy_logs(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
-            shutil.copyfile(folder / f"stage-{len(fits)}" / "best.safetensors", draft.path / "model.safetensors")
-            draft.preprocess = preprocess
-            draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-            draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {}), **unknown}
-            draft.metrics = metrics
-        for number in range(len(fits)):
-            drop_checkpoint(folder / f"stage-{number + 1}")
-        say(f"{config.output}: teacher of epoch {metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}")
+    with only_run(folder):
+        if is_first():  # what an unfinished run is shows in `vpr teacher runs`
+            (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        fits, preprocess, dim = _run_stages(config, tower, training, validation, folder)
+        if is_first():
+            with write_artifact(config.output, "teacher", values, parents) as draft:
+                draft.preprocess = preprocess
+                draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+                draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {}), **unknown}
+                _fill(draft, config, fits, folder)
+            drop_checkpoints(folder)
+            best = f"teacher of epoch {draft.metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}"
+            say(f"{config.output}: {best}")
     return Path(config.output)
 
 
@@ -174,6 +166,20 @@ def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:
             found[f"{first} in {second}"] = leak
             say(f"  leak allowed: {first} shares {leak} with {second}; the card says so")
     return found
+
+
+def _fill(draft: Draft, config: TrainConfig, fits: list[Fitted], folder: Path) -> None:
+    """Put what the stages came to into the artifact."""
+    for number in range(len(fits)):
+        copy_logs(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
+    shutil.copyfile(folder / f"stage-{len(fits)}" / "best.safetensors", draft.path / "model.safetensors")
+    draft.metrics = {
+        "val_recall_at_1": fits[-1].best,
+        "best_epoch": config.places()[-1].before + fits[-1].epoch,
+        "steps": sum(fitted.steps for fitted in fits),
+        "seconds": round(sum(fitted.seconds for fitted in fits), 1),
+        "parameters": sum(value.numel() for name, value in fits[-1].last.items() if name.startswith("teacher.")),
+    }
 
 
 def _run_stages(

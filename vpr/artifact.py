@@ -1,18 +1,20 @@
 """Self-describing artifact directories: ``card.json`` and the files it lists.
 
 An artifact is written to a temporary directory beside its place and renamed into it, so a reader
-sees all of it or none. Loading checks every file against its checksum and never unpickles.
+sees all of it or none. Loading checks every file against its checksum and never unpickles. What a
+killed writer leaves beside it is removed by the next one.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,7 @@ from vpr import __version__
 from vpr.environment import environment
 from vpr.errors import UserError
 from vpr.images import ImageRefused, Preprocess
+from vpr.locked import locked
 
 SCHEMA = 1
 CARD_NAME = "card.json"
@@ -183,14 +186,16 @@ def write_artifact(
     target = Path(path)
     check_output(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        draft = Draft(temporary, kind, target.name, json.loads(json.dumps(dict(config))), parents or [])
-        yield draft
-        _finish(draft)
-        _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with locked(_lock(target)):
+        _clear(target)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            draft = Draft(temporary, kind, target.name, json.loads(json.dumps(dict(config))), parents or [])
+            yield draft
+            _finish(draft)
+            _swap(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(path: Path | str, kind: Kind) -> None:
@@ -211,15 +216,20 @@ def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None)
         UserError: if it is missing, of another kind, of a newer schema, or any file differs.
     """
     root = Path(path)
-    _restore_previous(root)
-    raw = _read_card(root)
-    card = _parse_card(root / CARD_NAME, raw)
     wanted = (kind,) if isinstance(kind, str) else kind
-    if wanted and card.kind not in wanted:
-        raise UserError(f"{root}: is a {card.kind} artifact, a {' or '.join(wanted)} is needed: give another path")
-    for name, entry in card.files.items():
-        _verify_file(root, name, entry)
-    return Artifact(root, card, hashlib.sha256(raw).hexdigest())
+    while True:
+        raw = _read_card(root)
+        card = _parse_card(root / CARD_NAME, raw)
+        if wanted and card.kind not in wanted:
+            raise UserError(f"{root}: is a {card.kind} artifact, a {' or '.join(wanted)} is needed: give another path")
+        try:
+            for name, entry in card.files.items():
+                _verify_file(root, name, entry)
+        except (Damaged, FileNotFoundError):
+            if _read_card(root) == raw:
+                raise
+            continue  # another process has replaced the artifact meanwhile
+        return Artifact(root, card, hashlib.sha256(raw).hexdigest())
 
 
 @contextmanager
@@ -240,8 +250,11 @@ def reading(artifact: Artifact) -> Iterator[None]:
 
 def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent]) -> Artifact | None:
     """The finished, undamaged artifact at ``path`` if it was made from these very parents and config, else None."""
-    _restore_previous(Path(path))
-    if not (Path(path) / CARD_NAME).is_file():
+    target = Path(path)
+    if _remains(target):
+        with locked(_lock(target)):
+            _clear(target)
+    if not (target / CARD_NAME).is_file():
         return None
     try:
         artifact = load_artifact(path)
@@ -257,11 +270,13 @@ def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parent
 
 def _read_card(root: Path) -> bytes:
     path = root / CARD_NAME
-    if not path.is_file():
-        raise UserError(f"{root}: no artifact here (no {CARD_NAME}): check the path, or make it first")
-    if path.stat().st_size > _MAX_CARD_BYTES:
-        raise UserError(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
-    return path.read_bytes()
+    for _ in range(2):
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            if path.stat().st_size > _MAX_CARD_BYTES:
+                raise UserError(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
+            return path.read_bytes()
+        _restore_previous(root)
+    raise UserError(f"{root}: no artifact here (no {CARD_NAME}): check the path, or make it first")
 
 
 def _parse_card(path: Path, raw: bytes) -> Card:
@@ -333,32 +348,57 @@ def _finish(draft: Draft) -> None:
     path = draft.path / CARD_NAME
     path.write_text(card.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
     _sync(path)
+    for folder in {path.parent for path in (draft.path / CARD_NAME, *(draft.path / name for name in files))}:
+        _sync(folder)
     draft.path.chmod(0o755)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _previous(target: Path) -> Path:
     return target.parent / f".{target.name}.previous"
 
 
+def _lock(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
+
+
 def _swap(new: Path, target: Path) -> None:
-    # Directories cannot be exchanged portably in one call; `_restore_previous` mends a kill between the two renames.
-    previous = _previous(target)
-    shutil.rmtree(previous, ignore_errors=True)
+    # Directories cannot be exchanged portably in one call; `_clear` mends a kill between the two renames.
     if target.exists():
-        target.rename(previous)
+        target.rename(_previous(target))
     new.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
+    _sync(target.parent)
+    if _previous(target).exists():
+        _previous(target).rename(new)  # the temporary one, which is removed; one named "previous" is always whole
+
+
+def _remains(target: Path) -> list[Path]:
+    """What a killed writer has left, or one that is at work has there."""
+    partial = target.parent.glob(f".{glob.escape(target.name)}.partial-*")
+    return [*partial, *(path for path in (_previous(target), _lock(target)) if path.exists())]
+
+
+def _clear(target: Path) -> None:
+    """Mend and remove what killed writers have left; its lock is held."""
+    if _previous(target).is_dir() and not target.exists():
+        _previous(target).rename(target)
+    for path in _remains(target):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore_previous(target: Path) -> None:
-    previous = _previous(target)
-    if previous.is_dir() and not target.exists():
-        previous.rename(target)
+    """Bring an artifact back that has no name between the two renames of a swap, if that swap was killed."""
+    if _previous(target).is_dir() and not target.exists():
+        with locked(_lock(target)):
+            _clear(target)
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr import __version__
-from vpr.errors import BudgetBroken, UserError
+from vpr.errors import BudgetBroken, UserError, no_room
 from vpr.processes import leave
 from vpr.runtime import keep_to_ourselves
 
@@ -76,10 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BudgetBroken as broken:
         print(f"vpr: {broken}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
+    except Exception as error:
+        if full := no_room(error):
+            _fail(f"the disk has no room ({full}): make room, then give the same command again: what is done is kept")
+        if not isinstance(error, OSError):
+            raise
         if error.filename is None:
             _fail(f"{_plain_line(error)}: check the network, the disk and the paths")
-        _fail(f"{error.filename}: {error.strerror}: check that the path exists, is writable and has room")
+        _fail(f"{error.filename}: {error.strerror}: check that the path exists and is writable")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -24,7 +24,7 @@ from vpr.embeddings import embed, torch_forward, write_embeddings
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.processes import compute_device, is_first, rank_and_world
-from vpr.unfinished import finished_by_another, run_folder, save_whole, wait
+from vpr.unfinished import finished_by_another, only_run, run_folder, save_whole, wait
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,12 +123,19 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
     # Before the look at the output: a first process that has finished has removed the parts.
     absent = [part for part in job.parts if not job.file(part).is_file()]
     if find_current(config.output, "embeddings", job.values, job.parents):
+        shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
     check_output(config.output, "embeddings")
     if not len(job.catalog):
         raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
-    job.folder.mkdir(parents=True, exist_ok=True)
+    with only_run(job.folder):
+        _carry_out(job, absent, network, load)
+    return Path(config.output)
+
+
+def _carry_out(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> None:
+    config = job.config
     if len(absent) < len(job.parts):
         say(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
     if config.ray:
@@ -141,7 +148,6 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
         _join(job)
     else:
         wait(lambda: finished_by_another(config.output, job.values, job.parents))
-    return Path(config.output)
 
 
 def _compute_mine(job: EmbedJob, absent: list[int], network: nn.Module) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 _LONGEST = 2000
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -21,3 +26,15 @@ class UserError(Exception):
 
 class BudgetBroken(Exception):
     """What was measured breaks a budget that the caller named. The command line prints it and exits with 1."""
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """What the system says of a full disk, quota or file, whatever a library has made of it; None for other errors."""
+    while error is not None:
+        # safetensors raises an error of its own, which cites the system's.
+        cited = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(cited[1]) if cited else None
+        if number in _FULL:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None

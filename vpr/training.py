@@ -189,6 +189,8 @@ class BestWeights(Callback):
         if is_first():
             partial = self.path.with_suffix(".partial")
             save_file(weights, partial)
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())  # the checkpoint that names it best may outlive it otherwise
             os.replace(partial, self.path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,10 +323,14 @@ def copy_logs(folder: Path, destination: Path, name: str = "metrics") -> None:
         shutil.copyfile(log, destination / (f"{name}-resumed-{number}.csv" if number else f"{name}.csv"))
 
 
-def drop_checkpoint(folder: Path) -> None:
-    """Remove a finished run's checkpoint and weights, which its artifact holds; its logs stay."""
-    for name in ("last.ckpt", "best.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+def drop_checkpoints(folder: Path) -> None:
+    """Remove a finished run's checkpoints and weights, which its artifact holds, and what a kill has left.
+
+    Its logs stay.
+    """
+    for name in ("last.ckpt", "best.safetensors", "last.partial", "best.partial", ".lock"):
+        for path in folder.rglob(name):
+            path.unlink(missing_ok=True)
 
 
 def best_precision() -> Literal["32-true", "bf16-mixed"]:

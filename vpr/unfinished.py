@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifact import CARD_NAME, Parent
-from vpr.processes import rank_and_world
+from vpr.locked import locked
+from vpr.processes import is_first, rank_and_world
 
 _WAIT = 0.5  # seconds between looks for what other processes write
 
@@ -27,6 +29,25 @@ def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Pa
     identity = json.dumps([config, [p.model_dump() for p in parents]], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Path(output).parent / f"{Path(output).name}.run-{digest}"
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Make a run's folder and let no other run work in it meanwhile; of several processes the first asks for all.
+
+    Raises:
+        UserError: another run works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_first():
+        yield
+        return
+    try:
+        with locked(folder / ".lock", f"{folder}: another process is at work here: wait for its end, then start again"):
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # empty where nothing was begun
 
 
 def save_whole(path: Path, array: NDArray[Any]) -> None:

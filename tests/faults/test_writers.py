@@ -1,0 +1,55 @@
+"""Two processes that write the same name, and one that reads it meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.fault_stages import difference, leftovers
+from benchmarks.faults import Road
+from tests.faults.test_full_disk import refused
+from vpr.artifact import load_artifact
+
+WRITER = """
+import sys
+from vpr.artifact import write_artifact
+for number in range(40):
+    with write_artifact(sys.argv[1], "report", {"writer": sys.argv[2], "number": number}) as draft:
+        for name in "abc":
+            (draft.path / name).write_text(f"{sys.argv[2]} {number}" * 1000)
+"""
+
+
+def test_writers_take_turns_and_a_reader_sees_whole_artifacts(tmp_path: Path) -> None:
+    output = tmp_path / "shared"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(output), name]) for name in ("first", "second")]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if seen or output.exists():
+            config = load_artifact(output).card.config
+            seen.add((config["writer"], config["number"]))
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(seen) > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_two_commands_of_the_same_output_both_succeed(road: Road, tmp_path: Path) -> None:
+    stage, output = road.stages["int8"], tmp_path / "int8"
+    both = [road.start(stage, output) for _ in range(2)]
+    assert [one.wait().code for one in both] == [0, 0]
+    assert not difference(stage, road.unbroken(stage), output)
+    assert not leftovers(road.unbroken(stage).parent, tmp_path)
+
+
+def test_a_training_that_is_started_twice_is_refused_the_second_time(road: Road, tmp_path: Path) -> None:
+    stage, output = road.stages["teacher"], tmp_path / "teacher"
+    first = road.start(stage, output)
+    while not list(tmp_path.glob("*.run-*/.lock")):
+        time.sleep(0.01)
+    assert "another process is at work here: wait for its end" in refused(road.run(stage, output))
+    assert first.wait().code == 0
+    assert load_artifact(output)
+    assert not difference(stage, road.unbroken(stage), output)
+    assert not leftovers(road.unbroken(stage).parent, tmp_path)
