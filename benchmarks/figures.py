@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vpr.cli import quieten
 from vpr.console import say
 from vpr.environment import environment
 from vpr.errors import UserError
@@ -118,6 +120,21 @@ def markdown(rows: list[Row]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(str(row[name]).replace("|", "\\|") for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def measure(parts: Mapping[str, Callable[[], None]]) -> None:
+    """Measure the parts of a topic that the command line names, all without any; from the project's folder."""
+    os.chdir(ROOT)
+    quieten()
+    chosen = sys.argv[1:] or list(parts)
+    if unknown := [part for part in chosen if part not in parts]:
+        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(parts)}")
+    for part in chosen:
+        say(f"measuring {part}")
+        try:
+            parts[part]()
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 def _value(figure: Row) -> str:

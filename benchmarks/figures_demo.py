@@ -6,7 +6,6 @@ Parts can be named (``make figures TOPIC=demo PARTS="demo full"``); without any,
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,14 +16,12 @@ from typing import Any
 
 from benchmarks.columns import main_columns, texts
 from benchmarks.demo import DemoConfig, demo, read_times
-from benchmarks.figures import ROOT, Figure, Row, record
+from benchmarks.figures import ROOT, Figure, Row, measure, record
 from benchmarks.interrupted import interrupt
 from benchmarks.verdict import milliseconds
 from student.model import count_multiply_adds, count_parameters, load_student
 from teacher.model import load_teacher
 from vpr.artifact import load_artifact
-from vpr.cli import quieten
-from vpr.console import say
 
 # Relative, as the demo itself names them: paths are part of an artifact's configuration.
 _DEMO, _FULL = Path("runs/demo"), Path("runs/demo-full")
@@ -195,8 +192,4 @@ def _pytest(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    for part in sys.argv[1:] or PARTS:
-        say(f"measuring {part}")
-        PARTS[part]()
+    measure(PARTS)

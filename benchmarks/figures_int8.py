@@ -8,12 +8,10 @@ those of ``make figures TOPIC=student``, trained first where they are not there.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 from benchmarks.engines_gpu import gpu_engines, unmeasured
-from benchmarks.figures import RESULTS, ROOT, Figure, Row, record
+from benchmarks.figures import RESULTS, Figure, Row, measure, record
 from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
@@ -23,10 +21,8 @@ from calibration.calibrate import CalibrateConfig, calibrate
 from export.engine import TARGETS, EngineConfig, this_gpu
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
-from vpr.cli import quieten
 from vpr.console import say
 from vpr.environment import read_gpus
-from vpr.errors import UserError
 
 _FOLDER = Path("runs/figures-int8")
 _BUDGET = 0.005
@@ -142,14 +138,4 @@ def _command(part: str) -> str:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
-    for part in chosen:
-        say(f"measuring {part}")
-        try:
-            PARTS[part]()
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
+    measure(PARTS)

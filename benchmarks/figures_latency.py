@@ -6,9 +6,7 @@ random weights, which do not change the time. Nothing else should run on the mac
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +17,7 @@ from safetensors.torch import save_file
 
 from benchmarks.backends import default_threads, models_of
 from benchmarks.demo import DemoConfig, demo
-from benchmarks.figures import ROOT, Figure, Row, record
+from benchmarks.figures import Figure, Row, measure, record
 from benchmarks.independent import pyperf_median
 from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
@@ -29,9 +27,6 @@ from benchmarks.scale_figures import scale_figures
 from export.onnx_graph import OnnxConfig, export_onnx
 from student.model import Preset, Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
-from vpr.cli import quieten
-from vpr.console import say
-from vpr.errors import UserError
 from vpr.images import Preprocess
 
 _FOLDER = Path("runs/figures-latency")
@@ -200,14 +195,4 @@ def _command(part: str) -> str:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
-    for part in chosen:
-        say(f"measuring {part}")
-        try:
-            PARTS[part]()
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
+    measure(PARTS)

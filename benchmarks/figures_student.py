@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.ablation import build_grocery, grocery_teacher
 from benchmarks.ablation_student import SMALL, Setting, ablate_students, distillation
-from benchmarks.figures import RESULTS, ROOT, record
+from benchmarks.figures import RESULTS, ROOT, measure, record
 from benchmarks.student_dimension import dimension_figures
 from benchmarks.student_epoch import epoch_figures
 from benchmarks.student_sizes import size_curve
@@ -25,7 +24,7 @@ from benchmarks.student_step import StudentStepConfig, student_step, unmeasured
 from student.model import StudentConfig
 from teacher.train import TrainConfig, train
 from vpr.catalog import CatalogConfig, build_catalog
-from vpr.cli import quieten, read_config
+from vpr.cli import read_config
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -125,11 +124,4 @@ def _command(part: str) -> str:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    chosen = sys.argv[1:] or list(PARTS)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(PARTS)}")
-    for part in chosen:
-        say(f"measuring {part}")
-        PARTS[part]()
+    measure(PARTS)

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.ablation import ablate
-from benchmarks.figures import RESULTS, ROOT, Figure, record
+from benchmarks.figures import RESULTS, ROOT, Figure, measure, record
 from benchmarks.input_pipeline import pipeline_figures
 from benchmarks.teacher_step import TeacherStepConfig, teacher_step, unmeasured
 from benchmarks.two_processes import Spread, train_spread
 from teacher.train import TrainConfig, train
 from vpr.catalog import CatalogConfig, build_catalog
-from vpr.cli import quieten, read_config
+from vpr.cli import read_config
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -108,8 +107,4 @@ def _pretrained() -> Path:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    quieten()
-    for part in sys.argv[1:] or PARTS:
-        say(f"measuring {part}")
-        PARTS[part]()
+    measure(PARTS)
