@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.figures import measure
+from benchmarks.figures import measure, record
+from benchmarks.hostile import HostileConfig, attack, summarise
 
-PARTS: dict[str, Callable[[], None]] = {}
+
+def measure_hostile() -> None:
+    """Input that attacks, on every road that reads it."""
+    figures, rows = summarise(attack(HostileConfig()), _command("hostile"))
+    record("reliability", figures, {"hostile": rows})
+
+
+PARTS: dict[str, Callable[[], None]] = {"hostile": measure_hostile}
 
 
 def _command(part: str) -> str:
