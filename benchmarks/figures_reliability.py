@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import load, soak
+from benchmarks import hostile, load, soak
 from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import command_of, measure, record
 from benchmarks.guided_fuzz import GuidedFuzzConfig, guided_fuzz, summarise
@@ -24,6 +24,12 @@ def measure_kills() -> None:
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         figures, table = kill_figures(Path(folder), command_of("reliability", "kills"))
     record("reliability", figures, {"kills": table})
+
+
+def measure_hostile() -> None:
+    """Input that attacks, on every road that reads it."""
+    figures, rows = hostile.summarise(hostile.attack(hostile.HostileConfig()), command_of("reliability", "hostile"))
+    record("reliability", figures, {"hostile": rows})
 
 
 def measure_fuzz() -> None:
@@ -67,6 +73,7 @@ def measure_soak() -> None:
 
 PARTS = {
     "kills": measure_kills,
+    "hostile": measure_hostile,
     "fuzz": measure_fuzz,
     "offline": measure_offline,
     "load": measure_load,

@@ -61,7 +61,7 @@ class Told:
             than an error line) and ``half-written``.
         line: the refusal, or what is known of the fault.
         seconds: of processor time that it took, mutation included.
-        memory: largest resident size of the process so far, bytes.
+        memory: largest resident size of the process meanwhile, bytes.
     """
 
     case: int
@@ -87,10 +87,11 @@ class Worker:
     Args:
         command: that starts it; it writes a first line when it is ready.
         log: file of what else it writes.
+        longest: seconds of processor time that an answer may take.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
-        self._command, self._log = command, log
+    def __init__(self, command: list[str], log: Path, longest: float = LONGEST) -> None:
+        self._command, self._log, self._longest = command, log, longest
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, case: int) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Worker:
         with suppress(BrokenPipeError):  # it has died since its last answer, which is told below
             process.stdin.write(f"{case}\n")
             process.stdin.flush()
-        return self._answer(process, LONGEST, _STILL)
+        return self._answer(process, self._longest, _STILL)
 
     def close(self) -> None:
         """End the process."""

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,26 +46,25 @@ def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, A
         case: number; with the seed it says everything.
 
     Returns:
-        ``mutation`` in words, and what :func:`_outcome` tells.
+        ``mutation`` in words, and what :func:`outcome` tells.
     """
     rng, route = np.random.default_rng([seed, case]), route_of(case)
-    verb = _lay_out(originals, folder, route.verb)
+    verb = lay_out(originals, folder, VERBS[route.verb])
     path = folder / route.artifact / route.file
     what, data = mutate_file(route.file, path.read_bytes(), rng)
     path.write_bytes(data)
     signed = bool(rng.random() < _SIGNED)
     if signed:
         sign(folder, route.artifact, route.file)
-    return {"mutation": what, "signed": signed, **_outcome(folder, verb)}
+    return {"mutation": what, "signed": signed, **outcome(folder, verb)}
 
 
-def _lay_out(originals: Path, folder: Path, name: str) -> Verb:
+def lay_out(originals: Path, folder: Path, verb: Verb) -> Verb:
     """Copies of all artifacts, and an older result of the verb at its output."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
     for artifact in ARTIFACTS:
         shutil.copytree(originals / artifact, folder / artifact)
-    verb = VERBS[name]
     if verb.result == "csv":
         (folder / f"{RESULT}.csv").write_text(_TABLE, encoding="utf-8")
     elif verb.result:
@@ -72,22 +72,34 @@ def _lay_out(originals: Path, folder: Path, name: str) -> Verb:
     return verb
 
 
-def _outcome(folder: Path, verb: Verb) -> dict[str, Any]:
-    """``outcome`` is ``accepted``, ``refused``, ``exception`` or ``half-written``; ``line`` says more."""
+def outcome(folder: Path, verb: Verb, expected: type[Exception] | None = None) -> dict[str, Any]:
+    """What became of a verb.
+
+    Args:
+        folder: as :func:`lay_out` left it, with what the verb is to be given.
+        verb: is run.
+        expected: an exception that tells another good end of the verb, after which its result is there.
+
+    Returns:
+        ``outcome``: ``accepted``, ``refused``, ``exception``, ``half-written``, or the expected exception's name;
+        ``line`` says more.
+    """
     before = _result(folder)
     try:
         verb.run(folder)
-        outcome, line = "accepted", ""
+        ended, line = "accepted", ""
     except UserError as error:
-        outcome, line = "refused", str(error)
+        ended, line = "refused", str(error)
         if not line.isprintable() or len(line) > _LONGEST_LINE:
-            outcome, line = "exception", f"no line for a terminal: {line[:200]!a}"
+            ended, line = "exception", f"no line for a terminal: {line[:200]!a}"
     except BaseException as error:
+        if expected is not None and isinstance(error, expected):
+            return {"outcome": expected.__name__, "line": str(error)}
         last = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(one.filename).name}:{one.lineno}" for one in last if "site-packages" not in one.filename]
-        outcome, line = "exception", f"{type(error).__name__}: {str(error)[:300]!a} at {' '.join(ours[-3:])}"
-    fault = _fault(folder, verb, before, outcome)
-    return {"outcome": "half-written", "line": fault} if fault else {"outcome": outcome, "line": line}
+        ended, line = "exception", f"{type(error).__name__}: {str(error)[:300]!a} at {' '.join(ours[-3:])}"
+    fault = _fault(folder, verb, before, ended)
+    return {"outcome": "half-written", "line": fault} if fault else {"outcome": ended, "line": line}
 
 
 def _result(folder: Path) -> bytes:
@@ -117,33 +129,55 @@ def _fault(folder: Path, verb: Verb, before: bytes, outcome: str) -> str:
 
 def warm_up(originals: Path, folder: Path) -> None:
     """Run every verb on files that nobody mutated, so that libraries are loaded; none may refuse them."""
-    for name in VERBS:
-        told = _outcome(folder, _lay_out(originals, folder, name))
+    for name, verb in VERBS.items():
+        told = outcome(folder, lay_out(originals, folder, verb))
         if told["outcome"] != "accepted":
             raise UserError(f"fuzz: {name}: unmutated files are not accepted: {told['line']}: mend that first")
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
+    """Let the process take no more than some gigabytes beyond what it has."""
     taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + _MORE_MEMORY, resource.RLIM_INFINITY))
 
 
-def main(originals: Path, folder: Path, seed: int, answers: TextIO) -> None:
-    """Answer case by case until the input ends."""
-    quieten()
-    warm_up(originals, folder)
-    _limit_memory()
+def reset_peak() -> None:
+    """Forget the largest resident size so far."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process since :func:`reset_peak`, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def answer(run: Callable[[int], dict[str, Any]], answers: TextIO) -> None:
+    """Say that the process is ready, then answer each number that its input gives, until it ends."""
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
+        reset_peak()
         begun = time.process_time()
-        told = run_case(originals, folder, seed, int(line))
-        told["seconds"] = round(time.process_time() - begun, 3)
-        told["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        told = run(int(line))
+        told.setdefault("seconds", round(time.process_time() - begun, 3))
+        told.setdefault("memory", peak_memory())
         print(json.dumps(told), file=answers, flush=True)
 
 
-if __name__ == "__main__":
-    # Verbs and libraries may print what they like: answers go by a copy of the output, the rest with the errors.
+def protocol() -> TextIO:
+    """Where answers go: verbs and libraries may print what they like, which goes with the errors."""
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), own)
+    return own
+
+
+def main(originals: Path, folder: Path, seed: int) -> None:
+    """Answer case by case until the input ends."""
+    answers = protocol()
+    quieten()
+    warm_up(originals, folder)
+    limit_memory()
+    answer(lambda case: run_case(originals, folder, seed, case), answers)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -114,4 +114,5 @@ def _line(values: list[str]) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    # No tags, and neither links nor pictures, which would be fetched from wherever a name says.
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").replace("\n", " ")

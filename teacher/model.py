@@ -20,6 +20,9 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 
 LARGEST_SIDE = 2048  # of a picture, pixels; `Preprocess` has the same
+# A tower may be described by a stranger's file: these bound what it can make a reader build.
+_MAX_TOWER_BYTES = 1 << 20
+_LARGEST, _MOST_LAYERS = 1 << 16, 512
 _TOWERS = Path(__file__).parent / "towers"
 # Only the image tower is used; the text tower is made as small as open_clip lets it be.
 _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
@@ -100,11 +103,16 @@ def read_tower(name: str) -> dict[str, Any]:
     path = own if own.is_file() else Path(name)
     if path.suffix == ".json" or own.is_file():
         try:
+            if path.exists() and not path.is_file():  # a device might never end
+                raise ValueError("not a file")
+            if path.stat().st_size > _MAX_TOWER_BYTES:
+                raise ValueError(f"more than {_MAX_TOWER_BYTES} bytes")
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"tower.name: {path}: cannot be read as JSON ({error}): mend or rename it") from None
         if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
             raise UserError(f"tower.name: {path}: needs embed_dim and vision_cfg, as open_clip's configs have")
+        _check_tower(path, config)
         return config
     known = open_clip.get_model_config(name)
     if known is None:
@@ -112,6 +120,20 @@ def read_tower(name: str) -> dict[str, Any]:
             f"tower.name: '{name}' is neither an open_clip model nor a JSON file: see open_clip.list_models()"
         )
     return known
+
+
+def _check_tower(path: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that no tower has, and a timm model that would be fetched from a hub."""
+    vision = config["vision_cfg"]
+    if not isinstance(vision, dict):
+        raise UserError(f"tower.name: {path}: vision_cfg is no object, as open_clip's configs have it: mend it")
+    for key, value in {**vision, "embed_dim": config["embed_dim"]}.items():
+        most = _MOST_LAYERS if key == "layers" else _LARGEST
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not -most <= number <= most:
+                raise UserError(f"tower.name: {path}: {key} is beyond {most}: give the size of a tower")
+    if ":" in str(vision.get("timm_model_name", "")):
+        raise UserError(f"tower.name: {path}: timm_model_name names a hub: give the name of a model of timm's own")
 
 
 def build_teacher(

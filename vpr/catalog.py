@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
+_LEADS_OUT = r"^/|(^|/)\.\.(/|$)"
 _CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
 
 
@@ -233,6 +234,8 @@ def load_catalog(path: Path | str) -> Catalog:
     with reading(artifact):
         table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
         table.validate(full=True)
+        if pc.any(pc.match_substring_regex(table["image"], _LEADS_OUT)).as_py():
+            raise UserError("a picture's path leads out of its root")
     config = artifact.card.config
     if config.get("reader") == "sample":
         return Catalog(table, artifact.path, artifact)

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vpr import __version__
 from vpr.errors import BudgetBroken, UserError, no_room
 from vpr.processes import leave
+from vpr.recipe import bound_recipes
 from vpr.runtime import keep_to_ourselves
 
 
@@ -109,6 +110,7 @@ def run(arguments: Sequence[str]) -> Any:
 
 def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:
     """A configuration from ``--config file.yaml`` and dotted flags over it, checked by type."""
+    bound_recipes()
     longer = [f"vpr {other}: {verb.help}" for other, verb in VERBS.items() if other.startswith(f"{name} ")]
     parser = ArgumentParser(
         prog=f"vpr {name}", description=VERBS[name].help, epilog="; ".join(longer), exit_on_error=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from vpr.errors import printable
 from vpr.processes import is_first
 
 _CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -12,4 +13,4 @@ _CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """Print a line to standard error; of several processes the first speaks for all."""
     if is_first():
-        _CONSOLE.print(text, markup=False)
+        _CONSOLE.print("\n".join(map(printable, text.split("\n"))), markup=False)

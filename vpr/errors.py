@@ -20,12 +20,16 @@ class UserError(Exception):
         line = " ".join(message.split())
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-        # Names come from files too: none may steer the terminal.
-        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in line))
+        super().__init__(printable(line))
 
 
 class BudgetBroken(Exception):
     """What was measured breaks a budget that the caller named. The command line prints it and exits with 1."""
+
+
+def printable(text: str) -> str:
+    """Text whose names come from files: none may steer the terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def no_room(error: BaseException | None) -> str | None:

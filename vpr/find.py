@@ -16,7 +16,7 @@ from rich.table import Table
 from vpr.artifact import CARD_NAME
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
-from vpr.errors import UserError
+from vpr.errors import UserError, printable
 from vpr.rerank import RerankConfig, rank
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
@@ -120,6 +120,6 @@ def _print(
 ) -> None:
     table = Table("query", *[f"top {place + 1}" for place in range(hits.shape[1])])
     for row, found in enumerate(hits):
-        names = [escape(f"{gallery.products[i]} {s:.2f}") for i, s in zip(found, scores[row], strict=False)]
-        table.add_row(escape(str(queries.products[asked[row]])), *names)
+        names = [escape(printable(f"{gallery.products[i]} {s:.2f}")) for i, s in zip(found, scores[row], strict=False)]
+        table.add_row(escape(printable(queries.products[asked[row]])), *names)
     Console().print(table)

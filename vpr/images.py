@@ -15,9 +15,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from vpr.errors import UserError
+from vpr.picture_limits import MAX_EXIF_BYTES, MAX_FILE_BYTES, MAX_PIXELS, Room, TooMuch, check_file, check_picture
 
-MAX_FILE_BYTES = 64 << 20
-MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -35,6 +34,8 @@ _UPRIGHT = {
 }
 
 _ON_ITS_SIDE = (5, 6, 7, 8)
+_ROOM = Room(MAX_PIXELS, small=4_000_000)
+_STRIP = 4_000_000  # pixels that are laid on white at a time
 
 Box = tuple[float, float, float, float]
 Edges = tuple[int, int, int, int]
@@ -158,15 +159,21 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         with warnings.catch_warnings():
             # Pillow warns above its own limit; ours is checked from the header, before any allocation.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            scans = check_file(data)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageRefused(name, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            check_picture(image, scans, len(data))
+            pixels = image.width * image.height
             edges = None if box is None else _edges(image, box, name)
             scale = _reduce(image, edges, shortest) if shortest else 1.0
-            image.load()
-            image = _to_rgb(_upright(image))
+            # Of several scans the coefficients are kept whole, whatever the scale.
+            with _ROOM.hold(pixels if scans > 1 else image.width * image.height):
+                image.load()
+                image = _upright(image)
+                image = _to_rgb(image)
     except ImageRefused:
         raise
+    except TooMuch as error:
+        raise ImageRefused(name, str(error)) from None
     except Image.UnidentifiedImageError:
         raise ImageRefused(name, "not a picture") from None
     except Exception as error:  # Pillow raises whatever a broken file makes of its parsers
@@ -174,26 +181,46 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
     return image if edges is None else _cut(image, edges, scale)
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; 1 where there is none, or where a block is larger than any camera writes."""
+    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+        return 1
+    return image.getexif().get(_ORIENTATION, 1)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it writes the other tags anew, and one broken tag would lose a good picture.
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        deep = np.asarray(image)
+        grey = (deep >> 8).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[deep == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
-        # Shop cut-outs are meant to lie on white.
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Shop cut-outs are meant to lie on white; in strips, since each step makes a copy of four bytes a pixel."""
+    shown = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        shown.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return shown
 
 
 def _edges(image: Image.Image, box: Box, name: Path | str) -> Edges:
     """What of a box lies in a picture that is not decoded yet: left, top, right, bottom when it is upright."""
     x, y, w, h = box
-    turned = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+    turned = _orientation(image) in _ON_ITS_SIDE
     width, height = (image.height, image.width) if turned else image.size
     left, top = max(0, round(x)), max(0, round(y))
     right, bottom = min(width, round(x + w)), min(height, round(y + h))

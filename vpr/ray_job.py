@@ -56,7 +56,7 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
     if not absent:
         return
     workers = job.config.ray
-    here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
+    here: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
     ray.init(log_to_driver=False, configure_logging=False, **here)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from vpr.errors import UserError
 from vpr.shards import read_label, read_samples
@@ -16,6 +16,8 @@ Row = dict[str, Any]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNLABELLED = "unlabelled"  # source of pictures without labels
 _MAX_FIELD = 1 << 20
+_MAX_RECORD = 4 << 20  # letters of a row of a CSV, on however many lines
+_MAX_COLUMNS = 1000
 
 
 def read_products10k(root: Path) -> Iterator[Row]:
@@ -156,8 +158,11 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
         raise UserError(f"{table}: no such file: check the path")
     csv.field_size_limit(_MAX_FIELD)
     with table.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream, strict=True)
+        lines = _Lines(stream)
+        reader = csv.DictReader(lines, strict=True)
         try:
+            if len(reader.fieldnames or []) > _MAX_COLUMNS:
+                raise UserError(f"{table}: more than {_MAX_COLUMNS} columns: leave out those that are not needed")
             missing = [name for name in required if name not in (reader.fieldnames or [])]
             if missing:
                 needs = ", ".join(required)
@@ -177,8 +182,33 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
                     reason = f"'{broken[0]}' has a line break: look for a stray quote above"
                     raise UserError(f"{table}: line {reader.line_num}: {reason}")
                 yield reader.line_num, values
+                lines.letters = 0
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{table}: line {reader.line_num + 1}: {error}: write it as CSV in UTF-8") from None
+
+
+class _Lines:
+    """The lines of a CSV, of which no row may be without end.
+
+    Args:
+        stream: the table, with its line ends as they are.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self.letters = 0  # of the row so far; set to 0 where a row has ended
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(_MAX_RECORD + 1)
+        if not line:
+            raise StopIteration
+        self.letters += 0 if line.isspace() else len(line)
+        if self.letters > _MAX_RECORD:
+            raise csv.Error(f"a row of more than {_MAX_RECORD} letters")
+        return line
 
 
 def _files(root: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from vpr.errors import UserError
-from vpr.images import MAX_FILE_BYTES
+from vpr.picture_limits import MAX_FILE_BYTES
 
 LABELS = (".json", ".cls")
 _MAX_LABEL = 1 << 20

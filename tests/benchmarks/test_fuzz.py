@@ -122,9 +122,8 @@ for line in sys.stdin:
 """
 
 
-def test_a_worker_that_dies_or_hangs_is_told_of_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.fuzz.LONGEST", 0.3)
-    worker = Worker([sys.executable, "-c", _WORKER], tmp_path / "log")
+def test_a_worker_that_dies_or_hangs_is_told_of_and_replaced(tmp_path: Path) -> None:
+    worker = Worker([sys.executable, "-c", _WORKER], tmp_path / "log", longest=0.3)
     try:
         told = [worker.ask(case) for case in (0, 1, 0, 2, 0)]
     finally:

@@ -340,3 +340,22 @@ def test_vit_h_14_takes_a_head_step_and_embeds(catalog: Catalog) -> None:
         out = teacher.eval()(torch.randn(1, 3, 224, 224))
     assert out.shape == (1, 1024)
     assert out.norm().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "cannot be read as JSON"),
+        (" " * (2 << 20), "more than 1048576 bytes"),
+        ('{"embed_dim": 16, "vision_cfg": [1]}', "vision_cfg is no object"),
+        ('{"embed_dim": 1e9, "vision_cfg": {}}', "embed_dim is beyond 65536"),
+        ('{"embed_dim": 16, "vision_cfg": {"layers": 1000}}', "layers is beyond 512"),
+        ('{"embed_dim": 16, "vision_cfg": {"layers": [3, 4, 10000, 3]}}', "layers is beyond 512"),
+        ('{"embed_dim": 16, "vision_cfg": {"width": -100000}}', "width is beyond 65536"),
+        ('{"embed_dim": 16, "vision_cfg": {"timm_model_name": "hf-hub:a/b"}}', "timm_model_name names a hub"),
+    ],
+)
+def test_a_stranger_s_tower_builds_nothing_huge_and_fetches_nothing(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tower.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_tower(str(tmp_path / "tower.json"))

@@ -275,6 +275,15 @@ def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, t
         load_catalog(tmp_path / "c")
 
 
+@pytest.mark.parametrize("image", ["../a.png", "a/../../b.png", "/etc/a.png", ".."])
+def test_a_table_whose_pictures_lie_elsewhere_is_refused(catalog: Catalog, tmp_path: Path, image: str) -> None:
+    place = catalog.table.schema.get_field_index("image")
+    images = pa.array([image, *catalog.table["image"].to_pylist()[1:]], pa.string())
+    made = write_catalog(tmp_path / "c", Catalog(catalog.table.set_column(place, "image", images), catalog.root))
+    with pytest.raises(UserError, match="a picture's path leads out of its root"):
+        load_catalog(made)
+
+
 def test_a_card_that_does_not_say_where_the_pictures_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 

@@ -82,6 +82,33 @@ def test_yaml_that_would_run_code_is_refused(capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nseed: [*a, *a]\n", "a recipe with anchors (&): write out what they stand for"),
+        ("seed: " + "1:" * 40_000, "more than 65536 letters of YAML"),
+        ("seed: 0x" + "f" * 5000, "a number of more than 64 bits"),
+        ("seed: " + "[" * 5000, "nesting"),
+        ("seed: !own x\n", "could not determine a constructor for the tag"),
+    ],
+)
+def test_a_recipe_that_is_short_to_write_and_endless_to_read_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert message in _fails(capsys, "catalog", "--config", str(recipe), "--reader", "sample", "--output", "o")
+
+
+def test_a_recipe_may_hold_the_sign_of_an_anchor_in_its_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("root: 'chairs & tables'\n")
+    error = _fails(capsys, "catalog", "--config", str(recipe), "--reader", "folder", "--output", str(tmp_path / "o"))
+    assert "chairs & tables: no such folder" in error
+
+
 def test_edited_weights(capsys: pytest.CaptureFixture[str], student_artifact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(student_artifact, tmp_path / "student")
     weights = copy / "model.safetensors"

@@ -114,3 +114,19 @@ def test_embeddings_written_wrong_are_named(tmp_path: Path) -> None:
         draft.embedding = Embedding(dim=4, normalised=True, dtype="float32")
     with pytest.raises(UserError, match="its card names no model"):
         find(FindConfig(str(tmp_path / "orphan"), str(tmp_path / "orphan")))
+
+
+def test_a_product_s_name_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with write_artifact(tmp_path / "model", "teacher", {}) as draft:
+        (draft.path / "x").write_text("model")
+    rows = [{"image": f"{n}.jpg", "product": "a\x1b[2Jb", "role": role} for n, role in enumerate(["query", "gallery"])]
+    catalog = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path)
+    path = str(tmp_path / "embeddings")
+    write_embeddings(path, unit(2, 8, 0), catalog, load_artifact(tmp_path / "model"), {})
+    find(FindConfig(path, path, k=1))
+    printed = capsys.readouterr().out
+    assert "a\ufffd[2Jb" in printed
+    assert "\x1b" not in printed

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -181,3 +182,32 @@ def test_csv_paths_are_relative_to_its_folder_after_loading_too(tmp_path: Path, 
     (tmp_path / "photos" / "t.csv").write_text("image,product\na.jpg,1\n")
     config = CatalogConfig(reader="csv", root=str(tmp_path / "photos" / "t.csv"), output=str(tmp_path / "catalog"))
     assert load_catalog(build_catalog(config)).path(0).read_bytes() == picture
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,product\n0.png," + "x" * (5 << 20) + "\n", "line 2: a row of more than 4194304 letters"),
+        ("image,product\n0.png,a" + ',"\n"' * 1_200_000, "a row of more than 4194304 letters"),
+        ("image,product," + ",".join(map(str, range(1000))) + "\n0.png,a\n", "more than 1000 columns"),
+    ],
+)
+def test_a_row_without_end_is_refused_as_it_is_read(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        list(read_csv(tmp_path / "t.csv"))
+
+
+def test_a_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "t.csv").open("wb") as stream:
+        stream.write(b"image,product\n0.png,")
+        stream.truncate(1 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="a row of more than 4194304 letters"):
+        list(read_csv(tmp_path / "t.csv"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_many_rows_and_blank_lines_are_no_long_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,product\n" + ("0.png," + "x" * 1000 + "\n\n") * 5000 + "\n" * (5 << 20))
+    assert len(list(read_csv(tmp_path / "t.csv"))) == 5000

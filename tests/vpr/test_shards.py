@@ -13,7 +13,8 @@ from student.embed import EmbedConfig, embed_catalog
 from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
 from vpr.embeddings import load_embeddings, read_pixels
 from vpr.errors import UserError
-from vpr.images import MAX_FILE_BYTES, ImageRefused, Preprocess, read_picture
+from vpr.images import ImageRefused, Preprocess, read_picture
+from vpr.picture_limits import MAX_FILE_BYTES
 
 Member = tuple[str, bytes]
 

@@ -1,0 +1,339 @@
+"""Pictures that attack whoever opens them: bombs, broken metadata, rare modes, other files in their name. Pure, no I/O.
+
+Each is made from a few parameters. Those that are pictures all the same are to be taken, the others refused.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+_MIB = 1 << 20
+_SOI, _COMMENT, _EXIF = b"\xff\xd8", 0xFE, 0xE1
+_ORIENTATION = 0x0112
+_GREY = 77
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file that is given as a picture.
+
+    Attributes:
+        kind: of the attack, as the table of results groups them.
+        name: what it does.
+        expected: whether it is to be taken or refused.
+        make: its bytes.
+    """
+
+    kind: str
+    name: str
+    expected: Literal["taken", "refused"]
+    make: Callable[[], bytes]
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    """A picture as a file."""
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def blank_png(width: int, height: int, bits: int, colour: int, before: bytes = b"") -> bytes:
+    """A PNG of zeros, however large, in a few bytes; ``before`` are chunks ahead of its pixels."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    left = ((width * bits * channels + 7) // 8 + 1) * height
+    deflate, parts, block = zlib.compressobj(9), [], bytes(_MIB)
+    while left > 0:
+        parts.append(deflate.compress(block[: min(left, _MIB)]))
+        left -= _MIB
+    parts.append(deflate.flush())
+    palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + palette + before + chunk(b"IDAT", b"".join(parts)) + chunk(b"IEND", b"")
+
+
+def run_length_bmp(width: int, height: int, body: bytes) -> bytes:
+    """A BMP of 8 bits whose pixels are run-length coded."""
+    offset = 14 + 40 + 1024
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", offset + len(body), 0, 0, offset) + head + bytes(1024) + body
+
+
+def directory(entries: list[tuple[int, int, int, int]], size: int = 0) -> bytes:
+    """A little-endian TIFF of one directory of (tag, type, count, value), filled up with zeros."""
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return (head + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)).ljust(size, b"\0")
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    """A segment of a JPEG."""
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def with_exif(block: bytes) -> bytes:
+    """A small JPEG with an EXIF block, in as many segments as it needs."""
+    parts = [segment(_EXIF, b"Exif\0\0" + block[at : at + 65_000]) for at in range(0, max(len(block), 1), 65_000)]
+    return _behind_start(b"".join(parts))
+
+
+def many_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG that repeats its last scan, empty, again and again."""
+    data = encoded(Image.new("RGB", (side, side)), "JPEG", progressive=True, quality=1, subsampling=0)
+    at = data.rindex(b"\xff\xda")
+    head = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+    return data[:at] + head * scans + data[at:]
+
+
+def _solid(mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new(mode, size, {"1": 1, "F": 0.5}.get(mode, (_GREY,) * len(Image.new(mode, (1, 1)).getbands())))
+
+
+def _behind_start(data: bytes) -> bytes:
+    jpeg = encoded(_solid(), "JPEG")
+    return _SOI + data + jpeg[2:]
+
+
+def _before_pixels(data: bytes) -> bytes:
+    png = encoded(_solid(), "PNG")
+    at = png.index(b"IDAT") - 4
+    return png[:at] + data + png[at:]
+
+
+def _before_frame(data: bytes) -> bytes:
+    gif = encoded(_solid("L"), "GIF")
+    at = gif.index(b",\0\0\0\0@\0@\0")
+    return gif[:at] + data + gif[at:]
+
+
+def _frames(form: str, size: tuple[int, int], count: int, mode: str = "RGB") -> bytes:
+    frames = [
+        Image.new(mode, size, (place % 256,) * len(mode) if mode != "P" else place % 256) for place in range(count)
+    ]
+    options: dict[str, Any] = {"lossless": True, "quality": 0, "method": 0} if form == "WEBP" else {}
+    return encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+
+
+def _bombs() -> Iterator[Picture]:
+    """Pixels: far more than any shop's picture has, or as many as are just allowed."""
+    colours = {(8, 2): "RGB", (8, 6): "RGBA", (16, 6): "RGBA of 16 bits", (16, 0): "grey of 16 bits", (8, 3): "palette"}
+    colours |= {(1, 0): "black and white", (8, 4): "grey with alpha"}
+    for (bits, colour), said in colours.items():
+        for side, expected in ((7071, "taken"), (7072, "refused"), (13_000, "refused"), (30_000, "refused")):
+            make = (
+                _later(blank_png, side, side, bits, colour)
+                if side < 13_000
+                else _later(_header_png, side, bits, colour)
+            )
+            yield Picture("bomb: PNG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
+    for mode in ("RGB", "L", "CMYK"):
+        for progressive in (False, True):
+            said = f"{mode}{', progressive' if progressive else ''}"
+            options = {"progressive": progressive, "quality": 1, "subsampling": 0}
+            for side, expected in ((10_000, "taken"), (10_001, "refused"), (16_000, "refused")):
+                make = _later(_large, "JPEG", mode, side, options)
+                yield Picture("bomb: JPEG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
+    for scans in (1000, 20_000):
+        yield Picture(
+            "bomb: JPEG", f"{scans} scans of 100 million pixels", "refused", _later(many_scans, 10_000, scans)
+        )
+        yield Picture("bomb: JPEG", f"{scans} scans of 9 million pixels", "refused", _later(many_scans, 3000, scans))
+    for mode in ("RGB", "RGBA"):
+        for lossless in (True, False):
+            said = f"{mode}, {'lossless' if lossless else 'lossy'}"
+            options = {"lossless": lossless, "quality": 0, "method": 0}
+            for side, expected in ((7071, "taken"), (7072, "refused"), (16_383, "refused")):
+                if side < 10_000 or lossless:
+                    make = _later(_large, "WEBP", mode, side, options)
+                    yield Picture("bomb: WebP", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
+    for mode in ("RGBA", "CMYK", "LA"):
+        make = _later(_large, "TIFF", mode, 7071, {"compression": "tiff_deflate"})
+        yield Picture("bomb: TIFF", f"7071x7071 {mode}, deflated", "taken", make)
+    for form, mode in (("WEBP", "RGBA"), ("WEBP", "RGB"), ("GIF", "P"), ("PNG", "RGBA")):
+        for side, expected in ((7071, "taken"), (7072, "refused")):
+            make = _later(_frames, form, (side, side), 2, mode)
+            yield Picture("bomb: frames", f"2 frames of {side}x{side} {mode}, {form}", expected, make)  # type: ignore[arg-type]
+    for form in ("GIF", "WEBP", "PNG", "TIFF"):
+        yield Picture("bomb: frames", f"1000 frames, {form}", "taken", _later(_frames, form, (8, 8), 1000))
+
+
+def _parts() -> Iterator[Picture]:
+    """Files whose parts are many, and walked through one by one."""
+    strips = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    for count in (400_000, 15_000_000):
+        entries = [*strips, (273, 4, count, 200), (278, 4, 1, 1), (279, 4, 1, 64)]
+        make = _later(directory, sorted(entries), 200 + 4 * count)
+        yield Picture("bomb: parts", f"TIFF of {count} strips", "refused", make)
+    makes: dict[str, Callable[[], bytes]] = {
+        "15 million segments, JPEG": lambda: _behind_start(b"\xff\xfe\x00\x02" * 15_000_000),
+        "60 MB of fill before a segment, JPEG": lambda: _behind_start(b"\xff" * 60_000_000),
+        "60 MB of zeros before a segment, JPEG": lambda: _behind_start(segment(_COMMENT, b"") + bytes(60_000_000)),
+        "60 MB of EXIF, JPEG": lambda: with_exif(directory([(40_000, 1, 60_000_000, 0)], 60_000_000)),
+        "5 million unknown chunks, PNG": lambda: _before_pixels(chunk(b"abCd", b"") * 5_000_000),
+        "5 million chunks behind the pixels, PNG": lambda: (
+            encoded(_solid(), "PNG")[:-12] + chunk(b"abCd", b"") * 5_000_000
+        ),
+        "5 million texts, PNG": lambda: _before_pixels(chunk(b"tEXt", b"a\0") * 4_500_000),
+        "5 million empty pieces of pixels, PNG": lambda: _before_pixels(chunk(b"IDAT", b"") * 5_000_000),
+        "12 million comments, GIF": lambda: _before_frame(b"!\xfe\x01a\0" * 12_000_000),
+        "60 MB of zeros before the frame, GIF": lambda: _before_frame(bytes(60_000_000)),
+        "60 MB of comment, GIF": lambda: _before_frame(b"!\xfe" + (b"\xff" + bytes(255)) * 235_000 + b"\0"),
+        "lines that end at once, BMP": lambda: run_length_bmp(65_535, 1500, b"\x01\x01\0\0" * 1500 + b"\0\1"),
+        "runs of one pixel, BMP": lambda: run_length_bmp(8000, 4000, b"\x01\x01" * 32_000_000),
+        "runs of no pixels, BMP": lambda: run_length_bmp(16, 16, b"\0\3\1" * 20_000_000),
+    }
+    yield from (Picture("bomb: parts", name, "refused", make) for name, make in makes.items())
+    text = zlib.compress(bytes(100 * _MIB), 9)
+    yield Picture(
+        "bomb: parts",
+        "text of 100 MB, deflated, PNG",
+        "refused",
+        lambda: _before_pixels(chunk(b"zTXt", b"a\0\0" + text)),
+    )
+    yield Picture(
+        "bomb: parts", "colour profile of 100 MB, PNG", "taken", lambda: _before_pixels(chunk(b"iCCP", b"a\0\0" + text))
+    )
+
+
+def _broken_exif() -> Iterator[Picture]:
+    """A good picture must not be lost to its metadata."""
+    blocks: dict[str, bytes] = {
+        "empty": b"",
+        "zeros": bytes(64),
+        "cut in its head": b"II*\0\x08",
+        "text": b"<html>" * 9,
+    }
+    for value in (0, 9, 255, 65_535):
+        blocks[f"orientation {value}"] = directory([(_ORIENTATION, 3, 1, value)])
+    for kind in (2, 5, 7, 12, 13, 99):
+        blocks[f"orientation of type {kind}"] = directory([(_ORIENTATION, kind, 1, 6)], 64)
+    for count in (0, 2, 1000, 2**31, 2**32 - 1):
+        blocks[f"orientation of {count} values"] = directory([(_ORIENTATION, 3, count, 26)], 4096)
+    for offset in (0, 7, 60_000, 2**32 - 1):
+        blocks[f"directory at {offset}"] = b"II*\0" + struct.pack("<I", offset) + bytes(32)
+    blocks["directory of 65535 entries"] = b"II*\0" + struct.pack("<IH", 8, 65_535) + bytes(60)
+    blocks["directory that names itself"] = directory([(0x8769, 4, 1, 8), (0x8825, 4, 1, 8), (0xA005, 4, 1, 8)])
+    blocks["5000 entries of 60 KB each"] = directory([(40_000 + n, 1, 60_000, 0) for n in range(5000)], 64_900)
+    blocks["ratios over zero"] = directory([(0x011A, 5, 1, 26), (0x011B, 5, 1, 26)], 64)
+    for said, block in blocks.items():
+        yield Picture("EXIF", f"{said}, JPEG", "taken", _later(with_exif, block))
+    large = directory([(_ORIENTATION, 3, 30_000_000, 26)], 60_000_100)
+    forms = {"PNG": lambda: _before_pixels(chunk(b"eXIf", large)), "WebP": lambda: _webp_exif(large)}
+    for form, make in forms.items():
+        yield Picture("EXIF", f"orientation of 30 million values, {form}", "taken", make)
+    for said in ("directory of 65535 entries", "orientation of 2147483648 values", "text"):
+        yield Picture("EXIF", f"{said}, PNG", "taken", _later(_png_exif, blocks[said]))
+        yield Picture("EXIF", f"{said}, WebP", "taken", _later(_webp_exif, blocks[said]))
+
+
+def _modes() -> Iterator[Picture]:
+    """What is rare, and a picture."""
+    deep = Image.fromarray(np.full((64, 64), _GREY * 257, np.uint16))
+    forms: dict[str, tuple[str, ...]] = {
+        "JPEG": ("L", "CMYK"),
+        "TIFF": ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB"),
+        "PNG": ("1", "L", "LA", "P", "RGBA"),
+        "WEBP": ("RGBA",),
+        "GIF": ("1", "L", "P"),
+        "BMP": ("1", "L", "P"),
+    }
+    for form, modes in forms.items():
+        for mode in modes:
+            yield Picture("mode", f"{mode}, {form}", "taken", _later(encoded, _solid(mode), form))
+    for form in ("PNG", "TIFF"):
+        yield Picture("mode", f"grey of 16 bits, {form}", "taken", _later(encoded, deep, form))
+    yield Picture("mode", "RGBA of 16 bits, PNG", "taken", _later(blank_png, 64, 64, 16, 6))
+    for colour, clear in ((0, "H"), (2, "HHH")):
+        make = _later(blank_png, 64, 64, 16, colour, chunk(b"tRNS", struct.pack(f">{clear}", *[0] * len(clear))))
+        yield Picture("mode", f"one clear colour of 16 bits, PNG {colour}", "taken", make)
+    for mode in ("I", "F"):
+        yield Picture("mode", f"{mode} of 32 bits, TIFF", "refused", _later(encoded, _solid(mode), "TIFF"))
+    for form in ("GIF", "WEBP", "PNG"):
+        yield Picture("mode", f"animated, {form}", "taken", _later(_frames, form, (64, 64), 5))
+
+
+def _sizes() -> Iterator[Picture]:
+    for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        yield Picture("size", f"1x1, {form}", "taken", _later(encoded, _solid(size=(1, 1)), form))
+        for size in ((1, 20_000), (20_000, 1)):
+            if form != "WEBP":
+                name = f"{size[0]}x{size[1]}, {form}"
+                yield Picture("size", name, "taken", _later(encoded, _solid(size=size), form))
+    for width, height in ((1, 65_536), (1, 50_000_000), (50_000_000, 1)):
+        yield Picture("size", f"{width}x{height}, PNG", "refused", _later(blank_png, width, height, 8, 0))
+    for width, height in ((0, 1), (1, 0), (2**31, 1), (2**32 - 1, 2**32 - 1)):
+        yield Picture("size", f"{width}x{height} in the head, PNG", "refused", _later(_header_png, width, 8, 2, height))
+
+
+def _others() -> Iterator[Picture]:
+    """Files of other kinds, and pieces of pictures."""
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/><script>alert(1)</script></svg>'
+    files = {
+        "SVG": svg,
+        "SVG with a prologue": b'<?xml version="1.0"?><!DOCTYPE s [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + svg,
+        "HTML": b"<!doctype html><script>alert(1)</script>",
+        "nothing": b"",
+        "a zip that climbs out": _zip("../../escaped.jpg"),
+        "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
+        "PDF": b"%PDF-1.7\n1 0 obj << /OpenAction << /S /JavaScript >> >> endobj",
+        "ICO": encoded(_solid(), "ICO"),
+        "PPM": encoded(_solid(), "PPM"),
+        "a pickle": b"\x80\x04cos\nsystem\n(S'touch escaped'\ntR.",
+        "a shell script": b"#!/bin/sh\ntouch escaped\n",
+    }
+    for name, data in files.items():
+        yield Picture("not a picture", f"{name} named .jpg", "refused", _later(bytes, data))
+    for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        data = encoded(_solid(size=(300, 200)), form)
+        for share in (4, 2):
+            yield Picture(
+                "not a picture", f"1/{share} of a {form}", "refused", _later(bytes, data[: len(data) // share])
+            )
+
+
+def _later(call: Callable[..., bytes], *arguments: Any) -> Callable[[], bytes]:
+    """Made when it is asked for: hundreds of megabytes in all."""
+    return lambda: call(*arguments)
+
+
+def _large(form: str, mode: str, side: int, options: dict[str, Any]) -> bytes:
+    return encoded(Image.new(mode, (side, side)), form, **options)
+
+
+def _header_png(width: int, bits: int, colour: int, height: int | None = None) -> bytes:
+    """What a PNG promises, without its pixels."""
+    head = struct.pack(">IIBBBBB", width, width if height is None else height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def _png_exif(block: bytes) -> bytes:
+    return _before_pixels(chunk(b"eXIf", block))
+
+
+def _webp_exif(block: bytes) -> bytes:
+    return encoded(_solid(), "WEBP", exif=block)
+
+
+def _zip(name: str) -> bytes:
+    import zipfile
+
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, encoded(_solid(), "PNG"))
+    return stream.getvalue()
+
+
+def pictures() -> list[Picture]:
+    """All of them; no two of a name."""
+    return [*_bombs(), *_parts(), *_broken_exif(), *_modes(), *_sizes(), *_others()]
