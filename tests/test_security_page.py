@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import search_page
+from benchmarks import http_limits, search_page
 from benchmarks.figures import ROOT
 from vpr import artifact, images, shards
 
@@ -29,12 +29,14 @@ def test_each_row_has_a_test(section: str) -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     for limit in (
         f"at most {images.MAX_FILE_BYTES >> 20} MiB as a file",
-        f"at most {images.MAX_PIXELS // 10**6} megapixels",
+        f"at most {images.MAX_PIXELS // 10**6} megapixels, {images.MAX_PIXELS // 2 // 10**6} where it is no JPEG",
         f"members at most {images.MAX_FILE_BYTES >> 20} MiB, labels {shards._MAX_LABEL >> 20} MiB",
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",
         f"an upload may take {search_page.UPLOAD_SECONDS} s",
-        f"{search_page._CONNECTIONS} connections",
+        f"{http_limits.CONNECTIONS} connections",
+        f"{search_page.ROOM >> 20} MiB of uploads at once",
+        f"a connection has {http_limits.HEAD_SECONDS:g} s",
         f"listens on {search_page.ADDRESS} alone",
     ):
         assert limit in PAGE
