@@ -34,7 +34,7 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
-from vpr.training import check_tracker, copy_logs, drop_checkpoints, fit
+from vpr.training import Fitted, check_tracker, copy_logs, drop_checkpoints, fit
 from vpr.unfinished import only_run, run_folder
 
 
@@ -48,13 +48,7 @@ def distill(config: DistillConfig) -> Path | None:
     if not len(training) or not len(validation):
         raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
     score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
-    check_output(config.output, "student")
-    for key in ("teacher", "assistant", "start"):
-        named = getattr(config, key)
-        if named and Path(named).resolve() == Path(config.output).resolve():
-            raise UserError(f"output: {config.output} is the {key} and would be replaced: choose another")
-    if config.quantise.ranges:
-        check_ranges(config.quantise.ranges, config.start)
+    _check_paths(config)
     scored = [validation, catalog.select(split="test")]
     training, extra, more = add_unlabelled(training, scored, config.unlabelled, config.output, config.dry_run)
     values, parents = _identity(config, catalog, source, more)
@@ -101,19 +95,35 @@ def distill(config: DistillConfig) -> Path | None:
                 draft.preprocess = preprocess
                 draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
                 draft.catalog = {**catalog.summary(), **extra, **notes}
-                draft.metrics = {
-                    "val_recall_at_1": best.best,
-                    "best_epoch": best.epoch,
-                    "steps": best.steps,
-                    "seconds": round(best.seconds + before, 1),
-                    "parameters": count_parameters(student),
-                    "multiply_adds": count_multiply_adds(student, preprocess.size),
-                    **recalls,
-                    **({"quantise_keep": list(config.quantise.keep)} if config.quantise.ranges else {}),
-                }
+                draft.metrics = {**_metrics(student, preprocess, best, before), **recalls}
+                if config.quantise.ranges:
+                    draft.metrics["quantise_keep"] = list(config.quantise.keep)
             drop_checkpoints(folder)
             say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
     return Path(config.output)
+
+
+def _check_paths(config: DistillConfig) -> None:
+    """Refuse an output that may not be replaced, and ranges of another student."""
+    check_output(config.output, "student")
+    for key in ("teacher", "assistant", "start"):
+        named = getattr(config, key)
+        if named and Path(named).resolve() == Path(config.output).resolve():
+            raise UserError(f"output: {config.output} is the {key} and would be replaced: choose another")
+    if config.quantise.ranges:
+        check_ranges(config.quantise.ranges, config.start)
+
+
+def _metrics(student: Student, preprocess: Preprocess, fitted: Fitted, before: float) -> dict[str, Any]:
+    """What the card says of a training; ``before`` are the seconds that came before it."""
+    return {
+        "val_recall_at_1": fitted.best,
+        "best_epoch": fitted.epoch,
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds + before, 1),
+        "parameters": count_parameters(student),
+        "multiply_adds": count_multiply_adds(student, preprocess.size),
+    }
 
 
 def _identity(
