@@ -47,6 +47,7 @@ def test_the_graph_is_what_the_decision_says(decided: Path, graph: onnx.ModelPro
     written, artifact = load_onnx(decided)
     assert decision["met"]
     assert decision["drop"] <= 0.05
+    assert decision["certain"] is (decision["drop_interval"][1] <= 0.05)
     products = {node.name for node in weighted_nodes(graph)} | set(attention_nodes(graph))
     inputs = {node.name: node.input for node in written.graph.node}
     in_eight_bits = {name for name in products if inputs[name][0].endswith("_dq")}
