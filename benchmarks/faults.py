@@ -33,8 +33,10 @@ from vpr.cli import VERBS
 from vpr.errors import UserError
 
 # What can be imported without starting a thread.
-_PRELOADED = ("torch", "torchvision", "lightning", "open_clip", "vit_pytorch", "onnx", "torch.onnx", "torch._dynamo")
-_PRELOADED += ("torch.utils.tensorboard", "matplotlib", "jsonargparse", "pydantic", "rich.console")
+_PRELOADED = (
+    *("torch", "torchvision", "lightning", "open_clip", "vit_pytorch", "onnx", "torch.onnx", "torch._dynamo"),
+    *("torch.utils.tensorboard", "matplotlib", "jsonargparse", "pydantic", "rich.console"),
+)
 # More threads would change the order of sums, and with it the last bits.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _OLDER = {"older": True}

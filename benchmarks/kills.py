@@ -26,7 +26,8 @@ def kill_stages(road: Road, times: int, seed: int, steps: Sequence[str]) -> tupl
     Returns:
         the runs killed at random moments, and those killed at each step.
     """
-    drawn, stepped = [], []
+    drawn: list[Struck] = []
+    stepped: list[Struck] = []
     for place, stage in enumerate(road.stages.values()):
         for number in range(times):
             rng = np.random.default_rng([seed, place, number])
