@@ -187,11 +187,15 @@ class BestWeights(Callback):
         self.best, self.epoch = recall, min(trainer.current_epoch + 1, trainer.max_epochs)
         weights = whole_state(self.module)
         if is_first():
-            partial = self.path.with_suffix(".partial")
-            save_file(weights, partial)
-            with partial.open("rb") as stream:
+            # A folder, since safetensors writes to a hidden file beside the one that it is given.
+            new = self.path.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            save_file(weights, new / self.path.name)
+            with (new / self.path.name).open("rb") as stream:
                 os.fsync(stream.fileno())  # the checkpoint that names it best may outlive it otherwise
-            os.replace(partial, self.path)
+            os.replace(new / self.path.name, self.path)
+            new.rmdir()
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in the checkpoint, so that a resumed run remembers its best."""
@@ -328,9 +332,11 @@ def drop_checkpoints(folder: Path) -> None:
 
     Its logs stay.
     """
-    for name in ("last.ckpt", "best.safetensors", "last.partial", "best.partial", ".lock"):
+    for name in ("last.ckpt", "best.safetensors", "last.partial", ".lock"):
         for path in folder.rglob(name):
             path.unlink(missing_ok=True)
+    for path in folder.rglob("best.new"):
+        shutil.rmtree(path)
 
 
 def best_precision() -> Literal["32-true", "bf16-mixed"]:
