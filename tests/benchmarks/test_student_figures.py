@@ -44,7 +44,7 @@ def test_each_share_is_shown_by_the_largest_student_within_it(tmp_path: Path) ->
     assert [_kept(points, share, goal, setting).value for share, goal in GOALS.items()] == [0.9, 0.8]
     draw(points, tmp_path / "sizes.svg")
     text = (tmp_path / "sizes.svg").read_text()
-    assert all(f">{p.width}<" in text for p in points)
+    assert all(f">{p.width} wide<" in text for p in points)
 
 
 def test_the_curve_s_students_lie_on_both_sides_of_the_shares() -> None:
