@@ -65,18 +65,21 @@ class Route:
     verb: str
 
 
-def make_artifacts(folder: Path) -> None:
-    """Write one artifact of each of :data:`ARTIFACTS`, of a student with random weights."""
-    write_pictures(folder / "pictures")
-    build_catalog(
-        CatalogConfig("folder", str(folder / "catalog"), str(folder / "pictures"), validation=0.25, test=0.25)
-    )
+def make_student(folder: Path, pictures: Path) -> None:
+    """Write pictures, and the first three of :data:`ARTIFACTS`, of a student with random weights."""
+    write_pictures(pictures)
+    build_catalog(CatalogConfig("folder", str(folder / "catalog"), str(pictures), validation=0.25, test=0.25))
     torch.manual_seed(0)
     with write_artifact(folder / "student", "student", {"model": asdict(_SHAPE)}) as draft:
         save_file(Student(_SHAPE).state_dict(), draft.path / "model.safetensors")
         draft.preprocess = Preprocess(size=_SHAPE.image_size)
         draft.embedding = Embedding(dim=_SHAPE.embedding_dim, normalised=True, dtype="float32")
     export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32"), pictures=8))
+
+
+def make_artifacts(folder: Path) -> None:
+    """Write one artifact of each of :data:`ARTIFACTS`."""
+    make_student(folder, folder / "pictures")
     catalog, fp32, ranges = (str(folder / name) for name in ("catalog", "fp32", "ranges"))
     calibrate(CalibrateConfig(fp32, catalog, ranges, count=8, smooth=True, correct=True))
     calibrate(CalibrateConfig(fp32, catalog, str(folder / "plain"), count=8, correct=True))
@@ -94,6 +97,8 @@ def sign(folder: Path, name: str, file: str) -> None:
         _edit_card(folder / name, lambda card: card["files"].update({file: entry}))
     signed = {name}
     for later in ARTIFACTS[ARTIFACTS.index(name) + 1 :]:
+        if not (folder / later).is_dir():
+            continue
         sums = {one: hashlib.sha256((folder / one / "card.json").read_bytes()).hexdigest() for one in signed}
 
         def follow(card: dict[str, Any], sums: dict[str, str] = sums) -> None:
@@ -149,14 +154,15 @@ def _recall(folder: Path) -> object:
 
 
 def _onnxruntime(folder: Path) -> object:
-    return [_run_once(folder / name, "onnxruntime-cpu") for name in ("fp32", "int8")]
+    return [run_once(folder / name, "onnxruntime-cpu") for name in ("fp32", "int8")]
 
 
 def _openvino(folder: Path) -> object:
-    return [_run_once(folder / name, "openvino") for name in ("fp32", "int8")]
+    return [run_once(folder / name, "openvino") for name in ("fp32", "int8")]
 
 
-def _run_once(artifact: Path, backend: str) -> object:
+def run_once(artifact: Path, backend: str) -> object:
+    """Two random pictures through a graph."""
     model = next(one for one in models_of(artifact) if one.backend == backend)
     return model.open(1)(model.random_input(2))
 

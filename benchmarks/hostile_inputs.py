@@ -27,6 +27,7 @@ from benchmarks.hostile_pictures import encoded
 from benchmarks.mutated_files import written
 
 Put = Callable[[Path], None]
+Data = bytes | str
 _GIB = 1 << 30
 # Where a file that climbs out would lie; the run sees what is written anywhere around its folder.
 _CLIMBS = ("../escaped.png", "../../escaped.png", "a/../../escaped.png", "/tmp/escaped.png", "a/../../../escaped.png")
@@ -65,8 +66,10 @@ def inputs() -> list[Hostile]:
     return [one for maker in makers for one in maker()]
 
 
-def _write(name: str, data: bytes | str, folder: Path) -> None:
+def _write(name: str, data: Data | Callable[[], Data], folder: Path) -> None:
+    """What is large is made when it is written: the process that reads it is to hold nothing else."""
     path = folder / name
+    data = data() if callable(data) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
@@ -87,11 +90,11 @@ def _tables() -> Iterator[Hostile]:
     yield Hostile(
         "CSV", "1 GB of heading", "refused", ("catalog csv",), partial(_sparse, b"image,product,", _GIB, b"\n")
     )
-    texts: dict[str, bytes | str] = {
-        "60 MB of commas": head + "0/0.png,x" + "," * 60_000_000 + "\n",
-        "5 million lines in a row": head + "0/0.png,x" + ',"\n"' * 5_000_000 + "\n",
-        "400,000 columns": "image,product," + ",".join(f"c{n}" for n in range(400_000)) + "\n" + row * 2000,
-        "a quote that never ends": head + '0/0.png,"' + "a\n" * 3_000_000,
+    texts: dict[str, Data | Callable[[], Data]] = {
+        "60 MB of commas": lambda: head + "0/0.png,x" + "," * 60_000_000 + "\n",
+        "5 million lines in a row": lambda: head + "0/0.png,x" + ',"\n"' * 5_000_000 + "\n",
+        "400,000 columns": lambda: "image,product," + ",".join(f"c{n}" for n in range(400_000)) + "\n" + row * 2000,
+        "a quote that never ends": lambda: head + '0/0.png,"' + "a\n" * 3_000_000,
         "a line break in a product": head + '0/0.png,"a\nb"\n',
         "a line break in a path": head + '"0\n.png",b\n',
         "a return in a path": head + '"0\r.png",b\n',
@@ -107,7 +110,7 @@ def _tables() -> Iterator[Hostile]:
         "too many cells": head + "0/0.png,a,b,c\n",
         "text behind a quote": head + '"0/0.png"x,a\n',
         "nothing": b"",
-        "blank lines alone": head + "\n" * 5_000_000,
+        "blank lines alone": lambda: head + "\n" * 5_000_000,
         "a picture": encoded(Image.new("RGB", (64, 64)), "PNG"),
         "an unknown role": "image,product,role\n0/0.png,a,admin\n",
         "an unknown split": "image,product,split\n0/0.png,a,../../x\n",
@@ -214,9 +217,11 @@ def _shards() -> Iterator[Hostile]:
         "a member of 8 GB that is not there": _header(tarfile.REGTYPE, (8 << 30) - 1),
         "extended headers without end": _header(tarfile.XHDTYPE, 12) + (b"12 path=abc\n".ljust(512, b"\0")),
     }
-    whole["100,000 extended headers"] = (_header(tarfile.XHDTYPE, 12) + b"12 path=abc\n".ljust(512, b"\0")) * 100_000
     for name, data in whole.items():
         yield Hostile("shard", f"{name}, named .tar", "refused", roads, partial(_write, "in/0.tar", data))
+    extended = _header(tarfile.XHDTYPE, 12) + b"12 path=abc\n".ljust(512, b"\0")
+    put = partial(_write, "in/0.tar", lambda: extended * 100_000)
+    yield Hostile("shard", "100,000 extended headers, named .tar", "refused", roads, put)
     yield Hostile("shard", "a gzip bomb", "refused", roads, partial(_write, "in/0.tar.gz", b"\x1f\x8b" + bytes(99)))
 
 
@@ -448,6 +453,9 @@ def _towers() -> Iterator[Hostile]:
             yield Hostile("tower", f"{key} {value}", "refused", ("teacher train",), put)
     whole = {"100,000 brackets": b"[" * 100_000, "a list": b"[1]", "nothing": b"", "not UTF-8": b'{"a": "\xff"}'}
     whole["a number of 5000 digits"] = b'{"embed_dim": ' + b"9" * 5000 + b', "vision_cfg": {}}'
-    whole["200 MB of blanks"] = b" " * (200 << 20)
+    yield Hostile(
+        *("tower", "200 MB of blanks", "refused", ("teacher train",)),
+        partial(_write, "in/tower.json", lambda: b" " * (200 << 20)),
+    )
     for name, data in whole.items():
         yield Hostile("tower", name, "refused", ("teacher train",), partial(_write, "in/tower.json", data))

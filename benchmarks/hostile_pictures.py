@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +31,7 @@ class Picture:
         kind: of the attack, as the table of results groups them.
         name: what it does.
         expected: whether it is to be taken or refused.
-        make: its bytes.
+        make: its bytes; hundreds of megabytes in all, so that each is made when it is asked for.
     """
 
     kind: str
@@ -132,9 +134,9 @@ def _bombs() -> Iterator[Picture]:
     for (bits, colour), said in colours.items():
         for side, expected in ((7071, "taken"), (7072, "refused"), (13_000, "refused"), (30_000, "refused")):
             make = (
-                _later(blank_png, side, side, bits, colour)
+                partial(blank_png, side, side, bits, colour)
                 if side < 13_000
-                else _later(_header_png, side, bits, colour)
+                else partial(_header_png, side, bits, colour)
             )
             yield Picture("bomb: PNG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGB", "L", "CMYK"):
@@ -142,30 +144,30 @@ def _bombs() -> Iterator[Picture]:
             said = f"{mode}{', progressive' if progressive else ''}"
             options = {"progressive": progressive, "quality": 1, "subsampling": 0}
             for side, expected in ((10_000, "taken"), (10_001, "refused"), (16_000, "refused")):
-                make = _later(_large, "JPEG", mode, side, options)
+                make = partial(_large, "JPEG", mode, side, options)
                 yield Picture("bomb: JPEG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for scans in (1000, 20_000):
         yield Picture(
-            "bomb: JPEG", f"{scans} scans of 100 million pixels", "refused", _later(many_scans, 10_000, scans)
+            "bomb: JPEG", f"{scans} scans of 100 million pixels", "refused", partial(many_scans, 10_000, scans)
         )
-        yield Picture("bomb: JPEG", f"{scans} scans of 9 million pixels", "refused", _later(many_scans, 3000, scans))
+        yield Picture("bomb: JPEG", f"{scans} scans of 9 million pixels", "refused", partial(many_scans, 3000, scans))
     for mode in ("RGB", "RGBA"):
         for lossless in (True, False):
             said = f"{mode}, {'lossless' if lossless else 'lossy'}"
-            options = {"lossless": lossless, "quality": 0, "method": 0}
+            options = {"quality": 0, "method": 0}
             for side, expected in ((7071, "taken"), (7072, "refused"), (16_383, "refused")):
                 if side < 10_000 or lossless:
-                    make = _later(_large, "WEBP", mode, side, options)
+                    make = partial(_promised, mode, side) if lossless else partial(_large, "WEBP", mode, side, options)
                     yield Picture("bomb: WebP", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGBA", "CMYK", "LA"):
-        make = _later(_large, "TIFF", mode, 7071, {"compression": "tiff_deflate"})
+        make = partial(_large, "TIFF", mode, 7071, {"compression": "tiff_deflate"})
         yield Picture("bomb: TIFF", f"7071x7071 {mode}, deflated", "taken", make)
     for form, mode in (("WEBP", "RGBA"), ("WEBP", "RGB"), ("GIF", "P"), ("PNG", "RGBA")):
         for side, expected in ((7071, "taken"), (7072, "refused")):
-            make = _later(_frames, form, (side, side), 2, mode)
+            make = partial(_frames, form, (side, side), 2, mode)
             yield Picture("bomb: frames", f"2 frames of {side}x{side} {mode}, {form}", expected, make)  # type: ignore[arg-type]
     for form in ("GIF", "WEBP", "PNG", "TIFF"):
-        yield Picture("bomb: frames", f"1000 frames, {form}", "taken", _later(_frames, form, (8, 8), 1000))
+        yield Picture("bomb: frames", f"1000 frames, {form}", "taken", partial(_frames, form, (8, 8), 1000))
 
 
 def _parts() -> Iterator[Picture]:
@@ -173,7 +175,7 @@ def _parts() -> Iterator[Picture]:
     strips = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
     for count in (400_000, 15_000_000):
         entries = [*strips, (273, 4, count, 200), (278, 4, 1, 1), (279, 4, 1, 64)]
-        make = _later(directory, sorted(entries), 200 + 4 * count)
+        make = partial(directory, sorted(entries), 200 + 4 * count)
         yield Picture("bomb: parts", f"TIFF of {count} strips", "refused", make)
     makes: dict[str, Callable[[], bytes]] = {
         "15 million segments, JPEG": lambda: _behind_start(b"\xff\xfe\x00\x02" * 15_000_000),
@@ -227,14 +229,13 @@ def _broken_exif() -> Iterator[Picture]:
     blocks["5000 entries of 60 KB each"] = directory([(40_000 + n, 1, 60_000, 0) for n in range(5000)], 64_900)
     blocks["ratios over zero"] = directory([(0x011A, 5, 1, 26), (0x011B, 5, 1, 26)], 64)
     for said, block in blocks.items():
-        yield Picture("EXIF", f"{said}, JPEG", "taken", _later(with_exif, block))
-    large = directory([(_ORIENTATION, 3, 30_000_000, 26)], 60_000_100)
-    forms = {"PNG": lambda: _before_pixels(chunk(b"eXIf", large)), "WebP": lambda: _webp_exif(large)}
-    for form, make in forms.items():
-        yield Picture("EXIF", f"orientation of 30 million values, {form}", "taken", make)
+        yield Picture("EXIF", f"{said}, JPEG", "taken", partial(with_exif, block))
+    for form, put in (("PNG", _png_exif), ("WebP", _webp_exif)):
+        name = f"orientation of 30 million values, {form}"
+        yield Picture("EXIF", name, "taken", partial(_with_large_exif, put))
     for said in ("directory of 65535 entries", "orientation of 2147483648 values", "text"):
-        yield Picture("EXIF", f"{said}, PNG", "taken", _later(_png_exif, blocks[said]))
-        yield Picture("EXIF", f"{said}, WebP", "taken", _later(_webp_exif, blocks[said]))
+        yield Picture("EXIF", f"{said}, PNG", "taken", partial(_png_exif, blocks[said]))
+        yield Picture("EXIF", f"{said}, WebP", "taken", partial(_webp_exif, blocks[said]))
 
 
 def _modes() -> Iterator[Picture]:
@@ -250,30 +251,32 @@ def _modes() -> Iterator[Picture]:
     }
     for form, modes in forms.items():
         for mode in modes:
-            yield Picture("mode", f"{mode}, {form}", "taken", _later(encoded, _solid(mode), form))
+            yield Picture("mode", f"{mode}, {form}", "taken", partial(encoded, _solid(mode), form))
     for form in ("PNG", "TIFF"):
-        yield Picture("mode", f"grey of 16 bits, {form}", "taken", _later(encoded, deep, form))
-    yield Picture("mode", "RGBA of 16 bits, PNG", "taken", _later(blank_png, 64, 64, 16, 6))
+        yield Picture("mode", f"grey of 16 bits, {form}", "taken", partial(encoded, deep, form))
+    yield Picture("mode", "RGBA of 16 bits, PNG", "taken", partial(blank_png, 64, 64, 16, 6))
     for colour, clear in ((0, "H"), (2, "HHH")):
-        make = _later(blank_png, 64, 64, 16, colour, chunk(b"tRNS", struct.pack(f">{clear}", *[0] * len(clear))))
+        make = partial(blank_png, 64, 64, 16, colour, chunk(b"tRNS", struct.pack(f">{clear}", *[0] * len(clear))))
         yield Picture("mode", f"one clear colour of 16 bits, PNG {colour}", "taken", make)
     for mode in ("I", "F"):
-        yield Picture("mode", f"{mode} of 32 bits, TIFF", "refused", _later(encoded, _solid(mode), "TIFF"))
+        yield Picture("mode", f"{mode} of 32 bits, TIFF", "refused", partial(encoded, _solid(mode), "TIFF"))
     for form in ("GIF", "WEBP", "PNG"):
-        yield Picture("mode", f"animated, {form}", "taken", _later(_frames, form, (64, 64), 5))
+        yield Picture("mode", f"animated, {form}", "taken", partial(_frames, form, (64, 64), 5))
 
 
 def _sizes() -> Iterator[Picture]:
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        yield Picture("size", f"1x1, {form}", "taken", _later(encoded, _solid(size=(1, 1)), form))
+        yield Picture("size", f"1x1, {form}", "taken", partial(encoded, _solid(size=(1, 1)), form))
         for size in ((1, 20_000), (20_000, 1)):
             if form != "WEBP":
                 name = f"{size[0]}x{size[1]}, {form}"
-                yield Picture("size", name, "taken", _later(encoded, _solid(size=size), form))
+                yield Picture("size", name, "taken", partial(encoded, _solid(size=size), form))
     for width, height in ((1, 65_536), (1, 50_000_000), (50_000_000, 1)):
-        yield Picture("size", f"{width}x{height}, PNG", "refused", _later(blank_png, width, height, 8, 0))
+        yield Picture("size", f"{width}x{height}, PNG", "refused", partial(blank_png, width, height, 8, 0))
     for width, height in ((0, 1), (1, 0), (2**31, 1), (2**32 - 1, 2**32 - 1)):
-        yield Picture("size", f"{width}x{height} in the head, PNG", "refused", _later(_header_png, width, 8, 2, height))
+        yield Picture(
+            "size", f"{width}x{height} in the head, PNG", "refused", partial(_header_png, width, 8, 2, height)
+        )
 
 
 def _others() -> Iterator[Picture]:
@@ -293,18 +296,22 @@ def _others() -> Iterator[Picture]:
         "a shell script": b"#!/bin/sh\ntouch escaped\n",
     }
     for name, data in files.items():
-        yield Picture("not a picture", f"{name} named .jpg", "refused", _later(bytes, data))
+        yield Picture("not a picture", f"{name} named .jpg", "refused", partial(bytes, data))
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
         data = encoded(_solid(size=(300, 200)), form)
         for share in (4, 2):
             yield Picture(
-                "not a picture", f"1/{share} of a {form}", "refused", _later(bytes, data[: len(data) // share])
+                "not a picture", f"1/{share} of a {form}", "refused", partial(bytes, data[: len(data) // share])
             )
 
 
-def _later(call: Callable[..., bytes], *arguments: Any) -> Callable[[], bytes]:
-    """Made when it is asked for: hundreds of megabytes in all."""
-    return lambda: call(*arguments)
+def _promised(mode: str, side: int) -> bytes:
+    """A WebP of one colour: its few codes are right for any size, which its header alone tells."""
+    data = bytearray(encoded(_solid(mode, (8, 8)), "WEBP", lossless=True))
+    at = data.index(b"VP8L") + 9
+    bits = int.from_bytes(data[at : at + 4], "little")
+    data[at : at + 4] = (bits >> 28 << 28 | side - 1 << 14 | side - 1).to_bytes(4, "little")
+    return bytes(data)
 
 
 def _large(form: str, mode: str, side: int, options: dict[str, Any]) -> bytes:
@@ -317,6 +324,10 @@ def _header_png(width: int, bits: int, colour: int, height: int | None = None) -
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def _with_large_exif(put: Callable[[bytes], bytes]) -> bytes:
+    return put(directory([(_ORIENTATION, 3, 30_000_000, 26)], 60_000_100))
+
+
 def _png_exif(block: bytes) -> bytes:
     return _before_pixels(chunk(b"eXIf", block))
 
@@ -326,8 +337,6 @@ def _webp_exif(block: bytes) -> bytes:
 
 
 def _zip(name: str) -> bytes:
-    import zipfile
-
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr(name, encoded(_solid(), "PNG"))

@@ -18,14 +18,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.fuzz_routes import RESULT, VERBS, Verb, make_artifacts
+from benchmarks.fuzz_routes import RESULT, VERBS, Verb, make_student, run_once
 from benchmarks.lookup import Searcher, load_searchers
 from benchmarks.page import draw_html, draw_markdown
 from benchmarks.report import ReportConfig, report
 from benchmarks.search_page import ADDRESS, make_app
+from student.embed import embed_catalog
 from vpr.artifact import load_artifact
-from vpr.catalog import Catalog, CatalogConfig, build_catalog
+from vpr.catalog import Catalog
 from vpr.cli import main
+from vpr.embed import EmbedConfig
 from vpr.errors import UserError
 
 PICTURE = "2/0.png"  # of the shop's gallery: a hostile one takes its place
@@ -46,13 +48,12 @@ def make_originals(folder: Path, shop: Path) -> None:
         folder: where they are written.
         shop: where the pictures of the shop will lie in every case.
     """
-    make_artifacts(folder)
-    (folder / "pictures").rename(shop)
-    build_catalog(CatalogConfig("folder", str(folder / "catalog"), str(shop), validation=0.25, test=0.25))
-    models = (str(folder / "student"),)
-    drawn = report(ReportConfig(str(folder / "catalog"), models, str(folder / "drawn"), seconds=0.02, sheet_queries=2))
-    shop.rename(folder / "pictures")
+    make_student(folder, shop)
+    student, catalog = str(folder / "student"), str(folder / "catalog")
+    embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings")))
+    drawn = report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
     (folder / "report.json").write_bytes((drawn / "report.json").read_bytes())
+    shop.rename(folder / "pictures")
 
 
 def command(*arguments: str) -> None:
@@ -230,7 +231,8 @@ def _results_page(folder: Path) -> None:
 
 
 ROADS: dict[str, Verb] = {
-    **{name: VERBS[name] for name in ("run by ONNX Runtime", "calibrate", "student embed", "export onnx")},
+    **{name: VERBS[name] for name in ("calibrate", "student embed", "export onnx")},
+    "run by ONNX Runtime": Verb(lambda folder: run_once(folder / "fp32", "onnxruntime-cpu")),
     "catalog": Verb(partial(_catalog, "folder", "shop"), "catalog"),
     "catalog csv": Verb(partial(_catalog, "csv", "in/table.csv"), "catalog"),
     **{

@@ -6,6 +6,7 @@ around a case's folder, with the home, the temporary and the working folder, is 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -130,7 +131,14 @@ def main(place: Path) -> None:
     quieten()
     folder = place / "case"
     folder.mkdir()
-    make_originals(place / "originals", folder / "shop")
+    # In a process of its own: the libraries that it takes are not counted with those of the roads.
+    making = multiprocessing.get_context("spawn").Process(
+        target=make_originals, args=(place / "originals", folder / "shop")
+    )
+    making.start()
+    making.join()
+    if making.exitcode:
+        raise RuntimeError("hostile: its artifacts cannot be made: see above")
     os.chdir(place / "working")
     _warm_up(place)
     limit_memory()

@@ -13,6 +13,7 @@ from benchmarks.hostile_worker import _seen, cases
 from vpr.errors import UserError
 
 
+@pytest.mark.slow
 def test_some_of_every_kind_of_attack_do_no_harm() -> None:
     """Each is refused by a line, set aside with a reason or read rightly; time, memory and what is written are seen."""
     found = attack(HostileConfig(every=41))

@@ -14,7 +14,8 @@ from vpr.artifact import load_artifact
 FUTURE = 4102444800  # 2100
 
 
-@pytest.mark.parametrize("name", ["teacher", "student", "shard-embeddings", "int8"])
+# INT8 is inserted in less time than a kill takes to come.
+@pytest.mark.parametrize("name", ["teacher", "student", "shard-embeddings"])
 def test_a_run_goes_on_under_a_clock_that_was_set_back(road: Road, tmp_path: Path, name: str) -> None:
     stage, output = road.stages[name], tmp_path / name
     assert road.run(stage, output, until=0.6 * road.work[name]).killed
