@@ -63,7 +63,9 @@ def _wait_for_checkpoints(process: subprocess.Popen[bytes], output: Path, wanted
     while len(written) < wanted:
         if process.poll() is not None:
             raise UserError(f"{output}: the training ended before it could be killed: give it more epochs")
-        for checkpoint in output.parent.glob(f"{output.name}.run-*/**/last.ckpt"):
-            written.add(checkpoint.stat().st_mtime_ns)
+        # A teacher's stages have folders of their own. No `**`: it would walk into folders that come and go.
+        for place in ("", "stage-*/"):
+            for checkpoint in output.parent.glob(f"{output.name}.run-*/{place}last.ckpt"):
+                written.add(checkpoint.stat().st_mtime_ns)
         time.sleep(0.02)
     return len(written)
