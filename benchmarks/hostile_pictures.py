@@ -204,7 +204,10 @@ def _parts() -> Iterator[Picture]:
         lambda: _before_pixels(chunk(b"zTXt", b"a\0\0" + text)),
     )
     yield Picture(
-        "bomb: parts", "colour profile of 100 MB, PNG", "taken", lambda: _before_pixels(chunk(b"iCCP", b"a\0\0" + text))
+        "bomb: parts",
+        "colour profile of 100 MB, PNG",
+        "refused",
+        lambda: _before_pixels(chunk(b"iCCP", b"a\0\0" + text)),
     )
 
 
