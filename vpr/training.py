@@ -33,7 +33,7 @@ from vpr.ema import Ema
 from vpr.embeddings import score_split, unit
 from vpr.errors import UserError
 from vpr.images import Preprocess
-from vpr.loading import Normalise
+from vpr.loading import EpochSampler, Normalise
 from vpr.processes import Strategy, gathered, is_first, rank_and_world, shard, trainer_options, whole_state
 
 # Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
@@ -267,6 +267,20 @@ class Fitted:
     last: dict[str, Tensor]
 
 
+class ResumedOrder(Callback):
+    """Gives the first epoch after a resume its own order: Lightning starts the loader before it names the epoch.
+
+    Workers read the order ahead as soon as they are started, and would read that of epoch 0.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the epoch that comes next."""
+        self._sampler.set_epoch(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
 def fit(
     module: RecallModule,
     loaders: tuple[DataLoader[dict[str, Tensor]], DataLoader[dict[str, Tensor]]],
@@ -290,6 +304,8 @@ def fit(
     best, clock = BestWeights(kept, folder / "best.safetensors"), Clock()
     ema = Ema(run.ema) if run.ema else None
     interactive = os.isatty(2)
+    sampler = loaders[0].sampler
+    assert isinstance(sampler, EpochSampler)
     checkpoint = ModelCheckpoint(
         folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
     )
@@ -300,7 +316,10 @@ def fit(
         check_val_every_n_epoch=run.validate_every,
         logger=_logs(folder, run.tracker),
         # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
-        callbacks=[best, *([ema] if ema else []), clock, TQDMProgressBar() if interactive else EpochLine(), checkpoint],
+        callbacks=[
+            *(best, *([ema] if ema else []), clock, ResumedOrder(sampler)),
+            *(TQDMProgressBar() if interactive else EpochLine(), checkpoint),
+        ],
         enable_progress_bar=interactive,
         enable_model_summary=False,
         gradient_clip_val=run.clip or None,
