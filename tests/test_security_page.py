@@ -29,7 +29,8 @@ def test_each_row_has_a_test(section: str) -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     for limit in (
         f"at most {images.MAX_FILE_BYTES >> 20} MiB as a file",
-        f"at most {images.MAX_PIXELS // 10**6} megapixels, {images.MAX_PIXELS // 2 // 10**6} where it is no JPEG",
+        f"at most {images.MAX_PIXELS // 10**6} megapixels, {images.MAX_PIXELS // 2 // 10**6} where it is no JPEG, "
+        f"{images.MAX_PIXELS // 4 // 10**6} of a WebP",
         f"members at most {images.MAX_FILE_BYTES >> 20} MiB, labels {shards._MAX_LABEL >> 20} MiB",
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",

@@ -15,7 +15,8 @@ from threading import Condition
 from PIL import Image
 
 MAX_FILE_BYTES = 64 << 20
-MAX_PIXELS = 100_000_000  # of a JPEG, which is decoded at a reduced scale; others may have half of it
+MAX_PIXELS = 100_000_000  # of a JPEG, which is decoded at a reduced scale; others may have a share of it
+_SHARE = {"JPEG": 1, "MPO": 1, "WEBP": 4}  # half for all others; libwebp holds a picture several times over
 MAX_SIDE = 65_535
 MAX_EXIF_BYTES = 1 << 20
 _MOST_PARTS = 1 << 16  # chunks, segments, blocks
@@ -68,7 +69,7 @@ def check_picture(image: Image.Image, scans: int, size: int) -> None:
         TooMuch: saying of what.
     """
     pixels = image.width * image.height
-    most = MAX_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS // 2
+    most = MAX_PIXELS // _SHARE.get(str(image.format), 2)
     if pixels > most:
         raise TooMuch(f"{image.width}x{image.height} pixels, more than {most}")
     if max(image.size) > MAX_SIDE:
