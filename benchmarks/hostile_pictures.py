@@ -239,7 +239,7 @@ def _broken_exif() -> Iterator[Picture]:
     for said, block in blocks.items():
         yield Picture("EXIF", f"{said}, JPEG", "taken", partial(with_exif, block))
     for form, put in (("PNG", _png_exif), ("WebP", _webp_exif)):
-        name = f"orientation of 30 million values, {form}"
+        name = f"orientation of 7 million values, {form}"
         yield Picture("EXIF", name, "taken", partial(_with_large_exif, put))
     for said in ("directory of 65535 entries", "orientation of 2147483648 values", "text"):
         yield Picture("EXIF", f"{said}, PNG", "taken", partial(_png_exif, blocks[said]))
@@ -341,7 +341,7 @@ def _header_png(width: int, bits: int, colour: int, height: int | None = None) -
 
 
 def _with_large_exif(put: Callable[[bytes], bytes]) -> bytes:
-    return put(directory([(_ORIENTATION, 3, 30_000_000, 26)], 60_000_100))
+    return put(directory([(_ORIENTATION, 3, 7_000_000, 26)], 14_000_100))
 
 
 def _png_exif(block: bytes) -> bytes:

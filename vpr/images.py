@@ -182,10 +182,13 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation; 1 where there is none, or where a block is larger than any camera writes."""
+    """EXIF orientation; 1 where there is none, where its block is broken, or larger than any camera writes."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return 1
-    return image.getexif().get(_ORIENTATION, 1)
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises whatever a broken block makes of its parser
+        return 1
 
 
 def _upright(image: Image.Image) -> Image.Image:

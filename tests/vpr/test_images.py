@@ -79,6 +79,13 @@ def test_exif_orientation_is_applied_as_pillow_does(orientation: int, form: str)
     np.testing.assert_array_equal(np.asarray(decode_bytes(data, "x")), np.asarray(expected))
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_is_none_does_not_lose_a_good_picture(form: str) -> None:
+    data = _bytes(_picture(60, 40), form, exif=b"<html>" * 9)
+    assert decode_bytes(data, "x").size == (60, 40)
+    assert decode_bytes(data, "x", box=(0, 0, 20, 10)).size == (20, 10)
+
+
 def test_a_broken_exif_tag_does_not_lose_a_good_picture() -> None:
     # A camera's ResolutionUnit of a wrong type: Pillow can read the tags but not write them anew.
     exif = Image.Exif()
