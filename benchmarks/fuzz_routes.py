@@ -183,7 +183,7 @@ def _fit(folder: Path) -> object:
 def _finish(folder: Path) -> object:
     """What finishing a student in INT8 does with ranges before it trains."""
     model, _ = load_student(folder / "student")
-    return fake_quantise(model, read_thresholds(folder / "plain")[0], KEEP)
+    return fake_quantise(model, read_thresholds(folder / "plain"), KEEP)
 
 
 def _search(folder: Path) -> object:

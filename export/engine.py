@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 import onnx
 
-from export.onnx_graph import INPUT, MAX_BATCH, describe, load_onnx
+from export.onnx_graph import MAX_BATCH, describe, load_onnx
 from export.work import multiply_adds
 from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
 from vpr.environment import read_gpus
 from vpr.errors import UserError
+from vpr.runtime import INPUT
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.

@@ -197,8 +197,7 @@ def _build_student(config: DistillConfig) -> Student:
         if is_first():
             say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
     if config.quantise.ranges:
-        thresholds, _ = read_thresholds(config.quantise.ranges)
-        names = fake_quantise(student, thresholds, config.quantise.keep)
+        names = fake_quantise(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
         if is_first():
             say(f"  {len(names)} linears compute as they will in INT8")
     return student

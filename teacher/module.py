@@ -11,7 +11,8 @@ from torch import Tensor
 
 from teacher.head import HeadConfig, MarginHead
 from teacher.layers import decay_factor, layers, trainable
-from teacher.model import LARGEST_SIDE, Teacher, TowerConfig, load_tower_weights
+from teacher.model import LARGEST_SIDE, Teacher, TowerConfig
+from teacher.weights import load_tower_weights
 from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.images import Preprocess

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, Draft, Parent, find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifact import Artifact, Draft, find_current, load_artifact, plain, reading, write_artifact
 from vpr.console import say
+from vpr.environment import available_cpus
 from vpr.errors import UserError
 from vpr.images import Box, ImageRefused, decode_bytes, read_picture
 from vpr.readers import READERS, Row, unknown_suffixes
@@ -211,19 +211,6 @@ def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Refused]) 
     say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside{where}")
 
 
-def write_catalog(path: Path | str, catalog: Catalog, parents: list[Parent] | None = None) -> Path:
-    """Write a catalogue that was merged or selected, so that stages can be given it; the pictures stay in its root.
-
-    Args:
-        path: of the artifact.
-        catalog: what to write.
-        parents: the catalogues that it was made from.
-    """
-    with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}, parents) as draft:
-        fill_draft(draft, catalog, [])
-    return Path(path)
-
-
 def load_catalog(path: Path | str) -> Catalog:
     """Load a catalogue artifact.
 
@@ -266,7 +253,7 @@ def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[
     """
     good: list[Row] = []
     refused: list[Refused] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(available_cpus())) as pool:
         for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
             if isinstance(outcome, str):
                 good.append({**row, "sha256": outcome})

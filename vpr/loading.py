@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vpr.catalog import Catalog
 from vpr.embeddings import read_pixels
+from vpr.environment import available_cpus
 from vpr.errors import UserError
 from vpr.images import Preprocess
 
@@ -201,6 +201,6 @@ def _decode_all(catalog: Catalog, preprocess: Preprocess) -> Tensor:
         rows = range(start, min(start + 64, len(catalog)))
         kept[rows.start : rows.stop] = read_pixels(catalog, preprocess, rows)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(available_cpus())) as pool:
         list(pool.map(decode_block, range(0, len(catalog), 64)))
     return torch.from_numpy(kept)

@@ -125,7 +125,7 @@ def expand_queries(query: Vectors, gallery: Vectors, k: int, alpha: float) -> Ve
     return _expand(query, gallery, k, alpha, query) if k else query
 
 
-def k_reciprocal(query: Vectors, gallery: Vectors, k1: int = 20, k2: int = 6, weight: float = 0.3) -> Vectors:
+def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, weight: float) -> Vectors:
     """Re-rank by k-reciprocal neighbourhoods (Zhong et al., CVPR 2017, eq. 2 to 12).
 
     The neighbourhoods are of queries and gallery together, so queries do influence each other. Memory: the

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.catalogs import write_catalog
 from vpr.artifact import load_artifact
 from vpr.catalog import (
     SCHEMA,
@@ -21,7 +22,6 @@ from vpr.catalog import (
     load_catalog,
     split_by_product,
     table_of,
-    write_catalog,
 )
 from vpr.errors import UserError
 from vpr.readers import read_csv

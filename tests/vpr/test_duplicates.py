@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog, table_of, write_catalog
+from tests.catalogs import write_catalog
+from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog, table_of
 from vpr.duplicates import merge, near_pairs
 
 
