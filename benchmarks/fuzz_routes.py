@@ -27,10 +27,10 @@ from student.embed import embed_catalog
 from student.model import Student, StudentConfig, load_student
 from student.quantise import fake_quantise, read_thresholds
 from vpr.artifact import Embedding, reading, write_artifact
-from vpr.catalog import CatalogConfig, build_catalog
 from vpr.embed import EmbedConfig
 from vpr.find import FindConfig, find
 from vpr.images import Preprocess
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.int8 import KEEP
 
 # In the order in which they are made: the card of each names the sha256 of earlier ones.

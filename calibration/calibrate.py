@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -97,22 +95,19 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")
     # The student too: its finishing asks whether the ranges are its own.
     parents = [model.as_parent("onnx"), *model.parents("student")]
-    evaluation = None
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
-    if config.evaluation:
-        evaluation = load_catalog(config.evaluation)
-        parents += [evaluation.artifact.as_parent("evaluation")] if evaluation.artifact else []
+    parents += catalog.as_parents()
+    evaluation = load_catalog(config.evaluation) if config.evaluation else None
+    parents += evaluation.as_parents("evaluation") if evaluation else []
     if find_current(config.output, "ranges", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     graph = load_graph(model)
     training = catalog.select(split="train")
     embed = _embedder(graph, training, model.card.preprocess)
-    scored = evaluation or catalog
-    scored = Catalog(scored.table.filter(pc.not_equal(scored.table["split"], "train")), scored.root, scored.artifact)
+    scored = catalog if evaluation is None else evaluation
+    scored = scored.where(scored.table["split"].to_numpy() != "train")
     rows = select_pictures(training, config.count, config.seed, config.selection, embed, scored)
-    pictures = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
+    pictures = training.take(rows)
 
     def batches() -> Iterator[NDArray[np.float32]]:
         assert model.card.preprocess is not None
@@ -182,9 +177,9 @@ def _embedder(
     """The graph's own embeddings of some of the pictures."""
 
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        some = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
         session = GraphSession(graph)
-        return np.concatenate([_run(session, batch) for batch in read_batches(some, preprocess, _BATCH)])
+        batches = read_batches(training.take(rows), preprocess, _BATCH)
+        return np.concatenate([_run(session, batch) for batch in batches])
 
     return embed
 

@@ -113,7 +113,7 @@ def export_int8(config: Int8Config) -> Path:
     validation = None
     if config.catalog:
         validation = load_catalog(config.catalog)
-        parents += [validation.artifact.as_parent("catalog")] if validation.artifact else []
+        parents += validation.as_parents()
         validation = validation.select(split="validation")
     values = {**plain(config), "precision": config.number}
     if find_current(config.output, "onnx", values, parents):

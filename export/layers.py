@@ -65,7 +65,7 @@ def compare(config: ParityConfig) -> Path:
     catalog = load_catalog(config.catalog)
     graphs = [load_onnx(path) for path in config.models]
     parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in graphs)]
-    parents += [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
+    parents += catalog.as_parents()
     if find_current(config.output, "report", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)

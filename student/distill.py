@@ -25,7 +25,7 @@ from student.source import find_projection, load_source, own_dimension, source_d
 from student.start import start_from
 from student.targets import CachedTargets, OnlineTargets, PairDataset
 from student.unlabelled import add_unlabelled
-from teacher.train import find_leaks, unknown_start
+from teacher.train import unknown_start
 from vpr.artifact import Artifact, Embedding, Parent, check_output, find_current, load_artifact, plain, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
@@ -34,6 +34,7 @@ from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
+from vpr.splits import find_leaks
 from vpr.training import Fitted, check_tracker, copy_logs, drop_checkpoints, fit
 from vpr.unfinished import only_run, run_folder
 
@@ -54,9 +55,8 @@ def distill(config: DistillConfig) -> Path | None:
     values, parents = _identity(config, catalog, source, more)
     folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_current(config.output, "student", values, parents):
-        if is_first():
-            drop_checkpoints(folder)  # of a run that was killed after its artifact was there
-            say(f"{config.output}: up to date")
+        drop_checkpoints(folder)  # of a run that was killed after its artifact was there
+        say(f"{config.output}: up to date")
         return Path(config.output)
     assert source.card.preprocess is not None
     preprocess = source.card.preprocess.model_copy(update={"size": config.model.image_size})
@@ -138,8 +138,7 @@ def _identity(
     parents = [load_artifact(config.teacher, "teacher").as_parent("teacher")]
     if config.assistant:
         parents.append(source.as_parent("assistant"))
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
+    parents += catalog.as_parents()
     if config.start:
         parents.append(load_artifact(config.start).as_parent("start"))
     if config.quantise.ranges:
@@ -163,8 +162,6 @@ def _notes(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
 
 
 def _print_plan(config: DistillConfig, source: Artifact, training: Catalog, preprocess: Preprocess) -> None:
-    if not is_first():
-        return
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
     say(
@@ -194,12 +191,10 @@ def _build_student(config: DistillConfig) -> Student:
     if config.start:
         artifact, taken = start_from(student, config.start)
         share = taken / count_parameters(student)
-        if is_first():
-            say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
+        say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
     if config.quantise.ranges:
         names = fake_quantise(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
-        if is_first():
-            say(f"  {len(names)} linears compute as they will in INT8")
+        say(f"  {len(names)} linears compute as they will in INT8")
     return student
 
 

@@ -151,15 +151,13 @@ def cache_signal(
     folder = run_folder(path, values, parents)
     if find_current(path, "views", values, parents):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
-        if is_first():
-            say(f"{path}: up to date")
+        say(f"{path}: up to date")
         return _load(path)
     check_output(path, "views")
-    if is_first():
-        say(
-            f"views: {config.views} of each of {len(catalog)} pictures, {embedding.dim} dimensions, "
-            f"{cache_bytes(len(catalog), embedding.dim, config) / 1e6:.1f} MB"
-        )
+    say(
+        f"views: {config.views} of each of {len(catalog)} pictures, {embedding.dim} dimensions, "
+        f"{cache_bytes(len(catalog), embedding.dim, config) / 1e6:.1f} MB"
+    )
     files = list(_files(len(catalog), config))
     with only_run(folder):
         _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())

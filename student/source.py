@@ -18,7 +18,7 @@ from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import embed, score_split, torch_forward, unit
 from vpr.errors import UserError
-from vpr.processes import compute_device, is_first
+from vpr.processes import compute_device
 
 
 def load_source(config: DistillConfig) -> tuple[nn.Module, Artifact]:
@@ -69,23 +69,20 @@ def find_projection(
     whole = embed(validation, source.card.preprocess, torch_forward(teacher))
     recall = score_split(validation, whole).recall_at_1
     if not config.dimension.projects_teacher:
-        if is_first():
-            say(f"dimension: the teacher stays whole (recall@1 {recall:.3f}); the student's {dim} are projected up")
+        say(f"dimension: the teacher stays whole (recall@1 {recall:.3f}); the student's {dim} are projected up")
         return None, {"teacher_val_recall_at_1": recall}
     if signal is not None:
         vectors = signal.draw(config.dimension.pictures, config.seed)
     else:
         rows = np.random.default_rng(config.seed).permutation(len(training))[: config.dimension.pictures]
-        part = Catalog(training.table.take(np.sort(rows)), training.root)
-        vectors = embed(part, source.card.preprocess, torch_forward(teacher))
+        vectors = embed(training.take(np.sort(rows)), source.card.preprocess, torch_forward(teacher))
     found = {}
     for method in dict.fromkeys(("pca", config.dimension.method)):
         projection = fit_projection(replace(config.dimension, method=method), vectors, dim, config.seed)  # type: ignore[arg-type]
         short = unit(project(torch.from_numpy(whole), projection).numpy())
         found[method] = score_split(validation, short).recall_at_1
-    if is_first():
-        told = ", ".join(f"{value:.3f} by {method}" for method, value in found.items())
-        say(f"dimension: {source_dim(source)} to {dim}: the teacher's recall@1 {recall:.3f} becomes {told}")
+    told = ", ".join(f"{value:.3f} by {method}" for method, value in found.items())
+    say(f"dimension: {source_dim(source)} to {dim}: the teacher's recall@1 {recall:.3f} becomes {told}")
     return projection, {
         "teacher_val_recall_at_1": recall,
         "projected_teacher_val_recall_at_1": found[config.dimension.method],

@@ -18,10 +18,11 @@ from teacher.model import TowerConfig, build_teacher
 from teacher.scorer import Scorer, Weights
 from teacher.train import read_start
 from vpr.artifact import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
-from vpr.catalog import Catalog, check_leaks, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.errors import UserError
 from vpr.metrics import RetrievalScores
+from vpr.splits import find_leaks
 
 Row = dict[str, Any]
 # Parts of the network's configuration that weights do not depend on once they are trained.
@@ -93,9 +94,7 @@ def soup(config: SoupConfig) -> Path:
     catalog = load_catalog(config.catalog)
     teachers = [load_artifact(path, "teacher") for path in config.models]
     check_alike(teachers, catalog)
-    parents = [teacher.as_parent("teacher") for teacher in teachers]
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
+    parents = [*(teacher.as_parent("teacher") for teacher in teachers), *catalog.as_parents()]
     card = teachers[0].card
     built = {key: card.config[key] for key in ("tower", "network", "tower_config")}
     values = plain(config) | {"recipe": f"{config.method} soup"} | built
@@ -166,10 +165,7 @@ def known_leak(teachers: Sequence[Artifact], catalog: Catalog) -> Row:
     if leak:
         say("  leak: these teachers were trained with one allowed; the soup's card says so too")
         return leak
-    train, validation, test = (catalog.select(split=split) for split in ("train", "validation", "test"))
-    for seen, scored in ((train, validation), (train, test), (validation, test)):
-        check_leaks(seen, scored)
-    return leak
+    return find_leaks(catalog, allow=False)
 
 
 def zero_shot_weights(teacher: Artifact) -> Weights:

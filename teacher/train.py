@@ -27,13 +27,14 @@ from vpr.artifact import (
     plain,
     write_artifact,
 )
-from vpr.catalog import Catalog, check_leaks, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.processes import is_first, rank_and_world
+from vpr.splits import find_leaks
 from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoints, fit
 from vpr.unfinished import only_run, run_folder
 from vpr.views import ViewConfig
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> Path | None:
     if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
         values["processes"] = rank_and_world()[1]
     values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
-    parents = [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
+    parents = catalog.as_parents()
     start = read_start(config.tower.pretrained)
     if isinstance(start, Artifact):
         parents.append(start.as_parent("start"))
@@ -154,18 +155,6 @@ def unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
     text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"
     say(f"  {text}; the card says so")
     return {"start": text}
-
-
-def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:
-    """What is both trained on (or selected by) and scored; refused unless allowed."""
-    parts = {split: catalog.select(split=split) for split in ("train", "validation", "test")}
-    found = {}
-    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        leak = check_leaks(parts[first], parts[second], allow)
-        if leak:
-            found[f"{first} in {second}"] = leak
-            say(f"  leak allowed: {first} shares {leak} with {second}; the card says so")
-    return found
 
 
 def _fill(draft: Draft, config: TrainConfig, fits: list[Fitted], folder: Path) -> None:

@@ -35,7 +35,7 @@ class Verb:
 
 
 VERBS = {
-    "catalog": Verb("vpr.catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
+    "catalog": Verb("vpr.ingest", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
     "teacher data": Verb("teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"),
     "teacher train": Verb("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
     "teacher embed": Verb("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),

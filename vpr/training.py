@@ -330,8 +330,10 @@ def copy_logs(folder: Path, destination: Path, name: str = "metrics") -> None:
 def drop_checkpoints(folder: Path) -> None:
     """Remove a finished run's checkpoints and weights, which its artifact holds, and what a kill has left.
 
-    Its logs stay.
+    Its logs stay. Of several processes the first does it.
     """
+    if not is_first():
+        return
     for name in ("last.ckpt", "best.safetensors", "last.partial", ".lock"):
         for path in folder.rglob(name):
             path.unlink(missing_ok=True)

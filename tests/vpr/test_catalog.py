@@ -13,18 +13,11 @@ from hypothesis import strategies as st
 
 from tests.catalogs import write_catalog
 from vpr.artifact import load_artifact
-from vpr.catalog import (
-    SCHEMA,
-    Catalog,
-    CatalogConfig,
-    build_catalog,
-    check_leaks,
-    load_catalog,
-    split_by_product,
-    table_of,
-)
+from vpr.catalog import SCHEMA, Catalog, load_catalog, table_of
 from vpr.errors import UserError
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.readers import read_csv
+from vpr.splits import check_leaks, split_by_product
 
 
 def _rows(counts: list[int]) -> list[dict[str, object]]:
