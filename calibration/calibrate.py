@@ -26,7 +26,6 @@ from vpr.embeddings import read_batches
 from vpr.errors import UserError
 from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
-from vpr.runtime import INPUT, OUTPUT
 
 _BATCH = 16
 _EXACT = 1e-5
@@ -159,16 +158,12 @@ def choose_range(name: str, seen: Activations, linears: list[Linear], config: Ca
 
 def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: NDArray[np.float32]) -> None:
     """Refuse a fold that changes the float graph's embeddings by more than 1e-5."""
-    before, after = (_run(GraphSession(one), batch) for one in (graph, smoothed))
+    before, after = (GraphSession(one).embed(batch) for one in (graph, smoothed))
     largest = float(np.abs(before - after).max())
     if not largest <= _EXACT:
         raise UserError(
             f"smooth: folding changes the embeddings by {largest:.1e} (limit {_EXACT}): calibrate with --smooth false"
         )
-
-
-def _run(session: GraphSession, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    return session.run([OUTPUT], {INPUT: batch})[0]
 
 
 def _embedder(
@@ -179,7 +174,7 @@ def _embedder(
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         session = GraphSession(graph)
         batches = read_batches(training.take(rows), preprocess, _BATCH)
-        return np.concatenate([_run(session, batch) for batch in batches])
+        return np.concatenate([session.embed(batch) for batch in batches])
 
     return embed
 

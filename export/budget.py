@@ -18,7 +18,6 @@ from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import score_split, unit
 from vpr.graphs import GraphSession
-from vpr.runtime import INPUT, OUTPUT
 from vpr.timing import measure, summarise
 
 _BASE = "nothing quantised"
@@ -152,8 +151,8 @@ def _slower(found: Decision, chosen: Trial, names: dict[Trial, str], times: dict
 
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    runner = GraphSession(graph)
-    return unit(np.concatenate([runner.run([OUTPUT], {INPUT: batch})[0] for batch in batches]))
+    session = GraphSession(graph)
+    return unit(np.concatenate([session.embed(batch) for batch in batches]))
 
 
 def _name(quantised: Layers) -> str:

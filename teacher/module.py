@@ -17,7 +17,7 @@ from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.processes import rank_and_world
-from vpr.training import RecallModule, decay_groups, warmup_cosine
+from vpr.training import RecallModule, decay_groups
 from vpr.views import ViewConfig, apply_views, draw_views
 
 LARGEST = {
@@ -171,7 +171,7 @@ class TeacherModule(RecallModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser with the stage's warm-up and cosine; rates differ by part and depth."""
-        stage, steps = self.place.stage, int(self.trainer.estimated_stepping_batches)
+        stage = self.place.stage
         groups = decay_groups(list(self.head.parameters()), stage.lr_head, stage.weight_decay)
         depth = layers(self.teacher)
         for index, layer in enumerate(depth):
@@ -184,6 +184,4 @@ class TeacherModule(RecallModule):
             optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
         else:
             optimizer = torch.optim.AdamW(groups)
-        warmup = max(1, int(stage.warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer, stage.warmup)

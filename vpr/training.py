@@ -136,6 +136,13 @@ class RecallModule(L.LightningModule):
         rest = batches % accumulate
         return loss * (accumulate / rest) if rest and number >= batches - rest else loss
 
+    def scheduled(self, optimizer: torch.optim.Optimizer, warmup: float) -> dict[str, Any]:
+        """An optimiser with one warm-up, a share of the training, and cosine, as Lightning takes it."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        rising = max(1, int(warmup * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, rising))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Collect the embeddings of a batch."""
         self._found.append((batch["rows"], self.embed(self.normalise(batch["pixels"])).float()))
