@@ -27,15 +27,17 @@ from student.targets import CachedTargets, OnlineTargets, PairDataset
 from student.unlabelled import add_unlabelled
 from teacher.train import unknown_start
 from vpr.artifact import Artifact, Embedding, Parent, check_output, find_current, load_artifact, plain, write_artifact
+from vpr.callbacks import drop_checkpoints
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
+from vpr.logs import check_tracker, copy_logs
 from vpr.processes import is_first, rank_and_world
 from vpr.splits import find_leaks
-from vpr.training import Fitted, check_tracker, copy_logs, drop_checkpoints, fit
+from vpr.training import Fitted, fit
 from vpr.unfinished import only_run, run_folder
 
 

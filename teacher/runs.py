@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vpr.artifact import CARD_NAME, SCHEMA, Card
+from vpr.callbacks import MONITOR
 from vpr.console import say
 from vpr.errors import UserError, printable
-from vpr.training import MONITOR
 from vpr.unfinished import run_folder
 
 _MAX_CARD_BYTES = 4 << 20

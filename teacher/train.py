@@ -27,15 +27,17 @@ from vpr.artifact import (
     plain,
     write_artifact,
 )
+from vpr.callbacks import drop_checkpoints
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.logs import copy_logs
 from vpr.processes import is_first, rank_and_world
 from vpr.splits import find_leaks
-from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoints, fit
+from vpr.training import Fitted, RunConfig, fit
 from vpr.unfinished import only_run, run_folder
 from vpr.views import ViewConfig
 

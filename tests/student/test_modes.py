@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vpr.training.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("vpr.logs.importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
         distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": dry, **changes}))
     assert list(tmp_path.iterdir()) == []
