@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,26 +99,20 @@ def calibrate(config: CalibrateConfig) -> Path:
     if find_current(config.output, "ranges", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    graph = load_graph(model)
-    training = catalog.select(split="train")
-    embed = _embedder(graph, training, model.card.preprocess)
-    scored = catalog if evaluation is None else evaluation
-    scored = scored.where(scored.table["split"].to_numpy() != "train")
-    rows = select_pictures(training, config.count, config.seed, config.selection, embed, scored)
-    pictures = training.take(rows)
+    graph, preprocess = load_graph(model), model.card.preprocess
+    pictures = _select(config, graph, preprocess, catalog, evaluation)
 
-    def batches() -> Iterator[NDArray[np.float32]]:
-        assert model.card.preprocess is not None
-        return read_batches(pictures, model.card.preprocess, _BATCH)
+    def seen_in(one: onnx.ModelProto) -> dict[str, Activations]:
+        return measure(one, read_batches(pictures, preprocess, _BATCH), config.seed)
 
     smoothings: list[Smoothing] = []
     with reading(model):
-        seen = measure(graph, batches(), config.seed)
+        seen = seen_in(graph)
     if config.smooth:
         smoothings = search_smoothing(graph, seen)
         smoothed = smooth(graph, factors(smoothings))
-        check_unchanged(graph, smoothed, next(batches()))
-        graph, seen = smoothed, measure(smoothed, batches(), config.seed)
+        check_unchanged(graph, smoothed, next(read_batches(pictures, preprocess, _BATCH)))
+        graph, seen = smoothed, seen_in(smoothed)
     linears = find_linears(graph)
     ranges = {name: choose_range(name, one, linears, config) for name, one in seen.items()}
     arrays = {f"smooth:{linear}": values for linear, values in factors(smoothings).items()}
@@ -166,17 +159,24 @@ def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: ND
         )
 
 
-def _embedder(
-    graph: onnx.ModelProto, training: Catalog, preprocess: Preprocess
-) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """The graph's own embeddings of some of the pictures."""
+def _select(
+    config: CalibrateConfig,
+    graph: onnx.ModelProto,
+    preprocess: Preprocess,
+    catalog: Catalog,
+    evaluation: Catalog | None,
+) -> Catalog:
+    """The training pictures that ranges are measured on, none of which is scored."""
+    training = catalog.select(split="train")
+    scored = catalog if evaluation is None else evaluation
+    scored = scored.where(scored.table["split"].to_numpy() != "train")
 
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
         session = GraphSession(graph)
         batches = read_batches(training.take(rows), preprocess, _BATCH)
         return np.concatenate([session.embed(batch) for batch in batches])
 
-    return embed
+    return training.take(select_pictures(training, config.count, config.seed, config.selection, embed, scored))
 
 
 def _corrections(

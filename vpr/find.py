@@ -64,28 +64,10 @@ def find(config: FindConfig) -> Path | None:
         UserError: embeddings of two models, too small a gallery for ``k`` or a submission.
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
-    first, second = queries.model, gallery.model
-    if first.sha256 != second.sha256:
-        raise UserError(
-            f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
-        )
-    if queries.vectors.shape[1] != gallery.vectors.shape[1]:
-        raise UserError(
-            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
-            "embed both again"
-        )
+    _check_comparable(config, queries, gallery)
     asked, shown = queries.of_role("query"), gallery.of_role("gallery")
-    if config.submission and len(shown) < SUBMITTED:
-        raise UserError(
-            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {len(shown)}: "
-            "use --output instead"
-        )
-    for embeddings in (queries, gallery) if config.submission else ():
-        if embeddings.artifact.card.metrics.get("set_aside"):  # places in the tables would be those of other pictures
-            raise UserError(
-                f"submission: {embeddings.artifact.path} lacks pictures that could not be read (its catalogue's "
-                "set_aside.csv): mend them and embed again"
-            )
+    if config.submission:
+        _check_complete(queries, gallery, len(shown))
     wanted = max(config.k, SUBMITTED) if config.submission else config.k
     scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
     _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
@@ -97,18 +79,57 @@ def find(config: FindConfig) -> Path | None:
         say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
     if not config.output:
         return None
-    partial = Path(f"{Path(config.output)}.partial")
+    _write(Path(config.output), queries, gallery, asked, shown[found[:, : config.k]], scores)
+    say(f"{config.output}: {len(asked)} queries, {config.k} results each")
+    return Path(config.output)
+
+
+def _check_comparable(config: FindConfig, queries: Embeddings, gallery: Embeddings) -> None:
+    """Refuse embeddings of two models."""
+    first, second = queries.model, gallery.model
+    if first.sha256 != second.sha256:
+        raise UserError(
+            f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
+        )
+    if queries.vectors.shape[1] != gallery.vectors.shape[1]:
+        raise UserError(
+            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
+            "embed both again"
+        )
+
+
+def _check_complete(queries: Embeddings, gallery: Embeddings, shown: int) -> None:
+    """Refuse a submission whose numbers would be those of other pictures, or too few."""
+    if shown < SUBMITTED:
+        raise UserError(
+            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {shown}: "
+            "use --output instead"
+        )
+    for embeddings in (queries, gallery):
+        if embeddings.artifact.card.metrics.get("set_aside"):
+            raise UserError(
+                f"submission: {embeddings.artifact.path} lacks pictures that could not be read (its catalogue's "
+                "set_aside.csv): mend them and embed again"
+            )
+
+
+def _write(
+    path: Path,
+    queries: Embeddings,
+    gallery: Embeddings,
+    asked: NDArray[np.int64],
+    hits: NDArray[np.int64],
+    scores: NDArray[np.float32],
+) -> None:
+    partial = Path(f"{path}.partial")
     with partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
         for row, query in enumerate(asked):
-            for place in range(config.k):
-                hit = shown[found[row, place]]
+            for place, hit in enumerate(hits[row]):
                 values = [queries.images[query], place + 1, gallery.images[hit], gallery.products[hit]]
                 writer.writerow([*values, f"{scores[row, place]:.6f}"])
-    os.replace(partial, config.output)
-    say(f"{config.output}: {len(asked)} queries, {config.k} results each")
-    return Path(config.output)
+    os.replace(partial, path)
 
 
 def _print(
