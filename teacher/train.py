@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, read_tower
@@ -24,20 +23,18 @@ from vpr.artifact import (
     file_sha256,
     find_current,
     load_artifact,
-    plain,
     write_artifact,
 )
 from vpr.callbacks import drop_checkpoints
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
 from vpr.logs import copy_logs
 from vpr.processes import is_first, rank_and_world
 from vpr.splits import find_leaks
-from vpr.training import Fitted, RunConfig, fit
+from vpr.training import Fitted, RunConfig, fit, training_and_validation, training_values
 from vpr.unfinished import only_run, run_folder
 from vpr.views import ViewConfig
 
@@ -94,10 +91,7 @@ def train(config: TrainConfig) -> Path | None:
     """Train a teacher and write it as an artifact of kind ``teacher``; a dry run writes nothing."""
     catalog = load_catalog(config.catalog)
     tower = read_tower(config.tower.name)
-    values = plain(config)
-    values.pop("dry_run")
-    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
-        values["processes"] = rank_and_world()[1]
+    values = training_values(config)
     values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
     parents = catalog.as_parents()
     start = read_start(config.tower.pretrained)
@@ -110,13 +104,10 @@ def train(config: TrainConfig) -> Path | None:
         drop_checkpoints(folder)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
-    training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    if not len(training) or not len(validation):
-        raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
+    training, validation = training_and_validation(catalog, config.catalog)
     check_output(config.output, "teacher")
     if isinstance(start, Artifact) and start.path.resolve() == Path(config.output).resolve():
         raise UserError(f"output: {config.output} is tower.pretrained and would be replaced: choose another")
-    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
     leak = find_leaks(catalog, config.allow_leak)
     if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
         leak["start"] = (start.card.catalog or {})["leak"]

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vpr.artifact import plain
 from vpr.callbacks import MONITOR, AtomicCheckpoint, BestWeights, Clock, EpochLine
 from vpr.catalog import Catalog
 from vpr.console import say
@@ -68,6 +69,24 @@ class RunConfig:
             raise UserError(f"run.ema: {self.ema}: give a decay from 0 (none) to below 1, such as 0.999")
         if not self.clip >= 0:
             raise UserError(f"run.clip: {self.clip}: give a norm, or 0 for none")
+
+
+def training_values(config: Any) -> dict[str, Any]:
+    """What decides a training's result, as JSON values: its configuration, and the processes that share a step."""
+    values = plain(config)
+    values.pop("dry_run")
+    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
+        values["processes"] = rank_and_world()[1]
+    return values
+
+
+def training_and_validation(catalog: Catalog, named: str) -> tuple[Catalog, Catalog]:
+    """The splits to train on and to choose the epoch by; :class:`UserError` where one is missing or has no queries."""
+    training, validation = catalog.select(split="train"), catalog.select(split="validation")
+    if not len(training) or not len(validation):
+        raise UserError(f"{named}: needs a train and a validation split: build it with --validation 0.1")
+    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
+    return training, validation
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:

@@ -22,6 +22,7 @@ from student.distill import distill
 from student.model import StudentConfig, load_student
 from student.objective import LossConfig
 from student.signal import SignalConfig, cache_signal
+from student.source import Source
 from teacher.model import load_teacher
 from tests.student.conftest import STUDENT
 from vpr.artifact import Artifact, load_artifact
@@ -135,14 +136,14 @@ def test_a_cache_goes_on_where_it_was_left(
 
     monkeypatch.setattr(signal, "_embed_view", counted)
     with pytest.raises(KeyboardInterrupt):
-        cache_signal(path, model, artifact, training, ViewConfig(), config, 0)
+        cache_signal(path, Source.of(model, artifact), training, ViewConfig(), config, 0)
     assert not (tmp_path / "views").exists()
     first, calls = calls, []
-    broken = cache_signal(path, model, artifact, training, ViewConfig(), config, 0)
+    broken = cache_signal(path, Source.of(model, artifact), training, ViewConfig(), config, 0)
     assert sorted(first + calls) == sorted({*first, *calls})  # no file twice
     assert len(first + calls) == 6
     monkeypatch.setattr(signal, "_embed_view", embed)
-    whole = cache_signal(str(tmp_path / "whole"), model, artifact, training, ViewConfig(), config, 0)
+    whole = cache_signal(str(tmp_path / "whole"), Source.of(model, artifact), training, ViewConfig(), config, 0)
     assert broken.artifact.card.files == whole.artifact.card.files
     assert not list(tmp_path.glob("*.run-*"))
 
@@ -266,12 +267,12 @@ def test_a_file_that_was_cut_short_is_made_again(
 
     monkeypatch.setattr(signal, "_embed_view", once)
     with pytest.raises(KeyboardInterrupt):
-        cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), chosen, 0)
+        cache_signal(str(tmp_path / "views"), Source.of(model, artifact), training, ViewConfig(), chosen, 0)
     (finished,) = tmp_path.glob("views.run-*/view-*.npy")
     finished.write_bytes(finished.read_bytes()[:5000])
     monkeypatch.setattr(signal, "_embed_view", embed)
-    again = cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), chosen, 0)
-    whole = cache_signal(str(tmp_path / "whole"), model, artifact, training, ViewConfig(), chosen, 0)
+    again = cache_signal(str(tmp_path / "views"), Source.of(model, artifact), training, ViewConfig(), chosen, 0)
+    whole = cache_signal(str(tmp_path / "whole"), Source.of(model, artifact), training, ViewConfig(), chosen, 0)
     assert again.artifact.card.files == whole.artifact.card.files
 
 
@@ -279,7 +280,7 @@ def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog
     """They go by configuration and parents: a stale cache of another teacher may lie there still."""
     model, artifact = load_teacher(teacher)
     training, path = catalog.select(split="train"), str(tmp_path / "views")
-    found = cache_signal(path, model, artifact, training, ViewConfig(), SignalConfig(views=1), 0).artifact
+    found = cache_signal(path, Source.of(model, artifact), training, ViewConfig(), SignalConfig(views=1), 0).artifact
     config = {**found.card.config, "views": asdict(ViewConfig())}  # tuples, which the card has as lists
     assert finished_by_another(path, config, found.card.parents)
     assert not finished_by_another(path, {**config, "seed": 1}, found.card.parents)
