@@ -22,7 +22,7 @@ from export.onnx_graph import MAX_BATCH, describe, load_onnx
 from export.work import multiply_adds
 from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.runtime import INPUT
 
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
@@ -81,8 +81,8 @@ class EngineConfig:
             )
         if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
             raise UserError(f"optimisation_level: {self.optimisation_level}: give 0 (quick build) to 5 (fast engine)")
-        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST_WORKSPACE:
-            raise UserError(f"workspace_mb: {self.workspace_mb}: give 1 to {_MOST_WORKSPACE}")
+        if self.workspace_mb is not None:
+            check_numbers(self, workspace_mb=(1, _MOST_WORKSPACE))
 
 
 def build_engine(config: EngineConfig) -> Path:

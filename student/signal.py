@@ -33,7 +33,7 @@ from vpr.artifact import (
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import unit
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.loading import LoaderConfig, Normalise, PictureDataset, validation_loader
 from vpr.processes import compute_device, is_first, rank_and_world
 from vpr.training import best_precision
@@ -68,9 +68,7 @@ class SignalConfig:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least, most in (("views", 1, _MOST_VIEWS), ("shard", 1, 1 << 24), ("bank", 1, 1 << 20)):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"signal.{name}: {getattr(self, name)}: give {least} to {most}")
+        check_numbers(self, "signal.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
         if self.mixup and not 0.05 <= self.mixup <= 100:
             raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
         if self.mixup and self.mode == "cached":

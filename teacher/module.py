@@ -14,7 +14,7 @@ from teacher.layers import decay_factor, layers, trainable
 from teacher.model import LARGEST_SIDE, Teacher, TowerConfig
 from teacher.weights import load_tower_weights
 from vpr.catalog import Catalog
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.processes import rank_and_world
 from vpr.training import RecallModule, decay_groups
@@ -66,8 +66,7 @@ class StageConfig:
     views: ViewConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UserError(f"stages.epochs: {self.epochs}: give 1 or more")
+        check_numbers(self, "stages.", epochs=(1, None))
         if (self.train == "last") != (self.last_blocks > 0):
             raise UserError(f"stages.last_blocks: {self.last_blocks} with train: {self.train}: they go together")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.warmup <= 1:

@@ -21,7 +21,7 @@ from teacher.train import read_start
 from vpr.artifact import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.splits import find_leaks
 
 # Parts of the network's configuration that weights do not depend on once they are trained.
@@ -59,9 +59,7 @@ class SoupConfig:
             raise UserError(f"models: {len(self.models)} given, {self.method} takes {wanted}: see --method")
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             raise UserError(f"alphas: {list(self.alphas)}: give one or more shares from 0 to 1")
-        for name, least in (("batch_size", 2), ("workers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
+        check_numbers(self, batch_size=(2, None), workers=(0, None), seed=(0, None))
         if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
             raise UserError(f"output: {self.output} is one of the models and would be replaced: choose another")
 

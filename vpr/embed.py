@@ -21,7 +21,7 @@ from vpr.artifact import Artifact, Parent, check_output, find_current, plain
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward, write_embeddings
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.processes import compute_device, is_first, rank_and_world
 from vpr.unfinished import finished_by_another, only_run, run_folder, save_whole, wait
@@ -58,14 +58,7 @@ class EmbedConfig:
     ray: int = 0
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("batch_size", 1, 1 << 16),
-            ("threads", 0, 512),
-            ("part", 1, 1 << 24),
-            ("ray", 0, 4096),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"{name}: {getattr(self, name)}: give {least} to {most}")
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, 512), part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
             raise UserError("ray: its job starts its own workers: start it without torchrun")
 

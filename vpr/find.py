@@ -16,7 +16,7 @@ from rich.table import Table
 from vpr.artifact import CARD_NAME
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
-from vpr.errors import UserError, printable
+from vpr.errors import UserError, check_numbers, printable
 from vpr.rerank import RerankConfig, rank
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
@@ -45,8 +45,7 @@ class FindConfig:
     submission: str = ""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UserError(f"k: {self.k}: give 1 or more")
+        check_numbers(self, k=(1, None))
         for name in ("output", "submission"):
             path = Path(getattr(self, name))
             if not getattr(self, name):

@@ -26,7 +26,7 @@ from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.ema import Ema
 from vpr.embeddings import score_split, unit
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.loading import Normalise
 from vpr.logs import open_logs
@@ -62,9 +62,7 @@ class RunConfig:
     tracker: Literal["none", "wandb", "mlflow"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "validate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name}: {getattr(self, name)}: give 1 or more")
+        check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None))
         if not 0 <= self.ema < 1:
             raise UserError(f"run.ema: {self.ema}: give a decay from 0 (none) to below 1, such as 0.999")
         if not self.clip >= 0:
