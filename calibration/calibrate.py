@@ -95,7 +95,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     parents = [model.as_parent("onnx"), *model.parents("student")]
     parents += catalog.as_parents()
     evaluation = load_catalog(config.evaluation) if config.evaluation else None
-    parents += evaluation.as_parents("evaluation") if evaluation else []
+    parents += [] if evaluation is None else evaluation.as_parents("evaluation")
     if find_current(config.output, "ranges", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)

@@ -108,10 +108,7 @@ def train(config: TrainConfig) -> Path | None:
     check_output(config.output, "teacher")
     if isinstance(start, Artifact) and start.path.resolve() == Path(config.output).resolve():
         raise UserError(f"output: {config.output} is tower.pretrained and would be replaced: choose another")
-    leak = find_leaks(catalog, config.allow_leak)
-    if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
-        leak["start"] = (start.card.catalog or {})["leak"]
-    unknown = unknown_start(start, catalog)
+    notes = _notes(config, catalog, start)
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
@@ -123,7 +120,7 @@ def train(config: TrainConfig) -> Path | None:
             with write_artifact(config.output, "teacher", values, parents) as draft:
                 draft.preprocess = preprocess
                 draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-                draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {}), **unknown}
+                draft.catalog = {**catalog.summary(), **notes}
                 _fill(draft, config, fits, folder)
             drop_checkpoints(folder)
             best = f"teacher of epoch {draft.metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}"
@@ -148,6 +145,14 @@ def unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
     text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"
     say(f"  {text}; the card says so")
     return {"start": text}
+
+
+def _notes(config: TrainConfig, catalog: Catalog, start: Artifact | str) -> dict[str, Any]:
+    """What the card says of leaks, also of one that the teacher has from which training begins."""
+    leak = find_leaks(catalog, config.allow_leak)
+    if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
+        leak["start"] = (start.card.catalog or {})["leak"]
+    return {**({"leak": leak} if leak else {}), **unknown_start(start, catalog)}
 
 
 def _fill(draft: Draft, config: TrainConfig, fits: list[Fitted], folder: Path) -> None:
