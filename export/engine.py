@@ -7,7 +7,6 @@ are strongly typed: precision is what the graph says, in TensorRT 10.12+ and 11 
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
 from vpr.errors import UserError, check_numbers
 from vpr.runtime import INPUT
+from vpr.unfinished import written_whole
 
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -193,9 +193,8 @@ def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineCo
 
 def _write_cache(build: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(bytes(build.get_timing_cache().serialize()))
-    os.replace(partial, path)
+    with written_whole(path) as stream:
+        stream.write(bytes(build.get_timing_cache().serialize()))
 
 
 def _remedy(config: EngineConfig) -> str:

@@ -22,7 +22,7 @@ from vpr.artifact import CARD_NAME, SCHEMA, Card
 from vpr.callbacks import MONITOR
 from vpr.console import say
 from vpr.errors import UserError, printable
-from vpr.unfinished import run_folder
+from vpr.unfinished import run_folder, written_whole
 
 _MAX_CARD_BYTES = 4 << 20
 _RUN = ".run-"
@@ -232,9 +232,7 @@ def _print(found: list[Run]) -> None:
 
 
 def _write(found: list[Run], path: Path) -> None:
-    partial = Path(f"{path}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
+    with written_whole(path, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([field.name for field in fields(Run)])
         writer.writerows([[getattr(run, field.name) for field in fields(Run)] for run in found])
-    os.replace(partial, path)

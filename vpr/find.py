@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
 from vpr.errors import UserError, check_numbers, printable
 from vpr.rerank import RerankConfig, rank
+from vpr.unfinished import save_whole, written_whole
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _SHOWN = 8
@@ -71,10 +71,7 @@ def find(config: FindConfig) -> Path | None:
     scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
     _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
     if config.submission:
-        partial = Path(f"{config.submission}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, found[:, :SUBMITTED].astype(np.int64), allow_pickle=False)
-        os.replace(partial, config.submission)
+        save_whole(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
         say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
     if not config.output:
         return None
@@ -120,15 +117,13 @@ def _write(
     hits: NDArray[np.int64],
     scores: NDArray[np.float32],
 ) -> None:
-    partial = Path(f"{path}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
+    with written_whole(path, "w") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
         for row, query in enumerate(asked):
             for place, hit in enumerate(hits[row]):
                 values = [queries.images[query], place + 1, gallery.images[hit], gallery.products[hit]]
                 writer.writerow([*values, f"{scores[row, place]:.6f}"])
-    os.replace(partial, path)
 
 
 def _print(
