@@ -57,7 +57,8 @@ STAGES = (
     Stage(
         "teacher",
         "teacher train",
-        (*_TRAINING, "--tower.name", "sample", "--tower.pretrained", "", "--tower.image_size", "32")
+        (*_TRAINING, "--loader.workers", "1", "--tower.name", "sample", "--tower.pretrained", "")
+        + ("--tower.image_size", "32")
         + ("--stages", json.dumps(_TEACHER_STAGES)),
     ),
     Stage(

@@ -143,8 +143,10 @@ def _bombs() -> Iterator[Picture]:
         for progressive in (False, True):
             said = f"{mode}{', progressive' if progressive else ''}"
             options = {"progressive": progressive, "quality": 1, "subsampling": 0}
-            for side, expected in ((10_000, "taken"), (10_001, "refused"), (16_000, "refused")):
-                make = partial(_large, "JPEG", mode, side, options)
+            whole = "refused" if mode == "CMYK" and progressive else "taken"
+            for side, expected in ((10_000, whole), (10_001, "refused"), (16_000, "refused")):
+                large = partial(_large, "JPEG", mode, side, options)
+                make = large if side < 16_000 else partial(_promised_jpeg, mode, side, options)
                 yield Picture("bomb: JPEG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for scans in (1000, 20_000):
         yield Picture(
@@ -204,7 +206,10 @@ def _parts() -> Iterator[Picture]:
         lambda: _before_pixels(chunk(b"zTXt", b"a\0\0" + text)),
     )
     yield Picture(
-        "bomb: parts", "colour profile of 100 MB, PNG", "taken", lambda: _before_pixels(chunk(b"iCCP", b"a\0\0" + text))
+        "bomb: parts",
+        "colour profile of 100 MB, PNG",
+        "refused",
+        lambda: _before_pixels(chunk(b"iCCP", b"a\0\0" + text)),
     )
 
 
@@ -311,6 +316,14 @@ def _promised(mode: str, side: int) -> bytes:
     at = data.index(b"VP8L") + 9
     bits = int.from_bytes(data[at : at + 4], "little")
     data[at : at + 4] = (bits >> 28 << 28 | side - 1 << 14 | side - 1).to_bytes(4, "little")
+    return bytes(data)
+
+
+def _promised_jpeg(mode: str, side: int, options: dict[str, Any]) -> bytes:
+    """A small JPEG whose header tells another size: to make a large one takes gigabytes."""
+    data = bytearray(_large("JPEG", mode, 64, options))
+    at = data.index(b"\xff\xc2" if options["progressive"] else b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", side, side)
     return bytes(data)
 
 

@@ -148,17 +148,23 @@ def summarise(samples: list[Sample], warmup: float, command: str) -> tuple[list[
         trend = fit_trend(times, np.array([getattr(sample, f"{name}_mib") for sample in kept]))
         return Figure(f"soak: slope of {name} memory", trend.slope, "MiB/h", None, "<=", command, trend.interval)
 
-    resident = slope("resident")
-    assert resident.interval is not None
-    low, high = resident.interval
+    def away(slope: Figure) -> Figure:
+        assert slope.interval is not None
+        low, high = slope.interval
+        return Figure(f"{slope.name}: from its interval to zero", max(0.0, low, -high), "MiB/h", 0, "<=", command)
+
+    # Resident memory also falls and rises with the pages of mapped files, which are the kernel's to keep or drop;
+    # anonymous memory is what the process alone can lose. Neither may move.
+    resident, anonymous = slope("resident"), slope("anonymous")
     grown = {name: getattr(kept[-1], name) - getattr(kept[0], name) for name in ("files", "threads")}
     figures = [
         Figure("soak: time that it ran", hours, "h", 2, ">=", command),
         Figure("soak: rounds of training, embedding and search", len(samples), "", None, ">=", command),
         Figure("soak: processor time", samples[-1].processor_hours, "h", None, ">=", command),
         resident,
-        Figure("soak: from that slope's interval to zero", max(0.0, low, -high), "MiB/h", 0, "<=", command),
-        slope("anonymous"),
+        away(resident),
+        anonymous,
+        away(anonymous),
         slope("heap"),
         *(Figure(f"soak: more {name} at the end", value, "", 0, "<=", command) for name, value in grown.items()),
         Figure(

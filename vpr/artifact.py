@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -271,8 +272,11 @@ def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parent
 def _read_card(root: Path) -> bytes:
     path = root / CARD_NAME
     for _ in range(2):
-        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            if path.stat().st_size > _MAX_CARD_BYTES:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            state = path.lstat()
+            if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
+                raise UserError(f"{path}: is no plain file: artifacts hold plain files, make it again")
+            if state.st_size > _MAX_CARD_BYTES:
                 raise UserError(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
             return path.read_bytes()
         _restore_previous(root)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vpr.console import say
+from vpr.loading import EpochSampler
 from vpr.processes import is_first, whole_state
 
 MONITOR = "val_recall_at_1"  # what epochs are compared by
@@ -117,6 +118,20 @@ class EpochLine(Callback):
         text = "  ".join(f"{name} {float(value):.3f}" for name, value in sorted(shown.items()))
         say(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
         self.validated = False
+
+
+class ResumedOrder(Callback):
+    """Gives the first epoch after a resume its own order: Lightning starts the loader before it names the epoch.
+
+    Workers read the order ahead as soon as they are started, and would read that of epoch 0.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the epoch that comes next."""
+        self._sampler.set_epoch(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
 def drop_checkpoints(folder: Path) -> None:

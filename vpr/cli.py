@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr import __version__
-from vpr.errors import BudgetBroken, UserError, no_room
+from vpr.errors import BudgetBroken, UserError, remedy
 from vpr.processes import leave
 from vpr.recipe import bound_recipes
 from vpr.runtime import keep_to_ourselves
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"vpr: {broken}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if full := no_room(error):
-            _fail(f"the disk has no room ({full}): make room, then give the same command again: what is done is kept")
+        if told := remedy(error):
+            _fail(told)
         if not isinstance(error, OSError):
             raise
         if error.filename is None:

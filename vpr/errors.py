@@ -5,8 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
+from multiprocessing import connection
 
 _LONGEST = 2000
+_AGAIN = ", then give the same command again: what is done is kept"
+# torch.utils.data's RuntimeError, from its handler of SIGCHLD or from the queue that stays empty.
+_LOST = re.compile(r"DataLoader worker \(pid[^ ]* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
+_TOO_LITTLE = "it had too little memory, or too little shared memory (of a container: --shm-size)"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,13 +53,30 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
-def no_room(error: BaseException | None) -> str | None:
-    """What the system says of a full disk, quota or file, whatever a library has made of it; None for other errors."""
+def remedy(error: BaseException | None) -> str | None:
+    """The line for what the machine lacks, whatever a library has made of it; None for other errors."""
     while error is not None:
         # safetensors raises an error of its own, which cites the system's.
         cited = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(cited[1]) if cited else None
         if number in _FULL:
-            return os.strerror(number)
+            return f"the disk has no room ({os.strerror(number)}): make room{_AGAIN}"
+        if lost := _lost_worker(error):
+            return f"a process that reads pictures was lost ({lost}): {_TOO_LITTLE}: lower loader.workers{_AGAIN}"
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is PyTorch's, of a GPU
+            said = str(error).split(". ")
+            return f"there is too little memory ({'. '.join(said[:2])}): lower the batch size{_AGAIN}"
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _lost_worker(error: BaseException) -> str | None:
+    """What is known of a DataLoader's process that is gone."""
+    if found := _LOST.match(str(error)):
+        return found[1]
+    # One that ends between its word that a batch is there and the batch itself is told by the connection alone.
+    if isinstance(error, ConnectionError | EOFError):
+        *_, innermost = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)] or [""]
+        if os.path.dirname(innermost) == os.path.dirname(connection.__file__):
+            return "its connection ended"
     return None

@@ -23,6 +23,7 @@ _MOST_ENTRIES = 300_000  # strips or tiles of a TIFF
 _MOST_JUNK = 1 << 16  # bytes between segments
 _MOST_EXIF_SEGMENTS = 16
 _MOST_SCANNED = 20 * MAX_PIXELS  # pixels times scans
+_MOST_COEFFICIENTS = 3 * MAX_PIXELS  # of several scans all are held, of two bytes each
 _MOST_RUN_LENGTH = 4_000_000  # pixels, and bytes: Pillow decodes such a BMP in Python
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # but for stuffed bytes and restarts
 _WITHOUT_LENGTH = b"\x01\xd8"
@@ -74,6 +75,8 @@ def check_picture(image: Image.Image, scans: int, size: int) -> None:
         raise TooMuch(f"{image.width}x{image.height} pixels, a side of more than {MAX_SIDE}")
     if scans * pixels > _MOST_SCANNED:
         raise TooMuch(f"{scans} scans of {pixels} pixels")
+    if scans > 1 and pixels * len(image.getbands()) > _MOST_COEFFICIENTS:
+        raise TooMuch(f"{pixels} pixels of {len(image.getbands())} colours in several scans")
     tiles = getattr(image, "tile", [])
     if any(tile[0] == "bmp_rle" for tile in tiles) and max(pixels, size) > _MOST_RUN_LENGTH:
         raise TooMuch(f"a run-length coded BMP of more than {_MOST_RUN_LENGTH} pixels or bytes")

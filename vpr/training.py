@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vpr.artifact import plain
-from vpr.callbacks import MONITOR, AtomicCheckpoint, BestWeights, Clock, EpochLine
+from vpr.callbacks import MONITOR, AtomicCheckpoint, BestWeights, Clock, EpochLine, ResumedOrder
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.ema import Ema
 from vpr.embeddings import score_split, unit
 from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
-from vpr.loading import Normalise
+from vpr.loading import EpochSampler, Normalise
 from vpr.logs import open_logs
 from vpr.processes import Strategy, gathered, rank_and_world, shard, trainer_options, whole_state
 
@@ -210,8 +210,10 @@ def fit(
     """
     best, clock = BestWeights(kept, folder / "best.safetensors"), Clock()
     ema = Ema(run.ema) if run.ema else None
+    sampler = loaders[0].sampler
+    assert isinstance(sampler, EpochSampler)
     # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
-    trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock])
+    trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock, ResumedOrder(sampler)])
     last = folder / "last.ckpt"
     if last.is_file():
         say(f"  resuming from the checkpoint in {folder}")

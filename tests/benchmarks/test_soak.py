@@ -50,7 +50,8 @@ def test_kept_memory_is_seen_as_growth_on_the_heap_and_in_ram(tmp_path: Path) ->
         assert figure.interval is not None
         assert figure.interval[0] > 0
         assert figure.value == pytest.approx(rate, rel=0.2)
-    assert figures["from that slope's interval to zero"].met is False
+        if kind != "heap":
+            assert figures[f"slope of {kind} memory: from its interval to zero"].met is False
     assert figures["rounds that found something else than the first"].met is True
     assert figures["more files at the end"].met is True
 
@@ -65,7 +66,10 @@ def test_kept_files_are_counted(tmp_path: Path) -> None:
 
 
 def test_steady_samples_meet_the_goals_and_a_different_answer_does_not() -> None:
-    steady = [Sample(hour / 100, hour / 90, hour / 200, 700 + hour % 3, 400, 300, 16, 9, "a") for hour in range(1, 201)]
+    steady = [
+        Sample(hour / 100, hour / 90, hour / 200, 700 + hour % 3, 400 + hour % 5, 300, 16, 9, "a")
+        for hour in range(1, 201)
+    ]
     figures = figures_of(steady)
     assert all(figure.met in (True, None) for figure in figures.values())
     assert figures["time that it ran"].value == 2

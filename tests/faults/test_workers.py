@@ -53,3 +53,20 @@ def test_a_killed_worker_ends_the_run_which_then_goes_on(
         assert whole.returncode == 0
     assert not difference(road.stages[name], unbroken, output)
     assert not leftovers(unbroken.parent, output.parent)
+
+
+def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(road: Road, tmp_path: Path) -> None:
+    stage, output = road.stages["teacher"], tmp_path / "killed" / "teacher"
+    command = [sys.executable, "-m", "vpr", *road.command(stage, output)]  # with a worker
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not list(output.parent.glob("*.run-*/stage-1/last.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(workers(process.pid)[0], signal.SIGKILL)
+        said = process.communicate()[1].splitlines()[-1]
+    assert process.returncode == 2
+    assert said.startswith("vpr: error: a process that reads pictures was lost")
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert not difference(stage, road.unbroken(stage), output)
+    assert not leftovers(road.unbroken(stage).parent, output.parent)

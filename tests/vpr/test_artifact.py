@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,21 @@ def test_a_symbolic_link_inside_is_refused(artifact: Path, tmp_path: Path) -> No
     (artifact / "ranges.json").rename(target)
     (artifact / "ranges.json").symlink_to(target)
     with pytest.raises(UserError, match="symbolic link"):
+        load_artifact(artifact)
+
+
+@pytest.mark.parametrize("target", ["card.json", "/dev/zero", "elsewhere.json"])
+def test_a_card_that_is_a_link_is_refused(artifact: Path, target: str) -> None:
+    (artifact / "card.json").rename(artifact / "elsewhere.json")
+    (artifact / "card.json").symlink_to(target)
+    with pytest.raises(UserError, match=r"card\.json: is no plain file"):
+        load_artifact(artifact)
+
+
+def test_a_pipe_in_place_of_a_card_keeps_nobody_waiting(artifact: Path) -> None:
+    (artifact / "card.json").unlink()
+    os.mkfifo(artifact / "card.json")
+    with pytest.raises(UserError, match=r"card\.json: is no plain file"):
         load_artifact(artifact)
 
 

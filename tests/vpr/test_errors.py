@@ -1,6 +1,14 @@
 from __future__ import annotations
 
-from vpr.errors import UserError
+import errno
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from vpr.errors import UserError, remedy
 
 
 def test_what_a_file_names_cannot_steer_the_terminal() -> None:
@@ -14,3 +22,48 @@ def test_a_line_keeps_its_beginning_and_its_remedy() -> None:
     assert len(line) < 2100
     assert line.startswith("card.json: key 'nnn")
     assert line.endswith("nnn': not known: make it again")
+
+
+def test_a_full_disk_is_seen_behind_a_library_s_own_error() -> None:
+    assert remedy(RuntimeError("I/O error: No space left on device (os error 28)"))
+    behind = ValueError("cannot write the table")
+    behind.__cause__ = OSError(errno.EDQUOT, "of this user")
+    assert "Disk quota exceeded" in str(remedy(behind))
+    assert remedy(OSError(errno.ENOENT, "no file")) is None
+
+
+class Fatal:
+    """Rows that end the process which reads them."""
+
+    def __init__(self, sign: signal.Signals) -> None:
+        self._sign = sign
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> int:
+        if row == 2 and get_worker_info():
+            os.kill(os.getpid(), self._sign)
+        return row
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGBUS])
+def test_a_lost_worker_is_told_in_a_line(sign: signal.Signals) -> None:
+    """As the system kills one where memory runs out, or where a container's shared memory is too small."""
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)) as raised:  # as it happens
+        list(DataLoader(Fatal(sign), num_workers=1))  # type: ignore[arg-type]
+    assert "a process that reads pictures was lost (" in str(remedy(raised.value))
+    assert remedy(ConnectionResetError(errno.ECONNRESET, "by a server")) is None
+    killed = RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that ...")
+    assert "was lost (is killed by signal: Bus error): it had too little" in str(remedy(killed))
+
+
+def test_too_little_memory_is_told_in_a_line() -> None:
+    long = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB): lower the batch" in str(
+        remedy(torch.OutOfMemoryError(long))
+    )
+    with pytest.raises(MemoryError) as raised:
+        bytearray(1 << 62)
+    assert remedy(raised.value)
+    assert remedy(RuntimeError("a fault of ours")) is None
