@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from benchmarks.backends import models_of
 from benchmarks.recall import RecallConfig, recall
 from calibration.calibrate import CalibrateConfig, calibrate
+from export.compatibility import check_fit, load_engine, refusal
 from export.driver import Gpu
 from export.engine import EngineConfig, build_engine
-from export.fit import check_fit, load_engine, refusal
 from export.int8 import Int8Config, export_int8
-from export.layers import ParityConfig, compare
 from export.onnx_graph import OnnxConfig, export_onnx
+from export.parity_report import ParityConfig, compare
 from student.embed import embed_catalog
 from student.model import Student, StudentConfig, load_student
 from student.quantise import fake_quantise, read_thresholds

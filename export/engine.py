@@ -17,8 +17,8 @@ import onnx
 
 from export.builder import Backend, choose_backend, error_logger, load_builder, this_gpu
 from export.inspection import count_layers, inspect
+from export.multiply_adds import multiply_adds
 from export.onnx_graph import MAX_BATCH, describe, load_onnx
-from export.work import multiply_adds
 from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
 from vpr.errors import UserError, check_numbers

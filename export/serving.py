@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from export.fit import rebuild_command
+from export.compatibility import rebuild_command
 from export.onnx_graph import MAX_BATCH
 from export.triton import Scheduling, model_config, to_text
 from vpr.artifact import Artifact, check_output, find_current, load_artifact, plain, reading, write_artifact

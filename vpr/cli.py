@@ -48,7 +48,7 @@ VERBS = {
     "export int8": Verb("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
     "export engine": Verb("export.engine", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"),
     "export serving": Verb("export.serving", "export_serving", "ServingConfig", "hand a model and gallery to Triton"),
-    "export parity": Verb("export.layers", "compare", "ParityConfig", "how far exports depart from the student"),
+    "export parity": Verb("export.parity_report", "compare", "ParityConfig", "how far exports depart from the student"),
     "bench recall": Verb("benchmarks.recall", "recall", "RecallConfig", "recall of models on the same queries"),
     "bench latency": Verb("benchmarks.latency", "latency", "LatencyConfig", "latency of models on this machine"),
     "bench scale": Verb("benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"),
