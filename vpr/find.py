@@ -54,6 +54,8 @@ class FindConfig:
                 raise UserError(f"{name}: {path}: is no file in a folder that exists: name one")
             if (path.parent / CARD_NAME).is_file():
                 raise UserError(f"{name}: {path}: lies in an artifact, whose files are fixed: choose another folder")
+        if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
+            raise UserError(f"submission: {self.submission}: is the output too: name another file")
 
 
 def find(config: FindConfig) -> Path | None:
