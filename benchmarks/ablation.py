@@ -16,9 +16,10 @@ from teacher.model import TowerConfig, load_teacher
 from teacher.module import StageConfig
 from teacher.soup import SoupConfig, soup
 from teacher.train import TrainConfig, train
-from vpr.catalog import SCHEMA, Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import SCHEMA, Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.loading import LoaderConfig
 from vpr.metrics import bootstrap_interval, evaluate_similarities
 from vpr.rerank import RerankConfig, similarities

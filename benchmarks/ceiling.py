@@ -60,8 +60,8 @@ def count_work(artifact: Artifact) -> int | None:
     if artifact.card.kind == "engine" or "multiply_adds" in artifact.card.metrics:
         return artifact.card.metrics.get("multiply_adds")
     if artifact.card.kind == "onnx":
+        from export.multiply_adds import multiply_adds
         from export.onnx_graph import load_onnx
-        from export.work import multiply_adds
 
         return multiply_adds(load_onnx(artifact.path)[0])
     from student.model import count_multiply_adds

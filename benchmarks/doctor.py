@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.backends import BACKENDS
-from export.engine import TARGETS, load_builder
+from export.builder import load_builder
+from export.engine import TARGETS
 from vpr.environment import environment
 from vpr.errors import UserError
 from vpr.training import best_precision

@@ -11,7 +11,8 @@ from benchmarks.figures import Figure, Row
 from benchmarks.int8_tools import Student
 from benchmarks.latency import time_models
 from calibration.calibrate import CalibrateConfig, calibrate
-from export.engine import Backend, EngineConfig, build_engine, load_builder
+from export.builder import Backend, load_builder
+from export.engine import EngineConfig, build_engine
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
 from vpr.artifact import load_artifact

@@ -18,7 +18,8 @@ from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
 from benchmarks.int8_study import study
 from benchmarks.int8_tools import Student, compare_tools, own_graphs, within_budget
-from export.engine import TARGETS, EngineConfig, this_gpu
+from export.builder import this_gpu
+from export.engine import TARGETS, EngineConfig
 from vpr.console import say
 from vpr.environment import read_gpus
 

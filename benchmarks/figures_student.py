@@ -24,10 +24,10 @@ from benchmarks.student_sizes import size_curve
 from benchmarks.student_step import StudentStepConfig, student_step, unmeasured
 from student.model import StudentConfig
 from teacher.train import TrainConfig, train
-from vpr.catalog import CatalogConfig, build_catalog
 from vpr.cli import read_config
 from vpr.console import say
 from vpr.errors import UserError
+from vpr.ingest import CatalogConfig, build_catalog
 
 # Relative: paths are part of an artifact's configuration.
 _FOLDER, _FULL = Path("runs/figures-student"), Path("runs/demo-full")

@@ -20,10 +20,10 @@ from benchmarks.input_pipeline import pipeline_figures
 from benchmarks.teacher_step import TeacherStepConfig, teacher_step, unmeasured
 from benchmarks.two_processes import Spread, train_spread
 from teacher.train import TrainConfig, train
-from vpr.catalog import CatalogConfig, build_catalog
 from vpr.cli import read_config
 from vpr.console import say
 from vpr.errors import UserError
+from vpr.ingest import CatalogConfig, build_catalog
 
 # Relative: paths are part of an artifact's configuration.
 _FOLDER, _SAMPLE = Path("runs/figures-teacher"), Path("runs/demo/catalog")

@@ -17,20 +17,20 @@ from safetensors.torch import save_file
 from benchmarks.backends import models_of
 from benchmarks.recall import RecallConfig, recall
 from calibration.calibrate import CalibrateConfig, calibrate
+from export.compatibility import check_fit, load_engine, refusal
 from export.driver import Gpu
 from export.engine import EngineConfig, build_engine
-from export.fit import check_fit, load_engine, refusal
 from export.int8 import Int8Config, export_int8
-from export.layers import ParityConfig, compare
 from export.onnx_graph import OnnxConfig, export_onnx
+from export.parity_report import ParityConfig, compare
 from student.embed import embed_catalog
 from student.model import Student, StudentConfig, load_student
 from student.quantise import fake_quantise, read_thresholds
 from vpr.artifact import Embedding, reading, write_artifact
-from vpr.catalog import CatalogConfig, build_catalog
 from vpr.embed import EmbedConfig
 from vpr.find import FindConfig, find
 from vpr.images import Preprocess
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.int8 import KEEP
 
 # In the order in which they are made: the card of each names the sha256 of earlier ones.
@@ -183,7 +183,7 @@ def _fit(folder: Path) -> object:
 def _finish(folder: Path) -> object:
     """What finishing a student in INT8 does with ranges before it trains."""
     model, _ = load_student(folder / "student")
-    return fake_quantise(model, read_thresholds(folder / "plain")[0], KEEP)
+    return fake_quantise(model, read_thresholds(folder / "plain"), KEEP)
 
 
 def _search(folder: Path) -> object:

@@ -27,13 +27,14 @@ from export.precision import to_fp16
 from export.qdq import quantise, quantised_nodes
 from teacher.runs import RunsConfig, runs
 from vpr.artifact import Artifact, Card, Embedding, FileEntry, Kind, check_output, find_current, load_artifact, reading
-from vpr.catalog import Catalog, split_by_product, table_of
+from vpr.catalog import Catalog, table_of
 from vpr.errors import UserError
 from vpr.graphs import check_graph, load_graph
 from vpr.images import Preprocess
 from vpr.int8 import Ranges, read_ranges
 from vpr.readers import READERS
 from vpr.runtime import INPUT, OUTPUT
+from vpr.splits import split_by_product
 
 _SIDE, _DIM = 16, 6
 _EMPTY = hashlib.sha256(b"").hexdigest()

@@ -192,7 +192,7 @@ class EngineBackend:
 
     def missing(self) -> str | None:
         """See :class:`Backend`."""
-        from export.engine import load_builder
+        from export.builder import load_builder
 
         try:
             load_builder("tensorrt" if self.name == "tensorrt" else "tensorrt-rtx")
@@ -202,7 +202,7 @@ class EngineBackend:
 
     def version(self) -> str:
         """See :class:`Backend`."""
-        from export.engine import load_builder
+        from export.builder import load_builder
 
         return str(load_builder("tensorrt" if self.name == "tensorrt" else "tensorrt-rtx").__version__)
 

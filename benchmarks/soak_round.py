@@ -19,10 +19,11 @@ from student.signal import SignalConfig
 from teacher.model import TowerConfig
 from teacher.module import StageConfig
 from teacher.train import TrainConfig, train
-from vpr.catalog import CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import load_catalog
 from vpr.embed import EmbedConfig
 from vpr.embeddings import embed
 from vpr.find import FindConfig, find
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.loading import LoaderConfig
 from vpr.search import search
 

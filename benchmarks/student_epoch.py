@@ -14,8 +14,8 @@ from student.model import Student
 from student.module import StudentModule
 from student.objective import Labels, Objective
 from student.signal import cache_signal
+from student.source import load_source
 from student.targets import CachedTargets
-from teacher.model import load_teacher
 from vpr.catalog import load_catalog
 from vpr.loading import PictureDataset, training_loader, validation_loader
 from vpr.training import RunConfig, best_precision, fit
@@ -45,18 +45,15 @@ def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float
     """
     catalog = load_catalog(config.catalog)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    teacher, artifact = load_teacher(config.teacher)
-    assert artifact.card.preprocess is not None
-    assert artifact.card.embedding is not None
-    signal = cache_signal(
-        config.cache or str(folder / "views"), teacher, artifact, training, config.views, config.signal, config.seed
-    )
-    preprocess = artifact.card.preprocess.model_copy(update={"size": config.model.image_size})
-    student, dim = Student(config.model), artifact.card.embedding.dim
+    source = load_source(config.teacher)
+    path = config.cache or str(folder / "views")
+    signal = cache_signal(path, source, training, config.views, config.signal, config.seed)
+    preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
+    student = Student(config.model)
     module = TimedModule(
         config,
         student,
-        Objective(config.losses, student, Labels(training), dim),
+        Objective(config.losses, student, Labels(training), source.dim),
         CachedTargets(signal, config.signal, None, config.seed),
         preprocess,
         validation,

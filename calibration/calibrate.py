@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -28,7 +25,6 @@ from vpr.embeddings import read_batches
 from vpr.errors import UserError
 from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
-from vpr.runtime import INPUT, OUTPUT
 
 _BATCH = 16
 _EXACT = 1e-5
@@ -97,35 +93,26 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")
     # The student too: its finishing asks whether the ranges are its own.
     parents = [model.as_parent("onnx"), *model.parents("student")]
-    evaluation = None
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
-    if config.evaluation:
-        evaluation = load_catalog(config.evaluation)
-        parents += [evaluation.artifact.as_parent("evaluation")] if evaluation.artifact else []
+    parents += catalog.as_parents()
+    evaluation = load_catalog(config.evaluation) if config.evaluation else None
+    parents += [] if evaluation is None else evaluation.as_parents("evaluation")
     if find_current(config.output, "ranges", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    graph = load_graph(model)
-    training = catalog.select(split="train")
-    embed = _embedder(graph, training, model.card.preprocess)
-    scored = evaluation or catalog
-    scored = Catalog(scored.table.filter(pc.not_equal(scored.table["split"], "train")), scored.root, scored.artifact)
-    rows = select_pictures(training, config.count, config.seed, config.selection, embed, scored)
-    pictures = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
+    graph, preprocess = load_graph(model), model.card.preprocess
+    pictures = _select(config, graph, preprocess, catalog, evaluation)
 
-    def batches() -> Iterator[NDArray[np.float32]]:
-        assert model.card.preprocess is not None
-        return read_batches(pictures, model.card.preprocess, _BATCH)
+    def seen_in(one: onnx.ModelProto) -> dict[str, Activations]:
+        return measure(one, read_batches(pictures, preprocess, _BATCH), config.seed)
 
     smoothings: list[Smoothing] = []
     with reading(model):
-        seen = measure(graph, batches(), config.seed)
+        seen = seen_in(graph)
     if config.smooth:
         smoothings = search_smoothing(graph, seen)
         smoothed = smooth(graph, factors(smoothings))
-        check_unchanged(graph, smoothed, next(batches()))
-        graph, seen = smoothed, measure(smoothed, batches(), config.seed)
+        check_unchanged(graph, smoothed, next(read_batches(pictures, preprocess, _BATCH)))
+        graph, seen = smoothed, seen_in(smoothed)
     linears = find_linears(graph)
     ranges = {name: choose_range(name, one, linears, config) for name, one in seen.items()}
     arrays = {f"smooth:{linear}": values for linear, values in factors(smoothings).items()}
@@ -164,7 +151,7 @@ def choose_range(name: str, seen: Activations, linears: list[Linear], config: Ca
 
 def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: NDArray[np.float32]) -> None:
     """Refuse a fold that changes the float graph's embeddings by more than 1e-5."""
-    before, after = (_run(GraphSession(one), batch) for one in (graph, smoothed))
+    before, after = (GraphSession(one).embed(batch) for one in (graph, smoothed))
     largest = float(np.abs(before - after).max())
     if not largest <= _EXACT:
         raise UserError(
@@ -172,21 +159,24 @@ def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: ND
         )
 
 
-def _run(session: GraphSession, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    return session.run([OUTPUT], {INPUT: batch})[0]
-
-
-def _embedder(
-    graph: onnx.ModelProto, training: Catalog, preprocess: Preprocess
-) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """The graph's own embeddings of some of the pictures."""
+def _select(
+    config: CalibrateConfig,
+    graph: onnx.ModelProto,
+    preprocess: Preprocess,
+    catalog: Catalog,
+    evaluation: Catalog | None,
+) -> Catalog:
+    """The training pictures that ranges are measured on, none of which is scored."""
+    training = catalog.select(split="train")
+    scored = catalog if evaluation is None else evaluation
+    scored = scored.where(scored.table["split"].to_numpy() != "train")
 
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        some = Catalog(training.table.take(pa.array(rows)), training.root, training.artifact)
         session = GraphSession(graph)
-        return np.concatenate([_run(session, batch) for batch in read_batches(some, preprocess, _BATCH)])
+        batches = read_batches(training.take(rows), preprocess, _BATCH)
+        return np.concatenate([session.embed(batch) for batch in batches])
 
-    return embed
+    return training.take(select_pictures(training, config.count, config.seed, config.selection, embed, scored))
 
 
 def _corrections(

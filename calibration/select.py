@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from vpr.catalog import Catalog, check_leaks
+from vpr.catalog import Catalog
 from vpr.errors import UserError
+from vpr.splits import check_leaks
 
 Selection = Literal["stratified", "random", "k-centre"]
 # k-centre embeds at most so many pictures for each one it chooses.
@@ -61,7 +61,7 @@ def select_pictures(
         rows = pool[k_centre(embed(pool), count)]
     rows = np.sort(rows)
     if evaluation is not None:
-        check_leaks(Catalog(catalog.table.take(pa.array(rows)), catalog.root, catalog.artifact), evaluation)
+        check_leaks(catalog.take(rows), evaluation)
     return rows
 
 

@@ -96,15 +96,9 @@ def decide(
         return Decision(whole, True, [], list(tried.values()), reasons)
     alone = sorted((attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop))
     harmful = [next(iter(trial.quantised)) for trial in alone]
-    low, high = 1, len(harmful)  # high leaves nothing quantised, which is always within the budget
-    while low < high:
-        middle = (low + high) // 2
-        if attempt(frozenset(harmful[middle:])).drop <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    chosen = attempt(frozenset(harmful[high:]))
-    for layer in reversed(harmful[:high]):
+    kept = _fewest_kept(harmful, lambda quantised: attempt(quantised).drop <= budget)
+    chosen = attempt(frozenset(harmful[kept:]))
+    for layer in reversed(harmful[:kept]):
         more = attempt(chosen.quantised | {layer})
         if more.drop <= budget:
             chosen = more
@@ -113,6 +107,18 @@ def decide(
     for kind in fewer:
         attempt(chosen.quantised & frozenset(kind))
     return Decision(chosen, chosen.drop <= budget, alone, list(tried.values()), _reasons(chosen, alone, budget))
+
+
+def _fewest_kept(harmful: list[str], within: Callable[[Layers], bool]) -> int:
+    """How many of the most harmful layers must stay for the rest to be within the budget, by bisection."""
+    low, high = 1, len(harmful)  # with all of them nothing is quantised, which is always within the budget
+    while low < high:
+        middle = (low + high) // 2
+        if within(frozenset(harmful[middle:])):
+            high = middle
+        else:
+            low = middle + 1
+    return high
 
 
 def _trial(quantised: Layers, score: Score, floats: Score) -> Trial:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from calibration.linears import attention_inputs, weighted_nodes
 from calibration.ranges import MagnitudeHistogram
 from vpr.errors import UserError
-from vpr.graphs import GraphSession
+from vpr.graphs import watch
+from vpr.runtime import INPUT
 
 ROWS = 512
 
@@ -70,18 +71,11 @@ def measure(graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed
         UserError: a tensor that is not finite, by name.
     """
     names = [*dict.fromkeys([*(node.input[0] for node in weighted_nodes(graph)), *attention_inputs(graph)])]
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph)
-    present = {value.name for value in watched.graph.output}
-    watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in present
-    )
-    session = GraphSession(watched)
-    pixels = watched.graph.input[0].name
+    session = watch(graph, names)
     found = {name: Activations() for name in names}
     rng = np.random.default_rng(seed)
     for batch in batches:
-        for name, values in zip(names, session.run(names, {pixels: batch}), strict=True):
+        for name, values in zip(names, session.run(names, {INPUT: batch}), strict=True):
             try:
                 found[name].add(np.asarray(values), rng)
             except ValueError:

@@ -18,7 +18,6 @@ from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import score_split, unit
 from vpr.graphs import GraphSession
-from vpr.runtime import INPUT, OUTPUT
 from vpr.timing import measure, summarise
 
 _BASE = "nothing quantised"
@@ -67,8 +66,7 @@ def keep_recall(
 
     Returns:
         the record that becomes ``decision.json``: ``quantised`` layers, ``met`` by the ``drop`` and ``certain`` by the
-        upper end of its interval,
-        ``latency_ms`` of the candidates, a reason for each layer, and every trial.
+        upper end of its interval, ``latency_ms`` of the candidates, a reason for each layer, and every trial.
     """
     floats = _embed(graph, batches)
 
@@ -80,28 +78,22 @@ def keep_recall(
 
     found = decide(layers, evaluate, budget.drop, fewer)
     names = _names(found)
-    times = _time(
-        graph, quantise, {names[one]: one.quantised for one in _candidates(found, budget.drop)}, batches, budget
-    )
+    timed = {names[one]: one.quantised for one in _candidates(found, budget.drop)}
+    times = _time(graph, quantise, timed, batches, budget)
     chosen = _fastest(found, names, times)
-    low, high = chosen.interval
     queries = int((validation.roles == "query").sum())
-    say(f"  {names[chosen]}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget.drop:g}")
-    if found.met and high > budget.drop:
-        say(f"  the interval of {queries} validation queries reaches beyond that: more of them tell it better")
-    if not found.met:
-        say(f"  no set of layers stays within a drop of {budget.drop:g}: this one is the nearest")
+    _say_chosen(names[chosen], chosen, found.met, queries, budget.drop)
     if times[names[chosen]] >= times[_BASE]:
         say("  on this machine it is no faster than the graph without it")
     return {
         "max_recall_drop": budget.drop,
         "met": found.met,
-        "certain": high <= budget.drop,
+        "certain": chosen.interval[1] <= budget.drop,
         "split": "validation",
         "queries": queries,
         "recall_at_1": chosen.recall,
         "drop": chosen.drop,
-        "drop_interval": [low, high],
+        "drop_interval": list(chosen.interval),
         "latency_ms": times,
         "latency_by": f"{budget.candidates.by}, batch {budget.candidates.batch}",
         "quantised": [name for name in layers if name in chosen.quantised],
@@ -109,6 +101,15 @@ def keep_recall(
         "alone": [_record(trial) for trial in found.alone],
         "trials": [{"name": names[trial], **_record(trial)} for trial in found.trials],
     }
+
+
+def _say_chosen(name: str, chosen: Trial, met: bool, queries: int, budget: float) -> None:
+    low, high = chosen.interval
+    say(f"  {name}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget:g}")
+    if met and high > budget:
+        say(f"  the interval of {queries} validation queries reaches beyond that: more of them tell it better")
+    if not met:
+        say(f"  no set of layers stays within a drop of {budget:g}: this one is the nearest")
 
 
 def _candidates(found: Decision, budget: float) -> list[Trial]:
@@ -152,8 +153,8 @@ def _slower(found: Decision, chosen: Trial, names: dict[Trial, str], times: dict
 
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    runner = GraphSession(graph)
-    return unit(np.concatenate([runner.run([OUTPUT], {INPUT: batch})[0] for batch in batches]))
+    session = GraphSession(graph)
+    return unit(np.concatenate([session.embed(batch) for batch in batches]))
 
 
 def _name(quantised: Layers) -> str:

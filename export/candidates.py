@@ -11,8 +11,9 @@ from typing import Literal
 
 import onnx
 
+from export.builder import Backend, choose_backend, this_gpu
 from export.cpu import openvino_forward
-from export.engine import TARGETS, Backend, EngineConfig, build_engine, choose_backend, this_gpu
+from export.engine import TARGETS, EngineConfig, build_engine
 from export.onnx_graph import describe
 from export.precision import to_fp16
 from export.runner import open_engine

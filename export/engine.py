@@ -7,12 +7,7 @@ are strongly typed: precision is what the graph says, in TensorRT 10.12+ and 11 
 
 from __future__ import annotations
 
-import ctypes
-import importlib
-import json
-import os
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,23 +15,20 @@ from typing import Any, Literal
 
 import onnx
 
-from export.onnx_graph import INPUT, MAX_BATCH, describe, load_onnx
-from export.work import multiply_adds
+from export.builder import Backend, choose_backend, error_logger, load_builder, this_gpu
+from export.inspection import count_layers, inspect
+from export.multiply_adds import multiply_adds
+from export.onnx_graph import MAX_BATCH, describe, load_onnx
 from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
-from vpr.environment import read_gpus
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
+from vpr.runtime import INPUT
+from vpr.unfinished import written_whole
 
-Backend = Literal["tensorrt", "tensorrt-rtx"]
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-_RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
 _MOST_WORKSPACE = 1 << 20
 _MOST_CACHE = 1 << 28
-_REMEDY = {
-    "tensorrt-rtx": "pip install -r requirements.txt",
-    "tensorrt": "pip install -r requirements-gpu.txt, on a machine with an NVIDIA GPU",
-}
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,8 @@ class EngineConfig:
             )
         if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
             raise UserError(f"optimisation_level: {self.optimisation_level}: give 0 (quick build) to 5 (fast engine)")
-        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST_WORKSPACE:
-            raise UserError(f"workspace_mb: {self.workspace_mb}: give 1 to {_MOST_WORKSPACE}")
+        if self.workspace_mb is not None:
+            check_numbers(self, workspace_mb=(1, _MOST_WORKSPACE))
 
 
 def build_engine(config: EngineConfig) -> Path:
@@ -126,38 +118,6 @@ def build_engine(config: EngineConfig) -> Path:
         }
     say(f"{config.output}: {len(plan) / 1e6:.1f} MB engine, built in {seconds:.1f} s")
     return Path(config.output)
-
-
-def choose_backend(wanted: Literal["auto", "tensorrt", "tensorrt-rtx"]) -> Backend:
-    """``auto`` is TensorRT where it imports, else TensorRT-RTX."""
-    if wanted != "auto":
-        return wanted
-    try:
-        importlib.import_module("tensorrt")
-    except ImportError:
-        return "tensorrt-rtx"
-    return "tensorrt"
-
-
-def load_builder(backend: Backend) -> ModuleType:
-    """The builder's Python module.
-
-    TensorRT-RTX's bindings carry no libraries; those lie in ONNX Runtime's provider wheel, whose import
-    makes the links that the loader asks for.
-
-    Raises:
-        UserError: it is not installed, with the line that installs it.
-    """
-    try:
-        if backend == "tensorrt":
-            return importlib.import_module("tensorrt")
-        carrier = importlib.import_module("onnxruntime_ep_nv_tensorrt_rtx")
-        folder = Path(str(carrier.__file__)).parent
-        for name in _RTX_LIBRARIES:
-            ctypes.CDLL(str(next(folder.rglob(name))), mode=ctypes.RTLD_GLOBAL)
-        return importlib.import_module("tensorrt_rtx_bindings")
-    except (ImportError, OSError, StopIteration) as error:
-        raise UserError(f"{backend}: cannot be loaded ({error}): {_REMEDY[backend]}") from None
 
 
 def build_plan(
@@ -209,37 +169,6 @@ def _decompose_wide_attention(trt: ModuleType, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def inspect(trt: ModuleType, plan: bytes, logger: Any) -> dict[str, Any]:
-    """What the engine's inspector says, where there is a GPU to load it on: ``inspector`` of the card, else nothing."""
-    gpus, _ = read_gpus()
-    if not gpus:
-        return {}
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:
-        return {}
-    found = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return {"inspector": summarise_inspection(found)}
-
-
-def summarise_inspection(found: str) -> dict[str, Any]:
-    """Layers of a built engine by type and by the format of their first output, and whether attention is fused.
-
-    Args:
-        found: JSON of TensorRT's engine inspector, with detailed verbosity.
-
-    Returns:
-        ``layers``, ``formats`` (counts) and ``fused_attention`` (the number of such layers).
-    """
-    layers = [layer for layer in json.loads(found)["Layers"] if isinstance(layer, dict)]
-    outputs = [layer["Outputs"][0] for layer in layers if layer.get("Outputs")]
-    names = [f"{layer.get('Name', '')} {layer.get('TacticName', '')}".lower() for layer in layers]
-    return {
-        "layers": dict(sorted(Counter(str(layer.get("LayerType")) for layer in layers).items())),
-        "formats": dict(sorted(Counter(str(output.get("Format/Datatype")) for output in outputs).items())),
-        "fused_attention": sum("mha" in name or "fused_attention" in name for name in names),
-    }
-
-
 def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineConfig) -> None:
     build.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if config.optimisation_level is not None:
@@ -264,9 +193,8 @@ def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineCo
 
 def _write_cache(build: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(bytes(build.get_timing_cache().serialize()))
-    os.replace(partial, path)
+    with written_whole(path) as stream:
+        stream.write(bytes(build.get_timing_cache().serialize()))
 
 
 def _remedy(config: EngineConfig) -> str:
@@ -277,39 +205,8 @@ def _remedy(config: EngineConfig) -> str:
     return "build from the FP16 or INT8 graph, or export with --opset 20"
 
 
-def count_layers(network: Any) -> dict[str, Any]:
-    """Layers by type, and by the precision of their first output, as the builder sees them."""
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    types = Counter(layer.type.name for layer in layers)
-    precisions = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
-    return {"layers": dict(sorted(types.items())), "precisions": dict(sorted(precisions.items()))}
-
-
-def this_gpu() -> str:
-    """Architecture of the GPU that TensorRT builds for, where all of the machine are alike."""
-    found = {str(gpu["compute_capability"]).replace(".", "") for gpu in read_gpus()[0]}
-    return f"sm{found.pop()}" if len(found) == 1 else "this GPU"
-
-
 def _parser_error(parser: Any) -> str:
     if not parser.num_errors:
         return "no reason given"
     error = parser.get_error(0)
     return f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
-
-
-def error_logger(trt: ModuleType, errors: list[str]) -> Any:
-    """A logger that appends TensorRT's errors to a list."""
-
-    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps errors for the message; everything else is the builder's own business."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            """Called by the builder, from any of its threads."""
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                errors.append(message)
-
-    return Collector()

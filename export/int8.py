@@ -110,21 +110,16 @@ def export_int8(config: Int8Config) -> Path:
     ranges = load_artifact(config.ranges, "ranges")
     _check_parents(config, model, ranges)
     parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
-    validation = None
-    if config.catalog:
-        validation = load_catalog(config.catalog)
-        parents += [validation.artifact.as_parent("catalog")] if validation.artifact else []
-        validation = validation.select(split="validation")
+    validation = load_catalog(config.catalog).select(split="validation") if config.catalog else None
+    parents += [] if validation is None else validation.as_parents()
     values = {**plain(config), "precision": config.number}
     if find_current(config.output, "onnx", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
-    keep = config.keep if config.keep is not None else _finished_keep(model, ranges)
+    finished = _finished_keep(model, ranges)
     recipe: Recipe = config.recipe or ("linear" if validation is None else "full")
-    layers = list(quantised_nodes(calibrated.graph, keep, recipe))
-    if not layers:
-        raise UserError(f"keep: {', '.join(keep or ())} leaves nothing to quantise: name fewer layers")
+    layers = _allowed(calibrated.graph, finished if config.keep is None else config.keep, recipe)
     wide = model.names("fp32_nodes")
     decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)
     if decision is not None:
@@ -133,7 +128,7 @@ def export_int8(config: Int8Config) -> Path:
     if config.base == "fp16":
         quantised = to_fp16(quantised, wide)
     left = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
-    usual = quantised_nodes(calibrated.graph, _finished_keep(model, ranges))
+    usual = quantised_nodes(calibrated.graph, finished)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         describe(draft, model, quantised)
@@ -150,6 +145,14 @@ def export_int8(config: Int8Config) -> Path:
     kind = f"{config.number.upper()} over {config.base.upper()}"
     say(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
     return Path(config.output)
+
+
+def _allowed(graph: onnx.ModelProto, keep: tuple[str, ...] | None, recipe: Recipe) -> list[str]:
+    """The layers that may be quantised; :class:`UserError` where there is none."""
+    layers = list(quantised_nodes(graph, keep, recipe))
+    if not layers:
+        raise UserError(f"keep: {', '.join(keep or ())} leaves nothing to quantise: name fewer layers")
+    return layers
 
 
 def _decide(

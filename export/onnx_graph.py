@@ -137,9 +137,9 @@ def load_onnx(path: Path | str) -> tuple[onnx.ModelProto, Artifact]:
 
 def run_graph(graph: onnx.ModelProto, inputs: NDArray[np.float32], batch_size: int = 8) -> NDArray[np.float32]:
     """(n, 3, size, size) to (n, dim) by ONNX Runtime on the CPU."""
-    runner = GraphSession(graph)
+    session = GraphSession(graph)
     starts = range(0, len(inputs), batch_size)
-    return np.concatenate([runner.run([OUTPUT], {INPUT: inputs[s : s + batch_size]})[0] for s in starts])
+    return np.concatenate([session.embed(inputs[s : s + batch_size]) for s in starts])
 
 
 def count_operators(graph: onnx.ModelProto) -> dict[str, int]:

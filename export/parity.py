@@ -29,20 +29,19 @@ def parity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[st
     }
 
 
-def rank_changes(expected: NDArray[np.float32], found: NDArray[np.float32], top: int = 10) -> dict[str, float]:
+def rank_changes(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:
     """How the rankings of the same gallery differ.
 
     Args:
         expected: (queries, gallery) similarities.
         found: the same by another model.
-        top: length of the lists that ``overlap`` compares.
 
     Returns:
         ``first_changed``: share of queries whose first result is another; ``overlap``: mean share of the first
-        ``top`` that both have; ``first_moved``: mean number of ranks by which the first result has moved.
+        ten that both have; ``first_moved``: mean number of ranks by which the first result has moved.
     """
     before, after = (np.argsort(-scores, axis=1, kind="stable") for scores in (expected, found))
-    top = min(top, expected.shape[1])
+    top = min(10, expected.shape[1])
     shared = [len(set(a) & set(b)) / top for a, b in zip(before[:, :top], after[:, :top], strict=True)]
     moved = (after == before[:, :1]).argmax(axis=1)
     return {

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vpr.errors import UserError
-from vpr.graphs import GraphSession, refused_by
+from vpr.graphs import refused_by, watch
+from vpr.runtime import INPUT
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 # Other pictures than those looked at may reach further.
@@ -58,18 +59,14 @@ def find_overflow(graph: onnx.ModelProto, inputs: NDArray[np.float32]) -> list[s
         graph: FP32.
         inputs: (n, 3, size, size) float32.
     """
-    watched = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
-    present = {value.name for value in watched.graph.output}
-    floats = _float_tensors(watched.graph)
+    inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
+    floats = _float_tensors(inferred.graph)
     made = [name for node in graph.graph.node for name in node.output if name in floats]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made if name not in present]
-    watched.graph.output.extend(values)
-    runner = GraphSession(watched)
-    pixels = graph.graph.input[0].name
+    session = watch(inferred, made)
     found: set[str] = set()
     for start in range(0, len(inputs), _BATCH):
         batch = inputs[start : start + _BATCH]
-        found |= _too_large(graph, {pixels: batch, **dict(zip(made, runner.run(made, {pixels: batch}), strict=True))})
+        found |= _too_large(graph, {INPUT: batch, **dict(zip(made, session.run(made, {INPUT: batch}), strict=True))})
     return [node.name for node in graph.graph.node if node.name in found]
 
 

@@ -77,14 +77,7 @@ def quantise(
             if weight not in done:
                 done[weight] = _quantise_weight(body, weights[weight], channel_axis(node), pairs, number)
             node.input[1] = done[weight]
-    ordered = [one for node in body.node for one in (*before.get(node.name, ()), node)]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
-    used = {name for node in copies for name in node.input}
-    initialisers = [tensor for tensor in body.initializer if tensor.name in used]
-    kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in initialisers]
-    del body.node[:], body.initializer[:], body.value_info[:]
-    body.node.extend(copies)
-    body.initializer.extend(kept)
+    _put_before(body, before)
     onnx.checker.check_model(model)
     return model
 
@@ -125,6 +118,18 @@ def quantise_per_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArra
     # Rounding the scale to FP16 may bring the largest value just above 127.
     steps = np.rint(weight / _along(scale, axis, weight.ndim))
     return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scale
+
+
+def _put_before(body: onnx.GraphProto, before: Mapping[str, list[onnx.NodeProto]]) -> None:
+    """Put nodes before others, by the names of those; constants that nothing reads any more are dropped."""
+    ordered = [one for node in body.node for one in (*before.get(node.name, ()), node)]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    used = {name for node in copies for name in node.input}
+    initialisers = [tensor for tensor in body.initializer if tensor.name in used]
+    kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in initialisers]
+    del body.node[:], body.initializer[:], body.value_info[:]
+    body.node.extend(copies)
+    body.initializer.extend(kept)
 
 
 def _along(scale: NDArray[np.float32], axis: int, dims: int) -> NDArray[np.float32]:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.batches import Profile
+from export.builder import error_logger, load_builder
+from export.compatibility import check_fit, load_engine, rebuild_command, refusal
 from export.driver import Driver, DriverError, PyCudaDriver
-from export.engine import error_logger, load_builder
-from export.fit import check_fit, load_engine, rebuild_command, refusal
 from export.lane import Lane, Plan
 from vpr.artifact import Artifact, reading
 from vpr.errors import UserError

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from export.fit import rebuild_command
+from export.compatibility import rebuild_command
 from export.onnx_graph import MAX_BATCH
 from export.triton import Scheduling, model_config, to_text
 from vpr.artifact import Artifact, check_output, find_current, load_artifact, plain, reading, write_artifact
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.graphs import load_graph
 from vpr.images import Preprocess
 from vpr.search import search
@@ -67,12 +67,11 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if self.name and not _NAME.fullmatch(self.name):
             raise UserError(f"name: {self.name!r}: give letters, digits, '_', '-' and '.', the first no '-' or '.'")
-        if self.max_batch is not None and not 1 <= self.max_batch <= MAX_BATCH:
-            raise UserError(f"max_batch: {self.max_batch}: give 1 to {MAX_BATCH}")
+        if self.max_batch is not None:
+            check_numbers(self, max_batch=(1, MAX_BATCH))
         if not 0 <= self.queue_delay_us <= 1_000_000:
             raise UserError(f"queue_delay_us: {self.queue_delay_us}: give 0 to 1000000 microseconds")
-        if not 1 <= self.instances <= 64:
-            raise UserError(f"instances: {self.instances}: give 1 to 64")
+        check_numbers(self, instances=(1, 64))
 
 
 def export_serving(config: ServingConfig) -> Path:

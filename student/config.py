@@ -9,7 +9,7 @@ from student.dimension import DimensionConfig
 from student.model import StudentConfig
 from student.objective import LossConfig
 from student.signal import SignalConfig
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.int8 import KEEP
 from vpr.loading import LoaderConfig
 from vpr.training import RunConfig
@@ -85,11 +85,7 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UserError(f"epochs: {self.epochs}: give 1 or more")
-        for name, most in (("lr", 10.0), ("weight_decay", 100.0), ("warmup", 1.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise UserError(f"{name}: {getattr(self, name)}: give 0 to {most:g}")
+        check_numbers(self, epochs=(1, None), lr=(0, 10), weight_decay=(0, 100), warmup=(0, 1))
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
         if self.run.strategy == "fsdp":

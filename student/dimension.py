@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 
 Vectors = NDArray[np.float32]
 _BATCH = 1024
@@ -35,9 +35,7 @@ class DimensionConfig:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        for name, most in (("pictures", 1 << 20), ("steps", 1 << 20)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"dimension.{name}: {getattr(self, name)}: give 1 to {most}")
+        check_numbers(self, "dimension.", pictures=(1, 1 << 20), steps=(1, 1 << 20))
 
     @property
     def projects_teacher(self) -> bool:

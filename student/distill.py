@@ -12,92 +12,79 @@ import lightning as L
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from student.config import DistillConfig
 from student.dimension import project
 from student.model import Student, count_multiply_adds, count_parameters
 from student.module import StudentModule
 from student.objective import Labels, Objective, class_means
+from student.projection import find_projection, own_dimension
 from student.quantise import check_ranges, fake_quantise, read_thresholds
 from student.signal import Signal, cache_bytes, cache_signal, embed_pixels
-from student.source import find_projection, load_source, own_dimension, source_dim
+from student.source import Source, load_source
 from student.start import start_from
 from student.targets import CachedTargets, OnlineTargets, PairDataset
 from student.unlabelled import add_unlabelled
-from teacher.train import find_leaks, unknown_start
-from vpr.artifact import Artifact, Embedding, Parent, check_output, find_current, load_artifact, plain, write_artifact
+from teacher.train import unknown_start
+from vpr.artifact import Draft, Embedding, Parent, check_output, find_current, load_artifact, write_artifact
+from vpr.callbacks import drop_checkpoints
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
+from vpr.logs import check_tracker, copy_logs
 from vpr.processes import is_first, rank_and_world
-from vpr.training import Fitted, check_tracker, copy_logs, drop_checkpoints, fit
+from vpr.splits import find_leaks
+from vpr.training import Fitted, fit, training_and_validation, training_values
 from vpr.unfinished import only_run, run_folder
 
 
 def distill(config: DistillConfig) -> Path | None:
     """Distil a student and write it as an artifact of kind ``student``; a dry run writes nothing."""
     catalog = load_catalog(config.catalog)
-    teacher, source = load_source(config)
-    dim = own_dimension(config, source)
-    config = replace(config, model=replace(config.model, embedding_dim=dim))
-    training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    if not len(training) or not len(validation):
-        raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
-    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
+    source = load_source(config.teacher, config.assistant)
+    config = replace(config, model=replace(config.model, embedding_dim=own_dimension(config, source)))
+    training, validation = training_and_validation(catalog, config.catalog)
     _check_paths(config)
     scored = [validation, catalog.select(split="test")]
     training, extra, more = add_unlabelled(training, scored, config.unlabelled, config.output, config.dry_run)
     values, parents = _identity(config, catalog, source, more)
     folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_current(config.output, "student", values, parents):
-        if is_first():
-            drop_checkpoints(folder)  # of a run that was killed after its artifact was there
-            say(f"{config.output}: up to date")
+        drop_checkpoints(folder)  # of a run that was killed after its artifact was there
+        say(f"{config.output}: up to date")
         return Path(config.output)
-    assert source.card.preprocess is not None
-    preprocess = source.card.preprocess.model_copy(update={"size": config.model.image_size})
-    notes = _notes(config, catalog)
+    preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
+    notes = {**extra, **_notes(config, catalog)}
     _print_plan(config, source, training, preprocess)
     started = time.monotonic()
-    pictures = _pictures(config, training, preprocess, source.card.preprocess)
+    pictures = _pictures(config, training, preprocess, source.preprocess)
     student, labels = _build_student(config), Labels(training)
     _check(config, student, labels, source, pictures)
     if config.dry_run:
-        _try_step(config, student, labels, teacher, source, training, validation, pictures, preprocess)
+        _try_step(config, student, labels, source, pictures, preprocess)
         say("dry run: one step taken, nothing written")
         return None
-    signal = _signal(config, teacher, source, training)
-    projection, recalls = find_projection(config, teacher, source, signal, training, validation)
-    targets = _targets(config, teacher, source, signal, projection, dim)
-    classes = None if signal is None or not config.losses.logits else _class_means(signal, labels)
-    before = time.monotonic() - started
-    L.seed_everything(config.seed, verbose=False)
-    width = dim if projection is not None else source_dim(source)
-    objective = Objective(config.losses, student, labels, width, classes)
+    signal = _signal(config, source, training)
+    projection, recalls = find_projection(config, source, signal, training, validation)
+    objective, targets = _lesson(config, student, labels, source, signal, projection)
     module = StudentModule(config, student, objective, targets, preprocess, validation)
-    keep = config.loader.keep_in_memory
+    before = time.monotonic() - started
+    held = PictureDataset(validation, preprocess, config.loader.keep_in_memory)
     loaders = (
         training_loader(pictures, config.loader, config.seed, *rank_and_world()),
-        validation_loader(PictureDataset(validation, preprocess, keep), config.loader, *rank_and_world()),
+        validation_loader(held, config.loader, *rank_and_world()),
     )
     with only_run(folder):
         best = fit(module, loaders, student, folder, config.epochs, config.run)
         if is_first():
             with write_artifact(config.output, "student", values, parents) as draft:
-                copy_logs(folder, draft.path)
-                shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
-                if projection is not None:
-                    save_file({"projection": projection.contiguous()}, draft.path / "projection.safetensors")
+                _fill(draft, config, folder, projection)
                 draft.preprocess = preprocess
-                draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-                draft.catalog = {**catalog.summary(), **extra, **notes}
-                draft.metrics = {**_metrics(student, preprocess, best, before), **recalls}
-                if config.quantise.ranges:
-                    draft.metrics["quantise_keep"] = list(config.quantise.keep)
+                draft.catalog = {**catalog.summary(), **notes}
+                draft.metrics |= {**_metrics(student, preprocess, best, before), **recalls}
             drop_checkpoints(folder)
             say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
     return Path(config.output)
@@ -114,6 +101,17 @@ def _check_paths(config: DistillConfig) -> None:
         check_ranges(config.quantise.ranges, config.start)
 
 
+def _fill(draft: Draft, config: DistillConfig, folder: Path, projection: Tensor | None) -> None:
+    """Put what a run has left into the artifact."""
+    copy_logs(folder, draft.path)
+    shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
+    if projection is not None:
+        save_file({"projection": projection.contiguous()}, draft.path / "projection.safetensors")
+    draft.embedding = Embedding(dim=config.model.embedding_dim, normalised=True, dtype="float32")
+    if config.quantise.ranges:
+        draft.metrics["quantise_keep"] = list(config.quantise.keep)
+
+
 def _metrics(student: Student, preprocess: Preprocess, fitted: Fitted, before: float) -> dict[str, Any]:
     """What the card says of a training; ``before`` are the seconds that came before it."""
     return {
@@ -127,19 +125,14 @@ def _metrics(student: Student, preprocess: Preprocess, fitted: Fitted, before: f
 
 
 def _identity(
-    config: DistillConfig, catalog: Catalog, source: Artifact, more: list[Parent]
+    config: DistillConfig, catalog: Catalog, source: Source, more: list[Parent]
 ) -> tuple[dict[str, Any], list[Parent]]:
     """What decides the result: configuration and parents."""
-    values = plain(config)
-    values.pop("dry_run")
-    values["model"] = asdict(config.model)
-    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
-        values["processes"] = rank_and_world()[1]
+    values = {**training_values(config), "model": asdict(config.model)}
     parents = [load_artifact(config.teacher, "teacher").as_parent("teacher")]
     if config.assistant:
-        parents.append(source.as_parent("assistant"))
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
+        parents.append(source.artifact.as_parent("assistant"))
+    parents += catalog.as_parents()
     if config.start:
         parents.append(load_artifact(config.start).as_parent("start"))
     if config.quantise.ranges:
@@ -162,9 +155,7 @@ def _notes(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
     return {**({"start": told} if told else {}), **({"leak": leak} if leak else {})}
 
 
-def _print_plan(config: DistillConfig, source: Artifact, training: Catalog, preprocess: Preprocess) -> None:
-    if not is_first():
-        return
+def _print_plan(config: DistillConfig, source: Source, training: Catalog, preprocess: Preprocess) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
     say(
@@ -175,10 +166,10 @@ def _print_plan(config: DistillConfig, source: Artifact, training: Catalog, prep
     if not config.losses.needs_teacher:
         say("  from labels alone: the teacher is not asked")
     elif config.signal.mode == "online":
-        say(f"  {source.card.name} runs beside the student, queue of {config.signal.bank}")
+        say(f"  {source.artifact.card.name} runs beside the student, queue of {config.signal.bank}")
     else:
-        size = cache_bytes(len(training), source_dim(source), config.signal)
-        say(f"  {source.card.name} is asked {config.signal.views * len(training)} times, then cached in {size} bytes")
+        size, asked = cache_bytes(len(training), source.dim, config.signal), config.signal.views * len(training)
+        say(f"  {source.artifact.card.name} is asked {asked} times, then cached in {size} bytes")
 
 
 def _pictures(config: DistillConfig, training: Catalog, student: Preprocess, teacher: Preprocess) -> PictureDataset:
@@ -194,19 +185,16 @@ def _build_student(config: DistillConfig) -> Student:
     if config.start:
         artifact, taken = start_from(student, config.start)
         share = taken / count_parameters(student)
-        if is_first():
-            say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
+        say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
     if config.quantise.ranges:
-        thresholds, _ = read_thresholds(config.quantise.ranges)
-        names = fake_quantise(student, thresholds, config.quantise.keep)
-        if is_first():
-            say(f"  {len(names)} linears compute as they will in INT8")
+        names = fake_quantise(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
+        say(f"  {len(names)} linears compute as they will in INT8")
     return student
 
 
-def _check(config: DistillConfig, student: Student, labels: Labels, source: Artifact, pictures: PictureDataset) -> None:
+def _check(config: DistillConfig, student: Student, labels: Labels, source: Source, pictures: PictureDataset) -> None:
     """Refuse now what would only come to light when the teacher's signal is there."""
-    width = source_dim(source)
+    width = source.dim
     if config.dimension.projects_teacher and config.model.embedding_dim != width:
         width = config.model.embedding_dim
         most = min(config.dimension.pictures, len(pictures))
@@ -222,28 +210,31 @@ def _check(config: DistillConfig, student: Student, labels: Labels, source: Arti
         check_output(config.cache, "views")
 
 
-def _signal(config: DistillConfig, teacher: nn.Module, source: Artifact, training: Catalog) -> Signal | None:
+def _signal(config: DistillConfig, source: Source, training: Catalog) -> Signal | None:
     if not config.losses.needs_teacher or config.signal.mode == "online":
         return None
     path = config.cache or f"{Path(config.output)}-views"
-    return cache_signal(path, teacher, source, training, config.views, config.signal, config.seed, config.loader)
+    return cache_signal(path, source, training, config.views, config.signal, config.seed, config.loader)
 
 
-def _targets(
+def _lesson(
     config: DistillConfig,
-    teacher: nn.Module,
-    source: Artifact,
+    student: Student,
+    labels: Labels,
+    source: Source,
     signal: Signal | None,
     projection: Tensor | None,
-    dim: int,
-) -> CachedTargets | OnlineTargets | None:
-    if not config.losses.needs_teacher:
-        return None
+) -> tuple[Objective, CachedTargets | OnlineTargets | None]:
+    """The losses, and what they compare the student with; None for losses of labels alone."""
+    width = config.model.embedding_dim if projection is not None else source.dim
+    classes = None if signal is None or not config.losses.logits else _class_means(signal, labels)
+    targets: CachedTargets | OnlineTargets | None = None
     if signal is not None:
-        return CachedTargets(signal, config.signal, projection, config.seed)
-    assert source.card.preprocess is not None
-    width = dim if projection is not None else source_dim(source)
-    return OnlineTargets(teacher, source.card.preprocess, config.signal, width, projection)
+        targets = CachedTargets(signal, config.signal, projection, config.seed)
+    elif config.losses.needs_teacher:
+        targets = OnlineTargets(source.network, source.preprocess, config.signal, width, projection)
+    L.seed_everything(config.seed, verbose=False)
+    return Objective(config.losses, student, labels, width, classes), targets
 
 
 def _class_means(signal: Signal, labels: Labels) -> Tensor:
@@ -255,18 +246,15 @@ def _try_step(
     config: DistillConfig,
     student: Student,
     labels: Labels,
-    teacher: nn.Module,
-    source: Artifact,
-    training: Catalog,
-    validation: Catalog,
+    source: Source,
     pictures: PictureDataset,
     preprocess: Preprocess,
 ) -> None:
     """One forward and backward pass of everything on two pictures: what a dry run finds out beyond the plan."""
-    assert source.card.preprocess is not None
-    batch = pictures.__getitems__([0, len(training) - 1])
-    seen = PictureDataset(training, source.card.preprocess).__getitems__([0, len(training) - 1])["pixels"]
-    vectors = embed_pixels(teacher, Normalise(source.card.preprocess), seen.float()).clone()
+    two = [0, len(pictures) - 1]
+    batch = pictures.__getitems__(two)
+    seen = PictureDataset(pictures.catalog, source.preprocess).__getitems__(two)["pixels"]
+    vectors = embed_pixels(source.network, Normalise(source.preprocess), seen.float()).clone()
     width = vectors.shape[1]
     if config.dimension.projects_teacher and config.model.embedding_dim != width:
         width = config.model.embedding_dim
@@ -280,4 +268,3 @@ def _try_step(
         asked = vectors if config.losses.needs_teacher else None
         loss = objective.total(objective(student(x), asked, vectors, batch["rows"], 0.0, 0))
     loss.backward()
-    score_split(validation, np.ones((len(validation), 1), np.float32))

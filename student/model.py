@@ -17,7 +17,7 @@ from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from vpr.artifact import Artifact, load_artifact, reading
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 
 Preset = Literal["sample", "tiny", "small", "base"]
 
@@ -30,15 +30,15 @@ PRESETS: dict[Preset, dict[str, int]] = {
     "base": {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
 }
 # A shape comes from a card too: these bound what it can make a reader allocate.
-_LARGEST = {
-    "image_size": 1024,
-    "patch_size": 64,
-    "dim": 4096,
-    "depth": 64,
-    "heads": 64,
-    "dim_head": 256,
-    "mlp_dim": 16384,
-    "embedding_dim": 8192,
+_BOUNDS = {
+    "image_size": (1, 1024),
+    "patch_size": (1, 64),
+    "dim": (1, 4096),
+    "depth": (1, 64),
+    "heads": (1, 64),
+    "dim_head": (1, 256),
+    "mlp_dim": (1, 16384),
+    "embedding_dim": (0, 8192),
 }
 _MOST_TOKENS, _MOST_REGISTERS = 4096, 64
 
@@ -92,10 +92,7 @@ class StudentConfig:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
-        for name, most in _LARGEST.items():
-            least = 0 if name == "embedding_dim" else 1
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"model.{name}: {getattr(self, name)}: give {least} to {most}")
+        check_numbers(self, "model.", **_BOUNDS)
         if self.image_size % self.patch_size:
             raise UserError(f"model.image_size: {self.image_size} is no multiple of the patch of {self.patch_size}")
         if (self.image_size // self.patch_size) ** 2 > _MOST_TOKENS:

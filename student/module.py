@@ -13,7 +13,7 @@ from student.objective import Objective
 from student.targets import CachedTargets, Mix, OnlineTargets
 from vpr.catalog import Catalog
 from vpr.images import Preprocess
-from vpr.training import RecallModule, decay_groups, warmup_cosine
+from vpr.training import RecallModule, decay_groups
 from vpr.views import apply_views, draw_views
 
 
@@ -78,9 +78,7 @@ class StudentModule(RecallModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with one warm-up and cosine."""
-        config, steps = self.config, int(self.trainer.estimated_stepping_batches)
+        config = self.config
         learning = list({id(p): p for p in (*self.student.parameters(), *self.objective.parameters())}.values())
         optimizer = torch.optim.AdamW(decay_groups(learning, config.lr, config.weight_decay))
-        warmup = max(1, int(config.warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer, config.warmup)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpr.artifact import Artifact, load_artifact
+from vpr.artifact import load_artifact
 from vpr.errors import UserError
 from vpr.int8 import LEVELS, activation_scale, read_ranges, weight_scales
 
@@ -91,17 +91,16 @@ def check_ranges(ranges: Path | str, start: Path | str) -> None:
         )
 
 
-def read_thresholds(path: Path | str) -> tuple[dict[str, float], Artifact]:
+def read_thresholds(path: Path | str) -> dict[str, float]:
     """Ranges by the name of each linear, from a ``ranges`` artifact.
 
     Raises:
         UserError: ranges that do not name their linears, or of a smoothed graph.
     """
-    artifact = load_artifact(path, "ranges")
-    ranges = read_ranges(artifact)
+    ranges = read_ranges(load_artifact(path, "ranges"))
     found = {name: ranges.thresholds[tensor] for tensor, names in ranges.linears.items() for name in names}
     if ranges.smoothing:
         raise UserError(f"{path}: of a smoothed graph: calibrate with --smooth false to finish a student")
     if not found:
         raise UserError(f"{path}: does not say which linears its ranges are of: calibrate again with this version")
-    return found, artifact
+    return found

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from student.source import Source
 from vpr.artifact import (
     Artifact,
     check_output,
@@ -32,7 +33,7 @@ from vpr.artifact import (
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.embeddings import unit
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.loading import LoaderConfig, Normalise, PictureDataset, validation_loader
 from vpr.processes import compute_device, is_first, rank_and_world
 from vpr.training import best_precision
@@ -67,9 +68,7 @@ class SignalConfig:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least, most in (("views", 1, _MOST_VIEWS), ("shard", 1, 1 << 24), ("bank", 1, 1 << 20)):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"signal.{name}: {getattr(self, name)}: give {least} to {most}")
+        check_numbers(self, "signal.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
         if self.mixup and not 0.05 <= self.mixup <= 100:
             raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
         if self.mixup and self.mode == "cached":
@@ -112,34 +111,26 @@ class Signal:
 
 def cache_signal(
     path: str,
-    teacher: nn.Module,
-    artifact: Artifact,
+    source: Source,
     catalog: Catalog,
     views: ViewConfig,
     config: SignalConfig,
     seed: int,
     loader: LoaderConfig | None = None,
 ) -> Signal:
-    """Embed seeded views of every picture with the teacher, or load them if that was done.
+    """Embed seeded views of every picture, or load them if that was done.
 
     Every finished file is kept when the process is killed, and not computed again. Several processes share the files.
 
     Args:
         path: where the artifact is written.
-        teacher: the network.
-        artifact: the teacher's.
+        source: the network.
         catalog: the training pictures.
         views: augmentation.
         config: how many views, and pictures in a file.
         seed: of the views.
         loader: workers that decode, and whether pixels are kept in memory.
-
-    Raises:
-        UserError: the teacher's card lacks preprocessing or embedding.
     """
-    preprocess, embedding = artifact.card.preprocess, artifact.card.embedding
-    if preprocess is None or embedding is None:
-        raise UserError(f"{artifact.path}: its card has no preprocessing or embedding: train the teacher again")
     values = {
         "views": asdict(views),
         "count": config.views,
@@ -147,29 +138,28 @@ def cache_signal(
         "seed": seed,
         "pictures": _ordered_sha256(catalog),
     }
-    parents = [artifact.as_parent("teacher")]
+    parents = [source.artifact.as_parent("teacher")]
     folder = run_folder(path, values, parents)
     if find_current(path, "views", values, parents):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
-        if is_first():
-            say(f"{path}: up to date")
+        say(f"{path}: up to date")
         return _load(path)
     check_output(path, "views")
-    if is_first():
-        say(
-            f"views: {config.views} of each of {len(catalog)} pictures, {embedding.dim} dimensions, "
-            f"{cache_bytes(len(catalog), embedding.dim, config) / 1e6:.1f} MB"
-        )
+    say(
+        f"views: {config.views} of each of {len(catalog)} pictures, {source.dim} dimensions, "
+        f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"
+    )
     files = list(_files(len(catalog), config))
     with only_run(folder):
-        _embed_files(files, folder, teacher, artifact, catalog, views, seed, loader or LoaderConfig())
+        _embed_files(files, folder, source, catalog, views, seed, loader or LoaderConfig())
         if is_first():
             for file in files:
-                wait(partial(_whole, folder / file.name, file, embedding.dim))
+                wait(partial(_whole, folder / file.name, file, source.dim))
             with write_artifact(path, "views", values, parents) as draft:
                 for file in files:
                     _link(folder / file.name, draft.path / file.name)
-                draft.preprocess, draft.embedding, draft.catalog = preprocess, embedding, catalog.summary()
+                draft.preprocess, draft.embedding = source.preprocess, source.artifact.card.embedding
+                draft.catalog = catalog.summary()
             shutil.rmtree(folder)
         else:
             wait(lambda: finished_by_another(path, values, parents))
@@ -202,8 +192,7 @@ def _files(pictures: int, config: SignalConfig) -> Iterator[_File]:
 def _embed_files(
     files: list[_File],
     folder: Path,
-    teacher: nn.Module,
-    artifact: Artifact,
+    source: Source,
     catalog: Catalog,
     views: ViewConfig,
     seed: int,
@@ -214,38 +203,28 @@ def _embed_files(
     # A process decodes its shards once for all their views; where there are fewer shards, each takes views.
     by_shard = files[-1].shard + 1 >= world
     mine_of = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
-    assert artifact.card.preprocess is not None
-    assert artifact.card.embedding is not None
-    absent = [file for file in mine_of if not _whole(folder / file.name, file, artifact.card.embedding.dim)]
+    absent = [file for file in mine_of if not _whole(folder / file.name, file, source.dim)]
     settings = LoaderConfig(_BATCH, workers=loader.workers)
-    teacher.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    source.network.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     for shard in sorted({file.shard for file in absent}):
         mine = [file for file in absent if file.shard == shard]
-        rows = slice(mine[0].start, mine[0].stop)
-        part = Catalog(catalog.table.slice(rows.start, rows.stop - rows.start), catalog.root)
-        keep = loader.keep_in_memory or 3 * artifact.card.preprocess.size**2 * len(part) <= _KEPT
-        pictures = PictureDataset(part, artifact.card.preprocess, keep)
+        part = catalog.take(np.arange(mine[0].start, mine[0].stop))
+        keep = loader.keep_in_memory or 3 * source.preprocess.size**2 * len(part) <= _KEPT
+        pictures = PictureDataset(part, source.preprocess, keep)
         for file in mine:
-            vectors = _embed_view(teacher, Normalise(artifact.card.preprocess), pictures, settings, views, file, seed)
-            save_whole(folder / file.name, vectors)
+            save_whole(folder / file.name, _embed_view(source, pictures, settings, views, file, seed))
 
 
 def _embed_view(
-    teacher: nn.Module,
-    normalise: Normalise,
-    pictures: PictureDataset,
-    loader: LoaderConfig,
-    views: ViewConfig,
-    file: _File,
-    seed: int,
+    source: Source, pictures: PictureDataset, loader: LoaderConfig, views: ViewConfig, file: _File, seed: int
 ) -> NDArray[np.float16]:
+    normalise, device = Normalise(source.preprocess), next(source.network.parameters()).device
     parts = []
     for batch in validation_loader(pictures, loader):
         rows = batch["rows"] + file.start
         parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
-        device = next(teacher.parameters()).device
         pixels = apply_views(batch["pixels"].to(device), parameters)
-        parts.append(embed_pixels(teacher, normalise, pixels).cpu().numpy())
+        parts.append(embed_pixels(source.network, normalise, pixels).cpu().numpy())
     return unit(np.concatenate(parts)).astype(np.float16)
 
 

@@ -1,92 +1,45 @@
-"""Who gives the signal, in which dimension, and what the teacher loses by it."""
+"""Who gives the signal: the teacher, or an assistant that was distilled from it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from student.config import DistillConfig
-from student.dimension import fit_projection, project
 from student.model import load_student
-from student.signal import Signal
 from teacher.model import load_teacher
 from vpr.artifact import Artifact
-from vpr.catalog import Catalog
-from vpr.console import say
-from vpr.embeddings import embed, score_split, torch_forward, unit
 from vpr.errors import UserError
-from vpr.processes import compute_device, is_first
+from vpr.images import Preprocess
 
 
-def load_source(config: DistillConfig) -> tuple[nn.Module, Artifact]:
-    """The network that gives the signal: the assistant, or the teacher."""
-    model, artifact = load_student(config.assistant) if config.assistant else load_teacher(config.teacher)
-    if artifact.card.preprocess is None or artifact.card.embedding is None:
-        raise UserError(f"{artifact.path}: its card has no preprocessing or embedding: train it again")
-    return model.requires_grad_(False), artifact
+@dataclass(frozen=True)
+class Source:
+    """A network whose embeddings a student learns from.
+
+    Attributes:
+        network: in evaluation mode.
+        artifact: its own.
+        preprocess: of its pictures.
+        dim: of its embeddings.
+    """
+
+    network: nn.Module
+    artifact: Artifact
+    preprocess: Preprocess
+    dim: int
+
+    @classmethod
+    def of(cls, network: nn.Module, artifact: Artifact) -> Source:
+        """A loaded network; :class:`UserError` if its card lacks preprocessing or embedding."""
+        card = artifact.card
+        if card.preprocess is None or card.embedding is None:
+            raise UserError(f"{artifact.path}: its card has no preprocessing or embedding: train it again")
+        return cls(network, artifact, card.preprocess, card.embedding.dim)
 
 
-def source_dim(source: Artifact) -> int:
-    """The dimension of its embeddings."""
-    assert source.card.embedding is not None
-    return source.card.embedding.dim
-
-
-def own_dimension(config: DistillConfig, source: Artifact) -> int:
-    """The student's own dimension."""
-    wanted, given = config.model.embedding_dim, source_dim(source)
-    if wanted in (0, given):
-        return given
-    if config.dimension.method == "none" and config.losses.needs_teacher:
-        raise UserError(
-            f"model.embedding_dim: {wanted}, the teacher's embeddings have {given}: set it to {given}, or choose "
-            "dimension.method pca, cosine or projector"
-        )
-    if config.dimension.projects_teacher and wanted > given:
-        raise UserError(
-            f"model.embedding_dim: {wanted} is more than the teacher's {given}: lower it, or use the projector"
-        )
-    return wanted
-
-
-def find_projection(
-    config: DistillConfig,
-    teacher: nn.Module,
-    source: Artifact,
-    signal: Signal | None,
-    training: Catalog,
-    validation: Catalog,
-) -> tuple[Tensor | None, dict[str, float]]:
-    """The projection to the student's dimension, and what it costs the teacher on the validation pictures."""
-    dim = config.model.embedding_dim
-    if not config.losses.needs_teacher or config.dimension.method == "none" or dim == source_dim(source):
-        return None, {}
-    assert source.card.preprocess is not None
-    teacher.to(compute_device())
-    whole = embed(validation, source.card.preprocess, torch_forward(teacher))
-    recall = score_split(validation, whole).recall_at_1
-    if not config.dimension.projects_teacher:
-        if is_first():
-            say(f"dimension: the teacher stays whole (recall@1 {recall:.3f}); the student's {dim} are projected up")
-        return None, {"teacher_val_recall_at_1": recall}
-    if signal is not None:
-        vectors = signal.draw(config.dimension.pictures, config.seed)
-    else:
-        rows = np.random.default_rng(config.seed).permutation(len(training))[: config.dimension.pictures]
-        part = Catalog(training.table.take(np.sort(rows)), training.root)
-        vectors = embed(part, source.card.preprocess, torch_forward(teacher))
-    found = {}
-    for method in dict.fromkeys(("pca", config.dimension.method)):
-        projection = fit_projection(replace(config.dimension, method=method), vectors, dim, config.seed)  # type: ignore[arg-type]
-        short = unit(project(torch.from_numpy(whole), projection).numpy())
-        found[method] = score_split(validation, short).recall_at_1
-    if is_first():
-        told = ", ".join(f"{value:.3f} by {method}" for method, value in found.items())
-        say(f"dimension: {source_dim(source)} to {dim}: the teacher's recall@1 {recall:.3f} becomes {told}")
-    return projection, {
-        "teacher_val_recall_at_1": recall,
-        "projected_teacher_val_recall_at_1": found[config.dimension.method],
-    }
+def load_source(teacher: Path | str, assistant: Path | str = "") -> Source:
+    """The assistant, where one is named, else the teacher."""
+    model, artifact = load_student(assistant) if assistant else load_teacher(teacher)
+    return Source.of(model.requires_grad_(False), artifact)

@@ -19,6 +19,7 @@ from teacher.weights import resize_positions
 from vpr.artifact import Artifact, load_artifact, reading
 from vpr.errors import UserError
 
+_NORM = "vit.transformer.norm.weight"
 # Of open_clip's blocks, as they are called in ours.
 _BLOCK = {
     "ln_1.weight": "0.norm.weight",
@@ -62,7 +63,7 @@ def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
     if artifact.card.kind not in ("student", "teacher"):
         raise UserError(f"start: {path} is a {artifact.card.kind}: give a student or a teacher")
     with reading(artifact):
-        weights, vision = load_file(artifact.file("model.safetensors")), {}
+        weights = load_file(artifact.file("model.safetensors"))
         if artifact.card.kind == "student":
             shape = StudentConfig(**artifact.card.config["model"])
             if shape.family != student.config.family:
@@ -70,9 +71,8 @@ def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
             heads = shape.heads
         else:
             weights, vision = _as_student(weights, str(path)), artifact.card.config["tower_config"]["vision_cfg"]
-        width = int(weights["vit.transformer.norm.weight"].shape[0])
-        if vision:
-            heads = int(vision.get("heads", 0)) or width // int(vision.get("head_width", 64))
+            heads = int(vision.get("heads", 0)) or len(weights[_NORM]) // int(vision.get("head_width", 64))
+        width = len(weights[_NORM])
     if width < (own := student.config.dim):
         raise UserError(f"start: {path} has tokens of {width}, the student of {own}: give one that is at least as wide")
     return artifact, select(student, weights, heads)
@@ -157,7 +157,7 @@ def _as_student(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
         raise UserError(f"start: {path}: its tower is no ViT of open_clip: give one that is, or a larger student")
     width = tower["ln_post.weight"].shape[0]
     found = {
-        "vit.transformer.norm.weight": tower["ln_post.weight"],
+        _NORM: tower["ln_post.weight"],
         "vit.transformer.norm.bias": tower["ln_post.bias"],
         "vit.pos_embedding": tower["positional_embedding"],
         "vit.cls_token": tower["class_embedding"][None],

@@ -6,14 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from vpr.artifact import CARD_NAME, Parent
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.duplicates import concatenate, repeats_of
 from vpr.errors import UserError
-from vpr.processes import is_first, rank_and_world
+from vpr.ingest import CatalogConfig, build_catalog
+from vpr.processes import rank_and_world
 
 
 def add_unlabelled(
@@ -38,10 +37,9 @@ def add_unlabelled(
         found = [_catalog(folder, f"{place}-unlabelled-{number}") for number, folder in enumerate(folders)]
     extra = concatenate(found)
     seen = repeats_of(extra, concatenate(scored))
-    kept = Catalog(extra.table.filter(pa.array(~seen)), extra.root)
-    if is_first():
-        say(f"unlabelled: {len(kept)} pictures, and {int(seen.sum())} left out that are (nearly) scored ones")
-    parents = [one.artifact.as_parent("unlabelled") for one in found if one.artifact]
+    kept = extra.where(~seen)
+    say(f"unlabelled: {len(kept)} pictures, and {int(seen.sum())} left out that are (nearly) scored ones")
+    parents = [parent for one in found for parent in one.as_parents("unlabelled")]
     summary = {"unlabelled": {"pictures": len(kept), "left_out": int(seen.sum()), "sha256": kept.sha256}}
     return concatenate([training, kept]), summary, parents
 

@@ -13,21 +13,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vpr.artifact import file_sha256, find_current, plain, write_artifact
-from vpr.catalog import (
-    Catalog,
-    Refused,
-    check_leaks,
-    check_pictures,
-    check_shares,
-    fill_draft,
-    picture_root,
-    split_by_product,
-    table_of,
-)
+from vpr.catalog import Catalog, Refused, fill_draft, picture_root, table_of
 from vpr.console import say
 from vpr.duplicates import Duplicates, common_root, merge
 from vpr.errors import UserError
+from vpr.ingest import check_pictures
 from vpr.readers import READERS
+from vpr.splits import check_shares, find_leaks, split_by_product
 
 Repeat = tuple[str, str, str]
 TABLES = {
@@ -100,8 +92,7 @@ def build_data(config: DataConfig) -> Path:
     say("looking for pictures that repeat ...")
     whole, duplicates = merge(catalogs)
     joined, dropped = part_splits(whole)
-    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        check_leaks(joined.select(split=first), joined.select(split=second))
+    find_leaks(joined, allow=False)
     _check_held_out(config, joined)
     repeats = list_repeats(whole, joined, duplicates, dropped)
     counts = {
@@ -135,7 +126,7 @@ def part_splits(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
         rows = catalog.table.filter(pa.array(alone))
         pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
         dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
-        catalog = _without(catalog, alone)
+        catalog = catalog.where(~alone)
         splits = catalog.table["split"].to_numpy()
         scored = catalog.table.filter(pa.array(splits == held))
         below = np.isin(splits, ["train"] if held == "validation" else ["train", "validation"])
@@ -146,7 +137,7 @@ def part_splits(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
             of = scored[name].take(at.filter(pa.array(leaves))).to_pylist()
             images = catalog.table["image"].filter(pa.array(leaves)).to_pylist()
             dropped += [(image, other, kind) for image, other in zip(images, of, strict=True)]
-            catalog, below = _without(catalog, leaves), below[~leaves]
+            catalog, below = catalog.where(~leaves), below[~leaves]
     return catalog, dropped
 
 
@@ -201,10 +192,6 @@ def _checksums(config: DataConfig) -> dict[str, str]:
     for reader, path in config.sources():
         tables += [path / name for name in TABLES[reader]] if reader in TABLES else [path]
     return {str(table.resolve()): file_sha256(table) for table in tables if table.is_file()}
-
-
-def _without(catalog: Catalog, leaves: NDArray[np.bool_]) -> Catalog:
-    return Catalog(catalog.table.filter(pa.array(~leaves)), catalog.root)
 
 
 def _unanswered(catalog: Catalog, held: str) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from teacher.margin import (
     nearest_centre,
     stepped_margin,
 )
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 
 _LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 
@@ -58,13 +58,10 @@ class HeadConfig:
             raise UserError(
                 f"head.margin: {self.margin} to {self.margin_end}: give 0 or more, not falling, at most {most:.3g}"
             )
-        if not 1 <= self.sub_centres <= 100:
-            raise UserError(f"head.sub_centres: {self.sub_centres}: give 1 to 100")
+        check_numbers(self, "head.", sub_centres=(1, 100))
         if not 0 < self.scale <= 1000:
             raise UserError(f"head.scale: {self.scale}: give a number above 0, at most 1000")
-        for name in ("by_count", "label_smoothing", "class_weight_power"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"head.{name}: {getattr(self, name)}: give 0 to 1")
+        check_numbers(self, "head.", by_count=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
         if not 0 <= self.margin_step < math.inf:
             raise UserError(f"head.margin_step: {self.margin_step}: give 0 or more")
 

@@ -64,7 +64,7 @@ def nearest_centre(cosine: Tensor, centres: int) -> Tensor:
     return cosine if centres == 1 else cosine.unflatten(1, (-1, centres)).amax(dim=2)
 
 
-def margins_by_count(counts: Tensor, low: float, high: float, power: float = 0.25) -> Tensor:
+def margins_by_count(counts: Tensor, low: float, high: float) -> Tensor:
     """Margins by class size: ``low`` for the class of most pictures, ``high`` for that of fewest.
 
     m_c = low + (high - low) * (n_c^-p - min) / (max - min), with minimum and maximum over classes (Ha et al.,
@@ -75,12 +75,11 @@ def margins_by_count(counts: Tensor, low: float, high: float, power: float = 0.2
         counts: (classes,) pictures of each class, at least 1.
         low: margin of the largest class.
         high: margin of the smallest.
-        power: p.
 
     Returns:
         (classes,) float64.
     """
-    rarity = counts.double() ** -power
+    rarity = counts.double() ** -0.25
     spread = rarity.max() - rarity.min()
     share = (rarity - rarity.min()) / spread if spread > 0 else torch.ones_like(rarity)
     return low + (high - low) * share

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from teacher.tower import drop_projection, overlap_patches, set_size
+from teacher.tower import drop_projection, overlap_patches, set_size, side
 from teacher.weights import download, load_tower_weights, read_tower_weights
 from vpr.artifact import CARD_NAME, Artifact, load_artifact, reading
 from vpr.errors import UserError
@@ -160,7 +160,7 @@ def build_teacher(
     if config.pretrained:
         recorded.update(_load(config, tower, teacher, load_pretrained))
     preprocess = Preprocess(
-        size=_side(visual),
+        size=side(visual),
         resize="squash" if config.squash else "shortest",
         crop="none" if config.squash else "center",
         interpolation=recorded["interpolation"],
@@ -203,14 +203,8 @@ def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
         ).visual
     visual.output_tokens = False  # CoCa's tower would give its tokens too
     # A timm tower is made in its own size, whatever its configuration says.
-    set_size(visual, _side(visual))
+    set_size(visual, side(visual))
     return visual
-
-
-def _side(visual: Any) -> int:
-    """Side of the tower's pictures, pixels."""
-    size = visual.image_size
-    return int(size if isinstance(size, int) else size[0])
 
 
 def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:

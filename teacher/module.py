@@ -11,12 +11,13 @@ from torch import Tensor
 
 from teacher.head import HeadConfig, MarginHead
 from teacher.layers import decay_factor, layers, trainable
-from teacher.model import LARGEST_SIDE, Teacher, TowerConfig, load_tower_weights
+from teacher.model import LARGEST_SIDE, Teacher, TowerConfig
+from teacher.weights import load_tower_weights
 from vpr.catalog import Catalog
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.processes import rank_and_world
-from vpr.training import RecallModule, decay_groups, warmup_cosine
+from vpr.training import RecallModule, decay_groups
 from vpr.views import ViewConfig, apply_views, draw_views
 
 LARGEST = {
@@ -65,8 +66,7 @@ class StageConfig:
     views: ViewConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UserError(f"stages.epochs: {self.epochs}: give 1 or more")
+        check_numbers(self, "stages.", epochs=(1, None))
         if (self.train == "last") != (self.last_blocks > 0):
             raise UserError(f"stages.last_blocks: {self.last_blocks} with train: {self.train}: they go together")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.warmup <= 1:
@@ -170,7 +170,7 @@ class TeacherModule(RecallModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser with the stage's warm-up and cosine; rates differ by part and depth."""
-        stage, steps = self.place.stage, int(self.trainer.estimated_stepping_batches)
+        stage = self.place.stage
         groups = decay_groups(list(self.head.parameters()), stage.lr_head, stage.weight_decay)
         depth = layers(self.teacher)
         for index, layer in enumerate(depth):
@@ -183,6 +183,4 @@ class TeacherModule(RecallModule):
             optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
         else:
             optimizer = torch.optim.AdamW(groups)
-        warmup = max(1, int(stage.warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer, stage.warmup)

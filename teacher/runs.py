@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vpr.artifact import CARD_NAME, SCHEMA, Card
+from vpr.callbacks import MONITOR
 from vpr.console import say
-from vpr.errors import UserError
-from vpr.training import MONITOR
-from vpr.unfinished import run_folder
+from vpr.errors import UserError, printable
+from vpr.unfinished import run_folder, written_whole
 
 _MAX_CARD_BYTES = 4 << 20
 _RUN = ".run-"
@@ -226,19 +226,13 @@ def _print(found: list[Run]) -> None:
         spent = None if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
         shown = (run.name, run.recipe, run.stages, run.loss, run.seed, recall, run.best_epoch, spent, run.pictures)
         # As text, names are shown as they are, not read as markup; control characters would reach the terminal.
-        table.add_row(*[Text(_visible("–" if value is None else str(value))) for value in (*shown, run.state)])
+        table.add_row(*[Text(printable("–" if value is None else str(value))) for value in (*shown, run.state)])
     # A file or a pipe has no width to keep to.
     (Console() if Console().is_terminal else Console(width=_FILE_WIDTH)).print(table)
 
 
-def _visible(text: str) -> str:
-    return "".join(character if character.isprintable() else "�" for character in text)
-
-
 def _write(found: list[Run], path: Path) -> None:
-    partial = Path(f"{path}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
+    with written_whole(path, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([field.name for field in fields(Run)])
         writer.writerows([[getattr(run, field.name) for field in fields(Run)] for run in found])
-    os.replace(partial, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -115,4 +114,4 @@ def _draw(training: Catalog, batch_size: int, seed: int) -> Catalog:
         raise UserError("catalog: BatchNorm needs two training pictures or more: give the training catalogue")
     rows = np.random.default_rng(seed).permutation(len(training))[:_NORM_PICTURES]
     whole = max(1, len(rows) // batch_size) * batch_size
-    return replace(training, table=training.table.take(rows[:whole]))
+    return training.take(rows[:whole])

@@ -7,23 +7,23 @@ split, as the epoch of a training is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from teacher.averaging import Row, greedy, read_weights, uniform, wise_ft
 from teacher.model import TowerConfig, build_teacher
 from teacher.scorer import Scorer, Weights
 from teacher.train import read_start
 from vpr.artifact import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
-from vpr.catalog import Catalog, check_leaks, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.errors import UserError
-from vpr.metrics import RetrievalScores
+from vpr.errors import UserError, check_numbers
+from vpr.splits import find_leaks
 
-Row = dict[str, Any]
 # Parts of the network's configuration that weights do not depend on once they are trained.
 _FREE = frozenset({"dropout", "gradient_checkpointing"})
 
@@ -59,28 +59,9 @@ class SoupConfig:
             raise UserError(f"models: {len(self.models)} given, {self.method} takes {wanted}: see --method")
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             raise UserError(f"alphas: {list(self.alphas)}: give one or more shares from 0 to 1")
-        for name, least in (("batch_size", 2), ("workers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
+        check_numbers(self, batch_size=(2, None), workers=(0, None), seed=(0, None))
         if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
             raise UserError(f"output: {self.output} is one of the models and would be replaced: choose another")
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a method came to.
-
-    Attributes:
-        weights: of the soup, float32 on the CPU.
-        what: ``alpha`` or ``models`` of it.
-        scores: its validation scores.
-        rows: one per candidate: ``alpha`` or ``models``, ``val_recall_at_1``, ``val_map``.
-    """
-
-    weights: Weights
-    what: Row
-    scores: RetrievalScores
-    rows: list[Row]
 
 
 def soup(config: SoupConfig) -> Path:
@@ -93,9 +74,7 @@ def soup(config: SoupConfig) -> Path:
     catalog = load_catalog(config.catalog)
     teachers = [load_artifact(path, "teacher") for path in config.models]
     check_alike(teachers, catalog)
-    parents = [teacher.as_parent("teacher") for teacher in teachers]
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
+    parents = [*(teacher.as_parent("teacher") for teacher in teachers), *catalog.as_parents()]
     card = teachers[0].card
     built = {key: card.config[key] for key in ("tower", "network", "tower_config")}
     values = plain(config) | {"recipe": f"{config.method} soup"} | built
@@ -166,10 +145,7 @@ def known_leak(teachers: Sequence[Artifact], catalog: Catalog) -> Row:
     if leak:
         say("  leak: these teachers were trained with one allowed; the soup's card says so too")
         return leak
-    train, validation, test = (catalog.select(split=split) for split in ("train", "validation", "test"))
-    for seen, scored in ((train, validation), (train, test), (validation, test)):
-        check_leaks(seen, scored)
-    return leak
+    return find_leaks(catalog, allow=False)
 
 
 def zero_shot_weights(teacher: Artifact) -> Weights:
@@ -201,101 +177,6 @@ def started_from(teacher: Artifact) -> str:
     """Checksum of the teacher or file that a training began from, as its card tells; empty for a tag or none."""
     starts = [parent.sha256 for parent in teacher.card.parents if parent.role == "start"]
     return starts[0] if starts else str(teacher.card.config.get("pretrained_sha256", ""))
-
-
-def read_weights(teacher: Artifact) -> Weights:
-    """A teacher's weights on the CPU."""
-    with reading(teacher):
-        return load_file(teacher.file("model.safetensors"))
-
-
-def average(parts: Iterable[Weights], shares: Sequence[float]) -> Weights:
-    """Weighted sum of weights in float64; what is not floating point (counters) is the first's.
-
-    Args:
-        parts: of the same names and shapes; read one after the other, so that two are in memory at a time.
-        shares: one per part, together 1.
-    """
-    total: Weights = {}
-    for weights, share in zip(parts, shares, strict=True):
-        if not total:
-            total = {n: v.double() * share if v.is_floating_point() else v.clone() for n, v in weights.items()}
-            continue
-        for name, value in total.items():
-            if value.is_floating_point():
-                value.add_(weights[name].double(), alpha=share)
-    return total
-
-
-def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer: Scorer) -> Chosen:
-    """(1 - alpha) zero-shot + alpha fine-tuned, for the alpha of best validation recall@1.
-
-    Equal recalls are told apart by mAP, then by the smaller alpha, which keeps more of the zero-shot model's
-    robustness. What was added to the tower has no zero-shot twin and stays fine-tuned.
-
-    Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, eq. 1.
-    """
-    start = tuned | zero_shot
-    rows: list[Row] = []
-    best: tuple[float, RetrievalScores, Weights] | None = None
-    for alpha in sorted(set(alphas)):
-        norms: Literal["kept", "added", "all"] = "kept" if alpha == 1 else "added" if alpha == 0 else "all"
-        scores = scorer.score(average([tuned, start], [alpha, 1 - alpha]), norms)
-        rows.append({"alpha": alpha} | _said(f"alpha {alpha:.3g}", scores))
-        if best is None or (scores.recall_at_1, scores.map) > (best[1].recall_at_1, best[1].map):
-            best = alpha, scores, scorer.weights()
-    assert best is not None  # the configuration has at least one alpha
-    return Chosen(best[2], {"alpha": best[0]}, best[1], rows)
-
-
-def uniform(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> Chosen:
-    """The mean of all (Wortsman et al., "Model soups", ICML 2022); its members are scored beside it."""
-    rows = [row for row, _ in _score_members(names, teachers, scorer)]
-    shares = [1 / len(teachers)] * len(teachers)
-    scores = scorer.score(average((read_weights(teacher) for teacher in teachers), shares), "all")
-    what = {"models": list(names)}
-    return Chosen(scorer.weights(), what, scores, [*rows, what | _said("all", scores)])
-
-
-def greedy(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> Chosen:
-    """Best first, each is added if the mean's validation recall@1 does not fall (a tie adds it).
-
-    So the soup is never below its best member on validation. Wortsman et al., "Model soups", ICML 2022, recipe 1.
-    """
-    members = _score_members(names, teachers, scorer)
-    order = sorted(range(len(names)), key=lambda i: (-members[i][1].recall_at_1, -members[i][1].map, i))
-    rows, kept, scores = [row for row, _ in members], [order[0]], members[order[0]][1]
-    mean = read_weights(teachers[order[0]])
-    weights = mean
-    for index in order[1:]:
-        share = 1 / (len(kept) + 1)
-        candidate = average([mean, read_weights(teachers[index])], [1 - share, share])
-        found = scorer.score(candidate, "all")
-        added = found.recall_at_1 >= scores.recall_at_1
-        row = _said(f"+ {names[index]}", found, "kept" if added else "left out")
-        rows.append({"models": [names[i] for i in [*kept, index]]} | row)
-        if added:
-            mean, weights, scores = candidate, scorer.weights(), found
-            kept.append(index)
-    return Chosen(weights, {"models": [names[i] for i in kept]}, scores, rows)
-
-
-def _score_members(
-    names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer
-) -> list[tuple[Row, RetrievalScores]]:
-    """Each alone, in the same precision as the soups (a card's recall may be of bf16)."""
-    found = []
-    for name, teacher in zip(names, teachers, strict=True):
-        with reading(teacher):
-            scores = scorer.score(read_weights(teacher), "kept")
-        found.append(({"models": [name]} | _said(name, scores), scores))
-    return found
-
-
-def _said(label: str, scores: RetrievalScores, verdict: str = "") -> Row:
-    end = f": {verdict}" if verdict else ""
-    say(f"  {label}: validation recall@1 {scores.recall_at_1:.4f}, mAP {scores.map:.4f}{end}")
-    return {"val_recall_at_1": scores.recall_at_1, "val_map": scores.map}
 
 
 def _comparable(teacher: Artifact) -> Row:

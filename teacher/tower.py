@@ -10,6 +10,12 @@ from torch import nn
 from vpr.errors import UserError
 
 
+def side(visual: Any) -> int:
+    """Side of the tower's pictures, pixels."""
+    size = visual.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
 def set_size(visual: Any, size: int) -> None:
     """Make a timm tower take pictures of another size (open_clip's own towers are created with it)."""
     trunk = getattr(visual, "trunk", None)
@@ -54,16 +60,15 @@ def overlap_patches(visual: Any, stride: int, name: str) -> None:
     patch = conv.kernel_size[0]
     if stride > patch:
         raise UserError(f"tower.patch_stride: {stride} is more than the patch of {patch} pixels: give less")
-    size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
-    side, old = (size - patch) // stride + 1, getattr(holder, key)
+    across, old = (side(visual) - patch) // stride + 1, getattr(holder, key)
     before = embed.grid_size if embed is not None else visual.grid_size
     prefix = old.shape[-2] - before[0] * before[1]
     conv.stride = (stride, stride)
-    shape = (*old.shape[:-2], prefix + side * side, old.shape[-1])
+    shape = (*old.shape[:-2], prefix + across * across, old.shape[-1])
     setattr(holder, key, nn.Parameter(torch.randn(shape, device=old.device) * old.shape[-1] ** -0.5))
-    grid = (side, side)
+    grid = (across, across)
     if embed is not None:
-        embed.grid_size, embed.num_patches = grid, side * side
+        embed.grid_size, embed.num_patches = grid, across * across
         rope = getattr(trunk, "rope", None)
         if rope is not None:
             rope.update_feat_shape(list(grid))

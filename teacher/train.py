@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, read_tower
@@ -24,17 +23,18 @@ from vpr.artifact import (
     file_sha256,
     find_current,
     load_artifact,
-    plain,
     write_artifact,
 )
-from vpr.catalog import Catalog, check_leaks, load_catalog
+from vpr.callbacks import drop_checkpoints
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.embeddings import score_split
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.logs import copy_logs
 from vpr.processes import is_first, rank_and_world
-from vpr.training import Fitted, RunConfig, copy_logs, drop_checkpoints, fit
+from vpr.splits import find_leaks
+from vpr.training import Fitted, RunConfig, fit, training_and_validation, training_values
 from vpr.unfinished import only_run, run_folder
 from vpr.views import ViewConfig
 
@@ -91,12 +91,9 @@ def train(config: TrainConfig) -> Path | None:
     """Train a teacher and write it as an artifact of kind ``teacher``; a dry run writes nothing."""
     catalog = load_catalog(config.catalog)
     tower = read_tower(config.tower.name)
-    values = plain(config)
-    values.pop("dry_run")
-    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
-        values["processes"] = rank_and_world()[1]
+    values = training_values(config)
     values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
-    parents = [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
+    parents = catalog.as_parents()
     start = read_start(config.tower.pretrained)
     if isinstance(start, Artifact):
         parents.append(start.as_parent("start"))
@@ -107,17 +104,11 @@ def train(config: TrainConfig) -> Path | None:
         drop_checkpoints(folder)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
-    training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    if not len(training) or not len(validation):
-        raise UserError(f"{config.catalog}: needs a train and a validation split: build it with --validation 0.1")
+    training, validation = training_and_validation(catalog, config.catalog)
     check_output(config.output, "teacher")
     if isinstance(start, Artifact) and start.path.resolve() == Path(config.output).resolve():
         raise UserError(f"output: {config.output} is tower.pretrained and would be replaced: choose another")
-    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
-    leak = find_leaks(catalog, config.allow_leak)
-    if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
-        leak["start"] = (start.card.catalog or {})["leak"]
-    unknown = unknown_start(start, catalog)
+    notes = _notes(config, catalog, start)
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
@@ -129,7 +120,7 @@ def train(config: TrainConfig) -> Path | None:
             with write_artifact(config.output, "teacher", values, parents) as draft:
                 draft.preprocess = preprocess
                 draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-                draft.catalog = {**catalog.summary(), **({"leak": leak} if leak else {}), **unknown}
+                draft.catalog = {**catalog.summary(), **notes}
                 _fill(draft, config, fits, folder)
             drop_checkpoints(folder)
             best = f"teacher of epoch {draft.metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}"
@@ -156,16 +147,12 @@ def unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
     return {"start": text}
 
 
-def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:
-    """What is both trained on (or selected by) and scored; refused unless allowed."""
-    parts = {split: catalog.select(split=split) for split in ("train", "validation", "test")}
-    found = {}
-    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        leak = check_leaks(parts[first], parts[second], allow)
-        if leak:
-            found[f"{first} in {second}"] = leak
-            say(f"  leak allowed: {first} shares {leak} with {second}; the card says so")
-    return found
+def _notes(config: TrainConfig, catalog: Catalog, start: Artifact | str) -> dict[str, Any]:
+    """What the card says of leaks, also of one that the teacher has from which training begins."""
+    leak = find_leaks(catalog, config.allow_leak)
+    if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
+        leak["start"] = (start.card.catalog or {})["leak"]
+    return {**({"leak": leak} if leak else {}), **unknown_start(start, catalog)}
 
 
 def _fill(draft: Draft, config: TrainConfig, fits: list[Fitted], folder: Path) -> None:

@@ -15,8 +15,9 @@ from torch.utils.data._utils import signal_handling
 
 from student.model import Student, StudentConfig
 from vpr.artifact import Embedding, write_artifact
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.images import Preprocess
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.runtime import keep_to_ourselves
 
 keep_to_ourselves()

@@ -35,7 +35,7 @@ class Verb:
 
 
 VERBS = {
-    "catalog": Verb("vpr.catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
+    "catalog": Verb("vpr.ingest", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
     "teacher data": Verb("teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"),
     "teacher train": Verb("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
     "teacher embed": Verb("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
@@ -48,7 +48,7 @@ VERBS = {
     "export int8": Verb("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
     "export engine": Verb("export.engine", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"),
     "export serving": Verb("export.serving", "export_serving", "ServingConfig", "hand a model and gallery to Triton"),
-    "export parity": Verb("export.layers", "compare", "ParityConfig", "how far exports depart from the student"),
+    "export parity": Verb("export.parity_report", "compare", "ParityConfig", "how far exports depart from the student"),
     "bench recall": Verb("benchmarks.recall", "recall", "RecallConfig", "recall of models on the same queries"),
     "bench latency": Verb("benchmarks.latency", "latency", "LatencyConfig", "latency of models on this machine"),
     "bench scale": Verb("benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"),

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vpr.catalog import SCHEMA, Catalog
+from vpr.environment import available_cpus
 from vpr.images import decode
 
-NEAR_BITS = 4
+NEAR_BITS = 4  # of 64: largest difference between the hashes of near-same pictures
 _CHECK_SIZE = 64  # pixels; far above the 9 x 8 that the hash looks at
 _BLOCK = 1 << 17  # comparisons of hashes at a time: a megabyte, which stays in the cache
 _BITS = 64
@@ -34,7 +35,7 @@ class Duplicates:
     near_same: list[tuple[str, str]]
 
 
-def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Duplicates]:
+def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
     """Join catalogues and look for pictures that they repeat.
 
     Rows that say the same of the same file (product and box too) become one; every other row stays,
@@ -43,7 +44,6 @@ def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Dupl
 
     Args:
         catalogs: at least one; every distinct picture is decoded once.
-        bits: largest difference, of 64, between hashes of near-same pictures.
 
     Returns:
         the joined catalogue, whose root is the folder that holds all of theirs, and the duplicates.
@@ -55,9 +55,9 @@ def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Dupl
     same: list[tuple[str, str]] = []
     tables = []
     for catalog, folder in zip(catalogs, roots, strict=True):
-        names = _names(catalog, folder.relative_to(root))
-        products, checksums = (catalog.table[name].to_pylist() for name in ("product", "sha256"))
-        boxes = [str(box) for box in catalog.table["box"].to_pylist()]
+        table = _table_from(root, catalog, folder)
+        names, products, checksums = (table[name].to_pylist() for name in ("image", "product", "sha256"))
+        boxes = [str(box) for box in table["box"].to_pylist()]
         kept = []
         for row, (image, product, box, sha256) in enumerate(zip(names, products, boxes, checksums, strict=True)):
             first = by_bytes.setdefault(sha256, image)
@@ -67,12 +67,10 @@ def merge(catalogs: list[Catalog], bits: int = NEAR_BITS) -> tuple[Catalog, Dupl
             if key not in seen:
                 seen.add(key)
                 kept.append(row)
-        place, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
-        table = catalog.table.set_column(place, field, pa.array(names, pa.string()))
         tables.append(table.take(pa.array(kept, pa.int64())))
     joined = Catalog(pa.concat_tables(tables).combine_chunks(), root)
     images = list(by_bytes.values())
-    pairs = near_pairs(_hashes([root / image for image in images]), bits)
+    pairs = near_pairs(_hashes([root / image for image in images]), NEAR_BITS)
     return joined, Duplicates(same, [(images[later], images[earlier]) for later, earlier in pairs.tolist()])
 
 
@@ -80,28 +78,23 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
     """The rows of several catalogues as one, whose root is the folder that holds all of theirs."""
     roots = [catalog.root.resolve() for catalog in catalogs]
     root = common_root(roots)
-    place, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
-    tables = []
-    for catalog, folder in zip(catalogs, roots, strict=True):
-        names = pa.array(_names(catalog, folder.relative_to(root)), pa.string())
-        tables.append(catalog.table.set_column(place, field, names))
+    tables = [_table_from(root, catalog, folder) for catalog, folder in zip(catalogs, roots, strict=True)]
     return Catalog(pa.concat_tables(tables).combine_chunks(), root)
 
 
-def repeats_of(catalog: Catalog, others: Catalog, bits: int = NEAR_BITS) -> NDArray[np.bool_]:
+def repeats_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
     """(n,) bool, which pictures of a catalogue are, or nearly are, some picture of another one.
 
     Args:
         catalog: n pictures.
         others: the pictures that they are compared with.
-        bits: largest difference, of 64, between the :func:`picture_hash` of near-same pictures.
     """
     same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
     mine, theirs = (_hashes([one.path(row) for row in range(len(one))]) for one in (catalog, others))
     for start in range(0, len(mine), step := max(1, _BLOCK // max(1, len(theirs)))):
         block = slice(start, start + step)
         distances = np.bitwise_count(mine[block, None] ^ theirs[None])
-        same[block] |= (distances <= bits).any(axis=1)
+        same[block] |= (distances <= NEAR_BITS).any(axis=1)
     return same
 
 
@@ -181,15 +174,17 @@ def _nearest_earlier(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDA
     return np.concatenate(distances), np.concatenate(places)
 
 
-def _names(catalog: Catalog, folder: Path) -> list[str]:
-    """The pictures' names from a folder above the catalogue's own."""
-    prefix = "" if folder == Path() else f"{folder.as_posix()}/"
+def _table_from(root: Path, catalog: Catalog, folder: Path) -> pa.Table:
+    """A catalogue's table with the pictures' names from a root above ``folder``, its own."""
+    prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     names = catalog.table["image"].to_pylist()
     odd = ("./", "//")  # spellings of a path that would hide that two rows are of one file
-    return [prefix + (PurePosixPath(n).as_posix() if any(part in n for part in odd) else n) for n in names]
+    names = [prefix + (PurePosixPath(n).as_posix() if any(part in n for part in odd) else n) for n in names]
+    place, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
+    return catalog.table.set_column(place, field, pa.array(names, pa.string()))
 
 
 def _hashes(paths: list[Path]) -> NDArray[np.uint64]:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(available_cpus())) as pool:
         hashes = pool.map(lambda path: picture_hash(decode(path, shortest=_CHECK_SIZE)), paths)
         return np.fromiter(hashes, dtype=np.uint64, count=len(paths))

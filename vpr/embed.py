@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifact import Artifact, Parent, check_output, find_current, plain
-from vpr.catalog import Catalog, load_catalog
+from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward, write_embeddings
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.processes import compute_device, is_first, rank_and_world
 from vpr.unfinished import finished_by_another, only_run, run_folder, save_whole, wait
@@ -58,14 +58,7 @@ class EmbedConfig:
     ray: int = 0
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("batch_size", 1, 1 << 16),
-            ("threads", 0, 512),
-            ("part", 1, 1 << 24),
-            ("ray", 0, 4096),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"{name}: {getattr(self, name)}: give {least} to {most}")
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, 512), part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
             raise UserError("ray: its job starts its own workers: start it without torchrun")
 
@@ -84,9 +77,7 @@ class EmbedJob:
         whole = load_catalog(config.catalog)
         self.config, self.model = config, model
         self.preprocess: Preprocess = model.card.preprocess
-        self.parents: list[Parent] = [model.as_parent("model")]
-        if whole.artifact:
-            self.parents.append(whole.artifact.as_parent("catalog"))
+        self.parents: list[Parent] = [model.as_parent("model"), *whole.as_parents()]
         self.values: dict[str, Any] = {name: value for name, value in plain(config).items() if name not in _HOW}
         self.catalog = whole.select(split=config.split or None)
         self.size = -(-config.part // config.batch_size) * config.batch_size
@@ -103,8 +94,8 @@ class EmbedJob:
 
     def compute(self, part: int, network: nn.Module) -> NDArray[np.float32]:
         """(pictures of the part, dim) float32, L2-normalised."""
-        rows = self.catalog.table.slice(part * self.size, self.size)
-        pictures = Catalog(rows, self.catalog.root)
+        rows = np.arange(part * self.size, min((part + 1) * self.size, len(self.catalog)))
+        pictures = self.catalog.take(rows)
         return embed(pictures, self.preprocess, torch_forward(network), self.config.batch_size, self.config.threads)
 
 

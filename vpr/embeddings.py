@@ -122,9 +122,7 @@ def write_embeddings(
     path: str, vectors: NDArray[np.float32], catalog: Catalog, model: Artifact, config: dict[str, Any]
 ) -> Path:
     """Write ``vectors.npy`` and ``rows.parquet`` as an artifact whose parents are the model and the catalogue."""
-    parents = [model.as_parent("model")]
-    if catalog.artifact:
-        parents.append(catalog.artifact.as_parent("catalog"))
+    parents = [model.as_parent("model"), *catalog.as_parents()]
     with write_artifact(path, "embeddings", config, parents) as draft:
         np.save(draft.path / "vectors.npy", vectors, allow_pickle=False)
         pq.write_table(catalog.table, draft.path / "rows.parquet")

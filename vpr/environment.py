@@ -71,10 +71,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Installed versions, by distribution name; what is not installed is left out."""
+def package_versions() -> dict[str, str]:
+    """Installed versions of :data:`PACKAGES`, by distribution name; what is not installed is left out."""
     versions = {}
-    for name in names:
+    for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -89,11 +89,11 @@ def available_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def physical_cores(topology: Path = _TOPOLOGY) -> int:
+def physical_cores() -> int:
     """Physical cores among the available processors; where the system does not tell, the processors themselves."""
     cores = set()
     for cpu in available_cpus():
-        folder = topology / f"cpu{cpu}" / "topology"
+        folder = _TOPOLOGY / f"cpu{cpu}" / "topology"
         try:
             cores.add(((folder / "physical_package_id").read_text(), (folder / "core_id").read_text()))
         except OSError:

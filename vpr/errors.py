@@ -29,6 +29,21 @@ class UserError(Exception):
         super().__init__(printable(line))
 
 
+def check_numbers(config: object, section: str = "", **bounds: tuple[float, float | None]) -> None:
+    """Refuse a number of a configuration that lies outside its bounds, by name.
+
+    Args:
+        config: a dataclass.
+        section: what its fields are called by in a recipe, such as ``loader.``.
+        bounds: least and most of each field; None is without end.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(config, name)
+        if not (least <= value and (most is None or value <= most)):
+            wanted = f"{least} or more" if most is None else f"{least} to {most}"
+            raise UserError(f"{section}{name}: {value}: give {wanted}")
+
+
 class BudgetBroken(Exception):
     """What was measured breaks a budget that the caller named. The command line prints it and exits with 1."""
 

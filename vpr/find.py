@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from rich.table import Table
 from vpr.artifact import CARD_NAME
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
-from vpr.errors import UserError, printable
+from vpr.errors import UserError, check_numbers, printable
 from vpr.rerank import RerankConfig, rank
+from vpr.unfinished import save_whole, written_whole
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _SHOWN = 8
@@ -45,8 +45,7 @@ class FindConfig:
     submission: str = ""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UserError(f"k: {self.k}: give 1 or more")
+        check_numbers(self, k=(1, None))
         for name in ("output", "submission"):
             path = Path(getattr(self, name))
             if not getattr(self, name):
@@ -55,6 +54,8 @@ class FindConfig:
                 raise UserError(f"{name}: {path}: is no file in a folder that exists: name one")
             if (path.parent / CARD_NAME).is_file():
                 raise UserError(f"{name}: {path}: lies in an artifact, whose files are fixed: choose another folder")
+        if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
+            raise UserError(f"submission: {self.submission}: is the output too: name another file")
 
 
 def find(config: FindConfig) -> Path | None:
@@ -64,6 +65,25 @@ def find(config: FindConfig) -> Path | None:
         UserError: embeddings of two models, too small a gallery for ``k`` or a submission.
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
+    _check_comparable(config, queries, gallery)
+    asked, shown = queries.of_role("query"), gallery.of_role("gallery")
+    if config.submission:
+        _check_complete(queries, gallery, len(shown))
+    wanted = max(config.k, SUBMITTED) if config.submission else config.k
+    scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
+    _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
+    if config.submission:
+        save_whole(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
+        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
+    if not config.output:
+        return None
+    _write(Path(config.output), queries, gallery, asked, shown[found[:, : config.k]], scores)
+    say(f"{config.output}: {len(asked)} queries, {config.k} results each")
+    return Path(config.output)
+
+
+def _check_comparable(config: FindConfig, queries: Embeddings, gallery: Embeddings) -> None:
+    """Refuse embeddings of two models."""
     first, second = queries.model, gallery.model
     if first.sha256 != second.sha256:
         raise UserError(
@@ -74,41 +94,38 @@ def find(config: FindConfig) -> Path | None:
             f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
             "embed both again"
         )
-    asked, shown = queries.of_role("query"), gallery.of_role("gallery")
-    if config.submission and len(shown) < SUBMITTED:
+
+
+def _check_complete(queries: Embeddings, gallery: Embeddings, shown: int) -> None:
+    """Refuse a submission whose numbers would be those of other pictures, or too few."""
+    if shown < SUBMITTED:
         raise UserError(
-            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {len(shown)}: "
+            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {shown}: "
             "use --output instead"
         )
-    for embeddings in (queries, gallery) if config.submission else ():
-        if embeddings.artifact.card.metrics.get("set_aside"):  # places in the tables would be those of other pictures
+    for embeddings in (queries, gallery):
+        if embeddings.artifact.card.metrics.get("set_aside"):
             raise UserError(
                 f"submission: {embeddings.artifact.path} lacks pictures that could not be read (its catalogue's "
                 "set_aside.csv): mend them and embed again"
             )
-    wanted = max(config.k, SUBMITTED) if config.submission else config.k
-    scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
-    _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
-    if config.submission:
-        partial = Path(f"{config.submission}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, found[:, :SUBMITTED].astype(np.int64), allow_pickle=False)
-        os.replace(partial, config.submission)
-        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
-    if not config.output:
-        return None
-    partial = Path(f"{Path(config.output)}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
+
+
+def _write(
+    path: Path,
+    queries: Embeddings,
+    gallery: Embeddings,
+    asked: NDArray[np.int64],
+    hits: NDArray[np.int64],
+    scores: NDArray[np.float32],
+) -> None:
+    with written_whole(path, "w") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
         for row, query in enumerate(asked):
-            for place in range(config.k):
-                hit = shown[found[row, place]]
+            for place, hit in enumerate(hits[row]):
                 values = [queries.images[query], place + 1, gallery.images[hit], gallery.products[hit]]
                 writer.writerow([*values, f"{scores[row, place]:.6f}"])
-    os.replace(partial, config.output)
-    say(f"{config.output}: {len(asked)} queries, {config.k} results each")
-    return Path(config.output)
 
 
 def _print(

@@ -6,7 +6,7 @@ checked before one of them sees it, and what they refuse all the same becomes on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -102,6 +102,29 @@ class GraphSession:
         """Some of the graph's outputs, in the order of their names; :class:`UserError` where it fails."""
         with refused_by("onnxruntime"):
             return self._session.run(list(names), dict(inputs))
+
+    def embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n, 3, size, size) float32 to the graph's (n, dim) float32."""
+        return self.run([OUTPUT], {INPUT: batch})[0]
+
+
+def watch(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
+    """A session of a graph that gives some of its inner tensors too.
+
+    Args:
+        graph: not changed; of a tensor whose type it does not tell, FP32 is taken.
+        names: of the tensors.
+    """
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph)
+    present = {value.name for value in watched.graph.output}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in watched.graph.value_info}
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None)
+        for name in names
+        if name not in present
+    )
+    return GraphSession(watched)
 
 
 @contextmanager

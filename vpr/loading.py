@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vpr.catalog import Catalog
 from vpr.embeddings import read_pixels
-from vpr.errors import UserError
+from vpr.environment import available_cpus
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 
 _PREFETCH = 4  # batches a worker has ready; decoding is uneven
@@ -41,11 +41,7 @@ class LoaderConfig:
     at_least: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"loader.batch_size: {self.batch_size}: give 1 or more")
-        for name, most in (("workers", 512), ("cap", 1 << 20), ("at_least", 10_000)):
-            if not 0 <= getattr(self, name) <= most:
-                raise UserError(f"loader.{name}: {getattr(self, name)}: give 0 to {most}")
+        check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), cap=(0, 1 << 20), at_least=(0, 10_000))
         if 0 < self.cap < self.at_least:
             raise UserError(f"loader.at_least: {self.at_least} is more than loader.cap {self.cap}: lower it")
 
@@ -201,6 +197,6 @@ def _decode_all(catalog: Catalog, preprocess: Preprocess) -> Tensor:
         rows = range(start, min(start + 64, len(catalog)))
         kept[rows.start : rows.stop] = read_pixels(catalog, preprocess, rows)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(available_cpus())) as pool:
         list(pool.map(decode_block, range(0, len(catalog), 64)))
     return torch.from_numpy(kept)

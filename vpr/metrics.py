@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vpr.errors import UserError
 
 _BLOCK = 256
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -133,19 +134,16 @@ def average_precision(relevant: NDArray[np.bool_], k: int | None = None) -> NDAr
     return (precision * top).sum(axis=1) / total
 
 
-def bootstrap_interval(
-    values: NDArray[np.bool_] | NDArray[np.float64], seed: int = 0, samples: int = 2000
-) -> tuple[float, float]:
+def bootstrap_interval(values: NDArray[np.bool_] | NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean (Efron 1979).
 
     Args:
         values: (n,) one value per query.
         seed: of the resampling.
-        samples: number of resamples.
     """
     rng = np.random.default_rng(seed)
     n = len(values)
-    means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(samples)])
+    means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

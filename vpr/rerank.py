@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.search import search
 
 Vectors = NDArray[np.float32]
@@ -46,9 +46,7 @@ class RerankConfig:
     weight: float = 0.3
 
     def __post_init__(self) -> None:
-        for name, least in (("whiten", 0), ("dba", 0), ("qe", 0), ("k1", 1), ("k2", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"rerank.{name}: {getattr(self, name)}: give {least} or more")
+        check_numbers(self, "rerank.", whiten=(0, None), dba=(0, None), qe=(0, None), k1=(1, None), k2=(1, None))
         if not 0 <= self.weight <= 1:
             raise UserError(f"rerank.weight: {self.weight}: give a share from 0 to 1")
         if not 0 <= self.alpha < math.inf:
@@ -125,7 +123,7 @@ def expand_queries(query: Vectors, gallery: Vectors, k: int, alpha: float) -> Ve
     return _expand(query, gallery, k, alpha, query) if k else query
 
 
-def k_reciprocal(query: Vectors, gallery: Vectors, k1: int = 20, k2: int = 6, weight: float = 0.3) -> Vectors:
+def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, weight: float) -> Vectors:
     """Re-rank by k-reciprocal neighbourhoods (Zhong et al., CVPR 2017, eq. 2 to 12).
 
     The neighbourhoods are of queries and gallery together, so queries do influence each other. Memory: the

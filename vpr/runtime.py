@@ -12,7 +12,7 @@ from vpr.errors import UserError
 INPUT, OUTPUT = "pixels", "embedding"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
-_RTX_WHEEL = "onnxruntime_ep_nv_tensorrt_rtx"
+RTX_WHEEL = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 class ProviderMissing(UserError):
@@ -73,7 +73,7 @@ def rtx_devices() -> list[Any]:
     """
     import onnxruntime as ort
 
-    wheel = importlib.import_module(_RTX_WHEEL)
+    wheel = importlib.import_module(RTX_WHEEL)
     if not any(device.ep_name == TENSORRT_RTX for device in ort.get_ep_devices()):
         ort.register_execution_provider_library(TENSORRT_RTX, wheel.get_library_path())
     return [device for device in ort.get_ep_devices() if device.ep_name == TENSORRT_RTX]

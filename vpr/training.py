@@ -1,4 +1,4 @@
-"""What training the teacher and the student share: schedule, validation, checkpoints, logs.
+"""What training the teacher and the student share: schedule, validation, and the loop.
 
 Batches, views and dropout depend on the seed and the step alone, and a checkpoint is written after
 every epoch, so a run that was killed goes on to the same result.
@@ -6,12 +6,9 @@ every epoch, so a run that was killed goes on to the same result.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,27 +17,25 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vpr.artifact import plain
+from vpr.callbacks import MONITOR, AtomicCheckpoint, BestWeights, Clock, EpochLine, ResumedOrder
 from vpr.catalog import Catalog
 from vpr.console import say
 from vpr.ema import Ema
 from vpr.embeddings import score_split, unit
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.loading import EpochSampler, Normalise
-from vpr.processes import Strategy, gathered, is_first, rank_and_world, shard, trainer_options, whole_state
+from vpr.logs import open_logs
+from vpr.processes import Strategy, gathered, rank_and_world, shard, trainer_options, whole_state
 
 # Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
-MONITOR = "val_recall_at_1"
 _CHECKED = 10  # batches between looks at the loss
 
 
@@ -67,13 +62,29 @@ class RunConfig:
     tracker: Literal["none", "wandb", "mlflow"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "validate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name}: {getattr(self, name)}: give 1 or more")
+        check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None))
         if not 0 <= self.ema < 1:
             raise UserError(f"run.ema: {self.ema}: give a decay from 0 (none) to below 1, such as 0.999")
         if not self.clip >= 0:
             raise UserError(f"run.clip: {self.clip}: give a norm, or 0 for none")
+
+
+def training_values(config: Any) -> dict[str, Any]:
+    """What decides a training's result, as JSON values: its configuration, and the processes that share a step."""
+    values = plain(config)
+    values.pop("dry_run")
+    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
+        values["processes"] = rank_and_world()[1]
+    return values
+
+
+def training_and_validation(catalog: Catalog, named: str) -> tuple[Catalog, Catalog]:
+    """The splits to train on and to choose the epoch by; :class:`UserError` where one is missing or has no queries."""
+    training, validation = catalog.select(split="train"), catalog.select(split="validation")
+    if not len(training) or not len(validation):
+        raise UserError(f"{named}: needs a train and a validation split: build it with --validation 0.1")
+    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
+    return training, validation
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
@@ -136,6 +147,13 @@ class RecallModule(L.LightningModule):
         rest = batches % accumulate
         return loss * (accumulate / rest) if rest and number >= batches - rest else loss
 
+    def scheduled(self, optimizer: torch.optim.Optimizer, warmup: float) -> dict[str, Any]:
+        """An optimiser with one warm-up, a share of the training, and cosine, as Lightning takes it."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        rising = max(1, int(warmup * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, rising))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Collect the embeddings of a batch."""
         self._found.append((batch["rows"], self.embed(self.normalise(batch["pixels"])).float()))
@@ -149,103 +167,6 @@ class RecallModule(L.LightningModule):
         vectors[rows.cpu().numpy()] = found.cpu().numpy()
         scores = score_split(self._validation, unit(vectors))
         self.log_dict({MONITOR: scores.recall_at_1, "val_recall_at_5": scores.recall_at_5, "val_map": scores.map})
-
-
-class AtomicCheckpoint(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a kill leaves the one before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Lightning's own goes through the system's temporary folder, which may be another file system."""
-        partial = Path(path).with_suffix(".partial")
-        with partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-
-
-class BestWeights(Callback):
-    """Keeps the weights of the epoch with the best validation recall@1 as safetensors.
-
-    Args:
-        module: what to keep of the Lightning module.
-        path: file, replaced atomically.
-    """
-
-    def __init__(self, module: nn.Module, path: Path) -> None:
-        self.module = module
-        self.path = path
-        self.best = -1.0
-        self.epoch = -1
-
-    def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Compare and keep."""
-        recall = float(trainer.callback_metrics.get(MONITOR, -1.0))
-        if recall <= self.best:
-            return
-        assert trainer.max_epochs is not None
-        self.best, self.epoch = recall, min(trainer.current_epoch + 1, trainer.max_epochs)
-        weights = whole_state(self.module)
-        if is_first():
-            # A folder, since safetensors writes to a hidden file beside the one that it is given.
-            new = self.path.with_suffix(".new")
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            save_file(weights, new / self.path.name)
-            with (new / self.path.name).open("rb") as stream:
-                os.fsync(stream.fileno())  # the checkpoint that names it best may outlive it otherwise
-            os.replace(new / self.path.name, self.path)
-            new.rmdir()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Kept in the checkpoint, so that a resumed run remembers its best."""
-        return {"best": self.best, "epoch": self.epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from a checkpoint."""
-        self.best, self.epoch = state_dict["best"], state_dict["epoch"]
-
-
-class Clock(Callback):
-    """Seconds spent, over all the times that a run was started (each up to its last checkpoint)."""
-
-    def __init__(self) -> None:
-        self.before = 0.0
-        self.started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Until now."""
-        return self.before + time.monotonic() - self.started
-
-    def state_dict(self) -> dict[str, Any]:
-        """Kept in the checkpoint."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from a checkpoint."""
-        self.before = state_dict["seconds"]
-
-
-class EpochLine(Callback):
-    """Prints one line of each epoch, for logs that are not terminals."""
-
-    def __init__(self) -> None:
-        self.validated = False
-
-    def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Remember that this epoch has a recall of its own; print that of the last weights, which comes after."""
-        self.validated = trainer.state.fn == TrainerFn.FITTING
-        if not self.validated:
-            say(f"  the last weights  {MONITOR} {float(trainer.callback_metrics[MONITOR]):.3f}")
-
-    def on_train_epoch_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Print mean losses and, after a validation, recall."""
-        hidden = ("_step", "_epoch", "_at_5", "map") + (() if self.validated else (MONITOR,))
-        shown = {k: v for k, v in trainer.callback_metrics.items() if not k.endswith(hidden)}
-        text = "  ".join(f"{name} {float(value):.3f}" for name, value in sorted(shown.items()))
-        say(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
-        self.validated = False
 
 
 @dataclass(frozen=True)
@@ -265,20 +186,6 @@ class Fitted:
     steps: int
     seconds: float
     last: dict[str, Tensor]
-
-
-class ResumedOrder(Callback):
-    """Gives the first epoch after a resume its own order: Lightning starts the loader before it names the epoch.
-
-    Workers read the order ahead as soon as they are started, and would read that of epoch 0.
-    """
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self._sampler = sampler
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the epoch that comes next."""
-        self._sampler.set_epoch(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
 def fit(
@@ -303,33 +210,10 @@ def fit(
     """
     best, clock = BestWeights(kept, folder / "best.safetensors"), Clock()
     ema = Ema(run.ema) if run.ema else None
-    interactive = os.isatty(2)
     sampler = loaders[0].sampler
     assert isinstance(sampler, EpochSampler)
-    checkpoint = ModelCheckpoint(
-        folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )
-    trainer = L.Trainer(
-        accelerator="auto",
-        precision=run.precision if run.precision != "auto" else best_precision(),
-        max_epochs=epochs,
-        check_val_every_n_epoch=run.validate_every,
-        logger=_logs(folder, run.tracker),
-        # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
-        callbacks=[
-            *(best, *([ema] if ema else []), clock, ResumedOrder(sampler)),
-            *(TQDMProgressBar() if interactive else EpochLine(), checkpoint),
-        ],
-        enable_progress_bar=interactive,
-        enable_model_summary=False,
-        gradient_clip_val=run.clip or None,
-        accumulate_grad_batches=run.accumulate,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        use_distributed_sampler=False,
-        plugins=[AtomicCheckpoint()],
-        **trainer_options(run.strategy),
-    )
+    # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
+    trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock, ResumedOrder(sampler)])
     last = folder / "last.ckpt"
     if last.is_file():
         say(f"  resuming from the checkpoint in {folder}")
@@ -340,22 +224,28 @@ def fit(
     return Fitted(best.best, best.epoch, int(trainer.global_step), round(clock.seconds, 1), state)
 
 
-def copy_logs(folder: Path, destination: Path, name: str = "metrics") -> None:
-    """Put a run's CSV logs into an artifact: ``<name>.csv``, and one more for each time it was resumed."""
-    for number, log in enumerate(_csv_logs(folder)):
-        shutil.copyfile(log, destination / (f"{name}-resumed-{number}.csv" if number else f"{name}.csv"))
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Remove a finished run's checkpoints and weights, which its artifact holds, and what a kill has left.
-
-    Its logs stay.
-    """
-    for name in ("last.ckpt", "best.safetensors", "last.partial", ".lock"):
-        for path in folder.rglob(name):
-            path.unlink(missing_ok=True)
-    for path in folder.rglob("best.new"):
-        shutil.rmtree(path)
+def _trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
+    interactive = os.isatty(2)
+    checkpoint = ModelCheckpoint(
+        folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    return L.Trainer(
+        accelerator="auto",
+        precision=run.precision if run.precision != "auto" else best_precision(),
+        max_epochs=epochs,
+        check_val_every_n_epoch=run.validate_every,
+        logger=open_logs(folder, run.tracker),
+        callbacks=[*callbacks, TQDMProgressBar() if interactive else EpochLine(), checkpoint],
+        enable_progress_bar=interactive,
+        enable_model_summary=False,
+        gradient_clip_val=run.clip or None,
+        accumulate_grad_batches=run.accumulate,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        use_distributed_sampler=False,
+        plugins=[AtomicCheckpoint()],
+        **trainer_options(run.strategy),
+    )
 
 
 def best_precision() -> Literal["32-true", "bf16-mixed"]:
@@ -363,32 +253,3 @@ def best_precision() -> Literal["32-true", "bf16-mixed"]:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
-
-
-def check_tracker(tracker: str) -> None:
-    """Refuse a tracker whose package is not installed."""
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"run.tracker: {tracker} is not installed: pip install {tracker}, or set it to none")
-
-
-def _logs(folder: Path, tracker: str) -> list[Logger]:
-    check_tracker(tracker)
-    folder.mkdir(parents=True, exist_ok=True)
-    logs: list[Logger] = [
-        CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}"),
-        TensorBoardLogger(folder, name="", version="tb"),
-    ]
-    if tracker == "wandb":
-        from lightning.pytorch.loggers import WandbLogger
-
-        logs.append(WandbLogger(name=folder.name, save_dir=folder, project="vpr"))
-    if tracker == "mlflow":
-        from lightning.pytorch.loggers import MLFlowLogger
-
-        server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
-        logs.append(MLFlowLogger("vpr", folder.name, tracking_uri=server))
-    return logs
-
-
-def _csv_logs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("csv-*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("csv-")))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +50,27 @@ def only_run(folder: Path) -> Iterator[None]:
             folder.rmdir()  # empty where nothing was begun
 
 
-def save_whole(path: Path, array: NDArray[Any]) -> None:
-    """Write a ``.npy`` file that is there whole or not at all, whenever the process or the machine stops."""
+@contextmanager
+def written_whole(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
+    """A file that is there whole or not at all, whenever the process or the machine stops; text has no line ends added.
+
+    Args:
+        path: of the file; one that is there is replaced at the end.
+        mode: of bytes, or of text in UTF-8.
+    """
     partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")
-    with partial.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+    text = {} if mode == "wb" else {"newline": "", "encoding": "utf-8"}
+    with partial.open(mode, **text) as stream:  # type: ignore[call-overload]
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def save_whole(path: Path, array: NDArray[Any]) -> None:
+    """Write a ``.npy`` file by :func:`written_whole`."""
+    with written_whole(path) as stream:
+        np.save(stream, array, allow_pickle=False)
 
 
 def wait(done: Callable[[], bool]) -> None:

@@ -13,7 +13,8 @@ from benchmarks.report import ReportConfig, report
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import Catalog, load_catalog
+from vpr.ingest import CatalogConfig, build_catalog
 
 EVIL = "<script>alert(1)</script> $\\frac$ |"
 CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")

@@ -8,8 +8,8 @@ from onnx import TensorProto, helper
 
 from benchmarks.backends import Model, models_of
 from benchmarks.ceiling import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
+from export.multiply_adds import multiply_adds
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx
-from export.work import multiply_adds
 from student.model import count_multiply_adds, load_student
 
 # 10 G multiply-adds and 2 GB a second.

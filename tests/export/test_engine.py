@@ -9,7 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.engine import EngineConfig, build_engine, build_plan, load_builder, summarise_inspection
+from export.builder import load_builder
+from export.engine import EngineConfig, build_engine, build_plan
+from export.inspection import summarise_inspection
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx
 from export.precision import to_fp16

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from calibration.calibrate import CalibrateConfig, calibrate
 from calibration.linears import attention_nodes
 from calibration.statistics import measure
-from export.engine import EngineConfig, build_plan, load_builder
+from export.builder import load_builder
+from export.engine import EngineConfig, build_plan
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import load_onnx, run_graph, trace
 from export.parity import parity

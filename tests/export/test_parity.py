@@ -38,10 +38,10 @@ def test_rank_changes_follow_from_counting_what_is_nearer() -> None:
     expected = rng.normal(size=(40, 25)).astype(np.float32)
     found = (expected + 0.5 * rng.normal(size=(40, 25))).astype(np.float32)
     before, after = (1 + (scores[:, None] > scores[:, :, None]).sum(axis=2) for scores in (expected, found))
-    result = rank_changes(expected, found, 5)
+    result = rank_changes(expected, found)
     moved = [after[q, before[q] == 1].item() - 1 for q in range(40)]
     assert result["first_moved"] == pytest.approx(np.mean(moved))
     assert result["first_changed"] == np.mean(np.array(moved) > 0)
-    both = ((before <= 5) & (after <= 5)).sum(axis=1)
-    assert result["overlap"] == pytest.approx(both.mean() / 5)
+    both = ((before <= 10) & (after <= 10)).sum(axis=1)
+    assert result["overlap"] == pytest.approx(both.mean() / 10)
     assert rank_changes(expected, 2 * expected + 1) == {"first_changed": 0.0, "overlap": 1.0, "first_moved": 0.0}

@@ -13,7 +13,8 @@ from onnx.reference import ReferenceEvaluator
 
 from calibration.calibrate import CalibrateConfig, calibrate
 from calibration.linears import weighted_nodes
-from export.engine import EngineConfig, build_plan, load_builder
+from export.builder import load_builder
+from export.engine import EngineConfig, build_plan
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
 from export.parity import parity

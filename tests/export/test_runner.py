@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from benchmarks import backends
 from export import driver as driver_module
+from export.builder import load_builder
+from export.compatibility import load_engine
 from export.driver import DriverError, GraphCalls, PyCudaDriver
-from export.engine import load_builder
-from export.fit import load_engine
 from export.runner import EngineRunner, open_engine
 from tests.export.recorded import DIM, PICTURE, RecordedDriver, Trt, expected
 from vpr.artifact import Artifact, load_artifact, write_artifact

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.interrupted import interrupt
-from vpr.catalog import CatalogConfig, build_catalog
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.unfinished import run_folder
 
 

@@ -12,6 +12,7 @@ from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import load_student
 from student.signal import SignalConfig, cache_bytes, cache_signal
+from student.source import Source, load_source
 from teacher.model import load_teacher
 from tests.student.conftest import STUDENT
 from vpr.artifact import load_artifact
@@ -37,7 +38,7 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
     model, artifact = load_teacher(teacher)
     training, views = catalog.select(split="train"), ViewConfig()
     signal = cache_signal(
-        str(tmp_path / "views"), model, artifact, training, views, SignalConfig(views=2, shard=40), seed=9
+        str(tmp_path / "views"), Source.of(model, artifact), training, views, SignalConfig(views=2, shard=40), seed=9
     )
     assert [[shard.shape for shard in view] for view in signal.shards] == [[(40, 256), (24, 256)]] * 2
     sizes = [entry.size for entry in signal.artifact.card.files.values()]
@@ -59,21 +60,17 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
 def test_cached_signal_is_not_reused_for_another_order_of_the_pictures(
     teacher: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
-    model, artifact = load_teacher(teacher)
-    training = catalog.select(split="train")
+    source, training = load_source(teacher), catalog.select(split="train")
     turned = Catalog(training.table.take(pa.array(np.arange(len(training))[::-1])), training.root)
     one = SignalConfig(views=1)
-    first = cache_signal(str(tmp_path / "v"), model, artifact, training, ViewConfig(), one, seed=0).artifact.sha256
-    again = cache_signal(str(tmp_path / "v"), model, artifact, turned, ViewConfig(), one, seed=0).artifact.sha256
+    first = cache_signal(str(tmp_path / "v"), source, training, ViewConfig(), one, seed=0).artifact.sha256
+    again = cache_signal(str(tmp_path / "v"), source, turned, ViewConfig(), one, seed=0).artifact.sha256
     assert first != again
 
 
 def test_the_bank_is_drawn_by_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
-    model, artifact = load_teacher(teacher)
-    training = catalog.select(split="train")
-    signal = cache_signal(
-        str(tmp_path / "views"), model, artifact, training, ViewConfig(), SignalConfig(views=2), seed=0
-    )
+    source, training = load_source(teacher), catalog.select(split="train")
+    signal = cache_signal(str(tmp_path / "views"), source, training, ViewConfig(), SignalConfig(views=2), seed=0)
     assert np.array_equal(signal.draw(20, 4), signal.draw(20, 4))
     assert not np.array_equal(signal.draw(20, 4), signal.draw(20, 5))
     assert signal.draw(1000, 0).shape == (64, 256)

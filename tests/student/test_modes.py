@@ -22,7 +22,7 @@ from student.distill import distill
 from student.model import StudentConfig, load_student
 from student.objective import LossConfig
 from student.signal import SignalConfig, cache_signal
-from teacher.model import load_teacher
+from student.source import load_source
 from tests.student.conftest import STUDENT
 from vpr.artifact import Artifact, load_artifact
 from vpr.catalog import Catalog
@@ -122,7 +122,7 @@ def test_a_cache_goes_on_where_it_was_left(
 ) -> None:
     import student.signal as signal
 
-    model, artifact = load_teacher(teacher)
+    source = load_source(teacher)
     training, config = catalog.select(split="train"), SignalConfig(views=2, shard=24)
     path, embed = str(tmp_path / "views"), signal._embed_view
     calls = []
@@ -130,19 +130,19 @@ def test_a_cache_goes_on_where_it_was_left(
     def counted(*arguments: Any) -> np.ndarray:
         if len(calls) == 4:
             raise KeyboardInterrupt
-        calls.append(arguments[5].name)
+        calls.append(arguments[4].name)
         return embed(*arguments)
 
     monkeypatch.setattr(signal, "_embed_view", counted)
     with pytest.raises(KeyboardInterrupt):
-        cache_signal(path, model, artifact, training, ViewConfig(), config, 0)
+        cache_signal(path, source, training, ViewConfig(), config, 0)
     assert not (tmp_path / "views").exists()
     first, calls = calls, []
-    broken = cache_signal(path, model, artifact, training, ViewConfig(), config, 0)
+    broken = cache_signal(path, source, training, ViewConfig(), config, 0)
     assert sorted(first + calls) == sorted({*first, *calls})  # no file twice
     assert len(first + calls) == 6
     monkeypatch.setattr(signal, "_embed_view", embed)
-    whole = cache_signal(str(tmp_path / "whole"), model, artifact, training, ViewConfig(), config, 0)
+    whole = cache_signal(str(tmp_path / "whole"), source, training, ViewConfig(), config, 0)
     assert broken.artifact.card.files == whole.artifact.card.files
     assert not list(tmp_path.glob("*.run-*"))
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vpr.training.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("vpr.logs.importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
         distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": dry, **changes}))
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +254,7 @@ def test_a_cache_that_is_something_else_is_refused_at_once(config: DistillConfig
 def test_a_file_that_was_cut_short_is_made_again(
     teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, artifact = load_teacher(teacher)
+    source = load_source(teacher)
     training, chosen = catalog.select(split="train"), SignalConfig(views=2)
     embed, calls = signal._embed_view, []
 
@@ -266,24 +266,24 @@ def test_a_file_that_was_cut_short_is_made_again(
 
     monkeypatch.setattr(signal, "_embed_view", once)
     with pytest.raises(KeyboardInterrupt):
-        cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), chosen, 0)
+        cache_signal(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
     (finished,) = tmp_path.glob("views.run-*/view-*.npy")
     finished.write_bytes(finished.read_bytes()[:5000])
     monkeypatch.setattr(signal, "_embed_view", embed)
-    again = cache_signal(str(tmp_path / "views"), model, artifact, training, ViewConfig(), chosen, 0)
-    whole = cache_signal(str(tmp_path / "whole"), model, artifact, training, ViewConfig(), chosen, 0)
+    again = cache_signal(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
+    whole = cache_signal(str(tmp_path / "whole"), source, training, ViewConfig(), chosen, 0)
     assert again.artifact.card.files == whole.artifact.card.files
 
 
 def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
     """They go by configuration and parents: a stale cache of another teacher may lie there still."""
-    model, artifact = load_teacher(teacher)
+    source = load_source(teacher)
     training, path = catalog.select(split="train"), str(tmp_path / "views")
-    found = cache_signal(path, model, artifact, training, ViewConfig(), SignalConfig(views=1), 0).artifact
+    found = cache_signal(path, source, training, ViewConfig(), SignalConfig(views=1), 0).artifact
     config = {**found.card.config, "views": asdict(ViewConfig())}  # tuples, which the card has as lists
     assert finished_by_another(path, config, found.card.parents)
     assert not finished_by_another(path, {**config, "seed": 1}, found.card.parents)
-    assert not finished_by_another(path, config, [artifact.as_parent("other")])
+    assert not finished_by_another(path, config, [source.artifact.as_parent("other")])
     assert not finished_by_another(str(tmp_path / "none"), config, found.card.parents)
     (tmp_path / "none").mkdir()
     for half in ("[]", "{}", "[" * 100_000):

@@ -89,7 +89,7 @@ def test_the_exported_graph_computes_what_the_student_was_finished_under(quantis
     inputs = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
     with torch.inference_mode():
         whole = model(torch.from_numpy(inputs)).numpy()
-    names = fake_quantise(model, read_thresholds(folder / "ranges")[0], KEEP)
+    names = fake_quantise(model, read_thresholds(folder / "ranges"), KEEP)
     assert len(names) == len(load_artifact(quantised).card.metrics["quantised"]) == 8
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
@@ -112,7 +112,7 @@ def test_ranges_of_another_student_are_refused(finished: Path, config: DistillCo
         distill(replace(config, output=str(tmp_path / "s"), start=str(finished), quantise=QuantiseConfig(ranges)))
     deeper = Student(replace(load_student(finished)[0].config, depth=3))
     with pytest.raises(UserError, match=r"no range for 'vit\.transformer\.layers\.2\.0\.to_qkv'"):
-        fake_quantise(deeper, read_thresholds(ranges)[0], KEEP)
+        fake_quantise(deeper, read_thresholds(ranges), KEEP)
 
 
 def test_the_export_keeps_what_the_finishing_kept(finished: Path, tmp_path: Path) -> None:
@@ -126,12 +126,12 @@ def test_the_export_keeps_what_the_finishing_kept(finished: Path, tmp_path: Path
 def test_wrong_ranges_are_refused(quantised: Path, config: DistillConfig, tmp_path: Path) -> None:
     ranges = str(quantised.parent / "ranges")
     model, _ = load_student(quantised.parent / "student")
-    thresholds, _ = read_thresholds(ranges)
+    thresholds = read_thresholds(ranges)
     with pytest.raises(UserError, match=r"quantise\.keep: leaves nothing"):
         fake_quantise(model, thresholds, ("vit",))
     with pytest.raises(UserError, match="is no linear of this student"):
         fake_quantise(model, {"vit.transformer.layers.9.0.to_qkv": 1.0}, KEEP)
     with pytest.raises(UserError, match=r"'vit\.to_patch_embedding\.layers\.0' is a convolution.*keep it too"):
-        fake_quantise(Student(replace(small_student("conv"))), read_thresholds(ranges)[0], ("vit.mlp_head",))
+        fake_quantise(Student(replace(small_student("conv"))), read_thresholds(ranges), ("vit.mlp_head",))
     with pytest.raises(UserError, match=r"quantise\.ranges: finishes a trained student: name it by start"):
         replace(config, quantise=QuantiseConfig(ranges))

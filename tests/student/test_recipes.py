@@ -10,8 +10,9 @@ from student.config import DistillConfig
 from student.distill import distill
 from teacher.model import TowerConfig, build_teacher, read_tower
 from vpr.artifact import Embedding, write_artifact
-from vpr.catalog import CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import load_catalog
 from vpr.cli import read_config
+from vpr.ingest import CatalogConfig, build_catalog
 
 RECIPES = Path(__file__).parents[2] / "student/recipes"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from student.model import Student, StudentConfig
 from student.start import select, start_from
@@ -75,8 +76,6 @@ def test_an_open_clip_tower_gives_the_same_features(tmp_path: Path) -> None:
             block.attn.in_proj_bias[96:].normal_()  # keys' change nothing, values' are folded into the output's
             block.attn.out_proj.bias.normal_()
     path = tmp_path / "teacher"
-    from safetensors.torch import save_file
-
     weights = {name: value.contiguous() for name, value in clip.state_dict().items() if name.startswith("visual.")}
     with write_artifact(path, "teacher", {"tower_config": TOWER}) as draft:
         save_file(weights, draft.path / "model.safetensors")
@@ -94,6 +93,20 @@ def test_an_open_clip_tower_gives_the_same_features(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = clip.visual.ln_post(clip.visual.transformer(tokens))
         torch.testing.assert_close(student.vit.transformer(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tower_whose_configuration_leaves_all_to_open_clip_has_its_heads(tmp_path: Path) -> None:
+    width = {**TOWER["vision_cfg"], "head_width": 64, "width": 128}
+    clip = open_clip.model.CLIP(**{**TOWER, "vision_cfg": width}, quick_gelu=False)
+    weights = {name: value.contiguous() for name, value in clip.state_dict().items() if name.startswith("visual.")}
+    with write_artifact(tmp_path / "teacher", "teacher", {"tower_config": {**TOWER, "vision_cfg": {}}}) as draft:
+        save_file(weights, draft.path / "model.safetensors")
+    student = Student(replace(LARGE, dim=128, heads=2, dim_head=64, pool="cls"))
+    start_from(student, tmp_path / "teacher")
+    assert torch.equal(
+        student.state_dict()["vit.transformer.layers.0.0.to_qkv.weight"],
+        weights["visual.transformer.resblocks.0.attn.in_proj_weight"],
+    )
 
 
 def test_positions_of_another_grid_are_resized() -> None:

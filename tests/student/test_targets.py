@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from student.signal import SignalConfig, cache_signal
+from student.source import load_source
 from student.targets import CachedTargets, Mix, OnlineTargets, PairDataset
 from teacher.model import load_teacher
 from vpr.catalog import Catalog
@@ -17,10 +18,10 @@ from vpr.views import ViewConfig, draw_views
 
 @pytest.fixture(scope="module")
 def cached(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> CachedTargets:
-    model, artifact = load_teacher(teacher)
     config, training = SignalConfig(views=2, bank=32), catalog.select(split="train")
     path = str(tmp_path_factory.mktemp("signal") / "views")
-    return CachedTargets(cache_signal(path, model, artifact, training, ViewConfig(), config, 3), config, None, 3)
+    signal = cache_signal(path, load_source(teacher), training, ViewConfig(), config, 3)
+    return CachedTargets(signal, config, None, 3)
 
 
 def batch_of(catalog: Catalog, sizes: tuple[int, int], rows: list[int]) -> dict[str, torch.Tensor]:

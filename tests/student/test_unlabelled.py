@@ -13,8 +13,9 @@ from student.distill import distill
 from student.signal import SignalConfig
 from student.unlabelled import add_unlabelled
 from vpr.artifact import load_artifact
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.errors import UserError
+from vpr.ingest import CatalogConfig, build_catalog
 
 
 @pytest.fixture

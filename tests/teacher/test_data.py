@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from teacher.data import DataConfig, build_data, part_splits
-from vpr.catalog import SCHEMA, Catalog, check_leaks, load_catalog, table_of
+from vpr.catalog import SCHEMA, Catalog, load_catalog, table_of
 from vpr.cli import main
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig, PictureDataset, training_loader
+from vpr.splits import check_leaks
 
 CLASSES, SHOP = 12, 8
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from teacher.averaging import average
 from teacher.model import Teacher, TowerConfig, build_teacher, load_teacher, read_tower
 from teacher.scorer import Scorer, Weights, estimate_norms
-from teacher.soup import SoupConfig, average, soup
+from teacher.soup import SoupConfig, soup
+from tests.catalogs import write_catalog
 from vpr.artifact import Artifact, Embedding, load_artifact, write_artifact
-from vpr.catalog import Catalog, write_catalog
+from vpr.catalog import Catalog
 from vpr.cli import main
 from vpr.embeddings import embed, read_batches, score_split, torch_forward
 from vpr.errors import UserError

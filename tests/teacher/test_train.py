@@ -14,8 +14,9 @@ from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, load_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
 from teacher.train import TrainConfig, train
+from tests.catalogs import write_catalog
 from vpr.artifact import load_artifact
-from vpr.catalog import Catalog, write_catalog
+from vpr.catalog import Catalog
 from vpr.cli import read_config
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog, table_of, write_catalog
+from tests.catalogs import write_catalog
+from vpr.catalog import Catalog, load_catalog, table_of
 from vpr.duplicates import merge, near_pairs
+from vpr.ingest import CatalogConfig, build_catalog
 
 
 def test_merging_a_catalogue_with_part_of_itself_adds_no_rows_and_says_which(catalog: Catalog) -> None:

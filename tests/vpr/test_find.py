@@ -76,6 +76,11 @@ def test_results_are_written_as_csv_with_the_gallery_s_names(
     assert f"p[{first % 7}]" in capsys.readouterr().out  # shown as it is, not read as markup
 
 
+def test_one_file_does_not_take_both_the_results_and_the_submission(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="submission: .* is the output too: name another file"):
+        FindConfig("q", "g", output=str(tmp_path / "found"), submission=f"{tmp_path}/./found")
+
+
 def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)
     with pytest.raises(UserError, match="submission: 1000 different pictures .* the gallery has 15"):

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpr.catalog import CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import load_catalog
 from vpr.errors import UserError
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.readers import read_aicrowd, read_csv, read_folder, read_products10k
 
 

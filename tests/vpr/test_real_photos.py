@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.baselines import colour_histogram, raw_pixels
 from benchmarks.recall import score_row
-from vpr.catalog import CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import load_catalog
+from vpr.ingest import CatalogConfig, build_catalog
 
 pytestmark = pytest.mark.data
 

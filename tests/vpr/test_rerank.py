@@ -92,7 +92,7 @@ def test_k_reciprocal_equals_a_dense_loop(k1: int, k2: int, weight: float) -> No
 
 def test_k_reciprocal_of_equal_vectors_is_finite() -> None:
     same = np.tile(unit(np.random.default_rng(0), 1, 4), (60, 1))
-    assert np.isfinite(k_reciprocal(same[:3], same[3:], 5, 3)).all()
+    assert np.isfinite(k_reciprocal(same[:3], same[3:], 5, 3, 0.3)).all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 import vpr.sample
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, check_leaks, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.images import decode
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.sample.pack import SPLIT_SEED, pack, split_products
+from vpr.splits import check_leaks
 
 FOLDER = Path(vpr.sample.__file__).parent
 

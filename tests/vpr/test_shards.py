@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from student.embed import EmbedConfig, embed_catalog
-from vpr.catalog import Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.embeddings import load_embeddings, read_pixels
 from vpr.errors import UserError
 from vpr.images import ImageRefused, Preprocess, read_picture
+from vpr.ingest import CatalogConfig, build_catalog
 from vpr.picture_limits import MAX_FILE_BYTES
 
 Member = tuple[str, bytes]

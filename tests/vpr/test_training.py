@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vpr.callbacks import AtomicCheckpoint
 from vpr.catalog import Catalog
 from vpr.errors import UserError
 from vpr.images import Preprocess
 from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
-from vpr.training import AtomicCheckpoint, RecallModule, RunConfig, decay_groups, fit, warmup_cosine
+from vpr.training import RecallModule, RunConfig, decay_groups, fit, warmup_cosine
 
 PREPROCESS = Preprocess(size=16)
 

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from export.onnx_graph import load_onnx, run_graph
@@ -22,7 +21,7 @@ from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches, unit
 from vpr.errors import UserError
-from vpr.graphs import GraphSession
+from vpr.graphs import watch
 from vpr.runtime import INPUT
 
 _BATCH = 16
@@ -65,7 +64,7 @@ def compare(config: ParityConfig) -> Path:
     catalog = load_catalog(config.catalog)
     graphs = [load_onnx(path) for path in config.models]
     parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in graphs)]
-    parents += [catalog.artifact.as_parent("catalog")] if catalog.artifact else []
+    parents += catalog.as_parents()
     if find_current(config.output, "report", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
@@ -150,17 +149,8 @@ def graph_layers(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[st
         if module and not kind.startswith(("Q", "DQ")) and node.op_type not in ("Shape", "Cast"):
             last.pop(module, None)
             last[module] = node.output[0]
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph)
-    present = {value.name for value in watched.graph.output}
-    types = {value.name: value.type.tensor_type.elem_type for value in watched.graph.value_info}
-    names = [name for name in dict.fromkeys(last.values()) if name not in present]
-    for name in names:
-        kind = types.get(name, TensorProto.FLOAT)
-        watched.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    runner = GraphSession(watched)
-    outputs = [value.name for value in watched.graph.output]
-    found = dict(zip(outputs, runner.run(outputs, {INPUT: pixels}), strict=True))
+    names = list(dict.fromkeys(last.values()))
+    found = dict(zip(names, watch(graph, names).run(names, {INPUT: pixels}), strict=True))
     return {module: np.asarray(found[name], dtype=np.float32) for module, name in last.items()}
 
 

@@ -9,8 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 from export.int8 import Int8Config, export_int8
-from export.layers import ParityConfig, compare, compare_layers
 from export.onnx_graph import OnnxConfig, export_onnx
+from export.parity_report import ParityConfig, compare, compare_layers
 from export.precision import to_fp16
 from student.model import load_student
 from tests.conftest import small_student, write_student

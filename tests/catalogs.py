@@ -1,0 +1,15 @@
+"""Catalogues written as a test has made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vpr.artifact import write_artifact
+from vpr.catalog import Catalog, fill_draft
+
+
+def write_catalog(path: Path, catalog: Catalog) -> Path:
+    """Write a catalogue whose pictures stay in its root."""
+    with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}) as draft:
+        fill_draft(draft, catalog, [])
+    return path
