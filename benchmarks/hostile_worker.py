@@ -19,9 +19,13 @@ from typing import Any
 
 from benchmarks.fuzz_routes import Verb
 from benchmarks.fuzz_worker import answer, lay_out, limit_memory, outcome, peak_memory, protocol, reset_peak
-from benchmarks.hostile_inputs import Put, inputs
+from benchmarks.hostile_artifacts import cards, graphs, weights
+from benchmarks.hostile_catalogs import links, paths, tables
+from benchmarks.hostile_inputs import Hostile, Put
 from benchmarks.hostile_pictures import Picture, pictures
 from benchmarks.hostile_routes import PICTURE, PICTURE_ROADS, ROADS, SetAside, make_originals, warm_up
+from benchmarks.hostile_shards import shards
+from benchmarks.hostile_texts import names, recipes, towers
 from vpr.artifact import load_artifact
 from vpr.cli import quieten
 
@@ -38,6 +42,12 @@ class Case:
     expected: str
     road: str
     put: Put
+
+
+def inputs() -> list[Hostile]:
+    """All that is no picture; no two of a kind and name."""
+    makers = (tables, paths, links, shards, recipes, names, graphs, weights, cards, towers)
+    return [one for make in makers for one in make()]
 
 
 @cache
