@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from benchmarks.fuzz_routes import sign
 from benchmarks.hostile_inputs import Hostile, write, zipped
-from benchmarks.mutated_files import written
+from benchmarks.mutated_files import json_bytes
 
 _HUGE: tuple[Any, ...] = (-1, 2**31, 2**63, 10**30, 10**400, 1e308, float("inf"), float("nan"), "9" * 5000, [], None)
 _TENSOR_LIES: dict[str, tuple[Any, ...]] = {
@@ -145,7 +145,7 @@ def _edit_header(change: Callable[[dict[str, Any]], object], length: int | None,
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     change(header)
-    text = written(header)
+    text = json_bytes(header)
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data[8 + size :])
     sign(folder, "student", "model.safetensors")
 
@@ -170,7 +170,7 @@ def _edit_card(path: tuple[str, ...], value: Any, folder: Path) -> None:
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    file.write_bytes(written(card))
+    file.write_bytes(json_bytes(card))
     sign(folder, "student", "card.json")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.hostile_inputs import Data, Hostile, write
-from benchmarks.mutated_files import written
+from benchmarks.mutated_files import json_bytes
 
 _NAMES = (
     *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</td></table><h1>x", "'\"><svg onload=alert(1)>"),
@@ -44,7 +44,7 @@ def towers() -> Iterator[Hostile]:
             tower = {"embed_dim": 16, "vision_cfg": {**vision, key: value}}
             if key == "layers" and value == 0:
                 continue  # no blocks is a tower all the same
-            put = partial(write, "in/tower.json", written(tower))
+            put = partial(write, "in/tower.json", json_bytes(tower))
             yield Hostile("tower", f"{key} {value}", "refused", ("teacher train",), put)
     whole = {"100,000 brackets": b"[" * 100_000, "a list": b"[1]", "nothing": b"", "not UTF-8": b'{"a": "\xff"}'}
     whole["a number of 5000 digits"] = b'{"embed_dim": ' + b"9" * 5000 + b', "vision_cfg": {}}'
