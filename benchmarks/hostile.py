@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.case_process import Worker
 from benchmarks.figures import Figure, Row, figure_rows, markdown
-from benchmarks.fuzz import Worker
 from vpr.cli import quieten
 from vpr.console import say
 
@@ -85,20 +85,15 @@ def attack(config: HostileConfig) -> list[Told]:
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         place = Path(name) / "place"
         command = [sys.executable, "-m", "benchmarks.hostile_worker", str(place)]
-        worker = Worker(command, Path(name) / "worker.log", _WITH_ITS_FILE)
-        try:
+        with Worker(command, Path(name) / "worker.log", _WITH_ITS_FILE) as worker:
             for number in numbers[: config.count or None]:
                 case = cases()[number]
                 told = {"seconds": _WITH_ITS_FILE, "clock": _WITH_ITS_FILE, "memory": 0, **worker.ask(number)}
-                if told["outcome"] == "crash":
-                    told["line"] += f": {worker.last_words()}"
                 one = Told(number, case.kind, case.name, case.road, case.expected, **told)
                 found.append(one)
                 if one.faulty:
                     say(f"  case {number}: {one.kind}: {one.name}: {one.road}: {one.outcome}: {one.line}")
                     say(f"    {one.seconds} s, {one.memory / 1e9:.2f} GB, {one.expected} was expected")
-        finally:
-            worker.close()
     return found
 
 
