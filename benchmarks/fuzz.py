@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.case_process import Worker
-from benchmarks.figures import Figure, Row, figure_rows, markdown
-from vpr.cli import quieten
+from benchmarks.command import run_command
+from benchmarks.figures import Figure, Row, show
 from vpr.console import say
+from vpr.errors import UserError
 
 LONGEST = 5.0  # seconds of processor time, which other work on the machine does not lengthen
 _FAULTS = ("crash", "hang", "exception", "half-written")
@@ -33,6 +35,11 @@ class FuzzConfig:
     count: int = 2000
     seed: int = 0
     first: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"count": 1, "seed": 0, "first": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
 
 
 @dataclass(frozen=True)
@@ -129,17 +136,16 @@ def summarise(found: list[Told], command: str, seed: int = 0) -> tuple[list[Figu
     return figures, rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases that the flags ask for and print the table; ends with 1 where there is a fault."""
-    from jsonargparse import auto_cli
 
-    config = auto_cli(FuzzConfig)
-    found = fuzz(config)
-    figures, rows = summarise(found, "python -m benchmarks.fuzz", config.seed)
-    print(f"{markdown(figure_rows([{**vars(one), 'met': one.met} for one in figures]))}\n\n{markdown(rows)}")
-    sys.exit(any(one.faulty for one in found))
+    def work(config: FuzzConfig) -> bool:
+        found = fuzz(config)
+        show(*summarise(found, "python -m benchmarks.fuzz", config.seed))
+        return any(one.faulty for one in found)
+
+    run_command("fuzz", __doc__, FuzzConfig, work, arguments)
 
 
 if __name__ == "__main__":
-    quieten()
     main()

@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.case_process import Worker
-from benchmarks.figures import Figure, Row, figure_rows, markdown
-from vpr.cli import quieten
+from benchmarks.command import run_command
+from benchmarks.figures import Figure, Row, show
 from vpr.console import say
+from vpr.errors import UserError
 
 LONGEST = 10.0  # seconds of processor time, of a verb
 _WITH_ITS_FILE = 25.0  # the same, with the making of what it is given
@@ -36,6 +38,11 @@ class HostileConfig:
     every: int = 1
     first: int = 0
     count: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"every": 1, "first": 0, "count": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,16 @@ class Told:
 
 
 def attack(config: HostileConfig) -> list[Told]:
-    """Run the cases one after another, in a process of their own that is replaced when it dies."""
+    """Run the cases one after another, in a process of their own that is replaced when it dies.
+
+    Raises:
+        UserError: there are none behind the first.
+    """
     from benchmarks.hostile_worker import cases
 
     numbers = range(config.first, len(cases()), config.every)
+    if not numbers:
+        raise UserError(f"first: {config.first}: there are {len(cases())} cases: give a smaller number")
     found = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         place = Path(name) / "place"
@@ -139,16 +152,16 @@ def summarise(found: list[Told], command: str) -> tuple[list[Figure], list[Row]]
     return figures, rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases that the flags ask for and print the table; ends with 1 where there is a fault."""
-    from jsonargparse import auto_cli
 
-    found = attack(auto_cli(HostileConfig))
-    figures, rows = summarise(found, "python -m benchmarks.hostile")
-    print(f"{markdown(figure_rows([{**vars(one), 'met': one.met} for one in figures]))}\n\n{markdown(rows)}")
-    sys.exit(any(one.faulty for one in found))
+    def work(config: HostileConfig) -> bool:
+        found = attack(config)
+        show(*summarise(found, "python -m benchmarks.hostile"))
+        return any(one.faulty for one in found)
+
+    run_command("hostile", __doc__, HostileConfig, work, arguments)
 
 
 if __name__ == "__main__":
-    quieten()
     main()
