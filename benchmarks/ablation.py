@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from benchmarks.figures import Row
+from benchmarks.figures import ROOT, Row
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, load_teacher
 from teacher.module import StageConfig
 from teacher.soup import SoupConfig, soup
 from teacher.train import TrainConfig, train
 from vpr.catalog import SCHEMA, Catalog, CatalogConfig, build_catalog, load_catalog
+from vpr.cli import read_config
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward
+from vpr.errors import UserError
 from vpr.loading import LoaderConfig
 from vpr.metrics import bootstrap_interval, evaluate_similarities
 from vpr.rerank import RerankConfig, similarities
@@ -38,6 +41,22 @@ RERANKINGS = {
     "DBA + query expansion": RerankConfig(dba=5, qe=5),
     "k-reciprocal": RerankConfig(k_reciprocal=True),
 }
+
+
+def grocery_data() -> Path:
+    """The folder that holds ``grocery``; :class:`UserError` where none is named."""
+    data = os.environ.get("VPR_DATA")
+    if not data:
+        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
+    return Path(data)
+
+
+def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
+    """A teacher of furniture renders by a recipe of ours; trained if it is not there."""
+    arguments = ["--config", str(ROOT / f"teacher/recipes/{recipe}.yaml"), "--catalog", str(catalog)]
+    path = train(read_config(TrainConfig, "teacher train", [*arguments, "--output", str(output)]))
+    assert path is not None
+    return path
 
 
 def build_grocery(data: Path, folder: Path) -> Path:

@@ -83,6 +83,26 @@ def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], f
     return path
 
 
+def record_unmeasured(figures: list[Figure], what: str, folder: Path = RESULTS) -> None:
+    """Record that figures of topic ``gpu`` could not be measured here; those that were measured elsewhere stay.
+
+    Args:
+        figures: without values.
+        what: is not measured, for people.
+        folder: of the results.
+    """
+    path = folder / "gpu.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+    names, commands = ({getattr(figure, key) for figure in figures} for key in ("name", "command"))
+    # Engines are named after their artifact, and a step may have been measured with other flags.
+    ours = [row for row in known if row["name"] in names or row["command"] in commands]
+    if any(row["value"] is not None for row in ours):
+        say("no GPU here: the figures of another machine stay")
+        return
+    record("gpu", figures, {}, folder)
+    say(f"no GPU here: {what} recorded as not measured")
+
+
 def show(figures: list[Figure], table: list[Row]) -> None:
     """Print figures that are not recorded, and the table behind them."""
     print(f"{markdown(figure_rows([figure.row for figure in figures]))}\n\n{markdown(table)}")
