@@ -31,7 +31,7 @@ def measure_demo() -> None:
     """The demo's recalls, precisions, speed and times; runs what is missing, then once more for the second run."""
     demo(DemoConfig(str(_DEMO)))
     begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", "from vpr.cli import main; main(['demo'])"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "vpr", "demo"], cwd=ROOT, check=True)
     second = time.monotonic() - begun
     rows = _rows(_DEMO)
     command = "make demo"
