@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks.figures import ROOT, Row
+from benchmarks.intervals import mean_text
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, load_teacher
 from teacher.module import StageConfig
@@ -23,7 +23,7 @@ from vpr.console import say
 from vpr.embeddings import embed, torch_forward
 from vpr.errors import UserError
 from vpr.loading import LoaderConfig
-from vpr.metrics import bootstrap_interval, evaluate_similarities
+from vpr.metrics import evaluate_similarities
 from vpr.rerank import RerankConfig, similarities
 from vpr.training import RunConfig
 from vpr.views import ViewConfig
@@ -158,14 +158,8 @@ def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config:
     return {
         "variant": name,
         "seeds": len(seeds),
-        "recall@1 [95 %]": _interval([score.hits for score in shelf]),
-        "mAP [95 %]": _interval([score.precisions for score in shelf]),
+        "recall@1 [95 %]": mean_text(np.mean([score.hits for score in shelf], axis=0)),
+        "mAP [95 %]": mean_text(np.mean([score.precisions for score in shelf], axis=0)),
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in shelf),
-        "shop picture: recall@1 [95 %]": _interval([score.hits for score in single]),
+        "shop picture: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0)),
     }
-
-
-def _interval(seeds: Sequence[NDArray[Any]]) -> str:
-    mean = np.mean(seeds, axis=0)
-    low, high = bootstrap_interval(mean)
-    return f"{mean.mean():.3f} [{low:.3f}, {high:.3f}]"

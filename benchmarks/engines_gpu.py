@@ -9,6 +9,7 @@ from typing import Any, Literal
 from benchmarks.backends import Model, default_threads, models_of
 from benchmarks.figures import Figure, Row
 from benchmarks.int8_tools import Student
+from benchmarks.intervals import recall_text
 from benchmarks.latency import time_models
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.engine import Backend, EngineConfig, build_engine, load_builder
@@ -99,9 +100,8 @@ def _measure(model: Model, timed: Row, test: Catalog, command: str) -> tuple[lis
     if timed["latency_ms"] is None:
         return [], row
     scores = score_split(test, embed(test, model.preprocess, model.open(default_threads())))
-    low, high = scores.ci95
-    row["recall@1 [95 %]"] = f"{scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]"
-    figures = [Figure(f"{model.name}: recall@1", scores.recall_at_1, "", None, ">=", command, (low, high))]
+    row["recall@1 [95 %]"] = recall_text(scores)
+    figures = [Figure(f"{model.name}: recall@1", scores.recall_at_1, "", None, ">=", command, scores.ci95)]
     for batch in BATCHES:
         p50 = timed["latency_ms"][str(batch)]["p50"]
         share = "" if timed["of_ceiling"] is None else f" ({timed['of_ceiling'][str(batch)]:.0%})"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.apart import run_apart
 from benchmarks.figures import Figure, Row
+from benchmarks.intervals import drop_text, recall_text
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.cpu import openvino_forward
 from export.int8 import Int8Config, export_int8
@@ -231,14 +232,11 @@ def _ahead(name: str, ours: Measured, other: Measured, command: str) -> Figure:
 
 
 def _row(student: str, name: str, one: Measured, floats: Measured) -> dict[str, Any]:
-    low, high = one.scores.ci95
-    lost = floats.scores.hits.astype(float) - one.scores.hits
-    least, most = bootstrap_interval(lost)
     return {
         "student": student,
         "by": name,
-        "recall@1 [95 %]": f"{one.scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]",
-        "drop, paired [95 %]": "" if one is floats else f"{lost.mean():+.4f} [{least:+.4f}, {most:+.4f}]",
+        "recall@1 [95 %]": recall_text(one.scores),
+        "drop, paired [95 %]": drop_text(floats.scores, one.scores),
         "mAP": f"{one.scores.map:.4f}",
         "cosine mean": f"{one.cosine_mean:.5f}",
         "cosine min": f"{one.cosine_min:.5f}",

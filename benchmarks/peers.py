@@ -12,6 +12,7 @@ from benchmarks import int8_tools
 from benchmarks.apart import run_apart
 from benchmarks.figures import Figure, Row
 from benchmarks.int8_tools import Measured, Student, measure_graphs, own_graphs, run_tool
+from benchmarks.intervals import drop_text, recall_text
 from benchmarks.other_toolkits import PRECISIONS
 from export.onnx_graph import OnnxConfig, export_onnx
 from vpr.artifact import load_artifact
@@ -118,14 +119,11 @@ def peer_figures(found: Mapping[str, Measured], command: str) -> list[Figure]:
 
 
 def _row(name: str, one: Measured, floats: Measured) -> Row:
-    low, high = one.scores.ci95
     least, most = bootstrap_interval(one.scores.precisions)
-    lost = floats.scores.hits.astype(float) - one.scores.hits
-    fewer, more = bootstrap_interval(lost)
     return {
         "road: graph": name,
-        "recall@1 [95 %]": f"{one.scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]",
-        "drop, paired [95 %]": "" if one is floats else f"{lost.mean():+.4f} [{fewer:+.4f}, {more:+.4f}]",
+        "recall@1 [95 %]": recall_text(one.scores),
+        "drop, paired [95 %]": drop_text(floats.scores, one.scores),
         "mAP [95 %]": f"{one.scores.map:.4f} [{least:.3f}, {most:.3f}]",
         "cosine mean": f"{one.cosine_mean:.5f}",
         "cosine min": f"{one.cosine_min:.5f}",
