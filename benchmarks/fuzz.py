@@ -43,7 +43,7 @@ class FuzzConfig:
 
 
 @dataclass(frozen=True)
-class Told:
+class FuzzResult:
     """What became of one mutated file.
 
     Attributes:
@@ -77,7 +77,7 @@ class Told:
         return self.outcome in _FAULTS
 
 
-def fuzz(config: FuzzConfig) -> list[Told]:
+def fuzz(config: FuzzConfig) -> list[FuzzResult]:
     """Run the cases one after another; the same seed and numbers give the same mutations."""
     from benchmarks.fuzz_routes import make_artifacts
     from benchmarks.fuzz_worker import route_of
@@ -91,7 +91,7 @@ def fuzz(config: FuzzConfig) -> list[Told]:
         with Worker(command, folder / "worker.log", LONGEST) as worker:
             for case in range(config.first, config.first + config.count):
                 told = {"mutation": "", "signed": True, "seconds": LONGEST, "memory": 0, **worker.ask(case)}
-                one = Told(case, **vars(route_of(case)), **told)
+                one = FuzzResult(case, **vars(route_of(case)), **told)
                 found.append(one)
                 if one.faulty:
                     say(f"  case {case}: {one.verb} on {one.artifact}/{one.file}: {one.outcome}: {one.line}")
@@ -99,7 +99,7 @@ def fuzz(config: FuzzConfig) -> list[Told]:
     return found
 
 
-def summarise(found: list[Told], command: str, seed: int = 0) -> tuple[list[Figure], list[Row]]:
+def summarise(found: list[FuzzResult], command: str, seed: int = 0) -> tuple[list[Figure], list[Row]]:
     """Figures of what must not be, and a table of outcomes by file and verb."""
     seen = Counter(one.outcome for one in found)
     seeds = (seed,)

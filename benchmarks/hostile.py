@@ -46,7 +46,7 @@ class HostileConfig:
 
 
 @dataclass(frozen=True)
-class Told:
+class HostileResult:
     """What became of one input on one road.
 
     Attributes:
@@ -83,7 +83,7 @@ class Told:
         return self.outcome not in _GOOD[self.expected]
 
 
-def attack(config: HostileConfig) -> list[Told]:
+def attack(config: HostileConfig) -> list[HostileResult]:
     """Run the cases one after another, in a process of their own that is replaced when it dies.
 
     Raises:
@@ -102,7 +102,7 @@ def attack(config: HostileConfig) -> list[Told]:
             for number in numbers[: config.count or None]:
                 case = cases()[number]
                 told = {"seconds": _WITH_ITS_FILE, "clock": _WITH_ITS_FILE, "memory": 0, **worker.ask(number)}
-                one = Told(number, case.kind, case.name, case.road, case.expected, **told)
+                one = HostileResult(number, case.kind, case.name, case.road, case.expected, **told)
                 found.append(one)
                 if one.faulty:
                     say(f"  case {number}: {one.kind}: {one.name}: {one.road}: {one.outcome}: {one.line}")
@@ -110,7 +110,7 @@ def attack(config: HostileConfig) -> list[Told]:
     return found
 
 
-def summarise(found: list[Told], command: str) -> tuple[list[Figure], list[Row]]:
+def summarise(found: list[HostileResult], command: str) -> tuple[list[Figure], list[Row]]:
     """Figures of what must not be, and a table of outcomes by kind of attack."""
     seen = Counter(one.outcome for one in found)
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import fuzz_worker
 from benchmarks.case_process import Worker
-from benchmarks.fuzz import FuzzConfig, Told, fuzz, summarise
+from benchmarks.fuzz import FuzzConfig, FuzzResult, fuzz, summarise
 from benchmarks.fuzz_routes import ARTIFACTS, ROUTES, Verb, make_artifacts, sign
 from benchmarks.fuzz_worker import route_of, run_case
 from benchmarks.mutated_files import mutate_file
@@ -131,8 +131,8 @@ def test_a_worker_that_dies_or_hangs_is_told_of_and_replaced(tmp_path: Path) -> 
     assert told[1]["line"] == f"signal {signal.SIGSEGV.value}: about to end"
 
 
-def _told(outcome: str) -> Told:
-    return Told(0, "fp32", "model.onnx", "calibrate", "flip bits", True, outcome, "", 0.5, 1 << 30)
+def _told(outcome: str) -> FuzzResult:
+    return FuzzResult(0, "fp32", "model.onnx", "calibrate", "flip bits", True, outcome, "", 0.5, 1 << 30)
 
 
 def test_each_fault_has_its_figure() -> None:
