@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from benchmarks.backends import Model, default_threads, models_of
 from benchmarks.figures import Figure, Row
-from benchmarks.int8_tools import Student
+from benchmarks.int8_tools import TrainedStudent
 from benchmarks.intervals import recall_text
 from benchmarks.latency import time_models
 from calibration.calibrate import CalibrateConfig, calibrate
@@ -28,7 +28,7 @@ BUILDERS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 _SECONDS = 2.0
 
 
-def export_graphs(student: Student) -> dict[str, Path]:
+def export_graphs(student: TrainedStudent) -> dict[str, Path]:
     """The graphs that engines are built from, by the names of :data:`GRAPHS`."""
     folder = student.folder / "gpu"
 
@@ -66,7 +66,7 @@ def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
 
 
 def gpu_engines(
-    student: Student, target: str, command: str, backends: Sequence[str] = BACKENDS, seconds: float = _SECONDS
+    student: TrainedStudent, target: str, command: str, backends: Sequence[str] = BACKENDS, seconds: float = _SECONDS
 ) -> tuple[list[Figure], dict[str, list[Row]]]:
     """Time and score a student and everything built from it.
 

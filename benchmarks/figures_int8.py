@@ -17,29 +17,29 @@ from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
 from benchmarks.int8_study import study
-from benchmarks.int8_tools import Student, compare_tools, own_graphs, within_budget
+from benchmarks.int8_tools import TrainedStudent, compare_tools, own_graphs, within_budget
 from export.engine import TARGETS, EngineConfig, this_gpu
 from vpr.environment import read_gpus
 
 _FOLDER = Path("runs/figures-int8")
 
 
-def sample() -> Student:
+def sample() -> TrainedStudent:
     """The size curve's student of under half the teacher's multiply-adds."""
-    return Student("sample", _of_the_curve(192), Path("runs/demo-full/catalog"), _FOLDER / "sample")
+    return TrainedStudent("sample", _of_the_curve(192), Path("runs/demo-full/catalog"), _FOLDER / "sample")
 
 
-def grocery() -> Student:
+def grocery() -> TrainedStudent:
     """The default student of the ablation on photographs."""
     path = Path("runs/figures-student/grocery/cosine-queue-kl-seed0")
     if not (path / "card.json").is_file():
         measure_grocery()
-    return Student("grocery", path, Path("runs/figures-teacher/grocery/catalog"), _FOLDER / "grocery")
+    return TrainedStudent("grocery", path, Path("runs/figures-teacher/grocery/catalog"), _FOLDER / "grocery")
 
 
-def larger() -> Student:
+def larger() -> TrainedStudent:
     """The largest student of the size curve."""
-    return Student("larger", _of_the_curve(256), Path("runs/demo-full/catalog"), _FOLDER / "larger")
+    return TrainedStudent("larger", _of_the_curve(256), Path("runs/demo-full/catalog"), _FOLDER / "larger")
 
 
 def _of_the_curve(width: int) -> Path:

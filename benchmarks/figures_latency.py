@@ -17,7 +17,7 @@ from benchmarks.backends import default_threads, models_of
 from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import Figure, Row, command_of, markdown, measure, record
 from benchmarks.independent import pyperf_median
-from benchmarks.int8_tools import Student as PeerStudent
+from benchmarks.int8_tools import TrainedStudent
 from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
 from benchmarks.open_loop import Load, answer_load
@@ -182,7 +182,7 @@ def measure_peers() -> None:
     """The size curve's student of 192, by other toolkits and by ours; they need ``make other-toolkits``."""
     curve, catalog = Path("runs/figures-student/sizes/width-192"), Path("runs/demo-full/catalog")
     figures, table = compare_peers(
-        PeerStudent("sample", curve, catalog, _FOLDER / "peers"), command_of("latency", "peers")
+        TrainedStudent("sample", curve, catalog, _FOLDER / "peers"), command_of("latency", "peers")
     )
     print(markdown(table))
     record("latency", figures, {"peers": table})

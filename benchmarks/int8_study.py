@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import Row
-from benchmarks.int8_tools import Student
+from benchmarks.int8_tools import TrainedStudent
 from benchmarks.intervals import mean_text
 from calibration.calibrate import CalibrateConfig, calibrate
 from calibration.ranges import METHODS
@@ -27,7 +27,7 @@ SEEDS = (0, 1)
 _BASE = CalibrateConfig("", "", "", method="mse")
 
 
-def study(student: Student) -> list[Row]:
+def study(student: TrainedStudent) -> list[Row]:
     """Mean and least cosine to FP32 and the drop of recall@1, by OpenVINO on the test split, of one change each.
 
     The cosines are means over two draws of pictures; the interval of the drop is paired over the queries of both.
@@ -71,7 +71,7 @@ def _changes() -> dict[str, dict[str, Any]]:
     }
 
 
-def _quantise(student: Student, floats: Path, name: str, change: dict[str, Any], seed: int) -> Path:
+def _quantise(student: TrainedStudent, floats: Path, name: str, change: dict[str, Any], seed: int) -> Path:
     place = student.folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     config = replace(_BASE, onnx=str(floats), catalog=str(student.catalog), output=f"{place}-ranges", seed=seed)
     ranges = calibrate(replace(config, **change))

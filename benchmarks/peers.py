@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import int8_tools
 from benchmarks.apart import run_apart
 from benchmarks.figures import Figure, Row
-from benchmarks.int8_tools import Measured, Student, measure_graphs, own_graphs, run_tool
+from benchmarks.int8_tools import Measured, TrainedStudent, measure_graphs, own_graphs, run_tool
 from benchmarks.intervals import drop_text, recall_text
 from benchmarks.other_toolkits import PRECISIONS
 from export.onnx_graph import OnnxConfig, export_onnx
@@ -30,7 +30,7 @@ _SAME = 0.9999
 _FITS: dict[str, Any] = {"family": "vit", "stem": "conv", "pool": "mean", "registers": 0}
 
 
-def compare_peers(student: Student, command: str) -> tuple[list[Figure], list[Row]]:
+def compare_peers(student: TrainedStudent, command: str) -> tuple[list[Figure], list[Row]]:
     """Take a student through every road, score all graphs on the same queries and time them in interleaved rounds.
 
     Raises:
@@ -43,7 +43,7 @@ def compare_peers(student: Student, command: str) -> tuple[list[Figure], list[Ro
     return peer_figures(found, command), [_row(name, one, found[FLOAT]) for name, one in found.items()]
 
 
-def peer_graphs(student: Student) -> dict[str, Path]:
+def peer_graphs(student: TrainedStudent) -> dict[str, Path]:
     """ONNX files by road, our FP32 graph first.
 
     Those of the other toolkits are made anew each time, which takes a minute: their files have no checksums.
@@ -82,7 +82,7 @@ def check_shape(shape: dict[str, Any]) -> dict[str, Any]:
     return shape
 
 
-def by_lightly(student: Student, shape: dict[str, Any]) -> dict[str, Path]:
+def by_lightly(student: TrainedStudent, shape: dict[str, Any]) -> dict[str, Path]:
     """The student by lightly-train's own export, FP32 first; the names tell its version."""
     weights = student.artifact / "model.safetensors"
     found = {}
