@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from benchmarks.figures import Row
+from benchmarks.figures import ROOT, Row
+from benchmarks.intervals import mean_text
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, load_teacher
 from teacher.module import StageConfig
 from teacher.soup import SoupConfig, soup
 from teacher.train import TrainConfig, train
 from vpr.catalog import SCHEMA, Catalog, load_catalog
+from vpr.cli import read_config
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward
+from vpr.errors import UserError
 from vpr.ingest import CatalogConfig, build_catalog
 from vpr.loading import LoaderConfig
-from vpr.metrics import bootstrap_interval, evaluate_similarities
+from vpr.metrics import evaluate_similarities
 from vpr.rerank import RerankConfig, similarities
 from vpr.training import RunConfig
 from vpr.views import ViewConfig
@@ -39,6 +42,22 @@ RERANKINGS = {
     "DBA + query expansion": RerankConfig(dba=5, qe=5),
     "k-reciprocal": RerankConfig(k_reciprocal=True),
 }
+
+
+def grocery_data() -> Path:
+    """The folder that holds ``grocery``; :class:`UserError` where none is named."""
+    data = os.environ.get("VPR_DATA")
+    if not data:
+        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
+    return Path(data)
+
+
+def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
+    """A teacher of furniture renders by a recipe of ours; trained if it is not there."""
+    arguments = ["--config", str(ROOT / f"teacher/recipes/{recipe}.yaml"), "--catalog", str(catalog)]
+    path = train(read_config(TrainConfig, "teacher train", [*arguments, "--output", str(output)]))
+    assert path is not None
+    return path
 
 
 def build_grocery(data: Path, folder: Path) -> Path:
@@ -140,14 +159,8 @@ def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config:
     return {
         "variant": name,
         "seeds": len(seeds),
-        "recall@1 [95 %]": _interval([score.hits for score in shelf]),
-        "mAP [95 %]": _interval([score.precisions for score in shelf]),
+        "recall@1 [95 %]": mean_text(np.mean([score.hits for score in shelf], axis=0)),
+        "mAP [95 %]": mean_text(np.mean([score.precisions for score in shelf], axis=0)),
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in shelf),
-        "shop picture: recall@1 [95 %]": _interval([score.hits for score in single]),
+        "shop picture: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0)),
     }
-
-
-def _interval(seeds: Sequence[NDArray[Any]]) -> str:
-    mean = np.mean(seeds, axis=0)
-    low, high = bootstrap_interval(mean)
-    return f"{mean.mean():.3f} [{low:.3f}, {high:.3f}]"

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.figures import Figure, Row
+from benchmarks.intervals import mean_text
 from student.config import DistillConfig
 from student.distill import distill
 from student.model import StudentConfig, load_student
 from student.objective import LossConfig
 from student.signal import SignalConfig
-from teacher.model import load_teacher
+from teacher.model import Teacher, load_teacher
+from vpr.artifact import Artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import embed, score_split, torch_forward
@@ -115,9 +117,7 @@ def ablate_students(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> tuple[l
         figures of the default against labels and logits, and the table.
     """
     test = load_catalog(setting.catalog).select(split="test")
-    model, artifact = load_teacher(setting.teacher)
-    assert artifact.card.preprocess is not None
-    teacher = score_split(test, embed(test, artifact.card.preprocess, torch_forward(model)))
+    _, artifact, teacher = score_teacher(setting, test)
     trained = {(name, seed): _train(setting, name, seed) for seed in seeds for name in VARIANTS}
     found = {name: score_students([trained[name, seed] for seed in seeds], test) for name in VARIANTS}
     rows = [_row(name, scores, teacher, found[DEFAULT]) for name, scores in found.items()]
@@ -126,6 +126,13 @@ def ablate_students(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> tuple[l
         for name in (LABELS, f"{LABELS}, 3 times as long", LOGITS)
     ]
     return figures, [_teacher_row(teacher, artifact.card.metrics["seconds"]), *rows]
+
+
+def score_teacher(setting: Setting, test: Catalog) -> tuple[Teacher, Artifact, RetrievalScores]:
+    """The teacher, its artifact, and its scores on the test split."""
+    model, artifact = load_teacher(setting.teacher)
+    assert artifact.card.preprocess is not None
+    return model, artifact, score_split(test, embed(test, artifact.card.preprocess, torch_forward(model)))
 
 
 def score_students(paths: list[Path], test: Catalog) -> Scores:
@@ -196,11 +203,11 @@ def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -
     kept, low, high = retention(scores.hits, teacher.hits)
     return {
         "variant": name,
-        "recall@1 [95 %]": _interval(scores.hits),
-        "mAP [95 %]": _interval(scores.precisions),
+        "recall@1 [95 %]": mean_text(scores.hits),
+        "mAP [95 %]": mean_text(scores.precisions),
         "retention [95 %]": f"{kept:.2f} [{low:.2f}, {high:.2f}]",
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.found),
-        "default ahead by": "" if scores is default else _interval(default.hits - scores.hits, "+.3f"),
+        "default ahead by": "" if scores is default else mean_text(default.hits - scores.hits, "+.3f"),
         "seconds": f"{scores.seconds:.0f}",
     }
 
@@ -208,8 +215,3 @@ def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -
 def _teacher_row(teacher: RetrievalScores, seconds: float) -> Row:
     row = _row("the teacher", Scores([teacher], seconds), teacher, Scores([teacher], seconds))
     return {**row, "default ahead by": ""}
-
-
-def _interval(values: NDArray[Any], form: str = ".3f") -> str:
-    low, high = bootstrap_interval(values)
-    return f"{values.mean():{form}} [{low:{form}}, {high:{form}}]"

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.verdict import batches, milliseconds, milliseconds_ci95, signed
-
-Row = dict[str, Any]
+from benchmarks.verdict import Row, batches, milliseconds, milliseconds_ci95, signed
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,11 +10,9 @@ from rich.table import Table
 
 from benchmarks.paired import recall_drop
 from benchmarks.report_form import read_report
-from benchmarks.verdict import batches, milliseconds, milliseconds_ci95, recommend, signed, title, unstable
+from benchmarks.verdict import Row, batches, milliseconds, milliseconds_ci95, recommend, signed, title, unstable
 from vpr.console import say
 from vpr.errors import BudgetBroken, UserError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from benchmarks.backends import Model, default_threads, models_of
 from benchmarks.figures import Figure, Row
-from benchmarks.int8_tools import Student
+from benchmarks.int8_tools import TrainedStudent
+from benchmarks.intervals import recall_text
 from benchmarks.latency import time_models
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.builder import Backend, load_builder
@@ -28,7 +29,7 @@ BUILDERS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 _SECONDS = 2.0
 
 
-def export_graphs(student: Student) -> dict[str, Path]:
+def export_graphs(student: TrainedStudent) -> dict[str, Path]:
     """The graphs that engines are built from, by the names of :data:`GRAPHS`."""
     folder = student.folder / "gpu"
 
@@ -66,7 +67,7 @@ def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
 
 
 def gpu_engines(
-    student: Student, target: str, command: str, backends: Sequence[str] = BACKENDS, seconds: float = _SECONDS
+    student: TrainedStudent, target: str, command: str, backends: Sequence[str] = BACKENDS, seconds: float = _SECONDS
 ) -> tuple[list[Figure], dict[str, list[Row]]]:
     """Time and score a student and everything built from it.
 
@@ -100,9 +101,8 @@ def _measure(model: Model, timed: Row, test: Catalog, command: str) -> tuple[lis
     if timed["latency_ms"] is None:
         return [], row
     scores = score_split(test, embed(test, model.preprocess, model.open(default_threads())))
-    low, high = scores.ci95
-    row["recall@1 [95 %]"] = f"{scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]"
-    figures = [Figure(f"{model.name}: recall@1", scores.recall_at_1, "", None, ">=", command, (low, high))]
+    row["recall@1 [95 %]"] = recall_text(scores)
+    figures = [Figure(f"{model.name}: recall@1", scores.recall_at_1, "", None, ">=", command, scores.ci95)]
     for batch in BATCHES:
         p50 = timed["latency_ms"][str(batch)]["p50"]
         share = "" if timed["of_ceiling"] is None else f" ({timed['of_ceiling'][str(batch)]:.0%})"

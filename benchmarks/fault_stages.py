@@ -98,13 +98,13 @@ def write_inputs(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("pictures", "tars")}
 
 
-def difference(stage: Stage, unbroken: Path, other: Path) -> str:
-    """What an artifact has otherwise than the unbroken run's, in a word; empty if nothing.
+def difference(stage: Stage, unbroken: Path, other: Path) -> list[str]:
+    """What an artifact has otherwise than the unbroken run's, by name.
 
     Its files are compared bit for bit but for logs and times.
     """
     first, second = (_content(stage, path) for path in (unbroken, other))
-    return ", ".join(name for name in first | second if first.get(name) != second.get(name))
+    return [name for name in first | second if first.get(name) != second.get(name)]
 
 
 def _content(stage: Stage, path: Path) -> dict[str, Any]:

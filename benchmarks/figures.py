@@ -57,6 +57,11 @@ class Figure:
             return None
         return self.value >= self.goal if self.comparison == ">=" else self.value <= self.goal
 
+    @property
+    def row(self) -> Row:
+        """As it is recorded."""
+        return {**asdict(self), "met": self.met}
+
 
 def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], folder: Path = RESULTS) -> Path:
     """Write figures and tables of a topic; those of the same name are replaced, others stay."""
@@ -64,7 +69,7 @@ def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], f
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"figures": [], "tables": {}}
     names = {figure.name for figure in figures}
     rows = [row for row in old["figures"] if row["name"] not in names]
-    rows += [{**asdict(figure), "met": figure.met} for figure in figures]
+    rows += [figure.row for figure in figures]
     content = {
         "schema": SCHEMA,
         "environment": environment(),
@@ -76,6 +81,31 @@ def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], f
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def record_unmeasured(figures: list[Figure], what: str, folder: Path = RESULTS) -> None:
+    """Record that figures of topic ``gpu`` could not be measured here; those that were measured elsewhere stay.
+
+    Args:
+        figures: without values.
+        what: is not measured, for people.
+        folder: of the results.
+    """
+    path = folder / "gpu.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+    names, commands = ({getattr(figure, key) for figure in figures} for key in ("name", "command"))
+    # Engines are named after their artifact, and a step may have been measured with other flags.
+    ours = [row for row in known if row["name"] in names or row["command"] in commands]
+    if any(row["value"] is not None for row in ours):
+        say("no GPU here: the figures of another machine stay")
+        return
+    record("gpu", figures, {}, folder)
+    say(f"no GPU here: {what} recorded as not measured")
+
+
+def show(figures: list[Figure], table: list[Row]) -> None:
+    """Print figures that are not recorded, and the table behind them."""
+    print(f"{markdown(figure_rows([figure.row for figure in figures]))}\n\n{markdown(table)}")
 
 
 def command_of(topic: str, part: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.columns import main_columns, texts
 from benchmarks.demo import DemoConfig, demo, read_times
-from benchmarks.figures import ROOT, Figure, Row, measure, record
+from benchmarks.figures import ROOT, Figure, Row, command_of, measure, record
 from benchmarks.interrupted import interrupt
 from benchmarks.verdict import milliseconds
 from student.model import count_multiply_adds, count_parameters, load_student
@@ -31,7 +31,7 @@ def measure_demo() -> None:
     """The demo's recalls, precisions, speed and times; runs what is missing, then once more for the second run."""
     demo(DemoConfig(str(_DEMO)))
     begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", "from vpr.cli import main; main(['demo'])"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "vpr", "demo"], cwd=ROOT, check=True)
     second = time.monotonic() - begun
     rows = _rows(_DEMO)
     command = "make demo"
@@ -75,7 +75,7 @@ def measure_interrupted() -> None:
     with tempfile.TemporaryDirectory() as folder:
         both = interrupt("teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4)
     unbroken, resumed = both.unbroken.card, both.resumed.card
-    command = 'make figures TOPIC=demo PARTS="interrupted"'
+    command = command_of("demo", "interrupted")
     steps = abs(resumed.metrics["steps"] - unbroken.metrics["steps"])
     recall = abs(resumed.metrics["val_recall_at_1"] - unbroken.metrics["val_recall_at_1"])
     same = resumed.files["model.safetensors"] == unbroken.files["model.safetensors"]

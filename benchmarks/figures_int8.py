@@ -12,36 +12,35 @@ import sys
 from pathlib import Path
 
 from benchmarks.engines_gpu import gpu_engines, unmeasured
-from benchmarks.figures import RESULTS, Figure, Row, command_of, measure, record
+from benchmarks.figures import Figure, Row, command_of, measure, record, record_unmeasured
 from benchmarks.figures_student import measure_grocery, measure_sizes
 from benchmarks.fuzz import FuzzConfig, fuzz, summarise
 from benchmarks.int8_speed import cpu_speed
 from benchmarks.int8_study import study
-from benchmarks.int8_tools import Student, compare_tools, own_graphs, within_budget
+from benchmarks.int8_tools import TrainedStudent, compare_tools, own_graphs, within_budget
 from export.builder import this_gpu
 from export.engine import TARGETS, EngineConfig
-from vpr.console import say
 from vpr.environment import read_gpus
 
 _FOLDER = Path("runs/figures-int8")
 
 
-def sample() -> Student:
+def sample() -> TrainedStudent:
     """The size curve's student of under half the teacher's multiply-adds."""
-    return Student("sample", _of_the_curve(192), Path("runs/demo-full/catalog"), _FOLDER / "sample")
+    return TrainedStudent("sample", _of_the_curve(192), Path("runs/demo-full/catalog"), _FOLDER / "sample")
 
 
-def grocery() -> Student:
+def grocery() -> TrainedStudent:
     """The default student of the ablation on photographs."""
     path = Path("runs/figures-student/grocery/cosine-queue-kl-seed0")
     if not (path / "card.json").is_file():
         measure_grocery()
-    return Student("grocery", path, Path("runs/figures-teacher/grocery/catalog"), _FOLDER / "grocery")
+    return TrainedStudent("grocery", path, Path("runs/figures-teacher/grocery/catalog"), _FOLDER / "grocery")
 
 
-def larger() -> Student:
+def larger() -> TrainedStudent:
     """The largest student of the size curve."""
-    return Student("larger", _of_the_curve(256), Path("runs/demo-full/catalog"), _FOLDER / "larger")
+    return TrainedStudent("larger", _of_the_curve(256), Path("runs/demo-full/catalog"), _FOLDER / "larger")
 
 
 def _of_the_curve(width: int) -> Path:
@@ -101,12 +100,7 @@ def measure_gpu() -> None:
     """Engines of the sample's student on the GPU at hand, into ``gpu.json``; without one, that nothing is measured."""
     command = command_of("int8", "gpu")
     if not read_gpus()[0]:
-        known = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
-        if any(row["command"] == command and row["value"] is not None for row in known):
-            say("no GPU here: the figures of another machine stay")
-            return
-        record("gpu", unmeasured(command), {})
-        say("no GPU here: the engines are recorded as not measured")
+        record_unmeasured(unmeasured(command), "the engines are")
         return
     gpu = this_gpu()
     record("gpu", *gpu_engines(sample(), gpu if gpu in TARGETS else EngineConfig.target, command))

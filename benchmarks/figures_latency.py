@@ -10,28 +10,23 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
 
 from benchmarks.backends import default_threads, models_of
 from benchmarks.demo import DemoConfig, demo
 from benchmarks.figures import Figure, Row, command_of, markdown, measure, record
 from benchmarks.independent import pyperf_median
-from benchmarks.int8_tools import Student as PeerStudent
+from benchmarks.int8_tools import TrainedStudent
 from benchmarks.latency import Row as Timed
 from benchmarks.latency import open_models, time_models
 from benchmarks.open_loop import Load, answer_load
 from benchmarks.peers import compare_peers
+from benchmarks.random_student import write_random_student
 from benchmarks.recall_check import measure_recall_code
 from benchmarks.scale_figures import scale_figures
 from export.onnx_graph import OnnxConfig, export_onnx
-from student.model import Preset, Student, StudentConfig
-from vpr.artifact import Embedding, write_artifact
-from vpr.images import Preprocess
+from student.model import Preset, StudentConfig
 
 _FOLDER = Path("runs/figures-latency")
 _DIM = 256
@@ -45,13 +40,9 @@ _SEEDS = (0, 1, 2)
 
 def student(preset: Preset, folder: Path = _FOLDER) -> tuple[str, str]:
     """A student of random weights and its FP32 graph; made where they are not there."""
-    config, path = StudentConfig(preset, embedding_dim=_DIM), folder / preset
+    path = folder / preset
     if not (path / "card.json").is_file():
-        torch.manual_seed(0)
-        with write_artifact(path, "student", {"model": asdict(config)}) as draft:
-            save_file(Student(config).state_dict(), draft.path / "model.safetensors")
-            draft.preprocess = Preprocess(size=config.image_size)
-            draft.embedding = Embedding(dim=_DIM, normalised=True, dtype="float32")
+        write_random_student(path, StudentConfig(preset, embedding_dim=_DIM))
     return str(path), str(export_onnx(OnnxConfig(str(path), f"{path}-fp32", pictures=8)))
 
 
@@ -191,7 +182,7 @@ def measure_peers() -> None:
     """The size curve's student of 192, by other toolkits and by ours; they need ``make other-toolkits``."""
     curve, catalog = Path("runs/figures-student/sizes/width-192"), Path("runs/demo-full/catalog")
     figures, table = compare_peers(
-        PeerStudent("sample", curve, catalog, _FOLDER / "peers"), command_of("latency", "peers")
+        TrainedStudent("sample", curve, catalog, _FOLDER / "peers"), command_of("latency", "peers")
     )
     print(markdown(table))
     record("latency", figures, {"peers": table})

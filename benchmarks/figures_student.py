@@ -6,8 +6,6 @@ photographs of ``grocery`` lie in the folder that the environment variable ``VPR
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -15,18 +13,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablation import build_grocery, grocery_teacher
+from benchmarks.ablation import build_grocery, grocery_data, grocery_teacher, sample_teacher
 from benchmarks.ablation_student import SMALL, Setting, ablate_students, distillation
-from benchmarks.figures import RESULTS, ROOT, command_of, measure, record
+from benchmarks.figures import RESULTS, command_of, measure, record, record_unmeasured
 from benchmarks.student_dimension import dimension_figures
 from benchmarks.student_epoch import epoch_figures
 from benchmarks.student_sizes import size_curve
 from benchmarks.student_step import StudentStepConfig, student_step, unmeasured
 from student.model import StudentConfig
-from teacher.train import TrainConfig, train
-from vpr.cli import read_config
-from vpr.console import say
-from vpr.errors import UserError
 from vpr.ingest import CatalogConfig, build_catalog
 
 # Relative: paths are part of an artifact's configuration.
@@ -36,18 +30,17 @@ _FOLDER, _FULL = Path("runs/figures-student"), Path("runs/demo-full")
 def sample() -> Setting:
     """The demo's furniture renders and the teacher of its long form."""
     catalog = build_catalog(CatalogConfig("sample", str(_FULL / "catalog")))
-    teacher = _teacher("sample-full", catalog, _FULL / "teacher")
+    teacher = sample_teacher("sample-full", catalog, _FULL / "teacher")
     return Setting("sample", teacher, catalog, _FOLDER / "sample", 8, 8, command_of("student", "sample"))
 
 
 def grocery() -> Setting:
     """Photographs of groceries; the teacher starts from the demo's, which stands for CLIP's weights."""
-    data = os.environ.get("VPR_DATA")
-    if not data:
-        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
     folder = Path("runs/figures-teacher/grocery")
-    catalog = build_grocery(Path(data), folder)
-    pretrained = _teacher("sample", build_catalog(CatalogConfig("sample", "runs/demo/catalog")), "runs/demo/teacher")
+    catalog = build_grocery(grocery_data(), folder)
+    pretrained = sample_teacher(
+        "sample", build_catalog(CatalogConfig("sample", "runs/demo/catalog")), "runs/demo/teacher"
+    )
     teacher = grocery_teacher(folder, pretrained, _FOLDER / "grocery-teacher")
     return Setting("grocery", teacher, catalog, _FOLDER / "grocery", 24, 24, command_of("student", "grocery"), batch=64)
 
@@ -93,14 +86,8 @@ def measure_gpu() -> None:
     config = StudentStepConfig()
     if torch.cuda.is_available():
         record("gpu", *student_step(config))
-        return
-    names = {figure.name for figure in unmeasured(config)}
-    known = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
-    if any(row["name"] in names and row["value"] is not None for row in known):
-        say("no GPU here: the figures of another machine stay")
-        return
-    record("gpu", unmeasured(config), {})
-    say("no GPU here: the student's step is recorded as not measured")
+    else:
+        record_unmeasured(unmeasured(config), "the student's step is")
 
 
 PARTS = {
@@ -111,13 +98,6 @@ PARTS = {
     "sizes": measure_sizes,
     "gpu": measure_gpu,
 }
-
-
-def _teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
-    arguments = ["--config", str(ROOT / f"teacher/recipes/{recipe}.yaml"), "--catalog", str(catalog)]
-    path = train(read_config(TrainConfig, "teacher train", [*arguments, "--output", str(output)]))
-    assert path is not None
-    return path
 
 
 if __name__ == "__main__":

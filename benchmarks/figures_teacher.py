@@ -6,36 +6,28 @@ photographs of ``grocery`` lie in the folder that the environment variable ``VPR
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.ablation import ablate
-from benchmarks.figures import RESULTS, ROOT, Figure, measure, record
+from benchmarks.ablation import ablate, grocery_data, sample_teacher
+from benchmarks.figures import Figure, command_of, measure, record, record_unmeasured
 from benchmarks.input_pipeline import pipeline_figures
 from benchmarks.teacher_step import TeacherStepConfig, teacher_step, unmeasured
 from benchmarks.two_processes import Spread, train_spread
-from teacher.train import TrainConfig, train
-from vpr.cli import read_config
-from vpr.console import say
-from vpr.errors import UserError
 from vpr.ingest import CatalogConfig, build_catalog
 
 # Relative: paths are part of an artifact's configuration.
 _FOLDER, _SAMPLE = Path("runs/figures-teacher"), Path("runs/demo/catalog")
-_STEPS = 50
 
 
 def measure_grocery() -> None:
     """Heads, average, soups and re-ranking on photographs of products that no stage has seen."""
-    data = os.environ.get("VPR_DATA")
-    if not data:
-        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
-    record("teacher", [], {"grocery": ablate(Path(data), _pretrained(), _FOLDER / "grocery")})
+    data = grocery_data()
+    start = sample_teacher("sample", _sample(), "runs/demo/teacher")  # stands for CLIP's weights
+    record("teacher", [], {"grocery": ablate(data, start, _FOLDER / "grocery")})
 
 
 def measure_pipeline() -> None:
@@ -45,7 +37,7 @@ def measure_pipeline() -> None:
 
 def measure_processes() -> None:
     """Losses of a training in two processes against one, fp32, over 50 steps."""
-    command = 'make figures TOPIC=teacher PARTS="processes"'
+    command = command_of("teacher", "processes")
     with tempfile.TemporaryDirectory() as folder:
         one = _spread(Path(folder), 1, "auto")
         figures = []
@@ -67,14 +59,8 @@ def measure_gpu() -> None:
     config = TeacherStepConfig()
     if torch.cuda.is_available():
         record("gpu", *teacher_step(config))
-        return
-    if (RESULTS / "gpu.json").is_file() and any(
-        row["value"] is not None for row in json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["figures"]
-    ):
-        say("no GPU here: the figures of another machine stay")
-        return
-    record("gpu", unmeasured(config), {})
-    say("no GPU here: ViT-H-14's step is recorded as not measured")
+    else:
+        record_unmeasured(unmeasured(config), "ViT-H-14's step is")
 
 
 PARTS = {
@@ -94,17 +80,7 @@ def _spread(folder: Path, processes: int, strategy: str) -> Spread:
 
 
 def _sample() -> Path:
-    config = CatalogConfig("sample", str(_SAMPLE))
-    return build_catalog(config)
-
-
-def _pretrained() -> Path:
-    """The demo's teacher of furniture renders, which stands for CLIP's weights; trained if it is not there."""
-    recipe = str(ROOT / "teacher/recipes/sample.yaml")
-    arguments = ["--config", recipe, "--catalog", str(_sample()), "--output", "runs/demo/teacher"]
-    path = train(read_config(TrainConfig, "teacher train", arguments))
-    assert path is not None
-    return path
+    return build_catalog(CatalogConfig("sample", str(_SAMPLE)))
 
 
 if __name__ == "__main__":

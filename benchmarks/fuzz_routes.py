@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from benchmarks.backends import models_of
+from benchmarks.random_student import write_random_student
 from benchmarks.recall import RecallConfig, recall
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.compatibility import check_fit, load_engine, refusal
@@ -24,12 +23,11 @@ from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
 from export.parity_report import ParityConfig, compare
 from student.embed import embed_catalog
-from student.model import Student, StudentConfig, load_student
+from student.model import StudentConfig, load_student
 from student.quantise import fake_quantise, read_thresholds
-from vpr.artifact import Embedding, reading, write_artifact
+from vpr.artifact import reading
 from vpr.embed import EmbedConfig
 from vpr.find import FindConfig, find
-from vpr.images import Preprocess
 from vpr.ingest import CatalogConfig, build_catalog
 from vpr.int8 import KEEP
 
@@ -69,11 +67,7 @@ def make_student(folder: Path, pictures: Path) -> None:
     """Write pictures, and the first three of :data:`ARTIFACTS`, of a student with random weights."""
     write_pictures(pictures)
     build_catalog(CatalogConfig("folder", str(folder / "catalog"), str(pictures), validation=0.25, test=0.25))
-    torch.manual_seed(0)
-    with write_artifact(folder / "student", "student", {"model": asdict(_SHAPE)}) as draft:
-        save_file(Student(_SHAPE).state_dict(), draft.path / "model.safetensors")
-        draft.preprocess = Preprocess(size=_SHAPE.image_size)
-        draft.embedding = Embedding(dim=_SHAPE.embedding_dim, normalised=True, dtype="float32")
+    write_random_student(folder / "student", _SHAPE)
     export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32"), pictures=8))
 
 

@@ -1,26 +1,19 @@
 """The process that gives mutated files to the verbs: ``python -m benchmarks.fuzz_worker FOLDER SEED``.
 
-It reads numbers of cases from its input, one a line, and answers each with a line of JSON. It may crash or
-hang; :mod:`benchmarks.fuzz` watches it.
+It answers numbers of cases (:mod:`benchmarks.case_process`) for :mod:`benchmarks.fuzz`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
-import os
-import resource
 import shutil
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
+from benchmarks.case_process import answer, limit_memory, protocol
 from benchmarks.fuzz_routes import ARTIFACTS, RESULT, ROUTES, VERBS, Route, Verb, sign
 from benchmarks.mutated_files import mutate_file
 from vpr.artifact import load_artifact
@@ -28,7 +21,6 @@ from vpr.cli import quieten
 from vpr.errors import UserError
 
 _SIGNED = 0.85  # share of the cases in which the checksums are made to fit the mutated file
-_MORE_MEMORY = 4 << 30  # address space beyond what the libraries have taken once they have run
 _LONGEST_LINE = 2100
 _TABLE = "an older table\n"
 
@@ -51,7 +43,8 @@ def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, A
         ``mutation`` in words, and what :func:`outcome` tells.
     """
     rng, route = np.random.default_rng([seed, case]), route_of(case)
-    verb = lay_out(originals, folder, VERBS[route.verb])
+    verb = VERBS[route.verb]
+    lay_out(originals, folder, verb)
     path = folder / route.artifact / route.file
     what, data = mutate_file(route.file, path.read_bytes(), rng)
     path.write_bytes(data)
@@ -61,7 +54,7 @@ def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, A
     return {"mutation": what, "signed": signed, **outcome(folder, verb)}
 
 
-def lay_out(originals: Path, folder: Path, verb: Verb) -> Verb:
+def lay_out(originals: Path, folder: Path, verb: Verb) -> None:
     """Copies of all artifacts, and an older result of the verb at its output."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
@@ -72,7 +65,6 @@ def lay_out(originals: Path, folder: Path, verb: Verb) -> Verb:
         (folder / f"{RESULT}.csv").write_text(_TABLE, encoding="utf-8")
     elif (originals / verb.result / "card.json").is_file():
         shutil.copytree(originals / verb.result, folder / RESULT)
-    return verb
 
 
 def outcome(folder: Path, verb: Verb, expected: type[Exception] | None = None) -> dict[str, Any]:
@@ -140,47 +132,10 @@ def _fault(folder: Path, verb: Verb, before: bytes, outcome: str) -> str:
 def warm_up(originals: Path, folder: Path) -> None:
     """Run every verb on files that nobody mutated, so that libraries are loaded; none may refuse them."""
     for name, verb in VERBS.items():
-        told = outcome(folder, lay_out(originals, folder, verb))
+        lay_out(originals, folder, verb)
+        told = outcome(folder, verb)
         if told["outcome"] != "accepted":
             raise UserError(f"fuzz: {name}: unmutated files are not accepted: {told['line']}: mend that first")
-
-
-def limit_memory() -> None:
-    """Let the process take no more than some gigabytes beyond what it has."""
-    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + _MORE_MEMORY, resource.RLIM_INFINITY))
-
-
-def reset_peak() -> None:
-    """Forget the largest resident size so far, and give back what earlier cases have freed."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process since :func:`reset_peak`, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def answer(run: Callable[[int], dict[str, Any]], answers: TextIO) -> None:
-    """Say that the process is ready, then answer each number that its input gives, until it ends."""
-    print("{}", file=answers, flush=True)
-    for line in sys.stdin:
-        reset_peak()
-        begun = time.process_time()
-        told = run(int(line))
-        told.setdefault("seconds", round(time.process_time() - begun, 3))
-        told.setdefault("memory", peak_memory())
-        print(json.dumps(told), file=answers, flush=True)
-
-
-def protocol() -> TextIO:
-    """Where answers go: verbs and libraries may print what they like, which goes with the errors."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return own
 
 
 def main(originals: Path, folder: Path, seed: int) -> None:

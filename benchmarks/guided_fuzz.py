@@ -13,13 +13,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import ROOT, Figure, Row, figure_rows, markdown
-from vpr.cli import quieten
+from benchmarks.command import run_command
+from benchmarks.figures import ROOT, Figure, Row, show
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -163,16 +163,16 @@ def summarise(found: list[Fuzzed], command: str) -> tuple[list[Figure], list[Row
     return figures, rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Fuzz what the flags ask for and print the table; ends with 1 where there is a fault."""
-    from jsonargparse import auto_cli
 
-    found = list(guided_fuzz(auto_cli(GuidedFuzzConfig)))
-    figures, rows = summarise(found, "python -m benchmarks.guided_fuzz")
-    print(f"{markdown(figure_rows([{**vars(one), 'met': one.met} for one in figures]))}\n\n{markdown(rows)}")
-    sys.exit(any(one.faults for one in found))
+    def work(config: GuidedFuzzConfig) -> bool:
+        found = list(guided_fuzz(config))
+        show(*summarise(found, "python -m benchmarks.guided_fuzz"))
+        return any(one.faults for one in found)
+
+    run_command("guided_fuzz", __doc__, GuidedFuzzConfig, work, arguments)
 
 
 if __name__ == "__main__":
-    quieten()
     main()

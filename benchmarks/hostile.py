@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import Figure, Row, figure_rows, markdown
-from benchmarks.fuzz import Worker
-from vpr.cli import quieten
+from benchmarks.case_process import Worker
+from benchmarks.command import run_command
+from benchmarks.figures import Figure, Row, show
 from vpr.console import say
+from vpr.errors import UserError
 
 LONGEST = 10.0  # seconds of processor time, of a verb
 _WITH_ITS_FILE = 25.0  # the same, with the making of what it is given
@@ -37,9 +39,14 @@ class HostileConfig:
     first: int = 0
     count: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in {"every": 1, "first": 0, "count": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
+
 
 @dataclass(frozen=True)
-class Told:
+class HostileResult:
     """What became of one input on one road.
 
     Attributes:
@@ -76,33 +83,34 @@ class Told:
         return self.outcome not in _GOOD[self.expected]
 
 
-def attack(config: HostileConfig) -> list[Told]:
-    """Run the cases one after another, in a process of their own that is replaced when it dies."""
+def attack(config: HostileConfig) -> list[HostileResult]:
+    """Run the cases one after another, in a process of their own that is replaced when it dies.
+
+    Raises:
+        UserError: there are none behind the first.
+    """
     from benchmarks.hostile_worker import cases
 
     numbers = range(config.first, len(cases()), config.every)
+    if not numbers:
+        raise UserError(f"first: {config.first}: there are {len(cases())} cases: give a smaller number")
     found = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         place = Path(name) / "place"
         command = [sys.executable, "-m", "benchmarks.hostile_worker", str(place)]
-        worker = Worker(command, Path(name) / "worker.log", _WITH_ITS_FILE)
-        try:
+        with Worker(command, Path(name) / "worker.log", _WITH_ITS_FILE) as worker:
             for number in numbers[: config.count or None]:
                 case = cases()[number]
                 told = {"seconds": _WITH_ITS_FILE, "clock": _WITH_ITS_FILE, "memory": 0, **worker.ask(number)}
-                if told["outcome"] == "crash":
-                    told["line"] += f": {worker.last_words()}"
-                one = Told(number, case.kind, case.name, case.road, case.expected, **told)
+                one = HostileResult(number, case.kind, case.name, case.road, case.expected, **told)
                 found.append(one)
                 if one.faulty:
                     say(f"  case {number}: {one.kind}: {one.name}: {one.road}: {one.outcome}: {one.line}")
                     say(f"    {one.seconds} s, {one.memory / 1e9:.2f} GB, {one.expected} was expected")
-        finally:
-            worker.close()
     return found
 
 
-def summarise(found: list[Told], command: str) -> tuple[list[Figure], list[Row]]:
+def summarise(found: list[HostileResult], command: str) -> tuple[list[Figure], list[Row]]:
     """Figures of what must not be, and a table of outcomes by kind of attack."""
     seen = Counter(one.outcome for one in found)
 
@@ -144,16 +152,16 @@ def summarise(found: list[Told], command: str) -> tuple[list[Figure], list[Row]]
     return figures, rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases that the flags ask for and print the table; ends with 1 where there is a fault."""
-    from jsonargparse import auto_cli
 
-    found = attack(auto_cli(HostileConfig))
-    figures, rows = summarise(found, "python -m benchmarks.hostile")
-    print(f"{markdown(figure_rows([{**vars(one), 'met': one.met} for one in figures]))}\n\n{markdown(rows)}")
-    sys.exit(any(one.faulty for one in found))
+    def work(config: HostileConfig) -> bool:
+        found = attack(config)
+        show(*summarise(found, "python -m benchmarks.hostile"))
+        return any(one.faulty for one in found)
+
+    run_command("hostile", __doc__, HostileConfig, work, arguments)
 
 
 if __name__ == "__main__":
-    quieten()
     main()

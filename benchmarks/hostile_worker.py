@@ -1,6 +1,6 @@
 """The process that hostile input is given to: ``python -m benchmarks.hostile_worker FOLDER``.
 
-It answers numbers of cases as :mod:`benchmarks.fuzz_worker` does; :mod:`benchmarks.hostile` watches it. Everything
+It answers numbers of cases (:mod:`benchmarks.case_process`) for :mod:`benchmarks.hostile`. Everything
 around a case's folder, with the home, the temporary and the working folder, is compared before and after.
 """
 
@@ -17,11 +17,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.case_process import answer, limit_memory, peak_memory, protocol, reset_peak
 from benchmarks.fuzz_routes import Verb
-from benchmarks.fuzz_worker import answer, lay_out, limit_memory, outcome, peak_memory, protocol, reset_peak
-from benchmarks.hostile_inputs import Put, inputs
+from benchmarks.fuzz_worker import lay_out, outcome
+from benchmarks.hostile_artifacts import cards, graphs, weights
+from benchmarks.hostile_catalogs import links, paths, tables
+from benchmarks.hostile_inputs import Hostile, Put
 from benchmarks.hostile_pictures import Picture, pictures
 from benchmarks.hostile_routes import PICTURE, PICTURE_ROADS, ROADS, SetAside, make_originals, warm_up
+from benchmarks.hostile_shards import shards
+from benchmarks.hostile_texts import names, recipes, towers
 from vpr.artifact import load_artifact
 from vpr.cli import quieten
 
@@ -38,6 +43,12 @@ class Case:
     expected: str
     road: str
     put: Put
+
+
+def inputs() -> list[Hostile]:
+    """All that is no picture; no two of a kind and name."""
+    makers = (tables, paths, links, shards, recipes, names, graphs, weights, cards, towers)
+    return [one for make in makers for one in make()]
 
 
 @cache
@@ -75,7 +86,8 @@ def run_case(place: Path, number: int) -> dict[str, Any]:
         artifact has changed; ``line``, ``seconds`` and ``clock`` of the verb alone, and ``memory`` of the process.
     """
     case, folder = cases()[number], place / "case"
-    verb = _lay_out(place, ROADS[case.road])
+    verb = ROADS[case.road]
+    _lay_out(place, verb)
     case.put(folder)
     before = _seen(place)
     reset_peak()
@@ -93,14 +105,13 @@ def run_case(place: Path, number: int) -> dict[str, Any]:
     return {**told, **used}
 
 
-def _lay_out(place: Path, verb: Verb) -> Verb:
+def _lay_out(place: Path, verb: Verb) -> None:
     """A folder in which nothing is hostile yet."""
     originals, folder = place / "originals", place / "case"
     lay_out(originals, folder, verb)
     shutil.copytree(originals / "pictures", folder / "shop")
     (folder / "in" / "0").mkdir(parents=True)
     shutil.copyfile(folder / "shop" / PICTURE, folder / "in" / "0" / "0.png")
-    return verb
 
 
 def _seen(place: Path) -> _Seen:

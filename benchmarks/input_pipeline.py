@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, command_of
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
@@ -39,7 +39,7 @@ def pipeline_figures(catalog: Path, seconds: float = 20.0) -> list[Figure]:
     delivered = delivery(training, preprocess, LoaderConfig(_BATCH, workers=2), seconds)
     consumed = consumption(training, tower, _BATCH, seconds)
     full, reduced = phone_photos(preprocess.size)
-    command = 'make figures TOPIC=teacher PARTS="pipeline"'
+    command = command_of("teacher", "pipeline")
 
     def rate(name: str, value: float) -> Figure:
         return Figure(name, round(value, 1), "images/s", None, ">=", command)

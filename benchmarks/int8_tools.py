@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.apart import run_apart
 from benchmarks.figures import Figure, Row
+from benchmarks.intervals import drop_text, recall_text
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.cpu import openvino_forward
 from export.int8 import Int8Config, export_int8
@@ -51,7 +52,7 @@ _LEAST_COSINE, _LEAST_RETENTION = 0.999, 0.995
 
 
 @dataclass(frozen=True)
-class Student:
+class TrainedStudent:
     """A trained student and what it is scored on.
 
     Attributes:
@@ -90,7 +91,7 @@ class Measured:
     size: int
 
 
-def compare_tools(student: Student, command: str) -> tuple[list[Figure], list[Row]]:
+def compare_tools(student: TrainedStudent, command: str) -> tuple[list[Figure], list[Row]]:
     """Quantise a student with every tool and measure all graphs side by side.
 
     Returns:
@@ -125,7 +126,7 @@ def matched(other: Measured, ours: Iterable[Measured]) -> bool:
     )
 
 
-def quantise_with_all(student: Student) -> dict[str, Path]:
+def quantise_with_all(student: TrainedStudent) -> dict[str, Path]:
     """ONNX files by tool; finished ones are used again."""
     found, pixels = own_graphs(student)
     found[BUDGETED] = within_budget(student) / "model.onnx"
@@ -137,7 +138,7 @@ def quantise_with_all(student: Student) -> dict[str, Path]:
     return found
 
 
-def own_graphs(student: Student) -> tuple[dict[str, Path], Path]:
+def own_graphs(student: TrainedStudent) -> tuple[dict[str, Path], Path]:
     """Our FP32 and INT8 graphs of a student, and the file of the pictures that its ranges are of."""
     folder = student.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def own_graphs(student: Student) -> tuple[dict[str, Path], Path]:
     return {FLOAT: floats / "model.onnx", OURS: ours / "model.onnx"}, pixels
 
 
-def within_budget(student: Student) -> Path:
+def within_budget(student: TrainedStudent) -> Path:
     """The fastest graph found whose recall@1 drops by no more than :data:`BUDGET` on the validation split."""
     floats, ranges = str(student.folder / "fp32"), str(student.folder / "ranges")
     output, catalog = str(student.folder / "int8-budget"), str(student.catalog)
@@ -159,7 +160,7 @@ def within_budget(student: Student) -> Path:
     )
 
 
-def calibration_pixels(ranges: Path, student: Student) -> NDArray[np.float32]:
+def calibration_pixels(ranges: Path, student: TrainedStudent) -> NDArray[np.float32]:
     """(n, 3, size, size) float32: the very pictures that our ranges were measured on."""
     drawn = pq.read_table(load_artifact(ranges, "ranges").file("pictures.parquet"))["image"].to_pylist()
     catalog = load_catalog(student.catalog)
@@ -180,7 +181,7 @@ def run_tool(tool: str, environment: str, graph: Path, pixels: Path, output: Pat
     os.replace(partial_output, output)
 
 
-def measure_graphs(student: Student, graphs: dict[str, Path]) -> dict[str, Measured]:
+def measure_graphs(student: TrainedStudent, graphs: dict[str, Path]) -> dict[str, Measured]:
     """Every graph on the test split by both runtimes, and its milliseconds; the first is our FP32 graph."""
     test, preprocess = load_catalog(student.catalog).select(split="test"), preprocess_of(student)
     times = time_graphs(graphs, preprocess.size)
@@ -218,7 +219,7 @@ def onnxruntime_forward(path: Path, threads: int) -> Forward:
     return lambda batch: runner.run([OUTPUT], {INPUT: batch})[0]
 
 
-def preprocess_of(student: Student) -> Preprocess:
+def preprocess_of(student: TrainedStudent) -> Preprocess:
     """What a student's card asks for."""
     preprocess = load_artifact(student.artifact, "student").card.preprocess
     assert preprocess is not None
@@ -231,14 +232,11 @@ def _ahead(name: str, ours: Measured, other: Measured, command: str) -> Figure:
 
 
 def _row(student: str, name: str, one: Measured, floats: Measured) -> dict[str, Any]:
-    low, high = one.scores.ci95
-    lost = floats.scores.hits.astype(float) - one.scores.hits
-    least, most = bootstrap_interval(lost)
     return {
         "student": student,
         "by": name,
-        "recall@1 [95 %]": f"{one.scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]",
-        "drop, paired [95 %]": "" if one is floats else f"{lost.mean():+.4f} [{least:+.4f}, {most:+.4f}]",
+        "recall@1 [95 %]": recall_text(one.scores),
+        "drop, paired [95 %]": drop_text(floats.scores, one.scores),
         "mAP": f"{one.scores.map:.4f}",
         "cosine mean": f"{one.cosine_mean:.5f}",
         "cosine min": f"{one.cosine_min:.5f}",

@@ -1,4 +1,8 @@
-"""What a ``kill -9`` costs a training: run it unbroken, run it killed half-way and resumed, compare."""
+"""What a ``kill -9`` costs a training: run it unbroken, run it killed half-way and resumed, compare.
+
+Any training by any flags, as it is typed, after half of its epochs; :mod:`benchmarks.kills` kills every stage at any
+moment, on inputs so tiny that it can do so hundreds of times.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ def interrupt(verb: str, arguments: list[str], folder: Path, epochs: int) -> Int
     Raises:
         UserError: the training ended before it could be killed, or did not finish.
     """
-    command = [sys.executable, "-c", "from vpr.cli import main; main()", *verb.split(), *arguments, "--output"]
+    command = [sys.executable, "-m", "vpr", *verb.split(), *arguments, "--output"]
     unbroken, resumed = folder / "unbroken", folder / "resumed"
     _finish([*command, str(unbroken)])
     with subprocess.Popen([*command, str(resumed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -71,7 +71,7 @@ DOWNLOAD = f"teacher train --tower.name RN50 --tower.pretrained openai {_LOADER}
 
 
 @dataclass(frozen=True)
-class Told:
+class VerbResult:
     """How a verb ended without a network.
 
     Attributes:
@@ -105,14 +105,14 @@ def verb_of(command: str) -> str:
     return max((verb for verb in VERBS if f"{command} ".startswith(f"{verb} ")), key=len)
 
 
-def run_apart(commands: tuple[str, ...], folder: Path) -> Iterator[Told]:
+def run_each(commands: tuple[str, ...], folder: Path) -> Iterator[VerbResult]:
     """Run commands one after another in a folder, each as a process of its own without a network."""
     for command in commands:
         module = "benchmarks.offline" if verb_of(command) == _SERVE else "vpr"
         yield _ended(_start([sys.executable, "-m", module, *shlex.split(command)], folder), folder, verb_of(command))
 
 
-def run_together(commands: tuple[str, ...], folder: Path) -> Told:
+def run_together(commands: tuple[str, ...], folder: Path) -> VerbResult:
     """Run commands in one process, which loads its libraries once."""
     (folder / "road.json").write_text(json.dumps([shlex.split(one) for one in commands]), encoding="utf-8")
     return _ended(_start([sys.executable, "-c", _TOGETHER], folder), folder, "all")
@@ -142,7 +142,7 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _ended(process: subprocess.Popen[bytes], folder: Path, verb: str) -> Told:
+def _ended(process: subprocess.Popen[bytes], folder: Path, verb: str) -> VerbResult:
     try:
         code = process.wait(_LONGEST)
     except subprocess.TimeoutExpired:
@@ -150,7 +150,7 @@ def _ended(process: subprocess.Popen[bytes], folder: Path, verb: str) -> Told:
         code = process.wait()
     lines = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     attempts = (folder / "attempts.txt").read_text(encoding="utf-8").splitlines()
-    return Told(verb, code, tuple(dict.fromkeys(attempts)), lines[-1] if lines else "")
+    return VerbResult(verb, code, tuple(dict.fromkeys(attempts)), lines[-1] if lines else "")
 
 
 def visit(arguments: list[str]) -> int:
@@ -182,10 +182,10 @@ def offline(folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
     folder.mkdir(parents=True)
     prepare(folder)
     told = []
-    for one in run_apart(ROAD, folder):
+    for one in run_each(ROAD, folder):
         say(f"  {one.verb}: exit status {one.code}, tried to reach {', '.join(one.attempts) or 'nothing'}")
         told.append(one)
-    (asked,) = run_apart((DOWNLOAD,), folder)
+    (asked,) = run_each((DOWNLOAD,), folder)
     if asked.passed or not asked.attempts:
         raise UserError(f"offline: '{DOWNLOAD}' was not held back, so nothing was: mend {Path(__file__).name}")
     passed = {one.verb for one in told} - {one.verb for one in told if not one.passed}

@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks import int8_tools
 from benchmarks.apart import run_apart
 from benchmarks.figures import Figure, Row
-from benchmarks.int8_tools import Measured, Student, measure_graphs, own_graphs, run_tool
+from benchmarks.int8_tools import Measured, TrainedStudent, measure_graphs, own_graphs, run_tool
+from benchmarks.intervals import drop_text, recall_text
 from benchmarks.other_toolkits import PRECISIONS
 from export.onnx_graph import OnnxConfig, export_onnx
 from vpr.artifact import load_artifact
@@ -29,7 +30,7 @@ _SAME = 0.9999
 _FITS: dict[str, Any] = {"family": "vit", "stem": "conv", "pool": "mean", "registers": 0}
 
 
-def compare_peers(student: Student, command: str) -> tuple[list[Figure], list[Row]]:
+def compare_peers(student: TrainedStudent, command: str) -> tuple[list[Figure], list[Row]]:
     """Take a student through every road, score all graphs on the same queries and time them in interleaved rounds.
 
     Raises:
@@ -42,7 +43,7 @@ def compare_peers(student: Student, command: str) -> tuple[list[Figure], list[Ro
     return peer_figures(found, command), [_row(name, one, found[FLOAT]) for name, one in found.items()]
 
 
-def peer_graphs(student: Student) -> dict[str, Path]:
+def peer_graphs(student: TrainedStudent) -> dict[str, Path]:
     """ONNX files by road, our FP32 graph first.
 
     Those of the other toolkits are made anew each time, which takes a minute: their files have no checksums.
@@ -81,7 +82,7 @@ def check_shape(shape: dict[str, Any]) -> dict[str, Any]:
     return shape
 
 
-def by_lightly(student: Student, shape: dict[str, Any]) -> dict[str, Path]:
+def by_lightly(student: TrainedStudent, shape: dict[str, Any]) -> dict[str, Path]:
     """The student by lightly-train's own export, FP32 first; the names tell its version."""
     weights = student.artifact / "model.safetensors"
     found = {}
@@ -118,14 +119,11 @@ def peer_figures(found: Mapping[str, Measured], command: str) -> list[Figure]:
 
 
 def _row(name: str, one: Measured, floats: Measured) -> Row:
-    low, high = one.scores.ci95
     least, most = bootstrap_interval(one.scores.precisions)
-    lost = floats.scores.hits.astype(float) - one.scores.hits
-    fewer, more = bootstrap_interval(lost)
     return {
         "road: graph": name,
-        "recall@1 [95 %]": f"{one.scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]",
-        "drop, paired [95 %]": "" if one is floats else f"{lost.mean():+.4f} [{fewer:+.4f}, {more:+.4f}]",
+        "recall@1 [95 %]": recall_text(one.scores),
+        "drop, paired [95 %]": drop_text(floats.scores, one.scores),
         "mAP [95 %]": f"{one.scores.map:.4f} [{least:.3f}, {most:.3f}]",
         "cosine mean": f"{one.cosine_mean:.5f}",
         "cosine min": f"{one.cosine_min:.5f}",

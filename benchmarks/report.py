@@ -15,7 +15,7 @@ from benchmarks.recall import RERANK, Scored, add_note, parents_of, score_models
 from benchmarks.report_form import SCHEMA, check, json_schema
 from benchmarks.sheet import changed_sheet, query_sheet
 from vpr.artifact import find_current, load_artifact, plain, reading, write_artifact
-from vpr.catalog import load_catalog
+from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.environment import environment
 from vpr.errors import UserError
@@ -73,11 +73,28 @@ def report(config: ReportConfig) -> Path:
     if find_current(config.output, "report", plain(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
+    measured, changed = _measure(config, catalog)
+    check(measured, "report.json")
+    from benchmarks.page import draw_html, draw_markdown  # matplotlib is loaded after the timing
+
+    with write_artifact(config.output, "report", plain(config), parents) as draft:
+        draft.catalog = catalog.summary()
+        (draft.path / "report.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+        (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
+        (draft.path / "report.md").write_text(draw_markdown(measured), encoding="utf-8")
+        (draft.path / "report.html").write_text(draw_html(measured), encoding="utf-8")
+        write_changed(draft.path / "changed.csv", changed)
+    say(f"{config.output}: report of {len(measured['rows'])} rows")
+    return Path(config.output)
+
+
+def _measure(config: ReportConfig, catalog: Catalog) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """``report.json``, and the lines of ``changed.csv``."""
     part = catalog.select(split=config.split)
     scored = score_models(part, config.models, config.seed, config.rerank)
     threads = config.threads or default_threads()
     _add_latency(scored, time_models(config.models, config.batches, config.seconds, threads))
-    measured: dict[str, Any] = {
+    measured = {
         "schema": SCHEMA,
         "environment": environment(),
         "catalog": {**catalog.summary(), "split": config.split},
@@ -91,18 +108,7 @@ def report(config: ReportConfig) -> Path:
         "calibrations": [read_calibration(path) for path in config.ranges],
         "decisions": read_decisions(config.models),
     }
-    check(measured, "report.json")
-    from benchmarks.page import draw_html, draw_markdown  # matplotlib is loaded after the timing
-
-    with write_artifact(config.output, "report", plain(config), parents) as draft:
-        draft.catalog = catalog.summary()
-        (draft.path / "report.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
-        (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
-        (draft.path / "report.md").write_text(draw_markdown(measured), encoding="utf-8")
-        (draft.path / "report.html").write_text(draw_html(measured), encoding="utf-8")
-        write_changed(draft.path / "changed.csv", [line for one in scored for line in one.changed])
-    say(f"{config.output}: report of {len(scored)} rows")
-    return Path(config.output)
+    return measured, [line for one in scored for line in one.changed]
 
 
 def command(config: ReportConfig) -> str:

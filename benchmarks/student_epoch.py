@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from benchmarks.figures import Figure
 from student.config import DistillConfig
@@ -20,6 +22,7 @@ from vpr.catalog import load_catalog
 from vpr.loading import PictureDataset, training_loader, validation_loader
 from vpr.training import RunConfig, best_precision, fit
 
+Loader = DataLoader[dict[str, Tensor]]
 _EPOCHS = 4  # the first warms up, the last has a validation
 
 
@@ -43,29 +46,10 @@ def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float
         command: that measures this again.
         goal: for the ratio.
     """
-    catalog = load_catalog(config.catalog)
-    training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    source = load_source(config.teacher)
-    path = config.cache or str(folder / "views")
-    signal = cache_signal(path, source, training, config.views, config.signal, config.seed)
-    preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
-    student = Student(config.model)
-    module = TimedModule(
-        config,
-        student,
-        Objective(config.losses, student, Labels(training), source.dim),
-        CachedTargets(signal, config.signal, None, config.seed),
-        preprocess,
-        validation,
-    )
-    module.begun = []
-    loaders = (
-        training_loader(PictureDataset(training, preprocess, True), config.loader, config.seed),
-        validation_loader(PictureDataset(validation, preprocess), config.loader),
-    )
+    module, loaders = _training(config, folder)
     batches, batch = len(loaders[0]), config.loader.batch_size
     before = passes(config, batch, batches)
-    fit(module, loaders, student, folder / "run", _EPOCHS, RunConfig(validate_every=_EPOCHS))
+    fit(module, loaders, module.student, folder / "run", _EPOCHS, RunConfig(validate_every=_EPOCHS))
     after = passes(config, batch, batches)
     epoch = min(later - begun for begun, later in zip(module.begun[1:], module.begun[2:], strict=False))
     own = min(before, after)
@@ -75,6 +59,25 @@ def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float
         Figure(f"the student's own forward and backward passes of them ({name})", own, "s", None, "<=", command),
         Figure(f"an epoch over the student's own passes ({name})", epoch / own, "times", goal, "<=", command),
     ]
+
+
+def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[Loader, Loader]]:
+    """A new student's module, and its loaders of the training and the validation split; caches the signal first."""
+    catalog = load_catalog(config.catalog)
+    training, validation = catalog.select(split="train"), catalog.select(split="validation")
+    source = load_source(config.teacher)
+    path = config.cache or str(folder / "views")
+    signal = cache_signal(path, source, training, config.views, config.signal, config.seed)
+    preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
+    student = Student(config.model)
+    objective = Objective(config.losses, student, Labels(training), source.dim)
+    targets = CachedTargets(signal, config.signal, None, config.seed)
+    module = TimedModule(config, student, objective, targets, preprocess, validation)
+    module.begun = []
+    return module, (
+        training_loader(PictureDataset(training, preprocess, True), config.loader, config.seed),
+        validation_loader(PictureDataset(validation, preprocess), config.loader),
+    )
 
 
 def passes(config: DistillConfig, batch: int, batches: int) -> float:

@@ -6,16 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation_student import SMALL, Setting, distillation, retention, score_students
+from benchmarks.ablation_student import SMALL, Scores, Setting, distillation, retention, score_students, score_teacher
 from benchmarks.figures import Figure, Row
 from benchmarks.latency import time_models
 from export.onnx_graph import OnnxConfig, export_onnx
 from student.distill import distill
 from student.model import count_multiply_adds
-from teacher.model import load_teacher
-from vpr.artifact import load_artifact
+from vpr.artifact import Artifact, load_artifact
 from vpr.catalog import load_catalog
-from vpr.embeddings import embed, score_split, torch_forward
 
 # From the largest: each begins with weights selected from the one before it, which the ablation found to help most.
 _HEADS = {256: 4, 192: 3, 128: 2, 96: 2}
@@ -81,44 +79,65 @@ def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
         retention of the largest student within each share of the teacher's multiply-adds, and the table.
     """
     test = load_catalog(setting.catalog).select(split="test")
-    model, artifact = load_teacher(setting.teacher)
+    model, artifact, teacher = score_teacher(setting, test)
     assert artifact.card.preprocess is not None
-    teacher = score_split(test, embed(test, artifact.card.preprocess, torch_forward(model)))
     whole = count_multiply_adds(model, artifact.card.preprocess.size)
     students = train_ladder(setting)
     graphs = {width: _export(path) for width, path in students.items()}
     paths = (str(setting.teacher), *map(str, (*students.values(), *graphs.values())))
-    times = {name: row["latency_ms"] for name, row in time_models(paths, (1,), _SECONDS, 1, starts=0).items()}
+    timed = time_models(paths, (1,), _SECONDS, 1, starts=0)
+    times = {name: row["latency_ms"]["1"]["p50"] for name, row in timed.items() if row["latency_ms"]}
     points: list[Point] = []
     for width, path in students.items():
-        scores, metrics = score_students([path], test), load_artifact(path).card.metrics
-        points.append(
-            Point(
-                width,
-                metrics["parameters"],
-                metrics["multiply_adds"],
-                metrics["multiply_adds"] / whole,
-                scores.found[0].recall_at_1,
-                retention(scores.hits, teacher.hits),
-                times[f"{path.name} (torch)"]["1"]["p50"],
-                times[f"{graphs[width].name} (openvino)"]["1"]["p50"],
-                scores.seconds,
-                scores.seconds + (points[-1].ladder if points else 0.0),
-            )
-        )
+        milliseconds = times[f"{path.name} (torch)"], times[f"{graphs[width].name} (openvino)"]
+        scores = score_students([path], test)
+        kept = retention(scores.hits, teacher.hits)
+        points.append(_point(width, path, scores, kept, whole, milliseconds, points[-1].ladder if points else 0.0))
     draw(points, plot)
-    alone = {"width": "the teacher", "parameters": f"{artifact.card.metrics['parameters'] / 1e6:.2f} M"}
-    ours = times[f"{artifact.card.name} (torch)"]["1"]["p50"]
-    alone |= {"multiply-adds": f"{whole / 1e6:.1f} M", "of the teacher's": "100%"}
-    alone |= {
-        "recall@1": f"{teacher.recall_at_1:.3f}",
+    row = _teacher_row(artifact, whole, teacher.recall_at_1, times[f"{artifact.card.name} (torch)"])
+    figures = [_kept(points, share, goal, setting) for share, goal in GOALS.items()]
+    return figures, [row, *(point.row for point in points)]
+
+
+def _point(
+    width: int,
+    path: Path,
+    scores: Scores,
+    kept: tuple[float, float, float],
+    whole: int,
+    milliseconds: tuple[float, float],
+    ladder: float,
+) -> Point:
+    """A student's point; ``whole`` are the teacher's multiply-adds, ``ladder`` the seconds of those before it."""
+    metrics = load_artifact(path).card.metrics
+    return Point(
+        width=width,
+        parameters=metrics["parameters"],
+        multiply_adds=metrics["multiply_adds"],
+        share=metrics["multiply_adds"] / whole,
+        recall=scores.found[0].recall_at_1,
+        kept=kept,
+        torch=milliseconds[0],
+        openvino=milliseconds[1],
+        seconds=scores.seconds,
+        ladder=scores.seconds + ladder,
+    )
+
+
+def _teacher_row(artifact: Artifact, multiply_adds: int, recall: float, milliseconds: float) -> Row:
+    metrics = artifact.card.metrics
+    return {
+        "width": "the teacher",
+        "parameters": f"{metrics['parameters'] / 1e6:.2f} M",
+        "multiply-adds": f"{multiply_adds / 1e6:.1f} M",
+        "of the teacher's": "100%",
+        "recall@1": f"{recall:.3f}",
         "retention [95 %]": "",
-        "ms, PyTorch": f"{ours:.2f}",
+        "ms, PyTorch": f"{milliseconds:.2f}",
         "ms, OpenVINO": "",
+        "training, s": f"{metrics['seconds']:.0f}",
+        "with those before, s": "",
     }
-    alone |= {"training, s": f"{artifact.card.metrics['seconds']:.0f}", "with those before, s": ""}
-    rows = [alone, *(point.row for point in points)]
-    return [_kept(points, share, goal, setting) for share, goal in GOALS.items()], rows
 
 
 def draw(points: list[Point], path: Path) -> None:

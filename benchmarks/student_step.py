@@ -8,30 +8,34 @@ same code anywhere. Weights and pictures are random: they decide nothing about t
 from __future__ import annotations
 
 import gc
-import json
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.figures import Figure, Row, record
-from benchmarks.teacher_step import count_flops, largest_batch, matmul_rate, matmul_shapes, time_steps
+from benchmarks.command import run_command
+from benchmarks.figures import Figure, Row
+from benchmarks.training_step import (
+    Step,
+    check_step,
+    count_flops,
+    keep_figures,
+    largest_batch,
+    matmul_rate,
+    matmul_shapes,
+    require_gpu,
+    step_command,
+)
 from student.losses import cosine_loss, similarity_kl
 from student.model import Preset, Student, StudentConfig, count_multiply_adds
 from student.objective import LossConfig
 from student.signal import embed_pixels
 from teacher.model import TowerConfig, build_teacher, read_tower
-from vpr.cli import quieten
 from vpr.console import say
-from vpr.errors import UserError
 from vpr.loading import Normalise
-from vpr.training import RunConfig, decay_groups
 from vpr.views import ViewConfig, apply_views, draw_views
 
 Mode = Literal["cached", "online"]
@@ -65,24 +69,16 @@ class StudentStepConfig:
     record: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"batch": 0, "most": 1, "steps": 1, "warmup": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
-        if not self.modes:
-            raise UserError("modes: none: give [cached], [online] or both")
-        if self.device == "cpu" and not self.batch:
-            raise UserError("batch: 0 fills the memory of a GPU: with --device cpu, give a batch such as --batch 8")
+        check_step(self, {"batch": 0, "most": 1, "steps": 1, "warmup": 0})
 
     @property
     def command(self) -> str:
         """What measures this again."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in changed.items()}
-        return " ".join(["python -m benchmarks.student_step", *(f"--{n} {shlex.quote(t)}" for n, t in texts.items())])
+        return step_command("student_step", self)
 
 
-class DistillationStep:
-    """Views, signal, student, the default losses, gradient, clipping and AdamW on random pictures.
+class StudentStep(Step):
+    """The student's step: views, signal, student and the default losses.
 
     Args:
         mode: where the signal comes from.
@@ -90,35 +86,32 @@ class DistillationStep:
     """
 
     def __init__(self, mode: Mode, config: StudentStepConfig) -> None:
-        self.mode, self.device = mode, torch.device(config.device)
+        self.mode = mode
         where = config.device if mode == "online" else "meta"
         self.teacher, preprocess = build_teacher(
             TowerConfig(config.teacher, ""), read_tower(config.teacher), False, where
         )
         self.teacher.eval().requires_grad_(False)
         dim = self.teacher.embedding_dim
-        self.student = Student(StudentConfig(config.preset, embedding_dim=dim)).to(self.device)
+        self.student = Student(StudentConfig(config.preset, embedding_dim=dim)).to(config.device)
         own = preprocess.model_copy(update={"size": self.student.config.image_size})
-        self.normalise = Normalise(own).to(self.device)
-        self.normalise_teacher, self.teacher_size = Normalise(preprocess).to(self.device), preprocess.size
+        self.normalise = Normalise(own).to(config.device)
+        self.normalise_teacher, self.teacher_size = Normalise(preprocess).to(config.device), preprocess.size
         rng = np.random.default_rng(0)
         self.cache = rng.standard_normal((_CACHED, dim), dtype=np.float32).astype(np.float16)
-        self.bank = nn.functional.normalize(torch.randn(_BANK, dim, device=self.device), dim=1)
-        self.learning = list(self.student.parameters())
-        groups = decay_groups(self.learning, 1e-4, 0.05)
-        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda")
-        self.set_batch(1)
+        self.bank = nn.functional.normalize(torch.randn(_BANK, dim, device=config.device), dim=1)
+        super().__init__(self.student.parameters(), config.device, 1e-4, 0.05)
 
     def set_batch(self, batch: int) -> None:
-        """Make other pictures, so many."""
+        """See :class:`Step`."""
         self.rows = torch.arange(batch)
         sides = {self.student.config.image_size} | ({self.teacher_size} if self.mode == "online" else set())
         self.pixels = {
             side: torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=self.device) for side in sides
         }
 
-    def __call__(self, number: int) -> None:
-        """Train on the pictures, in other views each time."""
+    def loss(self, number: int) -> Tensor:
+        """See :class:`Step`."""
         views, losses = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number)), LossConfig()
         if self.mode == "online":
             seen = apply_views(self.pixels[self.teacher_size], views)
@@ -130,27 +123,7 @@ class DistillationStep:
         with torch.autocast(self.device.type, torch.bfloat16):
             student = self.student(self.normalise(apply_views(self.pixels[self.student.config.image_size], views)))
         loss = losses.cosine * cosine_loss(student, teacher)
-        loss = loss + losses.similarity_kl * similarity_kl(student, teacher, self.bank, losses.temperature)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.learning, RunConfig().clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def fits(self, batch: int) -> bool:
-        """Whether two steps of this batch run."""
-        try:
-            self.set_batch(batch)
-            for number in range(2):
-                self(number)
-            fit = True
-        except torch.OutOfMemoryError:
-            fit = False
-        self.optimizer.zero_grad()
-        self.set_batch(1)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return fit
+        return loss + losses.similarity_kl * similarity_kl(student, teacher, self.bank, losses.temperature)
 
 
 def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, list[Row]]]:
@@ -159,22 +132,14 @@ def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, lis
     Raises:
         UserError: there is no GPU, or the batch does not fit.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda: PyTorch finds no GPU here: run it where there is one, "
-            "or try the code with --device cpu --teacher sample-vit --preset sample --batch 8"
-        )
+    require_gpu(config.device, "--device cpu --teacher sample-vit --preset sample --batch 8")
     figures, rows = [], []
     for mode in config.modes:
-        step = DistillationStep(mode, config)
+        step = StudentStep(mode, config)
         ceiling = max(matmul_rate(shape, config.device) for shape in matmul_shapes(step.student, config.device))
         flops = needed_flops(config, step)
         batch = config.batch or largest_batch(step.fits, config.most)
-        try:
-            step.set_batch(batch)
-            seconds = time_steps(step, config.steps, config.warmup, config.device)
-        except torch.OutOfMemoryError:
-            raise UserError(f"batch: {batch} pictures ({mode}) do not fit: give a smaller --batch") from None
+        seconds = step.seconds(batch, config.steps, config.warmup, f"({mode})")
         use = batch / seconds * flops / ceiling
         rows.append(
             {
@@ -193,7 +158,7 @@ def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, lis
     return figures, {"student-step": rows}
 
 
-def needed_flops(config: StudentStepConfig, step: DistillationStep) -> int:
+def needed_flops(config: StudentStepConfig, step: StudentStep) -> int:
     """FLOPs of a picture: the student's three passes, and the teacher's forward pass where it runs."""
     own = 3 * 2 * count_multiply_adds(step.student, step.student.config.image_size)
     if step.mode == "cached":
@@ -216,20 +181,13 @@ def _figures(config: StudentStepConfig, mode: Mode, rate: float | None, use: flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and keep; exit code 2 and one line on anything the caller can put right."""
-    parser = ArgumentParser(prog="python -m benchmarks.student_step", description=__doc__, exit_on_error=False)
-    parser.add_class_arguments(StudentStepConfig)
-    try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
-        config = StudentStepConfig(**vars(values))
-        figures, tables = student_step(config)
-    except (UserError, ArgumentError) as error:
-        print(f"benchmarks.student_step: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    if config.record if config.record is not None else config.device == "cuda":
-        say(f"{record('gpu', figures, tables).name}: {len(figures)} figures kept")
+    """Measure and keep."""
+
+    def work(config: StudentStepConfig) -> None:
+        keep_figures(config, *student_step(config))
+
+    run_command("student_step", __doc__, StudentStepConfig, work, arguments)
 
 
 if __name__ == "__main__":
-    quieten()
     main()

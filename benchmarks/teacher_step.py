@@ -11,34 +11,34 @@ what was computed (activations that checkpointing computes again do not count), 
 from __future__ import annotations
 
 import gc
-import json
-import shlex
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from benchmarks.figures import Figure, Row, record
+from benchmarks.command import run_command
+from benchmarks.figures import Figure, Row
+from benchmarks.training_step import (
+    Step,
+    check_step,
+    count_flops,
+    keep_figures,
+    largest_batch,
+    matmul_rate,
+    matmul_shapes,
+    require_gpu,
+    step_command,
+)
 from teacher.head import HeadConfig, MarginHead
 from teacher.layers import trainable
 from teacher.model import TowerConfig, build_teacher, read_tower
-from vpr.cli import quieten
 from vpr.console import say
-from vpr.errors import UserError
 from vpr.loading import Normalise
-from vpr.training import RunConfig, decay_groups
 from vpr.views import ViewConfig, apply_views, draw_views
 
 Mode = Literal["head", "full"]
-Matmul = tuple[int, int, int]
 _LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}
 _PER_CLASS = 15  # pictures; the margin's size depends on it, its cost does not
 
@@ -72,21 +72,12 @@ class TeacherStepConfig:
     record: bool | None = None
 
     def __post_init__(self) -> None:
-        least = {"classes": 2, "batch": 0, "most": 1, "steps": 1, "warmup": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name}: {getattr(self, name)}: give {value} or more")
-        if not self.modes:
-            raise UserError("modes: none: give [head], [full] or both")
-        if self.device == "cpu" and not self.batch:
-            raise UserError("batch: 0 fills the memory of a GPU: with --device cpu, give a batch such as --batch 8")
+        check_step(self, {"classes": 2, "batch": 0, "most": 1, "steps": 1, "warmup": 0})
 
     @property
     def command(self) -> str:
         """What measures this again."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in changed.items()}
-        return " ".join(["python -m benchmarks.teacher_step", *(f"--{n} {shlex.quote(t)}" for n, t in texts.items())])
+        return step_command("teacher_step", self)
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,8 @@ class Measured:
         return self.images_per_second * self.flops / ceiling
 
 
-class TrainingStep:
-    """The training's step on random pictures.
+class TeacherStep(Step):
+    """The teacher's step.
 
     Args:
         mode: what trains.
@@ -132,62 +123,26 @@ class TrainingStep:
         counts = torch.full((config.classes,), _PER_CLASS)
         self.head = MarginHead(self.teacher.embedding_dim, counts, HeadConfig()).to(config.device)
         self.normalise = Normalise(self.preprocess).to(config.device)
-        self.device, self.classes = torch.device(config.device), config.classes
+        self.classes = config.classes
         self.teacher.eval()
         for part in trainable(self.teacher, "head" if mode == "head" else "all"):
             part.train()
-        self.learning = [p for p in [*self.teacher.parameters(), *self.head.parameters()] if p.requires_grad]
-        groups = decay_groups(self.learning, 1e-5, 0.01)
-        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda")
-        self.set_batch(1)
+        parameters = [*self.teacher.parameters(), *self.head.parameters()]
+        super().__init__((p for p in parameters if p.requires_grad), config.device, 1e-5, 0.01)
 
     def set_batch(self, batch: int) -> None:
-        """Make other pictures, so many."""
+        """See :class:`Step`."""
         size = self.preprocess.size
         self.rows = torch.arange(batch)
         self.pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
         self.labels = torch.randint(0, self.classes, (batch,), device=self.device)
 
-    def __call__(self, number: int) -> None:
-        """Train on the pictures, in other views each time."""
+    def loss(self, number: int) -> Tensor:
+        """See :class:`Step`."""
         views = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number))
         with torch.autocast(self.device.type, torch.bfloat16):
             embeddings = self.teacher(self.normalise(apply_views(self.pixels, views)))
-            loss = self.head(embeddings, self.labels, 0.0, 0)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.learning, RunConfig().clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def fits(self, batch: int) -> bool:
-        """Whether two steps of this batch run (the second has the optimiser's states from its start)."""
-        try:
-            self.set_batch(batch)
-            for number in range(2):
-                self(number)
-            fit = True
-        except torch.OutOfMemoryError:
-            fit = False
-        # Only here, when the error no longer holds the frames that hold the activations, can they be freed.
-        self.optimizer.zero_grad()
-        self.set_batch(1)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return fit
-
-
-def count_flops(teacher: nn.Module, size: int) -> int:
-    """FLOPs of a forward pass of one picture of ``size`` pixels, a multiply-add counted as two.
-
-    Args:
-        teacher: on the ``meta`` device, in evaluation mode: nothing is computed.
-        size: side of the picture.
-    """
-    # The plain attention is made of matrix products, which the counter knows on every device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        teacher(torch.empty(1, 3, size, size, device="meta"))
-    return int(counter.get_total_flops())
+            return self.head(embeddings, self.labels, 0.0, 0)
 
 
 def step_flops(tower: int, head: int, mode: Mode) -> int:
@@ -201,71 +156,13 @@ def step_flops(tower: int, head: int, mode: Mode) -> int:
     return 3 * head + (3 * tower if mode == "full" else tower)
 
 
-def largest_batch(fits: Callable[[int], bool], most: int) -> int:
-    """The largest batch up to ``most`` that fits: doubled until one does not, then halfway between.
-
-    Up to 63 it is exact, above it is at most 1/32 too small, which saves trials that take long.
-
-    Raises:
-        UserError: a single picture does not fit.
-    """
-    good, bad = 0, 1
-    while bad <= most and fits(bad):
-        good, bad = bad, 2 * bad
-    if not good:
-        raise UserError("batch: not even one picture fits into the GPU's memory: take a smaller --tower")
-    bad = min(bad, most + 1)
-    while bad - good > max(1, good // 32):
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
-
-
-def time_steps(step: Callable[[int], object], steps: int, warmup: int, device: str) -> float:
-    """Median seconds of ``step(number)``; on a GPU between events, so that its queue never runs empty."""
-    for number in range(warmup):
-        step(number)
-    if device == "cpu":
-        times = [time.perf_counter()]
-        for number in range(steps):
-            step(warmup + number)
-            times.append(time.perf_counter())
-        return statistics.median(after - before for before, after in zip(times, times[1:], strict=False))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for number in range(steps):
-        step(warmup + number)
-        events[number + 1].record()
-    torch.cuda.synchronize()
-    pairs = zip(events, events[1:], strict=False)
-    return statistics.median(before.elapsed_time(after) / 1000 for before, after in pairs)
-
-
-def matmul_shapes(teacher: nn.Module, device: str) -> list[Matmul]:
-    """(m, k, n) products to try: squares, and many tokens times each of the tower's four largest matrices."""
-    sides, tokens = ((4096, 8192, 16384), 16384) if device == "cuda" else ((256, 512), 512)
-    matrices = {(p.shape[1], p.shape[0]) for p in teacher.parameters() if p.ndim == 2}
-    largest = sorted(matrices, key=lambda shape: (shape[0] * shape[1], shape))[-4:]
-    return [*((side, side, side) for side in sides), *((tokens, k, n) for k, n in largest)]
-
-
-def matmul_rate(shape: Matmul, device: str, repeats: int = 100) -> float:
-    """FLOP/s of a bf16 matrix product of normal random numbers (a GPU multiplies zeros faster, at less power)."""
-    m, k, n = shape
-    x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-    weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-    seconds = time_steps(lambda _: nn.functional.linear(x, weight), repeats, repeats // 10, device)
-    return 2 * m * k * n / seconds
-
-
 def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured:
     """Measure one mode.
 
     Raises:
         UserError: the batch does not fit.
     """
-    step = TrainingStep(mode, config)
+    step = TeacherStep(mode, config)
     batch = config.batch or largest_batch(step.fits, config.most)
     head_flops = 2 * config.classes * step.teacher.embedding_dim
     if config.compile:
@@ -273,13 +170,7 @@ def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured
     gpu = config.device == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    try:
-        step.set_batch(batch)
-        seconds = time_steps(step, config.steps, config.warmup, config.device)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"batch: {batch} pictures of {config.tower} ({mode}) do not fit: give a smaller --batch"
-        ) from None
+    seconds = step.seconds(batch, config.steps, config.warmup, f"of {config.tower} ({mode})")
     peak = torch.cuda.max_memory_allocated() if gpu else None
     return Measured(mode, batch, seconds, step_flops(tower_flops, head_flops, mode), peak)
 
@@ -290,11 +181,7 @@ def teacher_step(config: TeacherStepConfig) -> tuple[list[Figure], dict[str, lis
     Raises:
         UserError: there is no GPU, or the batch does not fit.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda: PyTorch finds no GPU here: run it where there is one, "
-            "or try the code with --device cpu --tower sample-vit --batch 8"
-        )
+    require_gpu(config.device, "--device cpu --tower sample-vit --batch 8")
     shadow, preprocess = build_teacher(TowerConfig(config.tower, ""), read_tower(config.tower), False, "meta")
     tower_flops = count_flops(shadow.eval(), preprocess.size)
     rates = {shape: matmul_rate(shape, config.device) for shape in matmul_shapes(shadow, config.device)}
@@ -348,20 +235,13 @@ def _step_row(step: Measured, ceiling: float) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and keep; exit code 2 and one line on anything the caller can put right."""
-    parser = ArgumentParser(prog="python -m benchmarks.teacher_step", description=__doc__, exit_on_error=False)
-    parser.add_class_arguments(TeacherStepConfig)
-    try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
-        config = TeacherStepConfig(**vars(values))
-        figures, tables = teacher_step(config)
-    except (UserError, ArgumentError) as error:
-        print(f"benchmarks.teacher_step: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    if config.record if config.record is not None else config.device == "cuda":
-        say(f"{record('gpu', figures, tables).name}: {len(figures)} figures kept")
+    """Measure and keep."""
+
+    def work(config: TeacherStepConfig) -> None:
+        keep_figures(config, *teacher_step(config))
+
+    run_command("teacher_step", __doc__, TeacherStepConfig, work, arguments)
 
 
 if __name__ == "__main__":
-    quieten()
     main()

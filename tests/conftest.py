@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data._utils import signal_handling
 
-from student.model import Student, StudentConfig
-from vpr.artifact import Embedding, write_artifact
+from benchmarks.random_student import write_random_student
+from student.model import StudentConfig
 from vpr.catalog import Catalog, load_catalog
-from vpr.images import Preprocess
 from vpr.ingest import CatalogConfig, build_catalog
 from vpr.runtime import keep_to_ourselves
 
@@ -61,29 +58,25 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> C
     return load_catalog(build_catalog(config))
 
 
+def edit_card(path: Path, **changes: object) -> None:
+    """Change an artifact's card, which is not signed."""
+    card = json.loads((path / "card.json").read_text())
+    (path / "card.json").write_text(json.dumps({**card, **changes}))
+
+
 def small_student(stem: str) -> StudentConfig:
     """A student of a few thousand parameters."""
     shape = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 128, "embedding_dim": 32}
     return StudentConfig(image_size=32, patch_size=8, stem=stem, **shape)
 
 
-def write_student(path: Path, config: StudentConfig) -> Path:
-    """A student artifact with random weights."""
-    torch.manual_seed(0)
-    with write_artifact(path, "student", {"model": asdict(config)}) as draft:
-        save_file(Student(config).state_dict(), draft.path / "model.safetensors")
-        draft.preprocess = Preprocess(size=config.image_size)
-        draft.embedding = Embedding(dim=config.embedding_dim, normalised=True, dtype="float32")
-    return path
-
-
 @pytest.fixture(scope="session", params=["patch", "conv"])
 def each_student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small student artifact of each stem."""
-    return write_student(tmp_path_factory.mktemp(request.param) / "student", small_student(request.param))
+    return write_random_student(tmp_path_factory.mktemp(request.param) / "student", small_student(request.param))
 
 
 @pytest.fixture(scope="session")
 def student_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small student artifact."""
-    return write_student(tmp_path_factory.mktemp("student") / "student", small_student("conv"))
+    return write_random_student(tmp_path_factory.mktemp("student") / "student", small_student("conv"))

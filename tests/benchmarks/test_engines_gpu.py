@@ -6,24 +6,26 @@ import pytest
 
 from benchmarks import engines_gpu
 from benchmarks.engines_gpu import GRAPHS, build_engines, export_graphs, gpu_engines, unmeasured
-from benchmarks.int8_tools import Student
+from benchmarks.int8_tools import TrainedStudent
 from calibration.calibrate import calibrate
 from vpr.artifact import load_artifact
 from vpr.catalog import Catalog
 
 
 @pytest.fixture
-def student(student_artifact: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Student:
+def student(
+    student_artifact: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> TrainedStudent:
     assert catalog.artifact is not None
     monkeypatch.setattr(engines_gpu, "BATCHES", (1, 8))
     monkeypatch.setattr(
         engines_gpu, "calibrate", lambda config: calibrate(type(config)(**{**vars(config), "count": 32}))
     )
-    return Student("small", student_artifact, catalog.artifact.path, tmp_path)
+    return TrainedStudent("small", student_artifact, catalog.artifact.path, tmp_path)
 
 
 def test_every_graph_becomes_an_engine_by_the_builder_that_is_here(
-    student: Student, capsys: pytest.CaptureFixture[str]
+    student: TrainedStudent, capsys: pytest.CaptureFixture[str]
 ) -> None:
     graphs = export_graphs(student)
     assert tuple(graphs) == GRAPHS
@@ -39,7 +41,7 @@ def test_every_graph_becomes_an_engine_by_the_builder_that_is_here(
         assert "fp16-tensorrt: not built: tensorrt: cannot be loaded" in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_runs_is_timed_and_scored_and_what_does_not_says_why(student: Student) -> None:
+def test_what_runs_is_timed_and_scored_and_what_does_not_says_why(student: TrainedStudent) -> None:
     figures, tables = gpu_engines(student, "sm89", "command", ("torch", "onnxruntime-cpu", "tensorrt-rtx"), 0.02)
     rows = {row["model"]: row for row in tables["engines"]}
     ran = [name for name, row in rows.items() if row["recall@1 [95 %]"]]

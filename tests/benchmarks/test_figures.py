@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import DOCUMENTS, ROOT, Figure, drawn, figure_rows, measure, record
+from benchmarks.figures import DOCUMENTS, ROOT, Figure, drawn, figure_rows, measure, record, record_unmeasured
 from vpr.errors import UserError
 
 
@@ -32,6 +32,21 @@ def test_recording_replaces_by_name_and_keeps_the_rest(tmp_path: Path) -> None:
     assert set(content["tables"]) == {"t", "u"}
     assert content["environment"]["packages"]["torch"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_without_a_gpu_only_the_figures_of_the_same_measurement_stay(tmp_path: Path) -> None:
+    def recorded() -> dict[str, float | None]:
+        rows = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+        return {row["name"]: row["value"] for row in rows}
+
+    step = [Figure("step", None, "images/s", None, ">=", "python -m step")]
+    record("gpu", [Figure("engine", 3.0, "ms", None, "<=", "python -m engines")], {}, tmp_path)
+    record_unmeasured(step, "the step is", tmp_path)
+    assert recorded() == {"engine": 3.0, "step": None}
+    record("gpu", [Figure("step", 5.0, "images/s", None, ">=", "python -m step --steps 9")], {}, tmp_path)
+    record_unmeasured(step, "the step is", tmp_path)
+    record_unmeasured([Figure("other", None, "ms", None, "<=", "python -m engines")], "an engine is", tmp_path)
+    assert recorded() == {"engine": 3.0, "step": 5.0}
 
 
 def test_tables_are_drawn_into_their_blocks(tmp_path: Path) -> None:

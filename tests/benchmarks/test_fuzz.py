@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from benchmarks import fuzz_worker
-from benchmarks.fuzz import FuzzConfig, Told, Worker, fuzz, summarise
+from benchmarks.case_process import Worker
+from benchmarks.fuzz import FuzzConfig, FuzzResult, fuzz, summarise
 from benchmarks.fuzz_routes import ARTIFACTS, ROUTES, Verb, make_artifacts, sign
 from benchmarks.fuzz_worker import route_of, run_case
 from benchmarks.mutated_files import mutate_file
@@ -115,6 +116,7 @@ import os, signal, sys, time
 print("{}", flush=True)
 for line in sys.stdin:
     if line == "1\\n":
+        print("about to end", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
     while line == "2\\n":
         pass
@@ -123,17 +125,14 @@ for line in sys.stdin:
 
 
 def test_a_worker_that_dies_or_hangs_is_told_of_and_replaced(tmp_path: Path) -> None:
-    worker = Worker([sys.executable, "-c", _WORKER], tmp_path / "log", longest=0.3)
-    try:
+    with Worker([sys.executable, "-c", _WORKER], tmp_path / "log", longest=0.3) as worker:
         told = [worker.ask(case) for case in (0, 1, 0, 2, 0)]
-    finally:
-        worker.close()
     assert [one["outcome"] for one in told] == ["refused", "crash", "refused", "hang", "refused"]
-    assert told[1]["line"] == f"signal {signal.SIGSEGV.value}"
+    assert told[1]["line"] == f"signal {signal.SIGSEGV.value}: about to end"
 
 
-def _told(outcome: str) -> Told:
-    return Told(0, "fp32", "model.onnx", "calibrate", "flip bits", True, outcome, "", 0.5, 1 << 30)
+def _told(outcome: str) -> FuzzResult:
+    return FuzzResult(0, "fp32", "model.onnx", "calibrate", "flip bits", True, outcome, "", 0.5, 1 << 30)
 
 
 def test_each_fault_has_its_figure() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz_routes import Verb
-from benchmarks.hostile import LONGEST, HostileConfig, Told, attack, summarise
+from benchmarks.hostile import LONGEST, HostileConfig, HostileResult, attack, summarise
 from benchmarks.hostile_pictures import pictures
 from benchmarks.hostile_routes import ROADS, command
 from benchmarks.hostile_worker import _seen, cases
@@ -56,8 +56,10 @@ def test_a_command_s_line_is_told_from_other_ends(tmp_path: Path) -> None:
     assert isinstance(ROADS["upload"], Verb)
 
 
-def _told(outcome: str, expected: str = "refused", seconds: float = 0.1, memory: int = 10**9) -> Told:
-    return Told(0, "bomb", f"{outcome} {expected} {seconds}", "catalog", expected, outcome, "", seconds, 0.2, memory)
+def _told(outcome: str, expected: str = "refused", seconds: float = 0.1, memory: int = 10**9) -> HostileResult:
+    return HostileResult(
+        0, "bomb", f"{outcome} {expected} {seconds}", "catalog", expected, outcome, "", seconds, 0.2, memory
+    )
 
 
 def test_each_fault_has_its_figure() -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.figures import ROOT
-from benchmarks.offline import DOWNLOAD, ROAD, Told, has_network_of_its_own, prepare, run_apart, run_together, verb_of
+from benchmarks.offline import (
+    DOWNLOAD,
+    ROAD,
+    VerbResult,
+    has_network_of_its_own,
+    prepare,
+    run_each,
+    run_together,
+    verb_of,
+)
 from vpr.cli import VERBS
 
 PAGE = tuple(one for one in ROAD if one.startswith("search serve"))
@@ -17,7 +26,7 @@ OTHERS = tuple(one for one in ROAD if one not in PAGE + DEMO)
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Told]:
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, VerbResult]:
     folder = tmp_path_factory.mktemp("offline")
     prepare(folder)
     return folder, run_together(OTHERS, folder)
@@ -28,23 +37,23 @@ def test_every_verb_is_on_the_road() -> None:
     assert [len(PAGE), len(DEMO)] == [1, 1]
 
 
-def test_verbs_reach_no_other_machine(walked: tuple[Path, Told]) -> None:
+def test_verbs_reach_no_other_machine(walked: tuple[Path, VerbResult]) -> None:
     """All but the page, which is below, and the demo, which runs the others (make figures runs it too)."""
     told = walked[1]
     assert (told.code, told.attempts) == (0, ()), told.line
 
 
-def test_the_page_reaches_no_other_machine(walked: tuple[Path, Told]) -> None:
-    (told,) = run_apart(PAGE, walked[0])
+def test_the_page_reaches_no_other_machine(walked: tuple[Path, VerbResult]) -> None:
+    (told,) = run_each(PAGE, walked[0])
     assert (told.code, told.attempts, told.line) == (0, (), "ended")
 
 
 @pytest.mark.slow
 def test_each_verb_alone_reaches_no_other_machine(tmp_path: Path) -> None:
     prepare(tmp_path)
-    told = list(run_apart(ROAD[: -len(DEMO)], tmp_path))
+    told = list(run_each(ROAD[: -len(DEMO)], tmp_path))
     assert [one for one in told if not one.passed] == []
-    (asked,) = run_apart((DOWNLOAD,), tmp_path)
+    (asked,) = run_each((DOWNLOAD,), tmp_path)
     assert asked.code == 2
     assert [attempt.split()[0] for attempt in asked.attempts][0] == "socket.getaddrinfo"
 

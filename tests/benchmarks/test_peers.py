@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks.apart import run_apart
 from benchmarks.figures import ROOT
-from benchmarks.int8_tools import Student as PeerStudent
-from benchmarks.int8_tools import onnxruntime_forward
+from benchmarks.int8_tools import TrainedStudent, onnxruntime_forward
 from benchmarks.peers import FLOAT, LIGHTLY, OURS, Measured, by_lightly, check_shape, compare_peers, peer_figures
 from student.model import Student, StudentConfig
 from vpr.artifact import write_artifact
@@ -58,7 +57,7 @@ def test_a_student_that_timm_has_not_is_refused() -> None:
 
 
 def test_what_is_missing_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    absent = PeerStudent("sample", tmp_path / "student", tmp_path / "catalog", tmp_path)
+    absent = TrainedStudent("sample", tmp_path / "student", tmp_path / "catalog", tmp_path)
     with pytest.raises(UserError, match=r'student: not there: make figures TOPIC=student PARTS="sizes"'):
         compare_peers(absent, "make")
     with pytest.raises(UserError, match=r"\.venv-absent: not there, other_toolkits.py runs in it: make other-toolkits"):
@@ -77,7 +76,7 @@ def test_lightly_train_exports_the_same_network(tmp_path: Path) -> None:
     model = Student(_FITS).eval()
     with write_artifact(tmp_path / "student", "student", {"model": asdict(_FITS)}) as draft:
         save_file(model.state_dict(), draft.path / "model.safetensors")
-    student = PeerStudent("tiny", tmp_path / "student", tmp_path / "none", tmp_path)
+    student = TrainedStudent("tiny", tmp_path / "student", tmp_path / "none", tmp_path)
     graphs = by_lightly(student, asdict(_FITS))
     pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
     with torch.inference_mode():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.student_step import DistillationStep, StudentStepConfig, main, needed_flops, student_step, unmeasured
+from benchmarks.student_step import StudentStep, StudentStepConfig, main, needed_flops, student_step, unmeasured
 from student.model import count_multiply_adds
 from tests.benchmarks.test_teacher_step import forward_flops
 from vpr.errors import UserError
@@ -13,7 +13,7 @@ SMALL = StudentStepConfig("sample", "sample-vit", batch=2, steps=2, warmup=1, de
 
 @pytest.mark.parametrize("mode", ["cached", "online"])
 def test_the_student_learns_and_the_teacher_does_not(mode: str) -> None:
-    step = DistillationStep(mode, SMALL)  # type: ignore[arg-type]
+    step = StudentStep(mode, SMALL)  # type: ignore[arg-type]
     step.set_batch(4)
     before = [p.clone() for p in step.student.parameters()]
     step(0)
@@ -23,7 +23,7 @@ def test_the_student_learns_and_the_teacher_does_not(mode: str) -> None:
 
 
 def test_the_teacher_s_pass_is_counted_once_and_only_where_it_runs() -> None:
-    cached, online = (DistillationStep(mode, SMALL) for mode in SMALL.modes)
+    cached, online = (StudentStep(mode, SMALL) for mode in SMALL.modes)
     own = 6 * count_multiply_adds(cached.student, 64)
     assert needed_flops(SMALL, cached) == own
     assert needed_flops(SMALL, online) == own + forward_flops("sample-vit")

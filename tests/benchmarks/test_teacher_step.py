@@ -3,16 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.teacher_step import (
-    TeacherStepConfig,
-    TrainingStep,
-    count_flops,
-    largest_batch,
-    main,
-    matmul_rate,
-    step_flops,
-    teacher_step,
-)
+from benchmarks.teacher_step import TeacherStep, TeacherStepConfig, main, step_flops, teacher_step
+from benchmarks.training_step import count_flops, largest_batch, matmul_rate
 from teacher.model import TowerConfig, build_teacher, read_tower
 from vpr.errors import UserError
 
@@ -60,19 +52,19 @@ def test_a_gpu_too_small_for_one_picture_is_said() -> None:
 
 
 def test_a_batch_without_room_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = TrainingStep("full", SMALL)
+    step = TeacherStep("full", SMALL)
     assert step.fits(2)
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    monkeypatch.setattr(TeacherStep, "__call__", fail)
     assert not step.fits(2)
 
 
 @pytest.mark.parametrize("mode", ["head", "full"])
 def test_only_what_the_mode_names_learns(mode: str) -> None:
-    step = TrainingStep(mode, SMALL)  # type: ignore[arg-type]
+    step = TeacherStep(mode, SMALL)  # type: ignore[arg-type]
     step.set_batch(4)
     tower, head = [p.clone() for p in step.teacher.parameters()], step.head.weight.clone()
     step(0)

@@ -8,12 +8,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from benchmarks.random_student import write_random_student
 from export.int8 import Int8Config, export_int8
 from export.onnx_graph import OnnxConfig, export_onnx
 from export.parity_report import ParityConfig, compare, compare_layers
 from export.precision import to_fp16
 from student.model import load_student
-from tests.conftest import small_student, write_student
+from tests.conftest import small_student
 from vpr.catalog import Catalog
 from vpr.errors import UserError
 
@@ -69,7 +70,7 @@ def test_an_export_of_another_student_is_refused(fp32: Path, catalog: Catalog, t
     from dataclasses import replace
 
     assert catalog.artifact is not None
-    other = write_student(tmp_path / "other", replace(small_student("patch"), image_size=48))
+    other = write_random_student(tmp_path / "other", replace(small_student("patch"), image_size=48))
     config = ParityConfig(str(other), (str(fp32),), str(catalog.artifact.path), str(tmp_path / "parity"))
     with pytest.raises(UserError, match="give exports of this student"):
         compare(config)

@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
 
+from benchmarks.random_student import write_random_student
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.engine import EngineConfig, build_engine
 from export.int8 import Int8Config, export_int8
@@ -26,7 +27,7 @@ from export.onnx_graph import OnnxConfig, export_onnx
 from export.serving import ServingConfig, export_serving
 from export.triton import Enumerator, to_text
 from student.embed import EmbedConfig, embed_catalog
-from tests.conftest import small_student, write_student
+from tests.conftest import small_student
 from vpr.artifact import Artifact, load_artifact, write_artifact
 from vpr.catalog import Catalog
 from vpr.cli import main
@@ -297,7 +298,7 @@ def test_a_graph_that_onnx_runtime_does_not_load_is_refused(
 
 def test_a_gallery_of_another_model_is_refused(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
     config = small_student("patch")
-    other = write_student(tmp_path / "other", config)
+    other = write_random_student(tmp_path / "other", config)
     assert catalog.artifact is not None
     strange = embed_catalog(EmbedConfig(str(other), str(catalog.artifact.path), str(tmp_path / "e"), split="test"))
     with pytest.raises(UserError, match="embedded with 'other', the model is of student 'student'"):

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.faults import Road
+from benchmarks.faults import Pipeline
 
 LAST = "int8"  # engines and reports take longer
 
 
 @pytest.fixture(scope="session")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """Every stage's unbroken run."""
-    return Road(tmp_path_factory.mktemp("road"), LAST)
+    return Pipeline(tmp_path_factory.mktemp("pipeline"), LAST)

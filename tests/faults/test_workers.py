@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fault_stages import difference, leftovers
-from benchmarks.faults import Road
+from benchmarks.faults import Pipeline
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpr")
 
 
-def start(road: Road, name: str, output: Path) -> subprocess.Popen[bytes]:
+def start(pipeline: Pipeline, name: str, output: Path) -> subprocess.Popen[bytes]:
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", *TORCHRUN, *road.command(road.stages[name], output)]
+    command = [sys.executable, "-m", *TORCHRUN, *pipeline.command(pipeline.stages[name], output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
 
@@ -33,31 +33,33 @@ def workers(launcher: int) -> list[int]:
 @pytest.mark.parametrize(("name", "sign"), [("shard-embeddings", "part-*.npy"), ("teacher", "stage-1/last.ckpt")])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_ends_the_run_which_then_goes_on(
-    road: Road, tmp_path: Path, name: str, sign: str, rank: int
+    pipeline: Pipeline, tmp_path: Path, name: str, sign: str, rank: int
 ) -> None:
     output = tmp_path / "killed" / name
-    with start(road, name, output) as launcher:
+    with start(pipeline, name, output) as launcher:
         while not list(output.parent.glob(f"*.run-*/{sign}")):
             assert launcher.poll() is None
             time.sleep(0.01)
         os.kill(workers(launcher.pid)[rank], signal.SIGKILL)
     assert launcher.returncode
-    with start(road, name, output) as again:
+    with start(pipeline, name, output) as again:
         pass
     assert again.returncode == 0
-    unbroken = road.unbroken(road.stages[name])
+    unbroken = pipeline.unbroken(pipeline.stages[name])
     if name == "teacher":  # two processes have batches of their own
         unbroken = tmp_path / "unbroken" / name
-        with start(road, name, unbroken) as whole:
+        with start(pipeline, name, unbroken) as whole:
             pass
         assert whole.returncode == 0
-    assert not difference(road.stages[name], unbroken, output)
+    assert not difference(pipeline.stages[name], unbroken, output)
     assert not leftovers(unbroken.parent, output.parent)
 
 
-def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(road: Road, tmp_path: Path) -> None:
-    stage, output = road.stages["teacher"], tmp_path / "killed" / "teacher"
-    command = [sys.executable, "-m", "vpr", *road.command(stage, output)]  # with a worker
+def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    stage, output = pipeline.stages["teacher"], tmp_path / "killed" / "teacher"
+    command = [sys.executable, "-m", "vpr", *pipeline.command(stage, output)]  # with a worker
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         while not list(output.parent.glob("*.run-*/stage-1/last.ckpt")):
@@ -68,5 +70,5 @@ def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(roa
     assert process.returncode == 2
     assert said.startswith("vpr: error: a process that reads pictures was lost")
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    assert not difference(stage, road.unbroken(stage), output)
-    assert not leftovers(road.unbroken(stage).parent, output.parent)
+    assert not difference(stage, pipeline.unbroken(stage), output)
+    assert not leftovers(pipeline.unbroken(stage).parent, output.parent)

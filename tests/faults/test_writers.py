@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.fault_stages import difference, leftovers
-from benchmarks.faults import Road
+from benchmarks.faults import Pipeline
 from tests.faults.test_full_disk import refused
 from vpr.artifact import load_artifact
 
@@ -35,21 +34,19 @@ def test_writers_take_turns_and_a_reader_sees_whole_artifacts(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
-def test_two_commands_of_the_same_output_both_succeed(road: Road, tmp_path: Path) -> None:
-    stage, output = road.stages["int8"], tmp_path / "int8"
-    both = [road.start(stage, output) for _ in range(2)]
+def test_two_commands_of_the_same_output_both_succeed(pipeline: Pipeline, tmp_path: Path) -> None:
+    stage, output = pipeline.stages["int8"], tmp_path / "int8"
+    both = [pipeline.start(stage, output) for _ in range(2)]
     assert [one.wait().code for one in both] == [0, 0]
-    assert not difference(stage, road.unbroken(stage), output)
-    assert not leftovers(road.unbroken(stage).parent, tmp_path)
+    assert not pipeline.departures(stage, output)
 
 
-def test_a_training_that_is_started_twice_is_refused_the_second_time(road: Road, tmp_path: Path) -> None:
-    stage, output = road.stages["teacher"], tmp_path / "teacher"
-    first = road.start(stage, output)
+def test_a_training_that_is_started_twice_is_refused_the_second_time(pipeline: Pipeline, tmp_path: Path) -> None:
+    stage, output = pipeline.stages["teacher"], tmp_path / "teacher"
+    first = pipeline.start(stage, output)
     while not list(tmp_path.glob("*.run-*/.lock")):
         time.sleep(0.01)
-    assert "another process is at work here: wait for its end" in refused(road.run(stage, output))
+    assert "another process is at work here: wait for its end" in refused(pipeline.run(stage, output))
     assert first.wait().code == 0
     assert load_artifact(output)
-    assert not difference(stage, road.unbroken(stage), output)
-    assert not leftovers(road.unbroken(stage).parent, tmp_path)
+    assert not pipeline.departures(stage, output)

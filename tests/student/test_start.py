@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.random_student import write_random_student
 from student.model import Student, StudentConfig
 from student.start import select, start_from
-from tests.conftest import write_student
 from vpr.artifact import Embedding, write_artifact
 from vpr.errors import UserError
 from vpr.images import Preprocess
@@ -26,7 +26,7 @@ TOWER = {
 
 
 def test_a_student_of_the_same_shape_is_taken_over_whole(tmp_path: Path) -> None:
-    path = write_student(tmp_path / "large", replace(LARGE, stem="conv"))
+    path = write_random_student(tmp_path / "large", replace(LARGE, stem="conv"))
     torch.manual_seed(1)
     student = Student(replace(LARGE, stem="conv"))
     _, taken = start_from(student, path)
@@ -148,7 +148,7 @@ def test_pixels_of_another_patch_and_heads_of_another_number_are_left_alone() ->
 
 
 def test_what_cannot_be_selected_from_is_refused(tmp_path: Path) -> None:
-    narrow = write_student(tmp_path / "narrow", replace(LARGE, dim=24, mlp_dim=32, dim_head=8, embedding_dim=16))
+    narrow = write_random_student(tmp_path / "narrow", replace(LARGE, dim=24, mlp_dim=32, dim_head=8, embedding_dim=16))
     with pytest.raises(UserError, match="tokens of 24, the student of 48: give one that is at least as wide"):
         start_from(Student(SMALL), narrow)
     with pytest.raises(UserError, match=r"set model\.family to it"):

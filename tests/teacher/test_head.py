@@ -9,6 +9,7 @@ from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, SubCenterAr
 from torch import Tensor
 
 from teacher.head import HeadConfig, MarginHead
+from tests.teacher.kept import kept_storages
 from vpr.errors import UserError
 
 
@@ -164,13 +165,7 @@ def test_the_head_of_10300_classes_keeps_little(centres: int, changes: dict[str,
     classes, dim, size = 10_300, 1024, 128
     head = head_of(classes, dim, sub_centres=centres, margin=0.3, **changes)
     embeddings, labels = batch(dim, classes, size)
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_storages() as kept:
         loss = head(embeddings, labels, 0, 0)
     own = {head.weight.untyped_storage()._cdata, embeddings.untyped_storage()._cdata}
     found = sum(storage.nbytes() for key, storage in kept.items() if key not in own)

@@ -13,6 +13,7 @@ from teacher.head import HeadConfig, MarginHead
 from teacher.layers import trainable
 from teacher.memory import Memory, activation_bytes, advice, estimate
 from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
+from tests.teacher.kept import kept_storages
 
 
 def teacher_of(name: str, device: str = "cpu", **changes: object) -> Teacher:
@@ -21,14 +22,7 @@ def teacher_of(name: str, device: str = "cpu", **changes: object) -> Teacher:
 
 def kept_bytes(teacher: Teacher, batch: int, half: bool) -> int:
     """What autograd really keeps in a forward pass on the CPU."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with kept_storages() as kept, torch.autocast("cpu", torch.bfloat16, enabled=half):
         teacher.train()(torch.randn(batch, 3, 64, 64))
     return sum(storage.nbytes() for storage in kept.values())
 

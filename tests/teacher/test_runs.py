@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from teacher.runs import RunsConfig, find_runs, runs
+from tests.conftest import edit_card
 from vpr.artifact import load_artifact, write_artifact
 from vpr.cli import main
 from vpr.errors import UserError
@@ -118,11 +119,6 @@ def test_a_students_run_is_left_out(tmp_path: Path) -> None:
     assert find_runs(tmp_path) == []
 
 
-def damage(path: Path, **changes: Any) -> None:
-    card = json.loads((path / "card.json").read_text())
-    (path / "card.json").write_text(json.dumps({**card, **changes}))
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -138,7 +134,7 @@ def damage(path: Path, **changes: Any) -> None:
     ],
 )
 def test_damaged_cards_are_listed_as_such(tmp_path: Path, changes: dict[str, Any], reason: str | None) -> None:
-    damage(teacher(tmp_path / "teacher", 0.5), **changes)
+    edit_card(teacher(tmp_path / "teacher", 0.5), **changes)
     teacher(tmp_path / "whole", 0.25)
     states = {run.name: run.state for run in runs(RunsConfig(str(tmp_path)))}
     assert states.pop("whole") == "finished"

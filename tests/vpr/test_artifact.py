@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import edit_card
 from vpr.artifact import CARD_NAME, Damaged, check_output, find_current, load_artifact, write_artifact
 from vpr.errors import UserError
 
@@ -21,11 +22,6 @@ def artifact(tmp_path: Path) -> Path:
         (draft.path / "ranges.json").write_text("{}")
         draft.metrics["tensors"] = 0
     return path
-
-
-def _edit_card(path: Path, **changes: object) -> None:
-    card = json.loads((path / "card.json").read_text())
-    (path / "card.json").write_text(json.dumps({**card, **changes}))
 
 
 def test_what_is_written_is_read_back(artifact: Path) -> None:
@@ -129,19 +125,19 @@ def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
     [
         (lambda p: (p / "ranges.json").write_text("[]"), "checksum differs"),
         (lambda p: (p / "ranges.json").unlink(), "ranges.json: missing"),
-        (lambda p: _edit_card(p, schema=2), "card schema 2, this version reads up to 1: upgrade"),
-        (lambda p: _edit_card(p, schema="x"), "card schema 'x'"),
-        (lambda p: _edit_card(p, surprise=1), "key 'surprise'"),
-        (lambda p: _edit_card(p, kind="spell"), "key 'kind'"),
+        (lambda p: edit_card(p, schema=2), "card schema 2, this version reads up to 1: upgrade"),
+        (lambda p: edit_card(p, schema="x"), "card schema 'x'"),
+        (lambda p: edit_card(p, surprise=1), "key 'surprise'"),
+        (lambda p: edit_card(p, kind="spell"), "key 'kind'"),
         (lambda p: (p / "card.json").write_text("{"), "not a card"),
         (lambda p: (p / "card.json").write_text("[" * 100_000), "not a card"),
         (lambda p: (p / "card.json").write_text("[1]"), "not a card"),
         (lambda p: (p / "card.json").write_text(" " * ((4 << 20) + 1)), "larger than 4194304 bytes: not a card"),
         (lambda p: (p / "card.json").unlink(), "no artifact here"),
-        (lambda p: _edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
-        (lambda p: _edit_card(p, files={"n" * 300: {"size": 1, "sha256": "0"}}), "missing"),
-        (lambda p: _edit_card(p, files={"a\0b": {"size": 1, "sha256": "0"}}), "missing"),
-        (lambda p: _edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: edit_card(p, files={"n" * 300: {"size": 1, "sha256": "0"}}), "missing"),
+        (lambda p: edit_card(p, files={"a\0b": {"size": 1, "sha256": "0"}}), "missing"),
+        (lambda p: edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
     ],
 )
 def test_damage_is_named_with_its_remedy(artifact: Path, damage: object, message: str) -> None:

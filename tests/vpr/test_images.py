@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
+from benchmarks.hostile_pictures import encoded
 from vpr.images import ImageRefused, Preprocess, decode, decode_bytes
 from vpr.picture_limits import MAX_FILE_BYTES, MAX_PIXELS
 
@@ -24,12 +25,6 @@ def _picture(width: int = 60, height: int = 40) -> Image.Image:
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _bytes(image: Image.Image, form: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (224, 224), (33, 200), (333, 77), (101, 100)])
@@ -74,14 +69,14 @@ def test_training_and_deployment_see_the_same_numbers() -> None:
 def test_exif_orientation_is_applied_as_pillow_does(orientation: int, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _bytes(_picture(60, 40), form, exif=exif)
+    data = encoded(_picture(60, 40), form, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     np.testing.assert_array_equal(np.asarray(decode_bytes(data, "x")), np.asarray(expected))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_exif_that_is_none_does_not_lose_a_good_picture(form: str) -> None:
-    data = _bytes(_picture(60, 40), form, exif=b"<html>" * 9)
+    data = encoded(_picture(60, 40), form, exif=b"<html>" * 9)
     assert decode_bytes(data, "x").size == (60, 40)
     assert decode_bytes(data, "x", box=(0, 0, 20, 10)).size == (20, 10)
 
@@ -90,7 +85,7 @@ def test_a_broken_exif_tag_does_not_lose_a_good_picture() -> None:
     # A camera's ResolutionUnit of a wrong type: Pillow can read the tags but not write them anew.
     exif = Image.Exif()
     exif[0x0112], exif[0x0128] = 6, 2
-    data = _bytes(_picture(60, 40), "JPEG", exif=exif)
+    data = encoded(_picture(60, 40), "JPEG", exif=exif)
     entry = data.index(struct.pack(">HHI", 0x0128, 3, 1))
     broken = data[:entry] + struct.pack(">HHI", 0x0128, 2, 1) + data[entry + 8 :]
     assert decode_bytes(broken, "x").size == (40, 60)
@@ -105,7 +100,7 @@ def test_a_broken_exif_tag_does_not_lose_a_good_picture() -> None:
 def test_any_damage_gives_a_picture_or_a_refusal(form: str, changes: list[tuple[int, int]], length: float) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
-    data = bytearray(_bytes(_picture(20, 30), form, **({} if form in ("BMP", "GIF") else {"exif": exif})))
+    data = bytearray(encoded(_picture(20, 30), form, **({} if form in ("BMP", "GIF") else {"exif": exif})))
     for place, value in changes:
         data[place % len(data)] = value
     with contextlib.suppress(ImageRefused):
@@ -114,27 +109,27 @@ def test_any_damage_gives_a_picture_or_a_refusal(form: str, changes: list[tuple[
 
 def test_alpha_lies_on_white() -> None:
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert np.asarray(decode_bytes(_bytes(clear, "PNG"), "x")).min() == 255
+    assert np.asarray(decode_bytes(encoded(clear, "PNG"), "x")).min() == 255
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1", "P", "LA", "I;16"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     deep = Image.fromarray(np.full((9, 9), 0x8000, dtype=np.uint16))
     image = deep if mode == "I;16" else _picture(9, 9).convert(mode)
-    found = decode_bytes(_bytes(image, "TIFF" if mode == "CMYK" else "PNG"), "x")
+    found = decode_bytes(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), "x")
     assert (found.mode, found.size) == ("RGB", (9, 9))
     if mode == "I;16":
         assert np.unique(np.asarray(found)).tolist() == [128]
 
 
 def test_jpeg_is_decoded_small_but_never_below_what_is_needed() -> None:
-    data = _bytes(_picture(1200, 800), "JPEG")
+    data = encoded(_picture(1200, 800), "JPEG")
     assert decode_bytes(data, "x", shortest=64).size == (300, 200)
     assert min(decode_bytes(data, "x", shortest=300).size) >= 600
 
 
 def test_box_is_cut_from_the_full_picture() -> None:
-    data = _bytes(_picture(), "PNG")
+    data = encoded(_picture(), "PNG")
     cut = decode_bytes(data, "x", box=(10, 5, 20, 30), shortest=4)
     np.testing.assert_array_equal(np.asarray(cut), np.asarray(_picture())[5:35, 10:30])
     with pytest.raises(ImageRefused, match="lies outside the 60x40 picture"):
@@ -145,7 +140,7 @@ def test_box_is_cut_from_the_full_picture() -> None:
 def test_a_box_is_cut_at_the_same_place_from_a_reduced_jpeg(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _bytes(_picture(1203, 805), "JPEG", quality=95, exif=exif)
+    data = encoded(_picture(1203, 805), "JPEG", quality=95, exif=exif)
     box = (101, 53, 610, 505)
     full, reduced = decode_bytes(data, "x", box), decode_bytes(data, "x", box, shortest=60)
     assert full.size == (610, 505)
@@ -166,7 +161,7 @@ def test_a_box_is_cut_at_the_same_place_from_a_reduced_jpeg(orientation: int) ->
 def test_a_reduced_box_is_twice_what_is_needed_or_whole(
     size: tuple[int, int], corner: tuple[float, float], sides: tuple[float, float], shortest: int
 ) -> None:
-    data = _bytes(Image.new("RGB", size), "JPEG")
+    data = encoded(Image.new("RGB", size), "JPEG")
     try:
         full = decode_bytes(data, "x", (*corner, *sides))
     except ImageRefused:
@@ -178,7 +173,7 @@ def test_a_reduced_box_is_twice_what_is_needed_or_whole(
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_truncated_files_are_refused(form: str, tmp_path: Path) -> None:
     path = tmp_path / "half.jpg"
-    data = _bytes(_picture(300, 200), form)
+    data = encoded(_picture(300, 200), form)
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ImageRefused, match=rf"{path}: truncated or broken picture"):
         decode(path)
