@@ -151,7 +151,8 @@ def _edit_header(change: Callable[[dict[str, Any]], object], length: int | None,
 
 
 def _first(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda header: next(one for name, one in header.items() if name != "__metadata__").update({key: value})
+    """A change of the first tensor that is no scalar: of one of those a lie could be the truth."""
+    return lambda header: next(one for one in header.values() if one.get("shape")).update({key: value})
 
 
 def _add_tensors(header: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from vpr.console import say
 from vpr.environment import available_cpus
 from vpr.errors import UserError
 from vpr.images import ImageRefused, decode_bytes, read_picture
-from vpr.readers import READERS, Row, unknown_suffixes
+from vpr.readers import LINKED, READERS, Row, passed_over
 from vpr.splits import check_shares, split_by_product
 
 _CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
@@ -32,7 +32,7 @@ class CatalogConfig:
         test: share of products held out to be scored.
         seed: of the split.
         skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder,
-            pictures and webdataset readers always list there what is no picture by name.
+            pictures and webdataset readers always list there what is no picture by name, and links to folders.
     """
 
     reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures", "webdataset"]
@@ -66,8 +66,9 @@ def build_catalog(config: CatalogConfig) -> Path:
         raise UserError(f"{config.root}: no pictures here: check --root and --reader")
     root = picture_root(config.reader, config.root)
     good, refused = check_pictures(root, rows, config.skip_unreadable)
-    if config.reader in ("folder", "pictures"):
-        refused += [(name, "unknown suffix") for name in unknown_suffixes(root, Path(config.output))]
+    if config.reader in ("folder", "pictures", "webdataset"):
+        over = passed_over(root, Path(config.output))
+        refused += [one for one in over if one[1] == LINKED or config.reader != "webdataset"]
     if not good:
         raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
     catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), root)

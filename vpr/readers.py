@@ -14,6 +14,7 @@ from vpr.shards import read_label, read_samples
 
 Row = dict[str, Any]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+UNKNOWN_SUFFIX, LINKED = "unknown suffix", "a link to a folder, which is not followed"
 UNLABELLED = "unlabelled"  # source of pictures without labels
 _MAX_FIELD = 1 << 20
 _MAX_RECORD = 4 << 20  # letters of a row of a CSV, on however many lines
@@ -118,11 +119,12 @@ def read_webdataset(root: Path) -> Iterator[Row]:
                 yield {**row, **label}
 
 
-def unknown_suffixes(root: Path, output: Path) -> list[str]:
-    """The files that :func:`read_folder` passes over, but for those of the catalogue itself, where it lies below."""
+def passed_over(root: Path, output: Path) -> list[tuple[str, str]]:
+    """What the readers of folders leave out, with the reason; no files of the catalogue itself, where it lies below."""
     own = output.resolve()
     skip = f"{own.relative_to(root.resolve()).as_posix()}/" if own.is_relative_to(root.resolve()) else None
-    return [name for name in _files(root) if not _is_picture(name) and not (skip and name.startswith(skip))]
+    names = [name for name in _files(root) if not _is_picture(name) and not (skip and name.startswith(skip))]
+    return [(name, LINKED if (root / name).is_dir() else UNKNOWN_SUFFIX) for name in names]
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -212,13 +214,14 @@ class _Lines:
 
 
 def _files(root: Path) -> list[str]:
-    """Names of all files below a folder, links to folders not followed, in the order of their parts."""
+    """Names of all files below a folder, and of links to folders (not followed), in the order of their parts."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: check --root")
     found: list[tuple[str, ...]] = []
-    for folder, _, files in os.walk(root, onerror=_raise):
+    for folder, folders, files in os.walk(root, onerror=_raise):
         parts = PurePosixPath(folder).relative_to(root).parts
-        found += [(*parts, name) for name in files]
+        links = [name for name in folders if os.path.islink(f"{folder}/{name}")]
+        found += [(*parts, name) for name in (*files, *links)]
     return ["/".join(parts) for parts in sorted(found)]
 
 

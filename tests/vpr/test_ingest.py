@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_files_that_are_no_pictures_by_name_are_listed_and_the_catalogue_itself_
     assert listed == [[name, "unknown suffix"] for name in ("README", "shoe/1.heic", "shoe/notes.txt")]
     assert first.card.metrics["set_aside"] == 3
     assert load_artifact(build_catalog(config)).sha256 == first.sha256
+
+
+@pytest.mark.parametrize("reader", ["folder", "pictures", "webdataset"])
+def test_a_folder_that_is_a_link_is_listed(texture_folder: Path, tmp_path: Path, reader: str) -> None:
+    """It is not followed; its products must not be missing without a word."""
+    root = tmp_path / "photos"
+    shutil.copytree(texture_folder / "product-00", root / "shoe")
+    with tarfile.open(root / "0.tar", "w") as tar:
+        tar.add(root / "shoe" / "0.jpg", "0.jpg")
+    (root / "boots").symlink_to(texture_folder / "product-01")
+    config = CatalogConfig(reader=reader, root=str(root), output=str(tmp_path / "catalog"))  # type: ignore[arg-type]
+    listed = load_artifact(build_catalog(config)).file("set_aside.csv").read_text()
+    assert 'boots,"a link to a folder, which is not followed"\n' in listed
+    assert listed.count("\n") == (2 if reader == "webdataset" else 3)
 
 
 def test_a_changed_box_is_not_taken_for_up_to_date(texture_folder: Path, tmp_path: Path) -> None:
