@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ KEPT = ROOT / "tests" / "corpus"
 _COVERED = re.compile(r"cov: (\d+) ft: \d+")
 _OPTIONS = ("-rss_limit_mb=4096", "-timeout=10", "-print_final_stats=1", "-reload=0")
 _FAULTS = ("fault-", "crash-", "timeout-", "oom-", "leak-")
+_MEMORY = "/dev/shm"  # waits for a disk take most of the time of inputs that are this small
 _RESTARTS = 100  # after crashes, or where the machine stood still
 
 
@@ -121,8 +123,10 @@ def _work(target: str, folder: Path, seconds: float, *arguments: str) -> int:
     """Run the worker to its end; its exit status. What it wrote is in ``log.txt``."""
     command = [sys.executable, "-m", "benchmarks.guided_fuzz_worker", target, str(folder), str(seconds)]
     command += [*arguments, *_OPTIONS, f"-artifact_prefix={folder}/"]
-    with (folder / "log.txt").open("w") as log:
-        return subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
+    memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as place, (folder / "log.txt").open("w") as log:
+        environment = {**os.environ, "TMPDIR": place}
+        return subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode
 
 
 def _run(target: str, folder: Path, seconds: float, *arguments: str) -> str:

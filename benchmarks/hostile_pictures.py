@@ -136,7 +136,7 @@ def _bombs() -> Iterator[Picture]:
             make = (
                 partial(blank_png, side, side, bits, colour)
                 if side < 13_000
-                else partial(_header_png, side, bits, colour)
+                else partial(promised_png, side, bits, colour)
             )
             yield Picture("bomb: PNG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGB", "L", "CMYK"):
@@ -283,7 +283,7 @@ def _sizes() -> Iterator[Picture]:
         yield Picture("size", f"{width}x{height}, PNG", "refused", partial(blank_png, width, height, 8, 0))
     for width, height in ((0, 1), (1, 0), (2**31, 1), (2**32 - 1, 2**32 - 1)):
         yield Picture(
-            "size", f"{width}x{height} in the head, PNG", "refused", partial(_header_png, width, 8, 2, height)
+            "size", f"{width}x{height} in the head, PNG", "refused", partial(promised_png, width, 8, 2, height)
         )
 
 
@@ -334,7 +334,7 @@ def _large(form: str, mode: str, side: int, options: dict[str, Any]) -> bytes:
     return encoded(Image.new(mode, (side, side)), form, **options)
 
 
-def _header_png(width: int, bits: int, colour: int, height: int | None = None) -> bytes:
+def promised_png(width: int, bits: int, colour: int, height: int | None = None) -> bytes:
     """What a PNG promises, without its pixels."""
     head = struct.pack(">IIBBBBB", width, width if height is None else height, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")

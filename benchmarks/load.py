@@ -68,7 +68,6 @@ class Seen:
         left: names of files in the page's temporary folder.
         said: what the process wrote after its address.
         code: exit status.
-        seconds: of all rounds.
     """
 
     idle: Footprint
@@ -78,7 +77,6 @@ class Seen:
     left: list[str] = field(default_factory=list)
     said: str = ""
     code: int = 0
-    seconds: float = 0.0
 
 
 def put_under_load(config: LoadConfig) -> Seen:
@@ -89,13 +87,11 @@ def put_under_load(config: LoadConfig) -> Seen:
     with tempfile.TemporaryDirectory(prefix="load-") as name, _serving(config, Path(name)) as (process, port):
         asyncio.run(run_clients(port, [[uploads.draw("good")]]))  # what is made at the first call only
         seen = Seen(_settled(process.pid, footprint(process.pid)))
-        begun = time.monotonic()
         for number in range(config.rounds):
             plans = [[uploads.draw() for _ in range(config.uploads)] for _ in range(config.clients)]
             asyncio.run(_watched(process.pid, port, plans, seen))
             seen.after.append(_settled(process.pid, seen.idle))
             say(f"  round {number + 1} of {config.rounds}: {len(seen.outcomes)} uploads so far")
-        seen.seconds = time.monotonic() - begun
         process.send_signal(signal.SIGINT)
         seen.code = process.wait(60)
         seen.left = sorted(path.name for path in (Path(name) / "tmp").iterdir())

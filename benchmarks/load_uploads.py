@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.hostile_pictures import promised_png
 from benchmarks.load_clients import Expected, Upload, Way
 from benchmarks.lookup import Searcher
 from benchmarks.search_page import MAX_BYTES, UPLOAD_SECONDS
@@ -90,13 +89,4 @@ def _enlarged(body: bytes) -> bytes:
     return stream.getvalue()
 
 
-def _png(side: int) -> bytes:
-    """A PNG of few bytes that says how large it is."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
-    packed = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-_BOMB = _png(12_000)
+_BOMB = promised_png(12_000, 8, 2)

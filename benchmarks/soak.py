@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.command import run_command
 from benchmarks.figures import Figure, Row
 from benchmarks.footprint import footprint, heap_in_use
 from benchmarks.running_clock import RunningClock
 from benchmarks.soak_round import make, one_round
 from benchmarks.trend import fit_trend
-from vpr.cli import quieten
 from vpr.console import say
 from vpr.errors import UserError
 
@@ -197,12 +197,8 @@ def _tenth(samples: list[Sample], number: int) -> Row:
 
 def main() -> None:
     """The soak that the flags ask for."""
-    from jsonargparse import auto_cli
-
-    path = soak(auto_cli(SoakConfig))
-    say(f"{path}: {len(read_samples(path))} rounds")
+    run_command("soak", __doc__, SoakConfig, lambda config: say(f"{soak(config)}: done"))
 
 
 if __name__ == "__main__":
-    quieten()
     main()

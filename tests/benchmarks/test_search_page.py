@@ -7,12 +7,10 @@ import io
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from benchmarks import http_limits, search_page
+from benchmarks.hostile_pictures import promised_png
 from benchmarks.http_limits import ADDRESS, Room, make_server
 from benchmarks.lookup import Searcher, load_searchers
 from benchmarks.search_page import MAX_BYTES, ServeConfig, make_app, serve
@@ -195,15 +194,6 @@ def jpeg(side: int = 64) -> bytes:
     return stream.getvalue()
 
 
-def png(side: int) -> bytes:
-    """A PNG of few bytes that says how large it is."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
-    packed = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -212,8 +202,8 @@ def png(side: int) -> bytes:
         (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not a picture"),
         (b"<!doctype html><script>alert(1)</script>", "not a picture"),
         (jpeg()[:900], "truncated or broken picture"),
-        (png(12_000), "12000x12000 pixels, more than 50000000"),
-        (png(50_000), "truncated or broken picture (Image size (2500000000 pixels) exceeds limit"),
+        (promised_png(12_000, 8, 2), "12000x12000 pixels, more than 50000000"),
+        (promised_png(50_000, 8, 2), "truncated or broken picture (Image size (2500000000 pixels) exceeds limit"),
     ],
     ids=["empty", "text", "svg", "html", "truncated", "144 megapixels", "2500 megapixels"],
 )
