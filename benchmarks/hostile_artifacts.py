@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -151,8 +152,10 @@ def _edit_header(change: Callable[[dict[str, Any]], object], length: int | None,
 
 
 def _first(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
-    """A change of the first tensor that is no scalar: of one of those a lie could be the truth."""
-    return lambda header: next(one for one in header.values() if one.get("shape")).update({key: value})
+    """A change of the first tensor of many numbers: of one or none a lie could be the truth."""
+    return lambda header: next(one for one in header.values() if math.prod(one.get("shape", [])) > 1).update(
+        {key: value}
+    )
 
 
 def _add_tensors(header: dict[str, Any]) -> None:

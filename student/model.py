@@ -278,6 +278,8 @@ def load_student(path: Path | str) -> tuple[Student, Artifact]:
             described = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
         if described != {name: tensor.shape for name, tensor in weights.items()}:
             raise UserError("its weights are not those of the network that its card describes")
+        if artifact.card.embedding is None or artifact.card.embedding.dim != config.embedding_dim:
+            raise UserError(f"its card does not say the {config.embedding_dim} dimensions of its network")
         model = Student(config)
         model.load_state_dict(weights)
     return model.eval(), artifact

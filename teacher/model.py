@@ -130,8 +130,8 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
     for key, value in {**vision, "embed_dim": config["embed_dim"]}.items():
         most = _MOST_LAYERS if key == "layers" else _LARGEST
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not -most <= number <= most:
-                raise UserError(f"tower.name: {path}: {key} is beyond {most}: give the size of a tower")
+            if isinstance(number, int | float) and not 0 <= number <= most:
+                raise UserError(f"tower.name: {path}: {key} is not within 0 and {most}: give the size of a tower")
     if ":" in str(vision.get("timm_model_name", "")):
         raise UserError(f"tower.name: {path}: timm_model_name names a hub: give the name of a model of timm's own")
 

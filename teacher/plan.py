@@ -76,7 +76,7 @@ def _building(what: str) -> Iterator[None]:
     """Turn what a library says of a configuration that no network can be made of into one line."""
     try:
         yield
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{what}: cannot be built ({reason}): mend the configuration of the tower") from None
 

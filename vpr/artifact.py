@@ -70,7 +70,7 @@ class FileEntry(_Part):
 class Embedding(_Part):
     """What the model puts out: dimension, whether L2-normalised, dtype."""
 
-    dim: int = Field(ge=1)
+    dim: int = Field(ge=1, le=1 << 16)
     normalised: bool
     dtype: Literal["float32", "float16"]
 

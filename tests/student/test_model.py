@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from vit_pytorch import ViT
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.model import PRESETS, ConvStem, Student, StudentConfig, count_multiply_adds, count_parameters, load_student
-from vpr.artifact import write_artifact
+from vpr.artifact import Embedding, write_artifact
 from vpr.errors import UserError
 
 
@@ -148,4 +149,19 @@ def test_a_card_that_describes_a_larger_network_allocates_none(tmp_path: Path, m
     with write_artifact(tmp_path / "student", "student", {"model": asdict(huge)}) as draft:
         save_file(Student(config).state_dict(), draft.path / "model.safetensors")
     with pytest.raises(UserError, match="its weights are not those of the network that its card describes"):
+        load_student(tmp_path / "student")
+
+
+@pytest.mark.parametrize("dim", [None, 15, 2**40])
+def test_a_card_that_says_other_dimensions_is_refused(tmp_path: Path, dim: int | None) -> None:
+    shape = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "mlp_dim": 64, "embedding_dim": 16}
+    config = StudentConfig(image_size=32, **shape)
+    with write_artifact(tmp_path / "student", "student", {"model": asdict(config)}) as draft:
+        save_file(Student(config).state_dict(), draft.path / "model.safetensors")
+        draft.embedding = Embedding(dim=16, normalised=True, dtype="float32")
+    assert load_student(tmp_path / "student")[0]
+    card = json.loads((tmp_path / "student" / "card.json").read_bytes())
+    card["embedding"] = dim and {**card["embedding"], "dim": dim}
+    (tmp_path / "student" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"does not say the 16 dimensions|key 'embedding\.dim'"):
         load_student(tmp_path / "student")
