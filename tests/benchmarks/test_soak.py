@@ -120,6 +120,22 @@ with running_clock.RunningClock() as clock:
     assert counted > 0.2
 
 
+def test_names_that_come_and_go_do_not_count_as_growth() -> None:
+    code = """
+import sys
+from benchmarks.footprint import heap_in_use
+from benchmarks.soak import make_room_for_names
+make_room_for_names()
+first = heap_in_use()
+for number in range(300):
+    names = [sys.intern(f"{number} {name}") for name in range(1300)]
+    del names
+print((heap_in_use() - first) / 2**20)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert abs(float(told.stdout)) < 1
+
+
 @pytest.mark.slow
 def test_a_round_trains_embeds_and_searches_and_leaves_nothing(tmp_path: Path) -> None:
     make(tmp_path / "made")
