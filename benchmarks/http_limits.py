@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,6 +17,7 @@ from vpr.errors import UserError
 
 ADDRESS = "127.0.0.1"
 CONNECTIONS = 256  # more are answered 503
+LINGER_SECONDS = 2.0  # that a client is read, and not heard, after its last answer
 HEAD_SECONDS = 10.0  # from a connection's first moment, or its last answer, to a whole request head
 
 
@@ -46,6 +48,36 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     )
 
 
+class _Lingering:
+    """A transport that is closed in two steps, so that the last answer arrives (RFC 9112, 9.6).
+
+    A socket that is closed while the rest of an upload lies unread in it resets its connection, and a reset takes back
+    an answer that the client has not read yet: the word that its upload is too large.
+
+    Args:
+        transport: of the connection.
+        loop: that it runs in.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Say that nothing follows, and wait for the client to close, or for some seconds."""
+        if not self.is_closing():
+            self.lingers = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._loop.call_later(LINGER_SECONDS, self._transport.abort)
+
+
 class Connection(H11Protocol):
     """A connection that is closed when no whole request comes: uvicorn would wait for ever for the rest of one."""
 
@@ -53,6 +85,13 @@ class Connection(H11Protocol):
         """The first request is awaited from now on."""
         self._limit = self.loop.call_later(HEAD_SECONDS, self._close_idle)
         super().connection_made(transport)
+        self._ending = _Lingering(transport, self.loop)
+        self.transport = self._ending  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request, or what is sent after the last one."""
+        if not self._ending.lingers:
+            super().data_received(data)
 
     def on_response_complete(self) -> None:
         """The next request is awaited from now on."""

@@ -222,6 +222,31 @@ def test_a_body_too_large_is_refused_before_it_has_come(site: Site) -> None:
         assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_refusal_arrives_though_the_client_goes_on_sending(site: Site) -> None:
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        head = (
+            f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n"
+        )
+        client.sendall(head.encode() + bytes(1 << 20))
+        time.sleep(0.3)
+        client.sendall(bytes(1 << 20))
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.endswith(b"Content Too Large")
+
+
+def test_a_client_that_never_ends_is_cut_off_after_its_answer(site: Site) -> None:
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        client.sendall(f"GET /absent HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n\r\n".encode())
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        time.sleep(http_limits.LINGER_SECONDS + 0.5)
+        with suppress(ConnectionError):
+            client.sendall(b"more")
+        time.sleep(0.2)
+        with pytest.raises(ConnectionError):
+            client.sendall(b"more")
+
+
 def test_a_body_that_does_not_say_its_size_is_cut_off(site: Site) -> None:
     sent = 0
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
