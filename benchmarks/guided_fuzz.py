@@ -95,20 +95,25 @@ def _fuzz(target: str, folder: Path, seconds: float) -> Fuzzed:
         empty.mkdir()
         nothing = _covered(_run(target, Path(name), seconds, str(empty), "-runs=0"))
         kept = _covered(_run(target, Path(name), seconds, str(empty), str(KEPT / target), "-runs=0"))
-    log, told = "", dict[str, Any](accepted=0, refused=0, seconds=0.0)
     for _ in range(_RESTARTS):
-        log = _run(target, folder, seconds, str(grown), str(KEPT / target))
-        if (folder / "told.json").is_file():
-            told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
-        _drop_false_alarms(target, folder)
-        if told["seconds"] >= seconds:
+        if _told(folder)["seconds"] >= seconds:
             break
+        _run(target, folder, seconds, str(grown), str(KEPT / target))
+        _drop_false_alarms(target, folder)
+    told = _told(folder)
+    with tempfile.TemporaryDirectory() as name:
+        reached = _covered(_run(target, Path(name), math.inf, str(grown), str(KEPT / target), "-runs=0"))
     faults = sorted(path.name for path in folder.iterdir() if path.name.startswith(_FAULTS) and path.suffix != ".txt")
-    fuzzed = Fuzzed(
-        target, told["seconds"], told["accepted"], told["refused"], tuple(faults), (nothing, kept, _covered(log))
-    )
+    fuzzed = Fuzzed(target, told["seconds"], told["accepted"], told["refused"], tuple(faults), (nothing, kept, reached))
     say(f"  {target}: {told['accepted'] + told['refused']} inputs in {told['seconds']:.0f} s, {len(faults)} faults")
     return fuzzed
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """What all runs so far have counted."""
+    path = folder / "told.json"
+    none = {"accepted": 0, "refused": 0, "seconds": 0.0}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else none
 
 
 def _drop_false_alarms(target: str, folder: Path) -> None:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz_targets import TARGETS, Target
-from benchmarks.guided_fuzz import KEPT, NAMES, Fuzzed, GuidedFuzzConfig, _drop_false_alarms, guided_fuzz, summarise
+from benchmarks.guided_fuzz import (
+    KEPT,
+    NAMES,
+    Fuzzed,
+    GuidedFuzzConfig,
+    _drop_false_alarms,
+    _fuzz,
+    guided_fuzz,
+    summarise,
+)
 from vpr.errors import UserError
 
 CORPUS = [(name, path.name) for name in NAMES for path in sorted((KEPT / name).iterdir())]
@@ -115,3 +124,19 @@ def test_what_cannot_be_fuzzed_is_refused() -> None:
         GuidedFuzzConfig(targets=("cards",))
     with pytest.raises(UserError, match=r"seconds: 0\.0: give more than 0"):
         GuidedFuzzConfig(seconds=0.0)
+
+
+def test_a_target_that_has_had_its_time_is_only_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def run(target: str, folder: Path, seconds: float, *arguments: str) -> str:
+        asked.append(arguments)
+        return "INITED cov: 7 ft: 9"
+
+    monkeypatch.setattr("benchmarks.guided_fuzz._run", run)
+    (tmp_path / "told.json").write_text('{"accepted": 1, "refused": 2, "seconds": 5.0}')
+    (tmp_path / "fault-1").touch()
+    done = _fuzz("card", tmp_path, 5.0)
+    assert (done.accepted, done.refused, done.seconds, done.covered) == (1, 2, 5.0, (7, 7, 7))
+    assert done.faults == ("fault-1",)
+    assert [arguments[-1] for arguments in asked] == ["-runs=0"] * 3
