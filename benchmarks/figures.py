@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -188,7 +189,10 @@ def main() -> None:
     for name in DOCUMENTS:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
-        new = drawn(text)
+        try:
+            new = drawn(text)
+        except UserError as error:
+            sys.exit(f"benchmarks.figures: {error}")
         if new == text:
             say(f"{name}: its tables are as recorded")
             continue

@@ -28,7 +28,7 @@ from vpr.artifact import load_artifact
 from vpr.catalog import Catalog
 from vpr.cli import main
 from vpr.embed import EmbedConfig
-from vpr.errors import UserError
+from vpr.errors import TOO_LITTLE_MEMORY, UserError
 
 PICTURE = "2/0.png"  # of the shop's gallery: a hostile one takes its place
 PICTURE_ROADS = ("catalog", "embed the shop", "upload", "gallery picture")
@@ -61,7 +61,7 @@ def command(*arguments: str) -> None:
 
     Raises:
         UserError: it ended with 2 and one line.
-        RuntimeError: it ended with anything else.
+        RuntimeError: it ended with anything else, or for lack of memory.
     """
     said = io.StringIO()
     try:
@@ -71,6 +71,8 @@ def command(*arguments: str) -> None:
         lines = [line for line in said.getvalue().splitlines() if line.startswith("vpr: ")]
         if ended.code != 2 or len(lines) != 1 or not lines[0].startswith(_LINE):
             raise RuntimeError(f"exit status {ended.code} after {said.getvalue()[-500:]!r}") from None
+        if TOO_LITTLE_MEMORY in lines[0]:  # what was given has made it ask for more than there is
+            raise RuntimeError(lines[0]) from None
         raise UserError(lines[0].removeprefix(_LINE)) from None
 
 

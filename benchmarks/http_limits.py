@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -73,9 +73,10 @@ class _Lingering:
         """Say that nothing follows, and wait for the client to close, or for some seconds."""
         if not self.is_closing():
             self.lingers = True
-            self._transport.write_eof()
-            self._transport.resume_reading()
             self._loop.call_later(LINGER_SECONDS, self._transport.abort)
+            with suppress(OSError):  # the client has left, which the loop has not been told yet
+                self._transport.write_eof()
+            self._transport.resume_reading()
 
 
 class Connection(H11Protocol):

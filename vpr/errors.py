@@ -13,6 +13,7 @@ _AGAIN = ", then give the same command again: what is done is kept"
 # torch.utils.data's RuntimeError, from its handler of SIGCHLD or from the queue that stays empty.
 _LOST = re.compile(r"DataLoader worker \(pid[^ ]* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
 _TOO_LITTLE = "it had too little memory, or too little shared memory (of a container: --shm-size)"
+TOO_LITTLE_MEMORY = "there is too little memory"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,7 +66,7 @@ def remedy(error: BaseException | None) -> str | None:
             return f"a process that reads pictures was lost ({lost}): {_TOO_LITTLE}: lower loader.workers{_AGAIN}"
         if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is PyTorch's, of a GPU
             said = str(error).split(". ")
-            return f"there is too little memory ({'. '.join(said[:2])}): lower the batch size{_AGAIN}"
+            return f"{TOO_LITTLE_MEMORY} ({'. '.join(said[:2])}): lower the batch size, or free some{_AGAIN}"
         error = error.__cause__ or error.__context__
     return None
 

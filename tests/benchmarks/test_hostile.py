@@ -56,6 +56,15 @@ def test_a_command_s_line_is_told_from_other_ends(tmp_path: Path) -> None:
     assert isinstance(ROADS["upload"], Verb)
 
 
+def test_a_command_that_runs_out_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("vpr.cli.run", run)
+    with pytest.raises(RuntimeError, match="there is too little memory"):
+        command("doctor")
+
+
 def _told(outcome: str, expected: str = "refused", seconds: float = 0.1, memory: int = 10**9) -> HostileResult:
     return HostileResult(
         0, "bomb", f"{outcome} {expected} {seconds}", "catalog", expected, outcome, "", seconds, 0.2, memory

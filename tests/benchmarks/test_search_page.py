@@ -235,6 +235,25 @@ def test_a_refusal_arrives_though_the_client_goes_on_sending(site: Site) -> None
     assert answer.endswith(b"Content Too Large")
 
 
+def test_a_client_that_has_left_does_not_disturb_the_end() -> None:
+    """Its reset may lie in the socket before the loop tells of it: nothing can be said there any more."""
+    client, server = socket.socketpair()
+
+    async def close() -> bool:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=server)
+        transport.write_eof = lambda: server.shutdown(99)  # type: ignore[method-assign]
+        ending = http_limits._Lingering(transport, loop)
+        ending.close()
+        lingers = ending.is_closing()
+        ending.close()
+        transport.abort()
+        return lingers
+
+    with client:
+        assert asyncio.run(close())
+
+
 def test_a_client_that_never_ends_is_cut_off_after_its_answer(site: Site) -> None:
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         client.sendall(f"GET /absent HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n\r\n".encode())
