@@ -202,7 +202,7 @@ def fit(
 
     Args:
         module: losses and optimiser.
-        loaders: training and validation batches.
+        loaders: training batches, drawn by an :class:`~vpr.loading.EpochSampler`, and validation batches.
         kept: the part of ``module`` whose best weights are written to ``best.safetensors``.
         folder: logs, checkpoint and best weights.
         epochs: total.

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vpr.catalog import SCHEMA, Catalog
 from vpr.images import Preprocess
+from vpr.loading import EpochSampler, LoaderConfig
 from vpr.processes import gathered, is_first, leave, rank_and_world
 from vpr.training import RecallModule, RunConfig, fit
 
-BATCH, SIZE = 16, 16
+BATCHES, BATCH, SIZE = 5, 16, 16
 
 
 def catalog() -> Catalog:
@@ -30,14 +32,35 @@ def catalog() -> Catalog:
     return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), Path())
 
 
-def batches(count: int, size: int, seed: int) -> list[dict[str, Tensor]]:
-    """This process's share of seeded batches of the whole."""
+class Pixels(Dataset[dict[str, Tensor]]):
+    """Seeded noise."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        drawn = np.random.default_rng(seed).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
+        self.pixels = torch.from_numpy(drawn)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {"rows": torch.tensor(rows), "pixels": self.pixels[rows]}
+
+
+def loaders() -> tuple[DataLoader[dict[str, Tensor]], DataLoader[dict[str, Tensor]]]:
+    """This process's share of the training and the validation batches of all."""
     rank, world = rank_and_world()
-    rng = np.random.default_rng(seed)
-    pixels = torch.from_numpy(rng.integers(0, 256, (count, size, 3, SIZE, SIZE), dtype=np.uint8))
-    rows = torch.arange(count * size).view(count, size)
-    share = slice(rank * size // world, (rank + 1) * size // world)
-    return [{"rows": rows[n][share], "pixels": pixels[n][share]} for n in range(count)]
+    products = np.array([str(n % 6) for n in range(BATCHES * BATCH)])
+    sampler = EpochSampler(products, LoaderConfig(batch_size=BATCH // world), 0, rank, world)
+    shared = catalog()
+    rows = range(rank * len(shared) // world, (rank + 1) * len(shared) // world)
+    return (
+        DataLoader(Pixels(len(products), 0), BATCH // world, sampler=sampler, collate_fn=_as_it_is),
+        DataLoader(Pixels(len(shared), 1), len(rows), sampler=rows, collate_fn=_as_it_is),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class Block(nn.Module):
@@ -75,9 +98,7 @@ class Small(RecallModule):
 def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
     """Train, or go on with what is in ``folder``."""
     module = Small()
-    training, validation = (batches(5, BATCH, 0), batches(1, 24, 1))
-    loaders = tuple(DataLoader(part, batch_size=None) for part in (training, validation))  # type: ignore[arg-type, var-annotated]
-    fitted = fit(module, loaders, module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))  # type: ignore[arg-type]
+    fitted = fit(module, loaders(), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))
     if is_first():
         save_file(fitted.last, folder / "last.safetensors")
         (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": fitted.best}))
