@@ -36,6 +36,7 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 OLDER = {"older": True}  # configuration of an artifact that lies at an output before
 _LOOK = 0.002
 _JITTER = 0.05  # seconds: a process that waits for its disk uses no processor time
+_PARTING = 10.0  # seconds that what a killed process had started may take to end
 
 Prepare = Callable[[], None]
 
@@ -48,11 +49,13 @@ class Ended:
         code: exit status; minus the signal that ended it.
         seconds: of processor time, imports aside.
         output: what it printed.
+        orphans: processes that it had started and that were still there a while after a kill.
     """
 
     code: int
     seconds: float
     output: str
+    orphans: tuple[str, ...] = ()
 
     @property
     def killed(self) -> bool:
@@ -165,7 +168,8 @@ class Running:
             time.sleep(np.random.default_rng(int(spent * 1e9)).uniform(0, _JITTER))
             self.kill()
         self._process.join()
-        return Ended(self._process.exitcode, spent, self._log.read_text(encoding="utf-8", errors="replace"))
+        output = self._log.read_text(encoding="utf-8", errors="replace")
+        return Ended(self._process.exitcode, spent, output, survivors(self._process.pid))
 
     def kill(self) -> None:
         """``kill -9``; nothing if it has ended."""
@@ -179,6 +183,26 @@ class Running:
             return 0.0
 
 
+def survivors(session: int, seconds: float = _PARTING) -> tuple[str, ...]:
+    """Processes of a session that are there when its first one has ended; they are waited for at most so long."""
+    until = time.monotonic() + seconds
+    while (left := _members(session)) and time.monotonic() < until:
+        time.sleep(_LOOK)
+    return left
+
+
+def _members(session: int) -> tuple[str, ...]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, its_session = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
+        except OSError:  # it has ended meanwhile
+            continue
+        if its_session == str(session) and state not in "ZX":
+            found.append(f"process {process.name}")
+    return tuple(found)
+
+
 def _begun(log: Path) -> Path:
     return log.with_suffix(".begun")
 
@@ -186,6 +210,7 @@ def _begun(log: Path) -> Path:
 def _run(command: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
     if len(os.listdir(f"/proc/{os.getppid()}/task")) != 1:
         raise RuntimeError("the process that this one was forked from has threads: preload less")
+    os.setsid()  # so that what it starts can be told
     with log.open("ab") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)

@@ -31,7 +31,7 @@ class KilledRun:
         damaged: artifacts that could be seen after a kill and were not whole, in words.
         stuck: why the run that followed did not finish; empty if it did.
         differs: what its result has otherwise than the unbroken one's.
-        left: files that are no part of the result.
+        left: files that are no part of the result, and processes that outlived a kill.
         again: processor time of the last run, over the unbroken one's.
     """
 
@@ -75,6 +75,7 @@ def kill_at_step(pipeline: Pipeline, stage: Stage, step: int, folder: Path) -> K
     pipeline.lay_older(stage, output)
     done = pipeline.run(stage, output, prepare=partial(die_at, step, str(folder)))
     run.kills += done.killed
+    run.left += done.orphans
     _look(output, run)
     _finish(pipeline, stage, output, run)
     return run
@@ -84,6 +85,7 @@ def _kill(pipeline: Pipeline, stage: Stage, output: Path, rng: np.random.Generat
     done = pipeline.run(stage, output, float(rng.random()) * pipeline.work[stage.name])
     if done.killed:
         run.kills += 1
+        run.left += done.orphans
         _look(output, run)
     elif done.code:
         run.stuck = f"exit status {done.code}: {done.output[-300:]}"
@@ -104,7 +106,7 @@ def _check(pipeline: Pipeline, stage: Stage, output: Path, run: KilledRun) -> No
         run.differs = difference(stage, pipeline.unbroken(stage), output)
     except UserError as error:
         run.damaged.append(str(error))
-    run.left = leftovers(pipeline.unbroken(stage).parent, output.parent)
+    run.left += leftovers(pipeline.unbroken(stage).parent, output.parent)
 
 
 def _look(output: Path, run: KilledRun) -> None:

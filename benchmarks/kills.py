@@ -73,7 +73,7 @@ def kill_figures(
                 sum(bool(one.differs) for one in killed),
                 0,
             ),
-            figure(f"{what}: runs that leave files behind", sum(bool(one.left) for one in killed), 0),
+            figure(f"{what}: runs that leave files or processes behind", sum(bool(one.left) for one in killed), 0),
         ]
     figures.append(Figure("kills at every step of writing", len(stepped), "", None, ">=", command))
     names = dict.fromkeys(one.stage for one in drawn)
@@ -90,7 +90,7 @@ def _row(name: str, killed: list[KilledRun]) -> Row:
         "damaged": sum(len(one.damaged) for one in killed),
         "cannot go on": sum(bool(one.stuck) for one in killed),
         "another result": sum(bool(one.differs) for one in killed),
-        "files left": sum(bool(one.left) for one in killed),
+        "files or processes left": sum(bool(one.left) for one in killed),
         "work of the last run": f"{np.mean([one.again for one in killed]):.0%}",
     }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,7 +169,24 @@ def _loader(dataset: PictureDataset, config: LoaderConfig, rows: Iterable[int]) 
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=_PREFETCH if config.workers else None,
         persistent_workers=config.workers > 0,
+        worker_init_fn=_end_with_the_training,
     )
+
+
+def _end_with_the_training(_: int) -> None:
+    """Let a worker end where the process that reads from it is killed.
+
+    torch looks whether the worker's parent lives. Where Python's fork server starts workers, as from 3.14 on, that is
+    the server, which itself waits for the last of them: both would stay for ever.
+    """
+    training = multiprocessing.parent_process()
+    assert training is not None
+
+    def wait() -> None:
+        training.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Normalise(nn.Module):

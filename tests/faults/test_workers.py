@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fault_stages import difference, leftovers
-from benchmarks.faults import Pipeline
+from benchmarks.faults import Pipeline, survivors
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpr")
 
@@ -72,3 +72,28 @@ def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert not difference(stage, pipeline.unbroken(stage), output)
     assert not leftovers(pipeline.unbroken(stage).parent, output.parent)
+
+
+# Python 3.14 starts processes by the fork server where none other is asked for; those before it fork.
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_killed_training_takes_its_workers_with_it(pipeline: Pipeline, tmp_path: Path, method: str) -> None:
+    stage, output = pipeline.stages["teacher"], tmp_path / "killed" / "teacher"
+    output.parent.mkdir()
+    code = f"""
+import multiprocessing, sys
+from vpr.cli import main
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    main(sys.argv[1:])
+"""
+    script = tmp_path / "train.py"
+    script.write_text(code, encoding="utf-8")
+    command = [sys.executable, str(script), *pipeline.command(stage, output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, start_new_session=True) as process:
+        while not list(output.parent.glob("*.run-*/stage-1/last.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert survivors(process.pid, 0)
+        process.kill()
+    assert not survivors(process.pid)
