@@ -23,7 +23,7 @@ from vpr.artifact import find_current, plain, write_artifact
 from vpr.console import say
 from vpr.errors import UserError, check_numbers
 from vpr.runtime import INPUT
-from vpr.unfinished import written_whole
+from vpr.unfinished import check_file, written_whole
 
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -71,6 +71,7 @@ class EngineConfig:
         return tuple(name for name in self.target.split(",") if name)
 
     def __post_init__(self) -> None:
+        check_file("timing_cache", self.timing_cache)
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
             raise UserError(f"target: {', '.join(unknown) or 'none, or one twice'}: choose from {', '.join(TARGETS)}")

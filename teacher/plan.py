@@ -18,7 +18,7 @@ from teacher.model import TowerConfig, build_teacher
 from teacher.module import Place
 from vpr.catalog import Catalog
 from vpr.console import say
-from vpr.errors import UserError
+from vpr.errors import UserError, remedy
 from vpr.loading import EpochSampler, LoaderConfig
 from vpr.processes import rank_and_world
 from vpr.training import RunConfig, best_precision
@@ -77,6 +77,8 @@ def _building(what: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if remedy(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{what}: cannot be built ({reason}): mend the configuration of the tower") from None
 

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpr.artifact import CARD_NAME, SCHEMA, Card
+from vpr.artifact import CARD_NAME, SCHEMA, Card, Damaged, read_card_file
 from vpr.callbacks import MONITOR
 from vpr.console import say
 from vpr.errors import UserError, printable
-from vpr.unfinished import run_folder, written_whole
+from vpr.unfinished import check_file, run_folder, written_whole
 
-_MAX_CARD_BYTES = 4 << 20
 _RUN = ".run-"
 _FILE_WIDTH = 180
 
@@ -40,6 +39,9 @@ class RunsConfig:
 
     folder: str = "runs"
     output: str = ""
+
+    def __post_init__(self) -> None:
+        check_file("output", self.output)
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,15 @@ def _folders(folder: Path) -> Iterator[Path]:
 def _read(path: Path) -> Card | str | None:
     """A teacher's card, None for another kind's, or why it cannot be read."""
     try:
-        if path.stat().st_size > _MAX_CARD_BYTES:
-            return "its card is too large"
-        raw = path.read_bytes()
+        raw = read_card_file(path)
         values = json.loads(raw)
         if values["kind"] != "teacher":
             return None
         if values["schema"] > SCHEMA:
             return "written by a newer version"
         return Card.model_validate_json(raw)
+    except Damaged as error:
+        return str(error)
     except OSError as error:
         return error.strerror or "its card cannot be read"
     except ValidationError as error:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vpr import __version__
 from vpr.environment import environment
-from vpr.errors import UserError
+from vpr.errors import UserError, remedy
 from vpr.images import ImageRefused, Preprocess
 from vpr.locked import locked
 
@@ -104,7 +104,7 @@ class Card(_Part):
 
 
 class Damaged(UserError):
-    """A file of an artifact is missing or is not what was written."""
+    """A file of an artifact, its card included, is missing or is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ def reading(artifact: Artifact) -> Iterator[None]:
         yield
     except Exception as error:
         told = isinstance(error, UserError)
-        if isinstance(error, ImageRefused) or (told and str(artifact.path) in str(error)):
+        # What the machine lacks is no fault of the artifact.
+        if isinstance(error, ImageRefused) or (told and str(artifact.path) in str(error)) or remedy(error):
             raise
         reason = f"{'' if told else type(error).__name__ + ': '}{' '.join(str(error).split())[:200]}"
         raise UserError(f"{artifact.path}: is no usable {artifact.card.kind} ({reason}): make it again") from None
@@ -269,16 +270,25 @@ def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parent
     return artifact if same else None
 
 
+def read_card_file(path: Path) -> bytes:
+    """The bytes of a card, if that is a plain file of a card's size.
+
+    Raises:
+        Damaged: it is something else.
+        OSError: it is not there, or cannot be read.
+    """
+    state = path.lstat()
+    if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
+        raise Damaged(f"{path}: is no plain file: artifacts hold plain files, make it again")
+    if state.st_size > _MAX_CARD_BYTES:
+        raise Damaged(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
+    return path.read_bytes()
+
+
 def _read_card(root: Path) -> bytes:
-    path = root / CARD_NAME
     for _ in range(2):
         with suppress(FileNotFoundError, NotADirectoryError):
-            state = path.lstat()
-            if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
-                raise UserError(f"{path}: is no plain file: artifacts hold plain files, make it again")
-            if state.st_size > _MAX_CARD_BYTES:
-                raise UserError(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
-            return path.read_bytes()
+            return read_card_file(root / CARD_NAME)
         _restore_previous(root)
     raise UserError(f"{root}: no artifact here (no {CARD_NAME}): check the path, or make it first")
 
@@ -288,7 +298,7 @@ def _parse_card(path: Path, raw: bytes) -> Card:
         values = json.loads(raw)
         version = values["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
+        raise Damaged(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
     if not isinstance(version, int) or version > SCHEMA:
         raise UserError(
             f"{path}: card schema {version!r}, this version reads up to {SCHEMA}: upgrade visual-product-recognition"
@@ -298,14 +308,14 @@ def _parse_card(path: Path, raw: bytes) -> Card:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
+        raise Damaged(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
 
 
 def _refuse_other_kind(target: Path, kind: Kind) -> None:
     """An output that names an input, by slip, must not replace it."""
     try:
-        found = json.loads((target / CARD_NAME).read_bytes())["kind"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(read_card_file(target / CARD_NAME))["kind"]
+    except (Damaged, OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if found != kind:
         raise UserError(f"{target}: holds a {found} artifact, a {kind} would replace it: choose another output")

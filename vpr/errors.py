@@ -14,6 +14,8 @@ _AGAIN = ", then give the same command again: what is done is kept"
 _LOST = re.compile(r"DataLoader worker \(pid[^ ]* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
 _TOO_LITTLE = "it had too little memory, or too little shared memory (of a container: --shm-size)"
 TOO_LITTLE_MEMORY = "there is too little memory"
+_NO_MEMORY = ("MemoryError", "OutOfMemoryError")  # the second is PyTorch's, of a GPU
+_NO_MEMORY_OF_TORCH = "DefaultCPUAllocator: can't allocate memory"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -63,10 +65,11 @@ def remedy(error: BaseException | None) -> str | None:
         if number in _FULL:
             return f"the disk has no room ({os.strerror(number)}): make room{_AGAIN}"
         if lost := _lost_worker(error):
-            return f"a process that reads pictures was lost ({lost}): {_TOO_LITTLE}: lower loader.workers{_AGAIN}"
-        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is PyTorch's, of a GPU
-            said = str(error).split(". ")
-            return f"{TOO_LITTLE_MEMORY} ({'. '.join(said[:2])}): lower the batch size, or free some{_AGAIN}"
+            return f"a process that reads pictures was lost ({lost}): {_TOO_LITTLE}: give fewer workers{_AGAIN}"
+        if type(error).__name__ in _NO_MEMORY or _NO_MEMORY_OF_TORCH in str(error):
+            said = ". ".join(str(error).split(". ")[:2])
+            where = f" ({said})" if said else ""
+            return f"{TOO_LITTLE_MEMORY}{where}: lower the batch size, or free some{_AGAIN}"
         error = error.__cause__ or error.__context__
     return None
 

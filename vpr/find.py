@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpr.artifact import CARD_NAME
 from vpr.console import say
 from vpr.embeddings import Embeddings, load_embeddings
 from vpr.errors import UserError, check_numbers, printable
 from vpr.rerank import RerankConfig, rank
-from vpr.unfinished import save_whole, written_whole
+from vpr.unfinished import check_file, save_whole, written_whole
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _SHOWN = 8
@@ -46,14 +45,8 @@ class FindConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, k=(1, None))
-        for name in ("output", "submission"):
-            path = Path(getattr(self, name))
-            if not getattr(self, name):
-                continue
-            if path.is_dir() or not path.name or not path.parent.is_dir():
-                raise UserError(f"{name}: {path}: is no file in a folder that exists: name one")
-            if (path.parent / CARD_NAME).is_file():
-                raise UserError(f"{name}: {path}: lies in an artifact, whose files are fixed: choose another folder")
+        check_file("output", self.output)
+        check_file("submission", self.submission)
         if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
             raise UserError(f"submission: {self.submission}: is the output too: name another file")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto
 
 from vpr.artifact import Artifact, Card, reading
-from vpr.errors import UserError
+from vpr.errors import UserError, remedy
 from vpr.runtime import CPU, INPUT, OUTPUT, open_session
 
 _DOMAINS = ("", "ai.onnx")
@@ -135,5 +135,7 @@ def refused_by(library: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # their exceptions have no base of their own
+        if remedy(error):  # what the machine lacks is no fault of the graph
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{library}: cannot run the graph ({reason}): export the student again") from None

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from pydantic import BaseModel, ConfigDict, Field
 
-from vpr.errors import UserError
+from vpr.errors import TOO_LITTLE_MEMORY, UserError
 from vpr.picture_limits import MAX_EXIF_BYTES, MAX_FILE_BYTES, MAX_PIXELS, Room, TooMuch, check_file, check_picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -163,11 +163,14 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_picture(image, scans, len(data))
             pixels = image.width * image.height
-            edges = None if box is None else _edges(image, box, name)
-            scale = _reduce(image, edges, shortest) if shortest else 1.0
+            edges, scale = None, 1.0
+            if isinstance(image, JpegImagePlugin.JpegImageFile):
+                edges = _edges(image, box, name)
+                scale = _reduce(image, edges, shortest) if shortest else 1.0
             # Of several scans the coefficients are kept whole, whatever the scale.
             with _ROOM.hold(pixels if scans > 1 else image.width * image.height):
                 image.load()
+                edges = edges or _edges(image, box, name)  # the orientation of a PNG may stand behind its pixels
                 image = _upright(image)
                 image = _to_rgb(image)
     except ImageRefused:
@@ -176,6 +179,8 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         raise ImageRefused(name, str(error)) from None
     except Image.UnidentifiedImageError:
         raise ImageRefused(name, "not a picture") from None
+    except MemoryError:
+        raise ImageRefused(name, f"{TOO_LITTLE_MEMORY} to decode it") from None
     except Exception as error:  # Pillow raises whatever a broken file makes of its parsers
         raise ImageRefused(name, f"truncated or broken picture ({error})") from None
     return image if edges is None else _cut(image, edges, scale)
@@ -220,8 +225,10 @@ def _on_white(image: Image.Image) -> Image.Image:
     return shown
 
 
-def _edges(image: Image.Image, box: Box, name: Path | str) -> Edges:
-    """What of a box lies in a picture that is not decoded yet: left, top, right, bottom when it is upright."""
+def _edges(image: Image.Image, box: Box | None, name: Path | str) -> Edges | None:
+    """What of a box lies in a picture that is not turned yet: left, top, right, bottom when it is upright."""
+    if box is None:
+        return None
     x, y, w, h = box
     turned = _orientation(image) in _ON_ITS_SIDE
     width, height = (image.height, image.width) if turned else image.size

@@ -123,8 +123,9 @@ def passed_over(root: Path, output: Path) -> list[tuple[str, str]]:
     """What the readers of folders leave out, with the reason; no files of the catalogue itself, where it lies below."""
     own = output.resolve()
     skip = f"{own.relative_to(root.resolve()).as_posix()}/" if own.is_relative_to(root.resolve()) else None
-    names = [name for name in _files(root) if not _is_picture(name) and not (skip and name.startswith(skip))]
-    return [(name, LINKED if (root / name).is_dir() else UNKNOWN_SUFFIX) for name in names]
+    files, links = _files_and_links(root)
+    over = [(name, UNKNOWN_SUFFIX) for name in files if not _is_picture(name)] + [(name, LINKED) for name in links]
+    return [(name, reason) for name, reason in over if not (skip and name.startswith(skip))]
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -214,15 +215,22 @@ class _Lines:
 
 
 def _files(root: Path) -> list[str]:
-    """Names of all files below a folder, and of links to folders (not followed), in the order of their parts."""
+    """Names of all files below a folder, in the order of their parts."""
+    return _files_and_links(root)[0]
+
+
+def _files_and_links(root: Path) -> tuple[list[str], list[str]]:
+    """The same, and those of links to folders, which are not followed."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: check --root")
-    found: list[tuple[str, ...]] = []
+    found: tuple[list[tuple[str, ...]], list[tuple[str, ...]]] = ([], [])
     for folder, folders, files in os.walk(root, onerror=_raise):
         parts = PurePosixPath(folder).relative_to(root).parts
         links = [name for name in folders if os.path.islink(f"{folder}/{name}")]
-        found += [(*parts, name) for name in (*files, *links)]
-    return ["/".join(parts) for parts in sorted(found)]
+        for names, several in zip((files, links), found, strict=True):
+            several += [(*parts, name) for name in names]
+    files, links = (["/".join(parts) for parts in sorted(several)] for several in found)
+    return files, links
 
 
 def _raise(error: OSError) -> None:

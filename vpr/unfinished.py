@@ -14,7 +14,8 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.artifact import CARD_NAME, Parent
+from vpr.artifact import CARD_NAME, Damaged, Parent, read_card_file
+from vpr.errors import UserError
 from vpr.locked import locked
 from vpr.processes import is_first, rank_and_world
 
@@ -50,6 +51,17 @@ def only_run(folder: Path) -> Iterator[None]:
             folder.rmdir()  # empty where nothing was begun
 
 
+def check_file(key: str, name: str) -> None:
+    """Refuse a name that no file can be written to, by its key; long work asks before it starts. Empty names none."""
+    path = Path(name)
+    if not name:
+        return
+    if path.is_dir() or not path.name or not path.parent.is_dir():
+        raise UserError(f"{key}: {path}: is no file in a folder that exists: name one")
+    if (path.parent / CARD_NAME).is_file():
+        raise UserError(f"{key}: {path}: lies in an artifact, whose files are fixed: choose another folder")
+
+
 @contextmanager
 def written_whole(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """A file that is there whole or not at all, whenever the process or the machine stops; text has no line ends added.
@@ -60,11 +72,14 @@ def written_whole(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[An
     """
     partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")
     text = {} if mode == "wb" else {"newline": "", "encoding": "utf-8"}
-    with partial.open(mode, **text) as stream:  # type: ignore[call-overload]
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open(mode, **text) as stream:  # type: ignore[call-overload]
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_whole(path: Path, array: NDArray[Any]) -> None:
@@ -82,8 +97,8 @@ def wait(done: Callable[[], bool]) -> None:
 def finished_by_another(path: str, config: dict[str, Any], parents: list[Parent]) -> bool:
     """Whether the card that lies there is this one; the files behind it are verified once it is."""
     try:
-        card = json.loads((Path(path) / CARD_NAME).read_text(encoding="utf-8"))
+        card = json.loads(read_card_file(Path(path) / CARD_NAME))
         found = card["config"], card["parents"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, being replaced, or no card
+    except (Damaged, OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, or no card
         return False
     return found == (json.loads(json.dumps(config)), [parent.model_dump() for parent in parents])

@@ -148,6 +148,18 @@ def test_a_card_of_other_bytes_is_damaged(tmp_path: Path, raw: bytes) -> None:
     assert [run.state for run in find_runs(tmp_path)] == ["damaged: its card is no card"]
 
 
+def test_a_card_that_is_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    os.mkfifo(tmp_path / "teacher" / "card.json")
+    assert "is no plain file" in find_runs(tmp_path)[0].state
+
+
+@pytest.mark.parametrize("output", [".", "/", "absent/runs.csv"])
+def test_an_output_that_is_no_file_is_refused_before_anything_is_read(output: str) -> None:
+    with pytest.raises(UserError, match="output: .* is no file in a folder that exists"):
+        RunsConfig(output=output)
+
+
 def test_hidden_folders_links_and_artifacts_insides_are_not_looked_at(tmp_path: Path) -> None:
     teacher(tmp_path / "runs" / "teacher", 0.5)
     teacher(tmp_path / "runs" / "teacher" / "inside", 0.9)

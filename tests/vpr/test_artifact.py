@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import edit_card
-from vpr.artifact import CARD_NAME, Damaged, check_output, find_current, load_artifact, write_artifact
+from vpr.artifact import CARD_NAME, Damaged, check_output, find_current, load_artifact, reading, write_artifact
 from vpr.errors import UserError
 
 
@@ -183,6 +184,37 @@ def test_an_output_that_names_an_input_does_not_replace_it(artifact: Path) -> No
     ):
         pass
     assert load_artifact(artifact, "ranges")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda card: card.write_text("{"),
+        lambda card: card.write_text('{"schema": 1}'),
+        lambda card: (card.rename(card.parent / "elsewhere.json"), card.symlink_to("elsewhere.json")),
+    ],
+)
+def test_a_damaged_card_keeps_no_artifact_from_being_made_again(artifact: Path, damage: Any) -> None:
+    config = {"method": "mse", "bins": 2048}
+    damage(artifact / "card.json")
+    assert find_current(artifact, "ranges", config, []) is None
+    with write_artifact(artifact, "ranges", config) as draft:
+        (draft.path / "ranges.json").write_text("{}")
+    assert find_current(artifact, "ranges", config, [])
+
+
+def test_a_card_of_a_newer_version_is_not_made_again(artifact: Path) -> None:
+    edit_card(artifact, schema=2)
+    with pytest.raises(UserError, match="upgrade"):
+        find_current(artifact, "ranges", {}, [])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_what_the_machine_lacks_is_no_fault_of_the_artifact(artifact: Path, error: Exception) -> None:
+    with pytest.raises(type(error)), reading(load_artifact(artifact)):
+        raise error
+    with pytest.raises(UserError, match="no usable ranges"), reading(load_artifact(artifact)):
+        raise ValueError("a shape")
 
 
 def test_a_metric_that_lists_no_names_is_refused(tmp_path: Path) -> None:

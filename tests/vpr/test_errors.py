@@ -65,5 +65,8 @@ def test_too_little_memory_is_told_in_a_line() -> None:
     )
     with pytest.raises(MemoryError) as raised:
         bytearray(1 << 62)
-    assert remedy(raised.value)
+    assert "memory: lower the batch" in str(remedy(raised.value))
+    with pytest.raises(RuntimeError) as raised_by_torch:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "there is too little memory (" in str(remedy(raised_by_torch.value))
     assert remedy(RuntimeError("a fault of ours")) is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
@@ -79,6 +79,42 @@ def test_exif_that_is_none_does_not_lose_a_good_picture(form: str) -> None:
     data = encoded(_picture(60, 40), form, exif=b"<html>" * 9)
     assert decode_bytes(data, "x").size == (60, 40)
     assert decode_bytes(data, "x", box=(0, 0, 20, 10)).size == (20, 10)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_a_broken_picture_is_refused_with_a_box_as_without(form: str) -> None:
+    """The orientation that a box asks for may stand behind the pixels, whose faults reading it must not forgive."""
+    data = bytearray(encoded(_picture(), form))
+    for place in range(len(data) // 3, len(data)):
+        broken = bytes(data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :])
+        found: list[bytes | None] = []
+        for box in (None, (0, 0, 60, 40)):
+            try:
+                found.append(decode_bytes(broken, "x", box).tobytes())
+            except ImageRefused:
+                found.append(None)
+        assert found[0] == found[1], place
+
+
+def test_an_orientation_behind_the_pixels_turns_the_box_too() -> None:
+    picture = _picture()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    head = encoded(picture, "PNG")
+    block = b"eXIf" + exif.tobytes()[6:]
+    behind = head[:-12] + struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block)) + head[-12:]
+    whole = decode_bytes(behind, "x")
+    assert whole.size == (40, 60)
+    assert decode_bytes(behind, "x", (3, 5, 20, 30)).tobytes() == whole.crop((3, 5, 23, 35)).tobytes()
+
+
+def test_too_little_memory_is_not_taken_for_a_broken_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(ImageRefused, match="there is too little memory to decode it"):
+        decode_bytes(encoded(_picture(), "PNG"), "x")
 
 
 def test_a_broken_exif_tag_does_not_lose_a_good_picture() -> None:

@@ -58,11 +58,13 @@ def test_a_folder_that_is_a_link_is_listed(texture_folder: Path, tmp_path: Path,
     shutil.copytree(texture_folder / "product-00", root / "shoe")
     with tarfile.open(root / "0.tar", "w") as tar:
         tar.add(root / "shoe" / "0.jpg", "0.jpg")
-    (root / "boots").symlink_to(texture_folder / "product-01")
+    for name in ("boots", "boots.jpg", "boots.tar"):
+        (root / name).symlink_to(texture_folder / "product-01")
     config = CatalogConfig(reader=reader, root=str(root), output=str(tmp_path / "catalog"))  # type: ignore[arg-type]
     listed = load_artifact(build_catalog(config)).file("set_aside.csv").read_text()
-    assert 'boots,"a link to a folder, which is not followed"\n' in listed
-    assert listed.count("\n") == (2 if reader == "webdataset" else 3)
+    for name in ("boots", "boots.jpg", "boots.tar"):
+        assert f'{name},"a link to a folder, which is not followed"\n' in listed
+    assert listed.count("\n") == (4 if reader == "webdataset" else 5)
 
 
 def test_a_changed_box_is_not_taken_for_up_to_date(texture_folder: Path, tmp_path: Path) -> None:
