@@ -12,7 +12,7 @@ from benchmarks.paired import recall_drop
 from benchmarks.report_form import read_report
 from benchmarks.verdict import Row, batches, milliseconds, milliseconds_ci95, recommend, signed, title, unstable
 from vpr.console import say
-from vpr.errors import BudgetBroken, UserError
+from vpr.errors import BudgetBroken, UserError, check_numbers
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class CompareConfig:
         for name in ("max_latency_ratio", "max_size_ratio"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name}: {getattr(self, name)}: give a ratio above 0, such as 1.1")
-        if not self.latency_noise >= 0:
-            raise UserError(f"latency_noise: {self.latency_noise}: give 0 or more, such as 0.05")
+        check_numbers(self, latency_noise=(0, None), seed=(0, None))
 
 
 @dataclass(frozen=True)

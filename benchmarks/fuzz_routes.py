@@ -32,7 +32,7 @@ from vpr.ingest import CatalogConfig, build_catalog
 from vpr.int8 import KEEP
 
 # In the order in which they are made: the card of each names the sha256 of earlier ones.
-ARTIFACTS = ("catalog", "student", "fp32", "ranges", "plain", "int8", "engine", "embeddings", "report")
+ARTIFACTS = ("catalog", "student", "fp32", "ranges", "plain", "int8", "engine", "embeddings", "report", "recall")
 RESULT = "out/result"
 _PRODUCTS, _VIEWS, _SIDE = 8, 4, 32
 _SHAPE = StudentConfig(
@@ -81,6 +81,7 @@ def make_artifacts(folder: Path) -> None:
     build_engine(EngineConfig(str(folder / "int8"), str(folder / "engine"), "tensorrt-rtx", target="sm86"))
     embed_catalog(EmbedConfig(str(folder / "student"), catalog, str(folder / "embeddings"), split="test"))
     compare(ParityConfig(str(folder / "student"), (fp32,), catalog, str(folder / "report")))
+    recall(RecallConfig(catalog, (fp32,), str(folder / "recall")))
 
 
 def sign(folder: Path, name: str, file: str) -> None:
@@ -198,7 +199,7 @@ VERBS = {
     "export int8": Verb(_quantise, "int8"),
     "export int8 --number fp8": Verb(_fp8, "int8"),
     "export parity": Verb(_parity, "report"),
-    "bench recall": Verb(_recall, "report"),
+    "bench recall": Verb(_recall, "recall"),
     "export engine": Verb(_build, "engine"),
     "run by ONNX Runtime": Verb(_onnxruntime),
     "run by OpenVINO": Verb(_openvino),

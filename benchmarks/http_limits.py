@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -33,6 +34,7 @@ def listen(port: int) -> socket.socket:
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """The HTTP server, with its limits."""
+    logging.getLogger("uvicorn.error").addFilter(_is_fault)
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -46,6 +48,12 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
             timeout_graceful_shutdown=2,
         )
     )
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether an error that uvicorn logs is one: that requests are left when the server is ended is none."""
+    cancelled = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cancelled and not str(record.msg).startswith("Cancel %s running task(s)")
 
 
 class _Lingering:

@@ -19,12 +19,12 @@ from benchmarks.fresh_process import start_often
 from benchmarks.open_loop import Load, answer_load
 from benchmarks.preprocessing import picture_source
 from benchmarks.spread import describe
-from vpr.artifact import load_artifact, plain, write_artifact
+from vpr.artifact import check_output, load_artifact, plain, write_artifact
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import Forward
-from vpr.environment import available_cpus
-from vpr.errors import UserError
+from vpr.environment import MOST_THREADS, available_cpus
+from vpr.errors import UserError, check_numbers
 from vpr.timing import measure_rounds
 
 Row = dict[str, Any]
@@ -65,14 +65,14 @@ class LatencyConfig:
             raise UserError("models: none given: name at least one artifact")
         if not self.batches or min(self.batches) < 1:
             raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more pictures")
-        for name in ("seconds", "threads", "starts", "rate"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)}: give 0 or more")
+        least = (0, None)
+        check_numbers(self, threads=(0, MOST_THREADS), seconds=least, starts=least, rate=least, seed=least)
         choose(self.backends)
 
 
 def latency(config: LatencyConfig) -> Path:
     """Time every model on every backend and write an artifact of kind ``report`` with ``latency.json``."""
+    check_output(config.output, "report", "latency.json")
     threads = config.threads or default_threads()
     load = None if config.arrivals == "none" else Load(config.arrivals, config.rate, config.seed)
     rows = time_models(

@@ -20,7 +20,7 @@ from vpr.artifact import Parent, find_current, load_artifact, plain, write_artif
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import embed
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.metrics import evaluate
 from vpr.rerank import RerankConfig
 
@@ -48,6 +48,9 @@ class RecallConfig:
     rerank: RerankConfig = RERANK
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_numbers(self, seed=(0, None))
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -70,7 +73,7 @@ def recall(config: RecallConfig) -> Path:
     """Score the models and write an artifact of kind ``report`` with ``recall.json`` and ``changed.csv``."""
     catalog = load_catalog(config.catalog)
     parents = parents_of(config.models, catalog)
-    if find_current(config.output, "report", plain(config), parents):
+    if find_current(config.output, "report", plain(config), parents, "recall.json"):
         say(f"{config.output}: up to date")
         return Path(config.output)
     scored = score_models(catalog.select(split=config.split), config.models, config.seed, config.rerank)

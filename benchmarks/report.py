@@ -17,8 +17,8 @@ from benchmarks.sheet import changed_sheet, query_sheet
 from vpr.artifact import find_current, load_artifact, plain, reading, write_artifact
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
-from vpr.environment import environment
-from vpr.errors import UserError
+from vpr.environment import MOST_THREADS, environment
+from vpr.errors import UserError, check_numbers
 from vpr.rerank import RerankConfig
 
 
@@ -55,6 +55,7 @@ class ReportConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self, seconds=(0, None), threads=(0, MOST_THREADS), sheet_queries=(0, None), seed=(0, None))
         if not -1 <= self.drop <= 1:
             raise UserError(f"drop: {self.drop}: it is a share of queries, such as 0.02")
         if not self.batches or min(self.batches) < 1:
@@ -70,7 +71,7 @@ def report(config: ReportConfig) -> Path:
     catalog = load_catalog(config.catalog)
     parents = parents_of(config.models, catalog)
     parents += [load_artifact(path, "ranges").as_parent("ranges") for path in config.ranges]
-    if find_current(config.output, "report", plain(config), parents):
+    if find_current(config.output, "report", plain(config), parents, "report.json"):
         say(f"{config.output}: up to date")
         return Path(config.output)
     measured, changed = _measure(config, catalog)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from benchmarks.backends import default_threads
 from benchmarks.synthetic_gallery import Gallery, grow, real_gallery
-from vpr.artifact import plain, write_artifact
+from vpr.artifact import check_output, plain, write_artifact
 from vpr.console import say
 from vpr.embeddings import load_embeddings
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.search import search
 
 Kind = Literal["flat", "flat-fp16", "flat-int8", "ivf-flat", "ivf-int8", "ivf-pq", "hnsw"]
@@ -67,9 +67,8 @@ class ScaleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("queries", "batch", "probes", "ef"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)}: give 1 or more")
+        least = (1, None)
+        check_numbers(self, queries=least, batch=least, probes=least, ef=least, seed=(0, None))
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
             raise UserError(f"sizes: {list(self.sizes)}: give rising numbers of vectors")
 
@@ -107,6 +106,7 @@ class ScaleRow:
 
 def scale(config: ScaleConfig) -> Path:
     """Measure every index of every size and write an artifact of kind ``report`` with ``scale.json``."""
+    check_output(config.output, "report", "scale.json")
     embeddings = load_embeddings(config.embeddings)
     real = real_gallery(embeddings, config.queries, config.seed)
     rows = list(measure_scale(config, real))

@@ -22,7 +22,7 @@ from vpr.artifact import find_current, load_artifact, plain, reading, write_arti
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
-from vpr.errors import UserError
+from vpr.errors import UserError, check_numbers
 from vpr.graphs import GraphSession, load_graph
 from vpr.images import Preprocess
 
@@ -63,6 +63,7 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self, seed=(0, None))
         if not 0 < self.percentile <= 100:
             raise UserError(f"percentile: {self.percentile}: give more than 0 and at most 100")
 

@@ -24,6 +24,7 @@ from vpr.artifact import Artifact, find_current, load_artifact, plain, write_art
 from vpr.catalog import Catalog, load_catalog
 from vpr.console import say
 from vpr.embeddings import read_batches
+from vpr.environment import MOST_THREADS
 from vpr.errors import UserError
 from vpr.int8 import read_ranges
 
@@ -75,8 +76,8 @@ class Int8Config:
             raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.005")
         if (self.max_recall_drop is None) != (not self.catalog):
             raise UserError("max_recall_drop: give it together with catalog, whose validation split decides")
-        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and self.threads >= 0):
-            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 or more")
+        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and 0 <= self.threads <= MOST_THREADS):
+            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 to {MOST_THREADS}")
 
 
 @dataclass(frozen=True)

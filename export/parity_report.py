@@ -65,7 +65,7 @@ def compare(config: ParityConfig) -> Path:
     graphs = [load_onnx(path) for path in config.models]
     parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in graphs)]
     parents += catalog.as_parents()
-    if find_current(config.output, "report", plain(config), parents):
+    if find_current(config.output, "report", plain(config), parents, "parity.json"):
         say(f"{config.output}: up to date")
         return Path(config.output)
     part = catalog.select(split=config.split)

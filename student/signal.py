@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from student.source import Source
 from vpr.artifact import (
     Artifact,
-    check_output,
     find_current,
     load_artifact,
     reading,
@@ -144,7 +143,6 @@ def cache_signal(
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
         say(f"{path}: up to date")
         return _load(path)
-    check_output(path, "views")
     say(
         f"views: {config.views} of each of {len(catalog)} pictures, {source.dim} dimensions, "
         f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"

@@ -199,15 +199,23 @@ def write_artifact(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_output(path: Path | str, kind: Kind) -> None:
-    """Refuse an output that an artifact of this kind may not replace; long work asks before it starts."""
+def check_output(path: Path | str, kind: Kind, holds: str = "") -> None:
+    """Refuse an output that an artifact of this kind may not replace; long work asks before it starts.
+
+    Args:
+        path: of the output.
+        kind: of what will be written.
+        holds: a file that an older artifact there must have, where several verbs write the kind.
+    """
     target = Path(path)
+    if target.is_symlink():
+        raise UserError(f"{target}: is a link: name the folder itself that the output is to be")
     _restore_previous(target)
     if not target.name:
         raise UserError(f"{path!r}: names no folder of its own: choose another output")
     if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an artifact: choose another output or remove it")
-    _refuse_other_kind(target, kind)
+    _refuse_other_kind(target, kind, holds)
 
 
 def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None) -> Artifact:
@@ -250,24 +258,32 @@ def reading(artifact: Artifact) -> Iterator[None]:
         raise UserError(f"{artifact.path}: is no usable {artifact.card.kind} ({reason}): make it again") from None
 
 
-def find_current(path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent]) -> Artifact | None:
-    """The finished, undamaged artifact at ``path`` if it was made from these very parents and config, else None."""
+def find_current(
+    path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent], holds: str = ""
+) -> Artifact | None:
+    """The finished, undamaged artifact at ``path`` if it was made from these very parents and config, else None.
+
+    Where it is None the work begins, whose result may be written there: anything else is refused now.
+
+    Raises:
+        UserError: see :func:`check_output`, whose ``holds`` is given; or a parent is there.
+    """
     target = Path(path)
     if _remains(target):
         with locked(_lock(target)):
             _clear(target)
-    if not (target / CARD_NAME).is_file():
-        return None
-    try:
-        artifact = load_artifact(path)
-    except Damaged:  # it is about to be made again
-        return None
-    same = (
-        artifact.card.kind == kind
-        and artifact.card.config == json.loads(json.dumps(dict(config)))
-        and artifact.card.parents == parents
-    )
-    return artifact if same else None
+    artifact = None
+    if (target / CARD_NAME).is_file():
+        with suppress(Damaged):  # it is about to be made again
+            artifact = load_artifact(path)
+    if artifact is not None:
+        card = artifact.card
+        if (card.kind, card.config, card.parents) == (kind, json.loads(json.dumps(dict(config))), parents):
+            return artifact
+        if read := [parent.role for parent in parents if parent.sha256 == artifact.sha256]:
+            raise UserError(f"{target}: is the {read[0]} that is read, and would be replaced: choose another output")
+    check_output(path, kind, holds)
+    return None
 
 
 def read_card_file(path: Path) -> bytes:
@@ -311,14 +327,17 @@ def _parse_card(path: Path, raw: bytes) -> Card:
         raise Damaged(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
 
 
-def _refuse_other_kind(target: Path, kind: Kind) -> None:
-    """An output that names an input, by slip, must not replace it."""
+def _refuse_other_kind(target: Path, kind: Kind, holds: str) -> None:
+    """An output that names an input, or another verb's result, by slip, must not replace it."""
     try:
-        found = json.loads(read_card_file(target / CARD_NAME))["kind"]
+        card = json.loads(read_card_file(target / CARD_NAME))
+        found, files = card["kind"], list(card["files"])
     except (Damaged, OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if found != kind:
         raise UserError(f"{target}: holds a {found} artifact, a {kind} would replace it: choose another output")
+    if holds and holds not in files:
+        raise UserError(f"{target}: holds a {kind} without {holds}, of another command: choose another output")
 
 
 def _verify_file(root: Path, name: str, entry: FileEntry) -> None:

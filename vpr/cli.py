@@ -118,7 +118,11 @@ def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) ->
     parser.add_argument("--config", action="config", help="YAML recipe; flags override it")
     parser.add_class_arguments(config_class, as_positional=VERBS[name].positional)
     try:
-        values = parser.instantiate_classes(parser.parse_args(list(arguments)))
+        parsed, usual = parser.parse_args(list(arguments)), parser.get_defaults()
+        # A recipe may say ``key:`` and nothing behind it, which jsonargparse takes for any type.
+        if empty := [key for key, value in usual.items() if value is not None and parsed.get(key) is None]:
+            raise UserError(f"{empty[0]}: is empty: give a value, or leave the line out")
+        values = parser.instantiate_classes(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"vpr {name}: {_plain_line(error)}: see 'vpr {name} --help'") from None
     return config_class(**{key: value for key, value in vars(values).items() if key != "config"})

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.artifact import Artifact, Parent, check_output, find_current, plain
+from vpr.artifact import Artifact, Parent, find_current, plain
 from vpr.catalog import load_catalog
 from vpr.console import say
 from vpr.embeddings import embed, torch_forward, write_embeddings
+from vpr.environment import MOST_THREADS
 from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 from vpr.processes import compute_device, is_first, rank_and_world
@@ -58,7 +59,7 @@ class EmbedConfig:
     ray: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, 512), part=(1, 1 << 24), ray=(0, 4096))
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MOST_THREADS), part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
             raise UserError("ray: its job starts its own workers: start it without torchrun")
 
@@ -117,7 +118,6 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
         shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
-    check_output(config.output, "embeddings")
     if not len(job.catalog):
         raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
     with only_run(job.folder):

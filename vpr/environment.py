@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+MOST_THREADS = 512  # that anyone may ask for; some libraries end the process when there are too many
 PACKAGES = (
     "visual-product-recognition",
     "torch",

@@ -45,7 +45,7 @@ class ImageRefused(UserError):
     """A file that is not a usable picture; the message names it and says why."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}: replace or remove the file, or set it aside with --skip_unreadable true")
+        super().__init__(f"{path}: {reason}: replace the file, or make the catalogue with --skip_unreadable true")
         self.reason = reason
 
 

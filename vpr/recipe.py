@@ -27,6 +27,8 @@ def _load(text: str) -> Any:
         _check_numbers(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if isinstance(value, dict) and "config" in value:  # an artifact's card has it too
+        raise ValueError("a recipe has no key 'config': write the settings themselves")
     return value
 
 

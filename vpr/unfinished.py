@@ -56,7 +56,7 @@ def check_file(key: str, name: str) -> None:
     path = Path(name)
     if not name:
         return
-    if path.is_dir() or not path.name or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.name or not path.parent.is_dir():
         raise UserError(f"{key}: {path}: is no file in a folder that exists: name one")
     if (path.parent / CARD_NAME).is_file():
         raise UserError(f"{key}: {path}: lies in an artifact, whose files are fixed: choose another folder")
@@ -67,9 +67,10 @@ def written_whole(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[An
     """A file that is there whole or not at all, whenever the process or the machine stops; text has no line ends added.
 
     Args:
-        path: of the file; one that is there is replaced at the end.
+        path: of the file; one that is there is replaced at the end, a link is followed.
         mode: of bytes, or of text in UTF-8.
     """
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")
     text = {} if mode == "wb" else {"newline": "", "encoding": "utf-8"}
     try:

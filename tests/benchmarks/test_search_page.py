@@ -555,7 +555,11 @@ def test_the_command_says_its_address_and_ends_on_an_interrupt(models: tuple[str
     connection = http.client.HTTPConnection(ADDRESS, int(address[1]), timeout=30)  # kept open, as a browser would
     connection.request("GET", "/")
     assert "against" not in connection.getresponse().read().decode()
+    upload = socket.create_connection((ADDRESS, int(address[1])))  # one that is not done
+    upload.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc")
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=30)[1]
     assert (process.returncode, rest) == (0, "ended\n")
     connection.close()
+    upload.close()

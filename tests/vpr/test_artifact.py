@@ -217,6 +217,25 @@ def test_what_the_machine_lacks_is_no_fault_of_the_artifact(artifact: Path, erro
         raise ValueError("a shape")
 
 
+def test_an_output_that_names_its_own_input_is_refused(artifact: Path) -> None:
+    """Of the same kind, as the FP32 graph that an INT8 one is made from."""
+    parent = load_artifact(artifact).as_parent("ranges")
+    with pytest.raises(UserError, match="is the ranges that is read, and would be replaced"):
+        find_current(artifact, "ranges", {"other": 1}, [parent])
+
+
+def test_an_output_is_asked_for_before_the_work(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a ranges artifact, a onnx would replace it"):
+        find_current(artifact, "onnx", {}, [])
+    with pytest.raises(UserError, match=r"holds a ranges without latency\.json, of another command"):
+        find_current(artifact, "ranges", {}, [], "latency.json")
+    assert find_current(artifact, "ranges", {}, [], "ranges.json") is None
+    for name, target in {"link": artifact, "dangling": tmp_path / "nowhere"}.items():
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match=f"{name}: is a link: name the folder itself"):
+            find_current(tmp_path / name, "ranges", {}, [])
+
+
 def test_a_metric_that_lists_no_names_is_refused(tmp_path: Path) -> None:
     with write_artifact(tmp_path / "made", "onnx", {}) as draft:
         draft.metrics = {"kept": ["a", "b"], "wide": 3.5, "mixed": ["a", 1]}

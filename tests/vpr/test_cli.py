@@ -89,6 +89,10 @@ def test_yaml_that_would_run_code_is_refused(capsys: pytest.CaptureFixture[str],
         ("seed: " + "1:" * 40_000, "more than 65536 letters of YAML"),
         ("seed: 0x" + "f" * 5000, "a number of more than 64 bits"),
         ("seed: " + "[" * 5000, "nesting"),
+        ("config: {a: 1}\n", "a recipe has no key 'config'"),
+        ("config: another.yaml\n", "a recipe has no key 'config'"),
+        ("seed: 1\nvalidation:\n", "validation: is empty: give a value, or leave the line out"),
+        ("seed: 1\nroot: null\n", "root: is empty"),
         ("seed: !own x\n", "could not determine a constructor for the tag"),
     ],
 )
@@ -98,6 +102,38 @@ def test_a_recipe_that_is_short_to_write_and_endless_to_read_is_refused(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     assert message in _fails(capsys, "catalog", "--config", str(recipe), "--reader", "sample", "--output", "o")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("rerank:\n", "rerank"), ("rerank: {dba: }\n", "rerank.dba: is empty"), ("k: \n", "k: is empty")],
+)
+def test_nothing_behind_a_key_is_told_by_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"queries: q\ngallery: g\n{text}")
+    assert f"vpr: error: {message}" in _fails(capsys, "search", "--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench recall", "--catalog", "c", "--models", "[a]", "--output", "o", "--seed", "-1"),
+        ("bench report", "--catalog", "c", "--models", "[a]", "--output", "o", "--seed", "-1"),
+        ("bench report", "--catalog", "c", "--models", "[a]", "--output", "o", "--threads", "100000"),
+        ("bench report", "--catalog", "c", "--models", "[a]", "--output", "o", "--threads", "-1"),
+        ("bench latency", "--models", "[a]", "--output", "o", "--threads", "100000"),
+        ("bench compare", "a", "b", "--seed", "-1"),
+        ("bench scale", "--embeddings", "e", "--output", "o", "--seed", "-1"),
+        ("calibrate", "--onnx", "a", "--catalog", "c", "--output", "o", "--seed", "-1"),
+        ("student embed", "--model", "a", "--catalog", "c", "--output", "o", "--threads", "100000"),
+    ],
+)
+def test_numbers_that_no_library_takes_are_refused_at_once(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert f"vpr: error: {words[-2].lstrip('-')}: {words[-1]}: give 0 " in _fails(capsys, *words[0].split(), *words[1:])
 
 
 def test_a_recipe_may_hold_the_sign_of_an_anchor_in_its_text(

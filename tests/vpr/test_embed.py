@@ -141,5 +141,5 @@ def test_settings_out_of_range(name: str, value: int) -> None:
 
 
 def test_an_output_that_may_not_be_replaced_is_refused_first(student_artifact: Path, shards: Path) -> None:
-    with pytest.raises(UserError, match="holds a student artifact"):
+    with pytest.raises(UserError, match="is the model that is read, and would be replaced"):
         embed_catalog(EmbedConfig(str(student_artifact), str(shards), str(student_artifact)))

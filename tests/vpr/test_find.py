@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,16 @@ def test_results_are_written_as_csv_with_the_gallery_s_names(
 def test_one_file_does_not_take_both_the_results_and_the_submission(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="submission: .* is the output too: name another file"):
         FindConfig("q", "g", output=str(tmp_path / "found"), submission=f"{tmp_path}/./found")
+
+
+@pytest.mark.parametrize("key", ["output", "submission"])
+def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path, key: str) -> None:
+    """As root, /dev/null would be."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link", "absent/found.csv"):
+        with pytest.raises(UserError, match=f"{key}: .* is no file in a folder that exists"):
+            FindConfig("q", "g", **{key: str(tmp_path / name)})
 
 
 def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
