@@ -9,7 +9,7 @@ from typing import Any
 
 from export.driver import Gpu
 from export.engine import TARGETS, EngineConfig
-from vpr.artifact import CARD_NAME, Artifact, Card, Damaged, load_artifact
+from vpr.artifact import CARD_NAME, Artifact, Card, Damaged, DamagedCard, load_artifact
 from vpr.errors import UserError
 
 
@@ -17,6 +17,8 @@ def load_engine(path: Path | str) -> Artifact:
     """Load an ``engine`` artifact; :class:`UserError` where it is none, is damaged or truncated."""
     try:
         return load_artifact(path, "engine")
+    except DamagedCard:
+        raise
     except Damaged as error:
         card = Card.model_validate_json((Path(path) / CARD_NAME).read_bytes())
         raise UserError(f"{error}: {rebuild_command(Artifact(Path(path), card, ''))}") from None

@@ -104,7 +104,11 @@ class Card(_Part):
 
 
 class Damaged(UserError):
-    """A file of an artifact, its card included, is missing or is not what was written."""
+    """A file of an artifact is missing or is not what was written."""
+
+
+class DamagedCard(Damaged):
+    """The card itself is none."""
 
 
 @dataclass(frozen=True)
@@ -290,14 +294,14 @@ def read_card_file(path: Path) -> bytes:
     """The bytes of a card, if that is a plain file of a card's size.
 
     Raises:
-        Damaged: it is something else.
+        DamagedCard: it is something else.
         OSError: it is not there, or cannot be read.
     """
     state = path.lstat()
     if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
-        raise Damaged(f"{path}: is no plain file: artifacts hold plain files, make it again")
+        raise DamagedCard(f"{path}: is no plain file: artifacts hold plain files, make it again")
     if state.st_size > _MAX_CARD_BYTES:
-        raise Damaged(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
+        raise DamagedCard(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
     return path.read_bytes()
 
 
@@ -314,7 +318,7 @@ def _parse_card(path: Path, raw: bytes) -> Card:
         values = json.loads(raw)
         version = values["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise Damaged(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
+        raise DamagedCard(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
     if not isinstance(version, int) or version > SCHEMA:
         raise UserError(
             f"{path}: card schema {version!r}, this version reads up to {SCHEMA}: upgrade visual-product-recognition"
@@ -324,7 +328,7 @@ def _parse_card(path: Path, raw: bytes) -> Card:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise Damaged(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
+        raise DamagedCard(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
 
 
 def _refuse_other_kind(target: Path, kind: Kind, holds: str) -> None:
