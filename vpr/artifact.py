@@ -335,7 +335,7 @@ def _refuse_other_kind(target: Path, kind: Kind, holds: str) -> None:
     """An output that names an input, or another verb's result, by slip, must not replace it."""
     try:
         card = json.loads(read_card_file(target / CARD_NAME))
-        found, files = card["kind"], list(card["files"])
+        found, files = card["kind"], list(card.get("files", ()))
     except (Damaged, OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if found != kind:
