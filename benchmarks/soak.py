@@ -67,7 +67,7 @@ class Sample:
         processor_hours: that it has computed.
         resident_mib: memory in RAM, after Python's collector has run.
         anonymous_mib: of this, what is not of mapped files.
-        heap_mib: what glibc's heaps have lent out: grows with a leak, and not with holes between blocks.
+        heap_mib: what glibc's heaps have lent out, whatever holes are between; CPython's small objects lie elsewhere.
         threads: of the process.
         files: that it has open.
         answers: of the round's search, a digest.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vpr.artifact import find_current, plain, write_artifact
+from vpr.artifact import check_output, find_current, plain, write_artifact
 from vpr.catalog import Catalog, Refused, fill_draft, load_catalog, picture_root, table_of
 from vpr.console import say
 from vpr.environment import available_cpus
@@ -60,6 +60,7 @@ def build_catalog(config: CatalogConfig) -> Path:
         return _build_sample(config, values)
     if not config.root:
         raise UserError(f"root: empty: give the folder or CSV file that the {config.reader} reader reads")
+    check_output(config.output, "catalog")
     values["root"] = str(Path(config.root).resolve())
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:

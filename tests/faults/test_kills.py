@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +66,11 @@ def test_another_result_and_a_file_too_many_are_found(pipeline: Pipeline, tmp_pa
     (tmp_path / ".int8.partial-x" / "model.onnx").touch()
     assert difference(stage, unbroken, output) == ["metrics"]
     assert leftovers(unbroken.parent, tmp_path) == [".int8.partial-x/model.onnx"]
+
+
+def test_a_process_that_outlives_a_kill_is_found(pipeline: Pipeline, tmp_path: Path) -> None:
+    stage = pipeline.stages["teacher"]
+    done = pipeline.run(stage, tmp_path / "teacher", 0.1, partial(subprocess.Popen, ["sleep", "60"]))
+    assert done.killed
+    (left,) = done.orphans
+    os.kill(int(left.removeprefix("process ")), signal.SIGKILL)

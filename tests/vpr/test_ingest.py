@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vpr.artifact import load_artifact
+from vpr.artifact import load_artifact, write_artifact
 from vpr.catalog import load_catalog
 from vpr.errors import UserError
 from vpr.ingest import CatalogConfig, build_catalog
@@ -21,6 +21,18 @@ def test_reading_unchanged_pictures_again_keeps_the_artifact(texture_folder: Pat
     assert load_artifact(build_catalog(config)).sha256 == first
     (root / "product-00" / "0.jpg").unlink()
     assert load_artifact(build_catalog(config)).sha256 != first
+
+
+def test_an_output_that_may_not_be_replaced_is_refused_before_pictures_are_read(
+    texture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with write_artifact(tmp_path / "taken", "ranges", {}):
+        pass
+    monkeypatch.setattr("vpr.ingest.check_pictures", lambda *_: pytest.fail("pictures were read"))
+    for reader in ("folder", "sample"):
+        config = CatalogConfig(reader=reader, root=str(texture_folder), output=str(tmp_path / "taken"))  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="holds a ranges artifact"):
+            build_catalog(config)
 
 
 def test_unreadable_pictures_are_set_aside_with_a_reason(texture_folder: Path, tmp_path: Path) -> None:
