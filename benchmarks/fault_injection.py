@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, tzinfo
 from typing import Any, Self
 
@@ -48,6 +50,27 @@ def die_at(step: int, folder: str) -> None:
         if name.startswith(folder) or not os.path.isabs(name):
             left[0] -= 1
             if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
 
     sys.addaudithook(watch)
+
+
+def before_file(number: int, pattern: str, act: Callable[[], object]) -> None:
+    """Let this process act once, before it moves its n-th file to a name that the pattern matches, from 1.
+
+    Those before it lie there whole and the run is not done: whatever the machine's speed, this is in the middle of it.
+    """
+    left = [number]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and fnmatch.fnmatch(str(arguments[1]), pattern):
+            left[0] -= 1
+            if not left[0]:
+                act()
+
+    sys.addaudithook(watch)
+
+
+def die() -> None:
+    """``kill -9`` of this process."""
+    os.kill(os.getpid(), signal.SIGKILL)

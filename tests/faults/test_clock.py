@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_injection import set_clock_back
+from benchmarks.fault_injection import before_file, die, set_clock_back
 from benchmarks.faults import Pipeline
 from vpr.artifact import load_artifact
 
 FUTURE = 4102444800  # 2100
 
 
-# INT8 is inserted in less time than a kill takes to come.
-@pytest.mark.parametrize("name", ["teacher", "student", "shard-embeddings"])
-def test_a_run_goes_on_under_a_clock_that_was_set_back(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [("teacher", "*/stage-2/last.ckpt"), ("student", "*/last.ckpt"), ("shard-embeddings", "*/part-*.npy")],
+)
+def test_a_run_goes_on_under_a_clock_that_was_set_back(
+    pipeline: Pipeline, tmp_path: Path, name: str, work: str
+) -> None:
     stage, output = pipeline.stages[name], tmp_path / name
-    assert pipeline.run(stage, output, until=0.6 * pipeline.work[name]).killed
+    assert pipeline.run(stage, output, prepare=partial(before_file, 3, work, die)).killed
+    assert fnmatch.filter(map(str, tmp_path.rglob("*")), work)
     for path in tmp_path.rglob("*"):
         os.utime(path, (FUTURE, FUTURE))
     done = pipeline.run(stage, output, prepare=set_clock_back)

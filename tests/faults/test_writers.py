@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+from benchmarks.fault_injection import before_file
 from benchmarks.faults import Pipeline
 from tests.faults.test_full_disk import refused
 from vpr.artifact import load_artifact
@@ -42,11 +45,14 @@ def test_two_commands_of_the_same_output_both_succeed(pipeline: Pipeline, tmp_pa
 
 
 def test_a_training_that_is_started_twice_is_refused_the_second_time(pipeline: Pipeline, tmp_path: Path) -> None:
-    stage, output = pipeline.stages["teacher"], tmp_path / "teacher"
-    first = pipeline.start(stage, output)
-    while not list(tmp_path.glob("*.run-*/.lock")):
+    stage, output, go_on = pipeline.stages["teacher"], tmp_path / "teacher", tmp_path / "go-on"
+    os.mkfifo(go_on)
+    first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", go_on.read_bytes))
+    while not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
         time.sleep(0.01)
     assert "another process is at work here: wait for its end" in refused(pipeline.run(stage, output))
+    go_on.write_bytes(b"")
+    go_on.unlink()
     assert first.wait().code == 0
     assert load_artifact(output)
     assert not pipeline.departures(stage, output)
