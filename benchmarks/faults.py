@@ -6,9 +6,9 @@ the work and not its imports. From there on it is what ``python -m vpr`` is: a p
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,7 +74,6 @@ class Pipeline:
 
     def __init__(self, folder: Path, last: str = STAGES[-1].name) -> None:
         self.folder = folder
-        self._context = _one_threaded_processes()
         self._runs = 0
         self.work: dict[str, float] = {}
         self._paths = write_inputs(folder / "inputs")
@@ -110,7 +110,7 @@ class Pipeline:
         output.parent.mkdir(parents=True, exist_ok=True)
         self._runs += 1
         command = self.command(stage, output)
-        return Running(self._context, command, VERBS[stage.verb].module, self.folder / f"{self._runs}.log", prepare)
+        return Running(command, VERBS[stage.verb].module, self.folder / f"{self._runs}.log", prepare)
 
     def departures(self, stage: Stage, output: Path) -> list[str]:
         """What a result, and what lies beside it, has otherwise than the unbroken run's."""
@@ -125,35 +125,49 @@ class Pipeline:
         (output / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
 
 
-def _one_threaded_processes() -> Any:
-    """The context whose processes are forked from one that has the libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+@functools.cache
+def _server() -> forkserver.ForkServer:
+    """What processes are forked from: it has the libraries, and one thread."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(_PRELOADED)
     before = dict(os.environ)
     os.environ.update(_ONE_THREAD)  # read by the libraries when they are loaded
     try:
-        forkserver.ensure_running()
+        server.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+    return server
+
+
+class _Process(ForkServerProcess):
+    """Forked from that server: the usual one of this process may have been started for a training's pictures."""
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:  # noqa: N802
+        usual = forkserver.connect_to_new_process
+        forkserver.connect_to_new_process = _server().connect_to_new_process
+        try:
+            return ForkServerProcess._Popen(process)  # type: ignore[attr-defined]
+        finally:
+            forkserver.connect_to_new_process = usual
 
 
 class Running:
     """A command that has been started.
 
     Args:
-        context: of the process that it is forked from.
         command: words behind ``vpr``.
         module: of the verb; imported before anything is counted.
         log: of what it prints.
         prepare: called in it first.
     """
 
-    def __init__(self, context: Any, command: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
+    def __init__(self, command: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
         self._log = log
-        self._process = context.Process(target=_run, args=(command, module, log, prepare))
+        self._process = _Process(target=_run, args=(command, module, log, prepare))
         self._process.start()
+        self._pid = cast(int, self._process.pid)
         while not _begun(log).exists() and self._process.is_alive():
             time.sleep(_LOOK)
         self._before = self._seconds()
@@ -169,7 +183,7 @@ class Running:
             self.kill()
         self._process.join()
         output = self._log.read_text(encoding="utf-8", errors="replace")
-        return Ended(self._process.exitcode, spent, output, survivors(self._process.pid))
+        return Ended(cast(int, self._process.exitcode), spent, output, survivors(self._pid))
 
     def kill(self) -> None:
         """``kill -9``; nothing if it has ended."""
@@ -178,7 +192,7 @@ class Running:
 
     def _seconds(self) -> float:
         try:
-            return time.clock_gettime(~self._process.pid << 3 | 2)  # what clock_getcpuclockid(3) gives for a process
+            return time.clock_gettime(~self._pid << 3 | 2)  # what clock_getcpuclockid(3) gives for a process
         except OSError:  # it has ended
             return 0.0
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ class LoaderConfig:
 
     Attributes:
         batch_size: pictures per step and process.
-        workers: processes that decode; 0 decodes in the training process.
+        workers: processes that decode; 0 decodes in the training process. None are started where pixels are kept. They
+            come from Python's fork server: a script that trains has its own work under ``if __name__ == "__main__":``.
         keep_in_memory: decode every picture once and keep its pixels, for sets that fit.
         cap: most pictures of a product in an epoch, others in each; 0 takes all.
         at_least: products with fewer pictures have them repeated up to this many in an epoch; 0 repeats none.
@@ -56,12 +58,15 @@ class PictureDataset(Dataset[dict[str, Tensor]]):
         catalog: n pictures.
         preprocess: gives the size.
         keep_in_memory: decode all of them now, with threads.
+
+    Attributes:
+        kept: their pixels (n, 3, size, size) uint8, if they are kept.
     """
 
     def __init__(self, catalog: Catalog, preprocess: Preprocess, keep_in_memory: bool = False) -> None:
         self.catalog = catalog
         self.preprocess = preprocess
-        self._kept = _decode_all(catalog, preprocess) if keep_in_memory else None
+        self.kept = _decode_all(catalog, preprocess) if keep_in_memory else None
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -69,8 +74,8 @@ class PictureDataset(Dataset[dict[str, Tensor]]):
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         """A batch: ``rows`` (batch,) int64 and ``pixels`` (batch, 3, size, size) uint8."""
         index = torch.as_tensor(rows, dtype=torch.int64)
-        if self._kept is not None:
-            return {"rows": index, "pixels": self._kept[index]}
+        if self.kept is not None:
+            return {"rows": index, "pixels": self.kept[index]}
         pixels = np.concatenate([read_pixels(self.catalog, self.preprocess, range(row, row + 1)) for row in rows])
         return {"rows": index, "pixels": torch.from_numpy(pixels)}
 
@@ -160,24 +165,37 @@ def validation_loader(
 
 
 def _loader(dataset: PictureDataset, config: LoaderConfig, rows: Iterable[int]) -> DataLoader[dict[str, Tensor]]:
+    workers = 0 if dataset.kept is not None else config.workers
     return DataLoader(
         dataset,
         batch_size=config.batch_size,
         sampler=rows,
-        num_workers=config.workers,
+        num_workers=workers,
         collate_fn=_same,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=_PREFETCH if config.workers else None,
-        persistent_workers=config.workers > 0,
+        prefetch_factor=_PREFETCH if workers else None,
+        persistent_workers=workers > 0,
         worker_init_fn=_end_with_the_training,
+        multiprocessing_context=_server() if workers else None,
     )
+
+
+def _server() -> BaseContext:
+    """Python's fork server, which has no threads of its own and has the libraries loaded.
+
+    A process that is forked from a training may find a lock taken for ever that one of the training's other threads
+    held at that moment, and the training waits for it as long (python/cpython#112275 is one such lock).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _end_with_the_training(_: int) -> None:
     """Let a worker end where the process that reads from it is killed.
 
-    torch looks whether the worker's parent lives. Where Python's fork server starts workers, as from 3.14 on, that is
-    the server, which itself waits for the last of them: both would stay for ever.
+    torch looks whether the worker's parent lives. That is the fork server, which itself waits for the last of its
+    workers: both would stay for ever.
     """
     training = multiprocessing.parent_process()
     assert training is not None

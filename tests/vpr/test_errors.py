@@ -47,11 +47,12 @@ class Fatal:
         return row
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # torch learns of it by a signal, or looks now and then
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGBUS])
-def test_a_lost_worker_is_told_in_a_line(sign: signal.Signals) -> None:
+def test_a_lost_worker_is_told_in_a_line(sign: signal.Signals, method: str) -> None:
     """As the system kills one where memory runs out, or where a container's shared memory is too small."""
     with pytest.raises((RuntimeError, ConnectionError, EOFError)) as raised:  # as it happens
-        list(DataLoader(Fatal(sign), num_workers=1))  # type: ignore[arg-type]
+        list(DataLoader(Fatal(sign), num_workers=1, multiprocessing_context=method))  # type: ignore[arg-type]
     assert "a process that reads pictures was lost (" in str(remedy(raised.value))
     assert remedy(ConnectionResetError(errno.ECONNRESET, "by a server")) is None
     killed = RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that ...")

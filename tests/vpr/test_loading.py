@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from vpr.catalog import Catalog
 from vpr.errors import UserError
@@ -15,6 +17,16 @@ from vpr.images import Preprocess
 from vpr.loading import EpochSampler, LoaderConfig, PictureDataset, training_loader, validation_loader
 
 PREPROCESS = Preprocess(size=16)
+LOCK = threading.Lock()
+
+
+class LockedDataset(PictureDataset):
+    """It reads while nothing else holds the lock."""
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        assert LOCK.acquire(timeout=20)
+        LOCK.release()
+        return super().__getitems__(rows)
 
 
 def _names(counts: list[int]) -> np.ndarray:
@@ -100,6 +112,18 @@ def test_loaders_give_pictures_with_their_rows(catalog: Catalog, workers: int) -
     rows = [batch["rows"] for batch in training_loader(dataset, config, 0)]
     assert [len(batch) for batch in rows] == [5] * 6
     assert len(set(torch.cat(rows).tolist())) == 30
+
+
+def test_workers_do_not_wait_for_what_a_thread_of_the_training_holds(catalog: Catalog) -> None:
+    """As the lock of Python's list of threads, which one may hold just when a worker is forked."""
+    dataset = LockedDataset(catalog.select(split="validation"), PREPROCESS)
+    with LOCK:
+        assert len(list(validation_loader(dataset, LoaderConfig(16, workers=1)))) == 2
+
+
+def test_pixels_that_are_kept_are_not_copied_to_workers(catalog: Catalog) -> None:
+    dataset = PictureDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
+    assert training_loader(dataset, LoaderConfig(5, workers=2), 0).num_workers == 0
 
 
 @pytest.mark.parametrize("world", [1, 3, 5, 40])
