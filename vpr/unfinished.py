@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +38,13 @@ def only_run(folder: Path) -> Iterator[None]:
     """Make a run's folder and let no other run work in it meanwhile; of several processes the first asks for all.
 
     Raises:
-        UserError: another run works in it.
+        UserError: another run works in it, or the script that began this one is imported by a process of its loader.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "loader.workers: processes that read pictures import the script that trains: put what it does under "
+            'if __name__ == "__main__":'
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if not is_first():
         yield

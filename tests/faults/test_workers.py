@@ -26,9 +26,10 @@ def kill():
     ranks = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii").split()
     os.kill(int(ranks[int(sys.argv[3])]), signal.SIGKILL)
 
-if os.environ["RANK"] == sys.argv[2]:
-    before_file(2, sys.argv[1], kill)
-main(sys.argv[4:])
+if __name__ == "__main__":  # what the fork server starts imports this
+    if os.environ["RANK"] == sys.argv[2]:
+        before_file(2, sys.argv[1], kill)
+    main(sys.argv[4:])
 """
 # In the middle of its second stage a training kills a process that reads pictures, or itself.
 KILL_IN_TRAINING = """
@@ -43,7 +44,7 @@ def kill_training():
     print(len(multiprocessing.active_children()), flush=True)
     die()
 
-if __name__ == "__main__":  # processes that are started by a server import this
+if __name__ == "__main__":
     before_file(2, "*/stage-2/last.ckpt", globals()[f"kill_{sys.argv[1]}"])
     main(sys.argv[2:])
 """
@@ -120,4 +121,12 @@ def test_a_killed_training_takes_its_workers_with_it(pipeline: Pipeline, tmp_pat
     script = written(tmp_path / "script.py", KILL_IN_TRAINING)
     killed, left = run(script, "training", *pipeline.command(pipeline.stages["teacher"], tmp_path / "teacher"))
     assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "2\n"), killed.stderr
+    assert not left
+
+
+def test_a_script_that_is_imported_by_its_workers_is_told_what_it_lacks(pipeline: Pipeline, tmp_path: Path) -> None:
+    script = written(tmp_path / "script.py", "import sys\nfrom vpr.cli import main\nmain(sys.argv[1:])\n")
+    done, left = run(script, *pipeline.command(pipeline.stages["teacher"], tmp_path / "teacher"))
+    assert done.returncode == 2
+    assert 'put what it does under if __name__ == "__main__":\n' in done.stderr
     assert not left
