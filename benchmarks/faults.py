@@ -6,7 +6,6 @@ the work and not its imports. From there on it is what ``python -m vpr`` is: a p
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -14,7 +13,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -125,7 +126,7 @@ class Pipeline:
         (output / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
 
 
-@functools.cache
+@cache
 def _server() -> forkserver.ForkServer:
     """What processes are forked from: it has the libraries, and one thread."""
     server = forkserver.ForkServer()
@@ -172,18 +173,23 @@ class Running:
             time.sleep(_LOOK)
         self._before = self._seconds()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it is still at work."""
+        return self._process.is_alive()
+
     def wait(self, until: float = np.inf) -> Ended:
         """Until it ends, or has used so many seconds of processor time: then it is killed."""
         spent = 0.0
-        while self._process.is_alive() and spent < until:
+        while self.alive and spent < until:
             spent = max(spent, self._seconds() - self._before)
             time.sleep(_LOOK)
-        if self._process.is_alive():
+        if self.alive:
             time.sleep(np.random.default_rng(int(spent * 1e9)).uniform(0, _JITTER))
             self.kill()
         self._process.join()
         output = self._log.read_text(encoding="utf-8", errors="replace")
-        return Ended(cast(int, self._process.exitcode), spent, output, survivors(self._pid))
+        return Ended(cast(int, self._process.exitcode), spent, output, survivors(partial(_members, self._pid)))
 
     def kill(self) -> None:
         """``kill -9``; nothing if it has ended."""
@@ -197,24 +203,31 @@ class Running:
             return 0.0
 
 
-def survivors(session: int, seconds: float = _PARTING) -> tuple[str, ...]:
-    """Processes of a session that are there when its first one has ended; they are waited for at most so long."""
+def survivors(alive: Callable[[], tuple[str, ...]], seconds: float = _PARTING) -> tuple[str, ...]:
+    """Processes that are still alive a while after what had started them has ended."""
     until = time.monotonic() + seconds
-    while (left := _members(session)) and time.monotonic() < until:
+    while (left := alive()) and time.monotonic() < until:
         time.sleep(_LOOK)
     return left
 
 
 def _members(session: int) -> tuple[str, ...]:
+    return processes(lambda folder: int(_state(folder)[3]) == session)
+
+
+def processes(wanted: Callable[[Path], bool]) -> tuple[str, ...]:
+    """Living processes by what their folder in ``/proc`` tells: ``process 123``."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, its_session = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
-        except OSError:  # it has ended meanwhile
-            continue
-        if its_session == str(session) and state not in "ZX":
-            found.append(f"process {process.name}")
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if _state(folder)[0] not in "ZX" and wanted(folder):
+                found.append(f"process {folder.name}")
     return tuple(found)
+
+
+def _state(folder: Path) -> list[str]:
+    """State, parent, group and session."""
+    return (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
 
 
 def _begun(log: Path) -> Path:

@@ -100,8 +100,7 @@ class Scorer:
 
     def _loader(self, catalog: Catalog, batch_size: int, workers: int) -> DataLoader[dict[str, Tensor]]:
         keep = len(catalog) * 3 * self.preprocess.size**2 <= _KEPT_BYTES
-        loader = LoaderConfig(batch_size=batch_size, workers=0 if keep else workers)
-        return validation_loader(PictureDataset(catalog, self.preprocess, keep), loader)
+        return validation_loader(PictureDataset(catalog, self.preprocess, keep), LoaderConfig(batch_size, workers))
 
     def _batches(self, loader: DataLoader[dict[str, Tensor]]) -> Iterator[NDArray[np.float32]]:
         for batch in loader:

@@ -11,7 +11,9 @@ from multiprocessing import connection
 _LONGEST = 2000
 _AGAIN = ", then give the same command again: what is done is kept"
 # torch.utils.data's RuntimeError, from its handler of SIGCHLD or from the queue that stays empty.
-_LOST = re.compile(r"DataLoader worker \(pid[^ ]* [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
+_LOST = re.compile(
+    r"(?:DataLoader worker \(pid[^ ]* [\d, ]+\)|Pin memory thread) (is killed by signal: [\w ]+|exited unexpectedly)"
+)
 _TOO_LITTLE = "it had too little memory, or too little shared memory (of a container: --shm-size)"
 TOO_LITTLE_MEMORY = "there is too little memory"
 _NO_MEMORY = ("MemoryError", "OutOfMemoryError")  # the second is PyTorch's, of a GPU

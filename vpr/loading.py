@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -23,6 +25,7 @@ from vpr.environment import available_cpus
 from vpr.errors import UserError, check_numbers
 from vpr.images import Preprocess
 
+_SILENCE = ("ignore", None, Warning, None, 0)  # what simplefilter("ignore") puts before all other filters
 _PREFETCH = 4  # batches a worker has ready; decoding is uneven
 
 
@@ -175,13 +178,13 @@ def _loader(dataset: PictureDataset, config: LoaderConfig, rows: Iterable[int]) 
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=_PREFETCH if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_end_with_the_training,
+        worker_init_fn=partial(_begin_worker, warnings.filters[:1] == [_SILENCE]),
         multiprocessing_context=_server() if workers else None,
     )
 
 
 def _server() -> BaseContext:
-    """Python's fork server, which has no threads of its own and has the libraries loaded.
+    """Python's fork server, in which no other thread of Python runs.
 
     A process that is forked from a training may find a lock taken for ever that one of the training's other threads
     held at that moment, and the training waits for it as long (python/cpython#112275 is one such lock).
@@ -191,12 +194,14 @@ def _server() -> BaseContext:
     return context
 
 
-def _end_with_the_training(_: int) -> None:
-    """Let a worker end where the process that reads from it is killed.
+def _begin_worker(silent: bool, _: int) -> None:
+    """Let a worker be as silent as its training, and end where that is killed.
 
     torch looks whether the worker's parent lives. That is the fork server, which itself waits for the last of its
     workers: both would stay for ever.
     """
+    if silent:
+        warnings.simplefilter("ignore")
     training = multiprocessing.parent_process()
     assert training is not None
 

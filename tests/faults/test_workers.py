@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
 from benchmarks.fault_stages import difference, leftovers
-from benchmarks.faults import Pipeline, survivors
+from benchmarks.faults import Pipeline, processes, survivors
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # At its second file a process of a run kills the one of the given rank.
@@ -38,7 +41,7 @@ from benchmarks.fault_injection import before_file, die
 from vpr.cli import main
 
 def kill_worker():
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    os.kill(min(process.pid for process in multiprocessing.active_children()), signal.SIGKILL)  # reads for the steps
 
 def kill_training():
     print(len(multiprocessing.active_children()), flush=True)
@@ -50,16 +53,29 @@ if __name__ == "__main__":
 """
 
 
-def run(*arguments: object) -> tuple[subprocess.CompletedProcess[str], tuple[str, ...]]:
-    """What became of a process of Python in a session of its own, and the processes that outlived it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
-    ) as process:
-        said = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, *said), survivors(process.pid)
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended, what it said, and those that outlived it, which were killed."""
+
+    code: int
+    out: str
+    err: str
+    left: tuple[str, ...]
+
+
+def run(*arguments: object) -> Done:
+    """Run Python. What it starts is known by its environment: a launcher gives each of its processes a session."""
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "MARK": mark}
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:  # pipes would be waited for until all have ended
+        command = [sys.executable, *map(str, arguments)]
+        code = subprocess.run(command, stdout=out, stderr=err, env=environment, check=False).returncode
+        left = survivors(lambda: processes(lambda folder: mark.encode() in (folder / "environ").read_bytes()))
+        for process in left:
+            os.kill(int(process.removeprefix("process ")), signal.SIGKILL)
+        out.seek(0)
+        err.seek(0)
+        return Done(code, out.read(), err.read(), left)
 
 
 def written(path: Path, code: str) -> Path:
@@ -83,20 +99,20 @@ def test_a_killed_worker_ends_the_run_which_then_goes_on(
     stage, output = pipeline.stages[name], tmp_path / "killed" / name
     output.parent.mkdir()
     script = written(tmp_path / "script.py", KILL_A_RANK)
-    killed, left = run(*TWO_PROCESSES, script, sign, by, rank, *pipeline.command(stage, output))
-    assert killed.returncode
-    assert "SIGKILL" in killed.stderr
-    assert not left
+    killed = run(*TWO_PROCESSES, script, sign, by, rank, *pipeline.command(stage, output))
+    assert killed.code
+    assert "SIGKILL" in killed.err
+    assert not killed.left
     assert not output.exists()
     assert list(output.parent.glob(f"*.run-*{sign[1:]}"))
-    again, _ = run(*TWO_PROCESSES, "-m", "vpr", *pipeline.command(stage, output))
-    assert again.returncode == 0, again.stderr
+    again = run(*TWO_PROCESSES, "-m", "vpr", *pipeline.command(stage, output))
+    assert again.code == 0, again.err
     unbroken = pipeline.unbroken(stage)
     if name == "teacher":  # two processes have batches of their own
         unbroken = tmp_path / "unbroken" / name
         unbroken.parent.mkdir()
-        whole, _ = run(*TWO_PROCESSES, "-m", "vpr", *pipeline.command(stage, unbroken))
-        assert whole.returncode == 0, whole.stderr
+        whole = run(*TWO_PROCESSES, "-m", "vpr", *pipeline.command(stage, unbroken))
+        assert whole.code == 0, whole.err
     assert not difference(stage, unbroken, output)
     assert not leftovers(unbroken.parent, output.parent)
 
@@ -107,26 +123,26 @@ def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(
     stage, output = pipeline.stages["teacher"], tmp_path / "killed" / "teacher"
     output.parent.mkdir()
     script = written(tmp_path / "script.py", KILL_IN_TRAINING)
-    killed, left = run(script, "worker", *pipeline.command(stage, output))
-    assert killed.returncode == 2
-    assert killed.stderr.splitlines()[-1].startswith("vpr: error: a process that reads pictures was lost")
-    assert not left
-    again, _ = run("-m", "vpr", *pipeline.command(stage, output))
-    assert again.returncode == 0, again.stderr
+    killed = run(script, "worker", *pipeline.command(stage, output))
+    assert killed.code == 2
+    assert killed.err.splitlines()[-1].startswith("vpr: error: a process that reads pictures was lost")
+    assert not killed.left
+    again = run("-m", "vpr", *pipeline.command(stage, output))
+    assert again.code == 0, again.err
     assert not difference(stage, pipeline.unbroken(stage), output)
     assert not leftovers(pipeline.unbroken(stage).parent, output.parent)
 
 
 def test_a_killed_training_takes_its_workers_with_it(pipeline: Pipeline, tmp_path: Path) -> None:
     script = written(tmp_path / "script.py", KILL_IN_TRAINING)
-    killed, left = run(script, "training", *pipeline.command(pipeline.stages["teacher"], tmp_path / "teacher"))
-    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "2\n"), killed.stderr
-    assert not left
+    killed = run(script, "training", *pipeline.command(pipeline.stages["teacher"], tmp_path / "teacher"))
+    assert (killed.code, killed.out) == (-signal.SIGKILL, "2\n"), killed.err
+    assert not killed.left
 
 
 def test_a_script_that_is_imported_by_its_workers_is_told_what_it_lacks(pipeline: Pipeline, tmp_path: Path) -> None:
     script = written(tmp_path / "script.py", "import sys\nfrom vpr.cli import main\nmain(sys.argv[1:])\n")
-    done, left = run(script, *pipeline.command(pipeline.stages["teacher"], tmp_path / "teacher"))
-    assert done.returncode == 2
-    assert 'put what it does under if __name__ == "__main__":\n' in done.stderr
-    assert not left
+    done = run(script, *pipeline.command(pipeline.stages["teacher"], tmp_path / "teacher"))
+    assert done.code == 2
+    assert 'put what it does under if __name__ == "__main__":\n' in done.err
+    assert not done.left

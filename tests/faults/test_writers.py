@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -22,6 +21,11 @@ for number in range(40):
         for name in "abc":
             (draft.path / name).write_text(f"{sys.argv[2]} {number}" * 1000)
 """
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def test_writers_take_turns_and_a_reader_sees_whole_artifacts(tmp_path: Path) -> None:
@@ -46,13 +50,15 @@ def test_two_commands_of_the_same_output_both_succeed(pipeline: Pipeline, tmp_pa
 
 def test_a_training_that_is_started_twice_is_refused_the_second_time(pipeline: Pipeline, tmp_path: Path) -> None:
     stage, output, go_on = pipeline.stages["teacher"], tmp_path / "teacher", tmp_path / "go-on"
-    os.mkfifo(go_on)
-    first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", go_on.read_bytes))
-    while not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
-        time.sleep(0.01)
-    assert "another process is at work here: wait for its end" in refused(pipeline.run(stage, output))
-    go_on.write_bytes(b"")
+    first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", partial(wait_for, go_on)))
+    try:
+        while first.alive and not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
+            time.sleep(0.01)
+        assert "another process is at work here: wait for its end" in refused(pipeline.run(stage, output))
+    finally:
+        go_on.touch()
+        done = first.wait()
+    assert done.code == 0, done.output
     go_on.unlink()
-    assert first.wait().code == 0
     assert load_artifact(output)
     assert not pipeline.departures(stage, output)

@@ -54,6 +54,10 @@ def test_a_lost_worker_is_told_in_a_line(sign: signal.Signals, method: str) -> N
     with pytest.raises((RuntimeError, ConnectionError, EOFError)) as raised:  # as it happens
         list(DataLoader(Fatal(sign), num_workers=1, multiprocessing_context=method))  # type: ignore[arg-type]
     assert "a process that reads pictures was lost (" in str(remedy(raised.value))
+
+
+def test_a_lost_worker_is_told_where_its_batches_go_to_a_gpu() -> None:
+    assert "was lost (exited unexpectedly)" in str(remedy(RuntimeError("Pin memory thread exited unexpectedly")))
     assert remedy(ConnectionResetError(errno.ECONNRESET, "by a server")) is None
     killed = RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that ...")
     assert "was lost (is killed by signal: Bus error): it had too little" in str(remedy(killed))

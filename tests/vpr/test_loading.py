@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -27,6 +28,15 @@ class LockedDataset(PictureDataset):
         assert LOCK.acquire(timeout=20)
         LOCK.release()
         return super().__getitems__(rows)
+
+
+class WarningDataset(PictureDataset):
+    """It warns, as Pillow does of a broken tag, and says whether that was let through."""
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.warn(f"a broken tag of {rows}", UserWarning, stacklevel=1)
+        return super().__getitems__(rows) | {"told": torch.tensor(len(told))}
 
 
 def _names(counts: list[int]) -> np.ndarray:
@@ -119,6 +129,15 @@ def test_workers_do_not_wait_for_what_a_thread_of_the_training_holds(catalog: Ca
     dataset = LockedDataset(catalog.select(split="validation"), PREPROCESS)
     with LOCK:
         assert len(list(validation_loader(dataset, LoaderConfig(16, workers=1)))) == 2
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_workers_are_as_silent_as_their_training(catalog: Catalog, silent: bool) -> None:
+    dataset = WarningDataset(catalog.select(split="validation"), PREPROCESS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if silent else "always")
+        told = [batch["told"].item() for batch in validation_loader(dataset, LoaderConfig(16, workers=1))]
+    assert told == [0 if silent else 1] * 2
 
 
 def test_pixels_that_are_kept_are_not_copied_to_workers(catalog: Catalog) -> None:
