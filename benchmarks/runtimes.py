@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vpr.artifact import Artifact, reading
 from vpr.embeddings import Forward, torch_forward
-from vpr.environment import read_gpus
+from vpr.environment import eight_bits_overflow, read_gpus
 from vpr.errors import UserError
 from vpr.runtime import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, keep_to_ourselves, rtx_devices
 
@@ -164,7 +164,8 @@ class OpenVinoBackend:
     def version(self) -> str:
         """See :class:`Backend`."""
         openvino = importlib.import_module("openvino")
-        return f"{openvino.__version__.split('-')[0]}; {', '.join(openvino.Core().available_devices)}"
+        overflows = "; its INT8 overflows here, for want of VNNI" if eight_bits_overflow() else ""
+        return f"{openvino.__version__.split('-')[0]}; {', '.join(openvino.Core().available_devices)}{overflows}"
 
     def precision(self, artifact: Artifact) -> str:
         """See :class:`Backend`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from vpr.console import say
 from vpr.embeddings import Forward
+from vpr.environment import eight_bits_overflow
 from vpr.graphs import refused_by
 from vpr.runtime import INPUT, OUTPUT, keep_to_ourselves
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
     """A graph, or the file it lies in, as a function of arrays that any number of threads may call.
+
+    On processors without VNNI OpenVINO's INT8 kernels overflow, and it has no exact ones: that is said, once.
 
     Args:
         graph: with the input and output of our exports.
@@ -32,6 +37,8 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
+    if eight_bits_overflow() and _has_eight_bits(graph):
+        _say_that_they_overflow()
     with refused_by("openvino"):
         core = openvino.Core()
         if isinstance(graph, Path):
@@ -47,3 +54,13 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
             return own.request.infer({INPUT: batch})[OUTPUT].copy()
 
     return forward
+
+
+def _has_eight_bits(graph: onnx.ModelProto | Path) -> bool:
+    model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
+    return any(tensor.data_type == onnx.TensorProto.INT8 for tensor in model.graph.initializer)
+
+
+@cache
+def _say_that_they_overflow() -> None:
+    say("  openvino: this processor has no VNNI, INT8 overflows in its kernels: see the embeddings by onnxruntime-cpu")

@@ -98,7 +98,7 @@ def export_serving(config: ServingConfig) -> Path:
     with write_artifact(config.output, "serving", values, parents) as draft:
         _write_repository(draft.path / "model_repository" / name, model, fields)
         pictures, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
-        text = _read_me(name, model, preprocess, scheduling.max_batch, pictures, config.index)
+        text = _read_me(name, model, preprocess, scheduling, pictures, config.index)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
         draft.preprocess, draft.embedding = preprocess, model.card.embedding
         draft.catalog = gallery.artifact.card.catalog
@@ -220,7 +220,9 @@ def _overlap(index: Any, queries: NDArray[np.float32], vectors: NDArray[np.float
     return float(np.mean([len(set(a) & set(b)) / count for a, b in zip(exact.tolist(), found.tolist(), strict=True)]))
 
 
-def _read_me(name: str, model: Artifact, preprocess: Preprocess, max_batch: int, pictures: int, index: str) -> str:
+def _read_me(
+    name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, pictures: int, index: str
+) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -240,7 +242,8 @@ def _read_me(name: str, model: Artifact, preprocess: Preprocess, max_batch: int,
         embedding=model.card.embedding,
         gallery=pictures,
         index="an exact" if index == "flat" else "an approximate",
-        max_batch=max_batch,
+        max_batch=scheduling.max_batch,
+        overflows=scheduling.device == "cpu" and model.card.metrics.get("precision") == "int8",
         builder=model.card.metrics.get("builder"),
         targets=", ".join(model.card.metrics.get("targets", ())),
         flags=" --backend-config=tensorrt,version-compatible=true" if compatible else "",

@@ -113,6 +113,16 @@ def cpu_features() -> list[str]:
     return [name for name in _CPU_FEATURES if name in flags]
 
 
+def eight_bits_overflow() -> bool:
+    """Whether this is an x86 processor without VNNI, as AMD's before Zen 4: it adds products of eight bits in sixteen.
+
+    By default ONNX Runtime and OpenVINO clip the sums there, and a graph with Q/DQ gives other embeddings than an
+    engine. Where the system does not tell the instructions, VNNI is taken to be missing.
+    """
+    exact = {"avx_vnni", "avx512_vnni", "amx_int8"}
+    return platform.machine().lower() in ("x86_64", "amd64") and not exact & set(cpu_features())
+
+
 def memory_bytes() -> int | None:
     """Physical memory, or None where the system does not tell."""
     try:

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any
 
+from vpr.environment import eight_bits_overflow
 from vpr.errors import UserError
 
 INPUT, OUTPUT = "pixels", "embedding"
@@ -47,6 +48,8 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if eight_bits_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # slower kernels, whose sums are exact
     without = ["ReluQuantRewrite"] if fp8 else []
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")

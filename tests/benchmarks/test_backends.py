@@ -75,7 +75,9 @@ class _Session:
 def _runtime(monkeypatch: pytest.MonkeyPatch, devices: list[SimpleNamespace]) -> list[str]:
     registered: list[str] = []
     runtime = ModuleType("onnxruntime")
-    options = SimpleNamespace(add_provider_for_devices=lambda devices, settings: None)
+    options = SimpleNamespace(
+        add_provider_for_devices=lambda devices, settings: None, add_session_config_entry=lambda key, value: None
+    )
     vars(runtime).update(
         SessionOptions=lambda: options,
         InferenceSession=_Session,

@@ -223,6 +223,9 @@ def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> 
 def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
     int8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32"))
     output = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving")))
+    assert "VNNI" not in (output / "README.md").read_text()
+    cpu = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "cpu"), device="cpu"))
+    assert "Serve it on processors with VNNI" in (cpu / "README.md").read_text()
     assert read_config(output, "int8").max_batch_size == 32
     stored = output / "model_repository" / "int8" / "1" / "model.onnx"
     assert stored.read_bytes() == (int8 / "model.onnx").read_bytes()
