@@ -10,6 +10,7 @@ from typing import Any, Literal
 from benchmarks.backends import Model
 from benchmarks.runtimes import load_module
 from vpr.artifact import Artifact
+from vpr.environment import eight_bits_overflow
 
 Dtype = Literal["fp32", "fp16", "int8"]
 _SIDES = (512, 1024, 2048)
@@ -71,12 +72,13 @@ def count_work(artifact: Artifact) -> int | None:
 
 
 def arithmetic(model: Model) -> tuple[Dtype, str] | None:
-    """In which numbers, and on which device, a model's products are computed; None for FP8.
+    """In which numbers, and on which device, a model's products are computed; None where none can be measured.
 
-    CPU runtimes compute FP16 graphs in FP32.
+    CPU runtimes compute FP16 graphs in FP32. PyTorch has no products of FP8 to measure, and for processors without VNNI
+    none of INT8 that come near the runtimes' own.
     """
     on_cpu = model.backend in ("torch", "torch-compile", "onnxruntime-cpu", "openvino")
-    if model.precision.startswith("fp8"):
+    if model.precision.startswith("fp8") or (model.precision.startswith("int8") and on_cpu and eight_bits_overflow()):
         return None
     if model.precision.startswith("int8"):
         return "int8", "cpu" if on_cpu else "cuda"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto, helper
 
+from benchmarks import ceiling
 from benchmarks.backends import Model, models_of
 from benchmarks.ceiling import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
 from export.multiply_adds import multiply_adds
@@ -65,19 +66,26 @@ class _Runner:
 
 
 @pytest.mark.parametrize(
-    ("backend", "precision", "expected"),
+    ("backend", "precision", "vnni", "expected"),
     [
-        ("torch", "fp32", ("fp32", "cpu")),
-        ("onnxruntime-cpu", "fp16", ("fp32", "cpu")),  # CPU runtimes compute FP16 graphs in FP32
-        ("openvino", "int8", ("int8", "cpu")),
-        ("onnxruntime-cuda", "fp16", ("fp16", "cuda")),
-        ("tensorrt-rtx", "int8-mixed", ("int8", "cuda")),
-        ("tensorrt", "fp8", None),
+        ("torch", "fp32", True, ("fp32", "cpu")),
+        ("onnxruntime-cpu", "fp16", False, ("fp32", "cpu")),  # CPU runtimes compute FP16 graphs in FP32
+        ("openvino", "int8", True, ("int8", "cpu")),
+        ("openvino", "int8", False, None),
+        ("onnxruntime-cuda", "fp16", True, ("fp16", "cuda")),
+        ("tensorrt-rtx", "int8-mixed", False, ("int8", "cuda")),
+        ("tensorrt", "fp8", True, None),
     ],
 )
 def test_the_ceiling_is_of_the_numbers_that_are_computed(
-    backend: str, precision: str, expected: tuple[str, str] | None, student_artifact: Path
+    backend: str,
+    precision: str,
+    vnni: bool,
+    expected: tuple[str, str] | None,
+    student_artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ceiling, "eight_bits_overflow", lambda: not vnni)
     model = replace(models_of(student_artifact)[0], runner=_Runner(backend, precision))
     assert isinstance(model, Model)
     assert arithmetic(model) == expected
