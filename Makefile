@@ -11,6 +11,8 @@ FUZZ_STAMP := .venv/.installed-fuzz
 REQUIREMENTS ?= requirements.txt
 TOPIC ?= demo
 PARTS ?=
+# That make test takes; each needs 3 GB.
+PROCESSES ?= 2
 
 .PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture lock audit licences scale fuzzer \
 	other-quantisers other-metrics other-toolkits clean
@@ -21,8 +23,9 @@ demo: $(STAMP)
 demo-full: $(STAMP)
 	@$(BIN)/vpr demo --full true
 
+# Files of tests are shared among the processes; their libraries' threads would only stand in each other's way.
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 test-all: $(STAMP) $(FUZZ_STAMP)
 	@$(BIN)/python -m pytest -m "not gpu"

@@ -41,6 +41,7 @@ def test_every_graph_becomes_an_engine_by_the_builder_that_is_here(
         assert "fp16-tensorrt: not built: tensorrt: cannot be loaded" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_what_runs_is_timed_and_scored_and_what_does_not_says_why(student: TrainedStudent) -> None:
     figures, tables = gpu_engines(student, "sm89", "command", ("torch", "onnxruntime-cpu", "tensorrt-rtx"), 0.02)
     rows = {row["model"]: row for row in tables["engines"]}

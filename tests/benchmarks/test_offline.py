@@ -37,12 +37,14 @@ def test_every_verb_is_on_the_road() -> None:
     assert [len(PAGE), len(DEMO)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_verbs_reach_no_other_machine(walked: tuple[Path, VerbResult]) -> None:
     """All but the page, which is below, and the demo, which runs the others (make figures runs it too)."""
     told = walked[1]
     assert (told.code, told.attempts) == (0, ()), told.line
 
 
+@pytest.mark.slow
 def test_the_page_reaches_no_other_machine(walked: tuple[Path, VerbResult]) -> None:
     (told,) = run_each(PAGE, walked[0])
     assert (told.code, told.attempts, told.line) == (0, (), "ended")

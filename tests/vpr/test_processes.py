@@ -36,7 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
     return spread(folder, 1, "auto", 4), folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_does_also_when_resumed(
     strategy: str, alone: tuple[list[float], Path], tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_packing_is_deterministic_and_takes_only_products_with_enough_views(tmp_
     assert "p000" not in (tmp_path / "a" / "ATTRIBUTION.csv").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_packing_again_gives_the_same_pictures(data_folder: Path, tmp_path: Path) -> None:
     pack(data_folder / "home3d", tmp_path)
