@@ -62,7 +62,9 @@ def start_once(model: Model, threads: int) -> dict[str, float | None]:
         after = gpu_memory_used() if has_gpu else None
         child.communicate()
         errors.seek(0)
-        last = (errors.read().strip().splitlines() or ["no reason given"])[-1]
+        # What is said on the way is indented, and so is a traceback but for its end.
+        reasons = [said for said in errors.read().splitlines() if said.strip() and not said.startswith(" ")]
+        last = (reasons or ["no reason given"])[-1]
     if child.returncode or not line.strip():
         raise UserError(f"{model.name}: fails in a process of its own ({last}): free some memory, or give --starts 0")
     held = None if before is None or after is None else float(max(0, after - before))

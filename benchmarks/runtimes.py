@@ -164,7 +164,7 @@ class OpenVinoBackend:
     def version(self) -> str:
         """See :class:`Backend`."""
         openvino = importlib.import_module("openvino")
-        overflows = "; its INT8 overflows here, for want of VNNI" if eight_bits_overflow() else ""
+        overflows = "; its INT8 overflows: no VNNI is seen here" if eight_bits_overflow() else ""
         return f"{openvino.__version__.split('-')[0]}; {', '.join(openvino.Core().available_devices)}{overflows}"
 
     def precision(self, artifact: Artifact) -> str:

@@ -21,7 +21,7 @@ from vpr.runtime import INPUT, OUTPUT, keep_to_ourselves
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
     """A graph, or the file it lies in, as a function of arrays that any number of threads may call.
 
-    On processors without VNNI OpenVINO's INT8 kernels overflow, and it has no exact ones: that is said, once.
+    On processors without VNNI OpenVINO's INT8 kernels overflow, and it has none that do not: that is said, once.
 
     Args:
         graph: with the input and output of our exports.
@@ -37,9 +37,9 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    if eight_bits_overflow() and _has_eight_bits(graph):
-        _say_that_they_overflow()
     with refused_by("openvino"):
+        if eight_bits_overflow() and _has_eight_bits(graph):
+            _say_that_they_overflow()
         core = openvino.Core()
         if isinstance(graph, Path):
             compiled = core.compile_model(str(graph), "CPU", options)
@@ -63,4 +63,4 @@ def _has_eight_bits(graph: onnx.ModelProto | Path) -> bool:
 
 @cache
 def _say_that_they_overflow() -> None:
-    say("  openvino: this processor has no VNNI, INT8 overflows in its kernels: see the embeddings by onnxruntime-cpu")
+    say("  openvino: no VNNI is seen here, without which its INT8 overflows: see the embeddings by onnxruntime-cpu")

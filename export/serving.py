@@ -38,8 +38,8 @@ class ServingConfig:
     """A hand-off.
 
     Attributes:
-        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs give an
-            INT8 graph of ``--base fp32``; on GPUs INT8 is for the engine.
+        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs with VNNI
+            give an INT8 graph of ``--base fp32``; on GPUs INT8 is for the engine.
         gallery: embeddings artifact of the same student; its ``gallery`` pictures are searched (all of it, if it
             has none).
         output: where the repository, the gallery and their README are written.
@@ -243,7 +243,7 @@ def _read_me(
         gallery=pictures,
         index="an exact" if index == "flat" else "an approximate",
         max_batch=scheduling.max_batch,
-        overflows=scheduling.device == "cpu" and model.card.metrics.get("precision") == "int8",
+        overflows=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),
         builder=model.card.metrics.get("builder"),
         targets=", ".join(model.card.metrics.get("targets", ())),
         flags=" --backend-config=tensorrt,version-compatible=true" if compatible else "",

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.backends import BACKENDS, NAMES, BackendUnavailable, choose, models_of
 from export.onnx_graph import OnnxConfig, export_onnx
+from vpr import runtime
 from vpr.errors import UserError
 from vpr.runtime import CUDA, TENSORRT_RTX, open_session, rtx_devices
 
@@ -76,7 +77,8 @@ def _runtime(monkeypatch: pytest.MonkeyPatch, devices: list[SimpleNamespace]) ->
     registered: list[str] = []
     runtime = ModuleType("onnxruntime")
     options = SimpleNamespace(
-        add_provider_for_devices=lambda devices, settings: None, add_session_config_entry=lambda key, value: None
+        add_provider_for_devices=lambda devices, settings: None,
+        add_session_config_entry=lambda key, value: registered.append(key),
     )
     vars(runtime).update(
         SessionOptions=lambda: options,
@@ -96,6 +98,14 @@ def test_the_cpu_never_stands_in_for_a_gpu_provider(provider: str, monkeypatch: 
     _runtime(monkeypatch, [])
     with pytest.raises(UserError, match=rf"{provider} cannot be loaded \(CPUExecutionProvider would run instead\)"):
         open_session(b"", provider=provider)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_exact_sums_are_asked_for_where_they_would_overflow(overflow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _runtime(monkeypatch, [])
+    monkeypatch.setattr(runtime, "eight_bits_overflow", lambda: overflow)
+    open_session(b"")
+    assert asked == ["session.x64quantprecision"] * overflow
 
 
 def test_the_plugin_is_registered_once_and_gives_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:

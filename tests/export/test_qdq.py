@@ -102,29 +102,43 @@ def test_a_convolution_equals_fake_quantised_pytorch() -> None:
     assert np.abs(found - F.conv2d(*map(torch.from_numpy, (x, kernel, bias)), 2, 1).numpy()).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["MatMul", "Conv", "attention"])
-def test_sums_of_the_largest_products_are_exact(kind: str) -> None:
+LARGEST = (-127, 126, 127)
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "attention"])
+def test_sums_of_the_largest_products_are_exact(weights: bool) -> None:
     """They would not be where products of eight bits are added in sixteen."""
     rng = np.random.default_rng(0)
-    x = rng.choice([-127, 126, 127], (1, 64, 64)).astype(np.float32)
-    weight = rng.choice([-127, 126, 127], (64, 64)).astype(np.float32)
-    operator, constant = kind.replace("attention", "MatMul"), kind != "attention"
-    second = weight.T[:, :, np.newaxis] if kind == "Conv" else weight
-    shapes = {"x": x.shape, "w": second.shape, "y": x.shape}
-    ends = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    x, y = (rng.choice(LARGEST, (64, 64)).astype(np.float32) for _ in range(2))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (64, 64)) for name in ("x", "y", "z")]
     body = helper.make_graph(
-        [helper.make_node(operator, ["x", "w"], ["y"], name="product")],
+        [helper.make_node("MatMul", ["x", "y"], ["z"], name="product")],
         "g",
-        [ends["x"]] if constant else [ends["x"], ends["w"]],
-        [ends["y"]],
-        [numpy_helper.from_array(second, "w")] if constant else [],
+        ends[:1] if weights else ends[:2],
+        ends[2:],
+        [numpy_helper.from_array(y, "y")] if weights else [],
     )
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    session = GraphSession(quantise(model, {"x": 127.0, "w": 127.0}, ["product"]))
-    (found,) = session.run(["y"], {"x": x} if constant else {"x": x, "w": weight})
-    steps, columns = x.astype(np.int64), weight.astype(np.int64)
-    expected = columns.T @ steps if kind == "Conv" else steps @ columns
-    np.testing.assert_array_equal(found, expected)
+    quantised = quantise(model, {"x": 127.0, "y": 127.0}, ["product"])
+    assert sum(node.op_type == "DequantizeLinear" for node in quantised.graph.node) == 2
+    (found,) = GraphSession(quantised).run(["z"], {"x": x} if weights else {"x": x, "y": y})
+    np.testing.assert_array_equal(found, x.astype(np.int64) @ y.astype(np.int64))
+
+
+def test_sums_of_a_convolution_between_quantisers_are_exact() -> None:
+    """The first of two: ONNX Runtime computes it in eight bits, since its output is quantised too."""
+    rng = np.random.default_rng(0)
+    x, first = (rng.choice(LARGEST, shape).astype(np.float32) for shape in ((1, 64, 8, 8), (64, 64, 1, 1)))
+    second, step = 127 * np.eye(64, dtype=np.float32)[:, :, np.newaxis, np.newaxis], 2.0**13
+    nodes = [helper.make_node("Conv", [a, w], [b], name=w) for a, w, b in (("x", "first", "y"), ("y", "second", "z"))]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name in ("x", "z")]
+    constants = [numpy_helper.from_array(value, name) for name, value in (("first", first), ("second", second))]
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    quantised = quantise(model, {"x": 127.0, "y": 127 * step}, ["first", "second"])
+    sums = np.einsum("oi,bihw->bohw", first[:, :, 0, 0].astype(np.int64), x.astype(np.int64))
+    (found,) = GraphSession(quantised).run(["z"], {"x": x})
+    np.testing.assert_array_equal(found, 127 * step * np.rint(sums / step))
 
 
 def test_what_openvino_computes_without_vnni_is_told_once(

@@ -221,7 +221,9 @@ def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> 
 
 
 def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
-    int8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32"))
+    mixed = Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", keep=("vit.transformer.layers.0",))
+    int8 = export_int8(mixed)
+    assert load_artifact(int8).card.metrics["precision"] == "int8-mixed"
     output = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving")))
     assert "VNNI" not in (output / "README.md").read_text()
     cpu = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "cpu"), device="cpu"))
