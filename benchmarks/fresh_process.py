@@ -62,13 +62,17 @@ def start_once(model: Model, threads: int) -> dict[str, float | None]:
         after = gpu_memory_used() if has_gpu else None
         child.communicate()
         errors.seek(0)
-        # What is said on the way is indented, and so is a traceback but for its end.
-        reasons = [said for said in errors.read().splitlines() if said.strip() and not said.startswith(" ")]
-        last = (reasons or ["no reason given"])[-1]
+        last = last_words(errors.read())
     if child.returncode or not line.strip():
         raise UserError(f"{model.name}: fails in a process of its own ({last}): free some memory, or give --starts 0")
     held = None if before is None or after is None else float(max(0, after - before))
     return {"cold_start_ms": cold, **json.loads(line), "gpu_memory_bytes": held}
+
+
+def last_words(errors: str) -> str:
+    """Why a process failed, of all that it printed: what is said on the way is indented, as most of a traceback is."""
+    lines = [line for line in errors.splitlines() if line.strip() and not line.startswith(" ")]
+    return lines[-1] if lines else "no reason given"
 
 
 def peak_memory(status: str) -> int | None:

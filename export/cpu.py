@@ -21,7 +21,7 @@ from vpr.runtime import INPUT, OUTPUT, keep_to_ourselves
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
     """A graph, or the file it lies in, as a function of arrays that any number of threads may call.
 
-    On processors without VNNI OpenVINO's INT8 kernels overflow, and it has none that do not: that is said, once.
+    On processors without VNNI OpenVINO's INT8 kernels overflow, and no setting gives others: that is said, once.
 
     Args:
         graph: with the input and output of our exports.

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.backends import models_of
 from benchmarks.figures import ROOT
-from benchmarks.fresh_process import peak_memory, start_often, start_once
+from benchmarks.fresh_process import last_words, peak_memory, start_often, start_once
 from vpr.errors import UserError
 
 
@@ -54,6 +54,13 @@ def test_a_child_that_fails_is_told_in_one_line(student_artifact: Path, tmp_path
     gone = replace(model, artifact=replace(model.artifact, path=tmp_path / "gone"))
     with pytest.raises(UserError, match=r"student \(torch\): fails in a process of its own \(.*gone.*--starts 0"):
         start_once(gone, 1)
+
+
+def test_what_is_said_on_the_way_is_no_reason() -> None:
+    traceback = "Traceback (most recent call last):\n  File ...\nMemoryError: 3 GB\n"
+    assert last_words("  openvino: no VNNI\n" + traceback) == "MemoryError: 3 GB"
+    assert last_words(traceback + "  said after it\n\n") == "MemoryError: 3 GB"
+    assert last_words("  openvino: no VNNI\n") == last_words("") == "no reason given"
 
 
 def test_running_a_graph_or_an_engine_imports_no_torch() -> None:

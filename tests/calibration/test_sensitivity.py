@@ -50,7 +50,7 @@ def test_nothing_within_the_budget_is_said_and_the_nearest_is_given() -> None:
     assert found.chosen.quantised == {"b"}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=7), st.integers(0, 40))
 def test_where_harm_adds_up_the_set_is_the_largest_there_is(costs: list[int], budget: int) -> None:
     layers = {f"layer{i}": cost for i, cost in enumerate(costs)}

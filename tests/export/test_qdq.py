@@ -18,6 +18,7 @@ from export.parity import parity
 from export.qdq import Recipe, quantise, quantise_per_channel, quantised_nodes
 from student.model import load_student
 from vpr.artifact import load_artifact
+from vpr.embeddings import unit
 from vpr.environment import eight_bits_overflow
 from vpr.errors import UserError
 from vpr.graphs import GraphSession
@@ -73,8 +74,11 @@ def test_graph_equals_fake_quantised_pytorch(each_student: Path, graph: onnx.Mod
         expected = model(torch.from_numpy(inputs)).numpy()
     linears = quantised_nodes(graph, ("vit.to_patch_embedding", "vit.mlp_head"))
     found = run_graph(quantise(graph, _thresholds(graph, limit), linears), inputs)
-    # A value in the middle of two steps may be rounded up by one library and down by the other.
-    assert parity(expected, found)["cosine_min"] > 0.9999
+    cosines = (unit(expected).astype(np.float64) * unit(found)).sum(axis=1)
+    # A value within rounding of the middle of two steps goes up in one library and down in the other, which the layers
+    # after it spread over that picture: of these eight, one on some processors. The others must agree.
+    assert np.median(cosines) > 1 - 1e-6
+    assert cosines.min() > 0.9999
 
 
 def test_a_convolution_equals_fake_quantised_pytorch() -> None:
