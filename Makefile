@@ -45,10 +45,10 @@ figures: $(STAMP)
 	@$(MAKE) --no-print-directory readme
 
 readme: $(STAMP)
-	@$(BIN)/python -m benchmarks.figures
+	@$(BIN)/python -m experiments.figures
 
 architecture: $(STAMP)
-	@$(BIN)/python -m benchmarks.imports
+	@$(BIN)/python -m experiments.imports
 
 # Ray, for embedding on several machines; it needs nothing that clashes with ours.
 scale: $(SCALE_STAMP)
@@ -67,10 +67,10 @@ lock:
 audit: $(STAMP)
 	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit \
 	  && .venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1; }
-	@$(BIN)/python -m benchmarks.audit .venv-audit/bin/pip-audit
+	@$(BIN)/python -m experiments.audit .venv-audit/bin/pip-audit
 
 licences: $(STAMP)
-	@$(BIN)/python -m benchmarks.licences
+	@$(BIN)/python -m experiments.licences
 
 # Tools that INT8 is compared with; their requirements clash with ours and with each other's.
 other-quantisers:

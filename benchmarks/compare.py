@@ -8,11 +8,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.paired import recall_drop
-from benchmarks.report_form import read_report
-from benchmarks.verdict import Row, batches, milliseconds, milliseconds_ci95, recommend, signed, title, unstable
-from vpr.console import say
-from vpr.errors import BudgetBroken, UserError, check_numbers
+from benchmarks.recall.paired_bootstrap import recall_drop
+from benchmarks.report.recommendation import (
+    Row,
+    batches,
+    milliseconds,
+    milliseconds_ci95,
+    recommend,
+    signed,
+    title,
+    unstable,
+)
+from benchmarks.report.schema import read_report
+from vpr.common.errors import BudgetBroken, UserError, check_numbers
+from vpr.common.log import say
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.backends import default_threads
 from benchmarks.synthetic_gallery import Gallery, grow, real_gallery
-from vpr.artifact import check_output, plain, write_artifact
-from vpr.console import say
-from vpr.embeddings import load_embeddings
-from vpr.errors import UserError, check_numbers
-from vpr.search import search
+from export.backends.registry import default_threads
+from vpr.artifacts.store import check_output, plain, write_artifact
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.log import say
+from vpr.retrieval.embeddings import load_embeddings
+from vpr.retrieval.search import search
 
 Kind = Literal["flat", "flat-fp16", "flat-int8", "ivf-flat", "ivf-int8", "ivf-pq", "hnsw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.embeddings import Embeddings, unit
-from vpr.errors import UserError
-from vpr.search import search
+from vpr.common.errors import UserError
+from vpr.retrieval.embeddings import Embeddings, unit
+from vpr.retrieval.search import search
 
 _BLOCK = 1 << 16  # synthetic vectors made at a time
 

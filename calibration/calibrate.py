@@ -13,18 +13,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from calibration.linears import Linear, find_linears
+from calibration.activation_stats import Activations, measure
+from calibration.onnx_layers import Linear, find_linears
 from calibration.ranges import METHODS, Method, threshold
-from calibration.select import Selection, select_pictures
-from calibration.smooth import Smoothing, correct_bias, factors, output_error, search_smoothing, smooth
-from calibration.statistics import Activations, measure
-from vpr.artifact import find_current, load_artifact, plain, reading, write_artifact
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
-from vpr.embeddings import read_batches
-from vpr.errors import UserError, check_numbers
-from vpr.graphs import GraphSession, load_graph
-from vpr.images import Preprocess
+from calibration.sampling import Selection, select_pictures
+from calibration.smoothquant import Smoothing, correct_bias, factors, output_error, search_smoothing, smooth
+from vpr.artifacts.store import find_current, load_artifact, plain, reading, write_artifact
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.imaging.decode import Preprocess
+from vpr.inference.onnx_graph import GraphSession, load_graph
+from vpr.retrieval.embeddings import read_batches
 
 _BATCH = 16
 _EXACT = 1e-5
@@ -39,7 +39,7 @@ class CalibrateConfig:
         catalog: catalogue artifact; only its ``train`` split is used.
         output: where the ranges are written.
         count: pictures.
-        selection: how they are drawn, see :func:`calibration.select.select_pictures`.
+        selection: how they are drawn, see :func:`calibration.sampling.select_pictures`.
         method: how a range is chosen from what was seen; ``auto`` takes for each tensor the method whose
             range leaves the least error at the output of its linear.
         percentile: in percent, for the method of that name.

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.int8 import LEVELS
+from vpr.inference.int8 import LEVELS
 
 BINS = 2048
 _BLOCK = 128  # thresholds tried at a time: bounds the memory of a search over all of them

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.metrics import bootstrap_interval
+from vpr.retrieval.metrics import bootstrap_interval
 
 Layers = frozenset[str]
 

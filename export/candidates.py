@@ -11,15 +11,15 @@ from typing import Literal
 
 import onnx
 
-from export.builder import Backend, choose_backend, this_gpu
-from export.cpu import openvino_forward
-from export.engine import TARGETS, EngineConfig, build_engine
-from export.onnx_graph import describe
-from export.precision import to_fp16
-from export.runner import open_engine
-from vpr.artifact import Artifact, write_artifact
-from vpr.embeddings import Forward
-from vpr.environment import read_gpus
+from export.backends.openvino_session import openvino_forward
+from export.fp16 import to_fp16
+from export.tensorrt.bindings import Backend, choose_backend, this_gpu
+from export.tensorrt.build import TARGETS, EngineConfig, build_engine
+from export.tensorrt.runner import open_engine
+from export.to_onnx import describe
+from vpr.artifacts.store import Artifact, write_artifact
+from vpr.common.hardware import read_gpus
+from vpr.retrieval.embeddings import Forward
 
 TimedBy = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
 Graphs = Mapping[str, onnx.ModelProto]
@@ -51,7 +51,7 @@ class Candidates:
         """Graphs, FP32 with or without Q/DQ, as functions of pictures; engines are built over FP16.
 
         Raises:
-            UserError: what :func:`export.engine.build_engine` or :func:`export.runner.open_engine` finds wrong.
+            UserError: what :func:`export.tensorrt.build.build_engine` or :func:`export.tensorrt.runner.open_engine` finds wrong.
         """
         if self.by == "openvino":
             yield {name: openvino_forward(graph, self.threads) for name, graph in graphs.items()}

@@ -13,20 +13,20 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calibration.linears import linear_nodes, weighted_nodes
-from calibration.smooth import smooth
-from export.budget import Budget, keep_recall
+from calibration.onnx_layers import linear_nodes, weighted_nodes
+from calibration.smoothquant import smooth
 from export.candidates import Candidates, TimedBy, choose_timer
-from export.onnx_graph import MAX_BATCH, count_operators, describe, load_onnx
-from export.precision import to_fp16
+from export.fp16 import to_fp16
+from export.mixed_precision import Budget, keep_recall
 from export.qdq import Format, Recipe, quantise, quantised_nodes
-from vpr.artifact import Artifact, find_current, load_artifact, plain, write_artifact
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
-from vpr.embeddings import read_batches
-from vpr.environment import MOST_THREADS
-from vpr.errors import UserError
-from vpr.int8 import read_ranges
+from export.to_onnx import MAX_BATCH, count_operators, describe, load_onnx
+from vpr.artifacts.store import Artifact, find_current, load_artifact, plain, write_artifact
+from vpr.common.errors import UserError
+from vpr.common.hardware import MOST_THREADS
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.inference.int8 import read_ranges
+from vpr.retrieval.embeddings import read_batches
 
 _READ_BY = 16
 

@@ -13,16 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.onnx_graph import load_onnx, run_graph
 from export.parity import parity, rank_changes
+from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
-from vpr.artifact import Artifact, find_current, plain, reading, write_artifact
-from vpr.catalog import load_catalog
-from vpr.console import say
-from vpr.embeddings import read_batches, unit
-from vpr.errors import UserError
-from vpr.graphs import watch
-from vpr.runtime import INPUT
+from vpr.artifacts.store import Artifact, find_current, plain, reading, write_artifact
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.catalog import load_catalog
+from vpr.inference.onnx_graph import watch
+from vpr.inference.onnx_session import INPUT
+from vpr.retrieval.embeddings import read_batches, unit
 
 _BATCH = 16
 _LAYER_PICTURES = 8

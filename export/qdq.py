@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.linears import (
+from calibration.onnx_layers import (
     attention_nodes,
     channel_axis,
     find_linears,
@@ -25,9 +25,9 @@ from calibration.linears import (
     replace_constant,
     weighted_nodes,
 )
-from vpr.errors import UserError
-from vpr.graphs import refused_by
-from vpr.int8 import LEVELS, activation_scale, weight_scales
+from vpr.common.errors import UserError
+from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
+from vpr.inference.onnx_graph import refused_by
 
 Recipe = Literal["linear", "full-mha", "full"]
 Format = Literal["int8", "fp8"]

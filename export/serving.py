@@ -13,16 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from export.compatibility import rebuild_command
-from export.onnx_graph import MAX_BATCH
+from export.tensorrt.compatibility import rebuild_command
+from export.to_onnx import MAX_BATCH
 from export.triton import Scheduling, model_config, to_text
-from vpr.artifact import Artifact, check_output, find_current, load_artifact, plain, reading, write_artifact
-from vpr.console import say
-from vpr.embeddings import Embeddings, load_embeddings
-from vpr.errors import UserError, check_numbers
-from vpr.graphs import load_graph
-from vpr.images import Preprocess
-from vpr.search import search
+from vpr.artifacts.store import Artifact, check_output, find_current, load_artifact, plain, reading, write_artifact
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.log import say
+from vpr.imaging.decode import Preprocess
+from vpr.inference.onnx_graph import load_graph
+from vpr.retrieval.embeddings import Embeddings, load_embeddings
+from vpr.retrieval.search import search
 
 # Of what Triton takes: a folder's name, a part of its URLs, and no hidden file.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from student.criterion import LossConfig
 from student.dimension import DimensionConfig
 from student.model import StudentConfig
-from student.objective import LossConfig
-from student.signal import SignalConfig
-from vpr.errors import UserError, check_numbers
-from vpr.int8 import KEEP
-from vpr.loading import LoaderConfig
-from vpr.training import RunConfig
-from vpr.views import ViewConfig
+from student.teacher_cache import SignalConfig
+from vpr.common.errors import UserError, check_numbers
+from vpr.data.loaders import LoaderConfig
+from vpr.imaging.augment import ViewConfig
+from vpr.inference.int8 import KEEP
+from vpr.training.loop import RunConfig
 
 
 @dataclass(frozen=True)

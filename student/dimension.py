@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpr.errors import UserError, check_numbers
+from vpr.common.errors import UserError, check_numbers
 
 Vectors = NDArray[np.float32]
 _BATCH = 1024

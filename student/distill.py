@@ -15,30 +15,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from student.config import DistillConfig
+from student.criterion import Labels, Objective, class_means
 from student.dimension import project
 from student.model import Student, count_multiply_adds, count_parameters
 from student.module import StudentModule
-from student.objective import Labels, Objective, class_means
 from student.projection import find_projection, own_dimension
-from student.quantise import check_ranges, fake_quantise, read_thresholds
-from student.signal import Signal, cache_bytes, cache_signal, embed_pixels
-from student.source import Source, load_source
-from student.start import start_from
+from student.qat import check_ranges, fake_quantise, read_thresholds
 from student.targets import CachedTargets, OnlineTargets, PairDataset
+from student.teacher_cache import Signal, cache_bytes, cache_signal, embed_pixels
+from student.teacher_model import Source, load_source
 from student.unlabelled import add_unlabelled
+from student.weight_selection import start_from
 from teacher.train import unknown_start
-from vpr.artifact import Draft, Embedding, Parent, check_output, find_current, load_artifact, write_artifact
-from vpr.callbacks import drop_checkpoints
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
-from vpr.errors import UserError
-from vpr.images import Preprocess
-from vpr.loading import Normalise, PictureDataset, training_loader, validation_loader
-from vpr.logs import check_tracker, copy_logs
-from vpr.processes import is_first, rank_and_world
-from vpr.splits import find_leaks
-from vpr.training import Fitted, fit, training_and_validation, training_values
-from vpr.unfinished import only_run, run_folder
+from vpr.artifacts.run_folder import only_run, run_folder
+from vpr.artifacts.store import Draft, Embedding, Parent, check_output, find_current, load_artifact, write_artifact
+from vpr.common.distributed import is_first, rank_and_world
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.loaders import Normalise, PictureDataset, training_loader, validation_loader
+from vpr.data.splits import find_leaks
+from vpr.imaging.decode import Preprocess
+from vpr.training.callbacks import drop_checkpoints
+from vpr.training.loggers import check_tracker, copy_logs
+from vpr.training.loop import Fitted, fit, training_and_validation, training_values
 
 
 def distill(config: DistillConfig) -> Path | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from student.model import load_student
-from vpr.embed import EmbedConfig as EmbedConfig
-from vpr.embed import embed_with
+from vpr.retrieval.embed import EmbedConfig as EmbedConfig
+from vpr.retrieval.embed import embed_with
 
 
 def embed_catalog(config: EmbedConfig) -> Path:

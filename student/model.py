@@ -16,8 +16,8 @@ from vit_pytorch.vit import Attention
 from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
-from vpr.artifact import Artifact, load_artifact, reading
-from vpr.errors import UserError, check_numbers
+from vpr.artifacts.store import Artifact, load_artifact, reading
+from vpr.common.errors import UserError, check_numbers
 
 Preset = Literal["sample", "tiny", "small", "base"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from student.config import DistillConfig
+from student.criterion import Objective
 from student.model import Student
-from student.objective import Objective
 from student.targets import CachedTargets, Mix, OnlineTargets
-from vpr.catalog import Catalog
-from vpr.images import Preprocess
-from vpr.training import RecallModule, decay_groups
-from vpr.views import apply_views, draw_views
+from vpr.data.catalog import Catalog
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.decode import Preprocess
+from vpr.training.loop import RecallModule, decay_groups
 
 
 class StudentModule(RecallModule):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from student.config import DistillConfig
 from student.dimension import fit_projection, project
-from student.signal import Signal
-from student.source import Source
-from vpr.catalog import Catalog
-from vpr.console import say
-from vpr.embeddings import embed, score_split, torch_forward, unit
-from vpr.errors import UserError
-from vpr.processes import compute_device
+from student.teacher_cache import Signal
+from student.teacher_model import Source
+from vpr.common.distributed import compute_device
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.catalog import Catalog
+from vpr.retrieval.embeddings import embed, score_split, torch_forward, unit
 
 
 def own_dimension(config: DistillConfig, source: Source) -> int:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from student.dimension import project
-from student.signal import Signal, SignalConfig, embed_pixels
-from vpr.catalog import Catalog
-from vpr.images import Preprocess
-from vpr.loading import Normalise, PictureDataset
-from vpr.processes import gathered
-from vpr.views import apply_views
+from student.teacher_cache import Signal, SignalConfig, embed_pixels
+from vpr.common.distributed import gathered
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import Normalise, PictureDataset
+from vpr.imaging.augment import apply_views
+from vpr.imaging.decode import Preprocess
 
 
 class CachedTargets(nn.Module):

@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vpr.artifact import CARD_NAME, Parent
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
-from vpr.duplicates import concatenate, repeats_of
-from vpr.errors import UserError
-from vpr.ingest import CatalogConfig, build_catalog
-from vpr.processes import rank_and_world
+from vpr.artifacts.store import CARD_NAME, Parent
+from vpr.common.distributed import rank_and_world
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.duplicates import concatenate, repeats_of
 
 
 def add_unlabelled(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from safetensors.torch import load_file
 
 from teacher.scorer import Scorer, Weights
-from vpr.artifact import Artifact, reading
-from vpr.console import say
-from vpr.metrics import RetrievalScores
+from vpr.artifacts.store import Artifact, reading
+from vpr.common.log import say
+from vpr.retrieval.metrics import RetrievalScores
 
 Row = dict[str, Any]
 

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vpr.artifact import file_sha256, find_current, plain, write_artifact
-from vpr.catalog import Catalog, Refused, fill_draft, picture_root, table_of
-from vpr.console import say
-from vpr.duplicates import Duplicates, common_root, merge
-from vpr.errors import UserError
-from vpr.ingest import check_pictures
-from vpr.readers import READERS
-from vpr.splits import check_shares, find_leaks, split_by_product
+from vpr.artifacts.store import file_sha256, find_current, plain, write_artifact
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.build_catalog import check_pictures
+from vpr.data.catalog import Catalog, Refused, fill_draft, picture_root, table_of
+from vpr.data.duplicates import Duplicates, common_root, merge
+from vpr.data.readers import READERS
+from vpr.data.splits import check_shares, find_leaks, split_by_product
 
 Repeat = tuple[str, str, str]
 TABLES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from teacher.model import load_teacher
-from vpr.embed import EmbedConfig as EmbedConfig
-from vpr.embed import embed_with
+from vpr.retrieval.embed import EmbedConfig as EmbedConfig
+from vpr.retrieval.embed import embed_with
 
 
 def embed_catalog(config: EmbedConfig) -> Path:

@@ -20,7 +20,7 @@ from teacher.margin import (
     nearest_centre,
     stepped_margin,
 )
-from vpr.errors import UserError, check_numbers
+from vpr.common.errors import UserError, check_numbers
 
 _LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from teacher.model import Teacher
-from vpr.errors import UserError
+from vpr.common.errors import UserError
 
 Layer = list[tuple[str, nn.Parameter]]
 _STEM, _END = -1, 1 << 20

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from teacher.tower import drop_projection, overlap_patches, set_size, side
 from teacher.weights import download, load_tower_weights, read_tower_weights
-from vpr.artifact import CARD_NAME, Artifact, load_artifact, reading
-from vpr.errors import UserError
-from vpr.images import Preprocess
+from vpr.artifacts.store import CARD_NAME, Artifact, load_artifact, reading
+from vpr.common.errors import UserError
+from vpr.imaging.decode import Preprocess
 
 LARGEST_SIDE = 2048  # of a picture, pixels; `Preprocess` has the same
 # A tower may be described by a stranger's file: these bound what it can make a reader build.

@@ -13,12 +13,12 @@ from teacher.head import HeadConfig, MarginHead
 from teacher.layers import decay_factor, layers, trainable
 from teacher.model import LARGEST_SIDE, Teacher, TowerConfig
 from teacher.weights import load_tower_weights
-from vpr.catalog import Catalog
-from vpr.errors import UserError, check_numbers
-from vpr.images import Preprocess
-from vpr.processes import rank_and_world
-from vpr.training import RecallModule, decay_groups
-from vpr.views import ViewConfig, apply_views, draw_views
+from vpr.common.distributed import rank_and_world
+from vpr.common.errors import UserError, check_numbers
+from vpr.data.catalog import Catalog
+from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.imaging.decode import Preprocess
+from vpr.training.loop import RecallModule, decay_groups
 
 LARGEST = {
     "lr_head": 100.0,

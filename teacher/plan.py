@@ -16,12 +16,12 @@ from teacher.layers import trainable
 from teacher.memory import advice, available_memory, estimate
 from teacher.model import TowerConfig, build_teacher
 from teacher.module import Place
-from vpr.catalog import Catalog
-from vpr.console import say
-from vpr.errors import UserError, remedy
-from vpr.loading import EpochSampler, LoaderConfig
-from vpr.processes import rank_and_world
-from vpr.training import RunConfig, best_precision
+from vpr.common.distributed import rank_and_world
+from vpr.common.errors import UserError, remedy
+from vpr.common.log import say
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import EpochSampler, LoaderConfig
+from vpr.training.loop import RunConfig, best_precision
 
 
 def print_plan(

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpr.artifact import CARD_NAME, SCHEMA, Card, Damaged, read_card_file
-from vpr.callbacks import MONITOR
-from vpr.console import say
-from vpr.errors import UserError, printable
-from vpr.unfinished import check_file, run_folder, written_whole
+from vpr.artifacts.run_folder import check_file, run_folder, written_whole
+from vpr.artifacts.store import CARD_NAME, SCHEMA, Card, Damaged, read_card_file
+from vpr.common.errors import UserError, printable
+from vpr.common.log import say
+from vpr.training.callbacks import MONITOR
 
 _RUN = ".run-"
 _FILE_WIDTH = 180

@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from teacher.model import load_teacher
-from vpr.catalog import Catalog
-from vpr.embeddings import score_split, torch_forward, unit
-from vpr.errors import UserError
-from vpr.images import Preprocess
-from vpr.loading import LoaderConfig, PictureDataset, validation_loader
-from vpr.metrics import RetrievalScores
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import LoaderConfig, PictureDataset, validation_loader
+from vpr.imaging.decode import Preprocess
+from vpr.retrieval.embeddings import score_split, torch_forward, unit
+from vpr.retrieval.metrics import RetrievalScores
 
 Weights = dict[str, Tensor]
 _KEPT_BYTES = 2 << 30  # pixels of a split that are decoded once and kept

@@ -18,11 +18,11 @@ from teacher.averaging import Row, greedy, read_weights, uniform, wise_ft
 from teacher.model import TowerConfig, build_teacher
 from teacher.scorer import Scorer, Weights
 from teacher.train import read_start
-from vpr.artifact import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
-from vpr.errors import UserError, check_numbers
-from vpr.splits import find_leaks
+from vpr.artifacts.store import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.splits import find_leaks
 
 # Parts of the network's configuration that weights do not depend on once they are trained.
 _FREE = frozenset({"dropout", "gradient_checkpointing"})

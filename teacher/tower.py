@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpr.errors import UserError
+from vpr.common.errors import UserError
 
 
 def side(visual: Any) -> int:

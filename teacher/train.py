@@ -14,7 +14,8 @@ from teacher.head import HeadConfig
 from teacher.model import TowerConfig, build_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
 from teacher.plan import print_plan
-from vpr.artifact import (
+from vpr.artifacts.run_folder import only_run, run_folder
+from vpr.artifacts.store import (
     CARD_NAME,
     Artifact,
     Draft,
@@ -25,18 +26,17 @@ from vpr.artifact import (
     load_artifact,
     write_artifact,
 )
-from vpr.callbacks import drop_checkpoints
-from vpr.catalog import Catalog, load_catalog
-from vpr.console import say
-from vpr.errors import UserError
-from vpr.images import Preprocess
-from vpr.loading import LoaderConfig, PictureDataset, training_loader, validation_loader
-from vpr.logs import copy_logs
-from vpr.processes import is_first, rank_and_world
-from vpr.splits import find_leaks
-from vpr.training import Fitted, RunConfig, fit, training_and_validation, training_values
-from vpr.unfinished import only_run, run_folder
-from vpr.views import ViewConfig
+from vpr.common.distributed import is_first, rank_and_world
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.data.splits import find_leaks
+from vpr.imaging.augment import ViewConfig
+from vpr.imaging.decode import Preprocess
+from vpr.training.callbacks import drop_checkpoints
+from vpr.training.loggers import copy_logs
+from vpr.training.loop import Fitted, RunConfig, fit, training_and_validation, training_values
 
 
 @dataclass(frozen=True)

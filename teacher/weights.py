@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vpr.errors import UserError
+from vpr.common.errors import UserError
 
 _POSITIONS = ("positional_embedding", "pos_embed")
 

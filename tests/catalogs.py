@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vpr.artifact import write_artifact
-from vpr.catalog import Catalog, fill_draft
+from vpr.artifacts.store import write_artifact
+from vpr.data.catalog import Catalog, fill_draft
 
 
 def write_catalog(path: Path, catalog: Catalog) -> Path:

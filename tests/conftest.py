@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from torch.utils.data._utils import signal_handling
 
-from benchmarks.random_student import write_random_student
+from experiments.random_student import write_random_student
 from student.model import StudentConfig
-from vpr.catalog import Catalog, load_catalog
-from vpr.ingest import CatalogConfig, build_catalog
-from vpr.runtime import keep_to_ourselves
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.inference.onnx_session import keep_to_ourselves
 
 keep_to_ourselves()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48

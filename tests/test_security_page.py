@@ -6,9 +6,12 @@ import re
 
 import pytest
 
-from benchmarks import http_limits, search_page
-from benchmarks.figures import ROOT
-from vpr import artifact, images, shards
+from app.search_page import server as search_page
+from app.search_page import upload_limits as http_limits
+from experiments.figures import ROOT
+from vpr.artifacts import store as artifact
+from vpr.data import webdataset as shards
+from vpr.imaging import decode as images
 
 PAGE = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 

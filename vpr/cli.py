@@ -17,10 +17,10 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr import __version__
-from vpr.errors import BudgetBroken, UserError, remedy
-from vpr.processes import leave
-from vpr.recipe import bound_recipes
-from vpr.runtime import keep_to_ourselves
+from vpr.common.distributed import leave
+from vpr.common.errors import BudgetBroken, UserError, remedy
+from vpr.common.recipes import bound_recipes
+from vpr.inference.onnx_session import keep_to_ourselves
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Verb:
 
 
 VERBS = {
-    "catalog": Verb("vpr.ingest", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"),
+    "catalog": Verb(
+        "vpr.data.build_catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"
+    ),
     "teacher data": Verb("teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"),
     "teacher train": Verb("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
     "teacher embed": Verb("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
@@ -44,24 +46,30 @@ VERBS = {
     "student distill": Verb("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
     "student embed": Verb("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
     "calibrate": Verb("calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training pictures"),
-    "export onnx": Verb("export.onnx_graph", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
+    "export onnx": Verb("export.to_onnx", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
     "export int8": Verb("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
-    "export engine": Verb("export.engine", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"),
+    "export engine": Verb(
+        "export.tensorrt.build", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"
+    ),
     "export serving": Verb("export.serving", "export_serving", "ServingConfig", "hand a model and gallery to Triton"),
     "export parity": Verb("export.parity_report", "compare", "ParityConfig", "how far exports depart from the student"),
-    "bench recall": Verb("benchmarks.recall", "recall", "RecallConfig", "recall of models on the same queries"),
-    "bench latency": Verb("benchmarks.latency", "latency", "LatencyConfig", "latency of models on this machine"),
+    "bench recall": Verb("benchmarks.recall.measure", "recall", "RecallConfig", "recall of models on the same queries"),
+    "bench latency": Verb(
+        "benchmarks.latency.measure", "latency", "LatencyConfig", "latency of models on this machine"
+    ),
     "bench scale": Verb("benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"),
     "bench report": Verb(
-        "benchmarks.report", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
+        "benchmarks.report.build", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
     ),
     "bench compare": Verb(
         "benchmarks.compare", "compare", "CompareConfig", "what changed from one report to another", positional=True
     ),
-    "search": Verb("vpr.find", "find", "FindConfig", "nearest gallery pictures of embedded queries"),
-    "search serve": Verb("benchmarks.search_page", "serve", "ServeConfig", "a local page to look pictures up on"),
-    "demo": Verb("benchmarks.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
-    "doctor": Verb("benchmarks.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
+    "search": Verb(
+        "vpr.retrieval.search_command", "find", "FindConfig", "nearest gallery pictures of embedded queries"
+    ),
+    "search serve": Verb("app.search_page.server", "serve", "ServeConfig", "a local page to look pictures up on"),
+    "demo": Verb("app.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
+    "doctor": Verb("app.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
 }
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import ReportConfig, report
+from benchmarks.report.build import ReportConfig, report
 from calibration.calibrate import CalibrateConfig, calibrate
 from export.int8 import Int8Config, export_int8
-from export.onnx_graph import OnnxConfig, export_onnx
-from vpr.catalog import Catalog, load_catalog
-from vpr.ingest import CatalogConfig, build_catalog
+from export.to_onnx import OnnxConfig, export_onnx
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import Catalog, load_catalog
 
 EVIL = "<script>alert(1)</script> $\\frac$ |"
 CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.compare import CompareConfig, compare
 from vpr.cli import main
-from vpr.errors import BudgetBroken, UserError
+from vpr.common.errors import BudgetBroken, UserError
 
 
 def _write(path: Path, report: dict[str, Any]) -> str:

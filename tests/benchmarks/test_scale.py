@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks.scale import KINDS, ScaleConfig, found_share, measure_scale, scale
-from benchmarks.scale_figures import largest, table_row
 from benchmarks.synthetic_gallery import Gallery, grow
+from experiments.latency.scale import largest, table_row
 from student.embed import EmbedConfig, embed_catalog
-from vpr.artifact import load_artifact
-from vpr.catalog import Catalog
-from vpr.embeddings import unit
-from vpr.errors import UserError
+from vpr.artifacts.store import load_artifact
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.retrieval.embeddings import unit
 
 DIM, PRODUCTS, PICTURES = 32, 40, 12
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from calibration.activation_stats import measure
 from calibration.calibrate import CalibrateConfig, calibrate
-from calibration.linears import linear_nodes
-from calibration.statistics import measure
-from export.onnx_graph import OnnxConfig, export_onnx, load_onnx
+from calibration.onnx_layers import linear_nodes
+from export.to_onnx import OnnxConfig, export_onnx, load_onnx
 from student.model import load_student
-from vpr.artifact import load_artifact
-from vpr.catalog import Catalog
-from vpr.embeddings import read_batches
-from vpr.errors import UserError
+from vpr.artifacts.store import load_artifact
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.retrieval.embeddings import read_batches
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import onnx
 import pytest
 
 from calibration.calibrate import CalibrateConfig, calibrate
-from export.onnx_graph import OnnxConfig, export_onnx, load_onnx
-from vpr.catalog import Catalog
+from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from vpr.data.catalog import Catalog
 
 
 @pytest.fixture(scope="session")

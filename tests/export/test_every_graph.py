@@ -15,19 +15,19 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from calibration.activation_stats import measure
 from calibration.calibrate import CalibrateConfig, calibrate
-from calibration.linears import attention_nodes
-from calibration.statistics import measure
-from export.builder import load_builder
-from export.engine import EngineConfig, build_plan
+from calibration.onnx_layers import attention_nodes
+from export.fp16 import to_fp16
 from export.int8 import Int8Config, export_int8
-from export.onnx_graph import load_onnx, run_graph, trace
 from export.parity import parity
-from export.precision import to_fp16
 from export.qdq import Format, Recipe, quantise, quantised_nodes
+from export.tensorrt.bindings import load_builder
+from export.tensorrt.build import EngineConfig, build_plan
+from export.to_onnx import load_onnx, run_graph, trace
 from student.model import PRESETS, Preset, Student, StudentConfig
 from tests.conftest import small_student
-from vpr.catalog import Catalog
+from vpr.data.catalog import Catalog
 
 CONFIG = EngineConfig(onnx="", output="", target="sm80,sm86,sm89,sm120")
 # FP8 is for Ada and later.

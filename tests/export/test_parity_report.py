@@ -8,15 +8,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from benchmarks.random_student import write_random_student
+from experiments.random_student import write_random_student
+from export.fp16 import to_fp16
 from export.int8 import Int8Config, export_int8
-from export.onnx_graph import OnnxConfig, export_onnx
 from export.parity_report import ParityConfig, compare, compare_layers
-from export.precision import to_fp16
+from export.to_onnx import OnnxConfig, export_onnx
 from student.model import load_student
 from tests.conftest import small_student
-from vpr.catalog import Catalog
-from vpr.errors import UserError
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
 
 
 def _pixels(n: int) -> np.ndarray:

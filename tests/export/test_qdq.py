@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.linears import attention_nodes, weighted_nodes
-from export import cpu
+from calibration.onnx_layers import attention_nodes, weighted_nodes
+from export.backends import openvino_session as cpu
 from export.int8 import Int8Config, export_int8
-from export.onnx_graph import OnnxConfig, export_onnx, load_onnx, run_graph
 from export.parity import parity
 from export.qdq import Recipe, quantise, quantise_per_channel, quantised_nodes
+from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph
 from student.model import load_student
-from vpr.artifact import load_artifact
-from vpr.embeddings import unit
-from vpr.environment import eight_bits_overflow
-from vpr.errors import UserError
-from vpr.graphs import GraphSession
+from vpr.artifacts.store import load_artifact
+from vpr.common.errors import UserError
+from vpr.common.hardware import eight_bits_overflow
+from vpr.inference.onnx_graph import GraphSession
+from vpr.retrieval.embeddings import unit
 
 
 def _inputs(n: int) -> np.ndarray:

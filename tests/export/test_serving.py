@@ -19,22 +19,22 @@ from PIL import Image
 from torchvision.transforms import v2
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
 
-from benchmarks.random_student import write_random_student
 from calibration.calibrate import CalibrateConfig, calibrate
-from export.engine import EngineConfig, build_engine
+from experiments.random_student import write_random_student
 from export.int8 import Int8Config, export_int8
-from export.onnx_graph import OnnxConfig, export_onnx
 from export.serving import ServingConfig, export_serving
+from export.tensorrt.build import EngineConfig, build_engine
+from export.to_onnx import OnnxConfig, export_onnx
 from export.triton import Enumerator, to_text
 from student.embed import EmbedConfig, embed_catalog
 from tests.conftest import small_student
-from vpr.artifact import Artifact, load_artifact, write_artifact
-from vpr.catalog import Catalog
+from vpr.artifacts.store import Artifact, load_artifact, write_artifact
 from vpr.cli import main
-from vpr.embeddings import load_embeddings, write_embeddings
-from vpr.errors import UserError
-from vpr.find import FindConfig, find
-from vpr.images import Preprocess
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.imaging.decode import Preprocess
+from vpr.retrieval.embeddings import load_embeddings, write_embeddings
+from vpr.retrieval.search_command import FindConfig, find
 
 VERSION = "11.4.0.106"
 

@@ -7,14 +7,14 @@ import pytest
 from student.config import DistillConfig
 from student.distill import distill
 from student.model import StudentConfig
-from student.signal import SignalConfig
+from student.teacher_cache import SignalConfig
 from teacher.head import HeadConfig
 from teacher.model import TowerConfig
 from teacher.module import StageConfig
 from teacher.train import TrainConfig, train
-from vpr.catalog import Catalog
-from vpr.loading import LoaderConfig
-from vpr.training import RunConfig
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import LoaderConfig
+from vpr.training.loop import RunConfig
 
 STUDENT = StudentConfig(
     image_size=32, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256, stem="conv"

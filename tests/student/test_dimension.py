@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from student.dimension import DimensionConfig, fit_projection, preserve_cosines, principal_directions, project
-from vpr.embeddings import unit
-from vpr.errors import UserError
+from vpr.common.errors import UserError
+from vpr.retrieval.embeddings import unit
 
 
 def decaying(n: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -11,16 +11,16 @@ from student.config import DistillConfig
 from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import load_student
-from student.signal import SignalConfig, cache_bytes, cache_signal
-from student.source import Source, load_source
+from student.teacher_cache import SignalConfig, cache_bytes, cache_signal
+from student.teacher_model import Source, load_source
 from teacher.model import load_teacher
 from tests.student.conftest import STUDENT
-from vpr.artifact import load_artifact
-from vpr.catalog import Catalog
-from vpr.embeddings import load_embeddings, torch_forward
-from vpr.errors import UserError
-from vpr.find import FindConfig, find
-from vpr.views import ViewConfig, apply_views, draw_views
+from vpr.artifacts.store import load_artifact
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.retrieval.embeddings import load_embeddings, torch_forward
+from vpr.retrieval.search_command import FindConfig, find
 
 
 def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:
@@ -44,7 +44,7 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
     sizes = [entry.size for entry in signal.artifact.card.files.values()]
     assert sum(sizes) == cache_bytes(64, 256, SignalConfig(views=2, shard=40))
     assert artifact.card.preprocess is not None
-    from vpr.embeddings import read_pixels
+    from vpr.retrieval.embeddings import read_pixels
 
     rows = torch.tensor([3, 40])
     pixels = torch.from_numpy(

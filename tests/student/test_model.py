@@ -12,8 +12,8 @@ from vit_pytorch import ViT
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.model import PRESETS, ConvStem, Student, StudentConfig, count_multiply_adds, count_parameters, load_student
-from vpr.artifact import Embedding, write_artifact
-from vpr.errors import UserError
+from vpr.artifacts.store import Embedding, write_artifact
+from vpr.common.errors import UserError
 
 
 def published(config: StudentConfig) -> torch.nn.Module:

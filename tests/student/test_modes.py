@@ -13,24 +13,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.interrupted import interrupt
-from benchmarks.student_epoch import epoch_figures
-from student import signal
+from experiments.demo.interrupted import interrupt
+from experiments.student.epoch import epoch_figures
+from student import teacher_cache as signal
 from student.config import DistillConfig, QuantiseConfig
+from student.criterion import LossConfig
 from student.dimension import DimensionConfig
 from student.distill import distill
 from student.model import StudentConfig, load_student
-from student.objective import LossConfig
-from student.signal import SignalConfig, cache_signal
-from student.source import load_source
+from student.teacher_cache import SignalConfig, cache_signal
+from student.teacher_model import load_source
 from tests.student.conftest import STUDENT
-from vpr.artifact import Artifact, load_artifact
-from vpr.catalog import Catalog
-from vpr.errors import UserError
-from vpr.loading import LoaderConfig
-from vpr.training import RunConfig
-from vpr.unfinished import finished_by_another
-from vpr.views import ViewConfig
+from vpr.artifacts.run_folder import finished_by_another
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import LoaderConfig
+from vpr.imaging.augment import ViewConfig
+from vpr.training.loop import RunConfig
 
 LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
 ONLINE, MIXED = SignalConfig(mode="online"), SignalConfig(mode="online", mixup=0.5)
@@ -120,7 +120,7 @@ def test_a_start_from_a_larger_student(
 def test_a_cache_goes_on_where_it_was_left(
     teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import student.signal as signal
+    import student.teacher_cache as signal
 
     source = load_source(teacher)
     training, config = catalog.select(split="train"), SignalConfig(views=2, shard=24)
@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vpr.logs.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("vpr.training.loggers.importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
         distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": dry, **changes}))
     assert list(tmp_path.iterdir()) == []

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from student.config import DistillConfig
 from student.distill import distill
 from teacher.model import TowerConfig, build_teacher, read_tower
-from vpr.artifact import Embedding, write_artifact
-from vpr.catalog import load_catalog
+from vpr.artifacts.store import Embedding, write_artifact
 from vpr.cli import read_config
-from vpr.ingest import CatalogConfig, build_catalog
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import load_catalog
 
 RECIPES = Path(__file__).parents[2] / "student/recipes"
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from student.signal import SignalConfig, cache_signal
-from student.source import load_source
 from student.targets import CachedTargets, Mix, OnlineTargets, PairDataset
+from student.teacher_cache import SignalConfig, cache_signal
+from student.teacher_model import load_source
 from teacher.model import load_teacher
-from vpr.catalog import Catalog
-from vpr.images import Preprocess
-from vpr.views import ViewConfig, draw_views
+from vpr.data.catalog import Catalog
+from vpr.imaging.augment import ViewConfig, draw_views
+from vpr.imaging.decode import Preprocess
 
 
 @pytest.fixture(scope="module")

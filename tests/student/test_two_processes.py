@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.two_processes import train_spread
+from experiments.teacher.two_processes import train_spread
 from student.config import DistillConfig
 from tests.student.conftest import STUDENT
 

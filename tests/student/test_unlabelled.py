@@ -10,12 +10,12 @@ from PIL import Image
 
 from student.config import DistillConfig
 from student.distill import distill
-from student.signal import SignalConfig
+from student.teacher_cache import SignalConfig
 from student.unlabelled import add_unlabelled
-from vpr.artifact import load_artifact
-from vpr.catalog import Catalog, load_catalog
-from vpr.errors import UserError
-from vpr.ingest import CatalogConfig, build_catalog
+from vpr.artifacts.store import load_artifact
+from vpr.common.errors import UserError
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import Catalog, load_catalog
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from teacher.data import DataConfig, build_data, part_splits
-from vpr.catalog import SCHEMA, Catalog, load_catalog, table_of
 from vpr.cli import main
-from vpr.errors import UserError
-from vpr.loading import LoaderConfig, PictureDataset, training_loader
-from vpr.splits import check_leaks
+from vpr.common.errors import UserError
+from vpr.data.catalog import SCHEMA, Catalog, load_catalog, table_of
+from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader
+from vpr.data.splits import check_leaks
 
 CLASSES, SHOP = 12, 8
 
@@ -91,8 +91,8 @@ def test_both_sources_are_joined_and_each_gives_validation_products(sources: Pat
 
 
 def test_aicrowd_queries_are_cropped_to_their_box(sources: Path, tmp_path: Path) -> None:
-    from vpr.embeddings import read_pixels
-    from vpr.images import Preprocess
+    from vpr.imaging.decode import Preprocess
+    from vpr.retrieval.embeddings import read_pixels
 
     built = _build(sources, tmp_path / "data").select(role="query")
     rows = [row for row in range(len(built)) if built.box(row)]
@@ -202,7 +202,7 @@ def test_nothing_is_done_again_until_a_table_changes(copy: Path, tmp_path: Path)
 def test_the_command_builds_what_the_loader_trains_on(
     sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vpr.images import Preprocess
+    from vpr.imaging.decode import Preprocess
 
     arguments = ["--products10k", str(sources / "p10k"), "--aicrowd", str(sources / "aicrowd"), "--validation", "0.25"]
     main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])

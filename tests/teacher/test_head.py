@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teacher.head import HeadConfig, MarginHead
 from tests.teacher.kept import kept_storages
-from vpr.errors import UserError
+from vpr.common.errors import UserError
 
 
 def batch(dim: int = 16, classes: int = 10, size: int = 32) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from teacher.layers import decay_factor, layers, trainable
 from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
-from vpr.errors import UserError
+from vpr.common.errors import UserError
 
 
 def teacher_of(name: str, **changes: object) -> Teacher:

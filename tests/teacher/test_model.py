@@ -14,11 +14,11 @@ from teacher.head import HeadConfig
 from teacher.model import Teacher, TowerConfig, build_teacher, load_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
 from teacher.weights import load_tower_weights, read_tower_weights, resize_positions
-from vpr.artifact import Embedding, write_artifact
-from vpr.catalog import Catalog
-from vpr.errors import UserError
-from vpr.loading import LoaderConfig, PictureDataset, training_loader
-from vpr.views import ViewConfig
+from vpr.artifacts.store import Embedding, write_artifact
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader
+from vpr.imaging.augment import ViewConfig
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 

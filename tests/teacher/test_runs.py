@@ -10,10 +10,10 @@ import pytest
 
 from teacher.runs import RunsConfig, find_runs, runs
 from tests.conftest import edit_card
-from vpr.artifact import load_artifact, write_artifact
+from vpr.artifacts.run_folder import run_folder
+from vpr.artifacts.store import load_artifact, write_artifact
 from vpr.cli import main
-from vpr.errors import UserError
-from vpr.unfinished import run_folder
+from vpr.common.errors import UserError
 
 
 def config(**changes: Any) -> dict[str, Any]:

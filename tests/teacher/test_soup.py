@@ -20,11 +20,11 @@ from teacher.model import Teacher, TowerConfig, build_teacher, load_teacher, rea
 from teacher.scorer import Scorer, Weights, estimate_norms
 from teacher.soup import SoupConfig, soup
 from tests.catalogs import write_catalog
-from vpr.artifact import Artifact, Embedding, load_artifact, write_artifact
-from vpr.catalog import Catalog
+from vpr.artifacts.store import Artifact, Embedding, load_artifact, write_artifact
 from vpr.cli import main
-from vpr.embeddings import embed, read_batches, score_split, torch_forward
-from vpr.errors import UserError
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.retrieval.embeddings import embed, read_batches, score_split, torch_forward
 
 VIT = {
     "embed_dim": 32,

@@ -15,13 +15,13 @@ from teacher.model import TowerConfig, build_teacher, load_teacher, read_tower
 from teacher.module import Place, StageConfig, TeacherModule
 from teacher.train import TrainConfig, train
 from tests.catalogs import write_catalog
-from vpr.artifact import load_artifact
-from vpr.catalog import Catalog
+from vpr.artifacts.store import load_artifact
 from vpr.cli import read_config
-from vpr.errors import UserError
-from vpr.loading import LoaderConfig
-from vpr.training import RunConfig
-from vpr.views import ViewConfig
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import LoaderConfig
+from vpr.imaging.augment import ViewConfig
+from vpr.training.loop import RunConfig
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.two_processes import train_spread
-from vpr.catalog import Catalog
+from experiments.teacher.two_processes import train_spread
+from vpr.data.catalog import Catalog
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vpr.artifact import write_artifact
+from vpr.artifacts.store import write_artifact
 from vpr.cli import VERBS, main
 
 

@@ -1,0 +1,1 @@
+"""The demo, the machine check, and the local search page."""

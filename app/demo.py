@@ -1,0 +1,139 @@
+"""``vpr demo``: the whole road on the embedded sample, one command after the other, each timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vpr.cli import run
+from vpr.common.log import say
+
+_ROOT = Path(__file__).parent.parent
+_BUDGET = "0.01"  # of recall@1, which the INT8 graph for TensorRT is decided on
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Where and how long.
+
+    Attributes:
+        output: folder of all artifacts; empty is ``runs/demo``, or ``runs/demo-full`` with ``full``.
+        full: the longer recipes (up to an hour) instead of those for minutes.
+    """
+
+    output: str = ""
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the road, and the artifact it makes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    output: str
+
+
+def steps(folder: str, full: bool) -> list[Step]:
+    """The commands of the demo, exactly as they could be typed."""
+    recipe = "sample-full.yaml" if full else "sample.yaml"
+
+    def at(name: str) -> str:
+        return f"{folder}/{name}"
+
+    def step(name: str, command: str, output: str, **options: str) -> Step:
+        flags = [word for key, value in options.items() for word in (f"--{key}", value)]
+        return Step(name, (*command.split(), *flags, "--output", at(output)), at(output))
+
+    catalog = at("catalog")
+    teacher_recipe, student_recipe = (
+        os.path.relpath(_ROOT / stage / "recipes" / recipe) for stage in ("teacher", "student")
+    )
+    eight = {"onnx": at("fp32"), "ranges": at("ranges")}
+    road = [
+        step("catalogue", "catalog", "catalog", reader="sample"),
+        step("teacher", "teacher train", "teacher", config=teacher_recipe, catalog=catalog),
+        step("student", "student distill", "student", config=student_recipe, teacher=at("teacher"), catalog=catalog),
+        step("ONNX FP32", "export onnx", "fp32", student=at("student"), catalog=catalog),
+        step("ONNX FP16", "export onnx", "fp16", student=at("student"), catalog=catalog, precision="fp16"),
+        step("calibration", "calibrate", "ranges", onnx=at("fp32"), catalog=catalog),
+        step("INT8 over FP16", "export int8", "int8", **eight, catalog=catalog, max_recall_drop=_BUDGET),
+        step("INT8 over FP32", "export int8", "int8-cpu", **eight, base="fp32"),
+        step("engine FP16", "export engine", "engine-fp16", onnx=at("fp16")),
+        step("engine INT8", "export engine", "engine-int8", onnx=at("int8")),
+    ]
+    names = ("teacher", "student", "fp32", "fp16", "int8", "int8-cpu", "engine-fp16", "engine-int8")
+    models = json.dumps([at(name) for name in names])
+    ranges = json.dumps([at("ranges")])
+    road.append(step("report", "bench report", "report", catalog=catalog, models=models, ranges=ranges))
+    return road
+
+
+def demo(config: DemoConfig) -> Path:
+    """Run every step that is not up to date, show the report's table and say where the page is."""
+    folder = Path(config.output or ("runs/demo-full" if config.full else "runs/demo"))
+    started = time.monotonic()
+    seconds = read_times(folder)["steps"]
+    road = steps(str(folder), config.full)
+    worked = 0
+    for number, step in enumerate(road, start=1):
+        say(f"\n[{number}/{len(road)}] vpr {' '.join(step.arguments)}")
+        before, begun = _card_time(step), time.monotonic()
+        run(step.arguments)
+        if _card_time(step) != before:
+            worked += 1
+            seconds[step.name] = round(time.monotonic() - begun, 1)
+            _write_times(folder, seconds, None)
+    total = time.monotonic() - started
+    if worked == len(road):
+        _write_times(folder, seconds, round(total, 1))
+    report = Path(road[-1].output)
+    _show(report, seconds)
+    say(f"{report}/report.html: open it in a browser ({total:.0f} s for this run)")
+    return report
+
+
+def read_times(folder: Path) -> dict[str, Any]:
+    """``steps``: seconds of each step when it last worked; ``total``: of a run that did them all, or None."""
+    path = folder / "times.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"steps": {}, "total": None}
+
+
+def _card_time(step: Step) -> int | None:
+    card = Path(step.output) / "card.json"
+    return card.stat().st_mtime_ns if card.is_file() else None
+
+
+def _write_times(folder: Path, seconds: dict[str, float], total: float | None) -> None:
+    partial = folder / "times.json.partial"
+    partial.write_text(json.dumps({"steps": seconds, "total": total}, indent=1), encoding="utf-8")
+    os.replace(partial, folder / "times.json")
+
+
+def _show(report: Path, seconds: dict[str, float]) -> None:
+    rows = json.loads((report / "report.json").read_text(encoding="utf-8"))["rows"]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "backend", "precision", "recall@1 [95 %]", "retention", "ms, batch 1", "MB"):
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        recall, latency = row["recall_at_1"], (row["latency_ms"] or {}).get("1")
+        table.add_row(
+            row["name"],
+            row["backend"] or "",
+            row["precision"] or "",
+            "-" if recall is None else f"{recall:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]",
+            "-" if row["retention"] is None else f"{row['retention']:.2f}",
+            "-" if not latency else f"{latency['p50']:.2f}",
+            "-" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.1f}",
+        )
+    console = Console(width=max(110, Console().width))
+    console.print(table)
+    steps_line = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"time of each step: {steps_line}", soft_wrap=True, highlight=False)

@@ -1,0 +1,1 @@
+"""The local search page: server, search by uploaded image, and upload limits."""

@@ -1,0 +1,1 @@
+"""Latency of models on this machine: timing, stability, cold start, open-loop load, roofline."""

@@ -1,0 +1,1 @@
+"""Recall of models on the same queries, with intervals and paired differences."""

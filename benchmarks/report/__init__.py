@@ -1,0 +1,1 @@
+"""The report: schema, tables, charts, recommendation, HTML page."""

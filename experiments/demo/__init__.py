@@ -1,0 +1,1 @@
+"""Figures of the demo, and the comparison with other toolkits."""

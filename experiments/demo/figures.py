@@ -1,0 +1,195 @@
+"""``make figures TOPIC=demo``: the figures of the main job, into ``docs/results/demo.json``.
+
+Parts can be named (``make figures TOPIC=demo PARTS="demo full"``); without any, all are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from app.demo import DemoConfig, demo, read_times
+from benchmarks.report.recommendation import milliseconds
+from benchmarks.report.tables import main_columns, texts
+from experiments.demo.interrupted import interrupt
+from experiments.figures import ROOT, Figure, Row, command_of, measure, record
+from student.model import count_multiply_adds, count_parameters, load_student
+from teacher.model import load_teacher
+from vpr.artifacts.store import load_artifact
+
+# Relative, as the demo itself names them: paths are part of an artifact's configuration.
+_DEMO, _FULL = Path("runs/demo"), Path("runs/demo-full")
+
+
+def measure_demo() -> None:
+    """The demo's recalls, precisions, speed and times; runs what is missing, then once more for the second run."""
+    demo(DemoConfig(str(_DEMO)))
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-m", "vpr", "demo"], cwd=ROOT, check=True)
+    second = time.monotonic() - begun
+    rows = _rows(_DEMO)
+    command = "make demo"
+    times = read_times(_DEMO)
+    stamp = ROOT / ".venv" / ".installed"
+    installed = float(stamp.read_text()) if stamp.is_file() and stamp.read_text().strip() else None
+    whole = None if installed is None or times["total"] is None else installed + times["total"]
+    figures = [
+        Figure("demo from nothing, with installation", whole, "s", 900, "<=", command),
+        Figure("demo after installation", times["total"], "s", 600, "<=", command),
+        Figure("demo, second run", round(second, 1), "s", 60, "<=", command),
+        *_recalls("demo", rows, 0.60, command),
+        *_precisions(rows, command),
+        *_sizes(_DEMO, command),
+        Figure(
+            "INT8 on OpenVINO against torch eager, batch 1, times faster",
+            _milliseconds(rows, "student", "torch") / _milliseconds(rows, "int8", "openvino"),
+            "",
+            2,
+            ">=",
+            command,
+        ),
+    ]
+    record("demo", figures, {"demo": _table(rows), "steps": _steps(times["steps"])})
+
+
+def measure_full() -> None:
+    """The long demo's recalls and time."""
+    demo(DemoConfig(str(_FULL), full=True))
+    times, rows, command = read_times(_FULL), _rows(_FULL), "make demo-full"
+    figures = [Figure("demo-full", times["total"], "s", 3600, "<=", command)]
+    figures += _recalls("demo-full", rows, 0.85, command)
+    record("demo", figures, {"demo-full": _table(rows), "steps-full": _steps(times["steps"])})
+
+
+def measure_interrupted() -> None:
+    """A teacher's training on the sample, killed half-way and resumed, against the same left alone."""
+    stages = '[{"train": "head", "epochs": 1, "lr_head": 2e-3}, '
+    stages += '{"train": "all", "epochs": 3, "lr_head": 2e-3, "lr_tower": 2e-3}]'
+    arguments = ["--config", str(ROOT / "teacher/recipes/sample.yaml"), "--stages", stages]
+    with tempfile.TemporaryDirectory() as folder:
+        both = interrupt("teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4)
+    unbroken, resumed = both.unbroken.card, both.resumed.card
+    command = command_of("demo", "interrupted")
+    steps = abs(resumed.metrics["steps"] - unbroken.metrics["steps"])
+    recall = abs(resumed.metrics["val_recall_at_1"] - unbroken.metrics["val_recall_at_1"])
+    same = resumed.files["model.safetensors"] == unbroken.files["model.safetensors"]
+    figures = [
+        _stated("kill -9: difference of final steps", steps, 0, command),
+        _stated("kill -9: difference of recall@1", recall, 0.02, command),
+        Figure("kill -9: weights equal bit for bit (1 is yes)", float(same), "", None, ">=", command),
+    ]
+    record("demo", figures, {})
+
+
+def measure_vit_h() -> None:
+    """The real tower: one head-only step and one embedding, as the slow test does it."""
+    begun = time.monotonic()
+    passed = _pytest("tests/teacher/test_model.py", "-m", "slow", "-k", "vit_h_14")
+    seconds = round(time.monotonic() - begun, 1) if passed == 1 else None
+    command = "make test-all"
+    record(
+        "demo", [Figure("ViT-H-14 created, one head step, one embedding, CPU", seconds, "s", None, "<=", command)], {}
+    )
+
+
+def measure_bad_input() -> None:
+    """How many kinds of bad input end with exit code 2 and one line that names the remedy."""
+    passed = _pytest(
+        "tests/vpr/test_cli.py", "-k", "truncated or text or empty or column or unknown or edited or newer"
+    )
+    record("demo", [Figure("kinds of bad input refused in one line", float(passed), "", 7, ">=", "make test")], {})
+
+
+PARTS = {
+    "demo": measure_demo,
+    "full": measure_full,
+    "interrupted": measure_interrupted,
+    "vit-h": measure_vit_h,
+    "bad-input": measure_bad_input,
+}
+
+
+def _recalls(name: str, rows: list[Row], goal: float, command: str) -> list[Figure]:
+    teacher, student = _row(rows, "teacher", "torch"), _row(rows, "student", "torch")
+    raw = _row(rows, "raw-pixels", None)
+    ratio = teacher["recall_at_1"] / raw["recall_at_1"]
+    named = (("raw pixels", raw), ("teacher", teacher), ("student", student))
+    return [
+        *[
+            Figure(f"{name}: {who} recall@1", row["recall_at_1"], "", None, ">=", command, tuple(row["ci95"]), (0,))
+            for who, row in named
+        ],
+        Figure(f"{name}: teacher over raw pixels", ratio, "times", 6, ">=", command, None, (0,)),
+        Figure(f"{name}: retention of the student", student["retention"], "", goal, ">=", command, None, (0,)),
+    ]
+
+
+def _precisions(rows: list[Row], command: str) -> list[Figure]:
+    fp32 = load_artifact(_DEMO / "fp32").card.metrics
+    figures = [_stated("ONNX FP32 against torch, max abs, 64 pictures, batch 1, 3, 8", fp32["max_abs"], 1e-4, command)]
+    student = _row(rows, "student", "torch")["recall_at_1"]
+    for name, title, cosine, drop in (("fp16", "FP16", 0.9999, 0.01), ("int8", "INT8", 0.99, 0.02)):
+        row = _row(rows, name, "onnxruntime-cpu")
+        figures.append(Figure(f"{title} graph: mean cosine to FP32", row["cosine_mean"], "", cosine, ">=", command))
+        figures.append(_stated(f"{title} graph: change of recall@1", abs(row["recall_at_1"] - student), drop, command))
+    return figures
+
+
+def _sizes(folder: Path, command: str) -> list[Figure]:
+    teacher, teacher_card = load_teacher(folder / "teacher")
+    student, student_card = load_student(folder / "student")
+    assert teacher_card.card.preprocess is not None
+    assert student_card.card.preprocess is not None
+    adds = count_multiply_adds(teacher, teacher_card.card.preprocess.size)
+    student_adds = count_multiply_adds(student, student_card.card.preprocess.size)
+    parameters = count_parameters(teacher)
+    return [
+        Figure("teacher parameters", parameters / 1e6, "M", None, "<=", command),
+        Figure("student parameters", count_parameters(student) / 1e6, "M", parameters / 1e6, "<=", command),
+        Figure("teacher multiply-adds", adds / 1e6, "M", None, "<=", command),
+        Figure("student multiply-adds", student_adds / 1e6, "M", adds / 1e6, "<=", command),
+    ]
+
+
+def _stated(name: str, value: float, goal: float, command: str) -> Figure:
+    return Figure(name, float(value), "", goal, "<=", command)
+
+
+def _rows(folder: Path) -> list[Row]:
+    return json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))["rows"]
+
+
+def _row(rows: list[Row], name: str, backend: str | None) -> Row:
+    return next(row for row in rows if row["name"] == name and row["backend"] == backend)
+
+
+def _milliseconds(rows: list[Row], name: str, backend: str) -> float:
+    found = milliseconds(_row(rows, name, backend), "1")
+    assert found is not None
+    return found
+
+
+def _table(rows: list[Row]) -> list[Row]:
+    return texts(main_columns(rows), rows)
+
+
+def _steps(seconds: dict[str, float]) -> list[Row]:
+    return [{"step": name, "seconds": value} for name, value in seconds.items()]
+
+
+def _pytest(*arguments: str) -> int:
+    """Number of tests that passed; 0 if any failed."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    done: Any = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = re.search(r"(\d+) passed", done.stdout)
+    return int(found.group(1)) if found and done.returncode == 0 else 0
+
+
+if __name__ == "__main__":
+    measure(PARTS, sys.argv[1:])

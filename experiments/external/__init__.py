@@ -1,0 +1,1 @@
+"""Programs that run other tools in virtual environments of their own."""

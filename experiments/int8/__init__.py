@@ -1,0 +1,1 @@
+"""Figures of INT8: methods, other quantisers, speed, engines on a GPU."""

@@ -1,0 +1,78 @@
+"""What the pictures, the ranges and the float weights' adjustments are worth, one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.ranges import METHODS
+from experiments.figures import Row
+from experiments.int8.tools import TrainedStudent
+from experiments.intervals import mean_text
+from export.backends.openvino_session import openvino_forward
+from export.int8 import Int8Config, export_int8
+from export.parity import parity
+from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from vpr.artifacts.store import load_artifact
+from vpr.common.log import say
+from vpr.data.catalog import load_catalog
+from vpr.retrieval.embeddings import embed, score_split
+
+COUNTS = (16, 32, 64, 128, 256, 512, 1024)
+SEEDS = (0, 1)
+_BASE = CalibrateConfig("", "", "", method="mse")
+
+
+def study(student: TrainedStudent) -> list[Row]:
+    """Mean and least cosine to FP32 and the drop of recall@1, by OpenVINO on the test split, of one change each.
+
+    The cosines are means over two draws of pictures; the interval of the drop is paired over the queries of both.
+    """
+    floats = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
+    preprocess = load_artifact(floats, "onnx").card.preprocess
+    assert preprocess is not None
+    test = load_catalog(student.catalog).select(split="test")
+    expected = embed(test, preprocess, openvino_forward(load_onnx(floats)[0]))
+    hits = score_split(test, expected).hits
+    rows = []
+    for name, change in _changes().items():
+        graphs = [_quantise(student, floats, name, change, seed) for seed in SEEDS]
+        found = [embed(test, preprocess, openvino_forward(graph / "model.onnx")) for graph in graphs]
+        against = [parity(expected, vectors) for vectors in found]
+        cosine = sum(one["cosine_mean"] for one in against) / len(against)
+        drop = np.mean([hits.astype(float) - score_split(test, vectors).hits for vectors in found], axis=0)
+        say(f"  {student.name}, {name}: cosine {cosine:.6f}, drop {drop.mean():+.4f}")
+        rows.append(
+            {
+                "student": student.name,
+                "change": name,
+                "cosine mean": f"{cosine:.6f}",
+                "cosine min": f"{min(one['cosine_min'] for one in against):.5f}",
+                "drop of recall@1, paired [95 %]": mean_text(drop, "+.4f"),
+            }
+        )
+    return rows
+
+
+def _changes() -> dict[str, dict[str, Any]]:
+    """By name, what is other than in :data:`_BASE`."""
+    changes: dict[str, dict[str, Any]] = {f"{count} pictures": {"count": count} for count in COUNTS}
+    changes |= {f"drawn {rule}": {"selection": rule} for rule in ("random", "k-centre")}
+    changes |= {f"range by {method}": {"method": method} for method in (*METHODS, "auto") if method != _BASE.method}
+    return changes | {
+        "smoothed": {"smooth": True},
+        "biases corrected": {"correct": True},
+        "smoothed, biases corrected": {"smooth": True, "correct": True},
+        "smoothed, corrected, range by auto": {"smooth": True, "correct": True, "method": "auto"},
+    }
+
+
+def _quantise(student: TrainedStudent, floats: Path, name: str, change: dict[str, Any], seed: int) -> Path:
+    place = student.folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    config = replace(_BASE, onnx=str(floats), catalog=str(student.catalog), output=f"{place}-ranges", seed=seed)
+    ranges = calibrate(replace(config, **change))
+    return export_int8(Int8Config(str(floats), str(ranges), str(place), base="fp32", recipe="full"))

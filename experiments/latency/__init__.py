@@ -1,0 +1,1 @@
+"""Figures of latency and search, checked with pyperf, faiss and ranx."""

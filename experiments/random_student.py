@@ -1,0 +1,23 @@
+"""A student that was never trained: for what does not depend on its weights, such as its time and its form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from student.model import Student, StudentConfig
+from vpr.artifacts.store import Embedding, write_artifact
+from vpr.imaging.decode import Preprocess
+
+
+def write_random_student(path: Path, config: StudentConfig) -> Path:
+    """Write a student artifact with random weights, the same each time."""
+    torch.manual_seed(0)
+    with write_artifact(path, "student", {"model": asdict(config)}) as draft:
+        save_file(Student(config).state_dict(), draft.path / "model.safetensors")
+        draft.preprocess = Preprocess(size=config.image_size)
+        draft.embedding = Embedding(dim=config.embedding_dim, normalised=True, dtype="float32")
+    return path

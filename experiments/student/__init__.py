@@ -1,0 +1,1 @@
+"""Figures of distillation: ablation, sizes, dimensions, time of an epoch and a step."""

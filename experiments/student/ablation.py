@@ -1,0 +1,217 @@
+"""What each loss, start and ladder brings a student of under half the teacher's multiply-adds, at the same budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.figures import Figure, Row
+from experiments.intervals import mean_text
+from student.config import DistillConfig
+from student.criterion import LossConfig
+from student.distill import distill
+from student.model import StudentConfig, load_student
+from student.teacher_cache import SignalConfig
+from teacher.model import Teacher, load_teacher
+from vpr.artifacts.store import Artifact
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.loaders import LoaderConfig
+from vpr.retrieval.embeddings import embed, score_split, torch_forward
+from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
+from vpr.training.loop import RunConfig
+
+SEEDS = (0, 1)
+# Patches of 16 of the teacher's own 96 pixels: the fewest multiply-adds that keep a convolutional stem's detail.
+SMALL = StudentConfig(image_size=96, patch_size=16, stem="conv")
+LARGER = replace(SMALL, dim=256, heads=4, mlp_dim=512)
+DEFAULT = "cosine + queue-KL"
+LABELS, LOGITS = "labels only", "logits by DistillWrapper"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train the student.
+
+    Attributes:
+        losses: their weights and settings.
+        times: how much longer than the others it is trained.
+        start: begins with weights selected from the larger student.
+        assistant: learns from the larger student in the teacher's place.
+    """
+
+    losses: LossConfig = field(default_factory=LossConfig)
+    times: int = 1
+    start: bool = False
+    assistant: bool = False
+
+
+# Each of the first four adds to the one before it. RKD's distance and angle are weighted 1 : 2, as in its paper.
+_RELATIONS = LossConfig(affinity=1.0, rkd_distance=1.0, rkd_angle=2.0)
+_LABELLED = LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0)
+VARIANTS = {
+    "cosine": Variant(LossConfig(similarity_kl=0.0)),
+    DEFAULT: Variant(),
+    "cosine + queue-KL + relations": Variant(_RELATIONS),
+    "cosine + queue-KL + relations + contrastive": Variant(replace(_RELATIONS, contrastive=1.0)),
+    "cosine + queue-KL + labels": Variant(LossConfig(margin=0.1)),
+    LOGITS: Variant(LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)),
+    LABELS: Variant(_LABELLED),
+    f"{LABELS}, 3 times as long": Variant(_LABELLED, times=3),
+    f"{DEFAULT}, weights selected from a larger student": Variant(start=True),
+    f"{DEFAULT}, a larger student as assistant": Variant(assistant=True),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a student is distilled from and scored on.
+
+    Attributes:
+        name: of the set.
+        teacher: its artifact.
+        catalog: artifact with train, validation and test splits.
+        folder: of the artifacts; finished ones are used again.
+        epochs: of each training.
+        views: cached of each picture.
+        command: makes the figures again.
+        batch: pictures per step.
+    """
+
+    name: str
+    teacher: Path
+    catalog: Path
+    folder: Path
+    epochs: int
+    views: int
+    command: str
+    batch: int = 128
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A variant's scores on the same queries, one entry per seed, and what its training took."""
+
+    found: list[RetrievalScores]
+    seconds: float
+
+    @property
+    def hits(self) -> NDArray[Any]:
+        """(queries,) share of the seeds in which the first result is right."""
+        return np.mean([score.hits for score in self.found], axis=0)
+
+    @property
+    def precisions(self) -> NDArray[Any]:
+        """(queries,) average precision, mean over the seeds."""
+        return np.mean([score.precisions for score in self.found], axis=0)
+
+
+def ablate_students(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> tuple[list[Figure], list[Row]]:
+    """Train every variant with every seed and score all on the same test queries.
+
+    Returns:
+        figures of the default against labels and logits, and the table.
+    """
+    test = load_catalog(setting.catalog).select(split="test")
+    _, artifact, teacher = score_teacher(setting, test)
+    trained = {(name, seed): _train(setting, name, seed) for seed in seeds for name in VARIANTS}
+    found = {name: score_students([trained[name, seed] for seed in seeds], test) for name in VARIANTS}
+    rows = [_row(name, scores, teacher, found[DEFAULT]) for name, scores in found.items()]
+    figures = [
+        _better(setting, found[DEFAULT], found[name], name, seeds)
+        for name in (LABELS, f"{LABELS}, 3 times as long", LOGITS)
+    ]
+    return figures, [_teacher_row(teacher, artifact.card.metrics["seconds"]), *rows]
+
+
+def score_teacher(setting: Setting, test: Catalog) -> tuple[Teacher, Artifact, RetrievalScores]:
+    """The teacher, its artifact, and its scores on the test split."""
+    model, artifact = load_teacher(setting.teacher)
+    assert artifact.card.preprocess is not None
+    return model, artifact, score_split(test, embed(test, artifact.card.preprocess, torch_forward(model)))
+
+
+def score_students(paths: list[Path], test: Catalog) -> Scores:
+    """Scores of the same student of several seeds."""
+    found, seconds = [], []
+    for path in paths:
+        student, artifact = load_student(path)
+        assert artifact.card.preprocess is not None
+        say(f"  scoring {path.name}")
+        found.append(score_split(test, embed(test, artifact.card.preprocess, torch_forward(student))))
+        seconds.append(artifact.card.metrics["seconds"])
+    return Scores(found, float(np.mean(seconds)))
+
+
+def retention(hits: NDArray[Any], teacher: NDArray[np.bool_], samples: int = 2000) -> tuple[float, float, float]:
+    """Recall@1 over the teacher's, with its 95 % bootstrap interval over the queries, drawn for both alike."""
+    rng, n = np.random.default_rng(0), len(hits)
+    drawn = (rng.integers(0, n, n) for _ in range(samples))
+    shares = [hits[rows].mean() / max(teacher[rows].mean(), 1 / n) for rows in drawn]
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return float(hits.mean() / teacher.mean()), float(low), float(high)
+
+
+def distillation(setting: Setting, output: Path, model: StudentConfig, seed: int) -> DistillConfig:
+    """The default distillation of a student in a setting; all of a setting share the cache of their seed."""
+    return DistillConfig(
+        teacher=str(setting.teacher),
+        catalog=str(setting.catalog),
+        output=str(output),
+        cache=str(setting.folder / f"views-{seed}"),
+        model=model,
+        signal=SignalConfig(views=setting.views),
+        epochs=setting.epochs,
+        loader=LoaderConfig(batch_size=setting.batch, keep_in_memory=True),
+        run=RunConfig(validate_every=4),
+        seed=seed,
+    )
+
+
+def _train(setting: Setting, name: str, seed: int) -> Path:
+    variant, file = VARIANTS[name], name.replace(" + ", "-").replace(", ", "-").replace(" ", "-").lower()
+    config = distillation(setting, setting.folder / f"{file}-seed{seed}", SMALL, seed)
+    config = replace(config, losses=variant.losses, epochs=variant.times * setting.epochs)
+    if variant.start or variant.assistant:
+        larger = _distilled(distillation(setting, setting.folder / "larger", LARGER, 0))
+        if variant.start:
+            config = replace(config, start=str(larger))
+        else:
+            config = replace(config, assistant=str(larger), cache=str(setting.folder / f"views-assistant-{seed}"))
+    return _distilled(config)
+
+
+def _distilled(config: DistillConfig) -> Path:
+    path = distill(config)
+    assert path is not None
+    return path
+
+
+def _better(setting: Setting, default: Scores, other: Scores, name: str, seeds: tuple[int, ...]) -> Figure:
+    """The lower end of the paired interval is what has to be above 0."""
+    low, high = bootstrap_interval(default.hits - other.hits)
+    title = f"{setting.name}: default over {name}, recall@1, lower end of the paired interval"
+    goal = 0.0 if VARIANTS[name].times == 1 else None  # longer training is there to be compared, not to be beaten
+    return Figure(title, low, "", goal, ">=", setting.command, (low, high), seeds)
+
+
+def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -> Row:
+    kept, low, high = retention(scores.hits, teacher.hits)
+    return {
+        "variant": name,
+        "recall@1 [95 %]": mean_text(scores.hits),
+        "mAP [95 %]": mean_text(scores.precisions),
+        "retention [95 %]": f"{kept:.2f} [{low:.2f}, {high:.2f}]",
+        "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.found),
+        "default ahead by": "" if scores is default else mean_text(default.hits - scores.hits, "+.3f"),
+        "seconds": f"{scores.seconds:.0f}",
+    }
+
+
+def _teacher_row(teacher: RetrievalScores, seconds: float) -> Row:
+    row = _row("the teacher", Scores([teacher], seconds), teacher, Scores([teacher], seconds))
+    return {**row, "default ahead by": ""}

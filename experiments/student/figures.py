@@ -1,0 +1,104 @@
+"""``make figures TOPIC=student``: the student's figures, into ``docs/results/student.json``.
+
+Parts can be named (``make figures TOPIC=student PARTS="grocery"``); without any, all are measured. The
+photographs of ``grocery`` lie in the folder that the environment variable ``VPR_DATA`` names.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from experiments.figures import RESULTS, command_of, measure, record, record_unmeasured
+from experiments.student.ablation import SMALL, Setting, ablate_students, distillation
+from experiments.student.dimension import dimension_figures
+from experiments.student.epoch import epoch_figures
+from experiments.student.sizes import size_curve
+from experiments.student.training_step import StudentStepConfig, student_step, unmeasured
+from experiments.teacher.ablation import build_grocery, grocery_data, grocery_teacher, sample_teacher
+from student.model import StudentConfig
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+
+# Relative: paths are part of an artifact's configuration.
+_FOLDER, _FULL = Path("runs/figures-student"), Path("runs/demo-full")
+
+
+def sample() -> Setting:
+    """The demo's furniture renders and the teacher of its long form."""
+    catalog = build_catalog(CatalogConfig("sample", str(_FULL / "catalog")))
+    teacher = sample_teacher("sample-full", catalog, _FULL / "teacher")
+    return Setting("sample", teacher, catalog, _FOLDER / "sample", 8, 8, command_of("student", "sample"))
+
+
+def grocery() -> Setting:
+    """Photographs of groceries; the teacher starts from the demo's, which stands for CLIP's weights."""
+    folder = Path("runs/figures-teacher/grocery")
+    catalog = build_grocery(grocery_data(), folder)
+    pretrained = sample_teacher(
+        "sample", build_catalog(CatalogConfig("sample", "runs/demo/catalog")), "runs/demo/teacher"
+    )
+    teacher = grocery_teacher(folder, pretrained, _FOLDER / "grocery-teacher")
+    return Setting("grocery", teacher, catalog, _FOLDER / "grocery", 24, 24, command_of("student", "grocery"), batch=64)
+
+
+def measure_sample() -> None:
+    """The ablation on furniture renders."""
+    figures, table = ablate_students(sample())
+    record("student", figures, {"sample": table})
+
+
+def measure_grocery() -> None:
+    """The ablation on photographs of products that no stage has seen."""
+    figures, table = ablate_students(grocery())
+    record("student", figures, {"grocery": table})
+
+
+def measure_sizes() -> None:
+    """Retention and cost of four sizes on furniture renders, trained for longer than the ablation."""
+    setting = replace(sample(), folder=_FOLDER / "sizes", epochs=24, views=12, command=command_of("student", "sizes"))
+    figures, table = size_curve(setting, RESULTS / "student-sizes.svg")
+    record("student", figures, {"sizes": table})
+
+
+def measure_dimension() -> None:
+    """What a teacher of a known spectrum loses from 1024 to 256 dimensions."""
+    figures, table = dimension_figures(command_of("student", "dimension"))
+    record("student", figures, {"dimension": table})
+
+
+def measure_throughput() -> None:
+    """Epochs with the cache against the student's own passes: the ablation's student and the demo's."""
+    setting = replace(sample(), folder=_FOLDER / "throughput", epochs=4, views=1)
+    config, figures = distillation(setting, setting.folder / "none", replace(SMALL, embedding_dim=256), 0), []
+    for model in (config.model, StudentConfig(stem="conv", embedding_dim=256)):
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = replace(config, model=model)
+            figures += epoch_figures(chosen, Path(folder), command_of("student", "throughput"))
+    record("student", figures, {})
+
+
+def measure_gpu() -> None:
+    """The small student's step on the GPU at hand, into ``gpu.json``; without one, that it is not measured."""
+    config = StudentStepConfig()
+    if torch.cuda.is_available():
+        record("gpu", *student_step(config))
+    else:
+        record_unmeasured(unmeasured(config), "the student's step is")
+
+
+PARTS = {
+    "dimension": measure_dimension,
+    "throughput": measure_throughput,
+    "grocery": measure_grocery,
+    "sample": measure_sample,
+    "sizes": measure_sizes,
+    "gpu": measure_gpu,
+}
+
+
+if __name__ == "__main__":
+    measure(PARTS, sys.argv[1:])

@@ -1,0 +1,191 @@
+"""Students of four sizes, a ladder from the largest down: how much of the teacher each keeps, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.latency.measure import time_models
+from experiments.figures import Figure, Row
+from experiments.student.ablation import SMALL, Scores, Setting, distillation, retention, score_students, score_teacher
+from export.to_onnx import OnnxConfig, export_onnx
+from student.distill import distill
+from student.model import count_multiply_adds
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.data.catalog import load_catalog
+
+# From the largest: each begins with weights selected from the one before it, which the ablation found to help most.
+_HEADS = {256: 4, 192: 3, 128: 2, 96: 2}
+SIZES = {width: replace(SMALL, dim=width, heads=heads, mlp_dim=2 * width) for width, heads in _HEADS.items()}
+# Retention aimed at by a student of at most this share of the teacher's multiply-adds.
+GOALS = {0.5: 0.95, 0.25: 0.90}
+_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A student of the curve.
+
+    Attributes:
+        width: of its tokens.
+        parameters: number of them.
+        multiply_adds: of one picture.
+        share: of the teacher's multiply-adds.
+        recall: recall@1.
+        kept: retention, and its interval.
+        torch: milliseconds of one picture by PyTorch.
+        openvino: milliseconds of one picture by OpenVINO, FP32.
+        seconds: of its own training, on the CPU.
+        ladder: of its training and of those before it.
+    """
+
+    width: int
+    parameters: int
+    multiply_adds: int
+    share: float
+    recall: float
+    kept: tuple[float, float, float]
+    torch: float
+    openvino: float
+    seconds: float
+    ladder: float
+
+    @property
+    def row(self) -> Row:
+        """For people."""
+        return {
+            "width": self.width,
+            "parameters": f"{self.parameters / 1e6:.2f} M",
+            "multiply-adds": f"{self.multiply_adds / 1e6:.1f} M",
+            "of the teacher's": f"{self.share:.0%}",
+            "recall@1": f"{self.recall:.3f}",
+            "retention [95 %]": "{:.2f} [{:.2f}, {:.2f}]".format(*self.kept),
+            "ms, PyTorch": f"{self.torch:.2f}",
+            "ms, OpenVINO": f"{self.openvino:.2f}",
+            "training, s": f"{self.seconds:.0f}",
+            "with those before, s": f"{self.ladder:.0f}",
+        }
+
+
+def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
+    """Distil each size with the default, score it on the test split, time it, and draw retention against cost.
+
+    Args:
+        setting: teacher, catalogue and budget.
+        plot: SVG file to write.
+
+    Returns:
+        retention of the largest student within each share of the teacher's multiply-adds, and the table.
+    """
+    test = load_catalog(setting.catalog).select(split="test")
+    model, artifact, teacher = score_teacher(setting, test)
+    assert artifact.card.preprocess is not None
+    whole = count_multiply_adds(model, artifact.card.preprocess.size)
+    students = train_ladder(setting)
+    graphs = {width: _export(path) for width, path in students.items()}
+    paths = (str(setting.teacher), *map(str, (*students.values(), *graphs.values())))
+    timed = time_models(paths, (1,), _SECONDS, 1, starts=0)
+    times = {name: row["latency_ms"]["1"]["p50"] for name, row in timed.items() if row["latency_ms"]}
+    points: list[Point] = []
+    for width, path in students.items():
+        milliseconds = times[f"{path.name} (torch)"], times[f"{graphs[width].name} (openvino)"]
+        scores = score_students([path], test)
+        kept = retention(scores.hits, teacher.hits)
+        points.append(_point(width, path, scores, kept, whole, milliseconds, points[-1].ladder if points else 0.0))
+    draw(points, plot)
+    row = _teacher_row(artifact, whole, teacher.recall_at_1, times[f"{artifact.card.name} (torch)"])
+    figures = [_kept(points, share, goal, setting) for share, goal in GOALS.items()]
+    return figures, [row, *(point.row for point in points)]
+
+
+def _point(
+    width: int,
+    path: Path,
+    scores: Scores,
+    kept: tuple[float, float, float],
+    whole: int,
+    milliseconds: tuple[float, float],
+    ladder: float,
+) -> Point:
+    """A student's point; ``whole`` are the teacher's multiply-adds, ``ladder`` the seconds of those before it."""
+    metrics = load_artifact(path).card.metrics
+    return Point(
+        width=width,
+        parameters=metrics["parameters"],
+        multiply_adds=metrics["multiply_adds"],
+        share=metrics["multiply_adds"] / whole,
+        recall=scores.found[0].recall_at_1,
+        kept=kept,
+        torch=milliseconds[0],
+        openvino=milliseconds[1],
+        seconds=scores.seconds,
+        ladder=scores.seconds + ladder,
+    )
+
+
+def _teacher_row(artifact: Artifact, multiply_adds: int, recall: float, milliseconds: float) -> Row:
+    metrics = artifact.card.metrics
+    return {
+        "width": "the teacher",
+        "parameters": f"{metrics['parameters'] / 1e6:.2f} M",
+        "multiply-adds": f"{multiply_adds / 1e6:.1f} M",
+        "of the teacher's": "100%",
+        "recall@1": f"{recall:.3f}",
+        "retention [95 %]": "",
+        "ms, PyTorch": f"{milliseconds:.2f}",
+        "ms, OpenVINO": "",
+        "training, s": f"{metrics['seconds']:.0f}",
+        "with those before, s": "",
+    }
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """Retention against parameters and against milliseconds, side by side, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(8, 3.2), layout="constrained")
+    axes = drawing.subplots(1, 2, sharey=True)
+    kept = [point.kept[0] for point in points]
+    spread = [[k - point.kept[1] for k, point in zip(kept, points, strict=True)]]
+    spread.append([point.kept[2] - k for k, point in zip(kept, points, strict=True)])
+    costs: list[tuple[Any, list[float], str]] = [
+        (axes[0], [point.parameters / 1e6 for point in points], "parameters, millions"),
+        (axes[1], [point.openvino for point in points], "ms per picture, OpenVINO FP32, one thread"),
+    ]
+    for axis, cost, label in costs:
+        axis.errorbar(cost, kept, spread, marker="o", capsize=3, color="#1f5fa8")
+        for point, x in zip(points, cost, strict=True):
+            above = {"textcoords": "offset points", "xytext": (0, 3), "ha": "center", "fontsize": 8}
+            axis.annotate(f"{point.width} wide", (x, point.kept[2]), **above)
+        axis.set_xlabel(label)
+        axis.margins(x=0.15, y=0.12)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("recall@1 over the teacher's")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "vpr", "svg.fonttype": "none"}):
+        drawing.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _kept(points: list[Point], share: float, goal: float, setting: Setting) -> Figure:
+    best = max((point for point in points if point.share <= share), key=lambda point: point.share)
+    name = f"{setting.name}: retention at {best.share:.0%} of the teacher's multiply-adds (at most {share:.0%})"
+    return Figure(name, best.kept[0], "", goal, ">=", setting.command, best.kept[1:], (0,))
+
+
+def train_ladder(setting: Setting) -> dict[int, Path]:
+    """A student of each size by its width, each but the largest begun with weights selected from the one before."""
+    students: dict[int, Path] = {}
+    above = ""
+    for width, model in SIZES.items():
+        config = distillation(setting, setting.folder / f"width-{width}", model, 0)
+        path = distill(replace(config, start=above))
+        assert path is not None
+        students[width], above = path, str(path)
+    return students
+
+
+def _export(student: Path) -> Path:
+    return export_onnx(OnnxConfig(str(student), f"{student}-fp32"))

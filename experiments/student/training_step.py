@@ -1,0 +1,193 @@
+"""The distillation step on a GPU: images per second with the signal cached and with the teacher beside the student.
+
+``python -m experiments.student.training_step`` measures a small student of ViT-H-14 at the largest batch that fits and keeps the
+figures in ``docs/results/gpu.json``. ``--device cpu --teacher sample-vit --preset sample --batch 8`` runs the
+same code anywhere. Weights and pictures are random: they decide nothing about the time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.command import run_command
+from experiments.figures import Figure, Row
+from experiments.training_step import (
+    Step,
+    check_step,
+    count_flops,
+    keep_figures,
+    largest_batch,
+    matmul_rate,
+    matmul_shapes,
+    require_gpu,
+    step_command,
+)
+from student.criterion import LossConfig
+from student.losses import cosine_loss, similarity_kl
+from student.model import Preset, Student, StudentConfig, count_multiply_adds
+from student.teacher_cache import embed_pixels
+from teacher.model import TowerConfig, build_teacher, read_tower
+from vpr.common.log import say
+from vpr.data.loaders import Normalise
+from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+
+Mode = Literal["cached", "online"]
+_BANK, _CACHED = 4096, 65536  # embeddings; of the bank, and that batches are looked up in
+
+
+@dataclass(frozen=True)
+class StudentStepConfig:
+    """What to measure.
+
+    Attributes:
+        preset: of the student.
+        teacher: an open_clip model, or a JSON file or name as of ``vpr teacher train``.
+        modes: ``cached`` looks the teacher's embeddings up, ``online`` computes them.
+        batch: pictures per step; 0 finds the largest that fits (only on a GPU).
+        most: largest batch that is tried.
+        steps: that are timed.
+        warmup: steps before them.
+        device: ``cuda`` or ``cpu``.
+        record: keep the figures; by default those of a GPU are kept.
+    """
+
+    preset: Preset = "small"
+    teacher: str = "ViT-H-14"
+    modes: tuple[Mode, ...] = ("cached", "online")
+    batch: int = 0
+    most: int = 8192
+    steps: int = 20
+    warmup: int = 5
+    device: Literal["cuda", "cpu"] = "cuda"
+    record: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_step(self, {"batch": 0, "most": 1, "steps": 1, "warmup": 0})
+
+    @property
+    def command(self) -> str:
+        """What measures this again."""
+        return step_command("student_step", self)
+
+
+class StudentStep(Step):
+    """The student's step: views, signal, student and the default losses.
+
+    Args:
+        mode: where the signal comes from.
+        config: student, teacher and device.
+    """
+
+    def __init__(self, mode: Mode, config: StudentStepConfig) -> None:
+        self.mode = mode
+        where = config.device if mode == "online" else "meta"
+        self.teacher, preprocess = build_teacher(
+            TowerConfig(config.teacher, ""), read_tower(config.teacher), False, where
+        )
+        self.teacher.eval().requires_grad_(False)
+        dim = self.teacher.embedding_dim
+        self.student = Student(StudentConfig(config.preset, embedding_dim=dim)).to(config.device)
+        own = preprocess.model_copy(update={"size": self.student.config.image_size})
+        self.normalise = Normalise(own).to(config.device)
+        self.normalise_teacher, self.teacher_size = Normalise(preprocess).to(config.device), preprocess.size
+        rng = np.random.default_rng(0)
+        self.cache = rng.standard_normal((_CACHED, dim), dtype=np.float32).astype(np.float16)
+        self.bank = nn.functional.normalize(torch.randn(_BANK, dim, device=config.device), dim=1)
+        super().__init__(self.student.parameters(), config.device, 1e-4, 0.05)
+
+    def set_batch(self, batch: int) -> None:
+        """See :class:`Step`."""
+        self.rows = torch.arange(batch)
+        sides = {self.student.config.image_size} | ({self.teacher_size} if self.mode == "online" else set())
+        self.pixels = {
+            side: torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=self.device) for side in sides
+        }
+
+    def loss(self, number: int) -> Tensor:
+        """See :class:`Step`."""
+        views, losses = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number)), LossConfig()
+        if self.mode == "online":
+            seen = apply_views(self.pixels[self.teacher_size], views)
+            teacher = embed_pixels(self.teacher, self.normalise_teacher, seen).clone()
+        else:
+            found = self.cache[(self.rows.numpy() * 7919 + number) % _CACHED].astype(np.float32)
+            teacher = torch.from_numpy(found).to(self.device, non_blocking=True)
+        teacher = nn.functional.normalize(teacher, dim=1)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            student = self.student(self.normalise(apply_views(self.pixels[self.student.config.image_size], views)))
+        loss = losses.cosine * cosine_loss(student, teacher)
+        return loss + losses.similarity_kl * similarity_kl(student, teacher, self.bank, losses.temperature)
+
+
+def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, list[Row]]]:
+    """Measure the ceiling and every mode: figures of topic ``gpu``, and the table behind them.
+
+    Raises:
+        UserError: there is no GPU, or the batch does not fit.
+    """
+    require_gpu(config.device, "--device cpu --teacher sample-vit --preset sample --batch 8")
+    figures, rows = [], []
+    for mode in config.modes:
+        step = StudentStep(mode, config)
+        ceiling = max(matmul_rate(shape, config.device) for shape in matmul_shapes(step.student, config.device))
+        flops = needed_flops(config, step)
+        batch = config.batch or largest_batch(step.fits, config.most)
+        seconds = step.seconds(batch, config.steps, config.warmup, f"({mode})")
+        use = batch / seconds * flops / ceiling
+        rows.append(
+            {
+                "signal": mode,
+                "batch": batch,
+                "images/s": f"{batch / seconds:.4g}",
+                "GFLOP per image": f"{flops / 1e9:.4g}",
+                "utilisation": f"{use:.1%}",
+                "ceiling, TFLOP/s": f"{ceiling / 1e12:.4g}",
+            }
+        )
+        say(f"{mode}: {rows[-1]}")
+        figures += _figures(config, mode, batch / seconds, 100 * use)
+        del step
+        gc.collect()
+    return figures, {"student-step": rows}
+
+
+def needed_flops(config: StudentStepConfig, step: StudentStep) -> int:
+    """FLOPs of a picture: the student's three passes, and the teacher's forward pass where it runs."""
+    own = 3 * 2 * count_multiply_adds(step.student, step.student.config.image_size)
+    if step.mode == "cached":
+        return own
+    shadow, preprocess = build_teacher(TowerConfig(config.teacher, ""), read_tower(config.teacher), False, "meta")
+    return own + count_flops(shadow.eval(), preprocess.size)
+
+
+def unmeasured(config: StudentStepConfig) -> list[Figure]:
+    """The figures of a machine without a GPU: their names, and no values."""
+    return [figure for mode in config.modes for figure in _figures(config, mode, None, None)]
+
+
+def _figures(config: StudentStepConfig, mode: Mode, rate: float | None, use: float | None) -> list[Figure]:
+    label = f"{config.preset} student of {config.teacher}, {mode} signal"
+    return [
+        Figure(label, rate, "images/s", None, ">=", config.command),
+        Figure(f"{label}: model FLOP utilisation", use, "%", None, ">=", config.command),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and keep."""
+
+    def work(config: StudentStepConfig) -> None:
+        keep_figures(config, *student_step(config))
+
+    run_command("student_step", __doc__, StudentStepConfig, work, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Figures of the teacher: ablation, input pipeline, training step."""

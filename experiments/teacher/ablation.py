@@ -1,0 +1,166 @@
+"""What each part of the teacher's recipe brings, on photographs of products that no stage has seen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from experiments.figures import ROOT, Row
+from experiments.intervals import mean_text
+from teacher.head import HeadConfig
+from teacher.model import TowerConfig, load_teacher
+from teacher.module import StageConfig
+from teacher.soup import SoupConfig, soup
+from teacher.train import TrainConfig, train
+from vpr.cli import read_config
+from vpr.common.errors import UserError
+from vpr.common.log import say
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import SCHEMA, Catalog, load_catalog
+from vpr.data.loaders import LoaderConfig
+from vpr.imaging.augment import ViewConfig
+from vpr.retrieval.embeddings import embed, torch_forward
+from vpr.retrieval.metrics import evaluate_similarities
+from vpr.retrieval.rerank import RerankConfig, similarities
+from vpr.training.loop import RunConfig
+
+Vectors = NDArray[np.float32]
+Embedded = tuple[Vectors, Vectors]  # of the scored photos, and of the shop pictures
+SEEDS = (0, 1, 2)
+HEADS = {
+    "ArcFace": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3),
+    "CosFace": HeadConfig("cosface", scale=16.0, margin=0.05, margin_end=0.2),
+    "sub-centre ArcFace, K = 2": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3, sub_centres=2),
+    "adaptive margin": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3, by_count=0.2),
+}
+RERANKINGS = {
+    "DBA + query expansion": RerankConfig(dba=5, qe=5),
+    "k-reciprocal": RerankConfig(k_reciprocal=True),
+}
+
+
+def grocery_data() -> Path:
+    """The folder that holds ``grocery``; :class:`UserError` where none is named."""
+    data = os.environ.get("VPR_DATA")
+    if not data:
+        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
+    return Path(data)
+
+
+def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
+    """A teacher of furniture renders by a recipe of ours; trained if it is not there."""
+    arguments = ["--config", str(ROOT / f"teacher/recipes/{recipe}.yaml"), "--catalog", str(catalog)]
+    path = train(read_config(TrainConfig, "teacher train", [*arguments, "--output", str(output)]))
+    assert path is not None
+    return path
+
+
+def build_grocery(data: Path, folder: Path) -> Path:
+    """The Grocery Store Dataset's shop photos, whole products held out: 15 % to choose epochs, 35 % to be scored."""
+    root, output = str(data / "grocery" / "train"), str(folder / "catalog")
+    return build_catalog(CatalogConfig("folder", output, root, validation=0.15, test=0.35))
+
+
+def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[int, ...] = SEEDS) -> list[Row]:
+    """Train every variant with every seed, soup, re-rank, and score all on the same queries.
+
+    Args:
+        data: holds ``grocery``.
+        start: teacher artifact that every training starts from (it stands for CLIP's weights).
+        folder: of the artifacts; finished ones are used again.
+        epochs: of each training, the first of the head alone.
+        seeds: of each variant.
+    """
+    catalog = load_catalog(build_grocery(data, folder))
+    test, shop = catalog.select(split="test"), shop_pictures(data)
+    rows, found = [], {"start, not fine-tuned": [_embed(start, test, shop)]}
+    for name, head in HEADS.items():
+        found[name] = [_embed(_train(folder, start, head, seed, epochs, 0.0), test, shop) for seed in seeds]
+    ema = [_train(folder, start, HEADS["ArcFace"], seed, epochs, 0.97) for seed in seeds]
+    found["ArcFace + EMA"] = [_embed(path, test, shop) for path in ema]
+    plain = [_train(folder, start, HEADS["ArcFace"], seed, epochs, 0.0) for seed in seeds]
+    wise = [_soup(folder, "wise-ft", [path], number) for number, path in enumerate(plain)]
+    found["ArcFace + WiSE-FT"] = [_embed(path, test, shop) for path in wise]
+    members = [_train(folder, start, head, seed, epochs, 0.0) for head in HEADS.values() for seed in seeds]
+    for method in ("uniform", "greedy"):
+        found[f"{method} soup of the {len(members)} heads and seeds"] = [
+            _embed(_soup(folder, method, members, 0), test, shop)
+        ]
+    for name, embedded in found.items():
+        rows.append(_row(name, embedded, test, shop, RerankConfig()))
+    for name, config in RERANKINGS.items():
+        rows.append(_row(f"ArcFace + {name}", found["ArcFace"], test, shop, config))
+    return rows
+
+
+def _train(
+    folder: Path, start: Path, head: HeadConfig, seed: int, epochs: int, ema: float, output: Path | None = None
+) -> Path:
+    name = "-".join([head.loss, f"k{head.sub_centres}", f"by{head.by_count}", f"ema{ema}", f"seed{seed}"])
+    config = TrainConfig(
+        str(folder / "catalog"),
+        str(output or folder / name),
+        recipe="grocery",
+        tower=TowerConfig("sample", str(start)),
+        head=head,
+        stages=(
+            StageConfig("head", 1, lr_head=2e-3, weight_decay=0.05),
+            StageConfig("all", epochs - 1, lr_head=2e-3, lr_tower=1e-3, weight_decay=0.05, warmup=0.15),
+        ),
+        views=ViewConfig(),
+        loader=LoaderConfig(batch_size=64, keep_in_memory=True),
+        run=RunConfig(ema=ema),
+        seed=seed,
+    )
+    path = train(config)
+    assert path is not None
+    return path
+
+
+def grocery_teacher(folder: Path, start: Path, output: Path, epochs: int = 24) -> Path:
+    """The ablation's plain ArcFace teacher, trained until longer brings little."""
+    return _train(folder, start, HEADS["ArcFace"], SEEDS[0], epochs, 0.0, output)
+
+
+def _soup(folder: Path, method: Any, models: list[Path], number: int) -> Path:
+    output = str(folder / f"{method}-{number}")
+    return soup(SoupConfig(tuple(str(path) for path in models), str(folder / "catalog"), output, method))
+
+
+def shop_pictures(data: Path) -> Catalog:
+    """The one clean shop picture of each of the 81 products: the hard gallery, of which nothing was trained on."""
+    paths = sorted((data / "grocery" / "iconic").glob("*.jpg"))
+    rows = [{"image": path.name, "product": path.stem, "role": "gallery", "split": "test"} for path in paths]
+    return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), data / "grocery" / "iconic")
+
+
+def _embed(path: Path, test: Catalog, shop: Catalog) -> Embedded:
+    model, artifact = load_teacher(path)
+    assert artifact.card.preprocess is not None
+    say(f"  scoring {path.name}")
+    forward = torch_forward(model)
+    return embed(test, artifact.card.preprocess, forward), embed(shop, artifact.card.preprocess, forward)
+
+
+def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config: RerankConfig) -> Row:
+    """Scores averaged over seeds, with the bootstrap interval over queries of that average."""
+    query, gallery = test.roles == "query", test.roles == "gallery"
+    shelf, single = [], []
+    for photos, pictures in seeds:
+        scores = similarities(photos[query], photos[gallery], config)
+        shelf.append(evaluate_similarities(scores, test.products[query], test.products[gallery]))
+        scores = similarities(photos, pictures, config)
+        single.append(evaluate_similarities(scores, test.products, shop.products))
+    return {
+        "variant": name,
+        "seeds": len(seeds),
+        "recall@1 [95 %]": mean_text(np.mean([score.hits for score in shelf], axis=0)),
+        "mAP [95 %]": mean_text(np.mean([score.precisions for score in shelf], axis=0)),
+        "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in shelf),
+        "shop picture: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0)),
+    }

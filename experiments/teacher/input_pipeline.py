@@ -1,0 +1,121 @@
+"""What the input pipeline delivers, in images per second, against what training consumes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from experiments.figures import Figure, command_of
+from teacher.head import HeadConfig
+from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.module import Place, StageConfig, TeacherModule
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader
+from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.imaging.decode import Preprocess, decode
+from vpr.training.loop import best_precision
+
+_BATCH, _PHONE, _PHOTOS, _GRAIN = 128, (4000, 3000), 8, 8.0
+
+
+def pipeline_figures(catalog: Path, seconds: float = 20.0) -> list[Figure]:
+    """Delivered by two workers, consumed by the sample tower's full step, their ratio, and what reduced decoding saves.
+
+    Args:
+        catalog: artifact whose training split is read from its files.
+        seconds: spent on each measurement, after a warm-up.
+    """
+    training = load_catalog(catalog).select(split="train")
+    tower = TowerConfig("sample", "")
+    preprocess = build_teacher(tower, read_tower("sample"), False)[1]
+    delivered = delivery(training, preprocess, LoaderConfig(_BATCH, workers=2), seconds)
+    consumed = consumption(training, tower, _BATCH, seconds)
+    full, reduced = phone_photos(preprocess.size)
+    command = command_of("teacher", "pipeline")
+
+    def rate(name: str, value: float) -> Figure:
+        return Figure(name, round(value, 1), "images/s", None, ">=", command)
+
+    return [
+        rate("input pipeline: delivered by two workers (sample, 128 px WebP to 96 px)", delivered),
+        rate("input pipeline: consumed by the sample tower's full training step", consumed),
+        Figure("input pipeline: delivered over consumed", delivered / consumed, "times", 3, ">=", command),
+        rate("12-megapixel JPEG, decoded in full, one thread", full),
+        rate("12-megapixel JPEG, decoded at reduced scale, one thread", reduced),
+    ]
+
+
+def delivery(training: Catalog, preprocess: Preprocess, config: LoaderConfig, seconds: float) -> float:
+    """Images per second that the training loader's workers hand over, decoded from files."""
+    loader = training_loader(PictureDataset(training, preprocess), config, 0)
+    batches = _endless(loader)
+    for _ in range(2 * max(1, config.workers)):  # until what the workers prefetched while they started is used up
+        next(batches)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        count += len(next(batches)["rows"])
+    return count / (time.perf_counter() - begun)
+
+
+def consumption(training: Catalog, tower: TowerConfig, batch: int, seconds: float) -> float:
+    """Images per second of the full training step (views, forward, backward, optimiser), its pictures in memory."""
+    stage = StageConfig("all", 1)
+    teacher, preprocess = build_teacher(tower, read_tower(tower.name), False)
+    place = Place(stage, 0, 1, ViewConfig(), 0)
+    module = TeacherModule(place, HeadConfig(), teacher, preprocess, training, training)
+    module.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    rows = torch.arange(min(batch, len(training)))
+    pixels = PictureDataset(training, preprocess).__getitems__(rows.tolist())["pixels"]
+    half = best_precision() == "bf16-mixed"
+
+    def step(number: int) -> None:
+        views = draw_views(place.views, 0, rows, torch.full_like(rows, number))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            embeddings = module.teacher(module.normalise(apply_views(pixels, views)))
+            loss = module.head(embeddings, module.labels[rows], 0.0, 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(3):
+        step(number)
+    begun, steps = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        step(steps)
+        steps += 1
+    return steps * len(rows) / (time.perf_counter() - begun)
+
+
+def phone_photos(size: int) -> tuple[float, float]:
+    """Images per second of decoding and resizing 12-megapixel JPEGs in one thread: in full, and at reduced scale."""
+    preprocess = Preprocess(size=size)
+    rng = np.random.default_rng(0)
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.jpg" for number in range(_PHOTOS)]
+        for path in paths:
+            coarse = Image.fromarray(rng.integers(0, 256, (150, 200, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize(_PHONE, Image.Resampling.BICUBIC), dtype=np.float32)
+            # A sensor's noise is most of what a phone's JPEG holds.
+            grain = rng.standard_normal(smooth.shape, dtype=np.float32) * _GRAIN
+            Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        for shortest in (None, size):
+            begun = time.perf_counter()
+            for path in paths:
+                preprocess.pixels(decode(path, shortest=shortest))
+            rates.append(len(paths) / (time.perf_counter() - begun))
+    return rates[0], rates[1]
+
+
+def _endless(loader: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield from loader

@@ -1,0 +1,247 @@
+"""The teacher's training step on a GPU: images per second, and the share of the GPU's arithmetic that it uses.
+
+``python -m experiments.teacher.training_step`` measures ViT-H-14 at the largest batch that fits and keeps the figures in
+``docs/results/gpu.json``. ``--device cpu --tower sample-vit --batch 8`` runs the same code anywhere.
+
+The step is the training's own: views, normalisation, tower, margin head, gradient, clipping, AdamW, under bf16
+autocast. Model FLOP utilisation is that of Chowdhery et al., "PaLM", 2022, appendix B: what the model needs and not
+what was computed (activations that checkpointing computes again do not count), over a ceiling measured here.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from experiments.command import run_command
+from experiments.figures import Figure, Row
+from experiments.training_step import (
+    Step,
+    check_step,
+    count_flops,
+    keep_figures,
+    largest_batch,
+    matmul_rate,
+    matmul_shapes,
+    require_gpu,
+    step_command,
+)
+from teacher.head import HeadConfig, MarginHead
+from teacher.layers import trainable
+from teacher.model import TowerConfig, build_teacher, read_tower
+from vpr.common.log import say
+from vpr.data.loaders import Normalise
+from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+
+Mode = Literal["head", "full"]
+_LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}
+_PER_CLASS = 15  # pictures; the margin's size depends on it, its cost does not
+
+
+@dataclass(frozen=True)
+class TeacherStepConfig:
+    """What to measure.
+
+    Attributes:
+        tower: an open_clip model, or a JSON file or name as of ``vpr teacher train``.
+        classes: of the margin head.
+        modes: ``head`` trains the class directions alone, ``full`` everything.
+        batch: pictures per step; 0 finds the largest that fits (only on a GPU).
+        most: largest batch that is tried.
+        steps: that are timed.
+        warmup: steps before them.
+        compile: compile the tower; the batch is found before.
+        device: ``cuda`` or ``cpu``.
+        record: keep the figures; by default those of a GPU are kept.
+    """
+
+    tower: str = "ViT-H-14"
+    classes: int = 10300
+    modes: tuple[Mode, ...] = ("head", "full")
+    batch: int = 0
+    most: int = 4096
+    steps: int = 20
+    warmup: int = 5
+    compile: bool = False
+    device: Literal["cuda", "cpu"] = "cuda"
+    record: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_step(self, {"classes": 2, "batch": 0, "most": 1, "steps": 1, "warmup": 0})
+
+    @property
+    def command(self) -> str:
+        """What measures this again."""
+        return step_command("teacher_step", self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A training step's cost.
+
+    Attributes:
+        mode: what trained.
+        batch: pictures per step.
+        seconds: of a step, median.
+        flops: of one picture, see :func:`step_flops`.
+        peak_bytes: most memory allocated on the GPU; None on the CPU.
+    """
+
+    mode: Mode
+    batch: int
+    seconds: float
+    flops: int
+    peak_bytes: int | None
+
+    @property
+    def images_per_second(self) -> float:
+        """Pictures trained on in a second."""
+        return self.batch / self.seconds
+
+    def utilisation(self, ceiling: float) -> float:
+        """Model FLOP utilisation, a share of ``ceiling`` FLOP/s."""
+        return self.images_per_second * self.flops / ceiling
+
+
+class TeacherStep(Step):
+    """The teacher's step.
+
+    Args:
+        mode: what trains.
+        config: tower, classes and device.
+    """
+
+    def __init__(self, mode: Mode, config: TeacherStepConfig) -> None:
+        # The frozen tower keeps nothing for a backward pass, so there is nothing to compute again.
+        tower = TowerConfig(config.tower, "", gradient_checkpointing=mode == "full")
+        self.teacher, self.preprocess = build_teacher(tower, read_tower(config.tower), False, config.device)
+        counts = torch.full((config.classes,), _PER_CLASS)
+        self.head = MarginHead(self.teacher.embedding_dim, counts, HeadConfig()).to(config.device)
+        self.normalise = Normalise(self.preprocess).to(config.device)
+        self.classes = config.classes
+        self.teacher.eval()
+        for part in trainable(self.teacher, "head" if mode == "head" else "all"):
+            part.train()
+        parameters = [*self.teacher.parameters(), *self.head.parameters()]
+        super().__init__((p for p in parameters if p.requires_grad), config.device, 1e-5, 0.01)
+
+    def set_batch(self, batch: int) -> None:
+        """See :class:`Step`."""
+        size = self.preprocess.size
+        self.rows = torch.arange(batch)
+        self.pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
+        self.labels = torch.randint(0, self.classes, (batch,), device=self.device)
+
+    def loss(self, number: int) -> Tensor:
+        """See :class:`Step`."""
+        views = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            embeddings = self.teacher(self.normalise(apply_views(self.pixels, views)))
+            return self.head(embeddings, self.labels, 0.0, 0)
+
+
+def step_flops(tower: int, head: int, mode: Mode) -> int:
+    """FLOPs that a training step needs for one picture: a forward pass, and twice that backward for what learns.
+
+    Args:
+        tower: FLOPs of its forward pass.
+        head: likewise of the class directions.
+        mode: what learns.
+    """
+    return 3 * head + (3 * tower if mode == "full" else tower)
+
+
+def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured:
+    """Measure one mode.
+
+    Raises:
+        UserError: the batch does not fit.
+    """
+    step = TeacherStep(mode, config)
+    batch = config.batch or largest_batch(step.fits, config.most)
+    head_flops = 2 * config.classes * step.teacher.embedding_dim
+    if config.compile:
+        step.teacher.compile(dynamic=False)
+    gpu = config.device == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = step.seconds(batch, config.steps, config.warmup, f"of {config.tower} ({mode})")
+    peak = torch.cuda.max_memory_allocated() if gpu else None
+    return Measured(mode, batch, seconds, step_flops(tower_flops, head_flops, mode), peak)
+
+
+def teacher_step(config: TeacherStepConfig) -> tuple[list[Figure], dict[str, list[Row]]]:
+    """Measure the ceiling and every mode: figures of topic ``gpu``, and the tables behind them.
+
+    Raises:
+        UserError: there is no GPU, or the batch does not fit.
+    """
+    require_gpu(config.device, "--device cpu --tower sample-vit --batch 8")
+    shadow, preprocess = build_teacher(TowerConfig(config.tower, ""), read_tower(config.tower), False, "meta")
+    tower_flops = count_flops(shadow.eval(), preprocess.size)
+    rates = {shape: matmul_rate(shape, config.device) for shape in matmul_shapes(shadow, config.device)}
+    ceiling = max(rates.values())
+    say(f"{config.tower}: {tower_flops / 1e9:.1f} GFLOP forward; matrix products reach {ceiling / 1e12:.4g} TFLOP/s")
+    steps = []
+    for mode in config.modes:
+        steps.append(measure(mode, config, tower_flops))
+        gc.collect()  # the network of this mode, before the next one is made
+        say(f"{_LABELS[mode]}: {_step_row(steps[-1], ceiling)}")
+    suffix = "-compiled" if config.compile else ""
+    products = [{"m": m, "k": k, "n": n, "TFLOP/s": f"{rate / 1e12:.4g}"} for (m, k, n), rate in rates.items()]
+    tables = {
+        f"teacher-step{suffix}": [_step_row(step, ceiling) for step in steps],
+        f"teacher-step-matmul{suffix}": products,
+    }
+    return _figures(config, steps, ceiling), tables
+
+
+def unmeasured(config: TeacherStepConfig) -> list[Figure]:
+    """The figures of a machine without a GPU: their names and goals, and no values."""
+    return [figure for mode in config.modes for figure in _mode_figures(config, mode, None, None)]
+
+
+def _figures(config: TeacherStepConfig, steps: list[Measured], ceiling: float) -> list[Figure]:
+    figures = [Figure("bf16 matrix product, the fastest", ceiling / 1e12, "TFLOP/s", None, ">=", config.command)]
+    for step in steps:
+        figures += _mode_figures(config, step.mode, step.images_per_second, 100 * step.utilisation(ceiling))
+    return figures
+
+
+def _mode_figures(config: TeacherStepConfig, mode: Mode, rate: float | None, use: float | None) -> list[Figure]:
+    label = f"{config.tower}{', compiled' if config.compile else ''}, {_LABELS[mode]}"
+    goal = 45.0 if (config.tower, mode) == ("ViT-H-14", "full") else None
+    return [
+        Figure(label, rate, "images/s", None, ">=", config.command),
+        Figure(f"{label}: model FLOP utilisation", use, "%", goal, ">=", config.command),
+    ]
+
+
+def _step_row(step: Measured, ceiling: float) -> Row:
+    return {
+        "trains": step.mode,
+        "batch": step.batch,
+        "images/s": f"{step.images_per_second:.4g}",
+        "ms per step": f"{1000 * step.seconds:.4g}",
+        "GFLOP per image": f"{step.flops / 1e9:.4g}",
+        "utilisation": f"{step.utilisation(ceiling):.1%}",
+        "peak GiB": "" if step.peak_bytes is None else f"{step.peak_bytes / (1 << 30):.1f}",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and keep."""
+
+    def work(config: TeacherStepConfig) -> None:
+        keep_figures(config, *teacher_step(config))
+
+    run_command("teacher_step", __doc__, TeacherStepConfig, work, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Backends that run an artifact: PyTorch, ONNX Runtime, OpenVINO, TensorRT."""

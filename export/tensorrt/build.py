@@ -1,0 +1,213 @@
+"""``vpr export engine``: ONNX graph -> TensorRT engine, by TensorRT or TensorRT-RTX.
+
+Both have the same Python API; one function drives either. TensorRT-RTX builds ahead of time on
+machines without a GPU, from wheels that PyPI carries; TensorRT builds for the GPU it runs on. Networks
+are strongly typed: precision is what the graph says, in TensorRT 10.12+ and 11 alike.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import onnx
+
+from export.multiply_adds import multiply_adds
+from export.tensorrt.bindings import Backend, choose_backend, error_logger, load_builder, this_gpu
+from export.tensorrt.inspector import count_layers, inspect
+from export.to_onnx import MAX_BATCH, describe, load_onnx
+from vpr.artifacts.run_folder import check_file, written_whole
+from vpr.artifacts.store import find_current, plain, write_artifact
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.log import say
+from vpr.inference.onnx_session import INPUT
+
+# TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
+TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+_MOST_WORKSPACE = 1 << 20
+_MOST_CACHE = 1 << 28
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A build.
+
+    Attributes:
+        onnx: ``onnx`` artifact; its precision is the engine's.
+        output: where the engine is written.
+        backend: ``auto`` takes TensorRT where it is installed, else TensorRT-RTX.
+        target: GPU architectures of a TensorRT-RTX build, with commas between; one engine runs on all of them,
+            and is the smaller the fewer they are (TensorRT builds for the GPU at hand).
+        min_batch: smallest batch of the optimisation profile.
+        opt_batch: batch it is tuned for.
+        max_batch: largest batch.
+        optimisation_level: 0 (quick build) to 5 (fast engine); None leaves it to the builder.
+        workspace_mb: most memory of a layer's scratch space; None is all there is.
+        timing_cache: file of TensorRT's measured kernels, read where it exists and written after the build; a
+            cache belongs to one GPU and TensorRT version. TensorRT-RTX measures nothing and has none.
+        version_compatible: the engine runs on later versions too, by the lean runtime it carries.
+        weight_stripped: the engine has no weights; they are put in from the graph where it runs. Needs a GPU.
+    """
+
+    onnx: str
+    output: str
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    target: str = "sm80,sm86,sm89,sm120"
+    min_batch: int = 1
+    opt_batch: int = 8
+    max_batch: int = 32
+    optimisation_level: int | None = None
+    workspace_mb: int | None = None
+    timing_cache: str = ""
+    version_compatible: bool = False
+    weight_stripped: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The architectures one by one."""
+        return tuple(name for name in self.target.split(",") if name)
+
+    def __post_init__(self) -> None:
+        check_file("timing_cache", self.timing_cache)
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+            raise UserError(f"target: {', '.join(unknown) or 'none, or one twice'}: choose from {', '.join(TARGETS)}")
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch <= MAX_BATCH:
+            raise UserError(
+                f"min_batch {self.min_batch}, opt_batch {self.opt_batch}, max_batch {self.max_batch}: "
+                f"they must rise from at least 1 to at most {MAX_BATCH}"
+            )
+        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
+            raise UserError(f"optimisation_level: {self.optimisation_level}: give 0 (quick build) to 5 (fast engine)")
+        if self.workspace_mb is not None:
+            check_numbers(self, workspace_mb=(1, _MOST_WORKSPACE))
+
+
+def build_engine(config: EngineConfig) -> Path:
+    """Build an engine and write it as an artifact of kind ``engine``.
+
+    Raises:
+        UserError: no builder, an unknown target, or a graph the builder refuses (with the layer's name).
+    """
+    graph, artifact = load_onnx(config.onnx)
+    backend = choose_backend(config.backend)
+    trt = load_builder(backend)
+    values = {**plain(config), "backend": backend, "builder_version": trt.__version__}
+    parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
+    if find_current(config.output, "engine", values, parents):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    say(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(config.targets)}")
+    started = time.monotonic()
+    plan, layers = build_plan(trt, backend, graph, config)
+    seconds = round(time.monotonic() - started, 2)
+    with write_artifact(config.output, "engine", values, parents) as draft:
+        (draft.path / "engine.plan").write_bytes(plan)
+        describe(draft, artifact, graph)
+        draft.metrics = {
+            "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
+            "builder": f"{backend} {trt.__version__}",
+            "targets": list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()],
+            "profile": [config.min_batch, config.opt_batch, config.max_batch],
+            "size_bytes": len(plan),
+            "build_seconds": seconds,
+            "multiply_adds": multiply_adds(graph),
+            **layers,
+        }
+    say(f"{config.output}: {len(plan) / 1e6:.1f} MB engine, built in {seconds:.1f} s")
+    return Path(config.output)
+
+
+def build_plan(
+    trt: ModuleType, backend: Backend, graph: onnx.ModelProto, config: EngineConfig
+) -> tuple[bytes, dict[str, Any]]:
+    """Parse and build a graph.
+
+    Returns:
+        the serialised engine, and counts of the network's layers by type and of tensors by precision.
+    """
+    errors: list[str] = []
+    logger = error_logger(trt, errors)
+    builder = trt.Builder(logger)
+    flags = trt.NetworkDefinitionCreationFlag
+    # TensorRT 11 has strongly typed networks only and no flag for it.
+    strongly = getattr(flags, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly is None else 1 << int(strongly))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph.SerializeToString()):
+        raise UserError(f"engine: the graph is refused: {_parser_error(parser)}: export the student again")
+    _decompose_wide_attention(trt, network)
+    build = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    shape = tuple(network.get_input(0).shape)[1:]
+    batches = (config.min_batch, config.opt_batch, config.max_batch)
+    profile.set_shape(INPUT, *[(batch, *shape) for batch in batches])
+    build.add_optimization_profile(profile)
+    if backend == "tensorrt-rtx":
+        build.num_compute_capabilities = len(config.targets)
+        for index, target in enumerate(config.targets):
+            build.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    _set_options(trt, backend, build, config)
+    plan = builder.build_serialized_network(network, build)
+    if plan is None:
+        reason = " ".join(errors[0][:400].split()) if errors else "no reason given"
+        raise UserError(f"engine: the build failed: {reason}: {_remedy(config)}")
+    if config.timing_cache:
+        _write_cache(build, Path(config.timing_cache))
+    plan = bytes(plan)
+    return plan, count_layers(network) | inspect(trt, plan, logger)
+
+
+def _decompose_wide_attention(trt: ModuleType, network: Any) -> None:
+    """Let attention in FP32, which has no fused kernel on any GPU, be computed in parts; the rest stays whole."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT" and layer.get_input(0).dtype.name == "FLOAT":
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as an ILayer
+            layer.attention.decomposable = True
+
+
+def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineConfig) -> None:
+    build.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if config.optimisation_level is not None:
+        build.builder_optimization_level = config.optimisation_level
+    if config.workspace_mb is not None:
+        build.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mb << 20)
+    if config.version_compatible:
+        build.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if config.weight_stripped:
+        build.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if config.timing_cache:
+        if backend == "tensorrt-rtx":
+            raise UserError("timing_cache: TensorRT-RTX measures nothing when it builds: leave it out")
+        path = Path(config.timing_cache)
+        held = path.read_bytes() if path.is_file() else b""
+        if len(held) > _MOST_CACHE:
+            raise UserError(f"{path}: too large for a timing cache: name another file")
+        cache = build.create_timing_cache(held)
+        if cache is None or not build.set_timing_cache(cache, False):
+            raise UserError(f"{path}: no timing cache of this GPU and version: name another file")
+
+
+def _write_cache(build: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as stream:
+        stream.write(bytes(build.get_timing_cache().serialize()))
+
+
+def _remedy(config: EngineConfig) -> str:
+    if config.workspace_mb is not None:
+        return "raise --workspace_mb or leave it out"
+    if config.version_compatible or config.weight_stripped:
+        return "leave --version_compatible and --weight_stripped out, or build with TensorRT beside its GPU"
+    return "build from the FP16 or INT8 graph, or export with --opset 20"
+
+
+def _parser_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "no reason given"
+    error = parser.get_error(0)
+    return f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"

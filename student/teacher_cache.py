@@ -1,0 +1,267 @@
+"""The teacher's signal: its embeddings of the very views that the student sees, cached or computed beside it.
+
+Cached embeddings are an artifact: a file per view and shard of pictures, so that a run that was killed goes on at the
+next file, and a set of any size is looked up from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from student.teacher_model import Source
+from vpr.artifacts.run_folder import finished_by_another, only_run, run_folder, save_whole, wait
+from vpr.artifacts.store import (
+    Artifact,
+    find_current,
+    load_artifact,
+    reading,
+    write_artifact,
+)
+from vpr.common.distributed import compute_device, is_first, rank_and_world
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.log import say
+from vpr.data.catalog import Catalog
+from vpr.data.loaders import LoaderConfig, Normalise, PictureDataset, validation_loader
+from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.retrieval.embeddings import unit
+from vpr.training.loop import best_precision
+
+_BATCH = 256
+_MOST_VIEWS = 10_000
+_KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """Where the teacher's embeddings come from.
+
+    Attributes:
+        mode: ``cached`` embeds the views once, before training; ``online`` runs the teacher beside the student, on
+            new views in every epoch.
+        views: cached views of each picture; epochs go round them.
+        shard: pictures in a file of the cache.
+        bank: teacher embeddings that similarities are taken to: drawn from the cache anew in each epoch, or the
+            latest ones online.
+        mixup: a of the Beta(a, a) by which pairs of pictures are mixed, teacher's and student's alike; online
+            alone, 0 mixes none (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
+            CVPR 2022, section 3).
+    """
+
+    mode: Literal["cached", "online"] = "cached"
+    views: int = 8
+    shard: int = 16384
+    bank: int = 4096
+    mixup: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "signal.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
+        if self.mixup and not 0.05 <= self.mixup <= 100:
+            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
+        if self.mixup and self.mode == "cached":
+            raise UserError("signal.mixup: a mixed picture cannot be looked up: set signal.mode to online")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Cached teacher embeddings.
+
+    Attributes:
+        shards: of each view, (pictures, dim) float16 arrays, memory-mapped, L2-normalised.
+        size: pictures in each shard but the last.
+        artifact: where they are.
+    """
+
+    shards: list[list[NDArray[np.float16]]]
+    size: int
+    artifact: Artifact
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards[0])
+
+    def lookup(self, rows: NDArray[np.int64], view: int | NDArray[np.int64]) -> NDArray[np.float32]:
+        """(batch,) rows, and one view or that of each, to (batch, dim) float32."""
+        out = np.empty((len(rows), self.shards[0][0].shape[1]), dtype=np.float32)
+        places = np.broadcast_to(view, rows.shape) * len(self.shards[0]) + rows // self.size
+        for place in np.unique(places):
+            here = places == place
+            of_view, shard = divmod(int(place), len(self.shards[0]))
+            out[here] = self.shards[of_view][shard][rows[here] - shard * self.size]
+        return out
+
+    def draw(self, size: int, seed: int) -> NDArray[np.float32]:
+        """A seeded draw of at most ``size`` pictures, each in a random view: (size, dim) float32, of unit length."""
+        rng = np.random.default_rng(seed)
+        pictures = rng.permutation(len(self))[:size]
+        return unit(self.lookup(pictures, rng.integers(0, len(self.shards), len(pictures))))
+
+
+def cache_signal(
+    path: str,
+    source: Source,
+    catalog: Catalog,
+    views: ViewConfig,
+    config: SignalConfig,
+    seed: int,
+    loader: LoaderConfig | None = None,
+) -> Signal:
+    """Embed seeded views of every picture, or load them if that was done.
+
+    Every finished file is kept when the process is killed, and not computed again. Several processes share the files.
+
+    Args:
+        path: where the artifact is written.
+        source: the network.
+        catalog: the training pictures.
+        views: augmentation.
+        config: how many views, and pictures in a file.
+        seed: of the views.
+        loader: workers that decode, and whether pixels are kept in memory.
+    """
+    values = {
+        "views": asdict(views),
+        "count": config.views,
+        "shard": config.shard,
+        "seed": seed,
+        "pictures": _ordered_sha256(catalog),
+    }
+    parents = [source.artifact.as_parent("teacher")]
+    folder = run_folder(path, values, parents)
+    if find_current(path, "views", values, parents):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
+        say(f"{path}: up to date")
+        return _load(path)
+    say(
+        f"views: {config.views} of each of {len(catalog)} pictures, {source.dim} dimensions, "
+        f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"
+    )
+    files = list(_files(len(catalog), config))
+    with only_run(folder):
+        _embed_files(files, folder, source, catalog, views, seed, loader or LoaderConfig())
+        if is_first():
+            for file in files:
+                wait(partial(_whole, folder / file.name, file, source.dim))
+            with write_artifact(path, "views", values, parents) as draft:
+                for file in files:
+                    _link(folder / file.name, draft.path / file.name)
+                draft.preprocess, draft.embedding = source.preprocess, source.artifact.card.embedding
+                draft.catalog = catalog.summary()
+            shutil.rmtree(folder)
+        else:
+            wait(lambda: finished_by_another(path, values, parents))
+    return _load(path)
+
+
+def cache_bytes(pictures: int, dim: int, config: SignalConfig) -> int:
+    """Exact size of the cache's files."""
+    return sum(_npy_bytes(file.stop - file.start, dim) for file in _files(pictures, config))
+
+
+@dataclass(frozen=True)
+class _File:
+    view: int
+    shard: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"view-{self.view:04d}-shard-{self.shard:05d}.npy"
+
+
+def _files(pictures: int, config: SignalConfig) -> Iterator[_File]:
+    for view in range(config.views):
+        for shard, start in enumerate(range(0, pictures, config.shard)):
+            yield _File(view, shard, start, min(pictures, start + config.shard))
+
+
+def _embed_files(
+    files: list[_File],
+    folder: Path,
+    source: Source,
+    catalog: Catalog,
+    views: ViewConfig,
+    seed: int,
+    loader: LoaderConfig,
+) -> None:
+    """Compute this process's part of the files that are not there: all views of its shards, one after the other."""
+    rank, world = rank_and_world()
+    # A process decodes its shards once for all their views; where there are fewer shards, each takes views.
+    by_shard = files[-1].shard + 1 >= world
+    mine_of = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
+    absent = [file for file in mine_of if not _whole(folder / file.name, file, source.dim)]
+    settings = LoaderConfig(_BATCH, workers=loader.workers)
+    source.network.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for shard in sorted({file.shard for file in absent}):
+        mine = [file for file in absent if file.shard == shard]
+        part = catalog.take(np.arange(mine[0].start, mine[0].stop))
+        keep = loader.keep_in_memory or 3 * source.preprocess.size**2 * len(part) <= _KEPT
+        pictures = PictureDataset(part, source.preprocess, keep)
+        for file in mine:
+            save_whole(folder / file.name, _embed_view(source, pictures, settings, views, file, seed))
+
+
+def _embed_view(
+    source: Source, pictures: PictureDataset, loader: LoaderConfig, views: ViewConfig, file: _File, seed: int
+) -> NDArray[np.float16]:
+    normalise, device = Normalise(source.preprocess), next(source.network.parameters()).device
+    parts = []
+    for batch in validation_loader(pictures, loader):
+        rows = batch["rows"] + file.start
+        parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
+        pixels = apply_views(batch["pixels"].to(device), parameters)
+        parts.append(embed_pixels(source.network, normalise, pixels).cpu().numpy())
+    return unit(np.concatenate(parts)).astype(np.float16)
+
+
+def embed_pixels(teacher: nn.Module, normalise: Normalise, pixels: Tensor) -> Tensor:
+    """The teacher's (batch, dim) float32 embeddings of (batch, 3, size, size) pixels 0…255, without gradients."""
+    half = best_precision() == "bf16-mixed"
+    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+        return teacher(normalise.to(pixels.device)(pixels)).float()
+
+
+def _ordered_sha256(catalog: Catalog) -> str:
+    """Checksum of the pictures in their order: cached rows are looked up by position."""
+    columns = (catalog.table[name].to_pylist() for name in ("image", "sha256", "box"))
+    return hashlib.sha256(repr(list(zip(*columns, strict=True))).encode()).hexdigest()
+
+
+def _npy_bytes(rows: int, dim: int) -> int:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)})
+    return len(header.getvalue()) + 2 * rows * dim
+
+
+def _link(source: Path, destination: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no links."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def _whole(path: Path, file: _File, dim: int) -> bool:
+    return path.is_file() and path.stat().st_size == _npy_bytes(file.stop - file.start, dim)
+
+
+def _load(path: str) -> Signal:
+    artifact = load_artifact(path, "views")
+    shards: dict[str, list[NDArray[np.float16]]] = {}
+    with reading(artifact):
+        for name in sorted(artifact.card.files):
+            array = np.load(artifact.file(name), mmap_mode="r", allow_pickle=False)
+            shards.setdefault(name.partition("-shard-")[0], []).append(array)
+        return Signal(list(shards.values()), int(artifact.card.config["shard"]), artifact)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from app.doctor import DoctorConfig, doctor, examine
+from export.backends.registry import NAMES
+from vpr.common.hardware import environment, package_versions, parse_gpus
+
+
+def test_every_backend_is_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: ([], None))
+    findings = {finding.name: finding for finding in examine()}
+    assert set(NAMES) <= set(findings)
+    for name in ("torch", "onnxruntime-cpu", "openvino", "build TensorRT-RTX engines"):
+        assert findings[name].works, findings[name].detail
+    for name in ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt-rtx"):
+        assert not findings[name].works
+        assert findings[name].detail == "needs an NVIDIA GPU, this machine has none"
+
+
+def test_a_missing_package_is_a_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    doctor(DoctorConfig())
+    screen = capsys.readouterr().out
+    assert "openvino cannot be loaded" in screen
+    assert "Traceback" not in screen
+    assert len(screen.splitlines()) < 40
+
+
+def test_environment_has_no_names_of_hosts_or_paths() -> None:
+    import json
+    import socket
+
+    text = json.dumps(environment())
+    assert socket.gethostname() not in text or len(socket.gethostname()) < 4
+    assert "/" not in text.replace("and/or", "")
+
+
+def test_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vpr.common.hardware.PACKAGES", ("pytest", "surely-not-installed"))
+    assert package_versions().keys() == {"pytest"}
+
+
+def test_gpu_listing_is_read() -> None:
+    gpus, driver = parse_gpus("NVIDIA L4, 23034, 8.9, 580.1\nNVIDIA L4, [N/A], 8.9, 580.1\n")
+    assert [gpu["memory_mib"] for gpu in gpus] == [23034, None]
+    assert driver == "580.1"
+    assert parse_gpus("garbage") == ([], None)

@@ -1,0 +1,566 @@
+from __future__ import annotations
+
+import asyncio
+import csv
+import http.client
+import io
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from starlette.requests import Request
+
+from app.search_page import server as search_page
+from app.search_page import upload_limits as http_limits
+from app.search_page.lookup import Searcher, load_searchers
+from app.search_page.server import MAX_BYTES, ServeConfig, make_app, serve
+from app.search_page.upload_limits import ADDRESS, Room, make_server
+from export.to_onnx import OnnxConfig, export_onnx
+from tests.reliability.hostile.images import promised_png
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+from vpr.retrieval.embeddings import load_embeddings
+from vpr.retrieval.search_command import FindConfig, find
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    text: str
+    data: bytes
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A served page."""
+
+    port: int
+    searchers: list[Searcher]
+    gallery: Catalog
+    embeddings: tuple[str, ...] = field(default=())
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        patience: float = 30,
+    ) -> Answer:
+        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=patience)
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, data.decode("utf-8", "replace"), data, headers)
+
+
+@contextmanager
+def serving(searchers: list[Searcher], gallery: Catalog, embeddings: tuple[str, ...] = ()) -> Iterator[Site]:
+    with socket.create_server((ADDRESS, 0)) as listener:
+        server = make_server(make_app(searchers, gallery, TOP))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            yield Site(listener.getsockname()[1], searchers, gallery, embeddings)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def path_of(catalog: Catalog) -> str:
+    assert catalog.artifact is not None
+    return str(catalog.artifact.path)
+
+
+@pytest.fixture(scope="module")
+def models(student_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    output = tmp_path_factory.mktemp("models") / "fp32"
+    return str(student_artifact), str(export_onnx(OnnxConfig(str(student_artifact), str(output))))
+
+
+@pytest.fixture(scope="module")
+def site(models: tuple[str, str], catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("kept")
+    kept = (str(folder / "student"), str(folder / "fp32"))
+    with serving(*load_searchers(models, path_of(catalog), "test", kept), kept) as served:
+        yield served
+
+
+class Lists(HTMLParser):
+    """The rows and scores of each model's list."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.rows: list[list[int]] = []
+        self.scores: list[list[float]] = []
+        self.said = ""
+        assert answer.status == 200, answer.text
+        self.feed(answer.text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag == "ol":
+            self.rows.append([])
+            self.scores.append([])
+        if tag == "img":
+            self.rows[-1].append(int((dict(attributes)["src"] or "").removeprefix("/picture/")))
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+        if place := re.fullmatch(r"\d+\. (-?\d\.\d{3})", data):
+            self.scores[-1].append(float(place[1]))
+
+
+def queries(catalog: Catalog) -> list[tuple[str, bytes]]:
+    part = catalog.select(split="test", role="query")
+    return [(part.table["image"][row].as_py(), part.path(row).read_bytes()) for row in range(len(part))]
+
+
+def test_results_are_those_of_vpr_search(site: Site, catalog: Catalog, tmp_path: Path) -> None:
+    for place, kept in enumerate(site.embeddings):
+        output = tmp_path / f"{place}.csv"
+        find(FindConfig(kept, kept, output=str(output), k=TOP))
+        expected: dict[str, list[dict[str, str]]] = {}
+        with output.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                expected.setdefault(row["query"], []).append(row)
+        for name, data in queries(catalog)[:6]:
+            lists = Lists(site.ask("POST", "/search", data))
+            shown = [site.gallery.table["image"][row].as_py() for row in lists.rows[place]]
+            assert shown == [row["image"] for row in expected[name]]
+            assert lists.scores[place] == pytest.approx([float(row["score"]) for row in expected[name]], abs=6e-4)
+
+
+def test_lists_say_where_they_agree(site: Site, catalog: Catalog) -> None:
+    turned = replace(site.searchers[1], vectors=np.roll(site.searchers[1].vectors, 1, axis=0), name="turned")
+    with serving([site.searchers[0], turned], site.gallery) as other:
+        answer = other.ask("POST", "/search", queries(catalog)[0][1])
+    lists = Lists(answer)
+    both = set(lists.rows[0]) & set(lists.rows[1])
+    assert lists.rows[0][0] != lists.rows[1][0]
+    assert f"Different first pictures; {len(both)} of {TOP} are in both lists." in lists.said
+    assert answer.text.count("only here") == 2 * (TOP - len(both))
+    same = Lists(site.ask("POST", "/search", queries(catalog)[0][1]))
+    assert f"The same first picture; {TOP} of {TOP} are in both lists." in same.said
+    with serving(site.searchers[:1], site.gallery) as alone:
+        lists = Lists(alone.ask("POST", "/search", queries(catalog)[0][1]))
+    assert len(lists.rows) == 1
+    assert "only here" not in lists.said
+    for step in ("decode + preprocess", "embed", "search"):
+        assert re.search(rf"{re.escape(step)} \d+\.\d ms", lists.said)
+
+
+def test_twenty_clients_at_once_get_their_own_answers(site: Site, catalog: Catalog) -> None:
+    pictures = [data for _, data in queries(catalog)]
+    pictures = [pictures[n % len(pictures)] for n in range(20)] if len(pictures) < 20 else pictures[:20]
+    alone = [Lists(site.ask("POST", "/search", data)).rows for data in pictures]
+    assert len({str(rows) for rows in alone}) > 10
+    together = threading.Barrier(20)
+
+    def ask(data: bytes) -> list[list[int]]:
+        together.wait()
+        return Lists(site.ask("POST", "/search", data)).rows
+
+    with ThreadPoolExecutor(20) as clients:
+        assert list(clients.map(ask, pictures)) == alone
+
+
+def jpeg(side: int = 64) -> bytes:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "not a picture"),
+        (b"hello", "not a picture"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not a picture"),
+        (b"<!doctype html><script>alert(1)</script>", "not a picture"),
+        (jpeg()[:900], "truncated or broken picture"),
+        (promised_png(12_000, 8, 2), "12000x12000 pixels, more than 50000000"),
+        (promised_png(50_000, 8, 2), "truncated or broken picture (Image size (2500000000 pixels) exceeds limit"),
+    ],
+    ids=["empty", "text", "svg", "html", "truncated", "144 megapixels", "2500 megapixels"],
+)
+def test_what_is_no_picture_is_told_in_a_line(site: Site, data: bytes, expected: str) -> None:
+    answer = site.ask("POST", "/search", data, {"Content-Type": "image/jpeg"})
+    assert answer.status == 422
+    assert answer.text.startswith(expected)
+    assert "\n" not in answer.text
+    assert answer.headers["content-type"].startswith("text/plain")
+
+
+def test_a_body_too_large_is_refused_before_it_has_come(site: Site) -> None:
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n"
+        client.sendall(head.encode() + b"a few bytes")
+        assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_refusal_arrives_though_the_client_goes_on_sending(site: Site) -> None:
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        head = (
+            f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n"
+        )
+        client.sendall(head.encode() + bytes(1 << 20))
+        time.sleep(0.3)
+        client.sendall(bytes(1 << 20))
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.endswith(b"Content Too Large")
+
+
+def test_a_client_that_has_left_does_not_disturb_the_end() -> None:
+    """Its reset may lie in the socket before the loop tells of it: nothing can be said there any more."""
+    client, server = socket.socketpair()
+
+    async def close() -> bool:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=server)
+        transport.write_eof = lambda: server.shutdown(99)  # type: ignore[method-assign]
+        ending = http_limits._Lingering(transport, loop)
+        ending.close()
+        lingers = ending.is_closing()
+        ending.close()
+        transport.abort()
+        return lingers
+
+    with client:
+        assert asyncio.run(close())
+
+
+def test_a_client_that_never_ends_is_cut_off_after_its_answer(site: Site) -> None:
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        client.sendall(f"GET /absent HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n\r\n".encode())
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        time.sleep(http_limits.LINGER_SECONDS + 0.5)
+        with suppress(ConnectionError):
+            client.sendall(b"more")
+        time.sleep(0.2)
+        with pytest.raises(ConnectionError):
+            client.sendall(b"more")
+
+
+def test_a_body_that_does_not_say_its_size_is_cut_off(site: Site) -> None:
+    sent = 0
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        client.sendall(f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        piece = b"10000\r\n" + b"\0" * 0x10000 + b"\r\n"
+        client.settimeout(0.001)
+        answer = b""
+        while not answer and sent < 4 * MAX_BYTES:
+            client.settimeout(10)
+            client.sendall(piece)
+            sent += 0x10000
+            client.settimeout(0.001)
+            try:
+                answer = client.recv(4096)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert sent < 2 * MAX_BYTES
+
+
+def test_an_upload_that_stalls_or_breaks_off_ends(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_page, "UPLOAD_SECONDS", 0.2)
+    head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: 99\r\n\r\n".encode()
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        client.sendall(head)
+        assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
+    monkeypatch.undo()
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        client.sendall(head)
+    assert site.ask("POST", "/search", jpeg()).status == 200
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("localhost:8000", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example", 400),
+        ("localhost.evil.example:8000", 400),
+        ("evil.example@127.0.0.1", 400),
+        ("0.0.0.0", 400),
+        ("", 400),
+    ],
+)
+def test_only_this_machine_s_names_are_answered(site: Site, host: str, status: int) -> None:
+    for path in ("/", "/picture/0"):
+        assert site.ask("GET", path, headers={"Host": host}).status == status
+
+
+def test_another_site_s_page_may_not_search(site: Site) -> None:
+    own = {"Host": f"localhost:{site.port}", "Origin": f"http://localhost:{site.port}"}
+    assert site.ask("POST", "/search", jpeg(), own).status == 200
+    for origin in ("http://evil.example", "null", f"https://localhost:{site.port}", "http://localhost:1"):
+        assert site.ask("POST", "/search", jpeg(), {**own, "Origin": origin}).status == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/picture/16", "/picture/-1", "/picture/1.5", "/picture/x", "/picture/" + "9" * 5000, "/picture/%D9%A1"),
+        *("/picture/../../../etc/passwd", "/picture/%2e%2e%2fcard.json", "/picture//etc/passwd", "/picture/0/../1"),
+        *("/../etc/passwd", "//etc/passwd", "/benchmarks/templates/search.html", "/picture/0%00", "/picture/"),
+    ],
+)
+def test_pictures_are_asked_for_by_row_alone(site: Site, path: str) -> None:
+    assert len(site.gallery) == 16
+    answer = site.ask("GET", path)
+    assert answer.status == 404
+    assert "root:" not in answer.text
+
+
+def test_gallery_pictures_are_small_and_made_anew(site: Site, tmp_path: Path) -> None:
+    plain = site.ask("GET", "/picture/3")
+    assert plain.headers["content-type"] == "image/webp"
+    Image.new("RGB", (3000, 500), "red").save(tmp_path / "large.jpg", exif=b"Exif\0\0secret")
+    rows = [{**site.gallery.table.to_pylist()[0], "image": name} for name in ("large.jpg", "gone.jpg")]
+    gallery = Catalog(pa.Table.from_pylist(rows, schema=site.gallery.table.schema), tmp_path)
+    with serving(site.searchers, gallery) as other:
+        large, gone = other.ask("GET", "/picture/0"), other.ask("GET", "/picture/1")
+    assert Image.open(io.BytesIO(large.data)).size == (240, 40)
+    assert b"secret" not in large.data
+    assert (gone.status, gone.text) == (404, "gallery picture 1 cannot be shown: No such file or directory")
+
+
+def test_names_from_data_are_shown_as_text(site: Site, catalog: Catalog) -> None:
+    evil = '"><script>alert(1)</script>'
+    column = pa.array([evil] * len(site.gallery))
+    table = site.gallery.table
+    for name in ("product", "category"):
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    named = [replace(searcher, name=evil) for searcher in site.searchers]
+    with serving(named, Catalog(table, site.gallery.root)) as other:
+        page, answer = other.ask("GET", "/"), other.ask("POST", "/search", queries(catalog)[0][1])
+    lists = Lists(answer)
+    assert "script" not in lists.tags
+    assert lists.said.count(evil) == 2 * (2 * TOP + 1)
+    assert evil not in page.text
+    assert page.text.count("<script") == 1
+
+
+def test_the_page_needs_no_network_and_its_policy_allows_none(site: Site) -> None:
+    first, second = site.ask("GET", "/"), site.ask("GET", "/")
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+", first.text)
+    assert not re.findall(r"//[a-z0-9-]+\.", first.text)
+    policy = dict(part.strip().split(" ", 1) for part in first.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    nonces = [re.findall(r'nonce="([^"]+)"', answer.text) for answer in (first, second)]
+    assert policy["script-src"] == policy["style-src"] == f"'nonce-{nonces[0][0]}'"
+    assert len(set(nonces[0])) == 1
+    assert nonces[0] != nonces[1]
+    for path in ("/", "/picture/0", "/nothing", "/picture/99"):
+        headers = site.ask("GET", path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_connections_beyond_the_limit_are_turned_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "CONNECTIONS", 16)
+    with serving(site.searchers, site.gallery) as other:
+        idle = [socket.create_connection((ADDRESS, other.port), timeout=10) for _ in range(16)]
+        assert other.ask("GET", "/").status == 503
+        for connection in idle:
+            connection.close()
+        until = time.monotonic() + 10
+        while (status := other.ask("GET", "/").status) != 200:
+            assert time.monotonic() < until, status
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /sea",
+        b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\nGET /half-a-second-request",
+        # Its answer comes before its body, which never ends.
+        b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\nbytes",
+    ],
+    ids=["a head", "a second head", "the body of a refused upload"],
+)
+def test_a_connection_on_which_no_request_becomes_whole_is_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.5)
+    with socket.create_connection((ADDRESS, site.port), timeout=0.05) as client:
+        client.sendall(sent)
+        until = time.monotonic() + 10
+        with suppress(ConnectionResetError, BrokenPipeError):
+            while time.monotonic() < until:
+                client.send(b"x")  # what trickles on does not keep it open
+                with suppress(TimeoutError):
+                    if not client.recv(1 << 16):
+                        break
+    assert time.monotonic() < until
+
+
+def test_slow_uploads_keep_nobody_waiting(site: Site) -> None:
+    head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: 100000\r\n\r\n".encode()
+    slow = [socket.create_connection((ADDRESS, site.port), timeout=10) for _ in range(40)]
+    for client in slow:
+        client.sendall(head + b"a few bytes")
+    assert site.ask("POST", "/search", jpeg(), patience=search_page.UPLOAD_SECONDS / 4).status == 200
+    for client in slow:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"content-length": "1000"}, 1000),
+        ({"content-length": str(10 * MAX_BYTES)}, MAX_BYTES),
+        ({"content-length": "-1"}, MAX_BYTES),
+        ({"transfer-encoding": "chunked"}, MAX_BYTES),
+        ({"transfer-encoding": "chunked", "content-length": "5"}, MAX_BYTES),
+    ],
+)
+def test_an_upload_takes_the_room_that_it_says_or_may_have(headers: dict[str, str], expected: int) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert search_page._size_said(Request({"type": "http", "headers": raw})) == expected
+
+
+def test_room_is_never_given_twice() -> None:
+    taken, most = 0, 0
+
+    async def hold(room: Room, size: int) -> None:
+        nonlocal taken, most
+        async with room.take(size):
+            taken += size
+            most = max(most, taken)
+            await asyncio.sleep(0.001)
+            taken -= size
+
+    async def all_at_once() -> None:
+        room = Room(100)
+        holders = [asyncio.create_task(hold(room, size)) for size in [60, 1, 100, 30, 41] * 20]
+        holders[3].cancel()
+        await asyncio.wait(holders, timeout=10)
+        assert all(holder.done() for holder in holders)
+
+    asyncio.run(all_at_once())
+    assert 90 <= most <= 100
+
+
+def test_requests_write_no_file(site: Site, catalog: Catalog, tmp_path: Path) -> None:
+    large = jpeg(2000)  # more than a form parser would keep in memory
+    assert len(large) > 2 << 20
+    asked = [data for _, data in queries(catalog)[:3]] + [large, jpeg()[:900], b"<html>"]
+    site.ask("POST", "/search", jpeg())  # whatever is imported at the first call
+    written: list[object] = []
+    watching = [True]
+
+    def watch(event: str, values: tuple[object, ...]) -> None:
+        if watching[0] and (
+            (event == "open" and isinstance(values[1], str) and set("wax+") & set(values[1]))
+            or (event == "open" and isinstance(values[2], int) and values[2] & 0o3)
+            or event in ("os.mkdir", "os.rename", "os.symlink", "os.link", "tempfile.mkstemp", "tempfile.mkdtemp")
+        ):
+            written.append((event, values))
+
+    sys.addaudithook(watch)  # cannot be taken away again
+    for data in asked:
+        site.ask("POST", "/search", data)
+    for path in ("/", "/picture/0", "/picture/99", "/../../tmp/x"):
+        site.ask("GET", path)
+    assert written == []
+    (tmp_path / "seen").write_bytes(b"")  # the watch sees what there is to see
+    watching[0] = False
+    assert len(written) == 1
+
+
+def test_embeddings_are_kept_and_only_those_of_the_gallery_and_model_are_taken(
+    site: Site, models: tuple[str, str], catalog: Catalog, tmp_path: Path
+) -> None:
+    before = [Path(kept, "card.json").read_bytes() for kept in site.embeddings]
+    again, gallery = load_searchers(models, path_of(catalog), "test", site.embeddings)
+    assert [Path(kept, "card.json").read_bytes() for kept in site.embeddings] == before
+    kept = load_embeddings(site.embeddings[0])
+    np.testing.assert_array_equal(again[0].vectors, kept.vectors[kept.roles == "gallery"])
+    anew, _ = load_searchers(models[:1], path_of(catalog), "test", ())
+    np.testing.assert_allclose(anew[0].vectors, again[0].vectors, atol=1e-5)
+    with pytest.raises(UserError, match="was not embedded with .*fp32: give that model's"):
+        load_searchers(models[1:], path_of(catalog), "test", site.embeddings[:1])
+    with pytest.raises(UserError, match="holds other pictures than"):
+        load_searchers(models[:1], path_of(catalog), "validation", site.embeddings[:1])
+    with pytest.raises(UserError, match="has no gallery pictures of split 'train'"):
+        load_searchers(models[:1], path_of(catalog), "train", ())
+    assert gallery.table.equals(site.gallery.table)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"models": ()}, "models: 0 given"),
+        ({"models": ("a", "b", "c")}, "models: 3 given"),
+        ({"models": ("a", "b"), "embeddings": ("e",)}, "embeddings: 1 given"),
+        ({"models": ("a",), "top": 0}, "top: 0"),
+        ({"models": ("a",), "port": 65536}, "port: 65536"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(values: dict[str, object], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        ServeConfig(**{"catalog": "c", **values})
+
+
+def test_a_port_that_is_taken_is_named(models: tuple[str, str], catalog: Catalog) -> None:
+    with socket.create_server((ADDRESS, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port: {port}: Address already in use: choose another with --port"):
+            serve(ServeConfig(models, path_of(catalog), port=port))
+
+
+def test_the_command_says_its_address_and_ends_on_an_interrupt(models: tuple[str, str], catalog: Catalog) -> None:
+    arguments = ["search", "serve", "--models", f"[{models[1]}]", "--catalog", path_of(catalog), "--port", "0"]
+    process = subprocess.Popen([sys.executable, "-m", "vpr", *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("http://"):
+            break
+    address = re.match(r"http://127\.0\.0\.1:(\d+): open it in a browser", said[-1])
+    assert address, said
+    connection = http.client.HTTPConnection(ADDRESS, int(address[1]), timeout=30)  # kept open, as a browser would
+    connection.request("GET", "/")
+    assert "against" not in connection.getresponse().read().decode()
+    upload = socket.create_connection((ADDRESS, int(address[1])))  # one that is not done
+    upload.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=30)[1]
+    assert (process.returncode, rest) == (0, "ended\n")
+    connection.close()
+    upload.close()

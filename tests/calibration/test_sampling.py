@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from calibration.sampling import k_centre, select_pictures
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+
+
+def test_products_take_turns(catalog: Catalog) -> None:
+    training = catalog.select(split="train")
+    for count in (8, 20, 64):
+        rows = select_pictures(training, count, seed=0)
+        assert len(set(rows.tolist())) == count
+        drawn = Counter(training.products[rows].tolist())
+        assert len(drawn) == 8
+        assert max(drawn.values()) - min(drawn.values()) <= 1
+
+
+def test_the_seed_decides(catalog: Catalog) -> None:
+    training = catalog.select(split="train")
+    assert select_pictures(training, 20, 0).tolist() == select_pictures(training, 20, 0).tolist()
+    assert select_pictures(training, 20, 0).tolist() != select_pictures(training, 20, 1).tolist()
+
+
+def test_scored_pictures_are_refused(catalog: Catalog) -> None:
+    with pytest.raises(UserError, match="test pictures are scored later|pictures of the test split are scored later"):
+        select_pictures(catalog.select(split="test"), 4, 0)
+    with pytest.raises(UserError, match="choose 1 to that many"):
+        select_pictures(catalog.select(split="train"), 10_000, 0)
+
+
+def test_random_draws_every_picture_alike_and_without_return(catalog: Catalog) -> None:
+    training = catalog.select(split="train")
+    drawn = [select_pictures(training, 16, seed, "random") for seed in range(300)]
+    assert all(len(set(rows.tolist())) == 16 for rows in drawn)
+    share = np.bincount(np.concatenate(drawn), minlength=len(training)) / len(drawn)
+    # 16 of 64 each time: a quarter, with a standard error of .025.
+    assert share.min() > 0.25 - 5 * 0.025
+    assert share.max() < 0.25 + 5 * 0.025
+
+
+def test_k_centre_is_within_twice_the_best() -> None:
+    """All choices of 3 of 9 points are tried; Gonzalez's bound holds for the radius."""
+    from itertools import combinations
+
+    def radius(vectors: np.ndarray, chosen: list[int]) -> float:
+        return float(np.linalg.norm(vectors[:, None] - vectors[None, chosen], axis=2).min(axis=1).max())
+
+    for seed in range(20):
+        vectors = np.random.default_rng(seed).normal(size=(9, 2)).astype(np.float32)
+        found = k_centre(vectors, 3).tolist()
+        assert len(set(found)) == 3
+        best = min(radius(vectors, list(some)) for some in combinations(range(9), 3))
+        assert radius(vectors, found) <= 2 * best + 1e-6
+
+
+def test_k_centre_takes_a_picture_of_each_cluster_and_copes_with_copies(catalog: Catalog) -> None:
+    training = catalog.select(split="train")
+    corners = np.eye(8, dtype=np.float32)[np.unique(training.products, return_inverse=True)[1]]
+    rows = select_pictures(training, 8, 0, "k-centre", lambda pool: corners[pool])
+    assert len(set(training.products[rows].tolist())) == 8
+    same = select_pictures(training, 12, 0, "k-centre", lambda pool: np.ones((len(pool), 4), np.float32))
+    assert len(set(same.tolist())) == 12
+
+
+def test_a_picture_of_the_evaluation_table_is_refused(catalog: Catalog) -> None:
+    training = catalog.select(split="train")
+    scored = Catalog(training.table.slice(3, 2), training.root, training.artifact)
+    with pytest.raises(UserError, match="both trained and scored"):
+        select_pictures(training, len(training), 0, evaluation=scored)
+    assert len(select_pictures(training, 4, 0, evaluation=catalog.select(split="test"))) == 4

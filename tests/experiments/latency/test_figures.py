@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.latency.figures import compare_runs, noise, open_loop, truth
+from export.to_onnx import OnnxConfig, export_onnx
+
+
+def _run(**rows: tuple[float, str | None]) -> dict[str, dict[str, Any]]:
+    timed = {name: {"latency_ms": {"1": {"p50": p50, "unstable": why}}} for name, (p50, why) in rows.items()}
+    return {**timed, "absent": {"latency_ms": None, "notes": "not run: no GPU"}}
+
+
+def test_rows_that_move_are_explained_or_counted() -> None:
+    first = _run(still=(10.0, None), jumpy=(10.0, "second half +9% against the first"), moved=(10.0, None))
+    second = _run(still=(10.3, None), jumpy=(13.0, None), moved=(10.8, None))
+    rows, moves = compare_runs(first, second)
+    assert moves == pytest.approx([0.03, 0.08])  # what a run calls unstable itself is not held against the harness
+    told = {row["model"]: row["unstable"] for row in rows}
+    assert told == {
+        "still": "",
+        "jumpy": "run 1: second half +9% against the first",
+        "moved": "p50 moved by +8.0% between the runs",
+    }
+
+
+@pytest.mark.slow
+def test_the_parts_run_through(student_artifact: Path, tmp_path: Path) -> None:
+    fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), pictures=2)))
+    figures, rows = noise((fp32,), 0.02, ("onnxruntime-cpu",), "make")
+    assert [row["model"] for row in rows] == ["fp32 (onnxruntime-cpu)"]
+    assert figures[1].value in (0, 1)
+    figures, rows = open_loop((fp32,), 0.05, "make")
+    assert [figure.name.split(":")[0] for figure in figures] == ["fp32 (onnxruntime-cpu)", "fp32 (openvino)"]
+    assert len(rows) == 6
+    for figure in figures:
+        assert figure.interval is not None
+        assert figure.interval[0] <= figure.value <= figure.interval[1]
+    figures, rows = truth((fp32,), 0.02, 2, 3, "make")
+    assert len(figures) == 1
+    assert float(rows[0]["pyperf, median ms"]) > 0

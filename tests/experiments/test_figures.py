@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.figures import DOCUMENTS, ROOT, Figure, drawn, figure_rows, measure, record, record_unmeasured
+from vpr.common.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "comparison", "met"),
+    [
+        (2.0, 2.0, ">=", True),
+        (1.9, 2.0, ">=", False),
+        (1.9, 2.0, "<=", True),
+        (2.1, 2.0, "<=", False),
+        (None, 2.0, "<=", None),
+        (2.0, None, "<=", None),
+    ],
+)
+def test_met_is_computed(value: float | None, goal: float | None, comparison: str, met: bool | None) -> None:
+    assert Figure("f", value, "s", goal, comparison, "make").met is met
+
+
+def test_recording_replaces_by_name_and_keeps_the_rest(tmp_path: Path) -> None:
+    record("demo", [Figure("a", 1, "s", 2, "<=", "make"), Figure("b", 1, "s", 2, "<=", "make")], {"t": []}, tmp_path)
+    path = record("demo", [Figure("a", 3, "s", 2, "<=", "make")], {"u": []}, tmp_path)
+    content = json.loads(path.read_text())
+    assert {row["name"]: row["met"] for row in content["figures"]} == {"b": True, "a": False}
+    assert set(content["tables"]) == {"t", "u"}
+    assert content["environment"]["packages"]["torch"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_without_a_gpu_only_the_figures_of_the_same_measurement_stay(tmp_path: Path) -> None:
+    def recorded() -> dict[str, float | None]:
+        rows = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+        return {row["name"]: row["value"] for row in rows}
+
+    step = [Figure("step", None, "images/s", None, ">=", "python -m step")]
+    record("gpu", [Figure("engine", 3.0, "ms", None, "<=", "python -m engines")], {}, tmp_path)
+    record_unmeasured(step, "the step is", tmp_path)
+    assert recorded() == {"engine": 3.0, "step": None}
+    record("gpu", [Figure("step", 5.0, "images/s", None, ">=", "python -m step --steps 9")], {}, tmp_path)
+    record_unmeasured(step, "the step is", tmp_path)
+    record_unmeasured([Figure("other", None, "ms", None, "<=", "python -m engines")], "an engine is", tmp_path)
+    assert recorded() == {"engine": 3.0, "step": 5.0}
+
+
+def test_tables_are_drawn_into_their_blocks(tmp_path: Path) -> None:
+    record("demo", [Figure("a", 0.5, "", 0.4, ">=", "make", (0.4, 0.6))], {"t": [{"x": 1, "y": "a|b"}]}, tmp_path)
+    text = "before\n<!-- table:demo.t -->\nold\n<!-- /table -->\n<!-- table:demo.figures -->\n<!-- /table -->\nafter\n"
+    once = drawn(text, tmp_path)
+    assert "| 1 | a\\|b |" in once
+    assert "| a | 0.5 [0.4, 0.6] | >= 0.4 | yes |" in once
+    assert "old" not in once
+    assert drawn(once, tmp_path) == once
+    with pytest.raises(UserError, match=r"table 'demo\.z' is not recorded: make figures TOPIC=demo"):
+        drawn("<!-- table:demo.z -->\n<!-- /table -->", tmp_path)
+
+
+def test_a_missed_figure_is_shown_as_missed() -> None:
+    (row,) = figure_rows(
+        [{"name": "a", "value": 1, "unit": "s", "interval": None, "goal": 2, "comparison": ">=", "met": False}]
+    )
+    assert row["met"] == "**no**"
+
+
+def test_figures_that_could_not_be_measured_share_a_row() -> None:
+    unmeasured = {"name": "a", "value": None, "unit": "s", "interval": None, "goal": 2, "comparison": ">=", "met": None}
+    (row,) = figure_rows([unmeasured, unmeasured])
+    assert (row["figure"], row["measured"]) == ("2 more", "could not be measured")
+
+
+def test_only_the_chosen_parts_are_measured_and_a_fault_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    measured: list[str] = []
+
+    def fail() -> None:
+        raise UserError("b: it is broken: mend it")
+
+    parts = {"a": lambda: measured.append("a"), "b": fail, "c": lambda: measured.append("c")}
+    measure(parts, ["c"])
+    assert measured == ["c"]
+    with pytest.raises(SystemExit, match="^error: b: it is broken: mend it$"):
+        measure(parts, [])
+    assert measured == ["c", "a"]
+    with pytest.raises(SystemExit, match="^error: no part 'd': choose from a, b, c$"):
+        measure(parts, ["d"])
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_documents_tables_are_the_recorded_ones(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table:" in text
+    assert drawn(text) == text, "make readme"

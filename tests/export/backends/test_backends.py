@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from export.backends.registry import BACKENDS, NAMES, BackendUnavailable, choose, models_of
+from export.to_onnx import OnnxConfig, export_onnx
+from vpr.common.errors import UserError
+from vpr.inference import onnx_session as runtime
+from vpr.inference.onnx_session import CUDA, TENSORRT_RTX, open_session, rtx_devices
+
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+GPU = ([{"name": "NVIDIA L4", "memory_mib": 23034, "compute_capability": "8.9"}], "580.1")
+
+
+@pytest.mark.parametrize(
+    ("package", "backend"),
+    [
+        ("torch", "torch"),
+        ("torch", "torch-compile-cuda"),
+        ("onnxruntime", "onnxruntime-cpu"),
+        ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-tensorrt-rtx"),
+        ("openvino", "openvino"),
+        ("tensorrt_rtx_bindings", "tensorrt-rtx"),
+    ],
+)
+def test_an_absent_package_is_a_reason(package: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    reason = BY_NAME[backend].missing()
+    assert reason is not None
+    assert "cannot be loaded" in reason
+    assert "pip install -r requirements" in reason
+
+
+def test_a_provider_that_the_build_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"], __version__="1")
+    monkeypatch.setitem(sys.modules, "onnxruntime", build)
+    reason = BY_NAME["onnxruntime-cuda"].missing()
+    assert reason == f"this build of ONNX Runtime has no {CUDA}: pip install -r requirements.txt"
+    assert BY_NAME["onnxruntime-cpu"].missing() is None
+
+
+def test_what_is_wanting_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: GPU)
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    reason = BY_NAME["tensorrt-rtx"].missing()
+    assert reason is not None
+    assert "pycuda" in reason
+    assert "requirements-gpu.txt" in reason
+    monkeypatch.setattr("export.backends.runtimes.rtx_devices", list)
+    assert BY_NAME["onnxruntime-tensorrt-rtx"].missing() == (
+        "TensorRT-RTX finds no GPU that it supports: see 'nvidia-smi'"
+    )
+
+
+def test_torch_compile_without_a_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert BY_NAME["torch-compile"].missing() == "needs a C++ compiler: install g++, or name one in CXX"
+    assert BY_NAME["torch"].missing() is None
+
+
+class _Session:
+    """A session of a runtime that could not load what it was asked for."""
+
+    def __init__(self, graph: bytes, options: object, providers: list[str] | None = None, **others: object) -> None:
+        self.asked = providers
+
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
+
+
+def _runtime(monkeypatch: pytest.MonkeyPatch, devices: list[SimpleNamespace]) -> list[str]:
+    registered: list[str] = []
+    runtime = ModuleType("onnxruntime")
+    options = SimpleNamespace(
+        add_provider_for_devices=lambda devices, settings: None,
+        add_session_config_entry=lambda key, value: registered.append(key),
+    )
+    vars(runtime).update(
+        SessionOptions=lambda: options,
+        InferenceSession=_Session,
+        preload_dlls=lambda: None,
+        get_ep_devices=lambda: devices if registered else [],
+        register_execution_provider_library=lambda name, path: registered.append(path),
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    wheel = SimpleNamespace(get_library_path=lambda: "plugin.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", wheel)
+    return registered
+
+
+@pytest.mark.parametrize("provider", [CUDA, TENSORRT_RTX])
+def test_the_cpu_never_stands_in_for_a_gpu_provider(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _runtime(monkeypatch, [])
+    with pytest.raises(UserError, match=rf"{provider} cannot be loaded \(CPUExecutionProvider would run instead\)"):
+        open_session(b"", provider=provider)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_exact_sums_are_asked_for_where_they_would_overflow(overflow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _runtime(monkeypatch, [])
+    monkeypatch.setattr(runtime, "eight_bits_overflow", lambda: overflow)
+    open_session(b"")
+    assert asked == ["session.x64quantprecision"] * overflow
+
+
+def test_the_plugin_is_registered_once_and_gives_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = SimpleNamespace(ep_name=TENSORRT_RTX), SimpleNamespace(ep_name="CPUExecutionProvider")
+    registered = _runtime(monkeypatch, [other, ours])
+    assert rtx_devices() == rtx_devices() == [ours]
+    assert registered == ["plugin.so"]
+
+
+def test_every_named_backend_of_an_artifact_is_listed(student_artifact: Path, tmp_path: Path) -> None:
+    assert [model.backend for model in models_of(student_artifact, ["all"])] == [
+        "torch",
+        "torch-compile",
+        "torch-cuda",
+        "torch-compile-cuda",
+    ]
+    fp32 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), pictures=2))
+    assert [model.backend for model in models_of(fp32)] == ["onnxruntime-cpu", "openvino"]
+    on_cuda = models_of(fp32, ["onnxruntime-cuda"])[0]
+    assert on_cuda.name == "fp32 (onnxruntime-cuda)"
+    assert on_cuda.precision == "fp32"
+    if reason := on_cuda.runner.missing():
+        with pytest.raises(BackendUnavailable, match=reason):
+            on_cuda.open(1)
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="no 'tensorflow': choose from all, torch, "):
+        choose(["torch", "tensorflow"])
+    assert [backend.name for backend in choose(["all"])] == list(NAMES)
+
+
+@pytest.mark.slow
+def test_torch_compile_computes_what_torch_does(student_artifact: Path) -> None:
+    eager, compiled = (models_of(student_artifact, [name])[0] for name in ("torch", "torch-compile"))
+    pixels = eager.random_input(3)
+    np.testing.assert_allclose(compiled.open(1)(pixels), eager.open(1)(pixels), atol=2e-5)

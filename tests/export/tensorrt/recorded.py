@@ -1,0 +1,260 @@
+"""A double of the driver and of TensorRT: records the calls, and moves real memory in stream order.
+
+Work on a stream is done when it is synchronised, not before; what is read too early is wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.tensorrt.cuda_driver import DriverError, Gpu
+
+PICTURE, DIM = (3, 4, 4), 5
+
+
+def expected(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the engine of the double computes: the mean of each picture, times 1 to 5."""
+    return (batch.mean(axis=(1, 2, 3))[:, None] * np.arange(1, DIM + 1)).astype(np.float32)
+
+
+@dataclass
+class Stream:
+    handle: int
+    work: list[Callable[[], None]] = field(default_factory=list)
+    captured: list[Callable[[], None]] | None = None
+
+    def put(self, job: Callable[[], None]) -> None:
+        (self.work if self.captured is None else self.captured).append(job)
+
+
+class Memory:
+    def __init__(self, address: int, size: int) -> None:
+        self.address, self.bytes = address, bytearray(size)
+
+    def __int__(self) -> int:
+        return self.address
+
+
+class RecordedDriver:
+    def __init__(self, architecture: str = "sm86", free_bytes: int = 1 << 30) -> None:
+        self.gpu, self.cuda = Gpu("NVIDIA Test", architecture), "CUDA 13.0"
+        self.calls: list[tuple[Any, ...]] = []
+        self.free_bytes = free_bytes
+        self.streams: dict[int, Stream] = {}
+        self.memory: dict[int, Memory] = {}
+        self.pinned_arrays: list[NDArray[np.float32]] = []
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.refuses_capture = False
+        self._here = threading.local()
+        self._next = 0
+
+    def note(self, *call: Any) -> None:
+        assert getattr(self._here, "current", False), f"{call}: no context is current in this thread"
+        self.calls.append((threading.get_ident(), *call))
+
+    def names(self) -> list[str]:
+        return [call[1] for call in self.calls]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self._here.current = True
+        try:
+            yield
+        finally:
+            self._here.current = False
+
+    def number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def stream(self) -> Stream:
+        stream = Stream(self.number())
+        self.streams[stream.handle] = stream
+        self.note("stream", stream.handle)
+        return stream
+
+    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        self.note("pinned", shape)
+        self.pinned_arrays.append(np.full(shape, np.nan, np.float32))
+        return self.pinned_arrays[-1]
+
+    def allocate(self, size: int) -> Memory:
+        if size > self.free_bytes:
+            raise MemoryError("cuMemAlloc failed: out of memory")
+        self.free_bytes -= size
+        memory = Memory(256 * self.number(), size)
+        self.memory[memory.address] = memory
+        self.note("allocate", size)
+        return memory
+
+    def free(self, memory: Any) -> None:
+        self.note("free")
+        if isinstance(memory, Memory):
+            self.free_bytes += len(memory.bytes)
+            del self.memory[memory.address]
+        else:
+            self.pinned_arrays = [array for array in self.pinned_arrays if array is not memory]
+
+    def copy_in(self, device: Memory, host: NDArray[np.float32], stream: Stream) -> None:
+        self.note("copy_in", stream.handle, len(host))
+        stream.put(lambda: device.bytes.__setitem__(slice(host.nbytes), host.tobytes()))
+
+    def copy_out(self, host: NDArray[np.float32], device: Memory, stream: Stream) -> None:
+        self.note("copy_out", stream.handle, len(host))
+        stream.put(
+            lambda: host.__setitem__(..., np.frombuffer(device.bytes, np.float32, host.size).reshape(host.shape))
+        )
+
+    def synchronise(self, stream: Stream) -> None:
+        self.note("synchronise", stream.handle)
+        while stream.work:
+            stream.work.pop(0)()
+
+    def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> int:
+        self.note("capture", stream.handle)
+        if self.refuses_capture:
+            raise DriverError("cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (901)")
+        stream.captured = []
+        assert enqueue()
+        number = self.number()
+        self.graphs[number], stream.captured = stream.captured, None
+        return number
+
+    def launch(self, graph: int, stream: Stream) -> None:
+        self.note("launch", stream.handle, graph)
+        stream.work.extend(self.graphs[graph])
+
+    def discard(self, graph: int) -> None:
+        self.note("discard", graph)
+        del self.graphs[graph]
+
+
+class Context:
+    """An execution context that, as TensorRT's, must not be captured right after its shape has changed."""
+
+    def __init__(self, engine: Engine, settings: Any) -> None:
+        self.engine, self.settings = engine, settings
+        self.shape: tuple[int, ...] | None = None
+        self.profile, self.flushed, self.frozen = 0, False, False
+        self.addresses: dict[str, int] = {}
+        self.scratch: tuple[int, int] | None = None
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.scratch = (memory, size)
+
+    def set_optimization_profile_async(self, index: int, handle: int) -> bool:
+        self.engine.driver.note("profile", index)
+        self.profile = index
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.engine.driver.note("shape", name, shape)
+        assert not self.frozen, "the context of a graph was changed"
+        low, _, high = self.engine.ranges[self.profile]
+        self.shape, self.flushed = shape, False
+        return low <= shape[0] <= high
+
+    def execute_async_v3(self, handle: int) -> bool:
+        driver, engine = self.engine.driver, self.engine
+        driver.note("enqueue", handle, id(self))
+        stream = driver.streams[handle]
+        if engine.fails:
+            engine.logger.log("ERROR", engine.fails)
+            return False
+        assert self.shape is not None
+        assert not engine.needs_scratch or self.scratch is not None
+        if stream.captured is not None:
+            assert self.flushed, "captured before the new shape was run"
+            self.frozen = True
+        self.flushed = True
+        source, target = (driver.memory[self.addresses[name]] for name in ("pixels", "embedding"))
+        shape = self.shape
+
+        def compute() -> None:
+            pixels = np.frombuffer(bytes(source.bytes), np.float32, int(np.prod(shape))).reshape(shape)
+            found = expected(pixels).tobytes()
+            target.bytes[: len(found)] = found
+
+        stream.put(compute)
+        return True
+
+
+class Engine:
+    num_io_tensors = 2
+
+    def __init__(self, driver: RecordedDriver, logger: Any, **settings: Any) -> None:
+        self.driver, self.logger = driver, logger
+        self.ranges = settings.get("ranges", [(1, 4, 8)])
+        self.needs_scratch = settings.get("needs_scratch", True)
+        self.fails = settings.get("fails", "")
+        self.tensors = settings.get("tensors", ("pixels", "embedding"))
+        self.device_memory_size_v2 = 64
+        self.contexts: list[Context] = []
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self.ranges)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.tensors[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *PICTURE) if name == "pixels" else (-1, DIM)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        return [(batch, *PICTURE) for batch in self.ranges[index]]
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace(cuda_graph_strategy="DISABLED")
+
+    def create_execution_context(self, settings: Any) -> Context:
+        self.driver.note("context")
+        self.contexts.append(Context(self, settings))
+        return self.contexts[-1]
+
+
+class Trt(SimpleNamespace):
+    """Stands for ``tensorrt`` and ``tensorrt_rtx_bindings``; ``refuses`` is what a refused plan logs."""
+
+    def __init__(self, driver: RecordedDriver, version: str = "11.4.0.106", refuses: str = "", **settings: Any) -> None:
+        class ILogger:
+            INTERNAL_ERROR, ERROR = "INTERNAL_ERROR", "ERROR"
+
+            def __init__(self) -> None:
+                pass
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self.logger = logger
+                if settings.get("no_runtime"):
+                    logger.log("ERROR", settings["no_runtime"])
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+            def deserialize_cuda_engine(runtime, plan: bytes) -> Engine | None:  # noqa: N805
+                driver.note("deserialise", len(plan), runtime.engine_host_code_allowed)
+                if refuses:
+                    runtime.logger.log("ERROR", refuses)
+                    return None
+                self.engines.append(Engine(driver, runtime.logger, **settings))
+                return self.engines[-1]
+
+        super().__init__(
+            __version__=version,
+            ILogger=ILogger,
+            Runtime=Runtime,
+            ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
+            CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE_GRAPH_CAPTURE", DISABLED="DISABLED"),
+            engines=[],
+        )

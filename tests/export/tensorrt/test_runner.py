@@ -1,0 +1,543 @@
+from __future__ import annotations
+
+import builtins
+import ctypes
+import gc
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.backends import registry as backends
+from export.tensorrt import cuda_driver as driver_module
+from export.tensorrt.bindings import load_builder
+from export.tensorrt.compatibility import load_engine
+from export.tensorrt.cuda_driver import DriverError, GraphCalls, PyCudaDriver
+from export.tensorrt.runner import EngineRunner, open_engine
+from tests.export.tensorrt.recorded import DIM, PICTURE, RecordedDriver, Trt, expected
+from vpr.artifacts.store import Artifact, load_artifact, write_artifact
+from vpr.common.errors import UserError
+
+VERSION = "11.4.0.106"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Artifact]:
+    """An engine artifact whose plan is bytes of no meaning; the double makes of it what it likes."""
+
+    def make(targets: tuple[str, ...] = ("sm86",), **config: Any) -> Artifact:
+        values = {"onnx": "runs/fp16", "backend": "tensorrt", "builder_version": VERSION, "target": "sm86"}
+        values |= {"min_batch": 1, "opt_batch": 4, "max_batch": 8, **config}
+        with write_artifact(tmp_path / "engine", "engine", values) as draft:
+            (draft.path / "engine.plan").write_bytes(b"plan" * 100)
+            draft.metrics = {"precision": "fp16", "targets": list(targets)}
+        return load_artifact(tmp_path / "engine")
+
+    return make
+
+
+def runner(artifact: Artifact, driver: RecordedDriver, graphs: bool = True, **settings: Any) -> EngineRunner:
+    return EngineRunner(artifact, Trt(driver, **settings), driver, graphs)
+
+
+def pictures(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, *PICTURE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_batches_of_any_size_come_back_whole_and_in_order(
+    write: Callable[..., Artifact], backend: str, graphs: bool
+) -> None:
+    driver = RecordedDriver()
+    with runner(write(backend=backend), driver, graphs, needs_scratch=backend == "tensorrt") as engine:
+        for turn in range(4):
+            for count in (1, 3, 8, 13, 24):
+                batch = pictures(count, turn)
+                found = engine(batch)
+                assert found.shape == (count, DIM)
+                assert found.dtype == np.float32
+                np.testing.assert_allclose(found, expected(batch), rtol=1e-6)
+    assert ("launch" in driver.names()) == (graphs and backend == "tensorrt")
+
+
+def test_too_few_pictures_are_padded_by_the_last(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver, ranges=[(4, 8, 8)])
+    batch = pictures(10)
+    np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    assert [call[3] for call in driver.calls if call[1] == "copy_in"] == [8, 4]
+    np.testing.assert_array_equal(driver.pinned_arrays[0][:4], batch[[8, 9, 9, 9]])
+
+
+def test_calls_are_in_order_and_on_one_stream(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver, graphs=False)
+    engine(pictures(11))
+    work = [call[1:] for call in driver.calls if call[1] not in ("deserialise", "pinned", "allocate", "context")]
+    assert [call[0] for call in work] == [
+        "stream",
+        *("copy_in", "shape", "enqueue", "copy_out", "synchronise"),
+        *("copy_in", "shape", "enqueue", "copy_out", "synchronise"),
+    ]
+    assert {call[1] for call in work if call[0] != "shape"} == {work[0][1]}
+    driver.calls.clear()
+    engine(pictures(3))
+    assert driver.names() == ["copy_in", "enqueue", "copy_out", "synchronise"]  # the shape is set already
+
+
+def test_a_graph_is_captured_once_for_each_batch_size_and_replayed(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    artifact = write()
+    engine = runner(artifact, driver)
+    for count in (3, 5) * 4:
+        batch = pictures(count, count)
+        np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    names = driver.names()
+    assert names.count("capture") == 2
+    assert names.count("launch") == 4
+    assert names.count("context") == 3  # one for all shapes, and one for each graph
+    driver.calls.clear()
+    engine(pictures(3))
+    assert driver.names() == ["copy_in", "launch", "copy_out", "synchronise"]
+    engine.close()
+    assert driver.names().count("discard") == 2
+    assert not driver.graphs
+
+
+def test_graphs_are_kept_for_so_many_batch_sizes(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(max_batch=32), driver, ranges=[(1, 8, 32)])
+    for count in list(range(1, 25)) * 3:
+        batch = pictures(count)
+        np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    assert len(driver.graphs) == 16
+
+
+def test_the_contexts_of_a_thread_share_their_scratch_memory(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    trt = Trt(driver)
+    engine = EngineRunner(write(), trt, driver)
+    for _ in range(2):
+        engine(pictures(2))
+    first, second = trt.engines[0].contexts
+    assert first.scratch == second.scratch is not None
+
+
+def test_a_refused_capture_is_said_and_costs_only_the_graph(
+    write: Callable[..., Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver = RecordedDriver()
+    driver.refuses_capture = True
+    engine = runner(write(), driver)
+    for turn in range(4):
+        batch = pictures(2, turn)
+        np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    assert driver.names().count("capture") == 1
+    assert "runs without CUDA graphs from here on: cuStreamEndCapture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("graphs", "strategy"), [(True, "WHOLE_GRAPH_CAPTURE"), (False, "DISABLED")])
+def test_tensorrt_rtx_captures_its_graphs_itself(write: Callable[..., Artifact], graphs: bool, strategy: str) -> None:
+    driver = RecordedDriver()
+    trt = Trt(driver, needs_scratch=False)
+    engine = EngineRunner(write(backend="tensorrt-rtx"), trt, driver, graphs)
+    for _ in range(3):
+        engine(pictures(2))
+    (context,) = trt.engines[0].contexts
+    assert context.settings.cuda_graph_strategy == strategy
+    assert "capture" not in driver.names()
+
+
+def test_each_profile_has_a_context_and_takes_what_fits_it(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    trt = Trt(driver, ranges=[(1, 1, 2), (4, 8, 8)])
+    engine = EngineRunner(write(), trt, driver, graphs=False)
+    for count in (1, 8, 2, 10):
+        batch = pictures(count)
+        np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    assert [context.profile for context in trt.engines[0].contexts] == [0, 1]
+    assert driver.names().count("profile") == 1
+
+
+def test_threads_share_neither_contexts_nor_streams_nor_buffers(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver)
+    barrier = threading.Barrier(3)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for turn in range(20):
+            barrier.wait()
+            batch = pictures(1 + (seed + turn) % 11, seed)
+            if not np.allclose(engine(batch), expected(batch), rtol=1e-5):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(driver.streams) == 3
+    for kind, place in (("enqueue", 3), ("copy_in", 2), ("launch", 2)):
+        users: dict[int, set[int]] = {}
+        for call in driver.calls:
+            if call[1] == kind:
+                users.setdefault(call[place], set()).add(call[0])
+        assert all(len(threads) == 1 for threads in users.values())
+
+
+def test_a_thread_that_ended_leaves_its_buffers_to_the_next(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver)
+    for _ in range(5):
+        thread = threading.Thread(target=engine, args=(pictures(2),))
+        thread.start()
+        thread.join()
+    assert len(driver.streams) == 1
+
+
+def test_close_frees_what_every_thread_has(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    before = driver.free_bytes
+    engine = runner(write(), driver)
+    for _ in range(3):
+        engine(pictures(2))
+    thread = threading.Thread(target=engine, args=(pictures(2),))
+    thread.start()
+    thread.join()
+    engine.close()
+    engine.close()
+    assert driver.free_bytes == before
+    assert not driver.pinned_arrays
+    with pytest.raises(UserError, match="engine: the engine is closed: open it again"):
+        engine(pictures(1))
+
+
+def test_close_waits_for_the_calls_under_way(write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver)
+    begun, go_on = threading.Event(), threading.Event()
+    real, found = driver.synchronise, []
+
+    def slow(stream: Any) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        real(stream)
+
+    monkeypatch.setattr(driver, "synchronise", slow)
+    batch = pictures(2)
+    call = threading.Thread(target=lambda: found.append(engine(batch)))
+    call.start()
+    assert begun.wait(10)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    assert driver.memory
+    go_on.set()
+    call.join()
+    closing.join()
+    np.testing.assert_allclose(found[0], expected(batch), rtol=1e-6)
+    assert not driver.memory
+
+
+def test_an_engine_that_is_forgotten_is_freed(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver)
+    engine(pictures(2))
+    del engine
+    gc.collect()
+    assert not driver.memory
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (np.zeros((2, 3, 5, 4), np.float32), r"\(2, 3, 5, 4\) float32"),
+        (np.zeros((3, 4, 4), np.float32), r"\(3, 4, 4\) float32"),
+        (np.zeros((2, *PICTURE), np.float64), r"\(2, 3, 4, 4\) float64"),
+        (np.zeros((0, *PICTURE), np.float32), r"\(0, 3, 4, 4\) float32"),
+        ([[1.0]], "None list"),
+    ],
+)
+def test_other_input_is_refused_with_what_is_expected(write: Callable[..., Artifact], batch: Any, found: str) -> None:
+    engine = runner(write(), RecordedDriver())
+    with pytest.raises(UserError, match=rf"^pixels: {found}: give \(n, 3, 4, 4\) float32, n at least 1$"):
+        engine(batch)
+
+
+REBUILD = r"vpr export engine --onnx runs/fp16 --output \S*engine --backend"
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "architecture", "message"),
+    [
+        (
+            {"backend": "tensorrt-rtx"},
+            ("sm86",),
+            "sm89",
+            rf"built for sm86, this GPU is NVIDIA Test \(sm89\): {REBUILD} tensorrt-rtx --target sm89 --opt_batch 4",
+        ),
+        ({"backend": "tensorrt-rtx"}, ("sm80", "sm86"), "sm90", rf"sm80, sm86, .* \(sm90\): {REBUILD} tensorrt --opt"),
+        ({"target": "sm80,sm86,sm89,sm120"}, ("sm90",), "sm86", rf"built for sm90, .*: {REBUILD} tensorrt --opt_batch"),
+        (
+            {"builder_version": "11.3.0"},
+            ("sm86",),
+            "sm86",
+            rf"tensorrt 11\.3\.0, this machine has {VERSION}: {REBUILD}",
+        ),
+        (
+            {"builder_version": "11.5.0.1", "version_compatible": True},
+            ("sm86",),
+            "sm86",
+            rf"tensorrt 11\.5\.0\.1, this machine has {VERSION}: {REBUILD} .* --version_compatible true$",
+        ),
+        ({"builder_version": "10.12.0", "version_compatible": True}, ("sm86",), "sm86", "built with tensorrt 10"),
+        ({"builder_version": "11.3.0", "version_compatible": True}, ("sm86",), "sm86", "allow_host_code=True"),
+        ({"weight_stripped": True}, ("sm86",), "sm86", rf"has no weights, .*: {REBUILD} tensorrt .* --max_batch 8$"),
+    ],
+)
+def test_what_the_card_rules_out_is_refused_before_anything_is_loaded(
+    write: Callable[..., Artifact], config: dict[str, Any], targets: tuple[str, ...], architecture: str, message: str
+) -> None:
+    driver = RecordedDriver(architecture)
+    with pytest.raises(UserError, match=message) as refused:
+        runner(write(targets, **config), driver)
+    assert "\n" not in str(refused.value)
+    assert not driver.calls
+
+
+def test_host_code_is_loaded_where_it_is_allowed(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    artifact = write(builder_version="11.3.0", version_compatible=True)
+    EngineRunner(artifact, Trt(driver), driver, allow_host_code=True)
+    assert driver.calls[0][1:] == ("deserialise", 400, True)
+
+
+def test_an_engine_built_where_the_gpu_is_not_told_is_tried(write: Callable[..., Artifact]) -> None:
+    runner(write(("this GPU",)), RecordedDriver("sm90")).close()
+
+
+@pytest.mark.parametrize("key", ["refuses", "no_runtime"])
+@pytest.mark.parametrize(
+    ("logged", "message"),
+    [
+        (
+            "Serialization assertion header.magicTag failed",
+            rf"engine\.plan: tensorrt {VERSION} refuses it \(Seri.*\): ",
+        ),
+        (
+            "(cudaError 35: CUDA driver version is insufficient for CUDA runtime version)",
+            r"needs a newer driver than this machine's, which is of CUDA 13\.0: update the driver, or .* rebuild: ",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_load_gives_tensorrt_s_reason(
+    write: Callable[..., Artifact], logged: str, message: str, key: str
+) -> None:
+    with pytest.raises(UserError, match=message + REBUILD):
+        runner(write(), RecordedDriver(), **{key: logged})
+
+
+def test_the_real_runtime_s_refusal_is_one_line(write: Callable[..., Artifact]) -> None:
+    trt = load_builder("tensorrt-rtx")
+    artifact = write(backend="tensorrt-rtx", builder_version=trt.__version__)
+    with pytest.raises(UserError, match=rf"(refuses it|needs a newer driver) .*: {REBUILD} tensorrt-rtx") as refused:
+        EngineRunner(artifact, trt, RecordedDriver())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_truncated_plan_gives_the_command(write: Callable[..., Artifact]) -> None:
+    plan = write().path / "engine.plan"
+    plan.write_bytes(plan.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"engine\.plan: changed since .*: {REBUILD} tensorrt"):
+        load_engine(plan.parent)
+    plan.unlink()
+    with pytest.raises(UserError, match=rf"engine\.plan: missing: .*: {REBUILD} tensorrt"):
+        open_engine(plan.parent)
+
+
+def test_paths_in_the_command_are_quoted(write: Callable[..., Artifact]) -> None:
+    with pytest.raises(UserError, match="--onnx 'my runs/fp16' --output"):
+        runner(write(onnx="my runs/fp16", builder_version="1"), RecordedDriver())
+
+
+def test_an_engine_of_another_model_is_refused(write: Callable[..., Artifact]) -> None:
+    with pytest.raises(UserError, match="has tensors image, logits where pixels, embedding are needed"):
+        runner(write(), RecordedDriver(), tensors=("image", "logits"))
+
+
+def test_a_card_without_what_is_needed_is_said(tmp_path: Path) -> None:
+    with write_artifact(tmp_path / "engine", "engine", {"backend": "tensorrt"}) as draft:
+        (draft.path / "engine.plan").write_bytes(b"plan")
+    with pytest.raises(UserError, match=r"is no usable engine \(KeyError: 'targets'\): make it again"):
+        runner(load_artifact(tmp_path / "engine"), RecordedDriver())
+
+
+def test_too_little_gpu_memory_suggests_smaller_batches_and_leaves_nothing(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver(free_bytes=1000)
+    engine = runner(write(max_batch=32, opt_batch=32), driver, ranges=[(1, 32, 32)])
+    with pytest.raises(UserError, match=r"too little free memory for batches of 32 .*--opt_batch 16 --max_batch 16$"):
+        engine(pictures(1))
+    assert driver.free_bytes == 1000
+    assert not driver.pinned_arrays
+
+
+def test_memory_that_tensorrt_runs_out_of_is_told_alike(write: Callable[..., Artifact]) -> None:
+    engine = runner(write(), RecordedDriver(), fails="Error Code 1: Cuda Runtime (out of memory)")
+    with pytest.raises(UserError, match=r"too little free memory for batches of 8 .*--max_batch 4$"):
+        engine(pictures(1))
+
+
+def test_a_failing_engine_gives_tensorrt_s_reason(write: Callable[..., Artifact]) -> None:
+    engine = runner(write(), RecordedDriver(), fails="Error Code 1: Myelin ([exec_instruction.cpp] failed)")
+    with pytest.raises(UserError, match=rf"cannot be run \(Error Code 1: Myelin .*\): run it again, .*: {REBUILD}"):
+        engine(pictures(1))
+
+
+def test_without_pycuda_it_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("pycuda"):
+            raise ImportError("libcuda.so.1: cannot open shared object file")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        UserError, match=r"^pycuda: cannot be loaded \(libcuda.*\): pip install -r requirements-gpu\.txt"
+    ):
+        PyCudaDriver()
+
+
+class FakeCuda(ModuleType):
+    """The part of ``pycuda.driver`` that is used, with its hierarchy of errors."""
+
+    class Error(Exception):
+        pass
+
+    class MemoryError(Error):
+        pass
+
+    class Device:
+        def __init__(self, number: int) -> None:
+            pass
+
+        count = staticmethod(lambda: 2)
+
+        def name(self) -> str:
+            return "NVIDIA L4"
+
+        def compute_capability(self) -> tuple[int, int]:
+            return 8, 9
+
+        def retain_primary_context(self) -> SimpleNamespace:
+            return SimpleNamespace(push=lambda: STACK.append(1), pop=lambda: STACK.pop())
+
+
+STACK: list[int] = []
+
+
+def _fail(error: Exception) -> None:
+    assert len(STACK) == 1
+    raise error
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    cuda = FakeCuda("pycuda.driver")
+    cuda.init = lambda: None  # type: ignore[attr-defined]
+    cuda.get_driver_version = lambda: 12040  # type: ignore[attr-defined]
+    package = ModuleType("pycuda")
+    package.driver = cuda  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", cuda)
+    monkeypatch.setattr(driver_module.ctypes, "CDLL", lambda name: SimpleNamespace())
+    return cuda
+
+
+def test_pycuda_s_errors_and_context_are_confined_to_the_block(fake_cuda: FakeCuda) -> None:
+    driver = PyCudaDriver(1)
+    assert (driver.gpu.name, driver.gpu.architecture, driver.cuda) == ("NVIDIA L4", "sm89", "CUDA 12.4")
+    for raised, seen in ((FakeCuda.MemoryError("full"), MemoryError), (FakeCuda.Error("lost"), DriverError)):
+        with pytest.raises(seen, match=str(raised)), driver.current():
+            _fail(raised)
+        assert not STACK
+
+
+def test_a_missing_gpu_or_driver_is_told(fake_cuda: FakeCuda) -> None:
+    with pytest.raises(UserError, match="device 2: this machine has GPUs 0 to 1: choose one of them"):
+        PyCudaDriver(2)
+
+    def refuse() -> None:
+        raise FakeCuda.Error("cuInit failed: no CUDA-capable device is detected")
+
+    fake_cuda.init = refuse  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"device 0: CUDA cannot use it \(cuInit failed: no CUDA-capable"):
+        PyCudaDriver()
+
+
+class Library:
+    """The calls of ``libcuda`` that graphs need; ``fails`` names the one that returns an error."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.calls = fails, []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == "cuGetErrorName":
+                arguments[1]._obj.value = b"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
+            elif name in ("cuStreamEndCapture", "cuGraphInstantiateWithFlags") and name != self.fails:
+                ctypes.cast(arguments[name == "cuStreamEndCapture"], ctypes.POINTER(ctypes.c_void_p))[0] = 77
+            return 901 if name == self.fails else 0
+
+        return call
+
+
+def test_the_driver_s_graph_calls_are_made_in_order() -> None:
+    library = Library()
+    calls = GraphCalls(library)
+    graph = calls.capture(5, lambda: library.calls.append("enqueue") is None)
+    assert graph == 77
+    calls.launch(graph, 5)
+    calls.discard(graph)
+    assert library.calls == [
+        *("cuStreamBeginCapture_v2", "enqueue", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"),
+        *("cuGraphDestroy", "cuGraphLaunch", "cuGraphExecDestroy"),
+    ]
+
+
+def test_a_failed_capture_is_always_ended() -> None:
+    for library, enqueue, message in (
+        (Library(), lambda: False, "refuses to be captured"),
+        (Library("cuStreamEndCapture"), lambda: True, r"cuStreamEndCapture: CUDA_ERROR_STREAM_\w+ \(901\)"),
+    ):
+        with pytest.raises(DriverError, match=message):
+            GraphCalls(library).capture(5, enqueue)
+        assert "cuStreamEndCapture" in library.calls
+        assert "cuGraphInstantiateWithFlags" not in library.calls
+
+
+def test_a_benchmark_notes_why_an_engine_does_not_run(
+    write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model,) = backends.models_of(write().path)
+    monkeypatch.setattr(backends.EngineBackend, "missing", lambda self: None)
+
+    def refuse(path: Path) -> None:
+        raise UserError(f"{path}: built for sm86")
+
+    monkeypatch.setattr("export.tensorrt.runner.open_engine", refuse)
+    with pytest.raises(backends.BackendUnavailable, match="engine: built for sm86"):
+        model.open(1)
+    monkeypatch.setattr("export.tensorrt.runner.open_engine", lambda path: expected)
+    assert model.open(1) is expected

@@ -1,0 +1,108 @@
+"""Engines on a real GPU: ``make test-gpu``, or ``python -m pytest -m gpu`` where all is installed."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.tensorrt.build import TARGETS, EngineConfig, build_engine
+from export.tensorrt.cuda_driver import PyCudaDriver
+from export.tensorrt.runner import open_engine
+from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph
+from vpr.common.errors import UserError
+
+pytestmark = pytest.mark.gpu
+MOST = 8
+
+
+def _architecture() -> str:
+    try:
+        return PyCudaDriver().gpu.architecture
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=["tensorrt", "tensorrt-rtx"])
+def built(
+    request: pytest.FixtureRequest, student_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """An FP16 graph and its engine for the GPU at hand, by each backend that has one for it."""
+    architecture, backend = _architecture(), request.param
+    if backend == "tensorrt":
+        try:
+            importlib.import_module("tensorrt")
+        except ImportError as error:
+            pytest.skip(f"tensorrt cannot be loaded: {error}")
+    elif architecture not in TARGETS:
+        pytest.skip(f"TensorRT-RTX has no ahead-of-time target {architecture}")
+    folder = tmp_path_factory.mktemp(backend)
+    graph = export_onnx(OnnxConfig(str(student_artifact), str(folder / "fp16"), precision="fp16"))
+    options = {"target": architecture} if backend == "tensorrt-rtx" else {}
+    config = EngineConfig(str(graph), str(folder / "engine"), backend=backend, max_batch=MOST, **options)
+    return graph, build_engine(config)
+
+
+def _pictures(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, 3, 32, 32)).astype(np.float32)
+
+
+def _least_cosine(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    return float(((found * wanted).sum(axis=1) / lengths).min())
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_engine_embeds_as_the_graph_does(built: tuple[Path, Path], graphs: bool) -> None:
+    graph = load_onnx(built[0])[0]
+    with open_engine(built[1], graphs=graphs) as engine:
+        for turn in range(4):  # plain, captured, replayed, replayed
+            for count in (1, 3, MOST, MOST + 5):
+                batch = _pictures(count, turn)
+                found = engine(batch)
+                assert found.shape == (count, 32)
+                assert _least_cosine(found, run_graph(graph, batch)) > 0.999
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_two_threads_get_what_one_gets(built: tuple[Path, Path], graphs: bool) -> None:
+    graph = load_onnx(built[0])[0]
+    batches = [_pictures(MOST + 5, seed) for seed in range(2)]
+    wanted = [run_graph(graph, batch) for batch in batches]
+    worst = [0.0, 0.0]
+    with open_engine(built[1], graphs=graphs) as engine:
+
+        def work(index: int) -> None:
+            worst[index] = min(_least_cosine(engine(batches[index]), wanted[index]) for _ in range(50))
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert min(worst) > 0.999
+
+
+def test_graphs_are_captured_without_complaint(built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with open_engine(built[1]) as engine:
+        for _ in range(3):
+            engine(_pictures(2))
+    assert "runs without CUDA graphs" not in capsys.readouterr().err
+
+
+def test_memory_is_given_back(built: tuple[Path, Path]) -> None:
+    import pycuda.driver as cuda
+
+    driver = PyCudaDriver()
+    free = []
+    for _ in range(6):
+        with open_engine(built[1]) as engine:
+            for _ in range(3):
+                engine(_pictures(MOST))
+        with driver.current():
+            free.append(cuda.mem_get_info()[0])
+    assert free[1] - free[-1] < 16 << 20

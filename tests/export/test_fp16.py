@@ -1,0 +1,137 @@
+"""FP16 where it overflows. ONNX's reference evaluator computes in real FP16; the CPU engines do not."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.onnx_layers import weighted_nodes
+from export.fp16 import find_overflow, to_fp16
+from export.int8 import Int8Config, export_int8
+from export.parity import parity
+from export.qdq import quantise, quantised_nodes
+from export.tensorrt.bindings import load_builder
+from export.tensorrt.build import EngineConfig, build_plan
+from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph
+from student.model import load_student
+from vpr.artifacts.store import load_artifact, write_artifact
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog
+
+# What writes to the residual stream; LayerNorm undoes a common factor, so the embeddings hardly change.
+WRITERS = ("to_out.0/MatMul", "to_out.0/Add", "net.4/MatMul", "net.4/Add", "vit/Add", "to_patch_embedding.3/Add")
+WRITERS += ("to_patch_embedding.3/LayerNormalization", "to_patch_embedding.project/Conv")
+
+
+def _louder(graph: onnx.ModelProto, factor: float) -> onnx.ModelProto:
+    """The same student with a residual stream ``factor`` times as large."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            # Copies, since the exporter stores equal weights once, as all LayerNorms' are at first.
+            if node.name.endswith(WRITERS) and name in weights:
+                node.input[i] = f"{name}_{node.name}"
+                values = numpy_helper.to_array(weights[name]) * np.float32(factor)
+                model.graph.initializer.append(numpy_helper.from_array(values, node.input[i]))
+    return model
+
+
+def _inputs(n: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(n, 3, 32, 32)).astype(np.float32)
+
+
+def _in_real_fp16(graph: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return ReferenceEvaluator(graph).run(None, {"pixels": inputs})[0]
+
+
+def test_an_ordinary_student_needs_no_fp32_inside(graph: onnx.ModelProto) -> None:
+    inputs = _inputs(8)
+    assert find_overflow(graph, inputs) == []
+    found = _in_real_fp16(to_fp16(graph), inputs[:2])
+    assert parity(run_graph(graph, inputs[:2]), found)["cosine_min"] > 0.9999
+
+
+@pytest.mark.parametrize("factor", [300, 20_000])
+def test_nodes_that_overflow_are_found_and_kept_fp32(graph: onnx.ModelProto, factor: float) -> None:
+    loud, inputs = _louder(graph, factor), _inputs(2)
+    expected = run_graph(loud, inputs)
+    assert parity(expected, _in_real_fp16(to_fp16(loud), inputs))["cosine_min"] < 0.9
+    wide = find_overflow(loud, inputs)
+    half = to_fp16(loud, wide)
+    assert parity(expected, _in_real_fp16(half, inputs))["cosine_min"] > 0.9999
+    assert "vit.transformer.layers.1.0.norm/LayerNormalization" in wide
+    assert len(wide) < len(loud.graph.node) / 2
+
+
+def test_a_quantised_graph_keeps_them_too(graph: onnx.ModelProto) -> None:
+    loud, inputs = _louder(graph, 20_000), _inputs(2)
+    limits = {node.input[0]: 4.0 for node in weighted_nodes(graph)}
+    quantised = quantise(loud, limits, quantised_nodes(loud))
+    half = to_fp16(quantised, find_overflow(loud, inputs))
+    assert parity(run_graph(quantised, inputs), _in_real_fp16(half, inputs))["cosine_min"] > 0.999
+    _accepts(half)
+
+
+def _accepts(graph: onnx.ModelProto) -> None:
+    config = EngineConfig(onnx="", output="", target="sm80,sm86,sm89,sm120")
+    plan, layers = build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", graph, config)
+    assert len(plan) > 10_000
+    assert layers["precisions"]["FLOAT"] > 0
+
+
+def test_the_builder_accepts_a_graph_of_both_precisions(graph: onnx.ModelProto) -> None:
+    loud = _louder(graph, 300)
+    _accepts(to_fp16(loud, find_overflow(loud, _inputs(2))))
+
+
+def test_a_weight_read_in_both_precisions_is_there_twice(graph: onnx.ModelProto) -> None:
+    shared = onnx.ModelProto()
+    shared.CopyFrom(graph)
+    norms = [node for node in shared.graph.node if node.op_type == "LayerNormalization"]
+    norms[-1].input[1] = norms[-2].input[1]
+    half = to_fp16(shared, [norms[-1].name])
+    kinds = {t.name: t.data_type for t in half.graph.initializer}
+    assert kinds[norms[-2].input[1]] == TensorProto.FLOAT
+    assert kinds[f"{norms[-2].input[1]}_fp16"] == TensorProto.FLOAT16
+    inputs = _inputs(2)
+    assert parity(run_graph(shared, inputs), _in_real_fp16(half, inputs))["cosine_min"] > 0.9999
+
+
+def test_the_verbs_record_and_pass_them_on(student_artifact: Path, catalog: Catalog, tmp_path: Path) -> None:
+    """From a student whose stem is too loud for FP16 to an INT8 graph, through the artifacts."""
+    assert catalog.artifact is not None
+    from safetensors.torch import save_file
+
+    model, artifact = load_student(student_artifact)
+    project = model.vit.to_patch_embedding.project
+    project.weight.data *= 3000
+    with write_artifact(tmp_path / "student", "student", artifact.card.config) as draft:
+        save_file(model.state_dict(), draft.path / "model.safetensors")
+        draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
+    source = str(catalog.artifact.path)
+    fp32 = export_onnx(OnnxConfig(str(tmp_path / "student"), str(tmp_path / "fp32"), catalog=source, pictures=8))
+    wide = load_artifact(fp32).card.metrics["fp32_nodes"]
+    assert "vit.transformer.layers.0.0.norm/LayerNormalization" in wide
+    ranges = calibrate(CalibrateConfig(str(fp32), source, str(tmp_path / "ranges"), count=8))
+    int8 = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
+    quantised, card = load_onnx(int8)
+    assert card.card.metrics["fp32_nodes"] == wide
+    assert parity(run_graph(load_onnx(fp32)[0], _inputs(2)), _in_real_fp16(quantised, _inputs(2)))["cosine_min"] > 0.9
+
+
+def test_a_catalogue_without_that_split_is_refused(student_artifact: Path, catalog: Catalog, tmp_path: Path) -> None:
+    assert catalog.artifact is not None
+    config = OnnxConfig(str(student_artifact), str(tmp_path / "o"), catalog=str(catalog.artifact.path), split="none")
+    with pytest.raises(UserError, match="no pictures of the none split"):
+        export_onnx(config)

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.reliability.faults.pipeline import Pipeline
+
+LAST = "int8"  # engines and reports take longer
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """Every stage's unbroken run."""
+    return Pipeline(tmp_path_factory.mktemp("pipeline"), LAST)

@@ -1,0 +1,64 @@
+"""Two processes that write the same name, and one that reads it meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from tests.reliability.faults.injection import before_file
+from tests.reliability.faults.pipeline import Pipeline
+from tests.reliability.faults.test_full_disk import refused
+from vpr.artifacts.store import load_artifact
+
+WRITER = """
+import sys
+from vpr.artifacts.store import write_artifact
+for number in range(40):
+    with write_artifact(sys.argv[1], "report", {"writer": sys.argv[2], "number": number}) as draft:
+        for name in "abc":
+            (draft.path / name).write_text(f"{sys.argv[2]} {number}" * 1000)
+"""
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def test_writers_take_turns_and_a_reader_sees_whole_artifacts(tmp_path: Path) -> None:
+    output = tmp_path / "shared"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(output), name]) for name in ("first", "second")]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if seen or output.exists():
+            config = load_artifact(output).card.config
+            seen.add((config["writer"], config["number"]))
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(seen) > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_two_commands_of_the_same_output_both_succeed(pipeline: Pipeline, tmp_path: Path) -> None:
+    stage, output = pipeline.stages["int8"], tmp_path / "int8"
+    both = [pipeline.start(stage, output) for _ in range(2)]
+    assert [one.wait().code for one in both] == [0, 0]
+    assert not pipeline.departures(stage, output)
+
+
+def test_a_training_that_is_started_twice_is_refused_the_second_time(pipeline: Pipeline, tmp_path: Path) -> None:
+    stage, output, go_on = pipeline.stages["teacher"], tmp_path / "teacher", tmp_path / "go-on"
+    first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", partial(wait_for, go_on)))
+    try:
+        while first.alive and not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
+            time.sleep(0.01)
+        assert "another process is at work here: wait for its end" in refused(pipeline.run(stage, output))
+    finally:
+        go_on.touch()
+        done = first.wait()
+    assert done.code == 0, done.output
+    go_on.unlink()
+    assert load_artifact(output)
+    assert not pipeline.departures(stage, output)

@@ -1,0 +1,195 @@
+"""What of ours parses bytes that someone sends: cards, CSV tables, ranges, and graphs that take Q/DQ.
+
+Each target is a function of a folder that it may write to and of the bytes. It returns where they are well-formed and
+raises :class:`UserError` where they are refused; anything else is a fault. :mod:`tests.reliability.fuzz.guided` looks for
+such bytes, and the tests give the kept ones (``tests/reliability/fuzz/corpus``) to the same functions. Run it by a fuzzer, or by a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save
+
+from calibration.smoothquant import smooth
+from export.fp16 import to_fp16
+from export.qdq import quantise, quantised_nodes
+from teacher.runs import RunsConfig, runs
+from vpr.artifacts.store import (
+    Artifact,
+    Card,
+    Embedding,
+    FileEntry,
+    Kind,
+    check_output,
+    find_current,
+    load_artifact,
+    reading,
+)
+from vpr.common.errors import UserError
+from vpr.data.catalog import Catalog, table_of
+from vpr.data.readers import READERS
+from vpr.data.splits import split_by_product
+from vpr.imaging.decode import Preprocess
+from vpr.inference.int8 import Ranges, read_ranges
+from vpr.inference.onnx_graph import check_graph, load_graph
+from vpr.inference.onnx_session import INPUT, OUTPUT
+
+_SIDE, _DIM = 16, 6
+_EMPTY = hashlib.sha256(b"").hexdigest()
+
+
+def card(folder: Path, data: bytes) -> None:
+    """``card.json``, read by all that reads cards; an empty ``model.onnx`` lies beside it."""
+    path = folder / "artifact"
+    path.mkdir(exist_ok=True)
+    (path / "card.json").write_bytes(data)
+    (path / "model.onnx").touch()
+    if b"teacher" in data:  # of others it tells nothing
+        with redirect_stdout(StringIO()):
+            runs(RunsConfig(str(folder)))
+    try:
+        artifact = load_artifact(path)
+    finally:
+        with suppress(UserError):
+            check_output(path, "report")
+    found = artifact.card
+    assert all((path / name).resolve().is_relative_to(path.resolve()) for name in found.files), "a file outside"
+    find_current(path, found.kind, found.config, found.parents)
+
+
+def table(folder: Path, data: bytes) -> None:
+    """A CSV table, read as what its columns say it is, and split."""
+    path, kind = folder / "table.csv", "csv"
+    if b"img_path" in data[:256]:
+        kind = "aicrowd"
+        (folder / "gallery.csv").write_bytes(data)
+        path = folder / "queries.csv"
+    elif b"class" in data[:256]:
+        kind, path = "products10k", folder / "train.csv"
+    path.write_bytes(data)
+    found = READERS[kind](path if kind == "csv" else folder)
+    rows = [{**row, "sha256": str(number)} for number, row in enumerate(found)]
+    if not rows:
+        raise UserError("no pictures")
+    for row in rows:
+        assert row["product"], "a row without its product"
+        assert (folder / row["image"]).resolve().is_relative_to(folder.resolve()), "a picture outside"
+        assert row["box"] is None or all(math.isfinite(side) for side in row["box"].values()), "a box without end"
+    read = Catalog(split_by_product(table_of(rows), 0.0, 0.5, 0), folder)
+    assert read.summary()["pictures"]["test"] >= 2, "a test split without a query and its gallery"
+
+
+def ranges(folder: Path, data: bytes) -> None:
+    """``ranges.json`` up to a zero byte, ``adjustments.safetensors`` behind it; what is read becomes Q/DQ."""
+    text, _, arrays = data.partition(b"\0")
+    (folder / "ranges.json").write_bytes(text)
+    (folder / "adjustments.safetensors").write_bytes(arrays or save({"bias:vit.first": np.ones(4, np.float32)}))
+    graph, files = sample_graph(), ("ranges.json", "adjustments.safetensors")
+    quantised = _quantise(graph, read_ranges(_artifact(folder, "ranges", files)))
+    scales = [numpy_helper.to_array(one) for one in quantised.graph.initializer if one.name.endswith("_scale")]
+    assert all(np.isfinite(np.float16(scale)).all() and (scale > 0).all() for scale in scales), "no scale"
+    check_graph(quantised, _card("onnx", ()))
+
+
+def graph(folder: Path, data: bytes) -> None:
+    """``model.onnx``, loaded, and quantised as far as it goes."""
+    (folder / "model.onnx").write_bytes(data)
+    artifact = _artifact(folder, "onnx", ("model.onnx",))
+    loaded = load_graph(artifact)
+    thresholds = {name: 1.0 for node in loaded.graph.node for name in node.input}
+    quantised = _quantise(loaded, Ranges(thresholds, {}, {}, {}))
+    with reading(artifact):
+        check_graph(quantised, artifact.card)
+
+
+def _quantise(graph: onnx.ModelProto, found: Ranges) -> onnx.ModelProto:
+    """As ``vpr export int8`` does."""
+    smoothed = smooth(graph, found.smoothing)
+    layers = list(quantised_nodes(smoothed, (), "full-mha"))
+    return to_fp16(quantise(smoothed, found.thresholds, layers, "int8", found.corrections))
+
+
+@cache
+def _card(kind: Kind, files: tuple[str, ...]) -> Card:
+    return Card(
+        schema=1,
+        kind=kind,
+        name="fuzz",
+        created="",
+        code_version="",
+        config={"precision": "fp32"},
+        preprocess=Preprocess(size=_SIDE),
+        embedding=Embedding(dim=_DIM, normalised=True, dtype="float32"),
+        files={name: FileEntry(size=0, sha256=_EMPTY) for name in files},
+    )
+
+
+def _artifact(folder: Path, kind: Kind, files: tuple[str, ...]) -> Artifact:
+    """Files that the checksums of their card are said to fit."""
+    return Artifact(folder, _card(kind, files), _EMPTY)
+
+
+@cache
+def sample_graph() -> onnx.ModelProto:
+    """A graph of what an export of ours has: a LayerNormalization, linears as MatMul and as Gemm, an attention."""
+    rng = np.random.default_rng(0)
+
+    def constant(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+
+    def node(kind: str, module: str, inputs: list[str], output: str, **values: Any) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [output], name=f"{module}/{kind}", **values)
+
+    nodes = [
+        node("ReduceMean", "vit", [INPUT, "axes"], "mean", keepdims=0),
+        node("LayerNormalization", "vit.norm", ["mean", "norm.weight", "norm.bias"], "normed"),
+        node("MatMul", "vit.first", ["normed", "first.weight"], "product"),
+        node("Add", "vit.first", ["product", "first.bias"], "first"),
+        node("Reshape", "vit.split", ["first", "square"], "heads"),
+        node("MatMul", "vit.attend", ["heads", "heads"], "attended"),
+        node("Reshape", "vit.join", ["attended", "flat"], "joined"),
+        node("Gemm", "vit.last", ["joined", "last.weight", "last.bias"], OUTPUT, transB=1),
+    ]
+    constants = [constant("norm.weight", 3), constant("norm.bias", 3), constant("first.weight", 3, 4)]
+    constants += [constant("first.bias", 4), constant("last.weight", _DIM, 4), constant("last.bias", _DIM)]
+    shapes = {"axes": [2, 3], "square": [-1, 2, 2], "flat": [-1, 4]}
+    constants += [numpy_helper.from_array(np.array(values), name) for name, values in shapes.items()]
+    given = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", 3, _SIDE, _SIDE])
+    made = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", _DIM])
+    body = helper.make_graph(nodes, "sample", [given], [made], constants)
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is fuzzed.
+
+    Attributes:
+        run: returns, or raises :class:`UserError`.
+        form: suffix of the files that its bytes are, by which they are mutated; empty for bytes as such.
+        longest: bytes of an input.
+    """
+
+    run: Callable[[Path, bytes], None]
+    form: str
+    longest: int
+
+
+TARGETS = {
+    "card": Target(card, "json", 1 << 15),
+    "table": Target(table, "", 1 << 12),
+    "ranges": Target(ranges, "", 1 << 13),
+    "graph": Target(graph, "onnx", 1 << 14),
+}

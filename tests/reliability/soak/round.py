@@ -1,0 +1,84 @@
+"""What a soak repeats: a small training, embedding with what came of it and by its graphs, and a search."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from export.backends.registry import models_of
+from export.to_onnx import OnnxConfig, export_onnx
+from student.config import DistillConfig
+from student.distill import distill
+from student.embed import embed_catalog
+from student.model import StudentConfig
+from student.teacher_cache import SignalConfig
+from teacher.model import TowerConfig
+from teacher.module import StageConfig
+from teacher.train import TrainConfig, train
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import load_catalog
+from vpr.data.loaders import LoaderConfig
+from vpr.retrieval.embed import EmbedConfig
+from vpr.retrieval.embeddings import embed
+from vpr.retrieval.search import search
+from vpr.retrieval.search_command import FindConfig, find
+
+_BACKENDS = ("onnxruntime-cpu", "openvino")
+_PRODUCTS = 12  # of each split
+_BATCH = 32
+_TOP = 5
+
+
+def make(folder: Path) -> None:
+    """A part of the embedded sample, a teacher of one epoch, a student and its graph."""
+    sample, catalog = folder / "sample", folder / "catalog"
+    build_catalog(CatalogConfig("sample", str(sample)))
+    _write_part(sample)
+    build_catalog(CatalogConfig("csv", str(catalog), str(sample / "part.csv")))
+    stages = (StageConfig("all", 1, lr_head=2e-3, lr_tower=2e-3),)
+    loader = LoaderConfig(_BATCH)
+    train(
+        TrainConfig(str(catalog), str(folder / "teacher"), "", TowerConfig("sample", ""), stages=stages, loader=loader)
+    )
+    _distil(folder, folder / "student")
+    export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32")))
+
+
+def one_round(made: Path, folder: Path) -> str:
+    """Distil a student for an epoch, embed with it and with its graphs, search; a digest of what was found."""
+    catalog, student = str(made / "catalog"), str(folder / "student")
+    _distil(made, folder / "student")
+    embeddings = str(embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings"), split="test")))
+    table = find(FindConfig(embeddings, embeddings, str(folder / "found.csv"), k=_TOP))
+    assert table is not None
+    found = [table.read_bytes()]
+    part = load_catalog(catalog).select(split="test")
+    for model in models_of(made / "fp32", _BACKENDS):
+        vectors = embed(part, model.preprocess, model.open(1), _BATCH)
+        rows = search(vectors[part.roles == "query"], vectors[part.roles == "gallery"], _TOP)[1]
+        found.append(rows.tobytes())
+    shutil.rmtree(folder)
+    return hashlib.sha256(b"".join(found)).hexdigest()[:12]
+
+
+def _write_part(sample: Path) -> None:
+    """All pictures of the first products of each split, as a table for the CSV reader."""
+    whole = load_catalog(sample)
+    with (sample / "part.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ["image", "product", "role", "split"], extrasaction="ignore")
+        writer.writeheader()
+        for split in ("train", "validation", "test"):
+            part = whole.select(split=split)
+            chosen = set(np.unique(part.products)[:_PRODUCTS].tolist())
+            writer.writerows(row for row in part.table.to_pylist() if row["product"] in chosen)
+
+
+def _distil(made: Path, output: Path) -> None:
+    model, signal = StudentConfig("sample", stem="conv"), SignalConfig(views=1)
+    teacher, catalog = str(made / "teacher"), str(made / "catalog")
+    loader = LoaderConfig(_BATCH, keep_in_memory=True)
+    distill(DistillConfig(teacher, catalog, str(output), model=model, signal=signal, epochs=1, loader=loader))

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experiments.random_student import write_random_student
+from student.model import Student, StudentConfig
+from student.weight_selection import select, start_from
+from vpr.artifacts.store import Embedding, write_artifact
+from vpr.common.errors import UserError
+from vpr.imaging.decode import Preprocess
+
+LARGE = StudentConfig(image_size=32, dim=96, depth=3, heads=4, dim_head=24, mlp_dim=128, embedding_dim=32)
+SMALL = replace(LARGE, dim=48, depth=2, heads=2, mlp_dim=64)
+TOWER = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 96, "head_width": 24, "patch_size": 8, "mlp_ratio": 1.5},
+    "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def test_a_student_of_the_same_shape_is_taken_over_whole(tmp_path: Path) -> None:
+    path = write_random_student(tmp_path / "large", replace(LARGE, stem="conv"))
+    torch.manual_seed(1)
+    student = Student(replace(LARGE, stem="conv"))
+    _, taken = start_from(student, path)
+    assert taken == sum(v.numel() for v in student.state_dict().values())
+    from student.model import load_student
+
+    for name, value in load_student(path)[0].state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+
+
+def test_rows_and_columns_are_evenly_spaced() -> None:
+    large, small = Student(LARGE), Student(SMALL)
+    select(small, large.state_dict(), LARGE.heads)
+    ours, theirs = small.state_dict(), large.state_dict()
+    up = "vit.transformer.layers.1.1.net.1.weight"
+    assert torch.equal(ours[up], theirs[up][::2, ::2])
+    norm = "vit.transformer.norm.weight"
+    assert torch.equal(ours[norm], theirs[norm][::2])
+    assert torch.equal(ours["vit.pos_embedding"], theirs["vit.pos_embedding"][..., ::2])
+
+
+def test_heads_never_mix() -> None:
+    """Each head's queries, keys and values come from one head of the larger network."""
+    large, small = Student(LARGE), Student(SMALL)
+    qkv, out = "vit.transformer.layers.0.0.to_qkv.weight", "vit.transformer.layers.0.0.to_out.0.weight"
+    weights = large.state_dict()
+    marks = torch.arange(3 * 4 * 24).float()  # the row's number: part, head, place
+    weights[qkv] = marks[:, None].expand(-1, 96).contiguous()
+    weights[out] = marks[: 4 * 24][None].expand(96, -1).contiguous()
+    select(small, weights, LARGE.heads)
+    found = small.state_dict()[qkv][:, 0].view(3, 2, 24)
+    for part in range(3):
+        for head in range(2):
+            expected = (part * 4 + 2 * head) * 24 + torch.arange(24)
+            assert torch.equal(found[part, head], expected.float())
+    columns = small.state_dict()[out][0].view(2, 24)
+    assert torch.equal(columns[1], 2 * 24 + torch.arange(24).float())
+
+
+def test_an_open_clip_tower_gives_the_same_features(tmp_path: Path) -> None:
+    """Taken over whole, a ViT of open_clip without a bias of queries computes the same in vit-pytorch's network."""
+    torch.manual_seed(0)
+    clip = open_clip.model.CLIP(**TOWER, quick_gelu=False)
+    with torch.no_grad():
+        for block in clip.visual.transformer.resblocks:
+            block.attn.in_proj_bias[:96].zero_()
+            block.attn.in_proj_bias[96:].normal_()  # keys' change nothing, values' are folded into the output's
+            block.attn.out_proj.bias.normal_()
+    path = tmp_path / "teacher"
+    weights = {name: value.contiguous() for name, value in clip.state_dict().items() if name.startswith("visual.")}
+    with write_artifact(path, "teacher", {"tower_config": TOWER}) as draft:
+        save_file(weights, draft.path / "model.safetensors")
+        draft.preprocess = Preprocess(size=32)
+        draft.embedding = Embedding(dim=32, normalised=True, dtype="float32")
+    student = Student(replace(LARGE, mlp_dim=144, pool="cls"))
+    _, taken = start_from(student, path)
+    # vit-pytorch norms a patch before its projection too; of open_clip's network there is no counterpart to that.
+    untaken = {"vit.to_patch_embedding.1.weight", "vit.to_patch_embedding.1.bias", "vit.to_patch_embedding.2.bias"}
+    untaken |= {"vit.mlp_head.bias"}
+    assert taken == sum(v.numel() for n, v in student.state_dict().items() if n not in untaken)
+    tokens = torch.randn(2, 17, 96)
+    clip.eval()
+    student.eval()
+    with torch.inference_mode():
+        expected = clip.visual.ln_post(clip.visual.transformer(tokens))
+        torch.testing.assert_close(student.vit.transformer(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tower_whose_configuration_leaves_all_to_open_clip_has_its_heads(tmp_path: Path) -> None:
+    width = {**TOWER["vision_cfg"], "head_width": 64, "width": 128}
+    clip = open_clip.model.CLIP(**{**TOWER, "vision_cfg": width}, quick_gelu=False)
+    weights = {name: value.contiguous() for name, value in clip.state_dict().items() if name.startswith("visual.")}
+    with write_artifact(tmp_path / "teacher", "teacher", {"tower_config": {**TOWER, "vision_cfg": {}}}) as draft:
+        save_file(weights, draft.path / "model.safetensors")
+    student = Student(replace(LARGE, dim=128, heads=2, dim_head=64, pool="cls"))
+    start_from(student, tmp_path / "teacher")
+    assert torch.equal(
+        student.state_dict()["vit.transformer.layers.0.0.to_qkv.weight"],
+        weights["visual.transformer.resblocks.0.attn.in_proj_weight"],
+    )
+
+
+def test_positions_of_another_grid_are_resized() -> None:
+    large, small = Student(LARGE), Student(replace(LARGE, image_size=48))
+    select(small, large.state_dict(), LARGE.heads)
+    assert small.state_dict()["vit.pos_embedding"].shape[-2] in (36, 37)
+    assert not torch.equal(small.state_dict()["vit.pos_embedding"], Student(small.config).vit.pos_embedding)
+
+
+def test_a_class_token_keeps_its_own_position_where_the_larger_has_none() -> None:
+    torch.manual_seed(0)
+    large = Student(replace(LARGE, image_size=48, pool="mean", stem="conv"))
+    small = Student(replace(SMALL, pool="cls", stem="patch"))
+    before = small.state_dict()["vit.pos_embedding"].clone()
+    select(small, large.state_dict(), LARGE.heads)
+    found, grid = small.state_dict()["vit.pos_embedding"], large.state_dict()["vit.pos_embedding"]
+    assert torch.equal(found[..., 0, :], before[..., 0, :])
+    expected = torch.nn.functional.interpolate(
+        grid.reshape(1, 6, 6, 96).permute(0, 3, 1, 2), (4, 4), mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(found[..., 1:, :].reshape(16, 48), expected.permute(0, 2, 3, 1).reshape(16, 96)[:, ::2])
+
+
+def test_pixels_of_another_patch_and_heads_of_another_number_are_left_alone() -> None:
+    torch.manual_seed(0)
+    large, small = Student(replace(LARGE, patch_size=16)), Student(replace(SMALL, patch_size=8))
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    select(small, large.state_dict(), LARGE.heads)
+    for name in ("1.weight", "2.weight"):
+        assert torch.equal(
+            small.state_dict()[f"vit.to_patch_embedding.{name}"], before[f"vit.to_patch_embedding.{name}"]
+        )
+    more = Student(replace(LARGE, heads=8, dim_head=12))
+    before = {name: value.clone() for name, value in more.state_dict().items()}
+    select(more, Student(LARGE).state_dict(), LARGE.heads)
+    for name in ("to_qkv.weight", "to_out.0.weight"):
+        key = f"vit.transformer.layers.0.0.{name}"
+        assert torch.equal(more.state_dict()[key], before[key])
+
+
+def test_what_cannot_be_selected_from_is_refused(tmp_path: Path) -> None:
+    narrow = write_random_student(tmp_path / "narrow", replace(LARGE, dim=24, mlp_dim=32, dim_head=8, embedding_dim=16))
+    with pytest.raises(UserError, match="tokens of 24, the student of 48: give one that is at least as wide"):
+        start_from(Student(SMALL), narrow)
+    with pytest.raises(UserError, match=r"set model\.family to it"):
+        start_from(Student(replace(SMALL, family="small-data")), narrow)
+    with write_artifact(tmp_path / "other", "ranges", {}) as draft:
+        (draft.path / "ranges.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match="is a ranges: give a student or a teacher"):
+        start_from(Student(SMALL), tmp_path / "other")

@@ -1,0 +1,109 @@
+"""Run by torchrun in test_processes.py: trains a small module on synthetic batches and writes what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vpr.common.distributed import gathered, is_first, leave, rank_and_world
+from vpr.data.catalog import SCHEMA, Catalog
+from vpr.data.loaders import EpochSampler, LoaderConfig
+from vpr.imaging.decode import Preprocess
+from vpr.training.loop import RecallModule, RunConfig, fit
+
+BATCHES, BATCH, SIZE = 5, 16, 16
+
+
+def catalog() -> Catalog:
+    """24 pictures of 6 products, of which only the labels are used."""
+    rows = [
+        {"image": f"{n}.jpg", "product": str(n % 6), "role": "gallery" if n < 12 else "query", "split": "validation"}
+        for n in range(24)
+    ]
+    return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), Path())
+
+
+class Pixels(Dataset[dict[str, Tensor]]):
+    """Seeded noise."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        drawn = np.random.default_rng(seed).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
+        self.pixels = torch.from_numpy(drawn)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {"rows": torch.tensor(rows), "pixels": self.pixels[rows]}
+
+
+def loaders() -> tuple[DataLoader[dict[str, Tensor]], DataLoader[dict[str, Tensor]]]:
+    """This process's share of the training and the validation batches of all."""
+    rank, world = rank_and_world()
+    products = np.array([str(n % 6) for n in range(BATCHES * BATCH)])
+    sampler = EpochSampler(products, LoaderConfig(batch_size=BATCH // world), 0, rank, world)
+    shared = catalog()
+    rows = range(rank * len(shared) // world, (rank + 1) * len(shared) // world)
+    return (
+        DataLoader(Pixels(len(products), 0), BATCH // world, sampler=sampler, collate_fn=_as_it_is),
+        DataLoader(Pixels(len(shared), 1), len(rows), sampler=rows, collate_fn=_as_it_is),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Block(nn.Module):
+    """Large enough to be spread on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(768, 704), nn.Linear(704, 768)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Small(RecallModule):
+    """Two blocks and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__(Preprocess(size=SIZE), catalog(), sharded=("net",))
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Sequential(Block(), Block()), nn.Linear(768, 8))
+        self.losses: list[float] = []
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+        loss = (self.net(self.normalise(batch["pixels"])) - 1).square().mean()
+        self.losses.append(float(gathered(loss.detach()[None]).mean()))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
+    """Train, or go on with what is in ``folder``."""
+    module = Small()
+    fitted = fit(module, loaders(), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))
+    if is_first():
+        save_file(fitted.last, folder / "last.safetensors")
+        (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": fitted.best}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    leave()

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vpr.common import hardware as environment
+from vpr.common.hardware import eight_bits_overflow
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "overflow"),
+    [
+        ("x86_64", "flags\t\t: fpu avx2 fma", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512bw", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni", False),
+        ("x86_64", "flags\t\t: fpu avx2 avx_vnni", False),
+        ("AMD64", None, True),  # Windows tells no instructions
+        ("aarch64", "Features\t: fp asimd", False),
+    ],
+)
+def test_processors_whose_eight_bits_overflow(
+    machine: str, cpuinfo: str | None, overflow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(f"processor\t: 0\n{cpuinfo}\n")
+    monkeypatch.setattr(environment, "_CPUINFO", file)
+    monkeypatch.setattr(environment.platform, "machine", lambda: machine)
+    assert eight_bits_overflow() is overflow

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vpr.common.errors import UserError
+from vpr.common.locks import locked
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from vpr.common.locks import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_is_its_process_s_alone_and_ends_with_a_kill(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        forked = int(holder.stdout.readline())
+        with pytest.raises(UserError, match="^in use: wait$"), locked(lock, "in use: wait"):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(lock, "in use: wait"):  # the forked child lives on
+            assert lock.exists()
+        assert not lock.exists()
+        os.kill(forked, signal.SIGKILL)
+
+
+def test_a_lock_file_that_was_removed_while_it_was_waited_for_is_not_taken_for_the_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    waiting = "import sys; from pathlib import Path; from vpr.common.locks import locked\nwith locked(Path(sys.argv[1])): print(1)"
+    with locked(lock):
+        waiter = subprocess.Popen([sys.executable, "-c", waiting, str(lock)], stdout=subprocess.PIPE, text=True)
+        while len(list(Path(f"/proc/{waiter.pid}/fd").glob("*"))) < 4:  # it has the file open
+            assert waiter.poll() is None
+        lock.unlink()
+    assert waiter.communicate(timeout=60)[0] == "1\n"
+    assert not lock.exists()

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.catalogs import write_catalog
+from vpr.common.errors import UserError
+from vpr.data.catalog import SCHEMA, Catalog, load_catalog, table_of
+from vpr.data.readers import read_csv
+from vpr.data.splits import check_leaks, split_by_product
+
+
+def test_a_built_catalogue_is_read_back_and_selected(catalog: Catalog) -> None:
+    assert catalog.table.schema.equals(SCHEMA)
+    assert len(catalog) == 128
+    assert {len(set(catalog.select(split=s).products)) for s in ("validation", "test")} == {4}
+    gallery = catalog.select(split="test", role="gallery")
+    assert len(gallery) == 16
+    assert gallery.path(0).is_file()
+    assert gallery.box(0) is None
+    assert catalog.summary()["products"] == {"train": 8, "validation": 4, "test": 4}
+
+
+def test_checksum_ignores_the_order_of_rows(catalog: Catalog) -> None:
+    turned = Catalog(catalog.table.take(pa.array(np.arange(len(catalog))[::-1])), catalog.root)
+    assert turned.sha256 == catalog.sha256
+    assert catalog.select(split="test").sha256 != catalog.sha256
+
+
+def test_an_unknown_role_is_refused(catalog: Catalog) -> None:
+    rows = catalog.table.to_pylist()[:1]
+    rows[0]["role"] = "spectator"
+    with pytest.raises(UserError, match="role 'spectator' is not known"):
+        table_of(rows)
+
+
+def test_two_hundred_thousand_rows_are_read_split_written_and_loaded_in_seconds(tmp_path: Path) -> None:
+    with (tmp_path / "t.csv").open("w") as stream:
+        stream.write("image,product\n")
+        stream.writelines(f"shelf-{row % 50}/{row}.jpg,shop/{row // 20}\n" for row in range(200_000))
+    begun = time.monotonic()
+    rows = [{**row, "sha256": f"{number:064x}"} for number, row in enumerate(read_csv(tmp_path / "t.csv"))]
+    made = Catalog(split_by_product(table_of(rows), 0.1, 0.1, 0), tmp_path)
+    loaded = load_catalog(write_catalog(tmp_path / "catalog", made))
+    train, test = loaded.select(split="train"), loaded.select(split="test")
+    assert check_leaks(train, test) == {}
+    assert loaded.summary()["pictures"] == {"train": 160_000, "validation": 20_000, "test": 20_000}
+    assert loaded.summary()["sha256"] == made.sha256
+    assert time.monotonic() - begun < 60  # a bound against quadratic work and a call per row, not a benchmark
+
+
+def test_a_catalogue_of_another_form_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from vpr.artifacts.store import write_artifact
+
+    with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
+        pq.write_table(pa.table({"image": ["a"]}), draft.path / "catalog.parquet")
+    with pytest.raises(UserError, match="is no usable catalog"):
+        load_catalog(tmp_path / "c")
+
+
+@pytest.mark.parametrize("damage", ["piece", "text", "length"])
+def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, tmp_path: Path, damage: str) -> None:
+    import pyarrow.parquet as pq
+
+    from vpr.artifacts.store import write_artifact
+
+    with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
+        path = draft.path / "catalog.parquet"
+        pq.write_table(catalog.table, path, use_dictionary=False, compression="none" if damage == "text" else "snappy")
+        data, product = path.read_bytes(), catalog.table["product"][0].as_py().encode()
+        broken = {
+            "piece": data[:200] + bytes(100) + data[300:],
+            "text": data.replace(product, b"\xff" * len(product)),
+            "length": data[:-8] + b"\xff\xff\xff\x7f" + data[-4:],
+        }
+        path.write_bytes(broken[damage])
+    with pytest.raises(UserError, match="is no usable catalog"):
+        load_catalog(tmp_path / "c")
+
+
+@pytest.mark.parametrize("image", ["../a.png", "a/../../b.png", "/etc/a.png", ".."])
+def test_a_table_whose_pictures_lie_elsewhere_is_refused(catalog: Catalog, tmp_path: Path, image: str) -> None:
+    place = catalog.table.schema.get_field_index("image")
+    images = pa.array([image, *catalog.table["image"].to_pylist()[1:]], pa.string())
+    made = write_catalog(tmp_path / "c", Catalog(catalog.table.set_column(place, "image", images), catalog.root))
+    with pytest.raises(UserError, match="a picture's path leads out of its root"):
+        load_catalog(made)
+
+
+def test_a_card_that_does_not_say_where_the_pictures_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from vpr.artifacts.store import write_artifact
+
+    with write_artifact(tmp_path / "c", "catalog", {}) as draft:
+        pq.write_table(catalog.table, draft.path / "catalog.parquet")
+    with pytest.raises(UserError, match="does not say where the pictures are"):
+        load_catalog(tmp_path / "c")

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.catalogs import write_catalog
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import Catalog, load_catalog, table_of
+from vpr.data.duplicates import merge, near_pairs
+
+
+def test_merging_a_catalogue_with_part_of_itself_adds_no_rows_and_says_which(catalog: Catalog) -> None:
+    test = catalog.select(split="test")
+    joined, duplicates = merge([catalog, test])
+    assert joined.sha256 == catalog.sha256
+    assert len(duplicates.same_bytes) == len(test)
+    assert all(later == earlier for later, earlier in duplicates.same_bytes)
+
+
+def test_merging_reports_copies_and_near_copies_of_another_source(
+    catalog: Catalog, texture_folder: Path, tmp_path: Path
+) -> None:
+    shop = tmp_path / "shop" / "shoe"
+    shop.mkdir(parents=True)
+    shutil.copy(texture_folder / "product-03" / "2.jpg", shop / "copy.jpg")
+    with Image.open(texture_folder / "product-05" / "4.jpg") as picture:
+        picture.resize((80, 80)).save(shop / "larger.png")
+    config = CatalogConfig(reader="folder", root=str(tmp_path / "shop"), output=str(tmp_path / "catalog"))
+    joined, duplicates = merge([catalog, load_catalog(build_catalog(config))])
+    assert len(joined) == len(catalog) + 2
+    assert all(joined.path(row).is_file() for row in range(len(joined)))
+    (same,) = duplicates.same_bytes
+    assert [name.split("/")[-2:] for name in same] == [["shoe", "copy.jpg"], ["product-03", "2.jpg"]]
+    (near,) = [pair for pair in duplicates.near_same if "shoe" in pair[0]]
+    assert [name.split("/")[-2:] for name in near] == [["shoe", "larger.png"], ["product-05", "4.jpg"]]
+    again = load_catalog(write_catalog(tmp_path / "joined", joined))
+    assert again.sha256 == joined.sha256
+    assert again.path(0) == joined.path(0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=12), st.integers(0, 64), st.integers(1, 40), st.randoms())
+def test_near_pairs_equal_a_plain_loop(values: list[int], bits: int, block: int, random: Random) -> None:
+    values = [*values, *values[:3], *(value ^ 5 for value in values), *(value ^ (0b1011 << 20) for value in values)]
+    random.shuffle(values)
+    expected = []
+    for later, value in enumerate(values):
+        distances = [(value ^ other).bit_count() for other in values[:later]]
+        if distances and min(distances) <= bits:
+            expected.append([later, distances.index(min(distances))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpr.data.duplicates._BLOCK", block)
+        assert near_pairs(np.array(values, dtype=np.uint64), bits).tolist() == expected
+
+
+@pytest.mark.parametrize("white", [0, 150_000])
+def test_two_hundred_thousand_hashes_are_compared_in_seconds(white: int) -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**64 - 1, 200_000, dtype=np.uint64)
+    hashes[:white] = 0
+    hashes[-1] = hashes[-2] ^ np.uint64(0b1001)
+    begun = time.monotonic()
+    pairs = near_pairs(hashes, 4)
+    assert time.monotonic() - begun < 60  # comparing all with all takes minutes
+    assert len(pairs) == max(0, white - 1) + 1
+    assert pairs[-1].tolist() == [199_999, 199_998]
+
+
+def test_merged_names_are_those_of_the_common_folder_however_they_are_spelt(tmp_path: Path) -> None:
+    def table(names: list[str], product: str) -> pa.Table:
+        fixed = {"category": "", "role": "train", "split": "train", "box": None, "source": "made"}
+        return table_of([{**fixed, "image": name, "product": product, "sha256": name[-5:]} for name in names])
+
+    for name in ("a/x/1.png", "a/x/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), "white").save(tmp_path / name)
+    first = Catalog(table(["x/1.png", "./x//1.png", "x/2.png"], "p"), tmp_path / "a")
+    second = Catalog(table(["3.png"], "q"), tmp_path / "b")
+    joined, duplicates = merge([first, second])
+    assert joined.table["image"].to_pylist() == ["a/x/1.png", "a/x/2.png", "b/3.png"]
+    assert joined.root == tmp_path.resolve()
+    assert duplicates.same_bytes == [("a/x/1.png", "a/x/1.png")]
+    assert duplicates.near_same == [("a/x/2.png", "a/x/1.png"), ("b/3.png", "a/x/1.png")]

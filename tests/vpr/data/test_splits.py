@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from vpr.common.errors import UserError
+from vpr.data.catalog import SCHEMA, Catalog, table_of
+from vpr.data.splits import check_leaks, split_by_product
+
+
+def _rows(counts: list[int]) -> list[dict[str, object]]:
+    fixed = {"category": "", "role": "train", "split": "train", "box": None, "source": "made"}
+    return [
+        {**fixed, "image": f"{p}/{i}.jpg", "product": f"p{p}", "sha256": f"{p}-{i}"}
+        for p, count in enumerate(counts)
+        for i in range(count)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 6), min_size=4, max_size=30),
+    validation=st.floats(0.0, 0.45),
+    test=st.floats(0.05, 0.45),
+    seed=st.integers(0, 5),
+    shuffle=st.randoms(),
+)
+def test_splits_are_by_product_and_do_not_depend_on_the_order(
+    counts: list[int], validation: float, test: float, seed: int, shuffle: object
+) -> None:
+    assume(round(test * len(counts)) and (validation == 0 or round(validation * len(counts))))
+    assume(sum(count > 1 for count in counts) >= round(test * len(counts)) + round(validation * len(counts)))
+    rows = _rows(counts)
+    first = split_by_product(table_of(rows), validation, test, seed).to_pylist()
+    shuffle.shuffle(rows)
+    second = split_by_product(table_of(rows), validation, test, seed).to_pylist()
+    by_image = {row["image"]: row for row in second}
+    assert all(by_image[row["image"]] == row for row in first)
+    for product in {row["product"] for row in first}:
+        group = [row for row in first if row["product"] == product]
+        assert len({row["split"] for row in group}) == 1
+        if group[0]["split"] != "train":
+            roles = [row["role"] for row in group]
+            assert "query" in roles
+            assert "gallery" in roles
+    tests = {row["product"] for row in first if row["split"] == "test"}
+    assert len(tests) == round(test * len(counts))
+
+
+def _split_by_a_plain_loop(
+    rows: list[dict[str, object]], validation: float, test: float, seed: int
+) -> list[dict[str, object]]:
+    pictures: dict[object, list[dict[str, object]]] = {}
+    for row in sorted(rows, key=lambda row: (row["product"], row["image"], str(row["box"]))):
+        pictures.setdefault(row["product"], []).append(row)
+    names = np.array([name for name, group in pictures.items() if len(group) > 1], dtype=np.str_)
+    np.random.default_rng(seed).shuffle(names)
+    tests, validations = round(test * len(pictures)), round(validation * len(pictures))
+    split = dict.fromkeys(names.tolist()[:tests], "test")
+    split |= dict.fromkeys(names.tolist()[tests : tests + validations], "validation")
+    changed = {}
+    for name, group in pictures.items():
+        for number, row in enumerate(group):
+            role = row["role"]
+            if name in split and role == "train":
+                role = "gallery" if number < len(group) / 2 else "query"
+            changed[id(row)] = {**row, "split": split.get(name, "train"), "role": role}
+    return [changed[id(row)] for row in rows]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    made=st.lists(
+        st.tuples(
+            st.sampled_from(["", "a", "b", "c", "é", "aa", "B"]),
+            st.sampled_from(["1", "10", "2", "é"]),
+            st.sampled_from(["train", "train", "gallery", "query"]),
+            st.sampled_from([None, 1.0, 10.0, 9.0]),
+        ),
+        min_size=8,
+        max_size=40,
+    ),
+    seed=st.integers(0, 3),
+)
+def test_splits_equal_a_plain_loop(made: list[tuple[str, str, str, float | None]], seed: int) -> None:
+    fixed = {"category": "", "split": "train", "source": "made"}
+    rows: list[dict[str, object]] = [
+        {**fixed, "product": product, "image": image, "role": role, "sha256": str(number)}
+        | {"box": None if left is None else {"x": left, "y": 0.0, "w": 1.0, "h": 1.0}}
+        for number, (product, image, role, left) in enumerate(made)
+    ]
+    products = [row["product"] for row in rows]
+    assume(sum(products.count(name) > 1 for name in set(products)) >= 4)
+    validation = test = 1.5 / len(set(products))
+    found = split_by_product(table_of(rows), validation, test, seed).to_pylist()
+    assert found == _split_by_a_plain_loop(rows, validation, test, seed)
+
+
+def test_leaks_of_products_and_of_bytes_are_refused(catalog: Catalog) -> None:
+    check_leaks(catalog.select(split="train"), catalog.select(split="test"))
+    with pytest.raises(UserError, match="leak: 4 products are both trained and scored"):
+        check_leaks(catalog, catalog.select(split="test"))
+    found = check_leaks(catalog, catalog.select(split="test"), allow=True)
+    assert {key: value["count"] for key, value in found.items()} == {"products": 4, "pictures": 32}
+    assert set(found["products"]["first"]) <= set(catalog.select(split="test").products)
+    assert all(catalog.root.joinpath(image).is_file() for image in found["pictures"]["first"])
+    renamed = [{**row, "product": "other"} for row in catalog.select(split="test").table.to_pylist()]
+    again = Catalog(pa.Table.from_pylist(renamed, schema=SCHEMA), catalog.root)
+    with pytest.raises(UserError, match=r"leak: 32 pictures \(same bytes\) are both"):
+        check_leaks(again, catalog.select(split="test"))
+    assert list(check_leaks(again, catalog.select(split="test"), allow=True)) == ["pictures"]
+
+
+def test_shares_that_leave_no_training_are_refused() -> None:
+    with pytest.raises(UserError, match="together less than 1"):
+        split_by_product(table_of(_rows([2, 2])), 0.5, 0.5, 0)
+
+
+def test_a_share_that_comes_to_no_product_is_refused() -> None:
+    with pytest.raises(UserError, match=r"validation 0\.1: is none of 2 products"):
+        split_by_product(table_of(_rows([2, 2])), 0.1, 0, 0)
+    with pytest.raises(UserError, match=r"test 0\.5: is none of 4 products, 0 of which have the two pictures"):
+        split_by_product(table_of(_rows([1, 1, 1, 1])), 0, 0.5, 0)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from student.embed import EmbedConfig, embed_catalog
+from vpr.common.errors import UserError
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.imaging.decode import ImageRefused, Preprocess, read_picture
+from vpr.imaging.limits import MAX_FILE_BYTES
+from vpr.retrieval.embeddings import load_embeddings, read_pixels
+
+Member = tuple[str, bytes]
+
+
+def write_shard(path: Path, members: list[Member | tarfile.TarInfo], form: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def write_shards(folder: Path, root: Path, per_shard: int) -> Path:
+    """The pictures of a folder per product as shards with ``.json`` labels, in the folder reader's order."""
+    files = sorted(root.rglob("*.jpg"))
+    for number, start in enumerate(range(0, len(files), per_shard)):
+        members: list[Member | tarfile.TarInfo] = []
+        for place, file in enumerate(files[start : start + per_shard]):
+            key = f"{start + place:06d}"
+            members += [(f"{key}.jpg", file.read_bytes())]
+            members += [(f"{key}.json", json.dumps({"product": file.parent.name}).encode())]
+        write_shard(folder / f"textures-{number:04d}.tar", members)
+    return folder
+
+
+def build(root: Path, output: Path, reader: str = "webdataset", **more: object) -> Catalog:
+    config = CatalogConfig(reader=reader, root=str(root), output=str(output), **more)  # type: ignore[arg-type]
+    return load_catalog(build_catalog(config))
+
+
+def aside(catalog: Catalog) -> dict[str, str]:
+    assert catalog.artifact is not None
+    with catalog.artifact.file("set_aside.csv").open(newline="", encoding="utf-8") as stream:
+        return {row["image"]: row["reason"] for row in csv.DictReader(stream)}
+
+
+@pytest.fixture
+def picture(texture_folder: Path) -> bytes:
+    return (texture_folder / "product-00" / "0.jpg").read_bytes()
+
+
+def test_shards_say_and_show_what_the_folder_does(texture_folder: Path, student_artifact: Path, tmp_path: Path) -> None:
+    shards = build(write_shards(tmp_path / "shards", texture_folder, 50), tmp_path / "a", validation=0.25, test=0.25)
+    folder = build(texture_folder, tmp_path / "b", "folder", validation=0.25, test=0.25)
+    for column in ("product", "split", "role", "sha256"):
+        assert shards.table[column].to_pylist() == folder.table[column].to_pylist()
+    preprocess = Preprocess(size=32)
+    rows = range(len(folder))
+    assert np.array_equal(read_pixels(shards, preprocess, rows), read_pixels(folder, preprocess, rows))
+    vectors = []
+    for name in ("a", "b"):
+        config = EmbedConfig(str(student_artifact), str(tmp_path / name), str(tmp_path / f"{name}-vectors"))
+        vectors.append(load_embeddings(embed_catalog(config)).vectors)
+    assert np.array_equal(vectors[0], vectors[1])
+    assert len(list((tmp_path / "shards").iterdir())) == 3  # nothing was unpacked
+
+
+def test_a_sample_may_hold_several_pictures_and_say_everything(picture: bytes, tmp_path: Path) -> None:
+    label = {"product": 7, "category": "shoes", "role": "query", "split": "test", "box": [4, 5, 20, 30]}
+    members: list[Member | tarfile.TarInfo] = [
+        ("./a/1.left.jpg", picture),
+        ("./a/1.JPG", picture),
+        ("./a/1.json", json.dumps(label).encode()),
+        ("./b/1.jpg", picture),
+        ("./b/1.cls", b"12\n"),
+    ]
+    catalog = build(write_shard(tmp_path / "s" / "in" / "0.tar", members).parent.parent, tmp_path / "c")
+    assert [image.rpartition("+")[2].partition("/")[2] for image in catalog.table["image"].to_pylist()] == [
+        "a/1.left.jpg",
+        "a/1.JPG",
+        "b/1.jpg",
+    ]
+    assert catalog.products.tolist() == ["7", "7", "12"]
+    assert catalog.roles.tolist() == ["query", "query", "train"]
+    assert catalog.categories.tolist() == ["shoes", "shoes", ""]
+    assert [catalog.box(row) for row in range(3)] == [(4.0, 5.0, 20.0, 30.0)] * 2 + [None]
+    assert {read_picture(catalog.path(row)) for row in range(3)} == {picture}
+
+
+def test_shards_without_labels_are_pictures_of_their_own(picture: bytes, tmp_path: Path) -> None:
+    write_shard(tmp_path / "s" / "0.tar", [("1.jpg", picture), ("2.jpg", picture)])
+    catalog = build(tmp_path / "s", tmp_path / "c")
+    assert len(set(catalog.products.tolist())) == 2
+    assert catalog.table["source"].to_pylist() == ["unlabelled"] * 2
+    write_shard(tmp_path / "s" / "1.tar", [("3.jpg", picture), ("3.cls", b"shoe")])
+    with pytest.raises(UserError, match=r"1\.tar: sample '/3' has no product, or it alone has one: label all"):
+        build(tmp_path / "s", tmp_path / "c")
+
+
+def _special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_hostile_members_are_set_aside_with_a_reason(picture: bytes, tmp_path: Path, form: int) -> None:
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(picture)
+    long = "x" * 2000 + ".jpg"
+    members: list[Member | tarfile.TarInfo] = [
+        ("good.jpg", picture),
+        ("../out.jpg", picture),
+        (f"{tmp_path}/absolute.jpg", picture),
+        ("in/../../out.jpg", picture),
+        _special("soft.jpg", tarfile.SYMTYPE, str(secret)),
+        _special("hard.jpg", tarfile.LNKTYPE, "good.jpg"),
+        _special("pipe.jpg", tarfile.FIFOTYPE),
+        _special("device.jpg", tarfile.CHRTYPE),
+        _special("folder.jpg", tarfile.DIRTYPE),
+        ("new\nline.jpg", picture),
+        ("not-utf8-\udcff.jpg", picture),
+        (long, picture),
+        ("._good.jpg", b"a fork"),
+        ("letter.heic", b"?"),
+        ("text.jpg", b"<html>"),
+    ]
+    root = write_shard(tmp_path / "s" / "0.tar", members, form).parent
+    with pytest.raises(ImageRefused, match=r"0\.tar#\d+\+6/text\.jpg: not a picture"):
+        build(root, tmp_path / "c")
+    catalog = build(root, tmp_path / "c", skip_unreadable=True)
+    assert [image.split("/")[-1] for image in catalog.table["image"].to_pylist()] == ["good.jpg"]
+    reasons = {name.partition(".tar")[2]: reason for name, reason in aside(catalog).items()}
+    assert reasons.pop(next(name for name in reasons if name.endswith("/text.jpg"))) == "not a picture"
+    assert reasons == {
+        "/../out.jpg": "its name leads out of the shard",
+        f"/{tmp_path}/absolute.jpg": "its name leads out of the shard",
+        "/in/../../out.jpg": "its name leads out of the shard",
+        "/soft.jpg": "a link",
+        "/hard.jpg": "a link",
+        "/pipe.jpg": "not a plain file",
+        "/device.jpg": "not a plain file",
+        "/new\\nline.jpg": "its name has letters that cannot be printed, or more than 1024",
+        "/not-utf8-\\udcff.jpg": "its name has letters that cannot be printed, or more than 1024",
+        f"/{long[:1024]}": "its name has letters that cannot be printed, or more than 1024",
+        "/._good.jpg": "its name begins with a dot",
+        "/letter.heic": "unknown suffix",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s", "secret.jpg"]
+
+
+def test_members_larger_than_a_picture_may_be_are_set_aside_unread(picture: bytes, tmp_path: Path) -> None:
+    large = tarfile.TarInfo("large.jpg")
+    large.size = MAX_FILE_BYTES + 1
+    label = tarfile.TarInfo("good.json")
+    label.size = (1 << 20) + 1
+    shard = tmp_path / "s" / "0.tar"
+    shard.parent.mkdir()
+    with shard.open("wb") as stream:
+        for info in (large, label):
+            stream.write(info.tobuf())
+            stream.seek(-(-info.size // 512) * 512, io.SEEK_CUR)  # a hole
+        info = tarfile.TarInfo("good.jpg")
+        info.size = len(picture)
+        stream.write(info.tobuf() + picture + bytes(-len(picture) % 512) + bytes(1024))
+    catalog = build(tmp_path / "s", tmp_path / "c")
+    assert len(catalog) == 1
+    sizes = f"{MAX_FILE_BYTES + 1} bytes, more than {MAX_FILE_BYTES}", f"{(1 << 20) + 1} bytes, more than {1 << 20}"
+    assert aside(catalog) == {"0.tar/large.jpg": sizes[0], "0.tar/good.json": sizes[1]}
+
+
+def _pax(records: bytes, picture: bytes) -> bytes:
+    """A picture behind an extended header."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    info = tarfile.TarInfo("a.jpg")
+    info.size = len(picture)
+    blocks = [header.tobuf(), records + bytes(-len(records) % 512), info.tobuf(), picture + bytes(-len(picture) % 512)]
+    return b"".join(blocks) + bytes(1024)
+
+
+def _negative(picture: bytes) -> bytes:
+    block = bytearray(tarfile.TarInfo("a.jpg").tobuf())
+    block[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024, in base 256
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + picture + bytes(2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cut in a member", "unexpected end of data"),
+        ("cut in a header", "no end mark behind its last member"),
+        ("cut behind a member", "no end mark behind its last member"),
+        ("header overwritten", "no end mark behind its last member"),
+        ("no tar", "truncated or broken tar"),
+        ("negative size", "truncated or broken tar"),
+        ("negative size, extended", "truncated or broken tar"),
+        ("huge extended header", "a header of 2097152 bytes"),
+        ("endless extended header", "truncated or broken tar"),
+    ],
+)
+def test_broken_shards_are_refused_by_name(picture: bytes, tmp_path: Path, name: str, reason: str) -> None:
+    shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture), ("b.jpg", picture)])
+    data, member = shard.read_bytes(), 512 + -(-len(picture) // 512) * 512
+    broken = {
+        "cut in a member": data[: member + 600],
+        "cut in a header": data[: member + 100],
+        "cut behind a member": data[: 2 * member],
+        "header overwritten": data[:member] + b"?" * 512 + data[member + 512 :],
+        "no tar": b"<html>" * 500,
+        "negative size": _negative(picture),
+        "negative size, extended": _pax(b"15 size=-10240\n", picture),
+        "huge extended header": _pax(b"2097152 comment=".ljust(2097151, b"x") + b"\n", picture),
+        "endless extended header": b"".join(_pax(b"12 path=abc\n", b"")[:1024] for _ in range(5000)),
+    }
+    shard.write_bytes(broken[name])
+    with pytest.raises(
+        UserError, match=r"0\.tar: truncated or broken tar \(.*\): copy or write the shard again"
+    ) as told:
+        build(tmp_path / "s", tmp_path / "c")
+    assert reason in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (b"[]", "is no object"),
+        (b"{", "is no object"),
+        (b"[" * 100_000, "is no object"),
+        (b'{"product": true}', "label True is no text or number"),
+        (b'{"product": "a\\nb"}', "label 'a\\\\nb' is no text"),
+        (b'{"product": "\\ud800"}', "is no text"),
+        (b'{"product": ""}', "is no text"),
+        (b'{"product": "p", "box": [1, 2, 3]}', "is not four numbers"),
+        (b'{"product": "p", "box": 4}', "is no object with text values, and a box of four numbers"),
+        (b'{"product": "p", "role": "gallry"}', "role 'gallry' is not known"),
+    ],
+)
+def test_broken_labels(picture: bytes, tmp_path: Path, label: bytes, message: str) -> None:
+    write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture), ("a.json", label)])
+    with pytest.raises(UserError, match=message):
+        build(tmp_path / "s", tmp_path / "c")
+
+
+def test_compressed_shards_and_links_out_are_refused(picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "0.tar").symlink_to(write_shard(tmp_path / "elsewhere.tar", [("a.jpg", picture)]))
+    with pytest.raises(UserError, match=r"'0\.tar' leads out of"):
+        build(tmp_path / "s", tmp_path / "c")
+    (tmp_path / "s" / "0.tar").rename(tmp_path / "s" / "0.tar.gz")
+    (tmp_path / "s" / "0.tar.gz").unlink()
+    (tmp_path / "s" / "0.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"0\.tar\.gz: pictures are read at their place in plain \.tar shards: gunzip"):
+        build(tmp_path / "s", tmp_path / "c")
+
+
+def test_a_shard_cut_after_it_was_read_is_told(picture: bytes, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture)])
+    catalog = build(tmp_path / "s", tmp_path / "c")
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(ImageRefused, match=r"a\.jpg: its file ends before it does"):
+        read_picture(catalog.path(0))
+    with pytest.raises(ImageRefused, match="more than"):
+        read_picture(Path(f"{shard}#512+{MAX_FILE_BYTES + 1}/a.jpg"))
+    with pytest.raises(ImageRefused):
+        read_picture(Path(f"{shard}#{'9' * 15}+9/a.jpg"))
+    with pytest.raises(ImageRefused, match="No such file"):
+        read_picture(tmp_path / "s" / "other.tar#512+9" / "a.jpg")

@@ -1,0 +1,139 @@
+"""Files that cost far more to open than they weigh: what they cost was measured before each limit was set."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.reliability.hostile.images import (
+    blank_png,
+    chunk,
+    directory,
+    encoded,
+    many_scans,
+    promised_jpeg,
+    promised_webp,
+    run_length_bmp,
+    segment,
+    with_exif,
+)
+from vpr.imaging.decode import ImageRefused, decode_bytes
+from vpr.imaging.limits import MAX_PIXELS, MAX_SIDE, Room
+
+_SMALL = Image.new("RGB", (64, 64), (9, 90, 200))
+
+
+def _inside(form: str, mark: bytes, more: bytes) -> bytes:
+    """A good picture with more ahead of the first mark."""
+    data = encoded(_SMALL.convert("L") if form == "GIF" else _SMALL, form)
+    at = data.index(mark)
+    return data[:at] + more + data[at:]
+
+
+def _jpeg(more: bytes) -> bytes:
+    return _inside("JPEG", b"\xff\xe0", more)
+
+
+def _png(more: bytes) -> bytes:
+    data = encoded(_SMALL, "PNG")
+    at = data.index(b"IDAT") - 4  # behind the chunk's length
+    return data[:at] + more + data[at:]
+
+
+_STRIPS = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 400_000, 200), (279, 4, 1, 64)]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (_jpeg(segment(0xFE, b"") * 70_000), "more than 65536 segments"),
+        (_jpeg(b"\xff" * 70_000), "more than 65536 bytes between its segments"),
+        (_jpeg(segment(0xFE, b"") + bytes(70_000)), "more than 65536 bytes between its segments"),
+        (with_exif(bytes(2_000_000)), "more than 16 segments of EXIF"),
+        (_png(chunk(b"abCd", b"") * 70_000), "more than 65536 chunks"),
+        (_inside("GIF", b",\0\0\0\0@\0@\0", b"!\xfe\x01a\0" * 40_000), "more than 65536 blocks before its first frame"),
+        (_inside("GIF", b",\0\0\0\0@\0@\0", bytes(70_000)), "more than 65536 blocks before its first frame"),
+        (directory(_STRIPS, 1_600_200), "400000 values of one entry in its directory"),
+        (run_length_bmp(3000, 1400, b"\x01\x01\0\0" * 1400 + b"\0\1"), "a run-length coded BMP of more than 4000000"),
+        (run_length_bmp(8, 8, b"\x00\x03\x01" * 1_400_000), "a run-length coded BMP of more than 4000000"),
+        (many_scans(2048, 600), "scans of 4194304 pixels"),
+        (blank_png(7072, 7072, 1, 0), f"7072x7072 pixels, more than {MAX_PIXELS // 2}"),
+        (promised_webp("RGB", 5001), f"5001x5001 pixels, more than {MAX_PIXELS // 4}"),
+        (promised_jpeg("CMYK", 9000, {"progressive": True}), "81000000 pixels of 4 colours in several scans"),
+        (blank_png(1, MAX_SIDE + 1, 1, 0), f"1x65536 pixels, a side of more than {MAX_SIDE}"),
+        (encoded(Image.new("I", (9, 9), 70_000), "TIFF"), "numbers of 32 bits"),
+        (encoded(Image.new("F", (9, 9), 0.5), "TIFF"), "numbers of 32 bits"),
+    ],
+)
+def test_what_costs_too_much_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageRefused, match=reason):
+        decode_bytes(data, "x")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _jpeg(segment(0xFE, b"\xff\xda\xff\xd9" * 100) * 200),
+        _jpeg(b"\xff" * 100),
+        _jpeg(segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 3),
+        _png(chunk(b"tEXt", b"a\0b") * 1000),
+        _inside("GIF", b",\0\0\0\0@\0@\0", b"!\xfe" + (b"\xff" + bytes(255)) * 200 + b"\0"),
+        encoded(_SMALL, "TIFF", compression="tiff_lzw"),
+        encoded(_SMALL, "JPEG", progressive=True),
+    ],
+)
+def test_what_is_merely_odd_is_read(data: bytes) -> None:
+    found = np.asarray(decode_bytes(data, "x"), dtype=int)
+    shown = np.asarray(_SMALL.convert("L").convert("RGB") if data[:3] == b"GIF" else _SMALL, dtype=int)
+    assert np.abs(found - shown).max() <= 4
+
+
+def test_alpha_in_strips_equals_a_loop_over_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vpr.imaging.decode._STRIP", 100)
+    rgba = np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8)
+    found = np.asarray(decode_bytes(encoded(Image.fromarray(rgba), "PNG"), "x"), dtype=float)
+    share = rgba[..., 3:] / 255
+    assert np.abs(found - (rgba[..., :3] * share + 255 * (1 - share))).max() <= 1
+
+
+def test_a_clear_grey_of_16_bits_lies_on_white() -> None:
+    clear = blank_png(4, 4, 16, 0, chunk(b"tRNS", b"\0\0"))
+    assert np.unique(np.asarray(decode_bytes(clear, "x"))).tolist() == [255]
+    other = blank_png(4, 4, 16, 0, chunk(b"tRNS", b"\0\1"))
+    assert np.unique(np.asarray(decode_bytes(other, "x"))).tolist() == [0]
+
+
+def test_cmyk_is_what_pillow_makes_of_it() -> None:
+    inks = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    picture = Image.fromarray(inks, "CMYK")
+    np.testing.assert_array_equal(
+        np.asarray(decode_bytes(encoded(picture, "TIFF"), "x")), np.asarray(picture.convert("RGB"))
+    )
+
+
+def test_large_pictures_wait_for_each_other_and_small_ones_do_not() -> None:
+    room, most, held, lock = Room(100, small=10), 0, 0, threading.Lock()
+
+    def decode() -> None:
+        nonlocal most, held
+        with room.hold(40):
+            with lock:
+                held += 40
+                most = max(most, held)
+            time.sleep(0.01)
+            with lock:
+                held -= 40
+
+    threads = [threading.Thread(target=decode) for _ in range(8)]
+    with room.hold(100), room.hold(10):  # the second is small: it does not wait for the first
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        assert held == 0
+    for thread in threads:
+        thread.join()
+    assert most == 80

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.recall.baselines import colour_histogram, raw_pixels
+from benchmarks.recall.measure import score_row
+from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.catalog import load_catalog
+
+pytestmark = pytest.mark.data
+
+
+def test_shop_photos_are_read_and_searched_by_the_plainest_means(data_folder: Path, tmp_path: Path) -> None:
+    """The Grocery Store photos through CSV: phone photos against one clean picture of each product."""
+    table = tmp_path / "grocery" / "pictures.csv"
+    table.parent.mkdir()
+    roles = {"val": "query", "iconic": "gallery"}
+    with (data_folder / "grocery" / "images.csv").open() as source, table.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["image", "product", "category", "role", "split"])
+        for row in csv.DictReader(source):
+            if row["split"] in roles:
+                writer.writerow([row["path"], row["product"], row["category"], roles[row["split"]], "test"])
+                target = table.parent / row["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes((data_folder / "grocery" / row["path"]).read_bytes())
+    config = CatalogConfig(reader="csv", root=str(table), output=str(tmp_path / "catalog"))
+    catalog = load_catalog(build_catalog(config)).select(split="test")
+    assert (len(catalog.select(role="query")), len(catalog.select(role="gallery"))) == (296, 81)
+    colours, pixels = (score_row(catalog, embed(catalog), 0) for embed in (colour_histogram, raw_pixels))
+    assert colours["recall_at_1"] > pixels["recall_at_1"] > 1 / 81
+    assert colours["map"] == colours["map_at_1000"]

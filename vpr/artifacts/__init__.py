@@ -1,0 +1,1 @@
+"""Artifact directories: card, checksums, atomic writes, resumable run folders."""

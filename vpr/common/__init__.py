@@ -1,0 +1,1 @@
+"""Errors, logging, hardware, processes and file locks."""

@@ -1,0 +1,1 @@
+"""Catalogues: readers, splits, duplicates, loaders, and the sample data."""

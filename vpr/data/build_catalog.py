@@ -1,0 +1,142 @@
+"""``vpr catalog``: pictures of a reader -> decoded once, split by product -> a catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vpr.artifacts.store import check_output, find_current, plain, write_artifact
+from vpr.common.errors import UserError
+from vpr.common.hardware import available_cpus
+from vpr.common.log import say
+from vpr.data.catalog import Catalog, Refused, fill_draft, load_catalog, picture_root, table_of
+from vpr.data.readers import LINKED, READERS, Row, passed_over
+from vpr.data.splits import check_shares, split_by_product
+from vpr.imaging.decode import ImageRefused, decode_bytes, read_picture
+
+_CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    """Where pictures come from and how products are split.
+
+    Attributes:
+        reader: form of the data; ``sample`` is embedded and needs no root.
+        output: where the catalogue is written.
+        root: folder of the data set, or the CSV file.
+        validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
+        test: share of products held out to be scored.
+        seed: of the split.
+        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder,
+            pictures and webdataset readers always list there what is no picture by name, and links to folders.
+    """
+
+    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures", "webdataset"]
+    output: str
+    root: str = ""
+    validation: float = 0.0
+    test: float = 0.0
+    seed: int = 0
+    skip_unreadable: bool = False
+
+    def __post_init__(self) -> None:
+        check_shares(self.validation, self.test, self.seed)
+
+
+def build_catalog(config: CatalogConfig) -> Path:
+    """Read, check and split pictures, and write them as an artifact of kind ``catalog``.
+
+    Every picture is decoded once. The sample's pictures lie in the artifact, others stay where they are.
+
+    Raises:
+        UserError: no pictures, a broken table, or (without ``skip_unreadable``) a picture that cannot be read.
+    """
+    values = plain(config)
+    if config.reader == "sample":
+        return _build_sample(config, values)
+    if not config.root:
+        raise UserError(f"root: empty: give the folder or CSV file that the {config.reader} reader reads")
+    check_output(config.output, "catalog")
+    values["root"] = str(Path(config.root).resolve())
+    rows = list(READERS[config.reader](Path(config.root)))
+    if not rows:
+        raise UserError(f"{config.root}: no pictures here: check --root and --reader")
+    root = picture_root(config.reader, config.root)
+    good, refused = check_pictures(root, rows, config.skip_unreadable)
+    if config.reader in ("folder", "pictures", "webdataset"):
+        over = passed_over(root, Path(config.output))
+        refused += [one for one in over if one[1] == LINKED or config.reader != "webdataset"]
+    if not good:
+        raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
+    catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), root)
+    old = find_current(config.output, "catalog", values, [])
+    if old and old.card.metrics["set_aside"] == len(refused) and load_catalog(old.path).table.equals(catalog.table):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    with write_artifact(config.output, "catalog", values) as draft:
+        fill_draft(draft, catalog, refused)
+    _say_built(config, catalog, refused)
+    return Path(config.output)
+
+
+def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
+    """The embedded sample, its pictures unpacked into the artifact."""
+    from vpr.data.sample import unpack
+
+    if find_current(config.output, "catalog", values, []):
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    with write_artifact(config.output, "catalog", values) as draft:
+        draft.unlisted = frozenset({"images"})
+        rows, _ = check_pictures(draft.path, list(unpack(draft.path)), skip_unreadable=False)
+        catalog = Catalog(split_by_product(table_of(rows), config.validation, config.test, config.seed), draft.path)
+        fill_draft(draft, catalog, [])
+    _say_built(config, catalog, [])
+    return Path(config.output)
+
+
+def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Refused]]:
+    """Decode every picture once and add its ``sha256``.
+
+    Args:
+        root: folder that ``image`` is relative to.
+        rows: of a reader; one with ``refused`` is set aside for that reason.
+        skip_unreadable: collect refusals instead of raising the first.
+
+    Returns:
+        the readable rows, and (image, reason) of the others.
+    """
+    good: list[Row] = []
+    refused: list[Refused] = []
+    with ThreadPoolExecutor(len(available_cpus())) as pool:
+        for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
+            if isinstance(outcome, str):
+                good.append({**row, "sha256": outcome})
+            elif skip_unreadable or "refused" in row:
+                refused.append((row["image"], outcome.reason))
+            else:
+                pool.shutdown(cancel_futures=True)
+                raise outcome
+    return good, refused
+
+
+def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Refused]) -> None:
+    where = " (listed in set_aside.csv)" if refused else ""
+    products = len(set(catalog.products.tolist()))
+    say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside{where}")
+
+
+def _check(root: Path, row: Row) -> str | ImageRefused:
+    path, box = root / row["image"], row.get("box")
+    if "refused" in row:
+        return ImageRefused(path, row["refused"])
+    try:
+        data = read_picture(path)
+        decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)
+    except ImageRefused as refused:
+        return refused
+    return hashlib.sha256(data).hexdigest()

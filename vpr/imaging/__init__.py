@@ -1,0 +1,1 @@
+"""Images: bounded decoding, the shared preprocessing, augmentation."""

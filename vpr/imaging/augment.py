@@ -1,0 +1,153 @@
+"""Seeded views: the augmented picture `view k of image i`, the same for teacher and student.
+
+A view is a pure function of ``(seed, index, view)``, whatever batch it is made in. That lets a
+teacher's embedding of a view be computed once, cached, and matched to the very pixels that the
+student sees later (Beyer et al., "Knowledge distillation: a good teacher is patient and
+consistent", CVPR 2022: teacher and student must see the same crop).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpr.common.errors import UserError
+
+# Rec. 601 luma, the weights that "greyscale" means in Pillow and torchvision.
+_LUMA = (0.299, 0.587, 0.114)
+_DRAWS = 16
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How far a view may depart from the picture. All ranges are symmetric unless they are pairs.
+
+    Attributes:
+        rotate: largest rotation, degrees.
+        scale: smallest and largest magnification of the content; above 1, with ``translate``, it is a random crop.
+        stretch: largest relative change of the aspect ratio.
+        translate: largest shift, as a fraction of the side.
+        flip: probability of a horizontal flip.
+        brightness: largest relative change of brightness.
+        contrast: largest relative change of contrast.
+        saturation: largest relative change of saturation.
+        tint: largest relative gain of each colour channel on its own (coloured light).
+        cutout: probability that a rectangle is replaced by grey.
+        cutout_size: largest side of that rectangle, as a fraction of the side.
+        jitter: probability that brightness, contrast, saturation and tint change at all.
+        grey: probability of a picture without colour.
+    """
+
+    rotate: float = 15.0
+    scale: tuple[float, float] = (0.75, 1.2)
+    stretch: float = 0.15
+    translate: float = 0.12
+    flip: float = 0.5
+    brightness: float = 0.35
+    contrast: float = 0.35
+    saturation: float = 0.4
+    tint: float = 0.15
+    cutout: float = 0.0
+    cutout_size: float = 0.4
+    jitter: float = 1.0
+    grey: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "cutout", "cutout_size", "jitter", "grey"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"views.{name}: {getattr(self, name)}: give a share, 0 to 1")
+        for name in ("rotate", "stretch", "translate", "brightness", "contrast", "saturation", "tint"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UserError(f"views.{name}: {getattr(self, name)}: give a range of 0 or more")
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise UserError(f"views.scale: {list(self.scale)}: give the smallest and the largest, above 0")
+
+
+def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Tensor:
+    """Draw the parameters of views.
+
+    Args:
+        config: the ranges.
+        seed: of the run.
+        index: (batch,) int64, row of each picture in its table.
+        view: (batch,) int64, number of the view.
+
+    Returns:
+        (batch, 14) float32, to be given to :func:`apply_views`.
+    """
+    rows = np.empty((len(index), _DRAWS), dtype=np.float32)
+    for row, (i, v) in enumerate(zip(index.tolist(), view.tolist(), strict=True)):
+        rows[row] = np.random.Generator(np.random.Philox(key=[seed, (i << 24) + v])).random(_DRAWS)
+    u = torch.from_numpy(rows)
+    s = 2 * u - 1
+    low, high = np.log(config.scale[0]), np.log(config.scale[1])
+    jitter = torch.where(u[:, 14] < config.jitter, 1.0, 0.0)
+    colour = torch.where(u[:, 15] < config.grey, 0.0, 1.0)
+    columns = [
+        s[:, 0] * config.rotate * (torch.pi / 180),
+        torch.exp(low + u[:, 1] * (high - low)),
+        torch.exp(s[:, 2] * config.stretch / 2),
+        s[:, 3] * config.translate * 2,
+        s[:, 4] * config.translate * 2,
+        torch.where(u[:, 5] < config.flip, -1.0, 1.0),
+        1 + s[:, 6] * config.brightness * jitter,
+        1 + s[:, 7] * config.contrast * jitter,
+        (1 + s[:, 8] * config.saturation * jitter) * colour,
+        s[:, 9] * config.tint * jitter,
+        s[:, 10] * config.tint * jitter,
+        torch.where(u[:, 11] < config.cutout, config.cutout_size * (u[:, 11] / max(config.cutout, 1e-9)), 0.0),
+        u[:, 12],
+        u[:, 13],
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def apply_views(pixels: Tensor, parameters: Tensor) -> Tensor:
+    """Make the views.
+
+    Args:
+        pixels: (batch, 3, height, width) uint8.
+        parameters: (batch, 14) float32 from :func:`draw_views`, on any device.
+
+    Returns:
+        (batch, 3, height, width) float32 in 0…255, on the device of ``pixels``; also under autocast, in whose 16
+        bits the sampling grid would be off by a fifth of a pixel.
+    """
+    with torch.autocast(pixels.device.type, enabled=False):
+        return _apply(pixels, parameters)
+
+
+def _apply(pixels: Tensor, parameters: Tensor) -> Tensor:
+    p = parameters.to(pixels.device)
+    batch, _, height, width = pixels.shape
+    cos, sin = torch.cos(p[:, 0]), torch.sin(p[:, 0])
+    x_zoom, y_zoom = 1 / (p[:, 1] * p[:, 2]), p[:, 2] / p[:, 1]
+    theta = torch.stack(
+        [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]], dim=1
+    ).view(batch, 2, 3)
+    grid = F.affine_grid(theta, [batch, 3, height, width], align_corners=False)
+    x = F.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return _cutout(_recolour(x, p), p)
+
+
+def _recolour(x: Tensor, p: Tensor) -> Tensor:
+    gain = torch.stack([p[:, 9], -(p[:, 9] + p[:, 10]) / 2, p[:, 10]], dim=1) + 1
+    x = x * (gain * p[:, 6:7])[:, :, None, None]
+    luma = (x * x.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+    x = luma + (x - luma) * p[:, 8, None, None, None]
+    mean = luma.mean(dim=(2, 3), keepdim=True)
+    return (mean + (x - mean) * p[:, 7, None, None, None]).clamp(0, 255)
+
+
+def _cutout(x: Tensor, p: Tensor) -> Tensor:
+    height, width = x.shape[-2:]
+    rows = torch.arange(height, device=x.device)[None, :] / height - p[:, 12, None]
+    cols = torch.arange(width, device=x.device)[None, :] / width - p[:, 13, None]
+    half = p[:, 11, None] / 2
+    hole = (rows.abs() < half)[:, :, None] & (cols.abs() < half)[:, None, :]
+    return torch.where(hole[:, None], x.new_tensor(127.5), x)

@@ -1,0 +1,1 @@
+"""ONNX graphs and sessions, INT8 scales, timing."""

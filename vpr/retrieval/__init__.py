@@ -1,0 +1,1 @@
+"""Embeddings, search, re-ranking and retrieval metrics."""

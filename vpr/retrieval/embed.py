@@ -1,0 +1,162 @@
+"""Embedding a catalogue of any size: in parts, each a file until all are there.
+
+A killed run goes on at the next part. Processes of torchrun, or the workers of a Ray Data job, share the parts. A part
+is a whole number of batches, so the vectors are the same bit for bit however the work was done, given the same device
+and number of threads per process.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpr.artifacts.run_folder import finished_by_another, only_run, run_folder, save_whole, wait
+from vpr.artifacts.store import Artifact, Parent, find_current, plain
+from vpr.common.distributed import compute_device, is_first, rank_and_world
+from vpr.common.errors import UserError, check_numbers
+from vpr.common.hardware import MOST_THREADS
+from vpr.common.log import say
+from vpr.data.catalog import load_catalog
+from vpr.imaging.decode import Preprocess
+from vpr.retrieval.embeddings import embed, torch_forward, write_embeddings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Loader = Callable[[str], "tuple[nn.Module, Artifact]"]
+_HOW = ("part", "threads", "ray")  # how vectors are computed, not what they are
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What to embed, with what.
+
+    Attributes:
+        model: artifact of the model.
+        catalog: catalogue artifact.
+        output: where the embeddings are written.
+        split: only this split; empty embeds all.
+        batch_size: pictures at a time.
+        threads: that decode pictures ahead in each process; 0 decodes in turn with the model.
+        part: pictures, rounded up to whole batches, that a run which was killed may have to embed again.
+        ray: workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
+    """
+
+    model: str
+    catalog: str
+    output: str
+    split: str = ""
+    batch_size: int = 64
+    threads: int = 0
+    part: int = 4096
+    ray: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MOST_THREADS), part=(1, 1 << 24), ray=(0, 4096))
+        if self.ray and rank_and_world()[1] > 1:
+            raise UserError("ray: its job starts its own workers: start it without torchrun")
+
+
+class EmbedJob:
+    """The parts of an embedding.
+
+    Args:
+        config: what to embed.
+        model: artifact of the model.
+    """
+
+    def __init__(self, config: EmbedConfig, model: Artifact) -> None:
+        if model.card.preprocess is None:
+            raise UserError(f"{config.model}: its card has no preprocessing: make the artifact again")
+        whole = load_catalog(config.catalog)
+        self.config, self.model = config, model
+        self.preprocess: Preprocess = model.card.preprocess
+        self.parents: list[Parent] = [model.as_parent("model"), *whole.as_parents()]
+        self.values: dict[str, Any] = {name: value for name, value in plain(config).items() if name not in _HOW}
+        self.catalog = whole.select(split=config.split or None)
+        self.size = -(-config.part // config.batch_size) * config.batch_size
+        self.folder = run_folder(config.output, {**self.values, "part": self.size}, self.parents)
+
+    @cached_property
+    def parts(self) -> range:
+        """Numbers of the parts."""
+        return range(-(-len(self.catalog) // self.size))
+
+    def file(self, part: int) -> Path:
+        """Where the vectors of a part lie once they are computed."""
+        return self.folder / f"part-{part:06d}.npy"
+
+    def compute(self, part: int, network: nn.Module) -> NDArray[np.float32]:
+        """(pictures of the part, dim) float32, L2-normalised."""
+        rows = np.arange(part * self.size, min((part + 1) * self.size, len(self.catalog)))
+        pictures = self.catalog.take(rows)
+        return embed(pictures, self.preprocess, torch_forward(network), self.config.batch_size, self.config.threads)
+
+
+def embed_with(config: EmbedConfig, load: Loader) -> Path:
+    """Embed a catalogue and write the artifact, unless it is there already.
+
+    Args:
+        config: what to embed.
+        load: gives the model of an artifact; a module's function, which workers can import too.
+
+    Raises:
+        UserError: an empty split, a picture that cannot be read, or Ray asked for where it is not installed.
+    """
+    network, model = load(config.model)
+    job = EmbedJob(config, model)
+    # Before the look at the output: a first process that has finished has removed the parts.
+    absent = [part for part in job.parts if not job.file(part).is_file()]
+    if find_current(config.output, "embeddings", job.values, job.parents):
+        shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its artifact was there
+        say(f"{config.output}: up to date")
+        return Path(config.output)
+    if not len(job.catalog):
+        raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
+    with only_run(job.folder):
+        _carry_out(job, absent, network, load)
+    return Path(config.output)
+
+
+def _carry_out(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> None:
+    config = job.config
+    if len(absent) < len(job.parts):
+        say(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
+    if config.ray:
+        from vpr.retrieval.ray_job import compute_parts
+
+        compute_parts(job, absent, load)
+    else:
+        _compute_mine(job, absent, network)
+    if is_first():
+        _join(job)
+    else:
+        wait(lambda: finished_by_another(config.output, job.values, job.parents))
+
+
+def _compute_mine(job: EmbedJob, absent: list[int], network: nn.Module) -> None:
+    """This process's parts: neighbours, so that it reads few shards."""
+    rank, world = rank_and_world()
+    first, last = (len(job.parts) * edge // world for edge in (rank, rank + 1))
+    network = network.to(compute_device())
+    for part in absent:
+        if first <= part < last:
+            save_whole(job.file(part), job.compute(part, network))
+            if len(job.parts) > 1:
+                say(f"  part {part + 1} of {len(job.parts)}")
+
+
+def _join(job: EmbedJob) -> None:
+    for part in job.parts:
+        wait(job.file(part).is_file)
+    vectors = np.concatenate([np.load(job.file(part), allow_pickle=False) for part in job.parts])
+    write_embeddings(job.config.output, vectors, job.catalog, job.model, job.values)
+    shutil.rmtree(job.folder)
+    say(f"{job.config.output}: {len(vectors)} embeddings of {vectors.shape[1]} dimensions")

@@ -1,0 +1,135 @@
+"""``vpr search``: nearest gallery pictures of queries, both embedded before."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vpr.artifacts.run_folder import check_file, save_whole, written_whole
+from vpr.common.errors import UserError, check_numbers, printable
+from vpr.common.log import say
+from vpr.retrieval.embeddings import Embeddings, load_embeddings
+from vpr.retrieval.rerank import RerankConfig, rank
+
+SUBMITTED = 1000  # results per query in an AIcrowd submission
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class FindConfig:
+    """What to look for, where.
+
+    Attributes:
+        queries: embeddings artifact whose ``query`` pictures are looked up (all of it, if it has none).
+        gallery: embeddings artifact of the same model whose ``gallery`` pictures are searched.
+        output: CSV file of the results; empty prints the first queries only.
+        k: results per query.
+        rerank: steps between the embeddings and the ranking.
+        submission: ``.npy`` file for the AIcrowd Visual Product Recognition challenge: (queries, 1000) int64
+            gallery indices, both in the order of their tables.
+    """
+
+    queries: str
+    gallery: str
+    output: str = ""
+    k: int = 5
+    rerank: RerankConfig = RerankConfig()
+    submission: str = ""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, k=(1, None))
+        check_file("output", self.output)
+        check_file("submission", self.submission)
+        if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
+            raise UserError(f"submission: {self.submission}: is the output too: name another file")
+
+
+def find(config: FindConfig) -> Path | None:
+    """Search, print the first queries, and write all results as CSV (query, rank, image, product, score).
+
+    Raises:
+        UserError: embeddings of two models, too small a gallery for ``k`` or a submission.
+    """
+    queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
+    _check_comparable(config, queries, gallery)
+    asked, shown = queries.of_role("query"), gallery.of_role("gallery")
+    if config.submission:
+        _check_complete(queries, gallery, len(shown))
+    wanted = max(config.k, SUBMITTED) if config.submission else config.k
+    scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
+    _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
+    if config.submission:
+        save_whole(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
+        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
+    if not config.output:
+        return None
+    _write(Path(config.output), queries, gallery, asked, shown[found[:, : config.k]], scores)
+    say(f"{config.output}: {len(asked)} queries, {config.k} results each")
+    return Path(config.output)
+
+
+def _check_comparable(config: FindConfig, queries: Embeddings, gallery: Embeddings) -> None:
+    """Refuse embeddings of two models."""
+    first, second = queries.model, gallery.model
+    if first.sha256 != second.sha256:
+        raise UserError(
+            f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
+        )
+    if queries.vectors.shape[1] != gallery.vectors.shape[1]:
+        raise UserError(
+            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
+            "embed both again"
+        )
+
+
+def _check_complete(queries: Embeddings, gallery: Embeddings, shown: int) -> None:
+    """Refuse a submission whose numbers would be those of other pictures, or too few."""
+    if shown < SUBMITTED:
+        raise UserError(
+            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {shown}: "
+            "use --output instead"
+        )
+    for embeddings in (queries, gallery):
+        if embeddings.artifact.card.metrics.get("set_aside"):
+            raise UserError(
+                f"submission: {embeddings.artifact.path} lacks pictures that could not be read (its catalogue's "
+                "set_aside.csv): mend them and embed again"
+            )
+
+
+def _write(
+    path: Path,
+    queries: Embeddings,
+    gallery: Embeddings,
+    asked: NDArray[np.int64],
+    hits: NDArray[np.int64],
+    scores: NDArray[np.float32],
+) -> None:
+    with written_whole(path, "w") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["query", "rank", "image", "product", "score"])
+        for row, query in enumerate(asked):
+            for place, hit in enumerate(hits[row]):
+                values = [queries.images[query], place + 1, gallery.images[hit], gallery.products[hit]]
+                writer.writerow([*values, f"{scores[row, place]:.6f}"])
+
+
+def _print(
+    queries: Embeddings,
+    gallery: Embeddings,
+    asked: NDArray[np.int64],
+    hits: NDArray[np.int64],
+    scores: NDArray[np.float32],
+) -> None:
+    table = Table("query", *[f"top {place + 1}" for place in range(hits.shape[1])])
+    for row, found in enumerate(hits):
+        names = [escape(printable(f"{gallery.products[i]} {s:.2f}")) for i, s in zip(found, scores[row], strict=False)]
+        table.add_row(escape(printable(queries.products[asked[row]])), *names)
+    Console().print(table)
