@@ -12,24 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from app.config import DemoConfig
 from vpr.cli import run
 from vpr.common.log import say
 
 _ROOT = Path(__file__).parent.parent
 _BUDGET = "0.01"  # of recall@1, which the INT8 graph for TensorRT is decided on
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Where and how long.
-
-    Attributes:
-        output: folder of all artifacts; empty is ``runs/demo``, or ``runs/demo-full`` with ``full``.
-        full: the longer recipes (up to an hour) instead of those for minutes.
-    """
-
-    output: str = ""
-    full: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,13 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from app.config import DoctorConfig
 from export.backends.registry import BACKENDS
+from export.config import TARGETS
 from export.tensorrt.bindings import load_builder
-from export.tensorrt.build import TARGETS
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
 from vpr.training.loop import best_precision
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Nothing to choose.
-
-    Attributes:
-        verbose: list the version of every package, not only of the main ones.
-    """
-
-    verbose: bool = False
 
 
 @dataclass(frozen=True)

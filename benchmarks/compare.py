@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.config import CompareConfig
 from benchmarks.recall.paired_bootstrap import recall_drop
 from benchmarks.report.recommendation import (
     Row,
@@ -20,39 +21,8 @@ from benchmarks.report.recommendation import (
     unstable,
 )
 from benchmarks.report.schema import read_report
-from vpr.common.errors import BudgetBroken, UserError, check_numbers
+from vpr.common.errors import BudgetBroken, UserError
 from vpr.common.log import say
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Two reports of the same queries, and what may not get worse by more. Without a budget nothing is broken.
-
-    Attributes:
-        before: report.json, or the folder that it lies in.
-        after: the other one.
-        max_recall_drop: of recall@1, of any model, such as 0.01.
-        max_latency_ratio: p50 over that before, of any model and batch, such as 1.1.
-        max_size_ratio: bytes over those before, of any model.
-        latency_noise: p50s whose ratio departs from 1 by no more than this are equal.
-        seed: of the bootstrap.
-    """
-
-    before: str
-    after: str
-    max_recall_drop: float | None = None
-    max_latency_ratio: float | None = None
-    max_size_ratio: float | None = None
-    latency_noise: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_recall_drop is not None and not -1 <= self.max_recall_drop <= 1:
-            raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.01")
-        for name in ("max_latency_ratio", "max_size_ratio"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name}: {getattr(self, name)}: give a ratio above 0, such as 1.1")
-        check_numbers(self, latency_noise=(0, None), seed=(0, None))
 
 
 @dataclass(frozen=True)

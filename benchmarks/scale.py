@@ -7,21 +7,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.config import Kind, ScaleConfig
 from benchmarks.synthetic_gallery import Gallery, grow, real_gallery
 from export.backends.registry import default_threads
 from vpr.artifacts.store import check_output, plain, write_artifact
-from vpr.common.errors import UserError, check_numbers
 from vpr.common.log import say
 from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.search import search
 
-Kind = Literal["flat", "flat-fp16", "flat-int8", "ivf-flat", "ivf-int8", "ivf-pq", "hnsw"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 # Of faiss's index factory; an IVF index has about the root of the gallery's size of lists, PQ a byte for 4 dimensions.
 _FACTORY = {
     "flat": "Flat",
@@ -34,43 +32,6 @@ _FACTORY = {
 }
 _TOP = 10
 _TIE = 1e-5  # inner products nearer than this are the same to float32 sums of another order
-
-
-@dataclass(frozen=True)
-class ScaleConfig:
-    """What is searched, how.
-
-    Attributes:
-        embeddings: artifact with ``query`` pictures; all others are the real part of the gallery.
-        output: where the table is written.
-        sizes: of the galleries, rising.
-        kinds: of index; ``flat`` is exact, and the others are compared with it.
-        queries: at most this many of the artifact's.
-        batch: queries in a call, beside single ones.
-        probes: lists that an IVF index looks through for a query.
-        ef: candidates that HNSW keeps for a query.
-        seconds: that each way of searching is timed for, at least one call.
-        build_seconds: an index that would take longer, by its filling at the size before, is left out.
-        seed: of the synthetic vectors and of the choice of queries.
-    """
-
-    embeddings: str
-    output: str
-    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    kinds: tuple[Kind, ...] = KINDS
-    queries: int = 1000
-    batch: int = 100
-    probes: int = 16
-    ef: int = 128
-    seconds: float = 3.0
-    build_seconds: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = (1, None)
-        check_numbers(self, queries=least, batch=least, probes=least, ef=least, seed=(0, None))
-        if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
-            raise UserError(f"sizes: {list(self.sizes)}: give rising numbers of vectors")
 
 
 @dataclass(frozen=True)

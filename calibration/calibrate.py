@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from calibration.activation_stats import Activations, measure
+from calibration.config import CalibrateConfig, Method
 from calibration.onnx_layers import Linear, find_linears
-from calibration.ranges import METHODS, Method, threshold
-from calibration.sampling import Selection, select_pictures
+from calibration.ranges import METHODS, threshold
+from calibration.sampling import select_pictures
 from calibration.smoothquant import Smoothing, correct_bias, factors, output_error, search_smoothing, smooth
 from vpr.artifacts.store import find_current, load_artifact, plain, reading, write_artifact
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.imaging.decode import Preprocess
@@ -28,44 +29,6 @@ from vpr.retrieval.embeddings import read_batches
 
 _BATCH = 16
 _EXACT = 1e-5
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """A calibration.
-
-    Attributes:
-        onnx: FP32 ``onnx`` artifact.
-        catalog: catalogue artifact; only its ``train`` split is used.
-        output: where the ranges are written.
-        count: pictures.
-        selection: how they are drawn, see :func:`calibration.sampling.select_pictures`.
-        method: how a range is chosen from what was seen; ``auto`` takes for each tensor the method whose
-            range leaves the least error at the output of its linear.
-        percentile: in percent, for the method of that name.
-        smooth: move the difficulty of activations with outlying channels into the weights (SmoothQuant).
-        correct: take the mean error of each quantised linear from its bias.
-        evaluation: catalogue artifact that is scored, if another: pictures and products of all but its ``train``
-            split are refused.
-        seed: of the draw of pictures.
-    """
-
-    onnx: str
-    catalog: str
-    output: str
-    count: int = 256
-    selection: Selection = "stratified"
-    method: Literal[Method, "auto"] = "mse"
-    percentile: float = 99.99
-    smooth: bool = False
-    correct: bool = False
-    evaluation: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, seed=(0, None))
-        if not 0 < self.percentile <= 100:
-            raise UserError(f"percentile: {self.percentile}: give more than 0 and at most 100")
 
 
 @dataclass(frozen=True)

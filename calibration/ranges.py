@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.config import Method
 from vpr.inference.int8 import LEVELS
 
 BINS = 2048
@@ -15,7 +16,6 @@ _BLOCK = 128  # thresholds tried at a time: bounds the memory of a search over a
 _AVERAGING = 0.1
 _SMOOTHING = 1e-4
 _NEWTON_STEPS = 100
-Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "octav"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 

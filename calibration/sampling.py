@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.config import Selection
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.splits import check_leaks
 
-Selection = Literal["stratified", "random", "k-centre"]
 # k-centre embeds at most so many pictures for each one it chooses.
 POOL = 8
 

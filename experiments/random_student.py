@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from student.model import Student, StudentConfig
+from student.config import StudentConfig
+from student.model import Student
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.imaging.decode import Preprocess
 

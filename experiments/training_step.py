@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.figures import Figure, Row, record
 from vpr.common.errors import UserError
 from vpr.common.log import say
-from vpr.training.loop import RunConfig, decay_groups
+from vpr.training.config import RunConfig
+from vpr.training.loop import decay_groups
 
 Matmul = tuple[int, int, int]
 

@@ -12,16 +12,16 @@ from typing import Literal
 import onnx
 
 from export.backends.openvino_session import openvino_forward
+from export.config import TARGETS, EngineConfig, TimedBy
 from export.fp16 import to_fp16
 from export.tensorrt.bindings import Backend, choose_backend, this_gpu
-from export.tensorrt.build import TARGETS, EngineConfig, build_engine
+from export.tensorrt.build import build_engine
 from export.tensorrt.runner import open_engine
 from export.to_onnx import describe
 from vpr.artifacts.store import Artifact, write_artifact
 from vpr.common.hardware import read_gpus
 from vpr.retrieval.embeddings import Forward
 
-TimedBy = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
 Graphs = Mapping[str, onnx.ModelProto]
 OpenEngine = Callable[[Path], AbstractContextManager[Forward]]
 

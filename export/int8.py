@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,69 +15,20 @@ from numpy.typing import NDArray
 
 from calibration.onnx_layers import linear_nodes, weighted_nodes
 from calibration.smoothquant import smooth
-from export.candidates import Candidates, TimedBy, choose_timer
+from export.candidates import Candidates, choose_timer
+from export.config import Format, Int8Config, Recipe
 from export.fp16 import to_fp16
 from export.mixed_precision import Budget, keep_recall
-from export.qdq import Format, Recipe, quantise, quantised_nodes
-from export.to_onnx import MAX_BATCH, count_operators, describe, load_onnx
+from export.qdq import quantise, quantised_nodes
+from export.to_onnx import count_operators, describe, load_onnx
 from vpr.artifacts.store import Artifact, find_current, load_artifact, plain, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.hardware import MOST_THREADS
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.inference.int8 import read_ranges
 from vpr.retrieval.embeddings import read_batches
 
 _READ_BY = 16
-
-
-@dataclass(frozen=True)
-class Int8Config:
-    """A graph of eight-bit products.
-
-    Attributes:
-        onnx: FP32 ``onnx`` artifact.
-        ranges: ``ranges`` artifact measured on it.
-        output: where the graph is written.
-        base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
-            computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
-            slower than without quantisation over ``fp16``.
-        keep: layers whose names begin with one of these stay in the base precision. None keeps the first and the
-            last product with weights, or what a student's finishing kept.
-        recipe: ``linear`` leaves attention and convolutions in the base precision, ``full-mha`` quantises attention's
-            products too, ``full`` also a stem's convolutions. None is ``linear``, and ``full`` where a budget decides.
-        number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
-        max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
-            that ``keep`` does not name.
-        catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
-        timed_by: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
-            else OpenVINO on this CPU.
-        batch: pictures per call when candidates are timed.
-        seconds: of timing each candidate.
-        threads: of OpenVINO when it times; 0 leaves their number to it.
-    """
-
-    onnx: str
-    ranges: str
-    output: str
-    base: Literal["fp16", "fp32"] = "fp16"
-    keep: tuple[str, ...] | None = None
-    recipe: Recipe | None = None
-    number: Format = "int8"
-    max_recall_drop: float | None = None
-    catalog: str = ""
-    timed_by: TimedBy = "auto"
-    batch: int = 1
-    seconds: float = 2.0
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_recall_drop is not None and not -1 <= self.max_recall_drop <= 1:
-            raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.005")
-        if (self.max_recall_drop is None) != (not self.catalog):
-            raise UserError("max_recall_drop: give it together with catalog, whose validation split decides")
-        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and 0 <= self.threads <= MOST_THREADS):
-            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 to {MOST_THREADS}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.config import ParityConfig
 from export.parity import parity, rank_changes
 from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
@@ -26,33 +26,6 @@ from vpr.retrieval.embeddings import read_batches, unit
 
 _BATCH = 16
 _LAYER_PICTURES = 8
-
-
-@dataclass(frozen=True)
-class ParityConfig:
-    """A comparison.
-
-    Attributes:
-        student: student artifact, computed by PyTorch.
-        models: ``onnx`` artifacts, computed by ONNX Runtime on the CPU.
-        catalog: catalogue artifact; its pictures are compared on, nothing is trained.
-        output: where the table is written.
-        split: of the catalogue.
-        layers: compare the output of every layer too, on 8 of the pictures.
-        departs: cosine of a layer below which it is said to depart.
-    """
-
-    student: str
-    models: tuple[str, ...]
-    catalog: str
-    output: str
-    split: str = "test"
-    layers: bool = False
-    departs: float = 0.999
-
-    def __post_init__(self) -> None:
-        if not 0 < self.departs <= 1:
-            raise UserError(f"departs: {self.departs}: it is a cosine, above 0 and at most 1")
 
 
 def compare(config: ParityConfig) -> Path:

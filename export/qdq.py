@@ -10,7 +10,6 @@ Biases stay in floating point (TensorRT's parser refuses quantised INT32 biases)
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -25,12 +24,11 @@ from calibration.onnx_layers import (
     replace_constant,
     weighted_nodes,
 )
+from export.config import Format, Recipe
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
 from vpr.inference.onnx_graph import refused_by
 
-Recipe = Literal["linear", "full-mha", "full"]
-Format = Literal["int8", "fp8"]
 _FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _FP8_LARGEST = 448.0
 

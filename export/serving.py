@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from export.config import _NAME, MAX_BATCH, ServingConfig
 from export.tensorrt.compatibility import rebuild_command
-from export.to_onnx import MAX_BATCH
 from export.triton import Scheduling, model_config, to_text
 from vpr.artifacts.store import Artifact, check_output, find_current, load_artifact, plain, reading, write_artifact
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.imaging.decode import Preprocess
 from vpr.inference.onnx_graph import load_graph
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search
 
-# Of what Triton takes: a folder's name, a part of its URLs, and no hidden file.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 _GRAPH_BATCH = 32
 _HNSW_LINKS = 32
 _ASKED = 256
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class ServingConfig:
-    """A hand-off.
-
-    Attributes:
-        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs with VNNI
-            give an INT8 graph of ``--base fp32``; on GPUs INT8 is for the engine.
-        gallery: embeddings artifact of the same student; its ``gallery`` pictures are searched (all of it, if it
-            has none).
-        output: where the repository, the gallery and their README are written.
-        name: of the model in Triton; empty is that of the artifact.
-        max_batch: most pictures at once; None is the most of the engine's profile, or 32 for a graph.
-        preferred_batches: sizes sent off before the delay is over; None is the batch that an engine is tuned for
-            and ``max_batch``, and none for a graph, which has no such sizes.
-        queue_delay_us: longest wait for a fuller batch, microseconds.
-        instances: of the model on each device.
-        device: that computes; engines need ``gpu``.
-        index: ``flat`` is exact; ``hnsw`` is not, and stays quick for millions of pictures.
-    """
-
-    model: str
-    gallery: str
-    output: str
-    name: str = ""
-    max_batch: int | None = None
-    preferred_batches: tuple[int, ...] | None = None
-    queue_delay_us: int = 500
-    instances: int = 1
-    device: Literal["gpu", "cpu"] = "gpu"
-    index: Literal["flat", "hnsw"] = "flat"
-
-    def __post_init__(self) -> None:
-        if self.name and not _NAME.fullmatch(self.name):
-            raise UserError(f"name: {self.name!r}: give letters, digits, '_', '-' and '.', the first no '-' or '.'")
-        if self.max_batch is not None:
-            check_numbers(self, max_batch=(1, MAX_BATCH))
-        if not 0 <= self.queue_delay_us <= 1_000_000:
-            raise UserError(f"queue_delay_us: {self.queue_delay_us}: give 0 to 1000000 microseconds")
-        check_numbers(self, instances=(1, 64))
 
 
 def export_serving(config: ServingConfig) -> Path:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export.config import MAX_BATCH, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
 from export.parity import parity
 from vpr.artifacts.store import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, write_artifact
@@ -25,33 +25,8 @@ from vpr.retrieval.embeddings import read_pixels
 if TYPE_CHECKING:  # running a graph or an engine needs no torch
     from student.model import Student
 
-MAX_BATCH = 1024
 _BATCHES = (1, 3, 8)
 _TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class OnnxConfig:
-    """An export.
-
-    Attributes:
-        student: student artifact.
-        output: where the graph is written.
-        precision: ``fp16`` computes in half precision between FP32 input and output.
-        opset: 23 has one ``Attention`` per layer, which TensorRT fuses since 10.14; 20 spells it out
-            for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both rightly and equally fast.
-        catalog: catalogue whose first pictures the graph is checked on; random pixels if empty.
-        split: of that catalogue; checking trains nothing, so the test pictures may be used.
-        pictures: how many pictures are checked.
-    """
-
-    student: str
-    output: str
-    precision: Literal["fp32", "fp16"] = "fp32"
-    opset: Literal[20, 23] = 23
-    catalog: str = ""
-    split: str = "test"
-    pictures: int = 64
 
 
 def export_onnx(config: OnnxConfig) -> Path:

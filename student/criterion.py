@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
+from student.config import FROM_LABELS, LossConfig
 from student.losses import (
     affinity_loss,
     cosine_loss,
@@ -21,84 +20,12 @@ from student.losses import (
     similarity_kl,
 )
 from student.model import Student, build_vit
-from teacher.head import HeadConfig, MarginHead
+from teacher.head import MarginHead
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.readers import UNLABELLED
 
-FROM_TEACHER = (
-    "cosine",
-    "mse",
-    "similarity_kl",
-    "affinity",
-    "rkd_distance",
-    "rkd_angle",
-    "contrastive",
-    "logits",
-)
-FROM_LABELS = ("margin", "logits")
 _TRIPLES = 128  # pictures of a batch whose triples are compared: their angles are 8 MiB
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weight of each loss; 0 leaves it out. Relations and contrasts are those of one process's batch.
-
-    Attributes:
-        cosine: 1 - cosine of student and teacher.
-        mse: squared distance of the unit vectors.
-        similarity_kl: KL of the similarities to a bank of teacher embeddings.
-        affinity: KL of the similarities within the batch.
-        rkd_distance: relative distances within the batch.
-        rkd_angle: angles of triples of the batch (of its first 128 pictures).
-        contrastive: finding a picture's teacher embedding among the batch's.
-        margin: margin softmax over the products, from the labels and no teacher.
-        logits: vit-pytorch's ``DistillWrapper`` with the teacher's similarities to the products' mean embeddings as
-            its logits; a baseline, which goes with no other loss.
-        temperature: of the softened similarities.
-        contrastive_temperature: of the contrastive loss.
-        logits_alpha: share of the teacher in ``logits``; the rest is cross-entropy with the labels.
-        logits_temperature: of ``logits``.
-        head: of ``margin``; its scale is that of the teacher's logits too.
-    """
-
-    cosine: float = 1.0
-    mse: float = 0.0
-    similarity_kl: float = 1.0
-    affinity: float = 0.0
-    rkd_distance: float = 0.0
-    rkd_angle: float = 0.0
-    contrastive: float = 0.0
-    margin: float = 0.0
-    logits: float = 0.0
-    temperature: float = 0.05
-    contrastive_temperature: float = 0.07
-    logits_alpha: float = 0.5
-    logits_temperature: float = 1.0
-    head: HeadConfig = HeadConfig(scale=16.0, margin=0.0, margin_end=0.2)
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("temperature") and not 1e-3 <= value <= 100:
-                raise UserError(f"losses.{field.name}: {value}: give 0.001 to 100")
-            if isinstance(value, float) and not 0 <= value <= 1e6:
-                raise UserError(f"losses.{field.name}: {value}: give 0 or more")
-        if not 0 <= self.logits_alpha <= 1:
-            raise UserError(f"losses.logits_alpha: {self.logits_alpha}: give a share, 0 to 1")
-        if not self.weights():
-            raise UserError("losses: all weights are 0: give one loss a weight, such as cosine: 1")
-        if self.logits and len(self.weights()) > 1:
-            raise UserError("losses.logits: a baseline that goes with no other loss: set the others to 0")
-
-    def weights(self) -> dict[str, float]:
-        """The losses that are used."""
-        return {name: getattr(self, name) for name in (*FROM_TEACHER, "margin") if getattr(self, name) > 0}
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any loss looks at the teacher."""
-        return any(name in FROM_TEACHER for name in self.weights())
 
 
 class Labels:

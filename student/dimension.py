@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpr.common.errors import UserError, check_numbers
+from student.config import DimensionConfig
+from vpr.common.errors import UserError
 
 Vectors = NDArray[np.float32]
 _BATCH = 1024
 _LR = 1e-3
-
-
-@dataclass(frozen=True)
-class DimensionConfig:
-    """How embeddings of the teacher's D dimensions teach a student of d.
-
-    Attributes:
-        method: ``pca`` projects the teacher to the directions of most energy, ``cosine`` learns the projection that
-            keeps cosines best (after Wang et al., "CosPress", TMLR 2025, with a linear map), ``projector`` keeps the
-            teacher whole and learns a projection of the student up to D, thrown away afterwards; ``none`` has d = D.
-        pictures: teacher embeddings that a projection is fitted on.
-        steps: of learning ``cosine``.
-    """
-
-    method: Literal["none", "pca", "cosine", "projector"] = "none"
-    pictures: int = 16384
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "dimension.", pictures=(1, 1 << 20), steps=(1, 1 << 20))
-
-    @property
-    def projects_teacher(self) -> bool:
-        """Whether the student learns from projected embeddings."""
-        return self.method in ("pca", "cosine")
 
 
 def fit_projection(config: DimensionConfig, vectors: Vectors, dim: int, seed: int) -> Tensor:

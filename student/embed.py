@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from student.model import load_student
-from vpr.retrieval.embed import EmbedConfig as EmbedConfig
+from vpr.retrieval.config import EmbedConfig as EmbedConfig
 from vpr.retrieval.embed import embed_with
 
 

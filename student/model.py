@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,91 +15,9 @@ from vit_pytorch.vit import Attention
 from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
+from student.config import StudentConfig
 from vpr.artifacts.store import Artifact, load_artifact, reading
-from vpr.common.errors import UserError, check_numbers
-
-Preset = Literal["sample", "tiny", "small", "base"]
-
-# Widths and depths of DeiT-Ti, -S and -B (Touvron et al., "Training data-efficient image transformers", ICML 2021,
-# table 1); "sample" is for pictures of 64 pixels.
-PRESETS: dict[Preset, dict[str, int]] = {
-    "sample": {"image_size": 64, "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 384},
-    "tiny": {"image_size": 224, "patch_size": 16, "dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
-    "small": {"image_size": 224, "patch_size": 16, "dim": 384, "depth": 12, "heads": 6, "mlp_dim": 1536},
-    "base": {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
-}
-# A shape comes from a card too: these bound what it can make a reader allocate.
-_BOUNDS = {
-    "image_size": (1, 1024),
-    "patch_size": (1, 64),
-    "dim": (1, 4096),
-    "depth": (1, 64),
-    "heads": (1, 64),
-    "dim_head": (1, 256),
-    "mlp_dim": (1, 16384),
-    "embedding_dim": (0, 8192),
-}
-_MOST_TOKENS, _MOST_REGISTERS = 4096, 64
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Shape of the student. A number that is 0 is taken from the preset.
-
-    Attributes:
-        preset: ``tiny``, ``small`` and ``base`` have DeiT's widths for pictures of 224 pixels.
-        image_size: side of the input, pixels; a multiple of the patch.
-        patch_size: side of a patch, pixels; a power of two with the convolutional stem.
-        dim: width of the tokens.
-        depth: number of blocks.
-        heads: attention heads.
-        dim_head: width of a head.
-        mlp_dim: width of the hidden layer of a block's MLP.
-        embedding_dim: width of the output; 0 is that of the signal it is distilled from.
-        pool: ``mean`` over the tokens, or the ``cls`` token.
-        stem: ``patch`` is vit-pytorch's own linear patch embedding; ``conv`` replaces it by
-            3x3 convolutions of stride 2 (Xiao et al., "Early Convolutions Help Transformers See
-            Better", NeurIPS 2021, section 4), which small data needs.
-        family: ``vit``, or vit-pytorch's ``vit_for_small_dataset``: shifted patches and attention that leaves
-            out a token itself, with a learned temperature (Lee et al., "Vision Transformer for Small-Size
-            Datasets", 2021).
-        registers: tokens that take part in attention and are dropped before pooling (Darcet et al., "Vision
-            Transformers Need Registers", ICLR 2024).
-        dropout: in attention and MLP.
-        gradient_checkpointing: compute each block again for its gradient, which needs less memory.
-    """
-
-    preset: Preset = "sample"
-    image_size: int = 0
-    patch_size: int = 0
-    dim: int = 0
-    depth: int = 0
-    heads: int = 0
-    dim_head: int = 64
-    mlp_dim: int = 0
-    embedding_dim: int = 0
-    pool: Literal["mean", "cls"] = "mean"
-    stem: Literal["patch", "conv"] = "patch"
-    family: Literal["vit", "small-data"] = "vit"
-    registers: int = 0
-    dropout: float = 0.0
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise UserError(f"model.preset: '{self.preset}': choose from {', '.join(PRESETS)}")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, value)
-        check_numbers(self, "model.", **_BOUNDS)
-        if self.image_size % self.patch_size:
-            raise UserError(f"model.image_size: {self.image_size} is no multiple of the patch of {self.patch_size}")
-        if (self.image_size // self.patch_size) ** 2 > _MOST_TOKENS:
-            raise UserError(f"model.patch_size: {self.patch_size} makes more than {_MOST_TOKENS} tokens: raise it")
-        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
-            raise UserError(f"model.patch_size: {self.patch_size}: the convolutional stem needs a power of two")
-        if not 0 <= self.registers <= _MOST_REGISTERS or not 0 <= self.dropout < 1:
-            raise UserError(f"model: give 0 to {_MOST_REGISTERS} registers, and dropout from 0 to below 1")
+from vpr.common.errors import UserError
 
 
 class SdpaAttention(nn.Module):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from student.config import SignalConfig
 from student.dimension import project
-from student.teacher_cache import Signal, SignalConfig, embed_pixels
+from student.teacher_cache import Signal, embed_pixels
 from vpr.common.distributed import gathered
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import Normalise, PictureDataset

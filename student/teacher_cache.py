@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from student.config import SignalConfig
 from student.teacher_model import Source
 from vpr.artifacts.run_folder import finished_by_another, only_run, run_folder, save_whole, wait
 from vpr.artifacts.store import (
@@ -31,47 +31,17 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.distributed import compute_device, is_first, rank_and_world
-from vpr.common.errors import UserError, check_numbers
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig, Normalise, PictureDataset, validation_loader
-from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import Normalise, PictureDataset, validation_loader
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.config import ViewConfig
 from vpr.retrieval.embeddings import unit
 from vpr.training.loop import best_precision
 
 _BATCH = 256
-_MOST_VIEWS = 10_000
 _KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
-
-
-@dataclass(frozen=True)
-class SignalConfig:
-    """Where the teacher's embeddings come from.
-
-    Attributes:
-        mode: ``cached`` embeds the views once, before training; ``online`` runs the teacher beside the student, on
-            new views in every epoch.
-        views: cached views of each picture; epochs go round them.
-        shard: pictures in a file of the cache.
-        bank: teacher embeddings that similarities are taken to: drawn from the cache anew in each epoch, or the
-            latest ones online.
-        mixup: a of the Beta(a, a) by which pairs of pictures are mixed, teacher's and student's alike; online
-            alone, 0 mixes none (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
-            CVPR 2022, section 3).
-    """
-
-    mode: Literal["cached", "online"] = "cached"
-    views: int = 8
-    shard: int = 16384
-    bank: int = 4096
-    mixup: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "signal.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
-        if self.mixup and not 0.05 <= self.mixup <= 100:
-            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
-        if self.mixup and self.mode == "cached":
-            raise UserError("signal.mixup: a mixed picture cannot be looked up: set signal.mode to online")
 
 
 @dataclass(frozen=True)

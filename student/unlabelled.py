@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vpr.artifacts.store import CARD_NAME, Parent
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import Parent
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import say
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import CatalogConfig
 from vpr.data.duplicates import concatenate, repeats_of
 
 

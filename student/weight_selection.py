@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from student.model import Student, StudentConfig
+from student.config import StudentConfig
+from student.model import Student
 from teacher.weights import resize_positions
 from vpr.artifacts.store import Artifact, load_artifact, reading
 from vpr.common.errors import UserError

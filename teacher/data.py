@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from teacher.config import DataConfig
 from vpr.artifacts.store import file_sha256, find_current, plain, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say
@@ -19,52 +19,13 @@ from vpr.data.build_catalog import check_pictures
 from vpr.data.catalog import Catalog, Refused, fill_draft, picture_root, table_of
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.readers import READERS
-from vpr.data.splits import check_shares, find_leaks, split_by_product
+from vpr.data.splits import find_leaks, split_by_product
 
 Repeat = tuple[str, str, str]
 TABLES = {
     "products10k": ("train.csv", "test_kaggletest.csv"),
     "aicrowd": ("gallery.csv", "queries.csv"),
 }
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a teacher is trained on.
-
-    Attributes:
-        output: where the catalogue is written.
-        products10k: folder of Products-10K; its train and test tables are both read. Empty leaves it out.
-        aicrowd: folder of the AIcrowd Visual Product Recognition development set. Empty leaves it out.
-        csv: further tables with columns ``image`` and ``product``; a table whose ``split`` column names
-            validation or test rows keeps its own split.
-        validation: share of each source's products held out to choose checkpoints.
-        test: share of each source's products held out to be scored.
-        seed: of the splits.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing.
-    """
-
-    output: str
-    products10k: str = ""
-    aicrowd: str = ""
-    csv: tuple[str, ...] = ()
-    validation: float = 0.05
-    test: float = 0.0
-    seed: int = 0
-    skip_unreadable: bool = False
-
-    def __post_init__(self) -> None:
-        check_shares(self.validation, self.test, self.seed)
-        places = [path.resolve() for _, path in self.sources()]
-        if not places:
-            raise UserError("vpr teacher data: no source: give --products10k, --aicrowd or --csv")
-        if len(set(places)) < len(places):
-            raise UserError("vpr teacher data: one source is given twice: name each once")
-
-    def sources(self) -> list[tuple[str, Path]]:
-        """Reader and place of each source, in the order in which they are joined."""
-        folders = [(reader, getattr(self, reader)) for reader in ("products10k", "aicrowd")]
-        return [(reader, Path(path)) for reader, path in [*folders, *(("csv", t) for t in self.csv)] if path]
 
 
 def build_data(config: DataConfig) -> Path:

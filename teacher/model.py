@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from teacher.config import TowerConfig
 from teacher.tower import drop_projection, overlap_patches, set_size, side
 from teacher.weights import download, load_tower_weights, read_tower_weights
-from vpr.artifacts.store import CARD_NAME, Artifact, load_artifact, reading
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import Artifact, load_artifact, reading
 from vpr.common.errors import UserError
 from vpr.imaging.decode import Preprocess
 
-LARGEST_SIDE = 2048  # of a picture, pixels; `Preprocess` has the same
 # A tower may be described by a stranger's file: these bound what it can make a reader build.
 _MAX_TOWER_BYTES = 1 << 20
 _LARGEST, _MOST_LAYERS = 1 << 16, 512
 _TOWERS = Path(__file__).parent / "towers"
 # Only the image tower is used; the text tower is made as small as open_clip lets it be.
 _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """Which image tower, and how its output becomes the embedding.
-
-    Attributes:
-        name: an ``open_clip`` model such as ``ViT-H-14``, a JSON file in open_clip's form, or the
-            name of one in ``teacher/towers`` (``sample``, ``sample-vit``).
-        pretrained: a tag of ``open_clip`` such as ``laion2b_s32b_b79k``, a local ``.safetensors``
-            file, a teacher artifact of the same tower (what is added to it starts from that teacher's too, where
-            it is of the same shape), or empty for random weights.
-        image_size: side of the input in pixels; 0 keeps the tower's own.
-        patch_stride: distance of the patches of a ViT in pixels, less than their side to let them overlap; 0 does not.
-        keep_projection: keep CLIP's own projection (ViT-H-14: 1280 to 1024).
-        dropout: share of the tower's output that is dropped in training.
-        embedding_dim: a new linear projection to this many dimensions; 0 adds none.
-        batch_norm: BatchNorm of the embedding before it is scaled to unit length.
-        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
-        squash: squash the whole picture to the square instead of cropping its centre.
-    """
-
-    name: str = "ViT-H-14"
-    pretrained: str = "laion2b_s32b_b79k"
-    image_size: int = 0
-    patch_stride: int = 0
-    keep_projection: bool = True
-    dropout: float = 0.0
-    embedding_dim: int = 0
-    batch_norm: bool = False
-    gradient_checkpointing: bool = False
-    squash: bool = True
-
-    def __post_init__(self) -> None:
-        sides = (("image_size", 16, LARGEST_SIDE), ("patch_stride", 1, LARGEST_SIDE), ("embedding_dim", 1, 1 << 16))
-        for name, least, most in sides:
-            value = getattr(self, name)
-            if value != 0 and not least <= value <= most:
-                raise UserError(f"tower.{name}: {value}: give 0, or {least} to {most}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"tower.dropout: {self.dropout}: give a share from 0 to below 1")
 
 
 class Teacher(nn.Module):

@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from teacher.head import HeadConfig, MarginHead
+from teacher.config import HeadConfig, Place, TowerConfig
+from teacher.head import MarginHead
 from teacher.layers import trainable
 from teacher.memory import advice, available_memory, estimate
-from teacher.model import TowerConfig, build_teacher
-from teacher.module import Place
+from teacher.model import build_teacher
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError, remedy
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import EpochSampler, LoaderConfig
-from vpr.training.loop import RunConfig, best_precision
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import EpochSampler
+from vpr.training.config import RunConfig
+from vpr.training.loop import best_precision
 
 
 def print_plan(

@@ -18,30 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpr.artifacts.run_folder import check_file, run_folder, written_whole
-from vpr.artifacts.store import CARD_NAME, SCHEMA, Card, Damaged, read_card_file
+from teacher.config import RunsConfig
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.run_folder import run_folder, written_whole
+from vpr.artifacts.store import SCHEMA, Card, Damaged, read_card_file
 from vpr.common.errors import UserError, printable
 from vpr.common.log import say
 from vpr.training.callbacks import MONITOR
 
 _RUN = ".run-"
 _FILE_WIDTH = 180
-
-
-@dataclass(frozen=True)
-class RunsConfig:
-    """What to list.
-
-    Attributes:
-        folder: looked through with everything below it, hidden folders and links aside.
-        output: CSV file of the table; empty prints it only.
-    """
-
-    folder: str = "runs"
-    output: str = ""
-
-    def __post_init__(self) -> None:
-        check_file("output", self.output)
 
 
 @dataclass(frozen=True)

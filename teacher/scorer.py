@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from teacher.model import load_teacher
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig, PictureDataset, validation_loader
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import PictureDataset, validation_loader
 from vpr.imaging.decode import Preprocess
 from vpr.retrieval.embeddings import score_split, torch_forward, unit
 from vpr.retrieval.metrics import RetrievalScores

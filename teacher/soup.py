@@ -8,60 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from safetensors.torch import save_file
 
 from teacher.averaging import Row, greedy, read_weights, uniform, wise_ft
-from teacher.model import TowerConfig, build_teacher
+from teacher.config import SoupConfig, TowerConfig
+from teacher.model import build_teacher
 from teacher.scorer import Scorer, Weights
 from teacher.train import read_start
-from vpr.artifacts.store import CARD_NAME, Artifact, find_current, load_artifact, plain, reading, write_artifact
-from vpr.common.errors import UserError, check_numbers
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import Artifact, find_current, load_artifact, plain, reading, write_artifact
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.splits import find_leaks
 
 # Parts of the network's configuration that weights do not depend on once they are trained.
 _FREE = frozenset({"dropout", "gradient_checkpointing"})
-
-
-@dataclass(frozen=True)
-class SoupConfig:
-    """Which weights are joined, and how.
-
-    Attributes:
-        models: teacher artifacts of one network, trained on one catalogue; ``wise-ft`` takes a single one.
-        catalog: the catalogue that they were trained on; its ``validation`` split chooses.
-        output: where the soup is written, itself a teacher.
-        method: ``uniform`` averages all; ``greedy`` adds one after the other, best first, keeping each that does not
-            lower validation recall@1; ``wise-ft`` interpolates with the zero-shot weights.
-        alphas: shares of the fine-tuned weights that ``wise-ft`` tries.
-        batch_size: pictures at a time.
-        workers: processes that decode, where the pictures do not fit in memory.
-        seed: of the pictures that BatchNorm statistics are estimated on.
-    """
-
-    models: tuple[str, ...]
-    catalog: str
-    output: str
-    method: Literal["uniform", "greedy", "wise-ft"] = "greedy"
-    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    batch_size: int = 64
-    workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        wanted = "exactly one" if self.method == "wise-ft" else "at least two"
-        if (len(self.models) == 1) != (self.method == "wise-ft") or not self.models:
-            raise UserError(f"models: {len(self.models)} given, {self.method} takes {wanted}: see --method")
-        if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
-            raise UserError(f"alphas: {list(self.alphas)}: give one or more shares from 0 to 1")
-        check_numbers(self, batch_size=(2, None), workers=(0, None), seed=(0, None))
-        if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
-            raise UserError(f"output: {self.output} is one of the models and would be replaced: choose another")
 
 
 def soup(config: SoupConfig) -> Path:

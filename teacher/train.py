@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from teacher.head import HeadConfig
-from teacher.model import TowerConfig, build_teacher, read_tower
-from teacher.module import Place, StageConfig, TeacherModule
+from teacher.config import TrainConfig
+from teacher.model import build_teacher, read_tower
+from teacher.module import TeacherModule
 from teacher.plan import print_plan
+from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import only_run, run_folder
 from vpr.artifacts.store import (
-    CARD_NAME,
     Artifact,
     Draft,
     Embedding,
@@ -30,61 +30,12 @@ from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.data.loaders import PictureDataset, training_loader, validation_loader
 from vpr.data.splits import find_leaks
-from vpr.imaging.augment import ViewConfig
 from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import copy_logs
-from vpr.training.loop import Fitted, RunConfig, fit, training_and_validation, training_values
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A teacher's training.
-
-    Attributes:
-        catalog: catalogue artifact; its ``train`` split is trained on, ``validation`` chooses the epoch.
-        output: where the teacher is written.
-        recipe: name that ``vpr teacher runs`` shows.
-        tower: the image tower.
-        head: the margin.
-        stages: one after the other; each starts from the last weights of the one before, and the teacher is the
-            best epoch of the last one.
-        views: augmentation.
-        loader: batches.
-        run: how it is carried out.
-        allow_leak: train even if a scored product or picture is inside; the card then says so.
-        dry_run: print the plan and the memory it needs, and stop.
-        seed: of weights, order, views and dropout.
-    """
-
-    catalog: str
-    output: str
-    recipe: str = ""
-    tower: TowerConfig = TowerConfig()
-    head: HeadConfig = HeadConfig()
-    stages: tuple[StageConfig, ...] = (StageConfig("head", 1), StageConfig("all", 9))
-    views: ViewConfig = ViewConfig()
-    loader: LoaderConfig = LoaderConfig()
-    run: RunConfig = RunConfig()
-    allow_leak: bool = False
-    dry_run: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.stages:
-            raise UserError("stages: none: give at least one, such as {train: all, epochs: 10}")
-        if not 0 <= self.seed < 1 << 31:
-            raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
-
-    def places(self) -> list[Place]:
-        """The stages with where each begins."""
-        places, before, total = [], 0, sum(stage.epochs for stage in self.stages)
-        for stage in self.stages:
-            places.append(Place(stage, before, total, stage.views or self.views, self.seed))
-            before += stage.epochs
-        return places
+from vpr.training.loop import Fitted, fit, training_and_validation, training_values
 
 
 def train(config: TrainConfig) -> Path | None:

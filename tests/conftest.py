@@ -12,9 +12,10 @@ from PIL import Image
 from torch.utils.data._utils import signal_handling
 
 from experiments.random_student import write_random_student
-from student.model import StudentConfig
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from student.config import StudentConfig
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import CatalogConfig
 from vpr.inference.onnx_session import keep_to_ourselves
 
 keep_to_ourselves()

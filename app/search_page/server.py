@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.config import ServeConfig
 from app.search_page.lookup import Found, Searcher, agreement, load_searchers
 from app.search_page.upload_limits import ADDRESS, Room, listen, make_server
 from vpr.common.errors import UserError
@@ -51,39 +51,6 @@ _HEADERS = {
     "cache-control": "no-store",
 }
 _Answer = TypeVar("_Answer")
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """What the page searches, with what.
-
-    Attributes:
-        models: one or two artifacts: teacher, student, ONNX graph or engine; each runs on its backend that is fastest
-            here.
-        catalog: catalogue artifact.
-        split: whose gallery pictures are searched; empty takes every split's.
-        embeddings: for each model the artifact that keeps the catalogue's embeddings, made where it is not there yet;
-            left out, the gallery is embedded at every start.
-        top: results shown.
-        port: on 127.0.0.1; 0 takes a free one.
-    """
-
-    models: tuple[str, ...]
-    catalog: str
-    split: str = "test"
-    embeddings: tuple[str, ...] = ()
-    top: int = 12
-    port: int = 8000
-
-    def __post_init__(self) -> None:
-        if len(self.models) not in (1, 2):
-            raise UserError(f"models: {len(self.models)} given: give one, or two to compare")
-        if self.embeddings and len(self.embeddings) != len(self.models):
-            raise UserError(f"embeddings: {len(self.embeddings)} given: give one for each model, in their order")
-        if not 1 <= self.top <= 100:
-            raise UserError(f"top: {self.top}: give 1 to 100")
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"port: {self.port}: give 1 to 65535, or 0 for a free one")
 
 
 def serve(config: ServeConfig) -> None:

@@ -4,70 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.config import LatencyConfig
 from benchmarks.latency.cold_start import start_often
 from benchmarks.latency.device_time import device_times
 from benchmarks.latency.open_loop import Load, answer_load
 from benchmarks.latency.preprocessing import picture_source
 from benchmarks.latency.roofline import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
 from benchmarks.latency.statistics import describe
-from export.backends.registry import USUAL, BackendUnavailable, Model, choose, default_threads, models_of
+from export.backends.registry import USUAL, BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import check_output, load_artifact, plain, write_artifact
-from vpr.common.errors import UserError, check_numbers
-from vpr.common.hardware import MOST_THREADS, available_cpus
+from vpr.common.hardware import available_cpus
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog
 from vpr.inference.timing import measure_rounds
 from vpr.retrieval.embeddings import Forward
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LatencyConfig:
-    """What is timed.
-
-    Attributes:
-        models: artifacts; each is timed with every backend that can run it here.
-        output: where the table is written.
-        batches: pictures per call.
-        seconds: time spent on each model and batch, after warm-up.
-        threads: of every backend alike; 0 is one per processor.
-        backends: names of those tried, or ``all``; what cannot run here is listed with the reason.
-        starts: processes in which each model is started alone, for cold start and memory; 0 leaves that out.
-        catalog: whose pictures are decoded and resized, alone and before the model; empty leaves that out.
-        arrivals: times each model on requests that come at a given rate, at random (``poisson``) or evenly (``fixed``).
-        rate: of them, requests per second; 0 is 80 % of what the model answers one after another.
-        seed: of the arrivals.
-    """
-
-    models: tuple[str, ...]
-    output: str
-    batches: tuple[int, ...] = (1, 8)
-    seconds: float = 1.5
-    threads: int = 0
-    backends: tuple[str, ...] = USUAL
-    starts: int = 1
-    catalog: str = ""
-    arrivals: Literal["none", "poisson", "fixed"] = "none"
-    rate: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.models:
-            raise UserError("models: none given: name at least one artifact")
-        if not self.batches or min(self.batches) < 1:
-            raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more pictures")
-        least = (0, None)
-        check_numbers(self, threads=(0, MOST_THREADS), seconds=least, starts=least, rate=least, seed=least)
-        choose(self.backends)
 
 
 def latency(config: LatencyConfig) -> Path:

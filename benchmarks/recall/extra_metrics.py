@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.data.catalog import Catalog
+from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval, evaluate, evaluate_similarities
-from vpr.retrieval.rerank import RerankConfig, similarities, transform
+from vpr.retrieval.rerank import similarities, transform
 
 Vectors = NDArray[np.float32]
 

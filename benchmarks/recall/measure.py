@@ -12,44 +12,18 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from benchmarks.config import RERANK, RecallConfig
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
 from benchmarks.recall.extra_metrics import asymmetric, by_category, measures, reranked
 from benchmarks.recall.paired_bootstrap import against, recall_drop, write_changed
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import Parent, find_current, load_artifact, plain, write_artifact
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.metrics import evaluate
-from vpr.retrieval.rerank import RerankConfig
-
-# Those of the steps whose cost grows as search does; k-reciprocal re-ranking takes minutes on a large gallery.
-RERANK = RerankConfig(centre=True, dba=5, qe=5)
-
-
-@dataclass(frozen=True)
-class RecallConfig:
-    """What is scored.
-
-    Attributes:
-        catalog: catalogue artifact with query and gallery pictures.
-        models: artifacts.
-        output: where the table is written.
-        split: the scored split.
-        rerank: steps after the embedding that every model is scored with as well, besides being scored without.
-        seed: of the bootstrap.
-    """
-
-    catalog: str
-    models: tuple[str, ...]
-    output: str
-    split: str = "test"
-    rerank: RerankConfig = RERANK
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, seed=(0, None))
 
 
 @dataclass(frozen=True)

@@ -4,62 +4,21 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
-from benchmarks.recall.measure import RERANK, Scored, add_note, parents_of, score_models
+from benchmarks.recall.measure import Scored, add_note, parents_of, score_models
 from benchmarks.recall.paired_bootstrap import write_changed
 from benchmarks.report.examples import changed_sheet, query_sheet
 from benchmarks.report.schema import SCHEMA, check, json_schema
 from export.backends.registry import default_threads
 from vpr.artifacts.store import find_current, load_artifact, plain, reading, write_artifact
-from vpr.common.errors import UserError, check_numbers
-from vpr.common.hardware import MOST_THREADS, environment
+from vpr.common.hardware import environment
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.retrieval.rerank import RerankConfig
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """What is compared.
-
-    Attributes:
-        catalog: catalogue artifact with query and gallery pictures.
-        models: artifacts: teacher, assistants, student, ONNX graphs, engines.
-        output: where the report is written.
-        split: the scored split.
-        batches: pictures per call, for latency.
-        seconds: time spent on each model and batch.
-        threads: of every backend alike; 0 is one per processor.
-        drop: recall@1 that the recommended model may lose against the FP32 student.
-        rerank: steps after the embedding that every model is scored with as well, besides being scored without.
-        ranges: artifacts of ``vpr calibrate`` to draw.
-        sheet_queries: queries shown with their top five.
-        seed: of the bootstrap and of the queries shown.
-    """
-
-    catalog: str
-    models: tuple[str, ...]
-    output: str
-    split: str = "test"
-    batches: tuple[int, ...] = (1, 8)
-    seconds: float = 1.5
-    threads: int = 0
-    drop: float = 0.02
-    rerank: RerankConfig = RERANK
-    ranges: tuple[str, ...] = ()
-    sheet_queries: int = 12
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, seconds=(0, None), threads=(0, MOST_THREADS), sheet_queries=(0, None), seed=(0, None))
-        if not -1 <= self.drop <= 1:
-            raise UserError(f"drop: {self.drop}: it is a share of queries, such as 0.02")
-        if not self.batches or min(self.batches) < 1:
-            raise UserError(f"batches: {list(self.batches)}: give at least one number of pictures, 1 or more")
 
 
 def report(config: ReportConfig) -> Path:

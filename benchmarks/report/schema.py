@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vpr.artifacts.store import CARD_NAME, load_artifact
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 
 SCHEMA = 1

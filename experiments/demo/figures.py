@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.demo import DemoConfig, demo, read_times
+from app.config import DemoConfig
+from app.demo import demo, read_times
 from benchmarks.report.recommendation import milliseconds
 from benchmarks.report.tables import main_columns, texts
 from experiments.demo.interrupted import interrupt

@@ -14,7 +14,8 @@ from experiments.int8 import tools as int8_tools
 from experiments.int8.tools import Measured, TrainedStudent, measure_graphs, own_graphs, run_tool
 from experiments.intervals import drop_text, recall_text
 from experiments.venv_runner import run_in_venv
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say

@@ -17,8 +17,8 @@ from experiments.int8.speed import cpu_speed
 from experiments.int8.study import study
 from experiments.int8.tools import TrainedStudent, compare_tools, own_graphs, within_budget
 from experiments.student.figures import measure_grocery, measure_sizes
+from export.config import TARGETS, EngineConfig
 from export.tensorrt.bindings import this_gpu
-from export.tensorrt.build import TARGETS, EngineConfig
 from tests.reliability.fuzz.fuzz import FuzzConfig, fuzz, summarise
 from vpr.common.hardware import read_gpus
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.latency.measure import time_models
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row
 from experiments.int8.tools import TrainedStudent
 from experiments.intervals import recall_text
 from export.backends.registry import Model, default_threads, models_of
-from export.int8 import Int8Config, export_int8
+from export.config import EngineConfig, Int8Config, OnnxConfig
+from export.int8 import export_int8
 from export.tensorrt.bindings import Backend, load_builder
-from export.tensorrt.build import EngineConfig, build_engine
-from export.to_onnx import OnnxConfig, export_onnx
+from export.tensorrt.build import build_engine
+from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say

@@ -13,7 +13,8 @@ from export.backends.openvino_session import openvino_forward
 from export.backends.registry import default_threads
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import trace
-from student.model import Student, StudentConfig
+from student.config import StudentConfig
+from student.model import Student
 from vpr.inference.timing import measure, summarise
 from vpr.retrieval.embeddings import torch_forward
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from calibration.ranges import METHODS
 from experiments.figures import Row
 from experiments.int8.tools import TrainedStudent
 from experiments.intervals import mean_text
 from export.backends.openvino_session import openvino_forward
-from export.int8 import Int8Config, export_int8
+from export.config import Int8Config, OnnxConfig
+from export.int8 import export_int8
 from export.parity import parity
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from export.to_onnx import export_onnx, load_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog

@@ -15,14 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row
 from experiments.intervals import drop_text, recall_text
 from experiments.venv_runner import run_in_venv
 from export.backends.openvino_session import openvino_forward
-from export.int8 import Int8Config, export_int8
+from export.config import Int8Config, OnnxConfig
+from export.int8 import export_int8
 from export.parity import parity
-from export.to_onnx import OnnxConfig, export_onnx
+from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from app.demo import DemoConfig, demo
+from app.config import DemoConfig
+from app.demo import demo
 from benchmarks.latency.measure import Row as Timed
 from benchmarks.latency.measure import open_models, time_models
 from benchmarks.latency.open_loop import Load, answer_load
@@ -25,8 +26,9 @@ from experiments.latency.scale import scale_figures
 from experiments.latency.search_check import measure_recall_code
 from experiments.random_student import write_random_student
 from export.backends.registry import default_threads, models_of
-from export.to_onnx import OnnxConfig, export_onnx
-from student.model import Preset, StudentConfig
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
+from student.config import Preset, StudentConfig
 
 _FOLDER = Path("runs/figures-latency")
 _DIM = 256

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.scale import ScaleConfig, scale
+from benchmarks.config import ScaleConfig
+from benchmarks.scale import scale
 from experiments.figures import Figure, Row
 from experiments.int8.figures import sample
 from student.embed import EmbedConfig, embed_catalog

@@ -11,19 +11,17 @@ from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
 from experiments.intervals import mean_text
-from student.config import DistillConfig
-from student.criterion import LossConfig
+from student.config import DistillConfig, LossConfig, SignalConfig, StudentConfig
 from student.distill import distill
-from student.model import StudentConfig, load_student
-from student.teacher_cache import SignalConfig
+from student.model import load_student
 from teacher.model import Teacher, load_teacher
 from vpr.artifacts.store import Artifact
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.loaders import LoaderConfig
+from vpr.data.config import LoaderConfig
 from vpr.retrieval.embeddings import embed, score_split, torch_forward
 from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
-from vpr.training.loop import RunConfig
+from vpr.training.config import RunConfig
 
 SEEDS = (0, 1)
 # Patches of 16 of the teacher's own 96 pixels: the fewest multiply-adds that keep a convolutional stem's detail.

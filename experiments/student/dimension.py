@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
-from student.dimension import DimensionConfig, fit_projection, project
+from student.config import DimensionConfig
+from student.dimension import fit_projection, project
 from vpr.retrieval.embeddings import unit
 from vpr.retrieval.metrics import bootstrap_interval, evaluate
 

@@ -20,7 +20,8 @@ from student.teacher_cache import cache_signal
 from student.teacher_model import load_source
 from vpr.data.catalog import load_catalog
 from vpr.data.loaders import PictureDataset, training_loader, validation_loader
-from vpr.training.loop import RunConfig, best_precision, fit
+from vpr.training.config import RunConfig
+from vpr.training.loop import best_precision, fit
 
 Loader = DataLoader[dict[str, Tensor]]
 _EPOCHS = 4  # the first warms up, the last has a validation

@@ -20,8 +20,9 @@ from experiments.student.epoch import epoch_figures
 from experiments.student.sizes import size_curve
 from experiments.student.training_step import StudentStepConfig, student_step, unmeasured
 from experiments.teacher.ablation import build_grocery, grocery_data, grocery_teacher, sample_teacher
-from student.model import StudentConfig
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from student.config import StudentConfig
+from vpr.data.build_catalog import build_catalog
+from vpr.data.config import CatalogConfig
 
 # Relative: paths are part of an artifact's configuration.
 _FOLDER, _FULL = Path("runs/figures-student"), Path("runs/demo-full")

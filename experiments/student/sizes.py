@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.latency.measure import time_models
 from experiments.figures import Figure, Row
 from experiments.student.ablation import SMALL, Scores, Setting, distillation, retention, score_students, score_teacher
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
 from student.distill import distill
 from student.model import count_multiply_adds
 from vpr.artifacts.store import Artifact, load_artifact

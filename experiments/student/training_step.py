@@ -29,14 +29,16 @@ from experiments.training_step import (
     require_gpu,
     step_command,
 )
-from student.criterion import LossConfig
+from student.config import LossConfig, Preset, StudentConfig
 from student.losses import cosine_loss, similarity_kl
-from student.model import Preset, Student, StudentConfig, count_multiply_adds
+from student.model import Student, count_multiply_adds
 from student.teacher_cache import embed_pixels
-from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.config import TowerConfig
+from teacher.model import build_teacher, read_tower
 from vpr.common.log import say
 from vpr.data.loaders import Normalise
-from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.config import ViewConfig
 
 Mode = Literal["cached", "online"]
 _BANK, _CACHED = 4096, 65536  # embeddings; of the bank, and that batches are looked up in

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 from experiments.figures import ROOT, Row
 from experiments.intervals import mean_text
-from teacher.head import HeadConfig
-from teacher.model import TowerConfig, load_teacher
-from teacher.module import StageConfig
-from teacher.soup import SoupConfig, soup
-from teacher.train import TrainConfig, train
+from teacher.config import HeadConfig, SoupConfig, StageConfig, TowerConfig, TrainConfig
+from teacher.model import load_teacher
+from teacher.soup import soup
+from teacher.train import train
 from vpr.cli import read_config
 from vpr.common.errors import UserError
 from vpr.common.log import say
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
-from vpr.data.loaders import LoaderConfig
-from vpr.imaging.augment import ViewConfig
+from vpr.data.config import CatalogConfig, LoaderConfig
+from vpr.imaging.config import ViewConfig
+from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import embed, torch_forward
 from vpr.retrieval.metrics import evaluate_similarities
-from vpr.retrieval.rerank import RerankConfig, similarities
-from vpr.training.loop import RunConfig
+from vpr.retrieval.rerank import similarities
+from vpr.training.config import RunConfig
 
 Vectors = NDArray[np.float32]
 Embedded = tuple[Vectors, Vectors]  # of the scored photos, and of the shop pictures

@@ -17,7 +17,8 @@ from experiments.teacher.ablation import ablate, grocery_data, sample_teacher
 from experiments.teacher.input_pipeline import pipeline_figures
 from experiments.teacher.training_step import TeacherStepConfig, teacher_step, unmeasured
 from experiments.teacher.two_processes import Spread, train_spread
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
+from vpr.data.config import CatalogConfig
 
 # Relative: paths are part of an artifact's configuration.
 _FOLDER, _SAMPLE = Path("runs/figures-teacher"), Path("runs/demo/catalog")

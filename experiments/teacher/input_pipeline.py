@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments.figures import Figure, command_of
-from teacher.head import HeadConfig
-from teacher.model import TowerConfig, build_teacher, read_tower
-from teacher.module import Place, StageConfig, TeacherModule
+from teacher.config import HeadConfig, Place, StageConfig, TowerConfig
+from teacher.model import build_teacher, read_tower
+from teacher.module import TeacherModule
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader
-from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import PictureDataset, training_loader
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.config import ViewConfig
 from vpr.imaging.decode import Preprocess, decode
 from vpr.training.loop import best_precision
 

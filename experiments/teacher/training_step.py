@@ -31,12 +31,14 @@ from experiments.training_step import (
     require_gpu,
     step_command,
 )
-from teacher.head import HeadConfig, MarginHead
+from teacher.config import HeadConfig, TowerConfig
+from teacher.head import MarginHead
 from teacher.layers import trainable
-from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.model import build_teacher, read_tower
 from vpr.common.log import say
 from vpr.data.loaders import Normalise
-from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.config import ViewConfig
 
 Mode = Literal["head", "full"]
 _LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}

@@ -17,6 +17,9 @@ from export.backends.runtimes import (
     OpenVinoBackend,
     TorchBackend,
 )
+from export.config import BACKEND_NAMES as NAMES
+from export.config import USUAL_BACKENDS as USUAL
+from export.config import check_backends
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
@@ -37,10 +40,6 @@ BACKENDS: tuple[Backend, ...] = (
     EngineBackend("tensorrt"),
     EngineBackend("tensorrt-rtx"),
 )
-NAMES = tuple(backend.name for backend in BACKENDS)
-# What models are compared on unless others are named: torch.compile takes minutes at the first call, and the
-# providers of ONNX Runtime on a GPU build engines of their own.
-USUAL = ("torch", "onnxruntime-cpu", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,8 @@ def models_of(path: Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
 
 def choose(names: Sequence[str]) -> list[Backend]:
     """Backends by name, in the order of the list."""
+    check_backends(names)
     wanted = NAMES if "all" in names else names
-    if unknown := [name for name in wanted if name not in NAMES]:
-        raise UserError(f"backends: no '{unknown[0]}': choose from all, {', '.join(NAMES)}")
     return [backend for backend in BACKENDS if backend.name in wanted]
 
 

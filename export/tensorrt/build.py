@@ -8,82 +8,24 @@ are strongly typed: precision is what the graph says, in TensorRT 10.12+ and 11 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
+from export.config import EngineConfig
 from export.multiply_adds import multiply_adds
 from export.tensorrt.bindings import Backend, choose_backend, error_logger, load_builder, this_gpu
 from export.tensorrt.inspector import count_layers, inspect
-from export.to_onnx import MAX_BATCH, describe, load_onnx
-from vpr.artifacts.run_folder import check_file, written_whole
+from export.to_onnx import describe, load_onnx
+from vpr.artifacts.run_folder import written_whole
 from vpr.artifacts.store import find_current, plain, write_artifact
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.inference.onnx_session import INPUT
 
-# TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
-TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-_MOST_WORKSPACE = 1 << 20
 _MOST_CACHE = 1 << 28
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """A build.
-
-    Attributes:
-        onnx: ``onnx`` artifact; its precision is the engine's.
-        output: where the engine is written.
-        backend: ``auto`` takes TensorRT where it is installed, else TensorRT-RTX.
-        target: GPU architectures of a TensorRT-RTX build, with commas between; one engine runs on all of them,
-            and is the smaller the fewer they are (TensorRT builds for the GPU at hand).
-        min_batch: smallest batch of the optimisation profile.
-        opt_batch: batch it is tuned for.
-        max_batch: largest batch.
-        optimisation_level: 0 (quick build) to 5 (fast engine); None leaves it to the builder.
-        workspace_mb: most memory of a layer's scratch space; None is all there is.
-        timing_cache: file of TensorRT's measured kernels, read where it exists and written after the build; a
-            cache belongs to one GPU and TensorRT version. TensorRT-RTX measures nothing and has none.
-        version_compatible: the engine runs on later versions too, by the lean runtime it carries.
-        weight_stripped: the engine has no weights; they are put in from the graph where it runs. Needs a GPU.
-    """
-
-    onnx: str
-    output: str
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    target: str = "sm80,sm86,sm89,sm120"
-    min_batch: int = 1
-    opt_batch: int = 8
-    max_batch: int = 32
-    optimisation_level: int | None = None
-    workspace_mb: int | None = None
-    timing_cache: str = ""
-    version_compatible: bool = False
-    weight_stripped: bool = False
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The architectures one by one."""
-        return tuple(name for name in self.target.split(",") if name)
-
-    def __post_init__(self) -> None:
-        check_file("timing_cache", self.timing_cache)
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
-            raise UserError(f"target: {', '.join(unknown) or 'none, or one twice'}: choose from {', '.join(TARGETS)}")
-        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch <= MAX_BATCH:
-            raise UserError(
-                f"min_batch {self.min_batch}, opt_batch {self.opt_batch}, max_batch {self.max_batch}: "
-                f"they must rise from at least 1 to at most {MAX_BATCH}"
-            )
-        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
-            raise UserError(f"optimisation_level: {self.optimisation_level}: give 0 (quick build) to 5 (fast engine)")
-        if self.workspace_mb is not None:
-            check_numbers(self, workspace_mb=(1, _MOST_WORKSPACE))
 
 
 def build_engine(config: EngineConfig) -> Path:

@@ -7,9 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from export.tensorrt.build import TARGETS, EngineConfig
+from export.config import TARGETS, EngineConfig
 from export.tensorrt.cuda_driver import Gpu
-from vpr.artifacts.store import CARD_NAME, Artifact, Card, Damaged, DamagedCard, load_artifact
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import Artifact, Card, Damaged, DamagedCard, load_artifact
 from vpr.common.errors import UserError
 
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from app.doctor import DoctorConfig, doctor, examine
+from app.config import DoctorConfig
+from app.doctor import doctor, examine
 from export.backends.registry import NAMES
 from vpr.common.hardware import environment, package_versions, parse_gpus
 

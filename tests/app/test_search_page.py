@@ -24,17 +24,20 @@ import pytest
 from PIL import Image
 from starlette.requests import Request
 
+from app.config import ServeConfig
 from app.search_page import server as search_page
 from app.search_page import upload_limits as http_limits
 from app.search_page.lookup import Searcher, load_searchers
-from app.search_page.server import MAX_BYTES, ServeConfig, make_app, serve
+from app.search_page.server import MAX_BYTES, make_app, serve
 from app.search_page.upload_limits import ADDRESS, Room, make_server
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
 from tests.reliability.hostile.images import promised_png
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
+from vpr.retrieval.config import FindConfig
 from vpr.retrieval.embeddings import load_embeddings
-from vpr.retrieval.search_command import FindConfig, find
+from vpr.retrieval.search_command import find
 
 TOP = 5
 

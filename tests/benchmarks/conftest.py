@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report.build import ReportConfig, report
-from calibration.calibrate import CalibrateConfig, calibrate
-from export.int8 import Int8Config, export_int8
-from export.to_onnx import OnnxConfig, export_onnx
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from benchmarks.config import ReportConfig
+from benchmarks.report.build import report
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
+from export.config import Int8Config, OnnxConfig
+from export.int8 import export_int8
+from export.to_onnx import export_onnx
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import CatalogConfig
 
 EVIL = "<script>alert(1)</script> $\\frac$ |"
 CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")

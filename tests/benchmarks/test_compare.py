@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare import CompareConfig, compare
+from benchmarks.compare import compare
+from benchmarks.config import CompareConfig
 from vpr.cli import main
 from vpr.common.errors import BudgetBroken, UserError
 

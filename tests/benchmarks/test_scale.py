@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.scale import KINDS, ScaleConfig, found_share, measure_scale, scale
+from benchmarks.config import KINDS, ScaleConfig
+from benchmarks.scale import found_share, measure_scale, scale
 from benchmarks.synthetic_gallery import Gallery, grow
 from experiments.latency.scale import largest, table_row
 from student.embed import EmbedConfig, embed_catalog

@@ -12,9 +12,11 @@ import torch
 from onnx import numpy_helper
 
 from calibration.activation_stats import measure
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from calibration.onnx_layers import linear_nodes
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx, load_onnx
 from student.model import load_student
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError

@@ -5,8 +5,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from calibration.calibrate import CalibrateConfig, calibrate
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx, load_onnx
 from vpr.data.catalog import Catalog
 
 

@@ -16,16 +16,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from calibration.activation_stats import measure
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from calibration.onnx_layers import attention_nodes
+from export.config import EngineConfig, Format, Int8Config, Recipe
 from export.fp16 import to_fp16
-from export.int8 import Int8Config, export_int8
+from export.int8 import export_int8
 from export.parity import parity
-from export.qdq import Format, Recipe, quantise, quantised_nodes
+from export.qdq import quantise, quantised_nodes
 from export.tensorrt.bindings import load_builder
-from export.tensorrt.build import EngineConfig, build_plan
+from export.tensorrt.build import build_plan
 from export.to_onnx import load_onnx, run_graph, trace
-from student.model import PRESETS, Preset, Student, StudentConfig
+from student.config import PRESETS, Preset, StudentConfig
+from student.model import Student
 from tests.conftest import small_student
 from vpr.data.catalog import Catalog
 

@@ -11,15 +11,17 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from calibration.onnx_layers import weighted_nodes
+from export.config import EngineConfig, Int8Config, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
-from export.int8 import Int8Config, export_int8
+from export.int8 import export_int8
 from export.parity import parity
 from export.qdq import quantise, quantised_nodes
 from export.tensorrt.bindings import load_builder
-from export.tensorrt.build import EngineConfig, build_plan
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph
+from export.tensorrt.build import build_plan
+from export.to_onnx import export_onnx, load_onnx, run_graph
 from student.model import load_student
 from vpr.artifacts.store import load_artifact, write_artifact
 from vpr.common.errors import UserError

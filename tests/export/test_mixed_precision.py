@@ -16,7 +16,8 @@ from calibration.onnx_layers import attention_nodes, weighted_nodes
 from calibration.sensitivity import Decision, Trial
 from export import candidates as candidates_module
 from export.candidates import Candidates, choose_timer
-from export.int8 import Int8Config, export_int8
+from export.config import Int8Config
+from export.int8 import export_int8
 from export.mixed_precision import _fastest, _names, _slower
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import load_onnx, run_graph

@@ -9,10 +9,11 @@ import pytest
 from onnx import numpy_helper
 
 from experiments.random_student import write_random_student
+from export.config import Int8Config, OnnxConfig, ParityConfig
 from export.fp16 import to_fp16
-from export.int8 import Int8Config, export_int8
-from export.parity_report import ParityConfig, compare, compare_layers
-from export.to_onnx import OnnxConfig, export_onnx
+from export.int8 import export_int8
+from export.parity_report import compare, compare_layers
+from export.to_onnx import export_onnx
 from student.model import load_student
 from tests.conftest import small_student
 from vpr.common.errors import UserError

@@ -12,10 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.onnx_layers import attention_nodes, weighted_nodes
 from export.backends import openvino_session as cpu
-from export.int8 import Int8Config, export_int8
+from export.config import Int8Config, OnnxConfig, Recipe
+from export.int8 import export_int8
 from export.parity import parity
-from export.qdq import Recipe, quantise, quantise_per_channel, quantised_nodes
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph
+from export.qdq import quantise, quantise_per_channel, quantised_nodes
+from export.to_onnx import export_onnx, load_onnx, run_graph
 from student.model import load_student
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError

@@ -19,12 +19,14 @@ from PIL import Image
 from torchvision.transforms import v2
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
 
-from calibration.calibrate import CalibrateConfig, calibrate
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from experiments.random_student import write_random_student
-from export.int8 import Int8Config, export_int8
-from export.serving import ServingConfig, export_serving
-from export.tensorrt.build import EngineConfig, build_engine
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import EngineConfig, Int8Config, OnnxConfig, ServingConfig
+from export.int8 import export_int8
+from export.serving import export_serving
+from export.tensorrt.build import build_engine
+from export.to_onnx import export_onnx
 from export.triton import Enumerator, to_text
 from student.embed import EmbedConfig, embed_catalog
 from tests.conftest import small_student
@@ -33,8 +35,9 @@ from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import Preprocess
+from vpr.retrieval.config import FindConfig
 from vpr.retrieval.embeddings import load_embeddings, write_embeddings
-from vpr.retrieval.search_command import FindConfig, find
+from vpr.retrieval.search_command import find
 
 VERSION = "11.4.0.106"
 

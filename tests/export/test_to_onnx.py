@@ -7,9 +7,10 @@ import onnx
 import pytest
 import torch
 
+from export.config import OnnxConfig
 from export.fp16 import to_fp16
 from export.parity import parity
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph, trace
+from export.to_onnx import export_onnx, load_onnx, run_graph, trace
 from student.model import load_student
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError

@@ -12,24 +12,29 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.recall.measure import RecallConfig, recall
-from calibration.calibrate import CalibrateConfig, calibrate
+from benchmarks.config import RecallConfig
+from benchmarks.recall.measure import recall
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
 from experiments.random_student import write_random_student
 from export.backends.registry import models_of
-from export.int8 import Int8Config, export_int8
-from export.parity_report import ParityConfig, compare
-from export.tensorrt.build import EngineConfig, build_engine
+from export.config import EngineConfig, Int8Config, OnnxConfig, ParityConfig
+from export.int8 import export_int8
+from export.parity_report import compare
+from export.tensorrt.build import build_engine
 from export.tensorrt.compatibility import check_fit, load_engine, refusal
 from export.tensorrt.cuda_driver import Gpu
-from export.to_onnx import OnnxConfig, export_onnx
+from export.to_onnx import export_onnx
+from student.config import StudentConfig
 from student.embed import embed_catalog
-from student.model import StudentConfig, load_student
+from student.model import load_student
 from student.qat import fake_quantise, read_thresholds
 from vpr.artifacts.store import reading
-from vpr.data.build_catalog import CatalogConfig, build_catalog
-from vpr.inference.int8 import KEEP
-from vpr.retrieval.embed import EmbedConfig
-from vpr.retrieval.search_command import FindConfig, find
+from vpr.data.build_catalog import build_catalog
+from vpr.data.config import CatalogConfig
+from vpr.inference.config import KEEP
+from vpr.retrieval.config import EmbedConfig, FindConfig
+from vpr.retrieval.search_command import find
 
 # In the order in which they are made: the card of each names the sha256 of earlier ones.
 ARTIFACTS = ("catalog", "student", "fp32", "ranges", "plain", "int8", "engine", "embeddings", "report", "recall")

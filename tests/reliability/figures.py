@@ -9,7 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from app.demo import DemoConfig, demo
+from app.config import DemoConfig
+from app.demo import demo
 from experiments.figures import command_of, measure, record
 from tests.reliability.faults.kills import kill_figures
 from tests.reliability.fuzz.guided import GuidedFuzzConfig, guided_fuzz, summarise

@@ -4,17 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from student.config import DistillConfig
+from student.config import DistillConfig, SignalConfig, StudentConfig
 from student.distill import distill
-from student.model import StudentConfig
-from student.teacher_cache import SignalConfig
-from teacher.head import HeadConfig
-from teacher.model import TowerConfig
-from teacher.module import StageConfig
-from teacher.train import TrainConfig, train
+from teacher.config import HeadConfig, StageConfig, TowerConfig, TrainConfig
+from teacher.train import train
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig
-from vpr.training.loop import RunConfig
+from vpr.data.config import LoaderConfig
+from vpr.training.config import RunConfig
 
 STUDENT = StudentConfig(
     image_size=32, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256, stem="conv"

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
-from student.criterion import FROM_TEACHER, Labels, LossConfig, Objective, class_means
+from student.config import FROM_TEACHER, LossConfig, StudentConfig
+from student.criterion import Labels, Objective, class_means
 from student.losses import cosine_loss, rkd_distance, similarity_kl
-from student.model import Student, StudentConfig
+from student.model import Student
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.readers import UNLABELLED

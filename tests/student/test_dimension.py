@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from student.dimension import DimensionConfig, fit_projection, preserve_cosines, principal_directions, project
+from student.config import DimensionConfig
+from student.dimension import fit_projection, preserve_cosines, principal_directions, project
 from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import unit
 

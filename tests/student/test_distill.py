@@ -7,20 +7,22 @@ import pyarrow as pa
 import pytest
 import torch
 
-from student.config import DistillConfig
+from student.config import DistillConfig, SignalConfig
 from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import load_student
-from student.teacher_cache import SignalConfig, cache_bytes, cache_signal
+from student.teacher_cache import cache_bytes, cache_signal
 from student.teacher_model import Source, load_source
 from teacher.model import load_teacher
 from tests.student.conftest import STUDENT
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.config import ViewConfig
+from vpr.retrieval.config import FindConfig
 from vpr.retrieval.embeddings import load_embeddings, torch_forward
-from vpr.retrieval.search_command import FindConfig, find
+from vpr.retrieval.search_command import find
 
 
 def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:

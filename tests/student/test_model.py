@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from vit_pytorch import ViT
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
-from student.model import PRESETS, ConvStem, Student, StudentConfig, count_multiply_adds, count_parameters, load_student
+from student.config import PRESETS, StudentConfig
+from student.model import ConvStem, Student, count_multiply_adds, count_parameters, load_student
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.common.errors import UserError
 

@@ -16,21 +16,19 @@ from safetensors.torch import load_file
 from experiments.demo.interrupted import interrupt
 from experiments.student.epoch import epoch_figures
 from student import teacher_cache as signal
-from student.config import DistillConfig, QuantiseConfig
-from student.criterion import LossConfig
-from student.dimension import DimensionConfig
+from student.config import DimensionConfig, DistillConfig, LossConfig, QuantiseConfig, SignalConfig, StudentConfig
 from student.distill import distill
-from student.model import StudentConfig, load_student
-from student.teacher_cache import SignalConfig, cache_signal
+from student.model import load_student
+from student.teacher_cache import cache_signal
 from student.teacher_model import load_source
 from tests.student.conftest import STUDENT
 from vpr.artifacts.run_folder import finished_by_another
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig
-from vpr.imaging.augment import ViewConfig
-from vpr.training.loop import RunConfig
+from vpr.data.config import LoaderConfig
+from vpr.imaging.config import ViewConfig
+from vpr.training.config import RunConfig
 
 LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
 ONLINE, MIXED = SignalConfig(mode="online"), SignalConfig(mode="online", mixup=0.5)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.calibrate import CalibrateConfig, calibrate
-from export.int8 import Int8Config, export_int8
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
+from export.config import Int8Config, OnnxConfig
+from export.int8 import export_int8
 from export.parity import parity
-from export.to_onnx import OnnxConfig, export_onnx, run_graph
+from export.to_onnx import export_onnx, run_graph
 from student.config import DistillConfig, QuantiseConfig
 from student.distill import distill
 from student.model import Student, load_student
@@ -21,7 +23,7 @@ from tests.conftest import small_student
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.inference.int8 import KEEP
+from vpr.inference.config import KEEP
 
 
 def test_values_and_gradients_are_pytorch_s_own_fake_quantisation() -> None:

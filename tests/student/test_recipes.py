@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 
 from student.config import DistillConfig
 from student.distill import distill
-from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.config import TowerConfig
+from teacher.model import build_teacher, read_tower
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.cli import read_config
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
+from vpr.data.config import CatalogConfig
 
 RECIPES = Path(__file__).parents[2] / "student/recipes"
 

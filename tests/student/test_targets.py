@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from student.config import SignalConfig
 from student.targets import CachedTargets, Mix, OnlineTargets, PairDataset
-from student.teacher_cache import SignalConfig, cache_signal
+from student.teacher_cache import cache_signal
 from student.teacher_model import load_source
 from teacher.model import load_teacher
 from vpr.data.catalog import Catalog
-from vpr.imaging.augment import ViewConfig, draw_views
+from vpr.imaging.augment import draw_views
+from vpr.imaging.config import ViewConfig
 from vpr.imaging.decode import Preprocess
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from student.config import DistillConfig
+from student.config import DistillConfig, SignalConfig
 from student.distill import distill
-from student.teacher_cache import SignalConfig
 from student.unlabelled import add_unlabelled
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import CatalogConfig
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.random_student import write_random_student
-from student.model import Student, StudentConfig
+from student.config import StudentConfig
+from student.model import Student
 from student.weight_selection import select, start_from
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.common.errors import UserError

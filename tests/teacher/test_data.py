@@ -9,11 +9,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from teacher.data import DataConfig, build_data, part_splits
+from teacher.config import DataConfig
+from teacher.data import build_data, part_splits
 from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog, table_of
-from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import PictureDataset, training_loader
 from vpr.data.splits import check_leaks
 
 CLASSES, SHOP = 12, 8

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss, SubCenterArcFaceLoss
 from torch import Tensor
 
-from teacher.head import HeadConfig, MarginHead
+from teacher.config import HeadConfig
+from teacher.head import MarginHead
 from tests.teacher.kept import kept_storages
 from vpr.common.errors import UserError
 

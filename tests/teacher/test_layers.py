@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from teacher.config import TowerConfig
 from teacher.layers import decay_factor, layers, trainable
-from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
+from teacher.model import Teacher, build_teacher, read_tower
 from vpr.common.errors import UserError
 
 

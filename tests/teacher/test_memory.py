@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from teacher.head import HeadConfig, MarginHead
+from teacher.config import HeadConfig, TowerConfig
+from teacher.head import MarginHead
 from teacher.layers import trainable
 from teacher.memory import Memory, activation_bytes, advice, estimate
-from teacher.model import Teacher, TowerConfig, build_teacher, read_tower
+from teacher.model import Teacher, build_teacher, read_tower
 from tests.teacher.kept import kept_storages
 
 

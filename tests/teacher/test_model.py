@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from teacher.head import HeadConfig
-from teacher.model import Teacher, TowerConfig, build_teacher, load_teacher, read_tower
-from teacher.module import Place, StageConfig, TeacherModule
+from teacher.config import HeadConfig, Place, StageConfig, TowerConfig
+from teacher.model import Teacher, build_teacher, load_teacher, read_tower
+from teacher.module import TeacherModule
 from teacher.weights import load_tower_weights, read_tower_weights, resize_positions
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader
-from vpr.imaging.augment import ViewConfig
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import PictureDataset, training_loader
+from vpr.imaging.config import ViewConfig
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from teacher.runs import RunsConfig, find_runs, runs
+from teacher.config import RunsConfig
+from teacher.runs import find_runs, runs
 from tests.conftest import edit_card
 from vpr.artifacts.run_folder import run_folder
 from vpr.artifacts.store import load_artifact, write_artifact

@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from teacher.averaging import average
-from teacher.model import Teacher, TowerConfig, build_teacher, load_teacher, read_tower
+from teacher.config import SoupConfig, TowerConfig
+from teacher.model import Teacher, build_teacher, load_teacher, read_tower
 from teacher.scorer import Scorer, Weights, estimate_norms
-from teacher.soup import SoupConfig, soup
+from teacher.soup import soup
 from tests.catalogs import write_catalog
 from vpr.artifacts.store import Artifact, Embedding, load_artifact, write_artifact
 from vpr.cli import main

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 import teacher
-from teacher.head import HeadConfig
-from teacher.model import TowerConfig, build_teacher, load_teacher, read_tower
-from teacher.module import Place, StageConfig, TeacherModule
-from teacher.train import TrainConfig, train
+from teacher.config import HeadConfig, Place, StageConfig, TowerConfig, TrainConfig
+from teacher.model import build_teacher, load_teacher, read_tower
+from teacher.module import TeacherModule
+from teacher.train import train
 from tests.catalogs import write_catalog
 from vpr.artifacts.store import load_artifact
 from vpr.cli import read_config
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig
-from vpr.imaging.augment import ViewConfig
-from vpr.training.loop import RunConfig
+from vpr.data.config import LoaderConfig
+from vpr.imaging.config import ViewConfig
+from vpr.training.config import RunConfig
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))

@@ -15,7 +15,8 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import CARD_NAME, Damaged, Parent, read_card_file
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import Damaged, Parent, read_card_file
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.locks import locked
@@ -55,17 +56,6 @@ def only_run(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             folder.rmdir()  # empty where nothing was begun
-
-
-def check_file(key: str, name: str) -> None:
-    """Refuse a name that no file can be written to, by its key; long work asks before it starts. Empty names none."""
-    path = Path(name)
-    if not name:
-        return
-    if (path.exists() and not path.is_file()) or not path.name or not path.parent.is_dir():
-        raise UserError(f"{key}: {path}: is no file in a folder that exists: name one")
-    if (path.parent / CARD_NAME).is_file():
-        raise UserError(f"{key}: {path}: lies in an artifact, whose files are fixed: choose another folder")
 
 
 @contextmanager

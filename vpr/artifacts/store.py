@@ -24,13 +24,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vpr import __version__
+from vpr.artifacts.paths import CARD_NAME
 from vpr.common.errors import UserError, remedy
 from vpr.common.hardware import environment
 from vpr.common.locks import locked
 from vpr.imaging.decode import ImageRefused, Preprocess
 
 SCHEMA = 1
-CARD_NAME = "card.json"
 _MAX_CARD_BYTES = 4 << 20
 
 Kind = Literal[

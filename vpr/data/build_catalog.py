@@ -4,47 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vpr.artifacts.store import check_output, find_current, plain, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, Refused, fill_draft, load_catalog, picture_root, table_of
+from vpr.data.config import CatalogConfig
 from vpr.data.readers import LINKED, READERS, Row, passed_over
-from vpr.data.splits import check_shares, split_by_product
+from vpr.data.splits import split_by_product
 from vpr.imaging.decode import ImageRefused, decode_bytes, read_picture
 
 _CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
-
-
-@dataclass(frozen=True)
-class CatalogConfig:
-    """Where pictures come from and how products are split.
-
-    Attributes:
-        reader: form of the data; ``sample`` is embedded and needs no root.
-        output: where the catalogue is written.
-        root: folder of the data set, or the CSV file.
-        validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
-        test: share of products held out to be scored.
-        seed: of the split.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder,
-            pictures and webdataset readers always list there what is no picture by name, and links to folders.
-    """
-
-    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures", "webdataset"]
-    output: str
-    root: str = ""
-    validation: float = 0.0
-    test: float = 0.0
-    seed: int = 0
-    skip_unreadable: bool = False
-
-    def __post_init__(self) -> None:
-        check_shares(self.validation, self.test, self.seed)
 
 
 def build_catalog(config: CatalogConfig) -> Path:

@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -19,39 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.data.catalog import Catalog
+from vpr.data.config import LoaderConfig
 from vpr.imaging.decode import Preprocess
 from vpr.retrieval.embeddings import read_pixels
 
 _SILENCE = ("ignore", None, Warning, None, 0)  # what simplefilter("ignore") puts before all other filters
 _PREFETCH = 4  # batches a worker has ready; decoding is uneven
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """How pictures reach the training loop.
-
-    Attributes:
-        batch_size: pictures per step and process.
-        workers: processes that decode; 0 decodes in the training process. None are started where pixels are kept. They
-            come from Python's fork server: a script that trains has its own work under ``if __name__ == "__main__":``.
-        keep_in_memory: decode every picture once and keep its pixels, for sets that fit.
-        cap: most pictures of a product in an epoch, others in each; 0 takes all.
-        at_least: products with fewer pictures have them repeated up to this many in an epoch; 0 repeats none.
-    """
-
-    batch_size: int = 128
-    workers: int = 0
-    keep_in_memory: bool = False
-    cap: int = 0
-    at_least: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), cap=(0, 1 << 20), at_least=(0, 10_000))
-        if 0 < self.cap < self.at_least:
-            raise UserError(f"loader.at_least: {self.at_least} is more than loader.cap {self.cap}: lower it")
 
 
 class PictureDataset(Dataset[dict[str, Tensor]]):

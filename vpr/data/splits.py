@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import SCHEMA, SPLITS, Catalog
+from vpr.data.config import check_shares
 
 
 def split_by_product(table: pa.Table, validation: float, test: float, seed: int) -> pa.Table:
@@ -58,14 +59,6 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
         {name: pa.array(columns[name], pa.string()) if name in columns else table[name] for name in SCHEMA.names},
         schema=SCHEMA,
     )
-
-
-def check_shares(validation: float, test: float, seed: int) -> None:
-    """Refuse shares of products that leave none to train on, and a seed below 0."""
-    if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise UserError(f"validation {validation} and test {test}: shares of products, together less than 1")
-    if seed < 0:
-        raise UserError(f"seed: {seed}: give 0 or more")
 
 
 def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from vpr.artifacts.store import Artifact, reading
 from vpr.common.errors import UserError
 
 LEVELS = 127
-# Modules whose linears finishing leaves alone unless asked otherwise: the first and the last.
-KEEP = ("vit.to_patch_embedding", "vit.mlp_head")
 # Below this, a scale is no normal FP16 number and loses digits.
 _SMALLEST_SCALE = 2.0**-14
 # Above this, the scale of a threshold is infinite in FP16.

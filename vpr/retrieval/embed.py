@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from vpr.artifacts.run_folder import finished_by_another, only_run, run_folder, save_whole, wait
 from vpr.artifacts.store import Artifact, Parent, find_current, plain
 from vpr.common.distributed import compute_device, is_first, rank_and_world
-from vpr.common.errors import UserError, check_numbers
-from vpr.common.hardware import MOST_THREADS
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog
 from vpr.imaging.decode import Preprocess
+from vpr.retrieval.config import EmbedConfig
 from vpr.retrieval.embeddings import embed, torch_forward, write_embeddings
 
 if TYPE_CHECKING:
@@ -32,36 +31,6 @@ if TYPE_CHECKING:
 
 Loader = Callable[[str], "tuple[nn.Module, Artifact]"]
 _HOW = ("part", "threads", "ray")  # how vectors are computed, not what they are
-
-
-@dataclass(frozen=True)
-class EmbedConfig:
-    """What to embed, with what.
-
-    Attributes:
-        model: artifact of the model.
-        catalog: catalogue artifact.
-        output: where the embeddings are written.
-        split: only this split; empty embeds all.
-        batch_size: pictures at a time.
-        threads: that decode pictures ahead in each process; 0 decodes in turn with the model.
-        part: pictures, rounded up to whole batches, that a run which was killed may have to embed again.
-        ray: workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
-    """
-
-    model: str
-    catalog: str
-    output: str
-    split: str = ""
-    batch_size: int = 64
-    threads: int = 0
-    part: int = 4096
-    ray: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MOST_THREADS), part=(1, 1 << 24), ray=(0, 4096))
-        if self.ray and rank_and_world()[1] > 1:
-            raise UserError("ray: its job starts its own workers: start it without torchrun")
 
 
 class EmbedJob:

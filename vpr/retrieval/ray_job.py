@@ -14,7 +14,8 @@ from vpr.common.errors import UserError
 from vpr.inference.onnx_session import keep_to_ourselves
 
 if TYPE_CHECKING:
-    from vpr.retrieval.embed import EmbedConfig, EmbedJob, Loader
+    from vpr.retrieval.config import EmbedConfig
+    from vpr.retrieval.embed import EmbedJob, Loader
 
 
 class Worker:

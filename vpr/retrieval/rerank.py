@@ -6,51 +6,17 @@ k-reciprocal re-ranking, as published, is the exception and says so.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.errors import UserError
+from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.search import search
 
 Vectors = NDArray[np.float32]
 _BLOCK = 1024  # rows of a product of all with all
-
-
-@dataclass(frozen=True)
-class RerankConfig:
-    """Steps after the embedding, in this order; by default there are none.
-
-    Attributes:
-        centre: subtract the gallery's mean.
-        whiten: keep this many principal directions of the gallery, each scaled to unit variance; 0 does not.
-        dba: database augmentation: neighbours that each gallery vector is joined with.
-        qe: query expansion: gallery neighbours that each query is joined with.
-        alpha: power of the similarity that weighs a neighbour in ``dba`` and ``qe``.
-        k_reciprocal: re-rank by the overlap of reciprocal neighbourhoods.
-        k1: size of those neighbourhoods.
-        k2: neighbours that their descriptions are averaged over; 1 does not.
-        weight: share of the original distance in the final one.
-    """
-
-    centre: bool = False
-    whiten: int = 0
-    dba: int = 0
-    qe: int = 0
-    alpha: float = 3.0
-    k_reciprocal: bool = False
-    k1: int = 20
-    k2: int = 6
-    weight: float = 0.3
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "rerank.", whiten=(0, None), dba=(0, None), qe=(0, None), k1=(1, None), k2=(1, None))
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"rerank.weight: {self.weight}: give a share from 0 to 1")
-        if not 0 <= self.alpha < math.inf:
-            raise UserError(f"rerank.alpha: {self.alpha}: give 0 or more")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,43 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpr.artifacts.run_folder import check_file, save_whole, written_whole
-from vpr.common.errors import UserError, check_numbers, printable
+from vpr.artifacts.run_folder import save_whole, written_whole
+from vpr.common.errors import UserError, printable
 from vpr.common.log import say
+from vpr.retrieval.config import FindConfig
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
-from vpr.retrieval.rerank import RerankConfig, rank
+from vpr.retrieval.rerank import rank
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class FindConfig:
-    """What to look for, where.
-
-    Attributes:
-        queries: embeddings artifact whose ``query`` pictures are looked up (all of it, if it has none).
-        gallery: embeddings artifact of the same model whose ``gallery`` pictures are searched.
-        output: CSV file of the results; empty prints the first queries only.
-        k: results per query.
-        rerank: steps between the embeddings and the ranking.
-        submission: ``.npy`` file for the AIcrowd Visual Product Recognition challenge: (queries, 1000) int64
-            gallery indices, both in the order of their tables.
-    """
-
-    queries: str
-    gallery: str
-    output: str = ""
-    k: int = 5
-    rerank: RerankConfig = RerankConfig()
-    submission: str = ""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, k=(1, None))
-        check_file("output", self.output)
-        check_file("submission", self.submission)
-        if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
-            raise UserError(f"submission: {self.submission}: is the output too: name another file")
 
 
 def find(config: FindConfig) -> Path | None:

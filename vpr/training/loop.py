@@ -21,52 +21,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vpr.artifacts.store import plain
-from vpr.common.distributed import Strategy, gathered, rank_and_world, shard, trainer_options, whole_state
-from vpr.common.errors import UserError, check_numbers
+from vpr.common.distributed import gathered, rank_and_world, shard, trainer_options, whole_state
+from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler, Normalise
 from vpr.imaging.decode import Preprocess
 from vpr.retrieval.embeddings import score_split, unit
 from vpr.training.callbacks import MONITOR, AtomicCheckpoint, BestWeights, Clock, EpochLine, ResumedOrder
+from vpr.training.config import RunConfig
 from vpr.training.ema import Ema
 from vpr.training.loggers import open_logs
 
 # Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 _CHECKED = 10  # batches between looks at the loss
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """How a training is carried out.
-
-    Attributes:
-        precision: ``auto`` is bf16 where the hardware multiplies it.
-        strategy: of several processes; ``auto`` is DDP, ``fsdp`` spreads the weights over them.
-        accumulate: batches whose gradients make one step.
-        ema: decay of the moving average of the weights, which is then what is validated and kept; 0 keeps none.
-        clip: largest norm of the gradient; 0 does not clip.
-        validate_every: epochs between validations; the last epoch always has one.
-        tracker: logs to this service too, beside CSV and TensorBoard; its package must be installed.
-    """
-
-    precision: Precision = "auto"
-    strategy: Strategy = "auto"
-    accumulate: int = 1
-    ema: float = 0.0
-    clip: float = 1.0
-    validate_every: int = 1
-    tracker: Literal["none", "wandb", "mlflow"] = "none"
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None))
-        if not 0 <= self.ema < 1:
-            raise UserError(f"run.ema: {self.ema}: give a decay from 0 (none) to below 1, such as 0.999")
-        if not self.clip >= 0:
-            raise UserError(f"run.clip: {self.clip}: give a norm, or 0 for none")
 
 
 def training_values(config: Any) -> dict[str, Any]:

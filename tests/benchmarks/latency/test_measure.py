@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.latency.measure import LatencyConfig, latency
+from benchmarks.config import LatencyConfig
+from benchmarks.latency.measure import latency
 from export.backends.registry import BackendUnavailable, models_of
-from export.tensorrt.build import EngineConfig, build_engine
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import EngineConfig, OnnxConfig
+from export.tensorrt.build import build_engine
+from export.to_onnx import export_onnx
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.data.catalog import Catalog

@@ -9,8 +9,9 @@ from onnx import TensorProto, helper
 from benchmarks.latency import roofline as ceiling
 from benchmarks.latency.roofline import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
 from export.backends.registry import Model, models_of
+from export.config import OnnxConfig
 from export.multiply_adds import multiply_adds
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from export.to_onnx import export_onnx, load_onnx
 from student.model import count_multiply_adds, load_student
 
 # 10 G multiply-adds and 2 GB a second.

@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.config import RecallConfig
 from benchmarks.recall.extra_metrics import asymmetric, by_category, reranked
-from benchmarks.recall.measure import RecallConfig, recall, score_row
+from benchmarks.recall.measure import recall, score_row
 from student.model import Student
 from tests.conftest import small_student
 from vpr.artifacts.store import Embedding, load_artifact, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import Preprocess
+from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import unit
-from vpr.retrieval.rerank import RerankConfig
 
 
 @pytest.fixture

@@ -9,14 +9,15 @@ import jsonschema
 import numpy as np
 import pytest
 
+from benchmarks.config import ReportConfig
 from benchmarks.recall.baselines import colour_histogram, histogram, raw_pixels
-from benchmarks.report.build import ReportConfig, command
+from benchmarks.report.build import command
 from benchmarks.report.render import draw_html, draw_markdown
 from benchmarks.report.schema import check, json_schema, read_report
 from vpr.cli import read_config
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.retrieval.rerank import RerankConfig
+from vpr.retrieval.config import RerankConfig
 
 FIELDS = {
     *("name", "stage", "backend", "precision", "params", "size_bytes", "recall_at_1", "recall_at_5", "recall_at_10"),

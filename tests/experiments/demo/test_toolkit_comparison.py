@@ -21,7 +21,8 @@ from experiments.demo.toolkit_comparison import (
 from experiments.figures import ROOT
 from experiments.int8.tools import TrainedStudent, onnxruntime_forward
 from experiments.venv_runner import run_in_venv
-from student.model import Student, StudentConfig
+from student.config import StudentConfig
+from student.model import Student
 from vpr.artifacts.store import write_artifact
 from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import unit

@@ -12,7 +12,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from experiments.external.lightly_train import INPUT, OUTPUT, end_at_scores, timm_arguments, timm_weights
-from student.model import Student, StudentConfig
+from student.config import StudentConfig
+from student.model import Student
 from vpr.inference.onnx_graph import GraphSession
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from experiments.latency.figures import compare_runs, noise, open_loop, truth
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
 
 
 def _run(**rows: tuple[float, str | None]) -> dict[str, dict[str, Any]]:

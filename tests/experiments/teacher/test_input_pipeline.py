@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from experiments.teacher.input_pipeline import consumption, delivery
-from teacher.model import TowerConfig
+from teacher.config import TowerConfig
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig
+from vpr.data.config import LoaderConfig
 from vpr.imaging.decode import Preprocess, decode_bytes
 
 

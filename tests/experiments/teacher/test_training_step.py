@@ -5,7 +5,8 @@ import torch
 
 from experiments.teacher.training_step import TeacherStep, TeacherStepConfig, main, step_flops, teacher_step
 from experiments.training_step import count_flops, largest_batch, matmul_rate
-from teacher.model import TowerConfig, build_teacher, read_tower
+from teacher.config import TowerConfig
+from teacher.model import build_teacher, read_tower
 from vpr.common.errors import UserError
 
 SMALL = TeacherStepConfig("sample-vit", 10, batch=2, steps=2, warmup=1, device="cpu")

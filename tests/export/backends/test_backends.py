@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from export.backends.registry import BACKENDS, NAMES, BackendUnavailable, choose, models_of
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
 from vpr.common.errors import UserError
 from vpr.inference import onnx_session as runtime
 from vpr.inference.onnx_session import CUDA, TENSORRT_RTX, open_session, rtx_devices

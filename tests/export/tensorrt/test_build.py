@@ -9,13 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from export.config import EngineConfig, Int8Config, OnnxConfig
 from export.fp16 import to_fp16
-from export.int8 import Int8Config, export_int8
+from export.int8 import export_int8
 from export.qdq import quantised_nodes
 from export.tensorrt.bindings import load_builder
-from export.tensorrt.build import EngineConfig, build_engine, build_plan
+from export.tensorrt.build import build_engine, build_plan
 from export.tensorrt.inspector import summarise_inspection
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx
+from export.to_onnx import export_onnx, load_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.tensorrt.build import TARGETS, EngineConfig, build_engine
+from export.config import TARGETS, EngineConfig, OnnxConfig
+from export.tensorrt.build import build_engine
 from export.tensorrt.cuda_driver import PyCudaDriver
 from export.tensorrt.runner import open_engine
-from export.to_onnx import OnnxConfig, export_onnx, load_onnx, run_graph
+from export.to_onnx import export_onnx, load_onnx, run_graph
 from vpr.common.errors import UserError
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,8 @@ import numpy as np
 from tests.reliability.faults.injection import die_at
 from tests.reliability.faults.pipeline import OLDER, Pipeline
 from tests.reliability.faults.stages import Stage, difference, leftovers
-from vpr.artifacts.store import CARD_NAME, load_artifact
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 
 _AGAIN = 0.25  # share of the runs that are killed once more when they go on

@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 
 from tests.reliability.faults.stages import STAGES, Stage, difference, leftovers, write_inputs
-from vpr.artifacts.store import CARD_NAME
+from vpr.artifacts.paths import CARD_NAME
 from vpr.cli import VERBS
 from vpr.common.errors import UserError
 

@@ -18,7 +18,7 @@ from tests.reliability.faults.killed_run import kill_at_random
 from tests.reliability.faults.kills import every_step, kill_figures
 from tests.reliability.faults.pipeline import Pipeline
 from tests.reliability.faults.stages import STAGES, difference, leftovers
-from vpr.artifacts.store import CARD_NAME
+from vpr.artifacts.paths import CARD_NAME
 
 NAMES = [stage.name for stage in STAGES]
 

@@ -25,7 +25,8 @@ from safetensors.numpy import save
 from calibration.smoothquant import smooth
 from export.fp16 import to_fp16
 from export.qdq import quantise, quantised_nodes
-from teacher.runs import RunsConfig, runs
+from teacher.config import RunsConfig
+from teacher.runs import runs
 from vpr.artifacts.store import (
     Artifact,
     Card,

@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from app.search_page.lookup import Searcher, load_searchers
 from app.search_page.server import ADDRESS, make_app
-from benchmarks.report.build import ReportConfig, report
+from benchmarks.config import ReportConfig
+from benchmarks.report.build import report
 from benchmarks.report.render import draw_html, draw_markdown
 from student.embed import embed_catalog
 from tests.reliability.commands import RESULT, VERBS, Verb, make_student, run_once
@@ -28,7 +29,7 @@ from vpr.artifacts.store import load_artifact
 from vpr.cli import main
 from vpr.common.errors import TOO_LITTLE_MEMORY, UserError
 from vpr.data.catalog import Catalog
-from vpr.retrieval.embed import EmbedConfig
+from vpr.retrieval.config import EmbedConfig
 
 PICTURE = "2/0.png"  # of the shop's gallery: a hostile one takes its place
 PICTURE_ROADS = ("catalog", "embed the shop", "upload", "gallery picture")

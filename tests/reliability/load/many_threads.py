@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
 from export.backends.openvino_session import openvino_forward
-from export.serving import ServingConfig, export_serving
+from export.config import ServingConfig
+from export.serving import export_serving
 from vpr.artifacts.store import load_artifact
 from vpr.data.catalog import Catalog
 from vpr.inference.onnx_session import INPUT, OUTPUT, open_session

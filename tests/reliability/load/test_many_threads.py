@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from export.backends.registry import models_of
-from export.to_onnx import OnnxConfig, export_onnx
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
 from student.embed import EmbedConfig, embed_catalog
 from tests.reliability.load import many_threads
 from tests.reliability.load.many_threads import Answer, count_differing, hand_off

@@ -10,22 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from export.backends.registry import models_of
-from export.to_onnx import OnnxConfig, export_onnx
-from student.config import DistillConfig
+from export.config import OnnxConfig
+from export.to_onnx import export_onnx
+from student.config import DistillConfig, SignalConfig, StudentConfig
 from student.distill import distill
 from student.embed import embed_catalog
-from student.model import StudentConfig
-from student.teacher_cache import SignalConfig
-from teacher.model import TowerConfig
-from teacher.module import StageConfig
-from teacher.train import TrainConfig, train
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from teacher.config import StageConfig, TowerConfig, TrainConfig
+from teacher.train import train
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
-from vpr.data.loaders import LoaderConfig
-from vpr.retrieval.embed import EmbedConfig
+from vpr.data.config import CatalogConfig, LoaderConfig
+from vpr.retrieval.config import EmbedConfig, FindConfig
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.search import search
-from vpr.retrieval.search_command import FindConfig, find
+from vpr.retrieval.search_command import find
 
 _BACKENDS = ("onnxruntime-cpu", "openvino")
 _PRODUCTS = 12  # of each split

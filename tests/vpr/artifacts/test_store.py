@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import edit_card
-from vpr.artifacts.store import CARD_NAME, Damaged, check_output, find_current, load_artifact, reading, write_artifact
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import Damaged, check_output, find_current, load_artifact, reading, write_artifact
 from vpr.common.errors import UserError
 
 

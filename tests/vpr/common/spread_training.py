@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vpr.common.distributed import gathered, is_first, leave, rank_and_world
 from vpr.data.catalog import SCHEMA, Catalog
-from vpr.data.loaders import EpochSampler, LoaderConfig
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import EpochSampler
 from vpr.imaging.decode import Preprocess
-from vpr.training.loop import RecallModule, RunConfig, fit
+from vpr.training.config import RunConfig
+from vpr.training.loop import RecallModule, fit
 
 BATCHES, BATCH, SIZE = 5, 16, 16
 

@@ -9,8 +9,9 @@ import pytest
 
 from vpr.artifacts.store import load_artifact, write_artifact
 from vpr.common.errors import UserError
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
+from vpr.data.config import CatalogConfig
 
 
 def test_reading_unchanged_pictures_again_keeps_the_artifact(texture_folder: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.catalogs import write_catalog
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog, table_of
+from vpr.data.config import CatalogConfig
 from vpr.data.duplicates import merge, near_pairs
 
 

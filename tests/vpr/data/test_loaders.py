@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import EpochSampler, LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import EpochSampler, PictureDataset, training_loader, validation_loader
 from vpr.imaging.decode import Preprocess
 
 PREPROCESS = Preprocess(size=16)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpr.common.errors import UserError
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
+from vpr.data.config import CatalogConfig
 from vpr.data.readers import read_aicrowd, read_csv, read_folder, read_products10k
 
 

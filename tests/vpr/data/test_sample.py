@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import vpr.data.sample
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import CatalogConfig
 from vpr.data.sample.pack import SPLIT_SEED, pack, split_products
 from vpr.data.splits import check_leaks
 from vpr.imaging.decode import decode

@@ -11,8 +11,9 @@ import pytest
 
 from student.embed import EmbedConfig, embed_catalog
 from vpr.common.errors import UserError
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import CatalogConfig
 from vpr.imaging.decode import ImageRefused, Preprocess, read_picture
 from vpr.imaging.limits import MAX_FILE_BYTES
 from vpr.retrieval.embeddings import load_embeddings, read_pixels

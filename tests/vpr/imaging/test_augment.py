@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from vpr.imaging.augment import ViewConfig, apply_views, draw_views
+from vpr.imaging.augment import apply_views, draw_views
+from vpr.imaging.config import ViewConfig
 
 STILL = ViewConfig(0, (1, 1), 0, 0, 0, 0, 0, 0, 0)
 

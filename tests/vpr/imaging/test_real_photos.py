@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
 from benchmarks.recall.measure import score_row
-from vpr.data.build_catalog import CatalogConfig, build_catalog
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
+from vpr.data.config import CatalogConfig
 
 pytestmark = pytest.mark.data
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
+from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.metrics import evaluate, evaluate_similarities
 from vpr.retrieval.rerank import (
-    RerankConfig,
     augment_database,
     expand_queries,
     fit_centring,

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from vpr.artifacts.store import Embedding, Parent, load_artifact, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
+from vpr.retrieval.config import FindConfig, RerankConfig
 from vpr.retrieval.embeddings import write_embeddings
-from vpr.retrieval.rerank import RerankConfig, rank
-from vpr.retrieval.search_command import FindConfig, find
+from vpr.retrieval.rerank import rank
+from vpr.retrieval.search_command import find
 
 
 def unit(count: int, dim: int, seed: int) -> NDArray[np.float32]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import LoaderConfig, PictureDataset, training_loader, validation_loader
+from vpr.data.config import LoaderConfig
+from vpr.data.loaders import PictureDataset, training_loader, validation_loader
 from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import AtomicCheckpoint
-from vpr.training.loop import RecallModule, RunConfig, decay_groups, fit, warmup_cosine
+from vpr.training.config import RunConfig
+from vpr.training.loop import RecallModule, decay_groups, fit, warmup_cosine
 
 PREPROCESS = Preprocess(size=16)
 
