@@ -10,7 +10,7 @@ from rich.table import Table
 from app.config import DoctorConfig
 from export.backends.registry import BACKENDS
 from export.config import TARGETS
-from export.tensorrt.bindings import load_builder
+from export.tensorrt.bindings import import_tensorrt
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
 from vpr.training.loop import best_precision
@@ -64,8 +64,8 @@ def examine() -> list[Finding]:
 
 
 def _rtx() -> str:
-    return f"{load_builder('tensorrt-rtx').__version__}; builds for {', '.join(TARGETS)} without a GPU"
+    return f"{import_tensorrt('tensorrt-rtx').__version__}; builds for {', '.join(TARGETS)} without a GPU"
 
 
 def _tensorrt() -> str:
-    return str(load_builder("tensorrt").__version__)
+    return str(import_tensorrt("tensorrt").__version__)

@@ -21,7 +21,7 @@ from benchmarks.report.recommendation import (
     unstable,
 )
 from benchmarks.report.schema import read_report
-from vpr.common.errors import BudgetBroken, UserError
+from vpr.common.errors import BudgetExceeded, UserError
 from vpr.common.log import say
 
 
@@ -55,7 +55,7 @@ class Change:
         return not self.interval[0] <= 0 <= self.interval[1]
 
 
-def compare(config: CompareConfig) -> list[Change]:
+def compare_reports(config: CompareConfig) -> list[Change]:
     """Print what changed, and return it.
 
     Raises:
@@ -81,7 +81,7 @@ def compare(config: CompareConfig) -> list[Change]:
     if (config.max_recall_drop, config.max_latency_ratio, config.max_size_ratio) != (None, None, None):
         broken += [f"{name}: measured before, not now" for name in gone]
     if broken:
-        raise BudgetBroken("budget broken: " + "; ".join(broken))
+        raise BudgetExceeded("budget broken: " + "; ".join(broken))
     return changes
 
 

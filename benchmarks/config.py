@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from export.config import USUAL_BACKENDS, check_backends
 from vpr.common.errors import UserError, check_numbers
-from vpr.common.hardware import MOST_THREADS
+from vpr.common.hardware import MAX_THREADS
 from vpr.retrieval.config import RerankConfig
 
 # Those of the steps whose cost grows as search does; k-reciprocal re-ranking takes minutes on a large gallery.
@@ -74,7 +74,7 @@ class LatencyConfig:
         if not self.batches or min(self.batches) < 1:
             raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more pictures")
         least = (0, None)
-        check_numbers(self, threads=(0, MOST_THREADS), seconds=least, starts=least, rate=least, seed=least)
+        check_numbers(self, threads=(0, MAX_THREADS), seconds=least, starts=least, rate=least, seed=least)
         check_backends(self.backends)
 
 
@@ -153,7 +153,7 @@ class ReportConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, seconds=(0, None), threads=(0, MOST_THREADS), sheet_queries=(0, None), seed=(0, None))
+        check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))
         if not -1 <= self.drop <= 1:
             raise UserError(f"drop: {self.drop}: it is a share of queries, such as 0.02")
         if not self.batches or min(self.batches) < 1:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.config import Kind, ScaleConfig
 from benchmarks.synthetic_gallery import Gallery, grow, real_gallery
 from export.backends.registry import default_threads
-from vpr.artifacts.store import check_output, plain, write_artifact
+from vpr.artifacts.store import check_output, config_to_json, write_artifact
 from vpr.common.log import say
 from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.search import search
@@ -65,13 +65,15 @@ class ScaleRow:
     notes: str = ""
 
 
-def scale(config: ScaleConfig) -> Path:
+def measure_scale_table(config: ScaleConfig) -> Path:
     """Measure every index of every size and write an artifact of kind ``report`` with ``scale.json``."""
     check_output(config.output, "report", "scale.json")
     embeddings = load_embeddings(config.embeddings)
     real = real_gallery(embeddings, config.queries, config.seed)
     rows = list(measure_scale(config, real))
-    with write_artifact(config.output, "report", plain(config), [embeddings.artifact.as_parent("embeddings")]) as draft:
+    with write_artifact(
+        config.output, "report", config_to_json(config), [embeddings.artifact.as_parent("embeddings")]
+    ) as draft:
         (draft.path / "scale.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     say(f"{config.output}: {len(rows)} indexes")
     return Path(config.output)

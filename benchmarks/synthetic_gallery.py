@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
-from vpr.retrieval.embeddings import Embeddings, unit
+from vpr.retrieval.embeddings import Embeddings, l2_normalize
 from vpr.retrieval.search import search
 
 _BLOCK = 1 << 16  # synthetic vectors made at a time
@@ -74,5 +74,5 @@ def grow(real: Gallery, size: int, seed: int) -> Gallery:
         stop = min(start + _BLOCK, size)
         some = slice(0, stop - start)
         made = real.vectors[source[some]] + far[some].astype(np.float32) * offsets[moved[some]]
-        vectors[start:stop], products[start:stop] = unit(made), real.products[source[some]]
+        vectors[start:stop], products[start:stop] = l2_normalize(made), real.products[source[some]]
     return Gallery(vectors, products, real.queries, real.asked)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from calibration.onnx_layers import attention_inputs, weighted_nodes
 from calibration.ranges import MagnitudeHistogram
 from vpr.common.errors import UserError
-from vpr.inference.onnx_graph import watch
+from vpr.inference.onnx_graph import session_with_outputs
 from vpr.inference.onnx_session import INPUT
 
 ROWS = 512
@@ -56,7 +56,9 @@ class Activations:
         self.seen += len(tokens)
 
 
-def measure(graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed: int = 0) -> dict[str, Activations]:
+def measure_activations(
+    graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed: int = 0
+) -> dict[str, Activations]:
     """Run pictures through an FP32 graph.
 
     Args:
@@ -71,7 +73,7 @@ def measure(graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed
         UserError: a tensor that is not finite, by name.
     """
     names = [*dict.fromkeys([*(node.input[0] for node in weighted_nodes(graph)), *attention_inputs(graph)])]
-    session = watch(graph, names)
+    session = session_with_outputs(graph, names)
     found = {name: Activations() for name in names}
     rng = np.random.default_rng(seed)
     for batch in batches:

@@ -13,13 +13,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from calibration.activation_stats import Activations, measure
+from calibration.activation_stats import Activations, measure_activations
 from calibration.config import CalibrateConfig, Method
 from calibration.onnx_layers import Linear, find_linears
 from calibration.ranges import METHODS, threshold
-from calibration.sampling import select_pictures
-from calibration.smoothquant import Smoothing, correct_bias, factors, output_error, search_smoothing, smooth
-from vpr.artifacts.store import find_current, load_artifact, plain, reading, write_artifact
+from calibration.sampling import select_images
+from calibration.smoothquant import Smoothing, correct_bias, output_error, search_smoothing, smooth, smoothing_by_module
+from vpr.artifacts.store import (
+    config_to_json,
+    find_up_to_date,
+    load_artifact,
+    reraise_as_artifact_error,
+    write_artifact,
+)
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
@@ -60,29 +66,29 @@ def calibrate(config: CalibrateConfig) -> Path:
     parents += catalog.as_parents()
     evaluation = load_catalog(config.evaluation) if config.evaluation else None
     parents += [] if evaluation is None else evaluation.as_parents("evaluation")
-    if find_current(config.output, "ranges", plain(config), parents):
+    if find_up_to_date(config.output, "ranges", config_to_json(config), parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     graph, preprocess = load_graph(model), model.card.preprocess
     pictures = _select(config, graph, preprocess, catalog, evaluation)
 
     def seen_in(one: onnx.ModelProto) -> dict[str, Activations]:
-        return measure(one, read_batches(pictures, preprocess, _BATCH), config.seed)
+        return measure_activations(one, read_batches(pictures, preprocess, _BATCH), config.seed)
 
     smoothings: list[Smoothing] = []
-    with reading(model):
+    with reraise_as_artifact_error(model):
         seen = seen_in(graph)
     if config.smooth:
         smoothings = search_smoothing(graph, seen)
-        smoothed = smooth(graph, factors(smoothings))
+        smoothed = smooth(graph, smoothing_by_module(smoothings))
         check_unchanged(graph, smoothed, next(read_batches(pictures, preprocess, _BATCH)))
         graph, seen = smoothed, seen_in(smoothed)
     linears = find_linears(graph)
     ranges = {name: choose_range(name, one, linears, config) for name, one in seen.items()}
-    arrays = {f"smooth:{linear}": values for linear, values in factors(smoothings).items()}
+    arrays = {f"smooth:{linear}": values for linear, values in smoothing_by_module(smoothings).items()}
     if config.correct:
         arrays |= _corrections(linears, seen, ranges)
-    with write_artifact(config.output, "ranges", plain(config), parents) as draft:
+    with write_artifact(config.output, "ranges", config_to_json(config), parents) as draft:
         written = {name: vars(one) for name, one in ranges.items()}
         (draft.path / "ranges.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
         pq.write_table(pictures.table.select(["image", "product", "sha256"]), draft.path / "pictures.parquet")
@@ -140,7 +146,7 @@ def _select(
         batches = read_batches(training.take(rows), preprocess, _BATCH)
         return np.concatenate([session.embed(batch) for batch in batches])
 
-    return training.take(select_pictures(training, config.count, config.seed, config.selection, embed, scored))
+    return training.take(select_images(training, config.count, config.seed, config.selection, embed, scored))
 
 
 def _corrections(

@@ -21,7 +21,7 @@ class CalibrateConfig:
         catalog: catalogue artifact; only its ``train`` split is used.
         output: where the ranges are written.
         count: pictures.
-        selection: how they are drawn, see :func:`calibration.sampling.select_pictures`.
+        selection: how they are drawn, see :func:`calibration.sampling.select_images`.
         method: how a range is chosen from what was seen; ``auto`` takes for each tensor the method whose
             range leaves the least error at the output of its linear.
         percentile: in percent, for the method of that name.

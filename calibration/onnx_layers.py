@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from vpr.inference.onnx_graph import refused_by
+from vpr.inference.onnx_graph import reraise_as_graph_error
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def channel_axis(node: onnx.NodeProto) -> int:
     return 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else 1
 
 
-@refused_by("linears")
+@reraise_as_graph_error("linears")
 def find_linears(graph: onnx.ModelProto) -> list[Linear]:
     """All linears of a graph, in order."""
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}

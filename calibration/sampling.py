@@ -16,7 +16,7 @@ from vpr.data.splits import check_leaks
 POOL = 8
 
 
-def select_pictures(
+def select_images(
     catalog: Catalog,
     count: int,
     seed: int,

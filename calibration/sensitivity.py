@@ -14,7 +14,7 @@ Layers = frozenset[str]
 
 
 @dataclass(frozen=True)
-class Score:
+class LayerSetScore:
     """What a set of quantised layers does to the embeddings.
 
     Attributes:
@@ -52,20 +52,23 @@ class Decision:
     Attributes:
         chosen: the trial taken.
         met: whether its drop is within the budget.
-        alone: each layer quantised alone, the most harmful first.
+        single_layer_trials: each layer quantised alone, the most harmful first.
         trials: every set that was tried, in order.
         reasons: by layer, why it is what it is.
     """
 
     chosen: Trial
-    met: bool
-    alone: list[Trial]
+    within_budget: bool
+    single_layer_trials: list[Trial]
     trials: list[Trial]
     reasons: dict[str, str]
 
 
-def decide(
-    layers: Sequence[str], evaluate: Callable[[Layers], Score], budget: float, fewer: Sequence[Collection[str]] = ()
+def search_quantised_layers(
+    layers: Sequence[str],
+    evaluate: Callable[[Layers], LayerSetScore],
+    budget: float,
+    reduced_sets: Sequence[Collection[str]] = (),
 ) -> Decision:
     """The largest set of quantised layers found whose recall@1 drops by no more than the budget.
 
@@ -78,7 +81,7 @@ def decide(
         layers: that may be quantised, one or more.
         evaluate: scores a set of quantised layers; the empty set is the float model.
         budget: of recall@1, such as 0.005.
-        fewer: kinds of layers; what is chosen is tried cut down to each too, for a caller who asks what is faster.
+        reduced_sets: kinds of layers; what is chosen is tried cut down to each too, for a caller who asks what is faster.
     """
     floats = evaluate(frozenset())
     tried = {frozenset[str](): _trial(frozenset(), floats, floats)}
@@ -90,12 +93,14 @@ def decide(
 
     whole = attempt(frozenset(layers))
     if whole.drop <= budget:
-        for kind in fewer:
+        for kind in reduced_sets:
             attempt(whole.quantised & frozenset(kind))
         reasons = dict.fromkeys(layers, "quantised: all layers together are within the budget")
         return Decision(whole, True, [], list(tried.values()), reasons)
-    alone = sorted((attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop))
-    harmful = [next(iter(trial.quantised)) for trial in alone]
+    single_layer_trials = sorted(
+        (attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop)
+    )
+    harmful = [next(iter(trial.quantised)) for trial in single_layer_trials]
     kept = _fewest_kept(harmful, lambda quantised: attempt(quantised).drop <= budget)
     chosen = attempt(frozenset(harmful[kept:]))
     for layer in reversed(harmful[:kept]):
@@ -104,9 +109,15 @@ def decide(
             chosen = more
     if not chosen.quantised:
         chosen = min(tried.values(), key=lambda trial: (not trial.quantised, trial.drop, -len(trial.quantised)))
-    for kind in fewer:
+    for kind in reduced_sets:
         attempt(chosen.quantised & frozenset(kind))
-    return Decision(chosen, chosen.drop <= budget, alone, list(tried.values()), _reasons(chosen, alone, budget))
+    return Decision(
+        chosen,
+        chosen.drop <= budget,
+        single_layer_trials,
+        list(tried.values()),
+        _reasons(chosen, single_layer_trials, budget),
+    )
 
 
 def _fewest_kept(harmful: list[str], within: Callable[[Layers], bool]) -> int:
@@ -121,14 +132,14 @@ def _fewest_kept(harmful: list[str], within: Callable[[Layers], bool]) -> int:
     return high
 
 
-def _trial(quantised: Layers, score: Score, floats: Score) -> Trial:
+def _trial(quantised: Layers, score: LayerSetScore, floats: LayerSetScore) -> Trial:
     lost = floats.hits.astype(np.float64) - score.hits
     return Trial(quantised, float(score.hits.mean()), float(lost.mean()), bootstrap_interval(lost), score.cosine)
 
 
-def _reasons(chosen: Trial, alone: list[Trial], budget: float) -> dict[str, str]:
+def _reasons(chosen: Trial, single_layer_trials: list[Trial], budget: float) -> dict[str, str]:
     found = {}
-    for place, trial in enumerate(alone, 1):
+    for place, trial in enumerate(single_layer_trials, 1):
         layer = next(iter(trial.quantised))
         what = f"alone it costs {trial.drop:+.4f} recall@1 and {1 - trial.cosine:.1e} cosine, number {place} in harm"
         if layer in chosen.quantised:

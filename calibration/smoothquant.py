@@ -15,7 +15,7 @@ from calibration.onnx_layers import Linear, find_linears, replace_constant
 from calibration.ranges import MagnitudeHistogram, threshold
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
-from vpr.inference.onnx_graph import refused_by
+from vpr.inference.onnx_graph import reraise_as_graph_error
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
 _SMALLEST = 1e-5
@@ -55,19 +55,19 @@ def search_smoothing(graph: onnx.ModelProto, seen: dict[str, Activations]) -> li
     found = []
     for linear, source in _foldable(graph):
         inputs = seen[linear.input]
-        plain = output_error(inputs.rows, linear.weight, clip(inputs.rows))
+        plain = output_error(inputs.rows, linear.weight, octav_threshold(inputs.rows))
         best = Smoothing(linear.module, source, None, 1.0, np.ones(len(linear.weight), np.float32))
         for alpha in ALPHAS:
             divisors = smoothing_factors(inputs.largest, linear.weight, alpha)
             rows, weight = inputs.rows / divisors, linear.weight * divisors[:, None]
-            gain = output_error(rows, weight, clip(rows)) / max(plain, 1e-30)
+            gain = output_error(rows, weight, octav_threshold(rows)) / max(plain, 1e-30)
             if gain < best.gain:
                 best = Smoothing(linear.module, source, alpha, gain, divisors)
         found.append(best)
     return found
 
 
-def factors(smoothings: list[Smoothing]) -> dict[str, NDArray[np.float32]]:
+def smoothing_by_module(smoothings: list[Smoothing]) -> dict[str, NDArray[np.float32]]:
     """Those that gain, by the module of their linear."""
     return {one.linear: one.factors for one in smoothings if one.alpha is not None}
 
@@ -82,7 +82,7 @@ def smoothing_factors(largest: NDArray[np.float32], weight: NDArray[np.float32],
     return (factors / np.exp(np.log(factors).mean())).astype(np.float32)
 
 
-@refused_by("smoothing")
+@reraise_as_graph_error("smoothing")
 def smooth(graph: onnx.ModelProto, factors: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
     """A copy of an FP32 graph with factors folded in; it computes the same embeddings.
 
@@ -124,7 +124,7 @@ def output_error(rows: NDArray[np.float32], weight: NDArray[np.float32], limit: 
         weight: (in, out) float32.
         limit: magnitude of the input that maps to 127.
     """
-    return float(((fake_quantise(rows, limit) @ fake_quantise_weight(weight) - rows @ weight) ** 2).mean())
+    return float(((fake_quantize_activation(rows, limit) @ fake_quantise_weight(weight) - rows @ weight) ** 2).mean())
 
 
 def correct_bias(rows: NDArray[np.float32], weight: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
@@ -133,11 +133,13 @@ def correct_bias(rows: NDArray[np.float32], weight: NDArray[np.float32], limit: 
     ``E[Q(x)] Q(W) - E[x] W`` (Nagel et al., "Data-free quantization", ICCV 2019, eq. 17, measured).
     """
     expected = rows.mean(axis=0, dtype=np.float64) @ weight.astype(np.float64)
-    found = fake_quantise(rows, limit).mean(axis=0, dtype=np.float64) @ fake_quantise_weight(weight).astype(np.float64)
+    found = fake_quantize_activation(rows, limit).mean(axis=0, dtype=np.float64) @ fake_quantise_weight(weight).astype(
+        np.float64
+    )
     return (found - expected).astype(np.float32)
 
 
-def fake_quantise(values: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
+def fake_quantize_activation(values: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
     """Activations through Q/DQ, as the graph's."""
     scale = activation_scale(limit)
     return (np.clip(np.rint(values / scale), -LEVELS - 1, LEVELS) * scale).astype(np.float32)
@@ -149,7 +151,7 @@ def fake_quantise_weight(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     return (np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales).astype(np.float32)
 
 
-def clip(rows: NDArray[np.float32]) -> float:
+def octav_threshold(rows: NDArray[np.float32]) -> float:
     """The threshold by which smoothed inputs are compared: quick to find, and near the best."""
     histogram = MagnitudeHistogram()
     histogram.add(rows)

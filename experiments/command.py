@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vpr.cli import quieten
+from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 
 _Config = TypeVar("_Config")
@@ -30,7 +30,7 @@ def run_command(
         work: called with what the flags say; a true value is a fault that was found, and ends with exit code 1.
         arguments: flags; None takes those of the process.
     """
-    quieten()
+    silence_libraries()
     parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(config)

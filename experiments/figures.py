@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vpr.cli import quieten
+from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
 from vpr.common.log import say
@@ -117,7 +117,7 @@ def command_of(topic: str, part: str) -> str:
 def measure(parts: Mapping[str, Callable[[], None]], chosen: Sequence[str]) -> None:
     """Measure the ``chosen`` parts of a topic, all of them if none is; ends the process with one line on a fault."""
     os.chdir(ROOT)
-    quieten()
+    silence_libraries()
     if unknown := [part for part in chosen if part not in parts]:
         raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(parts)}")
     for part in chosen or parts:

@@ -17,7 +17,7 @@ from export.fp16 import to_fp16
 from export.tensorrt.bindings import Backend, choose_backend, this_gpu
 from export.tensorrt.build import build_engine
 from export.tensorrt.runner import open_engine
-from export.to_onnx import describe
+from export.to_onnx import fill_graph_card
 from vpr.artifacts.store import Artifact, write_artifact
 from vpr.common.hardware import read_gpus
 from vpr.retrieval.embeddings import Forward
@@ -27,12 +27,12 @@ OpenEngine = Callable[[Path], AbstractContextManager[Forward]]
 
 
 @dataclass(frozen=True)
-class Candidates:
+class CandidateRunner:
     """How candidates are run.
 
     Attributes:
         model: the FP32 ``onnx`` artifact that they come from.
-        by: what runs them, as :func:`choose_timer` gives it.
+        by: what runs them, as :func:`resolve_timing_backend` gives it.
         batch: pictures per call, which engines are built for.
         threads: of OpenVINO; 0 leaves their number to it.
         wide: nodes that FP16 cannot hold.
@@ -67,7 +67,7 @@ class Candidates:
         half = to_fp16(graph, self.wide)
         with write_artifact(folder / "graph", "onnx", {"precision": "candidate"}) as draft:
             onnx.save(half, draft.path / "model.onnx")
-            describe(draft, self.model, half)
+            fill_graph_card(draft, self.model, half)
         gpu = this_gpu()
         return build_engine(
             EngineConfig(
@@ -82,7 +82,7 @@ class Candidates:
         )
 
 
-def choose_timer(by: TimedBy) -> Literal["openvino"] | Backend:
+def resolve_timing_backend(by: TimedBy) -> Literal["openvino"] | Backend:
     """``auto`` is an engine where there is an NVIDIA GPU, by the builder that is installed, else OpenVINO."""
     if by == "auto":
         return choose_backend("auto") if read_gpus()[0] else "openvino"

@@ -9,7 +9,7 @@ from typing import Literal
 
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
-from vpr.common.hardware import MOST_THREADS
+from vpr.common.hardware import MAX_THREADS
 
 # Every backend, in the order of the report; ``export.backends.registry`` has the code that runs them.
 BACKEND_NAMES = (
@@ -89,7 +89,7 @@ class Int8Config:
         max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
             that ``keep`` does not name.
         catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
-        timed_by: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
+        timing_backend: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
             else OpenVINO on this CPU.
         batch: pictures per call when candidates are timed.
         seconds: of timing each candidate.
@@ -105,7 +105,7 @@ class Int8Config:
     number: Format = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""
-    timed_by: TimedBy = "auto"
+    timing_backend: TimedBy = "auto"
     batch: int = 1
     seconds: float = 2.0
     threads: int = 0
@@ -115,8 +115,8 @@ class Int8Config:
             raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.005")
         if (self.max_recall_drop is None) != (not self.catalog):
             raise UserError("max_recall_drop: give it together with catalog, whose validation split decides")
-        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and 0 <= self.threads <= MOST_THREADS):
-            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 to {MOST_THREADS}")
+        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and 0 <= self.threads <= MAX_THREADS):
+            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 to {MAX_THREADS}")
 
 
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
@@ -245,8 +245,8 @@ class ParityConfig:
     output: str
     split: str = "test"
     layers: bool = False
-    departs: float = 0.999
+    min_layer_cosine: float = 0.999
 
     def __post_init__(self) -> None:
-        if not 0 < self.departs <= 1:
-            raise UserError(f"departs: {self.departs}: it is a cosine, above 0 and at most 1")
+        if not 0 < self.min_layer_cosine <= 1:
+            raise UserError(f"departs: {self.min_layer_cosine}: it is a cosine, above 0 and at most 1")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vpr.common.errors import UserError
-from vpr.inference.onnx_graph import refused_by, watch
+from vpr.inference.onnx_graph import reraise_as_graph_error, session_with_outputs
 from vpr.inference.onnx_session import INPUT
 
 _FP16_MAX = float(np.finfo(np.float16).max)
@@ -22,7 +22,7 @@ _LIMIT = _FP16_MAX / 2
 _BATCH = 8
 
 
-@refused_by("FP16")
+@reraise_as_graph_error("FP16")
 def to_fp16(graph: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
     """A copy of an FP32 graph that computes in FP16.
 
@@ -62,7 +62,7 @@ def find_overflow(graph: onnx.ModelProto, inputs: NDArray[np.float32]) -> list[s
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     floats = _float_tensors(inferred.graph)
     made = [name for node in graph.graph.node for name in node.output if name in floats]
-    session = watch(inferred, made)
+    session = session_with_outputs(inferred, made)
     found: set[str] = set()
     for start in range(0, len(inputs), _BATCH):
         batch = inputs[start : start + _BATCH]

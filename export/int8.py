@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from calibration.onnx_layers import linear_nodes, weighted_nodes
 from calibration.smoothquant import smooth
-from export.candidates import Candidates, choose_timer
+from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Format, Int8Config, Recipe
 from export.fp16 import to_fp16
-from export.mixed_precision import Budget, keep_recall
+from export.mixed_precision import Budget, search_mixed_precision
 from export.qdq import quantise, quantised_nodes
-from export.to_onnx import count_operators, describe, load_onnx
-from vpr.artifacts.store import Artifact, find_current, load_artifact, plain, write_artifact
+from export.to_onnx import count_operators, fill_graph_card, load_onnx
+from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, load_artifact, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
@@ -64,8 +64,8 @@ def export_int8(config: Int8Config) -> Path:
     parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
     validation = load_catalog(config.catalog).select(split="validation") if config.catalog else None
     parents += [] if validation is None else validation.as_parents()
-    values = {**plain(config), "precision": config.number}
-    if find_current(config.output, "onnx", values, parents):
+    values = {**config_to_json(config), "precision": config.number}
+    if find_up_to_date(config.output, "onnx", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
@@ -83,7 +83,7 @@ def export_int8(config: Int8Config) -> Path:
     usual = quantised_nodes(calibrated.graph, finished)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(quantised, draft.path / "model.onnx")
-        describe(draft, model, quantised)
+        fill_graph_card(draft, model, quantised)
         draft.metrics = {
             "precision": config.number if set(usual) <= set(layers) else f"{config.number}-mixed",
             "quantised": layers,
@@ -119,8 +119,10 @@ def _decide(
     assert config.max_recall_drop is not None
     if model.card.preprocess is None or not len(validation):
         raise UserError(f"{config.catalog}: its validation split is empty: build it with --validation above 0")
-    candidates = Candidates(model, choose_timer(config.timed_by), config.batch, config.threads, wide)
-    return keep_recall(
+    candidates = CandidateRunner(
+        model, resolve_timing_backend(config.timing_backend), config.batch, config.threads, wide
+    )
+    return search_mixed_precision(
         calibrated.graph,
         partial(calibrated.quantise, number=config.number),
         layers,

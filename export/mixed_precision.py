@@ -11,14 +11,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from calibration.sensitivity import Decision, Layers, Score, Trial, decide
-from export.candidates import Candidates
+from calibration.sensitivity import Decision, Layers, LayerSetScore, Trial, search_quantised_layers
+from export.candidates import CandidateRunner
 from export.parity import parity
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
 from vpr.inference.onnx_graph import GraphSession
 from vpr.inference.timing import measure, summarise
-from vpr.retrieval.embeddings import score_split, unit
+from vpr.retrieval.embeddings import l2_normalize, score_split
 
 _BASE = "nothing quantised"
 # Sets of layers within the budget that are timed beside the one found, those of most layers; and how much faster than
@@ -41,10 +41,10 @@ class Budget:
 
     drop: float
     seconds: float
-    candidates: Candidates
+    candidates: CandidateRunner
 
 
-def keep_recall(
+def search_mixed_precision(
     graph: onnx.ModelProto,
     quantise: Quantise,
     layers: list[str],
@@ -70,24 +70,24 @@ def keep_recall(
     """
     floats = _embed(graph, batches)
 
-    def evaluate(quantised: Layers) -> Score:
+    def evaluate(quantised: Layers) -> LayerSetScore:
         vectors = _embed(quantise(sorted(quantised)), batches) if quantised else floats
-        score = Score(score_split(validation, vectors).hits, parity(floats, vectors)["cosine_mean"])
+        score = LayerSetScore(score_split(validation, vectors).hits, parity(floats, vectors)["cosine_mean"])
         say(f"  {_name(quantised)}: recall@1 {score.hits.mean():.4f}, cosine {score.cosine:.6f}")
         return score
 
-    found = decide(layers, evaluate, budget.drop, fewer)
+    found = search_quantised_layers(layers, evaluate, budget.drop, fewer)
     names = _names(found)
     timed = {names[one]: one.quantised for one in _candidates(found, budget.drop)}
     times = _time(graph, quantise, timed, batches, budget)
     chosen = _fastest(found, names, times)
     queries = int((validation.roles == "query").sum())
-    _say_chosen(names[chosen], chosen, found.met, queries, budget.drop)
+    _say_chosen(names[chosen], chosen, found.within_budget, queries, budget.drop)
     if times[names[chosen]] >= times[_BASE]:
         say("  on this machine it is no faster than the graph without it")
     return {
         "max_recall_drop": budget.drop,
-        "met": found.met,
+        "met": found.within_budget,
         "certain": chosen.interval[1] <= budget.drop,
         "split": "validation",
         "queries": queries,
@@ -98,7 +98,7 @@ def keep_recall(
         "latency_by": f"{budget.candidates.by}, batch {budget.candidates.batch}",
         "quantised": [name for name in layers if name in chosen.quantised],
         "layers": found.reasons | _slower(found, chosen, names, times),
-        "alone": [_record(trial) for trial in found.alone],
+        "alone": [_record(trial) for trial in found.single_layer_trials],
         "trials": [{"name": names[trial], **_record(trial)} for trial in found.trials],
     }
 
@@ -154,7 +154,7 @@ def _slower(found: Decision, chosen: Trial, names: dict[Trial, str], times: dict
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     session = GraphSession(graph)
-    return unit(np.concatenate([session.embed(batch) for batch in batches]))
+    return l2_normalize(np.concatenate([session.embed(batch) for batch in batches]))
 
 
 def _name(quantised: Layers) -> str:

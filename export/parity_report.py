@@ -16,19 +16,19 @@ from export.config import ParityConfig
 from export.parity import parity, rank_changes
 from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
-from vpr.artifacts.store import Artifact, find_current, plain, reading, write_artifact
+from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, reraise_as_artifact_error, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog
-from vpr.inference.onnx_graph import watch
+from vpr.inference.onnx_graph import session_with_outputs
 from vpr.inference.onnx_session import INPUT
-from vpr.retrieval.embeddings import read_batches, unit
+from vpr.retrieval.embeddings import l2_normalize, read_batches
 
 _BATCH = 16
 _LAYER_PICTURES = 8
 
 
-def compare(config: ParityConfig) -> Path:
+def compare_exports(config: ParityConfig) -> Path:
     """Compare and write an artifact of kind ``report`` with ``parity.json``.
 
     On CPUs FP16 graphs are computed in FP32: what half precision cannot hold is found at the export, not here.
@@ -38,7 +38,7 @@ def compare(config: ParityConfig) -> Path:
     graphs = [load_onnx(path) for path in config.models]
     parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in graphs)]
     parents += catalog.as_parents()
-    if find_current(config.output, "report", plain(config), parents, "parity.json"):
+    if find_up_to_date(config.output, "report", config_to_json(config), parents, "parity.json"):
         say(f"{config.output}: up to date")
         return Path(config.output)
     part = catalog.select(split=config.split)
@@ -49,20 +49,22 @@ def compare(config: ParityConfig) -> Path:
     if strangers:
         raise UserError(f"{strangers[0].path}: not preprocessed as {config.student}: give exports of this student")
     pixels = np.concatenate(list(read_batches(part, preprocess, _BATCH)))
-    expected = unit(_run_student(model, pixels))
+    expected = l2_normalize(_run_student(model, pixels))
     query, gallery = part.roles == "query", part.roles == "gallery"
     rows = []
     for graph, artifact in graphs:
-        with reading(artifact):
-            found = unit(run_graph(graph, pixels, _BATCH))
+        with reraise_as_artifact_error(artifact):
+            found = l2_normalize(run_graph(graph, pixels, _BATCH))
         row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, found)}
         if query.any() and gallery.any():
             row |= rank_changes(expected[query] @ expected[gallery].T, found[query] @ found[gallery].T)
         if config.layers:
-            row |= compare_layers(model, graph, pixels[:: max(len(pixels) // _LAYER_PICTURES, 1)], config.departs)
+            row |= compare_layers(
+                model, graph, pixels[:: max(len(pixels) // _LAYER_PICTURES, 1)], config.min_layer_cosine
+            )
         _say(artifact, row)
         rows.append(row)
-    with write_artifact(config.output, "report", plain(config), parents) as draft:
+    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         draft.catalog = catalog.summary()
         (draft.path / "parity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     say(f"{config.output}: {len(rows)} models against {config.student}")
@@ -70,7 +72,7 @@ def compare(config: ParityConfig) -> Path:
 
 
 def compare_layers(
-    model: Student, graph: onnx.ModelProto, pixels: NDArray[np.float32], departs: float
+    model: Student, graph: onnx.ModelProto, pixels: NDArray[np.float32], min_layer_cosine: float
 ) -> dict[str, Any]:
     """Outputs of the modules that PyTorch and the graph have in common.
 
@@ -91,7 +93,7 @@ def compare_layers(
         if name in ours and ours[name].size == values.size:
             result = parity(ours[name].reshape(1, -1), values.reshape(1, -1))
             found.append({"layer": name, "cosine": result["cosine_mean"], "max_abs": result["max_abs"]})
-    first = next((one["layer"] for one in found if not one["cosine"] >= departs), None)
+    first = next((one["layer"] for one in found if not one["cosine"] >= min_layer_cosine), None)
     return {"layers": found, "first_departing": first}
 
 
@@ -123,7 +125,7 @@ def graph_layers(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[st
             last.pop(module, None)
             last[module] = node.output[0]
     names = list(dict.fromkeys(last.values()))
-    found = dict(zip(names, watch(graph, names).run(names, {INPUT: pixels}), strict=True))
+    found = dict(zip(names, session_with_outputs(graph, names).run(names, {INPUT: pixels}), strict=True))
     return {module: np.asarray(found[name], dtype=np.float32) for module, name in last.items()}
 
 

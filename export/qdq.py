@@ -27,13 +27,13 @@ from calibration.onnx_layers import (
 from export.config import Format, Recipe
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
-from vpr.inference.onnx_graph import refused_by
+from vpr.inference.onnx_graph import reraise_as_graph_error
 
 _FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _FP8_LARGEST = 448.0
 
 
-@refused_by("Q/DQ")
+@reraise_as_graph_error("Q/DQ")
 def quantise(
     graph: onnx.ModelProto,
     thresholds: Mapping[str, float],
@@ -80,7 +80,7 @@ def quantise(
     return model
 
 
-@refused_by("Q/DQ")
+@reraise_as_graph_error("Q/DQ")
 def quantised_nodes(
     graph: onnx.ModelProto, keep: tuple[str, ...] | None = None, recipe: Recipe = "linear"
 ) -> dict[str, tuple[str, ...]]:

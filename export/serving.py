@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from export.config import _NAME, MAX_BATCH, ServingConfig
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, model_config, to_text
-from vpr.artifacts.store import Artifact, check_output, find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifacts.store import (
+    Artifact,
+    check_output,
+    config_to_json,
+    find_up_to_date,
+    load_artifact,
+    reraise_as_artifact_error,
+    write_artifact,
+)
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.imaging.decode import Preprocess
@@ -42,12 +50,12 @@ def export_serving(config: ServingConfig) -> Path:
     check_output(config.output, "serving")
     _check_model(model, config)
     preprocess = _check_gallery(model, gallery)
-    values = {**plain(config), "name": name}
+    values = {**config_to_json(config), "name": name}
     parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings")]
-    if find_current(config.output, "serving", values, parents):
+    if find_up_to_date(config.output, "serving", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
-    with reading(model):
+    with reraise_as_artifact_error(model):
         scheduling = _scheduling(model, config)
         fields = model_config(name, model, preprocess, scheduling)
     with write_artifact(config.output, "serving", values, parents) as draft:
@@ -73,7 +81,7 @@ def _check_model(model: Artifact, config: ServingConfig) -> None:
     if model.card.kind == "onnx":
         _check_graph(model)
         return
-    with reading(model):
+    with reraise_as_artifact_error(model):
         built, least = model.card.config, int(model.card.metrics["profile"][0])
         elsewhere = rebuild_command(model, backend="tensorrt", min_batch=1, weight_stripped=False)
         graph = built["onnx"]
@@ -148,9 +156,9 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
     """Write vectors, rows and index; the number of pictures, and what share of the exact top 10 ``hnsw`` finds."""
     import faiss
 
-    rows = gallery.of_role("gallery")
+    rows = gallery.rows_with_role("gallery")
     vectors = np.ascontiguousarray(gallery.vectors[rows])
-    with reading(gallery.artifact):
+    with reraise_as_artifact_error(gallery.artifact):
         columns = ["image", "product", "category"]
         table = pq.read_table(gallery.artifact.file("rows.parquet"), columns=columns).take(rows)
     folder.mkdir()
@@ -163,7 +171,7 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
     faiss.write_index(index, str(folder / "index.faiss"))
     if kind == "flat":
         return len(rows), None
-    asked = gallery.of_role("query")
+    asked = gallery.rows_with_role("query")
     asked = asked[np.linspace(0, len(asked) - 1, min(len(asked), _ASKED)).astype(int)]
     return len(rows), _overlap(index, gallery.vectors[asked], vectors)
 

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from export.config import MAX_BATCH, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
 from export.parity import parity
-from vpr.artifacts.store import Artifact, Draft, TensorSpec, find_current, load_artifact, plain, write_artifact
+from vpr.artifacts.store import (
+    Artifact,
+    ArtifactWriter,
+    TensorSpec,
+    config_to_json,
+    find_up_to_date,
+    load_artifact,
+    write_artifact,
+)
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog
@@ -42,8 +50,8 @@ def export_onnx(config: OnnxConfig) -> Path:
     model, student = load_student(config.student)
     # The ranges that a student was fine-tuned under are those of its INT8 graph.
     parents = [student.as_parent("student"), *student.parents("ranges")]
-    values = plain(config)
-    if find_current(config.output, "onnx", values, parents):
+    values = config_to_json(config)
+    if find_up_to_date(config.output, "onnx", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     preprocess = student.card.preprocess
@@ -58,7 +66,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     metrics = _compare(model, graph, _inputs(config, preprocess, config.split), config)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(graph, draft.path / "model.onnx")
-        describe(draft, student, graph)
+        fill_graph_card(draft, student, graph)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": wide, "nodes": count_operators(graph)}
     say(
@@ -97,7 +105,7 @@ def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
     return graph
 
 
-def describe(draft: Draft, model: Artifact, graph: onnx.ModelProto) -> None:
+def fill_graph_card(draft: ArtifactWriter, model: Artifact, graph: onnx.ModelProto) -> None:
     """Fill the card's description of a graph that computes what ``model`` does."""
     draft.preprocess, draft.embedding, draft.catalog = model.card.preprocess, model.card.embedding, model.card.catalog
     draft.inputs = [_spec(value) for value in graph.graph.input]

@@ -10,7 +10,7 @@ from teacher.config import HeadConfig
 from vpr.common.errors import UserError, check_numbers
 from vpr.data.config import LoaderConfig
 from vpr.imaging.config import ViewConfig
-from vpr.inference.config import KEEP
+from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
 from vpr.training.config import RunConfig
 
 Preset = Literal["sample", "tiny", "small", "base"]
@@ -203,7 +203,7 @@ _MOST_VIEWS = 10_000
 
 
 @dataclass(frozen=True)
-class SignalConfig:
+class TargetsConfig:
     """Where the teacher's embeddings come from.
 
     Attributes:
@@ -243,7 +243,7 @@ class QuantiseConfig:
     """
 
     ranges: str = ""
-    keep: tuple[str, ...] = KEEP
+    keep: tuple[str, ...] = DEFAULT_EXCLUDED_LAYERS
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class DistillConfig:
     unlabelled: tuple[str, ...] = ()
     model: StudentConfig = StudentConfig()
     views: ViewConfig = ViewConfig()
-    signal: SignalConfig = SignalConfig()
+    signal: TargetsConfig = TargetsConfig()
     losses: LossConfig = LossConfig()
     dimension: DimensionConfig = DimensionConfig()
     quantise: QuantiseConfig = QuantiseConfig()

@@ -40,7 +40,7 @@ class Labels:
         self.of_rows = torch.from_numpy(of_rows)
 
 
-class Objective(nn.Module):
+class DistillationLoss(nn.Module):
     """The losses of a batch by name, and their weighted sum.
 
     Args:

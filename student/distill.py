@@ -15,73 +15,81 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from student.config import DistillConfig
-from student.criterion import Labels, Objective, class_means
+from student.criterion import DistillationLoss, Labels, class_means
 from student.dimension import project
 from student.model import Student, count_multiply_adds, count_parameters
 from student.module import StudentModule
-from student.projection import find_projection, own_dimension
-from student.qat import check_ranges, fake_quantise, read_thresholds
-from student.targets import CachedTargets, OnlineTargets, PairDataset
-from student.teacher_cache import Signal, cache_bytes, cache_signal, embed_pixels
-from student.teacher_model import Source, load_source
+from student.projection import find_projection, student_dimension
+from student.qat import check_ranges, insert_fake_quant, read_thresholds
+from student.targets import CachedTargets, OnlineTargets, TwoSizeDataset
+from student.teacher_cache import TeacherCache, build_teacher_cache, cache_bytes, embed_pixels
+from student.teacher_model import TeacherModel, load_teacher_model
 from student.unlabelled import add_unlabelled
-from student.weight_selection import start_from
-from teacher.train import unknown_start
-from vpr.artifacts.run_folder import only_run, run_folder
-from vpr.artifacts.store import Draft, Embedding, Parent, check_output, find_current, load_artifact, write_artifact
+from student.weight_selection import init_from_larger
+from teacher.train import warn_unverified_init
+from vpr.artifacts.run_folder import run_folder, run_lock
+from vpr.artifacts.store import (
+    ArtifactWriter,
+    Embedding,
+    Parent,
+    check_output,
+    find_up_to_date,
+    load_artifact,
+    write_artifact,
+)
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.loaders import Normalise, PictureDataset, training_loader, validation_loader
+from vpr.data.loaders import ImageDataset, Normalise, training_loader, validation_loader
 from vpr.data.splits import find_leaks
 from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import check_tracker, copy_logs
-from vpr.training.loop import Fitted, fit, training_and_validation, training_values
+from vpr.training.loop import FitResult, fit, training_and_validation, training_values
 
 
 def distill(config: DistillConfig) -> Path | None:
     """Distil a student and write it as an artifact of kind ``student``; a dry run writes nothing."""
     catalog = load_catalog(config.catalog)
-    source = load_source(config.teacher, config.assistant)
-    config = replace(config, model=replace(config.model, embedding_dim=own_dimension(config, source)))
+    source = load_teacher_model(config.teacher, config.assistant)
+    config = replace(config, model=replace(config.model, embedding_dim=student_dimension(config, source)))
     training, validation = training_and_validation(catalog, config.catalog)
     _check_paths(config)
     scored = [validation, catalog.select(split="test")]
     training, extra, more = add_unlabelled(training, scored, config.unlabelled, config.output, config.dry_run)
-    values, parents = _identity(config, catalog, source, more)
+    values, parents = _cache_key(config, catalog, source, more)
     folder = run_folder(config.output, values, parents)
-    if not config.dry_run and find_current(config.output, "student", values, parents):
+    if not config.dry_run and find_up_to_date(config.output, "student", values, parents):
         drop_checkpoints(folder)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
     preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
-    notes = {**extra, **_notes(config, catalog)}
+    notes = {**extra, **_leak_metadata(config, catalog)}
     _print_plan(config, source, training, preprocess)
     started = time.monotonic()
-    pictures = _pictures(config, training, preprocess, source.preprocess)
+    pictures = _build_dataset(config, training, preprocess, source.preprocess)
     student, labels = _build_student(config), Labels(training)
-    _check(config, student, labels, source, pictures)
+    _validate_early(config, student, labels, source, pictures)
     if config.dry_run:
-        _try_step(config, student, labels, source, pictures, preprocess)
+        _smoke_test_step(config, student, labels, source, pictures, preprocess)
         say("dry run: one step taken, nothing written")
         return None
     signal = _signal(config, source, training)
     projection, recalls = find_projection(config, source, signal, training, validation)
-    objective, targets = _lesson(config, student, labels, source, signal, projection)
+    objective, targets = _build_loss_and_targets(config, student, labels, source, signal, projection)
     module = StudentModule(config, student, objective, targets, preprocess, validation)
     before = time.monotonic() - started
-    held = PictureDataset(validation, preprocess, config.loader.keep_in_memory)
+    held = ImageDataset(validation, preprocess, config.loader.keep_in_memory)
     loaders = (
         training_loader(pictures, config.loader, config.seed, *rank_and_world()),
         validation_loader(held, config.loader, *rank_and_world()),
     )
-    with only_run(folder):
+    with run_lock(folder):
         best = fit(module, loaders, student, folder, config.epochs, config.run)
         if is_first():
             with write_artifact(config.output, "student", values, parents) as draft:
-                _fill(draft, config, folder, projection)
+                _write_files(draft, config, folder, projection)
                 draft.preprocess = preprocess
                 draft.catalog = {**catalog.summary(), **notes}
                 draft.metrics |= {**_metrics(student, preprocess, best, before), **recalls}
@@ -101,7 +109,7 @@ def _check_paths(config: DistillConfig) -> None:
         check_ranges(config.quantise.ranges, config.start)
 
 
-def _fill(draft: Draft, config: DistillConfig, folder: Path, projection: Tensor | None) -> None:
+def _write_files(draft: ArtifactWriter, config: DistillConfig, folder: Path, projection: Tensor | None) -> None:
     """Put what a run has left into the artifact."""
     copy_logs(folder, draft.path)
     shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
@@ -112,7 +120,7 @@ def _fill(draft: Draft, config: DistillConfig, folder: Path, projection: Tensor 
         draft.metrics["quantise_keep"] = list(config.quantise.keep)
 
 
-def _metrics(student: Student, preprocess: Preprocess, fitted: Fitted, before: float) -> dict[str, Any]:
+def _metrics(student: Student, preprocess: Preprocess, fitted: FitResult, before: float) -> dict[str, Any]:
     """What the card says of a training; ``before`` are the seconds that came before it."""
     return {
         "val_recall_at_1": fitted.best,
@@ -124,8 +132,8 @@ def _metrics(student: Student, preprocess: Preprocess, fitted: Fitted, before: f
     }
 
 
-def _identity(
-    config: DistillConfig, catalog: Catalog, source: Source, more: list[Parent]
+def _cache_key(
+    config: DistillConfig, catalog: Catalog, source: TeacherModel, more: list[Parent]
 ) -> tuple[dict[str, Any], list[Parent]]:
     """What decides the result: configuration and parents."""
     values = {**training_values(config), "model": asdict(config.model)}
@@ -140,7 +148,7 @@ def _identity(
     return values, parents + more
 
 
-def _notes(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
+def _leak_metadata(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
     """What the card says of leaks, also of those before this stage."""
     leak = find_leaks(catalog, config.allow_leak)
     named = {"teacher": config.teacher, "assistant": config.assistant, "start": config.start}
@@ -150,12 +158,12 @@ def _notes(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
             artifact = load_artifact(path)
             before = artifact.card.catalog or {}
             leak |= {role: before["leak"]} if before.get("leak") else {}
-            started += [before.get("start"), unknown_start(artifact, catalog).get("start")]
+            started += [before.get("start"), warn_unverified_init(artifact, catalog).get("start")]
     told = "; ".join(dict.fromkeys(text for text in started if text))
     return {**({"start": told} if told else {}), **({"leak": leak} if leak else {})}
 
 
-def _print_plan(config: DistillConfig, source: Source, training: Catalog, preprocess: Preprocess) -> None:
+def _print_plan(config: DistillConfig, source: TeacherModel, training: Catalog, preprocess: Preprocess) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
     say(
@@ -172,27 +180,29 @@ def _print_plan(config: DistillConfig, source: Source, training: Catalog, prepro
         say(f"  {source.artifact.card.name} is asked {asked} times, then cached in {size} bytes")
 
 
-def _pictures(config: DistillConfig, training: Catalog, student: Preprocess, teacher: Preprocess) -> PictureDataset:
+def _build_dataset(config: DistillConfig, training: Catalog, student: Preprocess, teacher: Preprocess) -> ImageDataset:
     keep = config.loader.keep_in_memory and not config.dry_run
     if config.signal.mode == "online" and config.losses.needs_teacher:
-        return PairDataset(training, student, teacher, keep)
-    return PictureDataset(training, student, keep)
+        return TwoSizeDataset(training, student, teacher, keep)
+    return ImageDataset(training, student, keep)
 
 
 def _build_student(config: DistillConfig) -> Student:
     L.seed_everything(config.seed, verbose=False)
     student = Student(config.model)
     if config.start:
-        artifact, taken = start_from(student, config.start)
+        artifact, taken = init_from_larger(student, config.start)
         share = taken / count_parameters(student)
         say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
     if config.quantise.ranges:
-        names = fake_quantise(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
+        names = insert_fake_quant(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
         say(f"  {len(names)} linears compute as they will in INT8")
     return student
 
 
-def _check(config: DistillConfig, student: Student, labels: Labels, source: Source, pictures: PictureDataset) -> None:
+def _validate_early(
+    config: DistillConfig, student: Student, labels: Labels, source: TeacherModel, pictures: ImageDataset
+) -> None:
     """Refuse now what would only come to light when the teacher's signal is there."""
     width = source.dim
     if config.dimension.projects_teacher and config.model.embedding_dim != width:
@@ -203,28 +213,28 @@ def _check(config: DistillConfig, student: Student, labels: Labels, source: Sour
                 f"model.embedding_dim: {width} directions cannot be fitted on {most} embeddings: give at most {most}, "
                 "or raise dimension.pictures"
             )
-    Objective(config.losses, student, labels, width, torch.zeros(len(labels.counts), width))
+    DistillationLoss(config.losses, student, labels, width, torch.zeros(len(labels.counts), width))
     training_loader(pictures, config.loader, config.seed, *rank_and_world())
     check_tracker(config.run.tracker)
     if config.cache:
         check_output(config.cache, "views")
 
 
-def _signal(config: DistillConfig, source: Source, training: Catalog) -> Signal | None:
+def _signal(config: DistillConfig, source: TeacherModel, training: Catalog) -> TeacherCache | None:
     if not config.losses.needs_teacher or config.signal.mode == "online":
         return None
     path = config.cache or f"{Path(config.output)}-views"
-    return cache_signal(path, source, training, config.views, config.signal, config.seed, config.loader)
+    return build_teacher_cache(path, source, training, config.views, config.signal, config.seed, config.loader)
 
 
-def _lesson(
+def _build_loss_and_targets(
     config: DistillConfig,
     student: Student,
     labels: Labels,
-    source: Source,
-    signal: Signal | None,
+    source: TeacherModel,
+    signal: TeacherCache | None,
     projection: Tensor | None,
-) -> tuple[Objective, CachedTargets | OnlineTargets | None]:
+) -> tuple[DistillationLoss, CachedTargets | OnlineTargets | None]:
     """The losses, and what they compare the student with; None for losses of labels alone."""
     width = config.model.embedding_dim if projection is not None else source.dim
     classes = None if signal is None or not config.losses.logits else _class_means(signal, labels)
@@ -234,33 +244,33 @@ def _lesson(
     elif config.losses.needs_teacher:
         targets = OnlineTargets(source.network, source.preprocess, config.signal, width, projection)
     L.seed_everything(config.seed, verbose=False)
-    return Objective(config.losses, student, labels, width, classes), targets
+    return DistillationLoss(config.losses, student, labels, width, classes), targets
 
 
-def _class_means(signal: Signal, labels: Labels) -> Tensor:
+def _class_means(signal: TeacherCache, labels: Labels) -> Tensor:
     rows = np.arange(len(signal))
     return class_means(np.mean([signal.lookup(rows, view) for view in range(len(signal.shards))], axis=0), labels)
 
 
-def _try_step(
+def _smoke_test_step(
     config: DistillConfig,
     student: Student,
     labels: Labels,
-    source: Source,
-    pictures: PictureDataset,
+    source: TeacherModel,
+    pictures: ImageDataset,
     preprocess: Preprocess,
 ) -> None:
     """One forward and backward pass of everything on two pictures: what a dry run finds out beyond the plan."""
     two = [0, len(pictures) - 1]
     batch = pictures.__getitems__(two)
-    seen = PictureDataset(pictures.catalog, source.preprocess).__getitems__(two)["pixels"]
+    seen = ImageDataset(pictures.catalog, source.preprocess).__getitems__(two)["pixels"]
     vectors = embed_pixels(source.network, Normalise(source.preprocess), seen.float()).clone()
     width = vectors.shape[1]
     if config.dimension.projects_teacher and config.model.embedding_dim != width:
         width = config.model.embedding_dim
         vectors = project(vectors, torch.eye(vectors.shape[1])[:, :width])
     classes = torch.randn(len(labels.counts), width)
-    objective = Objective(config.losses, student, labels, width, classes)
+    objective = DistillationLoss(config.losses, student, labels, width, classes)
     x = Normalise(preprocess)(batch["pixels"].float())
     if objective.logits is not None:
         loss = objective.logits(x, labels.of_rows[batch["rows"]], vectors)

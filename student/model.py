@@ -16,7 +16,7 @@ from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.config import StudentConfig
-from vpr.artifacts.store import Artifact, load_artifact, reading
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
 
@@ -187,7 +187,7 @@ def count_multiply_adds(model: nn.Module, image_size: int) -> int:
 def load_student(path: Path | str) -> tuple[Student, Artifact]:
     """Load a student artifact: the network in evaluation mode, and the artifact."""
     artifact = load_artifact(path, "student")
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         config = StudentConfig(**artifact.card.config["model"])
         weights = load_file(artifact.file("model.safetensors"))
         # A card may describe a network of any size: none is allocated that its weights do not fill.

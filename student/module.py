@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from student.config import DistillConfig
-from student.criterion import Objective
+from student.criterion import DistillationLoss
 from student.model import Student
-from student.targets import CachedTargets, Mix, OnlineTargets
+from student.targets import CachedTargets, Mixup, OnlineTargets
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.decode import Preprocess
@@ -33,7 +33,7 @@ class StudentModule(RecallModule):
         self,
         config: DistillConfig,
         student: Student,
-        objective: Objective,
+        objective: DistillationLoss,
         targets: CachedTargets | OnlineTargets | None,
         preprocess: Preprocess,
         validation: Catalog,
@@ -59,7 +59,7 @@ class StudentModule(RecallModule):
         self.seed_step(config.seed, epoch, number)
         view = epoch if self.targets is None else self.targets.view(epoch)
         parameters = draw_views(config.views, config.seed, rows.cpu(), torch.full_like(rows.cpu(), view))
-        mix = Mix(config.signal.mixup, len(rows)) if config.signal.mixup else None
+        mix = Mixup(config.signal.mixup, len(rows)) if config.signal.mixup else None
         pixels = apply_views(batch["pixels"], parameters)
         x = self.normalise(pixels if mix is None else mix(pixels))
         teacher = bank = None

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from student.config import DistillConfig
 from student.dimension import fit_projection, project
-from student.teacher_cache import Signal
-from student.teacher_model import Source
+from student.teacher_cache import TeacherCache
+from student.teacher_model import TeacherModel
 from vpr.common.distributed import compute_device
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
-from vpr.retrieval.embeddings import embed, score_split, torch_forward, unit
+from vpr.retrieval.embeddings import embed, l2_normalize, score_split, torch_forward
 
 
-def own_dimension(config: DistillConfig, source: Source) -> int:
+def student_dimension(config: DistillConfig, source: TeacherModel) -> int:
     """The student's own dimension."""
     wanted, given = config.model.embedding_dim, source.dim
     if wanted in (0, given):
@@ -37,7 +37,7 @@ def own_dimension(config: DistillConfig, source: Source) -> int:
 
 
 def find_projection(
-    config: DistillConfig, source: Source, signal: Signal | None, training: Catalog, validation: Catalog
+    config: DistillConfig, source: TeacherModel, signal: TeacherCache | None, training: Catalog, validation: Catalog
 ) -> tuple[Tensor | None, dict[str, float]]:
     """The projection to the student's dimension, and what it costs the teacher on the validation pictures."""
     dim = config.model.embedding_dim
@@ -57,7 +57,7 @@ def find_projection(
     found = {}
     for method in dict.fromkeys(("pca", config.dimension.method)):
         projection = fit_projection(replace(config.dimension, method=method), vectors, dim, config.seed)  # type: ignore[arg-type]
-        short = unit(project(torch.from_numpy(whole), projection).numpy())
+        short = l2_normalize(project(torch.from_numpy(whole), projection).numpy())
         found[method] = score_split(validation, short).recall_at_1
     told = ", ".join(f"{value:.3f} by {method}" for method, value in found.items())
     say(f"dimension: {source.dim} to {dim}: the teacher's recall@1 {recall:.3f} becomes {told}")

@@ -47,7 +47,7 @@ def _fake(x: Tensor, scale: Tensor, least: int) -> Tensor:
     return inside + (steps - inside).detach()
 
 
-def fake_quantise(model: nn.Module, thresholds: dict[str, float], keep: tuple[str, ...]) -> list[str]:
+def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], keep: tuple[str, ...]) -> list[str]:
     """Put Q/DQ around a network's linears in place; names of those that have it.
 
     Args:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student.config import SignalConfig
+from student.config import TargetsConfig
 from student.dimension import project
-from student.teacher_cache import Signal, embed_pixels
-from vpr.common.distributed import gathered
+from student.teacher_cache import TeacherCache, embed_pixels
+from vpr.common.distributed import all_gather_cat
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import Normalise, PictureDataset
+from vpr.data.loaders import ImageDataset, Normalise
 from vpr.imaging.augment import apply_views
 from vpr.imaging.decode import Preprocess
 
@@ -31,7 +31,7 @@ class CachedTargets(nn.Module):
     projection: Tensor | None
     bank: Tensor
 
-    def __init__(self, signal: Signal, config: SignalConfig, projection: Tensor | None, seed: int) -> None:
+    def __init__(self, signal: TeacherCache, config: TargetsConfig, projection: Tensor | None, seed: int) -> None:
         super().__init__()
         self.signal, self.config, self.seed = signal, config, seed
         self.register_buffer("projection", projection, persistent=False)
@@ -46,7 +46,7 @@ class CachedTargets(nn.Module):
         drawn = self.signal.draw(self.config.bank, self.seed * 1_000_003 + epoch)
         self.bank = self._short(torch.from_numpy(drawn).to(device))
 
-    def of(self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mix: Mix | None) -> tuple[Tensor, Tensor]:
+    def of(self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mix: Mixup | None) -> tuple[Tensor, Tensor]:
         """(batch, d) embeddings of the views, and the bank."""
         found = torch.from_numpy(self.signal.lookup(batch["rows"].cpu().numpy(), self.view(epoch)))
         return self._short(F.normalize(found.to(self.bank.device), dim=1)), self.bank
@@ -71,7 +71,7 @@ class OnlineTargets(nn.Module):
     filled: Tensor
 
     def __init__(
-        self, teacher: nn.Module, preprocess: Preprocess, config: SignalConfig, dim: int, projection: Tensor | None
+        self, teacher: nn.Module, preprocess: Preprocess, config: TargetsConfig, dim: int, projection: Tensor | None
     ) -> None:
         super().__init__()
         self._teacher = [teacher]  # hidden in a list from checkpoints and DDP
@@ -88,12 +88,12 @@ class OnlineTargets(nn.Module):
         """Bring the teacher to the student's device."""
         self._teacher[0].to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def of(self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mix: Mix | None) -> tuple[Tensor, Tensor]:
+    def of(self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mix: Mixup | None) -> tuple[Tensor, Tensor]:
         """(batch, d) embeddings of the views, and the bank: these and the ones before them."""
         pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters)
         found = embed_pixels(self._teacher[0], self.normalise, pixels if mix is None else mix(pixels)).clone()
         found = F.normalize(found if self.projection is None else found @ self.projection, dim=1)
-        self._enqueue(gathered(found))
+        self._enqueue(all_gather_cat(found))
         return found, self.queue[: int(self.filled)]
 
     def _enqueue(self, vectors: Tensor) -> None:
@@ -102,7 +102,7 @@ class OnlineTargets(nn.Module):
         self.filled = torch.clamp(self.filled + len(vectors), max=len(self.queue))
 
 
-class Mix:
+class Mixup:
     """Each picture mixed with another of its batch: share * x + (1 - share) * x[partner].
 
     Args:
@@ -120,7 +120,7 @@ class Mix:
         return self.share * pixels + (1 - self.share) * pixels[self.partner.to(pixels.device)]
 
 
-class PairDataset(PictureDataset):
+class TwoSizeDataset(ImageDataset):
     """Pictures in the student's size and, where it differs, in the teacher's too.
 
     Args:
@@ -134,7 +134,7 @@ class PairDataset(PictureDataset):
         self, catalog: Catalog, student: Preprocess, teacher: Preprocess, keep_in_memory: bool = False
     ) -> None:
         super().__init__(catalog, student, keep_in_memory)
-        self.of_teacher = PictureDataset(catalog, teacher, keep_in_memory) if teacher.size != student.size else None
+        self.of_teacher = ImageDataset(catalog, teacher, keep_in_memory) if teacher.size != student.size else None
 
     def __getitems__(self, rows: list[int]) -> dict[str, Any]:
         """A batch with ``teacher_pixels`` where the sizes differ."""

@@ -20,24 +20,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from student.config import SignalConfig
-from student.teacher_model import Source
-from vpr.artifacts.run_folder import finished_by_another, only_run, run_folder, save_whole, wait
+from student.config import TargetsConfig
+from student.teacher_model import TeacherModel
+from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_folder, run_lock, wait_until
 from vpr.artifacts.store import (
     Artifact,
-    find_current,
+    find_up_to_date,
     load_artifact,
-    reading,
+    reraise_as_artifact_error,
     write_artifact,
 )
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import Normalise, PictureDataset, validation_loader
+from vpr.data.loaders import ImageDataset, Normalise, validation_loader
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 from vpr.training.loop import best_precision
 
 _BATCH = 256
@@ -45,7 +45,7 @@ _KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
 
 
 @dataclass(frozen=True)
-class Signal:
+class TeacherCache:
     """Cached teacher embeddings.
 
     Attributes:
@@ -75,18 +75,18 @@ class Signal:
         """A seeded draw of at most ``size`` pictures, each in a random view: (size, dim) float32, of unit length."""
         rng = np.random.default_rng(seed)
         pictures = rng.permutation(len(self))[:size]
-        return unit(self.lookup(pictures, rng.integers(0, len(self.shards), len(pictures))))
+        return l2_normalize(self.lookup(pictures, rng.integers(0, len(self.shards), len(pictures))))
 
 
-def cache_signal(
+def build_teacher_cache(
     path: str,
-    source: Source,
+    source: TeacherModel,
     catalog: Catalog,
     views: ViewConfig,
-    config: SignalConfig,
+    config: TargetsConfig,
     seed: int,
     loader: LoaderConfig | None = None,
-) -> Signal:
+) -> TeacherCache:
     """Embed seeded views of every picture, or load them if that was done.
 
     Every finished file is kept when the process is killed, and not computed again. Several processes share the files.
@@ -109,7 +109,7 @@ def cache_signal(
     }
     parents = [source.artifact.as_parent("teacher")]
     folder = run_folder(path, values, parents)
-    if find_current(path, "views", values, parents):
+    if find_up_to_date(path, "views", values, parents):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
         say(f"{path}: up to date")
         return _load(path)
@@ -118,11 +118,11 @@ def cache_signal(
         f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"
     )
     files = list(_files(len(catalog), config))
-    with only_run(folder):
+    with run_lock(folder):
         _embed_files(files, folder, source, catalog, views, seed, loader or LoaderConfig())
         if is_first():
             for file in files:
-                wait(partial(_whole, folder / file.name, file, source.dim))
+                wait_until(partial(_is_complete, folder / file.name, file, source.dim))
             with write_artifact(path, "views", values, parents) as draft:
                 for file in files:
                     _link(folder / file.name, draft.path / file.name)
@@ -130,17 +130,17 @@ def cache_signal(
                 draft.catalog = catalog.summary()
             shutil.rmtree(folder)
         else:
-            wait(lambda: finished_by_another(path, values, parents))
+            wait_until(lambda: is_written(path, values, parents))
     return _load(path)
 
 
-def cache_bytes(pictures: int, dim: int, config: SignalConfig) -> int:
+def cache_bytes(pictures: int, dim: int, config: TargetsConfig) -> int:
     """Exact size of the cache's files."""
     return sum(_npy_bytes(file.stop - file.start, dim) for file in _files(pictures, config))
 
 
 @dataclass(frozen=True)
-class _File:
+class _CacheFile:
     view: int
     shard: int
     start: int
@@ -151,16 +151,16 @@ class _File:
         return f"view-{self.view:04d}-shard-{self.shard:05d}.npy"
 
 
-def _files(pictures: int, config: SignalConfig) -> Iterator[_File]:
+def _files(pictures: int, config: TargetsConfig) -> Iterator[_CacheFile]:
     for view in range(config.views):
         for shard, start in enumerate(range(0, pictures, config.shard)):
-            yield _File(view, shard, start, min(pictures, start + config.shard))
+            yield _CacheFile(view, shard, start, min(pictures, start + config.shard))
 
 
 def _embed_files(
-    files: list[_File],
+    files: list[_CacheFile],
     folder: Path,
-    source: Source,
+    source: TeacherModel,
     catalog: Catalog,
     views: ViewConfig,
     seed: int,
@@ -171,20 +171,20 @@ def _embed_files(
     # A process decodes its shards once for all their views; where there are fewer shards, each takes views.
     by_shard = files[-1].shard + 1 >= world
     mine_of = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
-    absent = [file for file in mine_of if not _whole(folder / file.name, file, source.dim)]
+    absent = [file for file in mine_of if not _is_complete(folder / file.name, file, source.dim)]
     settings = LoaderConfig(_BATCH, workers=loader.workers)
     source.network.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     for shard in sorted({file.shard for file in absent}):
         mine = [file for file in absent if file.shard == shard]
         part = catalog.take(np.arange(mine[0].start, mine[0].stop))
         keep = loader.keep_in_memory or 3 * source.preprocess.size**2 * len(part) <= _KEPT
-        pictures = PictureDataset(part, source.preprocess, keep)
+        pictures = ImageDataset(part, source.preprocess, keep)
         for file in mine:
-            save_whole(folder / file.name, _embed_view(source, pictures, settings, views, file, seed))
+            atomic_save_npy(folder / file.name, _embed_view(source, pictures, settings, views, file, seed))
 
 
 def _embed_view(
-    source: Source, pictures: PictureDataset, loader: LoaderConfig, views: ViewConfig, file: _File, seed: int
+    source: TeacherModel, pictures: ImageDataset, loader: LoaderConfig, views: ViewConfig, file: _CacheFile, seed: int
 ) -> NDArray[np.float16]:
     normalise, device = Normalise(source.preprocess), next(source.network.parameters()).device
     parts = []
@@ -193,7 +193,7 @@ def _embed_view(
         parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
         pixels = apply_views(batch["pixels"].to(device), parameters)
         parts.append(embed_pixels(source.network, normalise, pixels).cpu().numpy())
-    return unit(np.concatenate(parts)).astype(np.float16)
+    return l2_normalize(np.concatenate(parts)).astype(np.float16)
 
 
 def embed_pixels(teacher: nn.Module, normalise: Normalise, pixels: Tensor) -> Tensor:
@@ -223,15 +223,15 @@ def _link(source: Path, destination: Path) -> None:
         shutil.copyfile(source, destination)
 
 
-def _whole(path: Path, file: _File, dim: int) -> bool:
+def _is_complete(path: Path, file: _CacheFile, dim: int) -> bool:
     return path.is_file() and path.stat().st_size == _npy_bytes(file.stop - file.start, dim)
 
 
-def _load(path: str) -> Signal:
+def _load(path: str) -> TeacherCache:
     artifact = load_artifact(path, "views")
     shards: dict[str, list[NDArray[np.float16]]] = {}
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         for name in sorted(artifact.card.files):
             array = np.load(artifact.file(name), mmap_mode="r", allow_pickle=False)
             shards.setdefault(name.partition("-shard-")[0], []).append(array)
-        return Signal(list(shards.values()), int(artifact.card.config["shard"]), artifact)
+        return TeacherCache(list(shards.values()), int(artifact.card.config["shard"]), artifact)

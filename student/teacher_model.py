@@ -15,7 +15,7 @@ from vpr.imaging.decode import Preprocess
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherModel:
     """A network whose embeddings a student learns from.
 
     Attributes:
@@ -31,7 +31,7 @@ class Source:
     dim: int
 
     @classmethod
-    def of(cls, network: nn.Module, artifact: Artifact) -> Source:
+    def of(cls, network: nn.Module, artifact: Artifact) -> TeacherModel:
         """A loaded network; :class:`UserError` if its card lacks preprocessing or embedding."""
         card = artifact.card
         if card.preprocess is None or card.embedding is None:
@@ -39,7 +39,7 @@ class Source:
         return cls(network, artifact, card.preprocess, card.embedding.dim)
 
 
-def load_source(teacher: Path | str, assistant: Path | str = "") -> Source:
+def load_teacher_model(teacher: Path | str, assistant: Path | str = "") -> TeacherModel:
     """The assistant, where one is named, else the teacher."""
     model, artifact = load_student(assistant) if assistant else load_teacher(teacher)
-    return Source.of(model.requires_grad_(False), artifact)
+    return TeacherModel.of(model.requires_grad_(False), artifact)

@@ -14,7 +14,7 @@ from vpr.common.log import say
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
-from vpr.data.duplicates import concatenate, repeats_of
+from vpr.data.duplicates import concatenate, duplicates_of
 
 
 def add_unlabelled(
@@ -38,7 +38,7 @@ def add_unlabelled(
         place = Path(passing) / "student" if dry_run else Path(output)
         found = [_catalog(folder, f"{place}-unlabelled-{number}") for number, folder in enumerate(folders)]
     extra = concatenate(found)
-    seen = repeats_of(extra, concatenate(scored))
+    seen = duplicates_of(extra, concatenate(scored))
     kept = extra.where(~seen)
     say(f"unlabelled: {len(kept)} pictures, and {int(seen.sum())} left out that are (nearly) scored ones")
     parents = [parent for one in found for parent in one.as_parents("unlabelled")]

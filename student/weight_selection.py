@@ -17,7 +17,7 @@ from torch import Tensor
 from student.config import StudentConfig
 from student.model import Student
 from teacher.weights import resize_positions
-from vpr.artifacts.store import Artifact, load_artifact, reading
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
 _NORM = "vit.transformer.norm.weight"
@@ -45,7 +45,7 @@ _OF_PIXELS = tuple(
 )
 
 
-def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
+def init_from_larger(student: Student, path: Path | str) -> tuple[Artifact, int]:
     """Start a student from a larger one, or from a teacher whose tower is a ViT of open_clip.
 
     A student of the same shape is taken over whole.
@@ -63,7 +63,7 @@ def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
     artifact = load_artifact(path)
     if artifact.card.kind not in ("student", "teacher"):
         raise UserError(f"start: {path} is a {artifact.card.kind}: give a student or a teacher")
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         weights = load_file(artifact.file("model.safetensors"))
         if artifact.card.kind == "student":
             shape = StudentConfig(**artifact.card.config["model"])
@@ -76,10 +76,10 @@ def start_from(student: Student, path: Path | str) -> tuple[Artifact, int]:
         width = len(weights[_NORM])
     if width < (own := student.config.dim):
         raise UserError(f"start: {path} has tokens of {width}, the student of {own}: give one that is at least as wide")
-    return artifact, select(student, weights, heads)
+    return artifact, select_weights(student, weights, heads)
 
 
-def select(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
+def select_weights(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
     """Select a student's weights from a larger network's; what has no counterpart stays as it is.
 
     Args:

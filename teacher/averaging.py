@@ -9,7 +9,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file
 
 from teacher.scorer import Scorer, Weights
-from vpr.artifacts.store import Artifact, reading
+from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.log import say
 from vpr.retrieval.metrics import RetrievalScores
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SoupResult:
     """What a method came to.
 
     Attributes:
@@ -35,7 +35,7 @@ class Chosen:
 
 def read_weights(teacher: Artifact) -> Weights:
     """A teacher's weights on the CPU."""
-    with reading(teacher):
+    with reraise_as_artifact_error(teacher):
         return load_file(teacher.file("model.safetensors"))
 
 
@@ -57,7 +57,7 @@ def average(parts: Iterable[Weights], shares: Sequence[float]) -> Weights:
     return total
 
 
-def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer: Scorer) -> Chosen:
+def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer: Scorer) -> SoupResult:
     """(1 - alpha) zero-shot + alpha fine-tuned, for the alpha of best validation recall@1.
 
     Equal recalls are told apart by mAP, then by the smaller alpha, which keeps more of the zero-shot model's
@@ -75,19 +75,19 @@ def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer:
         if best is None or (scores.recall_at_1, scores.map) > (best[1].recall_at_1, best[1].map):
             best = alpha, scores, scorer.weights()
     assert best is not None  # the configuration has at least one alpha
-    return Chosen(best[2], {"alpha": best[0]}, best[1], rows)
+    return SoupResult(best[2], {"alpha": best[0]}, best[1], rows)
 
 
-def uniform(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> Chosen:
+def uniform(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> SoupResult:
     """The mean of all (Wortsman et al., "Model soups", ICML 2022); its members are scored beside it."""
     rows = [row for row, _ in _score_members(names, teachers, scorer)]
     shares = [1 / len(teachers)] * len(teachers)
     scores = scorer.score(average((read_weights(teacher) for teacher in teachers), shares), "all")
     what = {"models": list(names)}
-    return Chosen(scorer.weights(), what, scores, [*rows, what | _said("all", scores)])
+    return SoupResult(scorer.weights(), what, scores, [*rows, what | _said("all", scores)])
 
 
-def greedy(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> Chosen:
+def greedy(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> SoupResult:
     """Best first, each is added if the mean's validation recall@1 does not fall (a tie adds it).
 
     So the soup is never below its best member on validation. Wortsman et al., "Model soups", ICML 2022, recipe 1.
@@ -107,7 +107,7 @@ def greedy(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -
         if added:
             mean, weights, scores = candidate, scorer.weights(), found
             kept.append(index)
-    return Chosen(weights, {"models": [names[i] for i in kept]}, scores, rows)
+    return SoupResult(weights, {"models": [names[i] for i in kept]}, scores, rows)
 
 
 def _score_members(
@@ -116,7 +116,7 @@ def _score_members(
     """Each alone, in the same precision as the soups (a card's recall may be of bf16)."""
     found = []
     for name, teacher in zip(names, teachers, strict=True):
-        with reading(teacher):
+        with reraise_as_artifact_error(teacher):
             scores = scorer.score(read_weights(teacher), "kept")
         found.append(({"models": [name]} | _said(name, scores), scores))
     return found

@@ -24,7 +24,7 @@ class HeadConfig:
         margin: at the start of the training.
         margin_end: at its end.
         margin_step: growth per epoch up to ``margin_end``; 0 grows evenly over the whole training.
-        by_count: the class of most pictures has this share of the margin, that of fewest the whole, others lie
+        min_margin_ratio: the class of most pictures has this share of the margin, that of fewest the whole, others lie
             between by the fourth root of their size; 1 gives every class the same.
         sub_centres: directions per class.
         label_smoothing: share of the target that is spread over all classes.
@@ -36,7 +36,7 @@ class HeadConfig:
     margin: float = 0.3
     margin_end: float = 0.8
     margin_step: float = 0.0
-    by_count: float = 1.0
+    min_margin_ratio: float = 1.0
     sub_centres: int = 1
     label_smoothing: float = 0.0
     class_weight_power: float = 0.0
@@ -50,12 +50,12 @@ class HeadConfig:
         check_numbers(self, "head.", sub_centres=(1, 100))
         if not 0 < self.scale <= 1000:
             raise UserError(f"head.scale: {self.scale}: give a number above 0, at most 1000")
-        check_numbers(self, "head.", by_count=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
+        check_numbers(self, "head.", min_margin_ratio=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
         if not 0 <= self.margin_step < math.inf:
             raise UserError(f"head.margin_step: {self.margin_step}: give 0 or more")
 
 
-LARGEST_SIDE = 2048  # of a picture, pixels; `Preprocess` has the same
+MAX_IMAGE_SIZE = 2048  # of a picture, pixels; `Preprocess` has the same
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TowerConfig:
     squash: bool = True
 
     def __post_init__(self) -> None:
-        sides = (("image_size", 16, LARGEST_SIDE), ("patch_stride", 1, LARGEST_SIDE), ("embedding_dim", 1, 1 << 16))
+        sides = (("image_size", 16, MAX_IMAGE_SIZE), ("patch_stride", 1, MAX_IMAGE_SIZE), ("embedding_dim", 1, 1 << 16))
         for name, least, most in sides:
             value = getattr(self, name)
             if value != 0 and not least <= value <= most:
@@ -99,12 +99,12 @@ class TowerConfig:
             raise UserError(f"tower.dropout: {self.dropout}: give a share from 0 to below 1")
 
 
-LARGEST = {
+MAX_VALUES = {
     "lr_head": 100.0,
     "lr_tower": 100.0,
     "weight_decay": 100.0,
-    "image_size": LARGEST_SIDE + 1,
-    "patch_stride": LARGEST_SIDE + 1,
+    "image_size": MAX_IMAGE_SIZE + 1,
+    "patch_stride": MAX_IMAGE_SIZE + 1,
     "batch_size": 1 << 20,
 }
 
@@ -151,8 +151,8 @@ class StageConfig:
         if not 0 < self.layer_decay <= 1 or not 0 <= self.warmup <= 1:
             raise UserError("stages: layer_decay is above 0 and at most 1, warmup a share from 0 to 1")
         for name in ("lr_head", "lr_tower", "weight_decay", "image_size", "patch_stride", "batch_size"):
-            if not 0 <= getattr(self, name) < LARGEST[name]:
-                largest = LARGEST[name]
+            if not 0 <= getattr(self, name) < MAX_VALUES[name]:
+                largest = MAX_VALUES[name]
                 raise UserError(f"stages.{name}: {getattr(self, name)}: give 0 or more, below {largest:g}")
 
     def tower(self, tower: TowerConfig) -> TowerConfig:
@@ -162,7 +162,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Place:
+class ScheduledStage:
     """Where a stage lies in the training.
 
     Attributes:
@@ -219,11 +219,11 @@ class TrainConfig:
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[ScheduledStage]:
         """The stages with where each begins."""
         places, before, total = [], 0, sum(stage.epochs for stage in self.stages)
         for stage in self.stages:
-            places.append(Place(stage, before, total, stage.views or self.views, self.seed))
+            places.append(ScheduledStage(stage, before, total, stage.views or self.views, self.seed))
             before += stage.epochs
         return places
 

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher.config import DataConfig
-from vpr.artifacts.store import file_sha256, find_current, plain, write_artifact
+from vpr.artifacts.store import config_to_json, file_sha256, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say
-from vpr.data.build_catalog import check_pictures
-from vpr.data.catalog import Catalog, Refused, fill_draft, picture_root, table_of
+from vpr.data.build_catalog import check_images
+from vpr.data.catalog import Catalog, Rejected, image_root, rows_to_table, write_catalog_files
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.readers import READERS
 from vpr.data.splits import find_leaks, split_by_product
@@ -33,15 +33,15 @@ def build_data(config: DataConfig) -> Path:
 
     ``duplicates.csv`` in the artifact lists repeated pictures by ``image``, ``of`` and ``kind``: ``same`` bytes,
     ``near`` the same (with ``across splits`` where one is trained on and the other scored), and the rows that
-    :func:`part_splits` has ``dropped``. Nothing is done again while configuration and tables are unchanged; pictures
+    :func:`drop_split_overlap` has ``dropped``. Nothing is done again while configuration and tables are unchanged; pictures
     replaced under the same names are not noticed.
 
     Raises:
         UserError: a broken source, or (without ``skip_unreadable``) a picture that cannot be read.
     """
-    root = common_root([picture_root(reader, str(path)) for reader, path in config.sources()])
-    values = plain(config) | {"reader": "table", "root": str(root), "tables": _checksums(config)}
-    if find_current(config.output, "catalog", values, []):
+    root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
+    values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _checksums(config)}
+    if find_up_to_date(config.output, "catalog", values, []):
         say(f"{config.output}: up to date")
         return Path(config.output)
     catalogs, refused = [], []
@@ -52,7 +52,7 @@ def build_data(config: DataConfig) -> Path:
         catalogs.append(catalog)
     say("looking for pictures that repeat ...")
     whole, duplicates = merge(catalogs)
-    joined, dropped = part_splits(whole)
+    joined, dropped = drop_split_overlap(whole)
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
     repeats = list_repeats(whole, joined, duplicates, dropped)
@@ -63,7 +63,7 @@ def build_data(config: DataConfig) -> Path:
         "dropped": len(dropped),
     }
     with write_artifact(config.output, "catalog", values) as draft:
-        fill_draft(draft, joined, refused)
+        write_catalog_files(draft, joined, refused)
         with (draft.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows([("image", "of", "kind"), *repeats])
         draft.metrics |= counts
@@ -71,7 +71,7 @@ def build_data(config: DataConfig) -> Path:
     return Path(config.output)
 
 
-def part_splits(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
+def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
     """Take out what would be seen before it is scored.
 
     A picture (same bytes) or product of ``test`` leaves ``validation`` and ``train``, one of ``validation`` leaves
@@ -83,7 +83,7 @@ def part_splits(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
     dropped: list[Repeat] = []
     for held in ("test", "validation"):
         # First of all: what is no longer scored may be trained on.
-        alone = _unanswered(catalog, held)
+        alone = _queries_without_gallery(catalog, held)
         rows = catalog.table.filter(pa.array(alone))
         pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
         dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
@@ -121,17 +121,17 @@ def list_repeats(whole: Catalog, left: Catalog, duplicates: Duplicates, dropped:
     return [*dropped, *((later, earlier, "same") for later, earlier in duplicates.same_bytes), *near]
 
 
-def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Refused]]:
+def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Rejected]]:
     """A source, checked and split."""
     rows = list(READERS[reader](path))
     if not rows:
         raise UserError(f"{path}: no pictures here: check --{reader}")
     say(f"{path}: decoding {len(rows)} pictures ...")
-    root = picture_root(reader, str(path))
-    good, refused = check_pictures(root, rows, config.skip_unreadable)
+    root = image_root(reader, str(path))
+    good, refused = check_images(root, rows, config.skip_unreadable)
     if not good:
         raise UserError(f"{path}: none of its {len(rows)} pictures can be read: check --{reader}")
-    table = table_of(good)
+    table = rows_to_table(good)
     if table["split"].unique().to_pylist() == ["train"]:
         try:
             table = split_by_product(table, config.validation, config.test, config.seed)
@@ -155,7 +155,7 @@ def _checksums(config: DataConfig) -> dict[str, str]:
     return {str(table.resolve()): file_sha256(table) for table in tables if table.is_file()}
 
 
-def _unanswered(catalog: Catalog, held: str) -> NDArray[np.bool_]:
+def _queries_without_gallery(catalog: Catalog, held: str) -> NDArray[np.bool_]:
     """(n,) whether a row is a query of a split whose gallery lacks its product."""
     table = catalog.table
     in_split = pc.equal(table["split"], held)
@@ -165,7 +165,7 @@ def _unanswered(catalog: Catalog, held: str) -> NDArray[np.bool_]:
 
 
 def _say_built(
-    config: DataConfig, joined: Catalog, catalogs: list[Catalog], refused: list[Refused], counts: dict[str, Any]
+    config: DataConfig, joined: Catalog, catalogs: list[Catalog], refused: list[Rejected], counts: dict[str, Any]
 ) -> None:
     summary = joined.summary()
     several = sum(len(catalog.table["product"].unique()) for catalog in catalogs)

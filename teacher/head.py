@@ -38,7 +38,7 @@ class MarginHead(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(len(counts) * config.sub_centres, dim))
         nn.init.xavier_uniform_(self.weight)
-        self.register_buffer("shares", margins_by_count(counts, config.by_count, 1.0).float(), persistent=False)
+        self.register_buffer("shares", margins_by_count(counts, config.min_margin_ratio, 1.0).float(), persistent=False)
         self.register_buffer("weights", class_weights(counts, config.class_weight_power).float(), persistent=False)
 
     def margin(self, progress: float, epoch: int) -> float:

@@ -16,7 +16,7 @@ _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 _STAGE = re.compile(r"layer(\d)\.(\d+)\.")
 
 
-def layers(teacher: Teacher) -> list[Layer]:
+def group_by_depth(teacher: Teacher) -> list[Layer]:
     """The parameters by depth, from the stem over each block to the output; every parameter once.
 
     The last layer holds the tower's final norm and projection and what is added to the tower.
@@ -36,7 +36,9 @@ def decay_factor(index: int, total: int, decay: float) -> float:
     return decay ** (total - 1 - index)
 
 
-def trainable(teacher: Teacher, part: Literal["head", "tower", "last", "all"], last_blocks: int = 0) -> list[nn.Module]:
+def freeze_except(
+    teacher: Teacher, part: Literal["head", "tower", "last", "all"], last_blocks: int = 0
+) -> list[nn.Module]:
     """Let a part of the teacher learn and freeze the rest.
 
     Args:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from teacher.config import TowerConfig
-from teacher.tower import drop_projection, overlap_patches, set_size, side
+from teacher.tower import drop_projection, input_size, overlap_patches, set_size
 from teacher.weights import download, load_tower_weights, read_tower_weights
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Artifact, load_artifact, reading
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.imaging.decode import Preprocess
 
@@ -107,7 +107,7 @@ def build_teacher(
         load_pretrained: read the weights that ``config.pretrained`` names.
         device: ``meta`` gives shapes without memory.
     """
-    visual = _create(config, tower, device)
+    visual = _create_tower(config, tower, device)
     width = int(tower["embed_dim"]) if config.keep_projection else drop_projection(visual, config.name)
     if config.patch_stride:
         overlap_patches(visual, config.patch_stride, config.name)
@@ -120,7 +120,7 @@ def build_teacher(
     if config.pretrained:
         recorded.update(_load(config, tower, teacher, load_pretrained))
     preprocess = Preprocess(
-        size=side(visual),
+        size=input_size(visual),
         resize="squash" if config.squash else "shortest",
         crop="none" if config.squash else "center",
         interpolation=recorded["interpolation"],
@@ -133,7 +133,7 @@ def build_teacher(
 def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
     """Load a teacher artifact: the network in evaluation mode, and the artifact."""
     artifact = load_artifact(path, "teacher")
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         config = TowerConfig(**artifact.card.config["network"])
         # Where its training began does not matter any more.
         config = replace(config, pretrained="", gradient_checkpointing=False)
@@ -145,7 +145,7 @@ def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
     return model.eval(), artifact
 
 
-def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
+def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
     """The image tower alone, with random weights."""
     import open_clip
 
@@ -163,7 +163,7 @@ def _create(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
         ).visual
     visual.output_tokens = False  # CoCa's tower would give its tokens too
     # A timm tower is made in its own size, whatever its configuration says.
-    set_size(visual, side(visual))
+    set_size(visual, input_size(visual))
     return visual
 
 
@@ -174,20 +174,20 @@ def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bo
     path = Path(config.pretrained)
     if (path / CARD_NAME).is_file():
         start = load_artifact(path, "teacher")
-        with reading(start):
+        with reraise_as_artifact_error(start):
             # Weights of the same shapes may be of another tower: with other heads, or another activation.
-            if _kind(start.card.config["tower_config"]) != _kind(tower):
+            if _architecture_key(start.card.config["tower_config"]) != _architecture_key(tower):
                 raise UserError(f"tower.pretrained: {path} has another tower than {config.name}: name that teacher's")
             if load:
                 file = start.file("model.safetensors")
                 load_tower_weights(teacher.visual, read_tower_weights(file))
-                _take_added(teacher, file)
+                _load_projection_from(teacher, file)
         recorded = start.card.preprocess
         return {} if recorded is None else recorded.model_dump(include={"interpolation", "mean", "std"})
     if path.suffix or "/" in config.pretrained:
         if load:
             load_tower_weights(teacher.visual, read_tower_weights(path))
-        return _agreed(config.name)
+        return _common_preprocessing(config.name)
     tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
@@ -202,7 +202,7 @@ def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bo
     return {key: tag[key] for key in ("interpolation", "mean", "std") if key in tag}
 
 
-def _agreed(name: str) -> dict[str, Any]:
+def _common_preprocessing(name: str) -> dict[str, Any]:
     """The preprocessing that all published weights of a tower share: a file of weights does not tell its own."""
     import open_clip
 
@@ -215,13 +215,13 @@ def _agreed(name: str) -> dict[str, Any]:
     return found
 
 
-def _kind(tower: dict[str, Any]) -> tuple[Any, ...]:
+def _architecture_key(tower: dict[str, Any]) -> tuple[Any, ...]:
     """What makes towers the same, whatever the size of their pictures."""
     vision = {key: value for key, value in tower["vision_cfg"].items() if key != "image_size"}
     return tower["embed_dim"], bool(tower.get("quick_gelu", False)), vision
 
 
-def _take_added(teacher: Teacher, file: Path) -> None:
+def _load_projection_from(teacher: Teacher, file: Path) -> None:
     """Start what is added to the tower from another teacher's, as far as it has the same."""
     own = teacher.project.state_dict()
     with safe_open(file, "pt") as stored:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher.config import HeadConfig, Place
+from teacher.config import HeadConfig, ScheduledStage
 from teacher.head import MarginHead
-from teacher.layers import decay_factor, layers, trainable
+from teacher.layers import decay_factor, freeze_except, group_by_depth
 from teacher.model import Teacher
 from teacher.weights import load_tower_weights
 from vpr.common.distributed import rank_and_world
@@ -36,7 +36,7 @@ class TeacherModule(RecallModule):
 
     def __init__(
         self,
-        place: Place,
+        place: ScheduledStage,
         head: HeadConfig,
         teacher: Teacher,
         preprocess: Preprocess,
@@ -49,7 +49,7 @@ class TeacherModule(RecallModule):
         products, labels, counts = np.unique(train.products, return_inverse=True, return_counts=True)
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
         self.head = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head)
-        self.learning = trainable(teacher, place.stage.train, place.stage.last_blocks)
+        self.learning = freeze_except(teacher, place.stage.train, place.stage.last_blocks)
         self.head.requires_grad_(place.stage.train != "tower")
 
     def embed(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class TeacherModule(RecallModule):
         """One optimiser with the stage's warm-up and cosine; rates differ by part and depth."""
         stage = self.place.stage
         groups = decay_groups(list(self.head.parameters()), stage.lr_head, stage.weight_decay)
-        depth = layers(self.teacher)
+        depth = group_by_depth(self.teacher)
         for index, layer in enumerate(depth):
             rate = stage.lr_tower * decay_factor(index, len(depth), stage.layer_decay)
             tower = [p for name, p in layer if name.startswith("visual.")]

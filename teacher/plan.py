@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from teacher.config import HeadConfig, Place, TowerConfig
+from teacher.config import HeadConfig, ScheduledStage, TowerConfig
 from teacher.head import MarginHead
-from teacher.layers import trainable
+from teacher.layers import freeze_except
 from teacher.memory import advice, available_memory, estimate
 from teacher.model import build_teacher
 from vpr.common.distributed import rank_and_world
-from vpr.common.errors import UserError, remedy
+from vpr.common.errors import UserError, explain_system_error
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
@@ -27,7 +27,7 @@ from vpr.training.loop import best_precision
 
 
 def print_plan(
-    places: list[Place],
+    places: list[ScheduledStage],
     tower: TowerConfig,
     tower_json: dict[str, Any],
     head: HeadConfig,
@@ -50,7 +50,7 @@ def print_plan(
         with _building(f"tower.name: {tower.name} in stage {number}"):
             teacher, preprocess = build_teacher(changed, tower_json, load_pretrained=False, device="meta")
         classes = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head).to("meta")
-        trainable(teacher, stage.train, stage.last_blocks)
+        freeze_except(teacher, stage.train, stage.last_blocks)
         classes.requires_grad_(stage.train != "tower")
         batch = stage.batch_size or loader.batch_size
         batches = EpochSampler(train.products, replace(loader, batch_size=batch), 0, 0, world).batches
@@ -79,7 +79,7 @@ def _building(what: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if remedy(error):
+        if explain_system_error(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{what}: cannot be built ({reason}): mend the configuration of the tower") from None

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from teacher.config import RunsConfig
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.run_folder import run_folder, written_whole
-from vpr.artifacts.store import SCHEMA, Card, Damaged, read_card_file
+from vpr.artifacts.run_folder import atomic_write, run_folder
+from vpr.artifacts.store import SCHEMA, Card, CorruptArtifact, read_card_file
 from vpr.common.errors import UserError, printable
 from vpr.common.log import say
 from vpr.training.callbacks import MONITOR
@@ -111,7 +111,7 @@ def _read(path: Path) -> Card | str | None:
         if values["schema"] > SCHEMA:
             return "written by a newer version"
         return Card.model_validate_json(raw)
-    except Damaged as error:
+    except CorruptArtifact as error:
         return str(error)
     except OSError as error:
         return error.strerror or "its card cannot be read"
@@ -220,7 +220,7 @@ def _print(found: list[Run]) -> None:
 
 
 def _write(found: list[Run], path: Path) -> None:
-    with written_whole(path, "w") as stream:
+    with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([field.name for field in fields(Run)])
         writer.writerows([[getattr(run, field.name) for field in fields(Run)] for run in found])

@@ -16,9 +16,9 @@ from teacher.model import load_teacher
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import PictureDataset, validation_loader
+from vpr.data.loaders import ImageDataset, validation_loader
 from vpr.imaging.decode import Preprocess
-from vpr.retrieval.embeddings import score_split, torch_forward, unit
+from vpr.retrieval.embeddings import l2_normalize, score_split, torch_forward
 from vpr.retrieval.metrics import RetrievalScores
 
 Weights = dict[str, Tensor]
@@ -92,7 +92,7 @@ class Scorer:
         if stale and norms != "kept":
             device = next(self.model.parameters()).device
             estimate_norms(self.model, stale, (torch.from_numpy(b).to(device) for b in self._batches(self._drawn)))
-        vectors = unit(np.concatenate([self._forward(batch) for batch in self._batches(self._validation)]))
+        vectors = l2_normalize(np.concatenate([self._forward(batch) for batch in self._batches(self._validation)]))
         return score_split(self._catalog, vectors)
 
     def weights(self) -> Weights:
@@ -101,7 +101,7 @@ class Scorer:
 
     def _loader(self, catalog: Catalog, batch_size: int, workers: int) -> DataLoader[dict[str, Tensor]]:
         keep = len(catalog) * 3 * self.preprocess.size**2 <= _KEPT_BYTES
-        return validation_loader(PictureDataset(catalog, self.preprocess, keep), LoaderConfig(batch_size, workers))
+        return validation_loader(ImageDataset(catalog, self.preprocess, keep), LoaderConfig(batch_size, workers))
 
     def _batches(self, loader: DataLoader[dict[str, Tensor]]) -> Iterator[NDArray[np.float32]]:
         for batch in loader:

@@ -16,9 +16,16 @@ from teacher.averaging import Row, greedy, read_weights, uniform, wise_ft
 from teacher.config import SoupConfig, TowerConfig
 from teacher.model import build_teacher
 from teacher.scorer import Scorer, Weights
-from teacher.train import read_start
+from teacher.train import identify_init_weights
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Artifact, find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifacts.store import (
+    Artifact,
+    config_to_json,
+    find_up_to_date,
+    load_artifact,
+    reraise_as_artifact_error,
+    write_artifact,
+)
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
@@ -41,8 +48,8 @@ def soup(config: SoupConfig) -> Path:
     parents = [*(teacher.as_parent("teacher") for teacher in teachers), *catalog.as_parents()]
     card = teachers[0].card
     built = {key: card.config[key] for key in ("tower", "network", "tower_config")}
-    values = plain(config) | {"recipe": f"{config.method} soup"} | built
-    if find_current(config.output, "teacher", values, parents):
+    values = config_to_json(config) | {"recipe": f"{config.method} soup"} | built
+    if find_up_to_date(config.output, "teacher", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     leak = known_leak(teachers, catalog)
@@ -118,7 +125,7 @@ def zero_shot_weights(teacher: Artifact) -> Weights:
     Raises:
         UserError: it began from random weights, or they can no longer be read.
     """
-    with reading(teacher):
+    with reraise_as_artifact_error(teacher):
         network = TowerConfig(**teacher.card.config["network"])
         if not network.pretrained:
             raise UserError(
@@ -126,7 +133,7 @@ def zero_shot_weights(teacher: Artifact) -> Weights:
                 "weights, use uniform or greedy"
             )
         began = started_from(teacher)
-        found = read_start(network.pretrained)
+        found = identify_init_weights(network.pretrained)
         if began and began != (found.sha256 if isinstance(found, Artifact) else found):
             raise UserError(
                 f"{teacher.path}: {network.pretrained} is not what its training began from any more: put that back"

@@ -10,7 +10,7 @@ from torch import nn
 from vpr.common.errors import UserError
 
 
-def side(visual: Any) -> int:
+def input_size(visual: Any) -> int:
     """Side of the tower's pictures, pixels."""
     size = visual.image_size
     return int(size if isinstance(size, int) else size[0])
@@ -60,7 +60,7 @@ def overlap_patches(visual: Any, stride: int, name: str) -> None:
     patch = conv.kernel_size[0]
     if stride > patch:
         raise UserError(f"tower.patch_stride: {stride} is more than the patch of {patch} pixels: give less")
-    across, old = (side(visual) - patch) // stride + 1, getattr(holder, key)
+    across, old = (input_size(visual) - patch) // stride + 1, getattr(holder, key)
     before = embed.grid_size if embed is not None else visual.grid_size
     prefix = old.shape[-2] - before[0] * before[1]
     conv.stride = (stride, stride)

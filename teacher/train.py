@@ -15,14 +15,14 @@ from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.plan import print_plan
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.run_folder import only_run, run_folder
+from vpr.artifacts.run_folder import run_folder, run_lock
 from vpr.artifacts.store import (
     Artifact,
-    Draft,
+    ArtifactWriter,
     Embedding,
     check_output,
     file_sha256,
-    find_current,
+    find_up_to_date,
     load_artifact,
     write_artifact,
 )
@@ -30,12 +30,12 @@ from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.loaders import PictureDataset, training_loader, validation_loader
+from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.data.splits import find_leaks
 from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import copy_logs
-from vpr.training.loop import Fitted, fit, training_and_validation, training_values
+from vpr.training.loop import FitResult, fit, training_and_validation, training_values
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -45,13 +45,13 @@ def train(config: TrainConfig) -> Path | None:
     values = training_values(config)
     values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
     parents = catalog.as_parents()
-    start = read_start(config.tower.pretrained)
+    start = identify_init_weights(config.tower.pretrained)
     if isinstance(start, Artifact):
         parents.append(start.as_parent("start"))
     elif start:
         values["pretrained_sha256"] = start
     folder = run_folder(config.output, values, parents)
-    if not config.dry_run and find_current(config.output, "teacher", values, parents):
+    if not config.dry_run and find_up_to_date(config.output, "teacher", values, parents):
         drop_checkpoints(folder)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path | None:
     print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
     if config.dry_run:
         return None
-    with only_run(folder):
+    with run_lock(folder):
         if is_first():  # what an unfinished run is shows in `vpr teacher runs`
             (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         fits, preprocess, dim = _run_stages(config, tower, training, validation, folder)
@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> Path | None:
     return Path(config.output)
 
 
-def read_start(pretrained: str) -> Artifact | str:
+def identify_init_weights(pretrained: str) -> Artifact | str:
     """What identifies the weights that training begins from: a teacher, or a file's sha256 (empty for tag or none)."""
     path = Path(pretrained)
     if path.name == "model.safetensors" and (path.parent / CARD_NAME).is_file():
@@ -89,7 +89,7 @@ def read_start(pretrained: str) -> Artifact | str:
     return file_sha256(path) if path.suffix == ".safetensors" and path.is_file() else ""
 
 
-def unknown_start(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
+def warn_unverified_init(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
     """What a card says where training begins from a model of other pictures, which nobody compared with these."""
     if not isinstance(start, Artifact) or (start.card.catalog or {}).get("sha256") == catalog.sha256:
         return {}
@@ -103,10 +103,10 @@ def _notes(config: TrainConfig, catalog: Catalog, start: Artifact | str) -> dict
     leak = find_leaks(catalog, config.allow_leak)
     if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
         leak["start"] = (start.card.catalog or {})["leak"]
-    return {**({"leak": leak} if leak else {}), **unknown_start(start, catalog)}
+    return {**({"leak": leak} if leak else {}), **warn_unverified_init(start, catalog)}
 
 
-def _fill(draft: Draft, config: TrainConfig, fits: list[Fitted], folder: Path) -> None:
+def _fill(draft: ArtifactWriter, config: TrainConfig, fits: list[FitResult], folder: Path) -> None:
     """Put what the stages came to into the artifact."""
     for number in range(len(fits)):
         copy_logs(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
@@ -122,10 +122,10 @@ def _fill(draft: Draft, config: TrainConfig, fits: list[Fitted], folder: Path) -
 
 def _run_stages(
     config: TrainConfig, tower: dict[str, Any], training: Catalog, validation: Catalog, folder: Path
-) -> tuple[list[Fitted], Preprocess, int]:
+) -> tuple[list[FitResult], Preprocess, int]:
     """Fit one stage after the other; a run that was killed finds the finished ones by their checkpoints."""
-    fits: list[Fitted] = []
-    datasets: tuple[Preprocess, PictureDataset, PictureDataset] | None = None
+    fits: list[FitResult] = []
+    datasets: tuple[Preprocess, ImageDataset, ImageDataset] | None = None
     for number, place in enumerate(config.places(), start=1):
         L.seed_everything(config.seed, verbose=False)
         teacher, preprocess = build_teacher(place.stage.tower(config.tower), tower, load_pretrained=not fits)
@@ -136,8 +136,8 @@ def _run_stages(
             keep = config.loader.keep_in_memory
             datasets = (
                 preprocess,
-                PictureDataset(training, preprocess, keep),
-                PictureDataset(validation, preprocess, keep),
+                ImageDataset(training, preprocess, keep),
+                ImageDataset(validation, preprocess, keep),
             )
         loader = replace(config.loader, batch_size=place.stage.batch_size or config.loader.batch_size)
         loaders = (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from vpr.artifacts.store import write_artifact
-from vpr.data.catalog import Catalog, fill_draft
+from vpr.data.catalog import Catalog, write_catalog_files
 
 
 def write_catalog(path: Path, catalog: Catalog) -> Path:
     """Write a catalogue whose pictures stay in its root."""
     with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}) as draft:
-        fill_draft(draft, catalog, [])
+        write_catalog_files(draft, catalog, [])
     return path

@@ -16,9 +16,9 @@ from student.config import StudentConfig
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
-from vpr.inference.onnx_session import keep_to_ourselves
+from vpr.inference.onnx_session import disable_telemetry
 
-keep_to_ourselves()
+disable_telemetry()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48
 # PyTorch would handle the end of a loader's worker in a signal. On one virtual machine's kernel a process that had used
 # the processor's matrix units (AMX) was killed when a handled signal reached it: without the handler none does.

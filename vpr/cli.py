@@ -17,14 +17,14 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr import __version__
-from vpr.common.distributed import leave
-from vpr.common.errors import BudgetBroken, UserError, remedy
-from vpr.common.recipes import bound_recipes
-from vpr.inference.onnx_session import keep_to_ourselves
+from vpr.common.distributed import destroy_process_group
+from vpr.common.errors import BudgetExceeded, UserError, explain_system_error
+from vpr.common.recipes import install_safe_yaml_loader
+from vpr.inference.onnx_session import disable_telemetry
 
 
 @dataclass(frozen=True)
-class Verb:
+class Command:
     """Where a verb's function and configuration are, and what it is for; ``positional`` keys need no ``--key``."""
 
     module: str
@@ -34,59 +34,73 @@ class Verb:
     positional: bool = False
 
 
-VERBS = {
-    "catalog": Verb(
+COMMANDS = {
+    "catalog": Command(
         "vpr.data.build_catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"
     ),
-    "teacher data": Verb("teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"),
-    "teacher train": Verb("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
-    "teacher embed": Verb("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
-    "teacher soup": Verb("teacher.soup", "soup", "SoupConfig", "average teachers, or one with its zero-shot weights"),
-    "teacher runs": Verb("teacher.runs", "runs", "RunsConfig", "teachers and unfinished runs side by side"),
-    "student distill": Verb("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
-    "student embed": Verb("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
-    "calibrate": Verb("calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training pictures"),
-    "export onnx": Verb("export.to_onnx", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
-    "export int8": Verb("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
-    "export engine": Verb(
+    "teacher data": Command(
+        "teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"
+    ),
+    "teacher train": Command("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
+    "teacher embed": Command("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
+    "teacher soup": Command(
+        "teacher.soup", "soup", "SoupConfig", "average teachers, or one with its zero-shot weights"
+    ),
+    "teacher runs": Command("teacher.runs", "runs", "RunsConfig", "teachers and unfinished runs side by side"),
+    "student distill": Command("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
+    "student embed": Command("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
+    "calibrate": Command(
+        "calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training pictures"
+    ),
+    "export onnx": Command("export.to_onnx", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
+    "export int8": Command("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
+    "export engine": Command(
         "export.tensorrt.build", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"
     ),
-    "export serving": Verb("export.serving", "export_serving", "ServingConfig", "hand a model and gallery to Triton"),
-    "export parity": Verb("export.parity_report", "compare", "ParityConfig", "how far exports depart from the student"),
-    "bench recall": Verb("benchmarks.recall.measure", "recall", "RecallConfig", "recall of models on the same queries"),
-    "bench latency": Verb(
+    "export serving": Command(
+        "export.serving", "export_serving", "ServingConfig", "hand a model and gallery to Triton"
+    ),
+    "export parity": Command(
+        "export.parity_report", "compare", "ParityConfig", "how far exports depart from the student"
+    ),
+    "bench recall": Command(
+        "benchmarks.recall.measure", "recall", "RecallConfig", "recall of models on the same queries"
+    ),
+    "bench latency": Command(
         "benchmarks.latency.measure", "latency", "LatencyConfig", "latency of models on this machine"
     ),
-    "bench scale": Verb("benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"),
-    "bench report": Verb(
+    "bench scale": Command(
+        "benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"
+    ),
+    "bench report": Command(
         "benchmarks.report.build", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
     ),
-    "bench compare": Verb(
+    "bench compare": Command(
         "benchmarks.compare", "compare", "CompareConfig", "what changed from one report to another", positional=True
     ),
-    "search": Verb(
+    "search": Command(
         "vpr.retrieval.search_command", "find", "FindConfig", "nearest gallery pictures of embedded queries"
     ),
-    "search serve": Verb("app.search_page.server", "serve", "ServeConfig", "a local page to look pictures up on"),
-    "demo": Verb("app.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
-    "doctor": Verb("app.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
+    "search serve": Command("app.search_page.server", "serve", "ServeConfig", "a local page to look pictures up on"),
+    "demo": Command("app.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
+    "doctor": Command("app.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 and one line on anything the caller can put right, 1 where a named budget is broken."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    quieten()
+    silence_libraries()
     try:
         run(arguments)
-        leave()
+        destroy_process_group()
     except UserError as error:
         _fail(str(error))
-    except BudgetBroken as broken:
+    except BudgetExceeded as broken:
         print(f"vpr: {broken}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if told := remedy(error):
+        if told := explain_system_error(error):
             _fail(told)
         if not isinstance(error, OSError):
             raise
@@ -110,7 +124,7 @@ def run(arguments: Sequence[str]) -> Any:
         print(f"vpr {__version__}")
         return None
     name, rest = _split(list(arguments))
-    verb = VERBS[name]
+    verb = COMMANDS[name]
     module = importlib.import_module(verb.module)
     config = read_config(getattr(module, verb.config), name, rest)
     return getattr(module, verb.function)(config)
@@ -118,13 +132,13 @@ def run(arguments: Sequence[str]) -> Any:
 
 def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:
     """A configuration from ``--config file.yaml`` and dotted flags over it, checked by type."""
-    bound_recipes()
-    longer = [f"vpr {other}: {verb.help}" for other, verb in VERBS.items() if other.startswith(f"{name} ")]
+    install_safe_yaml_loader()
+    longer = [f"vpr {other}: {verb.help}" for other, verb in COMMANDS.items() if other.startswith(f"{name} ")]
     parser = ArgumentParser(
-        prog=f"vpr {name}", description=VERBS[name].help, epilog="; ".join(longer), exit_on_error=False
+        prog=f"vpr {name}", description=COMMANDS[name].help, epilog="; ".join(longer), exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML recipe; flags override it")
-    parser.add_class_arguments(config_class, as_positional=VERBS[name].positional)
+    parser.add_class_arguments(config_class, as_positional=COMMANDS[name].positional)
     try:
         parsed, usual = parser.parse_args(list(arguments)), parser.get_defaults()
         # A recipe may say ``key:`` and nothing behind it, which jsonargparse takes for any type.
@@ -139,17 +153,17 @@ def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) ->
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
     for words in (2, 1):
         name = " ".join(arguments[:words])
-        if name in VERBS:
+        if name in COMMANDS:
             return name, arguments[words:]
-    group = sorted(verb for verb in VERBS if verb.split()[0] == arguments[0])
+    group = sorted(verb for verb in COMMANDS if verb.split()[0] == arguments[0])
     if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
-        print("\n".join(f"vpr {verb:16} {VERBS[verb].help}" for verb in group))
+        print("\n".join(f"vpr {verb:16} {COMMANDS[verb].help}" for verb in group))
         sys.exit(0 if len(arguments) > 1 else 2)
-    raise UserError(f"vpr: no command '{' '.join(arguments[:2])}': choose one of {', '.join(group or VERBS)}")
+    raise UserError(f"vpr: no command '{' '.join(arguments[:2])}': choose one of {', '.join(group or COMMANDS)}")
 
 
 def _overview() -> str:
-    lines = [f"  vpr {name:16} {verb.help}" for name, verb in VERBS.items()]
+    lines = [f"  vpr {name:16} {verb.help}" for name, verb in COMMANDS.items()]
     return "\n".join(["usage: vpr COMMAND [--config recipe.yaml] [--key value ...]", "", *lines])
 
 
@@ -162,7 +176,7 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Silence libraries' notices."""
     # Libraries' notices hide the few lines that matter here; their errors still come through.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "open_clip", "torch.onnx"):
@@ -170,4 +184,4 @@ def quieten() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    keep_to_ourselves()
+    disable_telemetry()

@@ -15,20 +15,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
-from vpr.artifacts.store import reading
+from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
 from vpr.imaging.decode import Preprocess, decode_bytes
 from vpr.inference.timing import measure
-from vpr.retrieval.embeddings import Forward, embed, load_embeddings, unit, write_embeddings
+from vpr.retrieval.embeddings import Forward, embed, l2_normalize, load_embeddings, write_embeddings
 from vpr.retrieval.search import search
 
 _CHOICE_SECONDS = 0.2  # for each backend, where an artifact has several
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What one model found.
 
     Attributes:
@@ -58,7 +58,7 @@ class Searcher:
     forward: Forward
     vectors: NDArray[np.float32]
 
-    def look_up(self, data: bytes, top: int) -> Found:
+    def search_bytes(self, data: bytes, top: int) -> SearchResult:
         """The ``top`` gallery pictures nearest to a picture given as the bytes of its file.
 
         Raises:
@@ -68,12 +68,12 @@ class Searcher:
         picture = decode_bytes(data, "upload", shortest=self.preprocess.size)
         batch = self.preprocess.normalise(self.preprocess.pixels(picture)[None])
         decoded = time.perf_counter()
-        query = unit(self.forward(batch))
+        query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()
         scores, rows = search(query, self.vectors, top)
         ends = (begun, decoded, embedded, time.perf_counter())
         steps = ("decode + preprocess", "embed", "search")
-        return Found(rows[0], scores[0], dict(zip(steps, 1000 * np.diff(ends), strict=True)))
+        return SearchResult(rows[0], scores[0], dict(zip(steps, 1000 * np.diff(ends), strict=True)))
 
 
 def load_searchers(
@@ -108,7 +108,7 @@ def load_searchers(
     return searchers, gallery
 
 
-def agreement(found: list[Found]) -> str:
+def agreement(found: list[SearchResult]) -> str:
     """How far two models' lists agree, in a sentence; empty for one list."""
     if len(found) == 1:
         return ""
@@ -148,7 +148,7 @@ def _kept_vectors(
     kept = load_embeddings(path)
     if model.artifact.as_parent("model") not in kept.artifact.card.parents:
         raise UserError(f"{path}: was not embedded with {model.artifact.path}: give that model's, or a new path")
-    with reading(kept.artifact):
+    with reraise_as_artifact_error(kept.artifact):
         rows = pq.read_table(kept.artifact.file("rows.parquet")).cast(SCHEMA)
     chosen = kept.roles == "gallery"
     if split:

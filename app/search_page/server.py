@@ -30,12 +30,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.config import ServeConfig
-from app.search_page.lookup import Found, Searcher, agreement, load_searchers
-from app.search_page.upload_limits import ADDRESS, Room, listen, make_server
+from app.search_page.lookup import Searcher, SearchResult, agreement, load_searchers
+from app.search_page.upload_limits import ADDRESS, UploadBudget, listen, make_server
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import FORMATS, ImageRefused, decode
+from vpr.imaging.decode import FORMATS, ImageRejected, decode
 
 MAX_BYTES = 16 << 20
 UPLOAD_SECONDS = 20
@@ -82,7 +82,7 @@ def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
             Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"], www_redirect=False),
             Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BYTES),
         ],
-        exception_handlers={ImageRefused: _refused, UserError: _failed, ClientDisconnect: _gone},
+        exception_handlers={ImageRejected: _refused, UserError: _failed, ClientDisconnect: _gone},
     )
     return _with_headers(app)
 
@@ -94,7 +94,7 @@ class _Page:
         self._form, self._results = (templates.get_template(f"{name}.html") for name in ("search", "search-results"))
         # One picture at a time: memory stays bounded, and no time shown is that of two searches at once.
         self._worker = ThreadPoolExecutor(1)
-        self._room = Room(ROOM)
+        self._room = UploadBudget(ROOM)
         blank = io.BytesIO()
         Image.new("RGB", (64, 64), "white").save(blank, "WEBP")  # loads every reader of Pillow, as a PNG does not
         # What a thread does at its first call only would otherwise stand in the first times shown.
@@ -131,20 +131,20 @@ class _Page:
     async def _work(self, call: Callable[[], _Answer]) -> _Answer:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call)
 
-    def _look_up(self, data: bytes) -> list[Found]:
-        return [one.look_up(data, self._top) for one in self._searchers]
+    def _look_up(self, data: bytes) -> list[SearchResult]:
+        return [one.search_bytes(data, self._top) for one in self._searchers]
 
     def _thumbnail(self, row: int) -> bytes:
         try:
             picture = decode(self._gallery.path(row), self._gallery.box(row), _THUMBNAIL)
-        except ImageRefused as error:
+        except ImageRejected as error:
             raise HTTPException(404, f"gallery picture {row} cannot be shown: {error.reason}") from None
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
         stream = io.BytesIO()
         picture.save(stream, "WEBP", quality=80)
         return stream.getvalue()
 
-    def _column(self, place: int, found: list[Found]) -> dict[str, Any]:
+    def _column(self, place: int, found: list[SearchResult]) -> dict[str, Any]:
         others = [one.rows.tolist() for number, one in enumerate(found) if number != place]
         hits = [
             {
@@ -184,7 +184,7 @@ def _with_headers(app: ASGIApp) -> ASGIApp:
 
 # As coroutines, these answer without a thread of their own.
 async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ImageRefused)
+    assert isinstance(error, ImageRejected)
     return PlainTextResponse(f"{error.reason}: choose another picture ({', '.join(FORMATS)})", status_code=422)
 
 

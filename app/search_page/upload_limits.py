@@ -118,7 +118,7 @@ class Connection(H11Protocol):
             self.transport.abort()  # also where the answer is not taken
 
 
-class Room:
+class UploadBudget:
     """Bytes of memory that uploads share."""
 
     def __init__(self, size: int) -> None:

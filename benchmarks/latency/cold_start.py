@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parents[2]
 _STATUS = Path("/proc/self/status")
 
 
-def start_often(model: Model, threads: int, times: int) -> dict[str, Any]:
+def measure_cold_starts(model: Model, threads: int, times: int) -> dict[str, Any]:
     """Start a model so many times in processes of their own; None for everything where that is 0.
 
     Files are in the system's cache, since the model was read before: that of a cold disk comes on top.
@@ -39,7 +39,7 @@ def start_often(model: Model, threads: int, times: int) -> dict[str, Any]:
 
 
 def start_once(model: Model, threads: int) -> dict[str, float | None]:
-    """One start; the keys of :func:`start_often`.
+    """One start; the keys of :func:`measure_cold_starts`.
 
     Raises:
         UserError: the child fails.
@@ -106,7 +106,7 @@ def _of(choose: Any, seen: list[dict[str, float | None]], key: str) -> float | N
 
 
 if __name__ == "__main__":
-    from vpr.cli import quieten
+    from vpr.cli import silence_libraries
 
-    quieten()
+    silence_libraries()
     main(*sys.argv[1:])

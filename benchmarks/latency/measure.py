@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.config import LatencyConfig
-from benchmarks.latency.cold_start import start_often
+from benchmarks.latency.cold_start import measure_cold_starts
 from benchmarks.latency.device_time import device_times
 from benchmarks.latency.open_loop import Load, answer_load
-from benchmarks.latency.preprocessing import picture_source
-from benchmarks.latency.roofline import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
-from benchmarks.latency.statistics import describe
+from benchmarks.latency.preprocessing import image_source
+from benchmarks.latency.roofline import Roofline, arithmetic, count_work, measure_roofline, roofline_ms
+from benchmarks.latency.statistics import summarize_latency
 from export.backends.registry import USUAL, BackendUnavailable, Model, default_threads, models_of
-from vpr.artifacts.store import check_output, load_artifact, plain, write_artifact
+from vpr.artifacts.store import check_output, config_to_json, load_artifact, write_artifact
 from vpr.common.hardware import available_cpus
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog
@@ -29,7 +29,7 @@ from vpr.retrieval.embeddings import Forward
 Row = dict[str, Any]
 
 
-def latency(config: LatencyConfig) -> Path:
+def measure_latency(config: LatencyConfig) -> Path:
     """Time every model on every backend and write an artifact of kind ``report`` with ``latency.json``."""
     check_output(config.output, "report", "latency.json")
     threads = config.threads or default_threads()
@@ -38,7 +38,7 @@ def latency(config: LatencyConfig) -> Path:
         config.models, config.batches, config.seconds, threads, config.backends, config.starts, config.catalog, load
     )
     parents = [load_artifact(path).as_parent("model") for path in config.models]
-    with write_artifact(config.output, "report", {**plain(config), "threads": threads}, parents) as draft:
+    with write_artifact(config.output, "report", {**config_to_json(config), "threads": threads}, parents) as draft:
         (draft.path / "latency.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     timed = sum(row["latency_ms"] is not None for row in rows.values())
     say(f"{config.output}: latency of {timed} models with {threads} threads each, {len(rows) - timed} could not run")
@@ -58,21 +58,21 @@ def time_models(
     """Time backends of every artifact, all with the same number of threads; the arguments are the config's.
 
     Returns:
-        by ``artifact (backend)``: ``latency_ms`` by batch (see :func:`benchmarks.latency.statistics.describe`); ``throughput``
-        (pictures per second, call after call), ``of_ceiling`` (see :func:`benchmarks.latency.roofline.least_ms`, over p50) and
-        ``device_ms`` by batch; ``ceiling``; what :func:`benchmarks.latency.cold_start.start_often` tells; ``preprocess_ms``
+        by ``artifact (backend)``: ``latency_ms`` by batch (see :func:`benchmarks.latency.statistics.summarize_latency`); ``throughput``
+        (pictures per second, call after call), ``of_ceiling`` (see :func:`benchmarks.latency.roofline.roofline_ms`, over p50) and
+        ``device_ms`` by batch; ``ceiling``; what :func:`benchmarks.latency.cold_start.measure_cold_starts` tells; ``preprocess_ms``
         and ``with_preprocess_ms`` of one picture; ``open_loop`` (see :func:`benchmarks.latency.open_loop.answer_load`);
         ``threads`` and ``cpus``. What is not measured is None; a backend
         that cannot run has None for ``latency_ms`` and ``throughput``, and the reason in ``notes``.
     """
     opened, rows = open_models(paths, threads, backends)
     for name, (model, _) in opened.items():
-        rows[name] |= {**start_often(model, threads, starts), "threads": threads, "cpus": available_cpus()}
+        rows[name] |= {**measure_cold_starts(model, threads, starts), "threads": threads, "cpus": available_cpus()}
         rows[name] |= {"latency_ms": {}, "throughput": {}, "device_ms": None}
     for batch in batches:
         calls = {name: _call(forward, model, batch) for name, (model, forward) in opened.items()}
         for name, timed in measure_rounds(calls, seconds).items():
-            rows[name]["latency_ms"][str(batch)] = describe(timed)
+            rows[name]["latency_ms"][str(batch)] = summarize_latency(timed)
             rows[name]["throughput"][str(batch)] = 1000 * batch / float(timed.milliseconds.mean())
     _add_ceilings(rows, opened, batches, threads)
     for name, (model, _) in opened.items():
@@ -112,7 +112,7 @@ def _add_ceilings(
     rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], batches: Sequence[int], threads: int
 ) -> None:
     """Add ``ceiling`` and ``of_ceiling``: None where the work, or the ceiling of its numbers, is not known."""
-    measured: dict[tuple[str, str], Ceiling] = {}
+    measured: dict[tuple[str, str], Roofline] = {}
     work: dict[str, int | None] = {}
     for name, (model, _) in opened.items():
         rows[name] |= {"ceiling": None, "of_ceiling": None}
@@ -122,11 +122,11 @@ def _add_ceilings(
         if kind is None or counted is None:
             continue
         if kind not in measured:
-            measured[kind] = measure_ceiling(*kind, threads)
+            measured[kind] = measure_roofline(*kind, threads)
         ceiling = measured[kind]
         rows[name]["ceiling"] = {**vars(ceiling), "model_multiply_adds": counted}
         p50 = {batch: rows[name]["latency_ms"][str(batch)]["p50"] for batch in batches}
-        rows[name]["of_ceiling"] = {str(b): least_ms(ceiling, model, counted, b) / p50[b] for b in batches}
+        rows[name]["of_ceiling"] = {str(b): roofline_ms(ceiling, model, counted, b) / p50[b] for b in batches}
 
 
 def _add_pictures(rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], catalog: str, seconds: float) -> None:
@@ -138,13 +138,13 @@ def _add_pictures(rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]]
     calls: dict[str, Callable[[], object]] = {}
     pictures = load_catalog(catalog)
     for name, (model, forward) in opened.items():
-        read = picture_source(pictures, model.preprocess)
+        read = image_source(pictures, model.preprocess)
         calls[f"{model.preprocess}"] = read
         calls[name] = _after(read, forward)
     timed = measure_rounds(calls, seconds)
     for name, (model, _) in opened.items():
-        rows[name]["preprocess_ms"] = describe(timed[f"{model.preprocess}"])
-        rows[name]["with_preprocess_ms"] = describe(timed[name])
+        rows[name]["preprocess_ms"] = summarize_latency(timed[f"{model.preprocess}"])
+        rows[name]["with_preprocess_ms"] = summarize_latency(timed[name])
 
 
 def _say_row(name: str, row: Row) -> None:

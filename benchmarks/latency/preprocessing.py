@@ -16,7 +16,7 @@ from vpr.retrieval.embeddings import read_pixels
 _PICTURES = 64
 
 
-def picture_source(catalog: Catalog, preprocess: Preprocess) -> Callable[[], NDArray[np.float32]]:
+def image_source(catalog: Catalog, preprocess: Preprocess) -> Callable[[], NDArray[np.float32]]:
     """A call that gives the next of 64 pictures, decoded, resized and normalised: (1, 3, size, size) float32.
 
     They are spread over the catalogue, and come again after the last; their files are in the system's cache then.

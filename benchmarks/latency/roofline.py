@@ -10,7 +10,7 @@ from typing import Any, Literal
 from export.backends.registry import Model
 from export.backends.runtimes import load_module
 from vpr.artifacts.store import Artifact
-from vpr.common.hardware import eight_bits_overflow
+from vpr.common.hardware import lacks_vnni
 
 Dtype = Literal["fp32", "fp16", "int8"]
 _SIDES = (512, 1024, 2048)
@@ -20,7 +20,7 @@ _FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class Roofline:
     """What a machine does at best.
 
     Attributes:
@@ -45,7 +45,7 @@ class Ceiling:
         return 1000 * max(multiply_adds / self.multiply_adds, size / self.bytes)
 
 
-def least_ms(ceiling: Ceiling, model: Model, multiply_adds: int, batch: int) -> float:
+def roofline_ms(ceiling: Roofline, model: Model, multiply_adds: int, batch: int) -> float:
     """Milliseconds of a batch at the ceiling: its multiply-adds; weights, pictures and embeddings moved once.
 
     What lies between the layers is taken to stay in the caches.
@@ -78,14 +78,14 @@ def arithmetic(model: Model) -> tuple[Dtype, str] | None:
     none of INT8 that come near the runtimes' own.
     """
     on_cpu = model.backend in ("torch", "torch-compile", "onnxruntime-cpu", "openvino")
-    if model.precision.startswith("fp8") or (model.precision.startswith("int8") and on_cpu and eight_bits_overflow()):
+    if model.precision.startswith("fp8") or (model.precision.startswith("int8") and on_cpu and lacks_vnni()):
         return None
     if model.precision.startswith("int8"):
         return "int8", "cpu" if on_cpu else "cuda"
     return ("fp16", "cuda") if model.precision == "fp16" and not on_cpu else ("fp32", "cpu" if on_cpu else "cuda")
 
 
-def measure_ceiling(dtype: Dtype, device: str, threads: int) -> Ceiling:
+def measure_roofline(dtype: Dtype, device: str, threads: int) -> Roofline:
     """Measure by PyTorch: the best of several square products, 8 times each, and of 8 copies."""
     import torch
 
@@ -93,7 +93,7 @@ def measure_ceiling(dtype: Dtype, device: str, threads: int) -> Ceiling:
     rate = max(side**3 / _best(_product(dtype, device, side), device) for side in _SIDES)
     source = torch.ones(_COPIED // _FLOAT, device=device)
     target = torch.empty_like(source)
-    return Ceiling(dtype, threads, rate, 2 * _COPIED / _best(lambda: target.copy_(source), device))
+    return Roofline(dtype, threads, rate, 2 * _COPIED / _best(lambda: target.copy_(source), device))
 
 
 def _product(dtype: Dtype, device: str, side: int) -> Callable[[], Any]:

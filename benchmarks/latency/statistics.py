@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.inference.timing import Timed, summarise
+from vpr.inference.timing import Measurement, summarise
 
 _QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 _LEVEL = 0.95
@@ -18,11 +18,11 @@ HALVES, ROUND, ERROR = 0.05, 0.15, 0.025
 Interval = tuple[float | None, float | None]
 
 
-def describe(timed: Timed) -> dict[str, Any]:
+def summarize_latency(timed: Measurement) -> dict[str, Any]:
     """A row's numbers: p50, p90, p99, max, calls, ``ci95`` of the quantiles, and ``unstable``: None or the reason."""
     ordered = np.sort(timed.milliseconds)
     intervals = {name: list(quantile_interval(ordered, share)) for name, share in _QUANTILES.items()}
-    return {**summarise(ordered), "ci95": intervals, "unstable": judge(timed)}
+    return {**summarise(ordered), "ci95": intervals, "unstable": instability_reason(timed)}
 
 
 def quantile_interval(ordered: NDArray[np.float64], share: float, level: float = _LEVEL) -> Interval:
@@ -30,7 +30,7 @@ def quantile_interval(ordered: NDArray[np.float64], share: float, level: float =
 
     The number of values below the quantile is binomial, so the k-th smallest bounds it from below with the
     probability that this number is at least k (David and Nagaraja, "Order Statistics", 2003, section 7.1). It holds
-    for independent calls; drift between rounds is what :func:`judge` looks for.
+    for independent calls; drift between rounds is what :func:`instability_reason` looks for.
 
     Args:
         ordered: n values, ascending.
@@ -48,7 +48,7 @@ def quantile_interval(ordered: NDArray[np.float64], share: float, level: float =
     return (float(ordered[low - 1]) if low else None, float(ordered[high - 1]) if high <= count else None)
 
 
-def judge(timed: Timed) -> str | None:
+def instability_reason(timed: Measurement) -> str | None:
     """Why a row is not to be relied on, or None.
 
     It is unstable if its warm-up ended at 60 calls without being steady, if the medians of its first and second five

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import Preprocess
-from vpr.retrieval.embeddings import read_pixels, unit
+from vpr.retrieval.embeddings import l2_normalize, read_pixels
 
 _BINS = 8
 _BLOCK = 256
@@ -17,12 +17,12 @@ _PLAIN = Preprocess(size=64)
 def raw_pixels(catalog: Catalog) -> NDArray[np.float32]:
     """Pictures squashed to 64x64 RGB, compared by cosine: (n, 12288) float32, L2-normalised."""
     blocks = [pixels.reshape(len(pixels), -1).astype(np.float32) for pixels in _blocks(catalog)]
-    return unit(np.concatenate(blocks) + np.float32(1e-6))
+    return l2_normalize(np.concatenate(blocks) + np.float32(1e-6))
 
 
 def colour_histogram(catalog: Catalog) -> NDArray[np.float32]:
     """Square roots of 8x8x8 RGB histograms (cosine = Bhattacharyya coefficient): (n, 512) float32, L2-normalised."""
-    return unit(np.concatenate([np.stack([histogram(p) for p in pixels]) for pixels in _blocks(catalog)]))
+    return l2_normalize(np.concatenate([np.stack([histogram(p) for p in pixels]) for pixels in _blocks(catalog)]))
 
 
 def histogram(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

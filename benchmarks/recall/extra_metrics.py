@@ -15,7 +15,7 @@ from vpr.retrieval.rerank import similarities, transform
 Vectors = NDArray[np.float32]
 
 
-def measures(scores: RetrievalScores) -> dict[str, Any]:
+def metrics_dict(scores: RetrievalScores) -> dict[str, Any]:
     """Scores as fields of ``report.json``."""
     names = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "map_at_1000")
     return {**{name: getattr(scores, name) for name in names}, "ci95": list(scores.ci95)}
@@ -46,9 +46,9 @@ def reranked(part: Catalog, vectors: Vectors, steps: RerankConfig, seed: int) ->
     products = part.products[query], part.products[gallery]
     if steps.k_reciprocal:
         scores = similarities(vectors[query], vectors[gallery], steps)
-        return measures(evaluate_similarities(scores, *products, seed))
+        return metrics_dict(evaluate_similarities(scores, *products, seed))
     asked, shown = transform(vectors[query], vectors[gallery], steps)
-    return measures(evaluate(asked, products[0], shown, products[1], seed))
+    return metrics_dict(evaluate(asked, products[0], shown, products[1], seed))
 
 
 def asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: int) -> dict[str, Any] | None:
@@ -61,4 +61,4 @@ def asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: int) -> 
         return None
     query, gallery = part.roles == "query", part.roles == "gallery"
     found = evaluate(vectors[query], part.products[query], teacher[gallery], part.products[gallery], seed)
-    return measures(found)
+    return metrics_dict(found)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from benchmarks.config import RERANK, RecallConfig
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
-from benchmarks.recall.extra_metrics import asymmetric, by_category, measures, reranked
-from benchmarks.recall.paired_bootstrap import against, recall_drop, write_changed
+from benchmarks.recall.extra_metrics import asymmetric, by_category, metrics_dict, reranked
+from benchmarks.recall.paired_bootstrap import compare_with_reference, recall_drop, write_changed
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
-from vpr.artifacts.store import Parent, find_current, load_artifact, plain, write_artifact
+from vpr.artifacts.store import Parent, config_to_json, find_up_to_date, load_artifact, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
@@ -43,15 +43,15 @@ class Scored:
     changed: list[dict[str, Any]] = field(default_factory=list)
 
 
-def recall(config: RecallConfig) -> Path:
+def measure_recall(config: RecallConfig) -> Path:
     """Score the models and write an artifact of kind ``report`` with ``recall.json`` and ``changed.csv``."""
     catalog = load_catalog(config.catalog)
     parents = parents_of(config.models, catalog)
-    if find_current(config.output, "report", plain(config), parents, "recall.json"):
+    if find_up_to_date(config.output, "report", config_to_json(config), parents, "recall.json"):
         say(f"{config.output}: up to date")
         return Path(config.output)
     scored = score_models(catalog.select(split=config.split), config.models, config.seed, config.rerank)
-    with write_artifact(config.output, "report", plain(config), parents) as draft:
+    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         draft.catalog = catalog.summary()
         rows = [one.row for one in scored]
         (draft.path / "recall.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -113,7 +113,7 @@ def score_row(part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[st
     query, gallery = part.roles == "query", part.roles == "gallery"
     scores = evaluate(vectors[query], part.products[query], vectors[gallery], part.products[gallery], seed)
     return {
-        **measures(scores),
+        **metrics_dict(scores),
         "queries": scores.queries,
         "gallery": scores.gallery,
         "hits": "".join("1" if scores.hits[place] else "0" for place in _by_name(part)),
@@ -201,7 +201,7 @@ def _add_differences(one: Scored, part: Catalog, student: Scored, seed: int) -> 
     one.row.update(recall_drop(student.row["hits"], one.row["hits"], seed))
     if one.row["stage"] == "baseline":
         return
-    found, changed = against(part, student.vectors, one.vectors)
+    found, changed = compare_with_reference(part, student.vectors, one.vectors)
     one.row.update(found)
     named = {"model": one.row["name"], "backend": one.row["backend"]}
     one.changed.extend({**named, **line} for line in changed)

@@ -40,7 +40,7 @@ def recall_drop(before: str, after: str, seed: int) -> dict[str, Any]:
     return {"recall_drop": float(lost.mean()), "recall_drop_ci95": list(bootstrap_interval(lost, seed))}
 
 
-def against(
+def compare_with_reference(
     part: Catalog, reference: NDArray[np.float32], vectors: NDArray[np.float32]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compare embeddings of a split with the FP32 student's.

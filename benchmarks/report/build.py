@@ -15,13 +15,19 @@ from benchmarks.recall.paired_bootstrap import write_changed
 from benchmarks.report.examples import changed_sheet, query_sheet
 from benchmarks.report.schema import SCHEMA, check, json_schema
 from export.backends.registry import default_threads
-from vpr.artifacts.store import find_current, load_artifact, plain, reading, write_artifact
+from vpr.artifacts.store import (
+    config_to_json,
+    find_up_to_date,
+    load_artifact,
+    reraise_as_artifact_error,
+    write_artifact,
+)
 from vpr.common.hardware import environment
 from vpr.common.log import say
 from vpr.data.catalog import Catalog, load_catalog
 
 
-def report(config: ReportConfig) -> Path:
+def build_report(config: ReportConfig) -> Path:
     """Measure recall, then latency, and write an artifact of kind ``report``.
 
     It holds ``report.json`` with its schema, ``report.md``, ``report.html``, and ``changed.csv``: the queries whose
@@ -30,14 +36,14 @@ def report(config: ReportConfig) -> Path:
     catalog = load_catalog(config.catalog)
     parents = parents_of(config.models, catalog)
     parents += [load_artifact(path, "ranges").as_parent("ranges") for path in config.ranges]
-    if find_current(config.output, "report", plain(config), parents, "report.json"):
+    if find_up_to_date(config.output, "report", config_to_json(config), parents, "report.json"):
         say(f"{config.output}: up to date")
         return Path(config.output)
     measured, changed = _measure(config, catalog)
     check(measured, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # matplotlib is loaded after the timing
 
-    with write_artifact(config.output, "report", plain(config), parents) as draft:
+    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         draft.catalog = catalog.summary()
         (draft.path / "report.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
         (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
@@ -85,7 +91,7 @@ def command(config: ReportConfig) -> str:
 def read_calibration(path: str) -> dict[str, Any]:
     """The ranges of an artifact: for each tensor the thresholds of every method and the largest magnitude seen."""
     artifact = load_artifact(path, "ranges")
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         ranges = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
         keys = ("threshold", "method", "thresholds", "largest")
         tensors = [{"name": name, **{key: one[key] for key in keys}} for name, one in ranges.items()]
@@ -97,7 +103,7 @@ def read_decisions(models: tuple[str, ...]) -> list[dict[str, Any]]:
     found = []
     for artifact in map(load_artifact, models):
         if "decision.json" in artifact.card.files:
-            with reading(artifact):
+            with reraise_as_artifact_error(artifact):
                 decision = json.loads(artifact.file("decision.json").read_text(encoding="utf-8"))
             found.append({"name": artifact.card.name, **decision})
     return found

@@ -15,7 +15,7 @@ from experiments.intervals import recall_text
 from export.backends.registry import Model, default_threads, models_of
 from export.config import EngineConfig, Int8Config, OnnxConfig
 from export.int8 import export_int8
-from export.tensorrt.bindings import Backend, load_builder
+from export.tensorrt.bindings import Backend, import_tensorrt
 from export.tensorrt.build import build_engine
 from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
@@ -60,7 +60,7 @@ def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
         for name, graph in graphs.items():
             output = graph.parent / f"{name}-{backend}"
             try:
-                load_builder(backend)
+                import_tensorrt(backend)
                 config = EngineConfig(str(graph), str(output), backend, target, max_batch=max(BATCHES))
                 engines[output.name] = build_engine(config)
             except UserError as error:

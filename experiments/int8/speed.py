@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from calibration.activation_stats import measure as observe
+from calibration.activation_stats import measure_activations as observe
 from experiments.figures import Figure, Row
 from export.backends.openvino_session import openvino_forward
 from export.backends.registry import default_threads

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.config import ScaleConfig
-from benchmarks.scale import scale
+from benchmarks.scale import measure_scale_table
 from experiments.figures import Figure, Row
 from experiments.int8.figures import sample
 from student.embed import EmbedConfig, embed_catalog
@@ -18,7 +18,7 @@ def scale_figures(command: str) -> tuple[list[Figure], list[Row]]:
     """The largest gallery's figures, and the table of all, with the embeddings of the size curve's student."""
     student = sample()
     vectors = embed_catalog(EmbedConfig(str(student.artifact), str(student.catalog), str(_FOLDER / "embeddings")))
-    path = scale(ScaleConfig(str(vectors), str(_FOLDER / "scale")))
+    path = measure_scale_table(ScaleConfig(str(vectors), str(_FOLDER / "scale")))
     rows = json.loads((path / "scale.json").read_text(encoding="utf-8"))
     return largest(rows, command), [table_row(row) for row in rows]
 

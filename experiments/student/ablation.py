@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
 from experiments.intervals import mean_text
-from student.config import DistillConfig, LossConfig, SignalConfig, StudentConfig
+from student.config import DistillConfig, LossConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
 from teacher.model import Teacher, load_teacher
@@ -162,7 +162,7 @@ def distillation(setting: Setting, output: Path, model: StudentConfig, seed: int
         output=str(output),
         cache=str(setting.folder / f"views-{seed}"),
         model=model,
-        signal=SignalConfig(views=setting.views),
+        signal=TargetsConfig(views=setting.views),
         epochs=setting.epochs,
         loader=LoaderConfig(batch_size=setting.batch, keep_in_memory=True),
         run=RunConfig(validate_every=4),

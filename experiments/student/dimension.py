@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from experiments.figures import Figure, Row
 from student.config import DimensionConfig
 from student.dimension import fit_projection, project
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 from vpr.retrieval.metrics import bootstrap_interval, evaluate
 
 Vectors = NDArray[np.float32]
@@ -62,7 +62,7 @@ def teacher(decay: float, noise: float, seed: int) -> tuple[Vectors, Vectors, ND
         centres = np.repeat(rng.standard_normal((products, _FROM)), _VIEWS, axis=0)
         own = rng.standard_normal((products * _VIEWS, _FROM))
         mixed = (np.sqrt(1 - noise) * centres + np.sqrt(noise) * own) * scale
-        return unit((mixed @ turn).astype(np.float32))
+        return l2_normalize((mixed @ turn).astype(np.float32))
 
     return views(_FITTED), views(_SCORED), np.repeat(np.arange(_SCORED).astype(str), _VIEWS)
 

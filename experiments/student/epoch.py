@@ -11,15 +11,15 @@ from torch.utils.data import DataLoader
 
 from experiments.figures import Figure
 from student.config import DistillConfig
-from student.criterion import Labels, Objective
+from student.criterion import DistillationLoss, Labels
 from student.losses import cosine_loss
 from student.model import Student
 from student.module import StudentModule
 from student.targets import CachedTargets
-from student.teacher_cache import cache_signal
-from student.teacher_model import load_source
+from student.teacher_cache import build_teacher_cache
+from student.teacher_model import load_teacher_model
 from vpr.data.catalog import load_catalog
-from vpr.data.loaders import PictureDataset, training_loader, validation_loader
+from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.training.config import RunConfig
 from vpr.training.loop import best_precision, fit
 
@@ -66,18 +66,18 @@ def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[L
     """A new student's module, and its loaders of the training and the validation split; caches the signal first."""
     catalog = load_catalog(config.catalog)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    source = load_source(config.teacher)
+    source = load_teacher_model(config.teacher)
     path = config.cache or str(folder / "views")
-    signal = cache_signal(path, source, training, config.views, config.signal, config.seed)
+    signal = build_teacher_cache(path, source, training, config.views, config.signal, config.seed)
     preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
     student = Student(config.model)
-    objective = Objective(config.losses, student, Labels(training), source.dim)
+    objective = DistillationLoss(config.losses, student, Labels(training), source.dim)
     targets = CachedTargets(signal, config.signal, None, config.seed)
     module = TimedModule(config, student, objective, targets, preprocess, validation)
     module.begun = []
     return module, (
-        training_loader(PictureDataset(training, preprocess, True), config.loader, config.seed),
-        validation_loader(PictureDataset(validation, preprocess), config.loader),
+        training_loader(ImageDataset(training, preprocess, True), config.loader, config.seed),
+        validation_loader(ImageDataset(validation, preprocess), config.loader),
     )
 
 

@@ -36,7 +36,7 @@ HEADS = {
     "ArcFace": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3),
     "CosFace": HeadConfig("cosface", scale=16.0, margin=0.05, margin_end=0.2),
     "sub-centre ArcFace, K = 2": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3, sub_centres=2),
-    "adaptive margin": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3, by_count=0.2),
+    "adaptive margin": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3, min_margin_ratio=0.2),
 }
 RERANKINGS = {
     "DBA + query expansion": RerankConfig(dba=5, qe=5),
@@ -101,7 +101,7 @@ def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[
 def _train(
     folder: Path, start: Path, head: HeadConfig, seed: int, epochs: int, ema: float, output: Path | None = None
 ) -> Path:
-    name = "-".join([head.loss, f"k{head.sub_centres}", f"by{head.by_count}", f"ema{ema}", f"seed{seed}"])
+    name = "-".join([head.loss, f"k{head.sub_centres}", f"by{head.min_margin_ratio}", f"ema{ema}", f"seed{seed}"])
     config = TrainConfig(
         str(folder / "catalog"),
         str(output or folder / name),

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments.figures import Figure, command_of
-from teacher.config import HeadConfig, Place, StageConfig, TowerConfig
+from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig
 from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import PictureDataset, training_loader
+from vpr.data.loaders import ImageDataset, training_loader
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
 from vpr.imaging.decode import Preprocess, decode
@@ -57,7 +57,7 @@ def pipeline_figures(catalog: Path, seconds: float = 20.0) -> list[Figure]:
 
 def delivery(training: Catalog, preprocess: Preprocess, config: LoaderConfig, seconds: float) -> float:
     """Images per second that the training loader's workers hand over, decoded from files."""
-    loader = training_loader(PictureDataset(training, preprocess), config, 0)
+    loader = training_loader(ImageDataset(training, preprocess), config, 0)
     batches = _endless(loader)
     for _ in range(2 * max(1, config.workers)):  # until what the workers prefetched while they started is used up
         next(batches)
@@ -71,12 +71,12 @@ def consumption(training: Catalog, tower: TowerConfig, batch: int, seconds: floa
     """Images per second of the full training step (views, forward, backward, optimiser), its pictures in memory."""
     stage = StageConfig("all", 1)
     teacher, preprocess = build_teacher(tower, read_tower(tower.name), False)
-    place = Place(stage, 0, 1, ViewConfig(), 0)
+    place = ScheduledStage(stage, 0, 1, ViewConfig(), 0)
     module = TeacherModule(place, HeadConfig(), teacher, preprocess, training, training)
     module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     rows = torch.arange(min(batch, len(training)))
-    pixels = PictureDataset(training, preprocess).__getitems__(rows.tolist())["pixels"]
+    pixels = ImageDataset(training, preprocess).__getitems__(rows.tolist())["pixels"]
     half = best_precision() == "bf16-mixed"
 
     def step(number: int) -> None:

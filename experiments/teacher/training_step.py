@@ -33,7 +33,7 @@ from experiments.training_step import (
 )
 from teacher.config import HeadConfig, TowerConfig
 from teacher.head import MarginHead
-from teacher.layers import trainable
+from teacher.layers import freeze_except
 from teacher.model import build_teacher, read_tower
 from vpr.common.log import say
 from vpr.data.loaders import Normalise
@@ -127,7 +127,7 @@ class TeacherStep(Step):
         self.normalise = Normalise(self.preprocess).to(config.device)
         self.classes = config.classes
         self.teacher.eval()
-        for part in trainable(self.teacher, "head" if mode == "head" else "all"):
+        for part in freeze_except(self.teacher, "head" if mode == "head" else "all"):
             part.train()
         parameters = [*self.teacher.parameters(), *self.head.parameters()]
         super().__init__((p for p in parameters if p.requires_grad), config.device, 1e-5, 0.01)

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from vpr.common.hardware import eight_bits_overflow
+from vpr.common.hardware import lacks_vnni
 from vpr.common.log import say
-from vpr.inference.onnx_graph import refused_by
-from vpr.inference.onnx_session import INPUT, OUTPUT, keep_to_ourselves
+from vpr.inference.onnx_graph import reraise_as_graph_error
+from vpr.inference.onnx_session import INPUT, OUTPUT, disable_telemetry
 from vpr.retrieval.embeddings import Forward
 
 
@@ -30,15 +30,15 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     Raises:
         ImportError: OpenVINO is not installed.
     """
-    keep_to_ourselves()
+    disable_telemetry()
     import openvino
 
     # Without the precision hint the CPU plugin computes FP32 graphs in BF16 where the processor has it.
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    with refused_by("openvino"):
-        if eight_bits_overflow() and _has_eight_bits(graph):
+    with reraise_as_graph_error("openvino"):
+        if lacks_vnni() and _has_eight_bits(graph):
             _say_that_they_overflow()
         core = openvino.Core()
         if isinstance(graph, Path):
@@ -48,7 +48,7 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     own = threading.local()  # one request for all threads would hand one's result to another
 
     def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with refused_by("openvino"):
+        with reraise_as_graph_error("openvino"):
             if not hasattr(own, "request"):
                 own.request = compiled.create_infer_request()
             return own.request.infer({INPUT: batch})[OUTPUT].copy()

@@ -108,7 +108,7 @@ def models_of(path: Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
     Raises:
         UserError: there is no backend of that name.
     """
-    chosen = choose(backends)
+    chosen = choose_backends(backends)
     artifact = load_artifact(path, ("teacher", "student", "onnx", "engine"))
     fitting = [backend for backend in chosen if artifact.card.kind in backend.kinds]
     if artifact.card.kind == "engine":
@@ -116,7 +116,7 @@ def models_of(path: Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
     return [Model(artifact, backend) for backend in fitting]
 
 
-def choose(names: Sequence[str]) -> list[Backend]:
+def choose_backends(names: Sequence[str]) -> list[Backend]:
     """Backends by name, in the order of the list."""
     check_backends(names)
     wanted = NAMES if "all" in names else names

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import Artifact, reading
+from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
-from vpr.common.hardware import eight_bits_overflow, read_gpus
-from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, keep_to_ourselves, rtx_devices
+from vpr.common.hardware import lacks_vnni, read_gpus
+from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, disable_telemetry, rtx_devices
 from vpr.retrieval.embeddings import Forward, torch_forward
 
 _INSTALL = "pip install -r requirements.txt"
@@ -164,7 +164,7 @@ class OpenVinoBackend:
     def version(self) -> str:
         """See :class:`Backend`."""
         openvino = importlib.import_module("openvino")
-        overflows = "; its INT8 overflows: no VNNI is seen here" if eight_bits_overflow() else ""
+        overflows = "; its INT8 overflows: no VNNI is seen here" if lacks_vnni() else ""
         return f"{openvino.__version__.split('-')[0]}; {', '.join(openvino.Core().available_devices)}{overflows}"
 
     def precision(self, artifact: Artifact) -> str:
@@ -176,7 +176,7 @@ class OpenVinoBackend:
         from export.backends.openvino_session import openvino_forward
         from vpr.inference.onnx_graph import load_graph
 
-        with reading(artifact):
+        with reraise_as_artifact_error(artifact):
             return _named(artifact, openvino_forward(load_graph(artifact), threads))
 
 
@@ -193,19 +193,19 @@ class EngineBackend:
 
     def missing(self) -> str | None:
         """See :class:`Backend`."""
-        from export.tensorrt.bindings import load_builder
+        from export.tensorrt.bindings import import_tensorrt
 
         try:
-            load_builder("tensorrt" if self.name == "tensorrt" else "tensorrt-rtx")
+            import_tensorrt("tensorrt" if self.name == "tensorrt" else "tensorrt-rtx")
         except UserError as error:
             return str(error)
         return _load("pycuda.driver", _INSTALL_GPU)[1] if read_gpus()[0] else _NO_GPU
 
     def version(self) -> str:
         """See :class:`Backend`."""
-        from export.tensorrt.bindings import load_builder
+        from export.tensorrt.bindings import import_tensorrt
 
-        return str(load_builder("tensorrt" if self.name == "tensorrt" else "tensorrt-rtx").__version__)
+        return str(import_tensorrt("tensorrt" if self.name == "tensorrt" else "tensorrt-rtx").__version__)
 
     def precision(self, artifact: Artifact) -> str:
         """See :class:`Backend`."""
@@ -239,7 +239,7 @@ def _named(artifact: Artifact, forward: Forward) -> Forward:
     """The same function, whose refusals name the artifact."""
 
     def named(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with reading(artifact):
+        with reraise_as_artifact_error(artifact):
             return forward(batch)
 
     return named
@@ -247,7 +247,7 @@ def _named(artifact: Artifact, forward: Forward) -> Forward:
 
 def _load(package: str, remedy: str) -> tuple[Any, str | None]:
     """A package, or None and the reason why it does not load."""
-    keep_to_ourselves()
+    disable_telemetry()
     try:
         return importlib.import_module(package), None
     except (ImportError, OSError) as error:

@@ -34,7 +34,7 @@ def choose_backend(wanted: Literal["auto", "tensorrt", "tensorrt-rtx"]) -> Backe
     return "tensorrt"
 
 
-def load_builder(backend: Backend) -> ModuleType:
+def import_tensorrt(backend: Backend) -> ModuleType:
     """The builder's Python module.
 
     TensorRT-RTX's bindings carry no libraries; those lie in ONNX Runtime's provider wheel, whose import

@@ -16,11 +16,11 @@ import onnx
 
 from export.config import EngineConfig
 from export.multiply_adds import multiply_adds
-from export.tensorrt.bindings import Backend, choose_backend, error_logger, load_builder, this_gpu
+from export.tensorrt.bindings import Backend, choose_backend, error_logger, import_tensorrt, this_gpu
 from export.tensorrt.inspector import count_layers, inspect
-from export.to_onnx import describe, load_onnx
-from vpr.artifacts.run_folder import written_whole
-from vpr.artifacts.store import find_current, plain, write_artifact
+from export.to_onnx import fill_graph_card, load_onnx
+from vpr.artifacts.run_folder import atomic_write
+from vpr.artifacts.store import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.inference.onnx_session import INPUT
@@ -36,10 +36,10 @@ def build_engine(config: EngineConfig) -> Path:
     """
     graph, artifact = load_onnx(config.onnx)
     backend = choose_backend(config.backend)
-    trt = load_builder(backend)
-    values = {**plain(config), "backend": backend, "builder_version": trt.__version__}
+    trt = import_tensorrt(backend)
+    values = {**config_to_json(config), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
-    if find_current(config.output, "engine", values, parents):
+    if find_up_to_date(config.output, "engine", values, parents):
         say(f"{config.output}: up to date")
         return Path(config.output)
     say(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(config.targets)}")
@@ -48,7 +48,7 @@ def build_engine(config: EngineConfig) -> Path:
     seconds = round(time.monotonic() - started, 2)
     with write_artifact(config.output, "engine", values, parents) as draft:
         (draft.path / "engine.plan").write_bytes(plan)
-        describe(draft, artifact, graph)
+        fill_graph_card(draft, artifact, graph)
         draft.metrics = {
             "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
             "builder": f"{backend} {trt.__version__}",
@@ -136,7 +136,7 @@ def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineCo
 
 def _write_cache(build: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as stream:
+    with atomic_write(path) as stream:
         stream.write(bytes(build.get_timing_cache().serialize()))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from export.config import TARGETS, EngineConfig
 from export.tensorrt.cuda_driver import Gpu
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Artifact, Card, Damaged, DamagedCard, load_artifact
+from vpr.artifacts.store import Artifact, Card, CorruptArtifact, CorruptCard, load_artifact
 from vpr.common.errors import UserError
 
 
@@ -18,9 +18,9 @@ def load_engine(path: Path | str) -> Artifact:
     """Load an ``engine`` artifact; :class:`UserError` where it is none, is damaged or truncated."""
     try:
         return load_artifact(path, "engine")
-    except DamagedCard:
+    except CorruptCard:
         raise
-    except Damaged as error:
+    except CorruptArtifact as error:
         card = Card.model_validate_json((Path(path) / CARD_NAME).read_bytes())
         raise UserError(f"{error}: {rebuild_command(Artifact(Path(path), card, ''))}") from None
 
@@ -36,7 +36,7 @@ def rebuild_command(artifact: Artifact, **changes: Any) -> str:
     return shlex.join(words)
 
 
-def check_fit(artifact: Artifact, version: str, gpu: Gpu) -> None:
+def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
     """Compare what an engine's card says with the machine, before anything is loaded.
 
     Args:
@@ -64,7 +64,7 @@ def check_fit(artifact: Artifact, version: str, gpu: Gpu) -> None:
         raise UserError(f"{artifact.path}: has no weights, which only TensorRT's refitter puts in: {command}")
 
 
-def refusal(artifact: Artifact, version: str, cuda: str, errors: list[str]) -> UserError:
+def engine_load_error(artifact: Artifact, version: str, cuda: str, errors: list[str]) -> UserError:
     """Why TensorRT does not load a plan that the card fits.
 
     Args:

@@ -17,7 +17,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Pictures ``start`` to ``stop`` of a batch, run as ``size`` pictures: the last is repeated where that is more."""
 
     start: int
@@ -26,7 +26,7 @@ class Piece:
     profile: int
 
 
-def split(count: int, profiles: Sequence[Profile]) -> Iterator[Piece]:
+def split_batch(count: int, profiles: Sequence[Profile]) -> Iterator[Chunk]:
     """The fewest pieces that hold ``count`` pictures, in order; none for 0.
 
     All but the last are as large as the engine takes. The last is as large as what is left, or the next larger
@@ -35,11 +35,11 @@ def split(count: int, profiles: Sequence[Profile]) -> Iterator[Piece]:
     most = max(profile.most for profile in profiles)
     for start in range(0, count, most):
         rows = min(most, count - start)
-        profile = choose(rows, profiles)
-        yield Piece(start, start + rows, max(rows, profile.least), profile.index)
+        profile = pick_profile(rows, profiles)
+        yield Chunk(start, start + rows, max(rows, profile.least), profile.index)
 
 
-def choose(rows: int, profiles: Sequence[Profile]) -> Profile:
+def pick_profile(rows: int, profiles: Sequence[Profile]) -> Profile:
     """The profile that ``rows`` pictures need the least padding for; of several, the one tuned nearest to them."""
     wide_enough = [profile for profile in profiles if rows <= profile.most]
     return min(wide_enough, key=lambda profile: (max(rows, profile.least), abs(profile.best - rows), profile.index))

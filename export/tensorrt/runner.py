@@ -15,12 +15,12 @@ from types import ModuleType, TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from export.tensorrt.bindings import error_logger, load_builder
-from export.tensorrt.compatibility import check_fit, load_engine, rebuild_command, refusal
+from export.tensorrt.bindings import error_logger, import_tensorrt
+from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine, rebuild_command
 from export.tensorrt.cuda_driver import Driver, DriverError, PyCudaDriver
 from export.tensorrt.profiles import Profile
-from export.tensorrt.thread_context import Lane, Plan
-from vpr.artifacts.store import Artifact, reading
+from export.tensorrt.thread_context import LoadedEngine, ThreadContext
+from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.inference.onnx_session import INPUT, OUTPUT
 
@@ -40,9 +40,9 @@ def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_ho
             architecture, version or driver. The line ends with the command that rebuilds it.
     """
     artifact = load_engine(path)
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         backend = artifact.card.config["backend"]
-    return EngineRunner(artifact, load_builder(backend), PyCudaDriver(device), graphs, allow_host_code)
+    return EngineRunner(artifact, import_tensorrt(backend), PyCudaDriver(device), graphs, allow_host_code)
 
 
 class EngineRunner:
@@ -67,10 +67,10 @@ class EngineRunner:
     ) -> None:
         self.artifact = artifact
         self._driver, self._graphs = driver, graphs
-        self._lanes: dict[threading.Thread, Lane] = {}
+        self._lanes: dict[threading.Thread, ThreadContext] = {}
         self._lock = threading.Lock()
-        with reading(artifact):
-            check_fit(artifact, trt.__version__, driver.gpu)
+        with reraise_as_artifact_error(artifact):
+            check_compatible(artifact, trt.__version__, driver.gpu)
             if artifact.card.config.get("version_compatible") and not allow_host_code:
                 raise UserError(f"{artifact.path}: carries a library: open it with allow_host_code=True if it is yours")
         with self._calling():
@@ -122,13 +122,13 @@ class EngineRunner:
         if not self._release.alive:
             raise UserError(f"{self.artifact.path}: the engine is closed: open it again")
 
-    def _lane(self) -> Lane:
+    def _lane(self) -> ThreadContext:
         me = threading.current_thread()
         with self._lock:
             if me not in self._lanes:
                 self._check_open()
                 ended = next((thread for thread in self._lanes if not thread.is_alive()), None)
-                own = Lane(self._plan, self._driver, self._graphs) if ended is None else self._lanes.pop(ended)
+                own = ThreadContext(self._plan, self._driver, self._graphs) if ended is None else self._lanes.pop(ended)
                 self._lanes[me] = own
             return self._lanes[me]
 
@@ -155,7 +155,7 @@ class EngineRunner:
             ) from None
 
 
-def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> Plan:
+def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngine:
     """Deserialise an engine, inside ``with driver.current()``.
 
     Raises:
@@ -165,11 +165,11 @@ def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> Plan:
     try:
         runtime = trt.Runtime(error_logger(trt, errors))
     except TypeError as error:  # the bindings' word for a runtime that could not be made
-        raise refusal(artifact, trt.__version__, driver.cuda, errors or [str(error)]) from None
+        raise engine_load_error(artifact, trt.__version__, driver.cuda, errors or [str(error)]) from None
     runtime.engine_host_code_allowed = bool(artifact.card.config.get("version_compatible"))
     engine = runtime.deserialize_cuda_engine(artifact.file("engine.plan").read_bytes())
     if engine is None:
-        raise refusal(artifact, trt.__version__, driver.cuda, errors)
+        raise engine_load_error(artifact, trt.__version__, driver.cuda, errors)
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     if names != {INPUT, OUTPUT}:
         raise UserError(
@@ -177,7 +177,7 @@ def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> Plan:
             f"{rebuild_command(artifact)}"
         )
     ranges = [engine.get_tensor_profile_shape(INPUT, index) for index in range(engine.num_optimization_profiles)]
-    return Plan(
+    return LoadedEngine(
         trt=trt,
         runtime=runtime,
         engine=engine,
@@ -189,7 +189,9 @@ def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> Plan:
     )
 
 
-def _release(driver: Driver, plan: Plan, lanes: dict[threading.Thread, Lane], lock: threading.Lock) -> None:
+def _release(
+    driver: Driver, plan: LoadedEngine, lanes: dict[threading.Thread, ThreadContext], lock: threading.Lock
+) -> None:
     with driver.current(), lock:
         for lane in list(lanes.values()):
             with lane.busy:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.cuda_driver import Driver, DriverError, Stream
-from export.tensorrt.profiles import Piece, Profile, split
+from export.tensorrt.profiles import Chunk, Profile, split_batch
 from vpr.common.log import say
 from vpr.inference.onnx_session import INPUT, OUTPUT
 
@@ -22,7 +22,7 @@ _FLOAT = np.dtype(np.float32).itemsize
 
 
 @dataclass
-class Plan:
+class LoadedEngine:
     """A deserialised engine.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Context:
     size: int = 0
 
 
-class Lane:
+class ThreadContext:
     """Runs batches one after another; of one thread at a time, which holds ``busy``.
 
     A graph is captured at the second use of a batch size, from an execution context of its own: TensorRT's
@@ -80,7 +80,7 @@ class Lane:
         graphs: whether CUDA graphs are used.
     """
 
-    def __init__(self, plan: Plan, driver: Driver, graphs: bool) -> None:
+    def __init__(self, plan: LoadedEngine, driver: Driver, graphs: bool) -> None:
         self.busy = threading.Lock()
         self._plan, self._driver, self._graphs = plan, driver, graphs
         self._contexts: dict[int, _Context] = {}
@@ -105,7 +105,7 @@ class Lane:
         driver, stream = self._driver, self._stream
         assert stream is not None
         found = np.empty((len(batch), self._plan.dim), np.float32)
-        for piece in split(len(batch), self._plan.profiles):
+        for piece in split_batch(len(batch), self._plan.profiles):
             rows = piece.stop - piece.start
             self._host_in[:rows] = batch[piece.start : piece.stop]
             self._host_in[rows : piece.size] = batch[piece.stop - 1]
@@ -128,7 +128,7 @@ class Lane:
             self._driver.free(self._held.pop())
         self._stream = None
 
-    def _enqueue(self, piece: Piece, stream: Stream) -> None:
+    def _enqueue(self, piece: Chunk, stream: Stream) -> None:
         self._uses[piece.size] += 1
         if piece.size in self._replays:
             self._driver.launch(self._replays[piece.size][1], stream)
@@ -137,7 +137,7 @@ class Lane:
             self._contexts[piece.profile] = self._context(piece.profile, stream)
         self._execute(self._contexts[piece.profile], piece.size, stream)
 
-    def _capture(self, piece: Piece, stream: Stream) -> None:
+    def _capture(self, piece: Chunk, stream: Stream) -> None:
         """Make the graph of a batch size; where that fails, go on without graphs and say so."""
         if len(self._replays) == _MOST_GRAPHS:
             return

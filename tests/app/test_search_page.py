@@ -29,15 +29,15 @@ from app.search_page import server as search_page
 from app.search_page import upload_limits as http_limits
 from app.search_page.lookup import Searcher, load_searchers
 from app.search_page.server import MAX_BYTES, make_app, serve
-from app.search_page.upload_limits import ADDRESS, Room, make_server
+from app.search_page.upload_limits import ADDRESS, UploadBudget, make_server
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from tests.reliability.hostile.images import promised_png
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.retrieval.config import FindConfig
+from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings
-from vpr.retrieval.search_command import find
+from vpr.retrieval.search_command import search_gallery
 
 TOP = 5
 
@@ -145,7 +145,7 @@ def queries(catalog: Catalog) -> list[tuple[str, bytes]]:
 def test_results_are_those_of_vpr_search(site: Site, catalog: Catalog, tmp_path: Path) -> None:
     for place, kept in enumerate(site.embeddings):
         output = tmp_path / f"{place}.csv"
-        find(FindConfig(kept, kept, output=str(output), k=TOP))
+        search_gallery(SearchConfig(kept, kept, output=str(output), k=TOP))
         expected: dict[str, list[dict[str, str]]] = {}
         with output.open(newline="") as stream:
             for row in csv.DictReader(stream):
@@ -458,7 +458,7 @@ def test_an_upload_takes_the_room_that_it_says_or_may_have(headers: dict[str, st
 def test_room_is_never_given_twice() -> None:
     taken, most = 0, 0
 
-    async def hold(room: Room, size: int) -> None:
+    async def hold(room: UploadBudget, size: int) -> None:
         nonlocal taken, most
         async with room.take(size):
             taken += size
@@ -467,7 +467,7 @@ def test_room_is_never_given_twice() -> None:
             taken -= size
 
     async def all_at_once() -> None:
-        room = Room(100)
+        room = UploadBudget(100)
         holders = [asyncio.create_task(hold(room, size)) for size in [60, 1, 100, 30, 41] * 20]
         holders[3].cancel()
         await asyncio.wait(holders, timeout=10)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.config import ReportConfig
-from benchmarks.report.build import report
+from benchmarks.report.build import build_report
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from export.config import Int8Config, OnnxConfig
@@ -56,7 +56,7 @@ def made(student_artifact: Path, shop: Path, tmp_path_factory: pytest.TempPathFa
         fp32, ranges, str(folder / "int8"), base="fp32", max_recall_drop=-0.9, catalog=str(shop), seconds=0.01
     )
     models = (str(student_artifact), fp32, str(export_int8(budget)))
-    return report(
+    return build_report(
         ReportConfig(
             str(shop), models, str(folder / "report"), seconds=0.02, ranges=(ranges,), sheet_queries=3, drop=1.0
         )

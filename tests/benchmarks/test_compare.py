@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare import compare
+from benchmarks.compare import compare_reports
 from benchmarks.config import CompareConfig
 from vpr.cli import main
-from vpr.common.errors import BudgetBroken, UserError
+from vpr.common.errors import BudgetExceeded, UserError
 
 
 def _write(path: Path, report: dict[str, Any]) -> str:
@@ -36,11 +36,11 @@ def worse(before: str, measured: dict[str, Any], tmp_path: Path) -> str:
 
 
 def _int8(config: CompareConfig) -> Any:
-    return next(one for one in compare(config) if one.name == "int8 on openvino")
+    return next(one for one in compare_reports(config) if one.name == "int8 on openvino")
 
 
 def test_a_report_has_not_changed_from_itself(before: str) -> None:
-    changes = compare(CompareConfig(before, before, max_recall_drop=0, max_latency_ratio=1, max_size_ratio=1))
+    changes = compare_reports(CompareConfig(before, before, max_recall_drop=0, max_latency_ratio=1, max_size_ratio=1))
     assert len(changes) == 7
     assert not any(one.recall_beyond_noise or one.apart or one.drop for one in changes)
 
@@ -95,13 +95,13 @@ def test_a_model_or_a_latency_that_is_gone_breaks_a_budget(
 ) -> None:
     measured["rows"][-1]["latency_ms"] = None
     untimed = _write(tmp_path / "untimed.json", measured)
-    with pytest.raises(BudgetBroken, match="int8 on openvino: p50 at batch 1 measured before, not now"):
-        compare(CompareConfig(before, untimed, max_latency_ratio=1.5))
+    with pytest.raises(BudgetExceeded, match="int8 on openvino: p50 at batch 1 measured before, not now"):
+        compare_reports(CompareConfig(before, untimed, max_latency_ratio=1.5))
     del measured["rows"][-1]
     gone = _write(tmp_path / "gone.json", measured)
-    with pytest.raises(BudgetBroken, match="int8 on openvino: measured before, not now"):
-        compare(CompareConfig(before, gone, max_recall_drop=0.5))
-    assert len(compare(CompareConfig(before, gone))) == 6
+    with pytest.raises(BudgetExceeded, match="int8 on openvino: measured before, not now"):
+        compare_reports(CompareConfig(before, gone, max_recall_drop=0.5))
+    assert len(compare_reports(CompareConfig(before, gone))) == 6
 
 
 def test_what_cannot_be_compared_ends_with_exit_code_2(
@@ -109,16 +109,16 @@ def test_what_cannot_be_compared_ends_with_exit_code_2(
 ) -> None:
     measured["environment"]["cpu"]["model"] = "another"
     other = _write(tmp_path / "other.json", measured)
-    compare(CompareConfig(before, other, max_recall_drop=0))
+    compare_reports(CompareConfig(before, other, max_recall_drop=0))
     assert "latencies are not comparable: other processors" in capsys.readouterr().err
     with pytest.raises(UserError, match="measure both on one machine"):
-        compare(CompareConfig(before, other, max_latency_ratio=1.1))
+        compare_reports(CompareConfig(before, other, max_latency_ratio=1.1))
     measured["rows"].append(measured["rows"][-1])
     with pytest.raises(UserError, match="two rows are named 'int8 on openvino'"):
-        compare(CompareConfig(before, _write(tmp_path / "twice.json", measured)))
+        compare_reports(CompareConfig(before, _write(tmp_path / "twice.json", measured)))
     measured["catalog"]["sha256"] = "0"
     with pytest.raises(UserError, match="other catalogues or splits"):
-        compare(CompareConfig(before, _write(tmp_path / "catalog.json", measured)))
+        compare_reports(CompareConfig(before, _write(tmp_path / "catalog.json", measured)))
     for arguments, said in (
         ((before, "absent.json"), "absent.json: no report here"),
         ((before,), "after"),

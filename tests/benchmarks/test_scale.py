@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from benchmarks.config import KINDS, ScaleConfig
-from benchmarks.scale import found_share, measure_scale, scale
+from benchmarks.scale import found_share, measure_scale, measure_scale_table
 from benchmarks.synthetic_gallery import Gallery, grow
 from experiments.latency.scale import largest, table_row
 from student.embed import EmbedConfig, embed_catalog
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 
 DIM, PRODUCTS, PICTURES = 32, 40, 12
 
@@ -26,7 +26,7 @@ def real() -> Gallery:
     centres = rng.normal(size=(PRODUCTS, 1, DIM))
     vectors = centres + 0.4 * rng.normal(size=(PRODUCTS, PICTURES, DIM))
     codes = np.repeat(np.arange(PRODUCTS, dtype=np.int32), PICTURES).reshape(PRODUCTS, PICTURES)
-    flat = [unit(part.reshape(-1, DIM).astype(np.float32)) for part in (vectors[:, 2:], vectors[:, :2])]
+    flat = [l2_normalize(part.reshape(-1, DIM).astype(np.float32)) for part in (vectors[:, 2:], vectors[:, :2])]
     return Gallery(flat[0], codes[:, 2:].ravel(), flat[1], codes[:, :2].ravel())
 
 
@@ -98,17 +98,17 @@ def test_the_command_writes_its_table(catalog: Catalog, student_artifact: Path, 
     vectors = str(tmp_path / "vectors")
     embed_catalog(EmbedConfig(str(student_artifact), str(catalog.artifact.path), vectors))
     config = ScaleConfig(vectors, str(tmp_path / "scale"), sizes=(150,), kinds=("flat", "hnsw"), seconds=0.01)
-    artifact = load_artifact(scale(config), "report")
+    artifact = load_artifact(measure_scale_table(config), "report")
     rows = json.loads(artifact.file("scale.json").read_text(encoding="utf-8"))
     assert [(row["size"], row["kind"]) for row in rows] == [(150, "flat"), (150, "hnsw")]
     assert [figure.value for figure in largest(rows, "make")[1:3]] == [1.0, 0.0]
     assert table_row(rows[0])["recall@10"] == "1.000"
     assert table_row({**rows[0], "single_ms": None, "notes": "too long"})["product recall@1"] == "too long"
     with pytest.raises(UserError, match=r"sizes: 50: the real gallery has 96 vectors: give more"):
-        scale(ScaleConfig(vectors, str(tmp_path / "scale"), sizes=(50,)))
+        measure_scale_table(ScaleConfig(vectors, str(tmp_path / "scale"), sizes=(50,)))
     embed_catalog(EmbedConfig(str(student_artifact), str(catalog.artifact.path), vectors, split="train"))
     with pytest.raises(UserError, match="needs query pictures and others"):
-        scale(config)
+        measure_scale_table(config)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from calibration.activation_stats import measure
+from calibration.activation_stats import measure_activations
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from calibration.onnx_layers import linear_nodes
@@ -121,4 +121,4 @@ def test_a_tensor_that_is_not_finite_is_named(fp32: Path, catalog: Catalog) -> N
     assert artifact.card.preprocess is not None
     training = catalog.select(split="train")
     with pytest.raises(UserError, match=f"tensor '{node.input[0]}' is not finite"):
-        measure(broken, read_batches(training, artifact.card.preprocess, 16))
+        measure_activations(broken, read_batches(training, artifact.card.preprocess, 16))

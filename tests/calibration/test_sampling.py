@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from calibration.sampling import k_centre, select_pictures
+from calibration.sampling import k_centre, select_images
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 
@@ -13,7 +13,7 @@ from vpr.data.catalog import Catalog
 def test_products_take_turns(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     for count in (8, 20, 64):
-        rows = select_pictures(training, count, seed=0)
+        rows = select_images(training, count, seed=0)
         assert len(set(rows.tolist())) == count
         drawn = Counter(training.products[rows].tolist())
         assert len(drawn) == 8
@@ -22,20 +22,20 @@ def test_products_take_turns(catalog: Catalog) -> None:
 
 def test_the_seed_decides(catalog: Catalog) -> None:
     training = catalog.select(split="train")
-    assert select_pictures(training, 20, 0).tolist() == select_pictures(training, 20, 0).tolist()
-    assert select_pictures(training, 20, 0).tolist() != select_pictures(training, 20, 1).tolist()
+    assert select_images(training, 20, 0).tolist() == select_images(training, 20, 0).tolist()
+    assert select_images(training, 20, 0).tolist() != select_images(training, 20, 1).tolist()
 
 
 def test_scored_pictures_are_refused(catalog: Catalog) -> None:
     with pytest.raises(UserError, match="test pictures are scored later|pictures of the test split are scored later"):
-        select_pictures(catalog.select(split="test"), 4, 0)
+        select_images(catalog.select(split="test"), 4, 0)
     with pytest.raises(UserError, match="choose 1 to that many"):
-        select_pictures(catalog.select(split="train"), 10_000, 0)
+        select_images(catalog.select(split="train"), 10_000, 0)
 
 
 def test_random_draws_every_picture_alike_and_without_return(catalog: Catalog) -> None:
     training = catalog.select(split="train")
-    drawn = [select_pictures(training, 16, seed, "random") for seed in range(300)]
+    drawn = [select_images(training, 16, seed, "random") for seed in range(300)]
     assert all(len(set(rows.tolist())) == 16 for rows in drawn)
     share = np.bincount(np.concatenate(drawn), minlength=len(training)) / len(drawn)
     # 16 of 64 each time: a quarter, with a standard error of .025.
@@ -61,9 +61,9 @@ def test_k_centre_is_within_twice_the_best() -> None:
 def test_k_centre_takes_a_picture_of_each_cluster_and_copes_with_copies(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     corners = np.eye(8, dtype=np.float32)[np.unique(training.products, return_inverse=True)[1]]
-    rows = select_pictures(training, 8, 0, "k-centre", lambda pool: corners[pool])
+    rows = select_images(training, 8, 0, "k-centre", lambda pool: corners[pool])
     assert len(set(training.products[rows].tolist())) == 8
-    same = select_pictures(training, 12, 0, "k-centre", lambda pool: np.ones((len(pool), 4), np.float32))
+    same = select_images(training, 12, 0, "k-centre", lambda pool: np.ones((len(pool), 4), np.float32))
     assert len(set(same.tolist())) == 12
 
 
@@ -71,5 +71,5 @@ def test_a_picture_of_the_evaluation_table_is_refused(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     scored = Catalog(training.table.slice(3, 2), training.root, training.artifact)
     with pytest.raises(UserError, match="both trained and scored"):
-        select_pictures(training, len(training), 0, evaluation=scored)
-    assert len(select_pictures(training, 4, 0, evaluation=catalog.select(split="test"))) == 4
+        select_images(training, len(training), 0, evaluation=scored)
+    assert len(select_images(training, 4, 0, evaluation=catalog.select(split="test"))) == 4

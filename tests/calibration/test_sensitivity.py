@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.sensitivity import Layers, Score, decide
+from calibration.sensitivity import Layers, LayerSetScore, search_quantised_layers
 
 QUERIES = 1000
 
@@ -15,17 +15,17 @@ QUERIES = 1000
 def _additive(costs: dict[str, int]) -> object:
     """Each layer loses its own number of queries, one after the other."""
 
-    def evaluate(quantised: Layers) -> Score:
+    def evaluate(quantised: Layers) -> LayerSetScore:
         lost = sum(costs[layer] for layer in quantised)
         hits = np.ones(QUERIES, dtype=bool)
         hits[: max(lost, 0)] = False
-        return Score(hits, 1 - 1e-4 * sum(max(costs[layer], 0) for layer in quantised))
+        return LayerSetScore(hits, 1 - 1e-4 * sum(max(costs[layer], 0) for layer in quantised))
 
     return evaluate
 
 
 def test_all_are_quantised_where_the_budget_bears_it() -> None:
-    found = decide(["a", "b"], _additive({"a": 1, "b": 2}), 0.005)
+    found = search_quantised_layers(["a", "b"], _additive({"a": 1, "b": 2}), 0.005)
     assert found.met
     assert found.chosen.quantised == {"a", "b"}
     assert found.chosen.drop == pytest.approx(0.003)
@@ -34,7 +34,7 @@ def test_all_are_quantised_where_the_budget_bears_it() -> None:
 
 
 def test_the_harmful_layer_is_kept_and_the_reason_says_so() -> None:
-    found = decide(["a", "b", "c"], _additive({"a": 1, "b": 40, "c": 2}), 0.005)
+    found = search_quantised_layers(["a", "b", "c"], _additive({"a": 1, "b": 40, "c": 2}), 0.005)
     assert found.met
     assert found.chosen.quantised == {"a", "c"}
     assert found.reasons["b"].startswith("kept: alone it costs +0.0400 recall@1")
@@ -45,7 +45,7 @@ def test_the_harmful_layer_is_kept_and_the_reason_says_so() -> None:
 
 
 def test_nothing_within_the_budget_is_said_and_the_nearest_is_given() -> None:
-    found = decide(["a", "b"], _additive({"a": 30, "b": 20}), 0.005)
+    found = search_quantised_layers(["a", "b"], _additive({"a": 30, "b": 20}), 0.005)
     assert not found.met
     assert found.chosen.quantised == {"b"}
 
@@ -54,7 +54,7 @@ def test_nothing_within_the_budget_is_said_and_the_nearest_is_given() -> None:
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=7), st.integers(0, 40))
 def test_where_harm_adds_up_the_set_is_the_largest_there_is(costs: list[int], budget: int) -> None:
     layers = {f"layer{i}": cost for i, cost in enumerate(costs)}
-    found = decide(list(layers), _additive(layers), budget / QUERIES + 1e-9)
+    found = search_quantised_layers(list(layers), _additive(layers), budget / QUERIES + 1e-9)
     fits = [
         some
         for n in range(1, len(layers) + 1)
@@ -76,9 +76,9 @@ def test_no_set_is_scored_twice() -> None:
     asked: list[Layers] = []
     score = _additive({"a": 9, "b": 1, "c": 8, "d": 0, "e": 3})
 
-    def evaluate(quantised: Layers) -> Score:
+    def evaluate(quantised: Layers) -> LayerSetScore:
         asked.append(quantised)
         return score(quantised)
 
-    decide(["a", "b", "c", "d", "e"], evaluate, 0.004)
+    search_quantised_layers(["a", "b", "c", "d", "e"], evaluate, 0.004)
     assert len(asked) == len(set(asked))

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 
-from calibration.activation_stats import ROWS, Activations, measure
+from calibration.activation_stats import ROWS, Activations, measure_activations
 from calibration.onnx_layers import find_linears
 from calibration.ranges import MagnitudeHistogram
 from calibration.smoothquant import (
     _foldable,
     correct_bias,
-    factors,
     output_error,
     search_smoothing,
     smooth,
+    smoothing_by_module,
     smoothing_factors,
 )
 from export.to_onnx import run_graph, trace
@@ -54,14 +54,14 @@ def test_factors_are_the_paper_s_up_to_their_mean() -> None:
 
 def test_folding_changes_no_embedding_and_lessens_every_error_it_claims_to(uneven: onnx.ModelProto) -> None:
     pixels = _inputs(12)
-    seen = measure(uneven, [pixels])
+    seen = measure_activations(uneven, [pixels])
     found = search_smoothing(uneven, seen)
     # Of each block: queries-keys-values, attention's output, the first of the MLP.
     ends = ["0.to_qkv", "0.to_out.0", "1.net.1"]
     assert [one.linear for one in found] == [f"vit.transformer.layers.{i}.{end}" for i in range(2) for end in ends]
-    smoothed = smooth(uneven, factors(found))
+    smoothed = smooth(uneven, smoothing_by_module(found))
     np.testing.assert_allclose(run_graph(smoothed, pixels), run_graph(uneven, pixels), atol=1e-5)
-    again, linears = measure(smoothed, [pixels]), {one.module: one for one in find_linears(smoothed)}
+    again, linears = measure_activations(smoothed, [pixels]), {one.module: one for one in find_linears(smoothed)}
     gained = [one for one in found if one.alpha is not None]
     assert len(gained) >= 5
     assert all(one.gain < 1 for one in gained)
@@ -129,7 +129,7 @@ def test_the_sample_of_tokens_is_even_and_bounded() -> None:
 
 
 def test_channels_and_all_values_agree(uneven: onnx.ModelProto) -> None:
-    for activations in measure(uneven, [_inputs(3), _inputs(5)]).values():
+    for activations in measure_activations(uneven, [_inputs(3), _inputs(5)]).values():
         histogram: MagnitudeHistogram = activations.histogram
         assert activations.largest.max() == np.float32(histogram.largest)
         assert histogram.counts.sum() == activations.seen * len(activations.largest)

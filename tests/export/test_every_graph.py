@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from calibration.activation_stats import measure
+from calibration.activation_stats import measure_activations
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from calibration.onnx_layers import attention_nodes
@@ -24,7 +24,7 @@ from export.fp16 import to_fp16
 from export.int8 import export_int8
 from export.parity import parity
 from export.qdq import quantise, quantised_nodes
-from export.tensorrt.bindings import load_builder
+from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.build import build_plan
 from export.to_onnx import load_onnx, run_graph, trace
 from student.config import PRESETS, Preset, StudentConfig
@@ -57,7 +57,7 @@ def _pixels(size: int = 32) -> NDArray[np.float32]:
 
 
 def _thresholds(graph: onnx.ModelProto, size: int = 32) -> dict[str, float]:
-    return {name: one.histogram.largest for name, one in measure(graph, [_pixels(size)]).items()}
+    return {name: one.histogram.largest for name, one in measure_activations(graph, [_pixels(size)]).items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _traced(shape: str, opset: int) -> Traced:
 
 def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, int]:
     """Layers of a build, by type."""
-    plan, counted = build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", graph, config)
+    plan, counted = build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", graph, config)
     assert len(plan) > 10_000
     return counted["layers"]
 

@@ -19,7 +19,7 @@ from export.fp16 import find_overflow, to_fp16
 from export.int8 import export_int8
 from export.parity import parity
 from export.qdq import quantise, quantised_nodes
-from export.tensorrt.bindings import load_builder
+from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.build import build_plan
 from export.to_onnx import export_onnx, load_onnx, run_graph
 from student.model import load_student
@@ -87,7 +87,7 @@ def test_a_quantised_graph_keeps_them_too(graph: onnx.ModelProto) -> None:
 
 def _accepts(graph: onnx.ModelProto) -> None:
     config = EngineConfig(onnx="", output="", target="sm80,sm86,sm89,sm120")
-    plan, layers = build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", graph, config)
+    plan, layers = build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", graph, config)
     assert len(plan) > 10_000
     assert layers["precisions"]["FLOAT"] > 0
 

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
-from calibration.activation_stats import measure
+from calibration.activation_stats import measure_activations
 from calibration.onnx_layers import attention_nodes, weighted_nodes
 from calibration.sensitivity import Decision, Trial
 from export import candidates as candidates_module
-from export.candidates import Candidates, choose_timer
+from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Int8Config
 from export.int8 import export_int8
 from export.mixed_precision import _fastest, _names, _slower
@@ -37,7 +37,7 @@ def decided(fp32: Path, ranges: Path, catalog: Catalog, tmp_path_factory: pytest
             str(tmp_path_factory.mktemp("budget") / "int8"),
             max_recall_drop=0.05,
             catalog=str(catalog.artifact.path),
-            timed_by="openvino",
+            timing_backend="openvino",
             seconds=0.05,
         )
     )
@@ -102,7 +102,7 @@ def test_on_a_gpu_candidates_are_timed_as_the_engines_they_become(
 ) -> None:
     """Real builds; only the loading onto the GPU is replaced."""
     pixels = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
-    thresholds = {name: seen.histogram.largest for name, seen in measure(graph, [pixels]).items()}
+    thresholds = {name: seen.histogram.largest for name, seen in measure_activations(graph, [pixels]).items()}
     graphs = {"floats": graph, "eight": quantise(graph, thresholds, quantised_nodes(graph))}
     events: list[str] = []
     cards = []
@@ -117,7 +117,7 @@ def test_on_a_gpu_candidates_are_timed_as_the_engines_they_become(
         events.append("close")
 
     monkeypatch.setattr(candidates_module, "this_gpu", lambda: "sm89")
-    with Candidates(load_artifact(fp32, "onnx"), "tensorrt-rtx", 4, open_engine=opened).opened(graphs) as forwards:
+    with CandidateRunner(load_artifact(fp32, "onnx"), "tensorrt-rtx", 4, open_engine=opened).opened(graphs) as forwards:
         assert events == ["open", "open"]
         expected = run_graph(graph, pixels)
         for name, forward in forwards.items():
@@ -132,11 +132,11 @@ def test_on_a_gpu_candidates_are_timed_as_the_engines_they_become(
 def test_without_a_gpu_openvino_times_unless_an_engine_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "NVIDIA Test", "memory_mib": 1, "compute_capability": "8.9"}
     monkeypatch.setattr(candidates_module, "read_gpus", lambda: ([], None))
-    assert choose_timer("auto") == "openvino"
-    assert choose_timer("tensorrt") == "tensorrt"
+    assert resolve_timing_backend("auto") == "openvino"
+    assert resolve_timing_backend("tensorrt") == "tensorrt"
     monkeypatch.setattr(candidates_module, "read_gpus", lambda: ([gpu], "580"))
-    assert choose_timer("auto") in ("tensorrt", "tensorrt-rtx")
-    assert choose_timer("openvino") == "openvino"
+    assert resolve_timing_backend("auto") in ("tensorrt", "tensorrt-rtx")
+    assert resolve_timing_backend("openvino") == "openvino"
 
 
 def test_an_engine_without_a_gpu_is_refused_in_one_line(
@@ -151,7 +151,7 @@ def test_an_engine_without_a_gpu_is_refused_in_one_line(
         str(output),
         max_recall_drop=1.0,
         catalog=str(catalog.artifact.path),
-        timed_by="tensorrt-rtx",
+        timing_backend="tensorrt-rtx",
     )
     with pytest.raises(UserError, match="pycuda: cannot be loaded"):
         export_int8(config)

@@ -12,7 +12,7 @@ from experiments.random_student import write_random_student
 from export.config import Int8Config, OnnxConfig, ParityConfig
 from export.fp16 import to_fp16
 from export.int8 import export_int8
-from export.parity_report import compare, compare_layers
+from export.parity_report import compare_exports, compare_layers
 from export.to_onnx import export_onnx
 from student.model import load_student
 from tests.conftest import small_student
@@ -57,13 +57,13 @@ def test_the_verb_compares_every_export_and_does_nothing_twice(
     eight = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
     models, at = (str(fp32), str(half), str(eight)), str(catalog.artifact.path)
     config = ParityConfig(str(each_student), models, at, str(tmp_path / "parity"), layers=True)
-    rows = json.loads((compare(config) / "parity.json").read_text())
+    rows = json.loads((compare_exports(config) / "parity.json").read_text())
     assert [row["model"] for row in rows] == ["fp32", "fp16", "int8"]
     assert [row["cosine_min"] > least for row, least in zip(rows, (1 - 1e-6, 0.9999, 0.99), strict=True)] == [True] * 3
     assert rows[0]["first_changed"] == 0
     assert rows[0]["cosine_mean"] >= rows[1]["cosine_mean"] >= rows[2]["cosine_mean"]
     before = (tmp_path / "parity" / "card.json").stat().st_mtime_ns
-    compare(config)
+    compare_exports(config)
     assert (tmp_path / "parity" / "card.json").stat().st_mtime_ns == before
 
 
@@ -74,5 +74,5 @@ def test_an_export_of_another_student_is_refused(fp32: Path, catalog: Catalog, t
     other = write_random_student(tmp_path / "other", replace(small_student("patch"), image_size=48))
     config = ParityConfig(str(other), (str(fp32),), str(catalog.artifact.path), str(tmp_path / "parity"))
     with pytest.raises(UserError, match="give exports of this student"):
-        compare(config)
+        compare_exports(config)
     assert not (tmp_path / "parity").exists()

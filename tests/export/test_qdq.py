@@ -20,9 +20,9 @@ from export.to_onnx import export_onnx, load_onnx, run_graph
 from student.model import load_student
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
-from vpr.common.hardware import eight_bits_overflow
+from vpr.common.hardware import lacks_vnni
 from vpr.inference.onnx_graph import GraphSession
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 
 
 def _inputs(n: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_graph_equals_fake_quantised_pytorch(each_student: Path, graph: onnx.Mod
         expected = model(torch.from_numpy(inputs)).numpy()
     linears = quantised_nodes(graph, ("vit.to_patch_embedding", "vit.mlp_head"))
     found = run_graph(quantise(graph, _thresholds(graph, limit), linears), inputs)
-    cosines = (unit(expected).astype(np.float64) * unit(found)).sum(axis=1)
+    cosines = (l2_normalize(expected).astype(np.float64) * l2_normalize(found)).sum(axis=1)
     # A value within rounding of the middle of two steps goes up in one library and down in the other, which the layers
     # after it spread over that picture: of these eight, one on some processors. The others must agree.
     assert np.median(cosines) > 1 - 1e-6
@@ -234,7 +234,7 @@ def test_openvino_computes_linears_and_convolutions_in_int8(fp32: Path, ranges: 
     assert integer.count("FullyConnected") == 8
     assert integer.count("Convolution") == max(convolutions - 1, 0)
     inputs = _inputs(4)
-    if eight_bits_overflow():  # here its INT8 kernels compute something else
+    if lacks_vnni():  # here its INT8 kernels compute something else
         compiled = openvino.Core().compile_model(graph, "CPU", {**options, "LP_TRANSFORMS_MODE": "OFF"})
     assert parity(run_graph(load_onnx(fp32)[0], inputs), compiled(inputs)[0])["cosine_mean"] > 0.99
 

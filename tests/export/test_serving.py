@@ -35,9 +35,9 @@ from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import Preprocess
-from vpr.retrieval.config import FindConfig
+from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings, write_embeddings
-from vpr.retrieval.search_command import find
+from vpr.retrieval.search_command import search_gallery
 
 VERSION = "11.4.0.106"
 
@@ -119,7 +119,7 @@ def test_a_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalo
     scores, found = faiss.read_index(str(output / "gallery" / "index.faiss")).search(vectors, 5)
     images = np.array(pq.read_table(output / "gallery" / "rows.parquet")["image"].to_pylist())[found]
 
-    find(FindConfig(str(gallery), str(gallery), output=str(tmp_path / "results.csv"), k=5))
+    search_gallery(SearchConfig(str(gallery), str(gallery), output=str(tmp_path / "results.csv"), k=5))
     with (tmp_path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     expected = np.array([float(row["score"]) for row in rows]).reshape(-1, 5)

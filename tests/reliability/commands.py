@@ -13,28 +13,28 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.config import RecallConfig
-from benchmarks.recall.measure import recall
+from benchmarks.recall.measure import measure_recall
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.random_student import write_random_student
 from export.backends.registry import models_of
 from export.config import EngineConfig, Int8Config, OnnxConfig, ParityConfig
 from export.int8 import export_int8
-from export.parity_report import compare
+from export.parity_report import compare_exports
 from export.tensorrt.build import build_engine
-from export.tensorrt.compatibility import check_fit, load_engine, refusal
+from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine
 from export.tensorrt.cuda_driver import Gpu
 from export.to_onnx import export_onnx
 from student.config import StudentConfig
 from student.embed import embed_catalog
 from student.model import load_student
-from student.qat import fake_quantise, read_thresholds
-from vpr.artifacts.store import reading
+from student.qat import insert_fake_quant, read_thresholds
+from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
-from vpr.inference.config import KEEP
-from vpr.retrieval.config import EmbedConfig, FindConfig
-from vpr.retrieval.search_command import find
+from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
+from vpr.retrieval.config import EmbedConfig, SearchConfig
+from vpr.retrieval.search_command import search_gallery
 
 # In the order in which they are made: the card of each names the sha256 of earlier ones.
 ARTIFACTS = ("catalog", "student", "fp32", "ranges", "plain", "int8", "engine", "embeddings", "report", "recall")
@@ -47,7 +47,7 @@ _GPU = Gpu("NVIDIA A40", "sm86")
 
 
 @dataclass(frozen=True)
-class Verb:
+class CommandCase:
     """A verb as it is run in a folder that holds the artifacts.
 
     Attributes:
@@ -85,8 +85,8 @@ def make_artifacts(folder: Path) -> None:
     export_int8(Int8Config(fp32, ranges, str(folder / "int8")))
     build_engine(EngineConfig(str(folder / "int8"), str(folder / "engine"), "tensorrt-rtx", target="sm86"))
     embed_catalog(EmbedConfig(str(folder / "student"), catalog, str(folder / "embeddings"), split="test"))
-    compare(ParityConfig(str(folder / "student"), (fp32,), catalog, str(folder / "report")))
-    recall(RecallConfig(catalog, (fp32,), str(folder / "recall")))
+    compare_exports(ParityConfig(str(folder / "student"), (fp32,), catalog, str(folder / "report")))
+    measure_recall(RecallConfig(catalog, (fp32,), str(folder / "recall")))
 
 
 def sign(folder: Path, name: str, file: str) -> None:
@@ -144,13 +144,13 @@ def _fp8(folder: Path) -> object:
 def _parity(folder: Path) -> object:
     models = (str(folder / "fp32"), str(folder / "int8"))
     config = ParityConfig(str(folder / "student"), models, str(folder / "catalog"), str(folder / RESULT), layers=True)
-    return compare(config)
+    return compare_exports(config)
 
 
 def _recall(folder: Path) -> object:
     """ONNX Runtime and OpenVINO on both graphs, and what can be said of the engine where there is no GPU."""
     models = tuple(str(folder / name) for name in ("fp32", "int8", "engine"))
-    return recall(RecallConfig(str(folder / "catalog"), models, str(folder / RESULT)))
+    return measure_recall(RecallConfig(str(folder / "catalog"), models, str(folder / RESULT)))
 
 
 def _onnxruntime(folder: Path) -> object:
@@ -175,20 +175,20 @@ def _build(folder: Path) -> object:
 def _fit(folder: Path) -> object:
     """What loading an engine asks before it needs a GPU, and the refusal of a plan."""
     artifact = load_engine(folder / "engine")
-    with reading(artifact):
-        check_fit(artifact, str(artifact.card.config["builder_version"]), _GPU)
-        return refusal(artifact, "1.7", "CUDA 13.0", ["error: 35"])
+    with reraise_as_artifact_error(artifact):
+        check_compatible(artifact, str(artifact.card.config["builder_version"]), _GPU)
+        return engine_load_error(artifact, "1.7", "CUDA 13.0", ["error: 35"])
 
 
 def _finish(folder: Path) -> object:
     """What finishing a student in INT8 does with ranges before it trains."""
     model, _ = load_student(folder / "student")
-    return fake_quantise(model, read_thresholds(folder / "plain"), KEEP)
+    return insert_fake_quant(model, read_thresholds(folder / "plain"), DEFAULT_EXCLUDED_LAYERS)
 
 
 def _search(folder: Path) -> object:
     embeddings = str(folder / "embeddings")
-    return find(FindConfig(embeddings, embeddings, str(folder / f"{RESULT}.csv"), k=3))
+    return search_gallery(SearchConfig(embeddings, embeddings, str(folder / f"{RESULT}.csv"), k=3))
 
 
 def _embed(folder: Path) -> object:
@@ -199,20 +199,20 @@ def _export(folder: Path) -> object:
     return export_onnx(OnnxConfig(str(folder / "student"), str(folder / RESULT), precision="fp16", pictures=8))
 
 
-VERBS = {
-    "calibrate": Verb(_calibrate, "ranges"),
-    "export int8": Verb(_quantise, "int8"),
-    "export int8 --number fp8": Verb(_fp8, "int8"),
-    "export parity": Verb(_parity, "report"),
-    "bench recall": Verb(_recall, "recall"),
-    "export engine": Verb(_build, "engine"),
-    "run by ONNX Runtime": Verb(_onnxruntime),
-    "run by OpenVINO": Verb(_openvino),
-    "open an engine": Verb(_fit),
-    "finish a student": Verb(_finish),
-    "search": Verb(_search, "csv"),
-    "student embed": Verb(_embed, "embeddings"),
-    "export onnx": Verb(_export, "fp32"),
+COMMAND_CASES = {
+    "calibrate": CommandCase(_calibrate, "ranges"),
+    "export int8": CommandCase(_quantise, "int8"),
+    "export int8 --number fp8": CommandCase(_fp8, "int8"),
+    "export parity": CommandCase(_parity, "report"),
+    "bench recall": CommandCase(_recall, "recall"),
+    "export engine": CommandCase(_build, "engine"),
+    "run by ONNX Runtime": CommandCase(_onnxruntime),
+    "run by OpenVINO": CommandCase(_openvino),
+    "open an engine": CommandCase(_fit),
+    "finish a student": CommandCase(_finish),
+    "search": CommandCase(_search, "csv"),
+    "student embed": CommandCase(_embed, "embeddings"),
+    "export onnx": CommandCase(_export, "fp32"),
 }
 _READ = ("calibrate", "export int8", "export parity", "bench recall")
 _RUN = ("run by ONNX Runtime", "run by OpenVINO")

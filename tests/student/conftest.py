@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from student.config import DistillConfig, SignalConfig, StudentConfig
+from student.config import DistillConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from teacher.config import HeadConfig, StageConfig, TowerConfig, TrainConfig
 from teacher.train import train
@@ -42,7 +42,7 @@ def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFac
         catalog=str(catalog.artifact.path),
         output=str(tmp_path_factory.mktemp("s") / "student"),
         model=STUDENT,
-        signal=SignalConfig(views=3, bank=32, shard=40),
+        signal=TargetsConfig(views=3, bank=32, shard=40),
         epochs=12,
         loader=LoaderConfig(batch_size=16, keep_in_memory=True),
         run=RunConfig(precision="32-true", validate_every=2),

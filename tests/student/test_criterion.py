@@ -13,7 +13,7 @@ from torch import nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
 from student.config import FROM_TEACHER, LossConfig, StudentConfig
-from student.criterion import Labels, Objective, class_means
+from student.criterion import DistillationLoss, Labels, class_means
 from student.losses import cosine_loss, rkd_distance, similarity_kl
 from student.model import Student
 from vpr.common.errors import UserError
@@ -50,7 +50,7 @@ def test_pictures_without_labels_have_none(labels: Labels) -> None:
 def test_every_loss_is_one_line_and_logged_by_its_name(name: str, labels: Labels) -> None:
     config = replace(LossConfig(), **{**dict.fromkeys(("cosine", "similarity_kl"), 0.0), name: 3.0})
     student, teacher = unit(6, 16), unit(6, 16, seed=1)
-    objective = Objective(config, Student(SHAPE), labels, 16)
+    objective = DistillationLoss(config, Student(SHAPE), labels, 16)
     found = objective(student, teacher, unit(20, 16, seed=2), torch.arange(6), 0.0, 0)
     assert set(found) == {name}
     assert float(objective.total(found)) == pytest.approx(3 * float(found[name]))
@@ -59,7 +59,7 @@ def test_every_loss_is_one_line_and_logged_by_its_name(name: str, labels: Labels
 def test_the_total_is_the_weighted_sum(labels: Labels) -> None:
     config = LossConfig(cosine=0.5, similarity_kl=2.0, rkd_distance=0.25, temperature=0.1)
     student, teacher, bank = unit(6, 16), unit(6, 16, seed=1), unit(20, 16, seed=2)
-    objective = Objective(config, Student(SHAPE), labels, 16)
+    objective = DistillationLoss(config, Student(SHAPE), labels, 16)
     found = objective(student, teacher, bank, torch.arange(6), 0.0, 0)
     expected = (
         0.5 * cosine_loss(student, teacher)
@@ -71,7 +71,7 @@ def test_the_total_is_the_weighted_sum(labels: Labels) -> None:
 
 def test_the_margin_sees_labelled_pictures_alone(labels: Labels) -> None:
     config = replace(NONE, margin=1.0)
-    objective = Objective(config, Student(SHAPE), labels, 16)
+    objective = DistillationLoss(config, Student(SHAPE), labels, 16)
     mixed = objective(unit(8, 16), unit(8, 16), None, torch.arange(8), 0.5, 0)["margin"]
     alone = objective(unit(8, 16)[:6], unit(8, 16)[:6], None, torch.arange(6), 0.5, 0)["margin"]
     torch.testing.assert_close(mixed, alone)
@@ -83,7 +83,7 @@ def test_the_margin_sees_labelled_pictures_alone(labels: Labels) -> None:
 
 
 def test_a_projector_meets_the_teacher_s_dimension(labels: Labels) -> None:
-    objective = Objective(LossConfig(similarity_kl=0.0), Student(SHAPE), labels, 40)
+    objective = DistillationLoss(LossConfig(similarity_kl=0.0), Student(SHAPE), labels, 40)
     assert objective.project is not None
     student, teacher = unit(6, 16), unit(6, 40, seed=1)
     found = objective(student, teacher, None, torch.arange(6), 0.0, 0)["cosine"]
@@ -96,7 +96,7 @@ def test_logits_are_the_published_wrapper_s(labels: Labels) -> None:
     torch.manual_seed(0)
     student, classes = Student(SHAPE), unit(3, 16, seed=4)
     config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0, logits_alpha=0.3, logits_temperature=2.0)
-    objective = Objective(config, student, labels, 16, classes)
+    objective = DistillationLoss(config, student, labels, 16, classes)
     ours = objective.logits
     assert ours is not None
     published = DistillableViT(
@@ -121,7 +121,7 @@ def test_logits_are_the_published_wrapper_s(labels: Labels) -> None:
 def test_logits_train_the_student_s_own_parts(labels: Labels) -> None:
     student = Student(SHAPE)
     config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
-    objective = Objective(config, student, labels, 16, unit(3, 16))
+    objective = DistillationLoss(config, student, labels, 16, unit(3, 16))
     assert objective.logits is not None
     objective.logits(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), unit(4, 16)).backward()
     missing = [name for name, value in student.named_parameters() if value.grad is None]
@@ -152,10 +152,10 @@ def test_wrong_weights_are_refused_by_key(values: dict[str, Any], message: str) 
 
 def test_labels_of_one_product_are_refused() -> None:
     with pytest.raises(UserError, match="labels of at least two products"):
-        Objective(replace(NONE, margin=1.0), Student(SHAPE), Labels(catalog(["a", "a"])), 16)
+        DistillationLoss(replace(NONE, margin=1.0), Student(SHAPE), Labels(catalog(["a", "a"])), 16)
 
 
 def test_logits_of_another_family_are_refused(labels: Labels) -> None:
     config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
     with pytest.raises(UserError, match=r"set model\.family to vit"):
-        Objective(config, Student(replace(SHAPE, family="small-data")), labels, 16, unit(3, 16))
+        DistillationLoss(config, Student(replace(SHAPE, family="small-data")), labels, 16, unit(3, 16))

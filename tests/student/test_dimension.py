@@ -7,14 +7,14 @@ import torch
 from student.config import DimensionConfig
 from student.dimension import fit_projection, preserve_cosines, principal_directions, project
 from vpr.common.errors import UserError
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 
 
 def decaying(n: int, dim: int, seed: int = 0) -> np.ndarray:
     """Unit vectors whose spectrum falls as 1 / k, turned so that no axis is a direction of it."""
     rng = np.random.default_rng(seed)
     turn = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
-    return unit((rng.standard_normal((n, dim)) / np.arange(1, dim + 1) @ turn).astype(np.float32))
+    return l2_normalize((rng.standard_normal((n, dim)) / np.arange(1, dim + 1) @ turn).astype(np.float32))
 
 
 def cosine_error(vectors: np.ndarray, projection: torch.Tensor) -> float:

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from student.config import DistillConfig, SignalConfig
+from student.config import DistillConfig, TargetsConfig
 from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import load_student
-from student.teacher_cache import cache_bytes, cache_signal
-from student.teacher_model import Source, load_source
+from student.teacher_cache import build_teacher_cache, cache_bytes
+from student.teacher_model import TeacherModel, load_teacher_model
 from teacher.model import load_teacher
 from tests.student.conftest import STUDENT
 from vpr.artifacts.store import load_artifact
@@ -20,9 +20,9 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
-from vpr.retrieval.config import FindConfig
+from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings, torch_forward
-from vpr.retrieval.search_command import find
+from vpr.retrieval.search_command import search_gallery
 
 
 def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:
@@ -39,12 +39,17 @@ def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, ca
 def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
     model, artifact = load_teacher(teacher)
     training, views = catalog.select(split="train"), ViewConfig()
-    signal = cache_signal(
-        str(tmp_path / "views"), Source.of(model, artifact), training, views, SignalConfig(views=2, shard=40), seed=9
+    signal = build_teacher_cache(
+        str(tmp_path / "views"),
+        TeacherModel.of(model, artifact),
+        training,
+        views,
+        TargetsConfig(views=2, shard=40),
+        seed=9,
     )
     assert [[shard.shape for shard in view] for view in signal.shards] == [[(40, 256), (24, 256)]] * 2
     sizes = [entry.size for entry in signal.artifact.card.files.values()]
-    assert sum(sizes) == cache_bytes(64, 256, SignalConfig(views=2, shard=40))
+    assert sum(sizes) == cache_bytes(64, 256, TargetsConfig(views=2, shard=40))
     assert artifact.card.preprocess is not None
     from vpr.retrieval.embeddings import read_pixels
 
@@ -62,17 +67,19 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
 def test_cached_signal_is_not_reused_for_another_order_of_the_pictures(
     teacher: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
-    source, training = load_source(teacher), catalog.select(split="train")
+    source, training = load_teacher_model(teacher), catalog.select(split="train")
     turned = Catalog(training.table.take(pa.array(np.arange(len(training))[::-1])), training.root)
-    one = SignalConfig(views=1)
-    first = cache_signal(str(tmp_path / "v"), source, training, ViewConfig(), one, seed=0).artifact.sha256
-    again = cache_signal(str(tmp_path / "v"), source, turned, ViewConfig(), one, seed=0).artifact.sha256
+    one = TargetsConfig(views=1)
+    first = build_teacher_cache(str(tmp_path / "v"), source, training, ViewConfig(), one, seed=0).artifact.sha256
+    again = build_teacher_cache(str(tmp_path / "v"), source, turned, ViewConfig(), one, seed=0).artifact.sha256
     assert first != again
 
 
 def test_the_bank_is_drawn_by_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
-    source, training = load_source(teacher), catalog.select(split="train")
-    signal = cache_signal(str(tmp_path / "views"), source, training, ViewConfig(), SignalConfig(views=2), seed=0)
+    source, training = load_teacher_model(teacher), catalog.select(split="train")
+    signal = build_teacher_cache(
+        str(tmp_path / "views"), source, training, ViewConfig(), TargetsConfig(views=2), seed=0
+    )
     assert np.array_equal(signal.draw(20, 4), signal.draw(20, 4))
     assert not np.array_equal(signal.draw(20, 4), signal.draw(20, 5))
     assert signal.draw(1000, 0).shape == (64, 256)
@@ -96,7 +103,7 @@ def test_embeddings_are_kept_with_their_rows_and_searched(student: Path, catalog
     alone = embed_catalog(EmbedConfig(str(student), str(catalog.artifact.path), str(tmp_path / "b"), "test", 1))
     np.testing.assert_allclose(load_embeddings(alone).vectors, embeddings.vectors, atol=1e-5)
     assert model.config == STUDENT
-    csv_path = find(FindConfig(str(tmp_path / "e"), str(tmp_path / "e"), str(tmp_path / "hits.csv"), k=3))
+    csv_path = search_gallery(SearchConfig(str(tmp_path / "e"), str(tmp_path / "e"), str(tmp_path / "hits.csv"), k=3))
     assert csv_path is not None
     assert len(csv_path.read_text().splitlines()) == 1 + 16 * 3
 
@@ -108,4 +115,4 @@ def test_two_models_embeddings_are_not_compared(
     for name, model in (("a", student), ("b", student_artifact)):
         embed_catalog(EmbedConfig(str(model), str(catalog.artifact.path), str(tmp_path / name), "test"))
     with pytest.raises(UserError, match="use one model"):
-        find(FindConfig(str(tmp_path / "a"), str(tmp_path / "b")))
+        search_gallery(SearchConfig(str(tmp_path / "a"), str(tmp_path / "b")))

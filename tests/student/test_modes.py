@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from experiments.demo.interrupted import interrupt
 from experiments.student.epoch import epoch_figures
 from student import teacher_cache as signal
-from student.config import DimensionConfig, DistillConfig, LossConfig, QuantiseConfig, SignalConfig, StudentConfig
+from student.config import DimensionConfig, DistillConfig, LossConfig, QuantiseConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
-from student.teacher_cache import cache_signal
-from student.teacher_model import load_source
+from student.teacher_cache import build_teacher_cache
+from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
-from vpr.artifacts.run_folder import finished_by_another
+from vpr.artifacts.run_folder import is_written
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
@@ -31,8 +31,8 @@ from vpr.imaging.config import ViewConfig
 from vpr.training.config import RunConfig
 
 LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
-ONLINE, MIXED = SignalConfig(mode="online"), SignalConfig(mode="online", mixup=0.5)
-SHORT: dict[str, Any] = {"epochs": 1, "signal": SignalConfig(views=1, bank=32)}
+ONLINE, MIXED = TargetsConfig(mode="online"), TargetsConfig(mode="online", mixup=0.5)
+SHORT: dict[str, Any] = {"epochs": 1, "signal": TargetsConfig(views=1, bank=32)}
 
 
 def made(config: DistillConfig, folder: Path, **changes: Any) -> Artifact:
@@ -67,7 +67,7 @@ def test_every_loss_trains_and_is_logged(losses: LossConfig, config: DistillConf
 
 def test_online_with_mixup_and_average(config: DistillConfig, tmp_path: Path) -> None:
     run = RunConfig(precision="32-true", ema=0.8)
-    artifact = made(config, tmp_path, signal=SignalConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run)
+    artifact = made(config, tmp_path, signal=TargetsConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run)
     losses = log(artifact, "cosine_epoch")
     assert losses[-1] < 0.8 * losses[0]
     assert not (tmp_path / "student-views").exists()
@@ -83,7 +83,7 @@ def test_a_smaller_dimension(
         tmp_path,
         model=replace(STUDENT, embedding_dim=24),
         dimension=DimensionConfig(method, steps=20),
-        signal=SignalConfig(mode=mode, views=1, bank=32),
+        signal=TargetsConfig(mode=mode, views=1, bank=32),
     )
     assert artifact.card.embedding is not None
     assert artifact.card.embedding.dim == 24
@@ -120,8 +120,8 @@ def test_a_cache_goes_on_where_it_was_left(
 ) -> None:
     import student.teacher_cache as signal
 
-    source = load_source(teacher)
-    training, config = catalog.select(split="train"), SignalConfig(views=2, shard=24)
+    source = load_teacher_model(teacher)
+    training, config = catalog.select(split="train"), TargetsConfig(views=2, shard=24)
     path, embed = str(tmp_path / "views"), signal._embed_view
     calls = []
 
@@ -133,14 +133,14 @@ def test_a_cache_goes_on_where_it_was_left(
 
     monkeypatch.setattr(signal, "_embed_view", counted)
     with pytest.raises(KeyboardInterrupt):
-        cache_signal(path, source, training, ViewConfig(), config, 0)
+        build_teacher_cache(path, source, training, ViewConfig(), config, 0)
     assert not (tmp_path / "views").exists()
     first, calls = calls, []
-    broken = cache_signal(path, source, training, ViewConfig(), config, 0)
+    broken = build_teacher_cache(path, source, training, ViewConfig(), config, 0)
     assert sorted(first + calls) == sorted({*first, *calls})  # no file twice
     assert len(first + calls) == 6
     monkeypatch.setattr(signal, "_embed_view", embed)
-    whole = cache_signal(str(tmp_path / "whole"), source, training, ViewConfig(), config, 0)
+    whole = build_teacher_cache(str(tmp_path / "whole"), source, training, ViewConfig(), config, 0)
     assert broken.artifact.card.files == whole.artifact.card.files
     assert not list(tmp_path.glob("*.run-*"))
 
@@ -195,9 +195,9 @@ def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SignalConfig(mixup=0.2), r"signal\.mixup: a mixed picture cannot be looked up: set signal\.mode"),
-        (lambda: SignalConfig(mode="online", mixup=0.001), r"signal\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
-        (lambda: SignalConfig(views=0), r"signal\.views: 0: give 1 to"),
+        (lambda: TargetsConfig(mixup=0.2), r"signal\.mixup: a mixed picture cannot be looked up: set signal\.mode"),
+        (lambda: TargetsConfig(mode="online", mixup=0.001), r"signal\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
+        (lambda: TargetsConfig(views=0), r"signal\.views: 0: give 1 to"),
         (lambda: DimensionConfig(steps=0), r"dimension\.steps: 0: give 1 to"),
         (lambda: StudentConfig(preset="huge"), r"model\.preset: 'huge': choose from"),  # type: ignore[arg-type]
     ],
@@ -252,8 +252,8 @@ def test_a_cache_that_is_something_else_is_refused_at_once(config: DistillConfig
 def test_a_file_that_was_cut_short_is_made_again(
     teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = load_source(teacher)
-    training, chosen = catalog.select(split="train"), SignalConfig(views=2)
+    source = load_teacher_model(teacher)
+    training, chosen = catalog.select(split="train"), TargetsConfig(views=2)
     embed, calls = signal._embed_view, []
 
     def once(*arguments: Any) -> np.ndarray:
@@ -264,29 +264,29 @@ def test_a_file_that_was_cut_short_is_made_again(
 
     monkeypatch.setattr(signal, "_embed_view", once)
     with pytest.raises(KeyboardInterrupt):
-        cache_signal(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
+        build_teacher_cache(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
     (finished,) = tmp_path.glob("views.run-*/view-*.npy")
     finished.write_bytes(finished.read_bytes()[:5000])
     monkeypatch.setattr(signal, "_embed_view", embed)
-    again = cache_signal(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
-    whole = cache_signal(str(tmp_path / "whole"), source, training, ViewConfig(), chosen, 0)
+    again = build_teacher_cache(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
+    whole = build_teacher_cache(str(tmp_path / "whole"), source, training, ViewConfig(), chosen, 0)
     assert again.artifact.card.files == whole.artifact.card.files
 
 
 def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
     """They go by configuration and parents: a stale cache of another teacher may lie there still."""
-    source = load_source(teacher)
+    source = load_teacher_model(teacher)
     training, path = catalog.select(split="train"), str(tmp_path / "views")
-    found = cache_signal(path, source, training, ViewConfig(), SignalConfig(views=1), 0).artifact
+    found = build_teacher_cache(path, source, training, ViewConfig(), TargetsConfig(views=1), 0).artifact
     config = {**found.card.config, "views": asdict(ViewConfig())}  # tuples, which the card has as lists
-    assert finished_by_another(path, config, found.card.parents)
-    assert not finished_by_another(path, {**config, "seed": 1}, found.card.parents)
-    assert not finished_by_another(path, config, [source.artifact.as_parent("other")])
-    assert not finished_by_another(str(tmp_path / "none"), config, found.card.parents)
+    assert is_written(path, config, found.card.parents)
+    assert not is_written(path, {**config, "seed": 1}, found.card.parents)
+    assert not is_written(path, config, [source.artifact.as_parent("other")])
+    assert not is_written(str(tmp_path / "none"), config, found.card.parents)
     (tmp_path / "none").mkdir()
     for half in ("[]", "{}", "[" * 100_000):
         (tmp_path / "none" / "card.json").write_text(half)
-        assert not finished_by_another(str(tmp_path / "none"), config, found.card.parents)
+        assert not is_written(str(tmp_path / "none"), config, found.card.parents)
 
 
 def test_an_unknown_start_is_passed_on(config: DistillConfig, teacher: Path, tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from export.to_onnx import export_onnx, run_graph
 from student.config import DistillConfig, QuantiseConfig
 from student.distill import distill
 from student.model import Student, load_student
-from student.qat import FakeQuantLinear, fake_quantise, read_thresholds
+from student.qat import FakeQuantLinear, insert_fake_quant, read_thresholds
 from tests.conftest import small_student
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.inference.config import KEEP
+from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
 
 
 def test_values_and_gradients_are_pytorch_s_own_fake_quantisation() -> None:
@@ -91,7 +91,7 @@ def test_the_exported_graph_computes_what_the_student_was_finished_under(quantis
     inputs = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
     with torch.inference_mode():
         whole = model(torch.from_numpy(inputs)).numpy()
-    names = fake_quantise(model, read_thresholds(folder / "ranges"), KEEP)
+    names = insert_fake_quant(model, read_thresholds(folder / "ranges"), DEFAULT_EXCLUDED_LAYERS)
     assert len(names) == len(load_artifact(quantised).card.metrics["quantised"]) == 8
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
@@ -114,11 +114,11 @@ def test_ranges_of_another_student_are_refused(finished: Path, config: DistillCo
         distill(replace(config, output=str(tmp_path / "s"), start=str(finished), quantise=QuantiseConfig(ranges)))
     deeper = Student(replace(load_student(finished)[0].config, depth=3))
     with pytest.raises(UserError, match=r"no range for 'vit\.transformer\.layers\.2\.0\.to_qkv'"):
-        fake_quantise(deeper, read_thresholds(ranges), KEEP)
+        insert_fake_quant(deeper, read_thresholds(ranges), DEFAULT_EXCLUDED_LAYERS)
 
 
 def test_the_export_keeps_what_the_finishing_kept(finished: Path, tmp_path: Path) -> None:
-    ranges, more = str(finished.parent / "ranges"), (*KEEP, "vit.transformer.layers.0")
+    ranges, more = str(finished.parent / "ranges"), (*DEFAULT_EXCLUDED_LAYERS, "vit.transformer.layers.0")
     with pytest.raises(
         UserError, match=r"keep: the student was finished with \[vit\.to_patch_embedding, vit\.mlp_head\]"
     ):
@@ -130,10 +130,10 @@ def test_wrong_ranges_are_refused(quantised: Path, config: DistillConfig, tmp_pa
     model, _ = load_student(quantised.parent / "student")
     thresholds = read_thresholds(ranges)
     with pytest.raises(UserError, match=r"quantise\.keep: leaves nothing"):
-        fake_quantise(model, thresholds, ("vit",))
+        insert_fake_quant(model, thresholds, ("vit",))
     with pytest.raises(UserError, match="is no linear of this student"):
-        fake_quantise(model, {"vit.transformer.layers.9.0.to_qkv": 1.0}, KEEP)
+        insert_fake_quant(model, {"vit.transformer.layers.9.0.to_qkv": 1.0}, DEFAULT_EXCLUDED_LAYERS)
     with pytest.raises(UserError, match=r"'vit\.to_patch_embedding\.layers\.0' is a convolution.*keep it too"):
-        fake_quantise(Student(replace(small_student("conv"))), read_thresholds(ranges), ("vit.mlp_head",))
+        insert_fake_quant(Student(replace(small_student("conv"))), read_thresholds(ranges), ("vit.mlp_head",))
     with pytest.raises(UserError, match=r"quantise\.ranges: finishes a trained student: name it by start"):
         replace(config, quantise=QuantiseConfig(ranges))

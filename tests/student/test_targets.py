@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from student.config import SignalConfig
-from student.targets import CachedTargets, Mix, OnlineTargets, PairDataset
-from student.teacher_cache import cache_signal
-from student.teacher_model import load_source
+from student.config import TargetsConfig
+from student.targets import CachedTargets, Mixup, OnlineTargets, TwoSizeDataset
+from student.teacher_cache import build_teacher_cache
+from student.teacher_model import load_teacher_model
 from teacher.model import load_teacher
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import draw_views
@@ -20,15 +20,15 @@ from vpr.imaging.decode import Preprocess
 
 @pytest.fixture(scope="module")
 def cached(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> CachedTargets:
-    config, training = SignalConfig(views=2, bank=32), catalog.select(split="train")
+    config, training = TargetsConfig(views=2, bank=32), catalog.select(split="train")
     path = str(tmp_path_factory.mktemp("signal") / "views")
-    signal = cache_signal(path, load_source(teacher), training, ViewConfig(), config, 3)
+    signal = build_teacher_cache(path, load_teacher_model(teacher), training, ViewConfig(), config, 3)
     return CachedTargets(signal, config, None, 3)
 
 
 def batch_of(catalog: Catalog, sizes: tuple[int, int], rows: list[int]) -> dict[str, torch.Tensor]:
     student, teacher = (Preprocess(size=size) for size in sizes)
-    return PairDataset(catalog.select(split="train"), student, teacher).__getitems__(rows)
+    return TwoSizeDataset(catalog.select(split="train"), student, teacher).__getitems__(rows)
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -40,7 +40,7 @@ def test_the_teacher_beside_the_student_gives_what_was_cached(
     assert artifact.card.preprocess is not None
     batch = batch_of(catalog, (size, 32), list(range(8, 24)))
     assert ("teacher_pixels" in batch) == (size != 32)
-    online = OnlineTargets(model, artifact.card.preprocess, SignalConfig(mode="online", bank=24), 256, None)
+    online = OnlineTargets(model, artifact.card.preprocess, TargetsConfig(mode="online", bank=24), 256, None)
     cpu = torch.device("cpu")
     cached.start_epoch(1, cpu)
     online.start_epoch(1, cpu)
@@ -53,7 +53,7 @@ def test_the_teacher_beside_the_student_gives_what_was_cached(
 
 
 def test_the_queue_holds_the_latest() -> None:
-    online = OnlineTargets(nn.Identity(), Preprocess(size=16), SignalConfig(mode="online", bank=5), 2, None)
+    online = OnlineTargets(nn.Identity(), Preprocess(size=16), TargetsConfig(mode="online", bank=5), 2, None)
     vectors = torch.arange(16.0).view(8, 2)
     for part in vectors.split(2):
         online._enqueue(part)
@@ -75,7 +75,7 @@ def test_epochs_go_round_the_cached_views_and_banks_differ(cached: CachedTargets
 
 def test_mixed_pictures_are_shares_of_two_and_the_same_for_both() -> None:
     torch.manual_seed(0)
-    mix = Mix(1.0, 6)
+    mix = Mixup(1.0, 6)
     x, y = torch.rand(6, 3, 4, 4), torch.rand(6, 3, 8, 8)
     for pixels in (x, y):
         expected = torch.stack(
@@ -89,7 +89,7 @@ def test_mixed_pictures_are_shares_of_two_and_the_same_for_both() -> None:
 @pytest.mark.parametrize("a", [0.2, 1.0, 4.0])
 def test_shares_have_the_moments_of_a_beta(a: float) -> None:
     torch.manual_seed(1)
-    shares = torch.tensor([Mix(a, 2).share for _ in range(4000)])
+    shares = torch.tensor([Mixup(a, 2).share for _ in range(4000)])
     assert float(shares.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(shares.var()) == pytest.approx(1 / (4 * (2 * a + 1)), rel=0.1)
 

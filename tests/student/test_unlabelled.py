@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from student.config import DistillConfig, SignalConfig
+from student.config import DistillConfig, TargetsConfig
 from student.distill import distill
 from student.unlabelled import add_unlabelled
 from vpr.artifacts.store import load_artifact
@@ -54,7 +54,7 @@ def test_a_student_learns_from_them_without_labels(
         output=str(tmp_path / "s"),
         unlabelled=(str(more),),
         epochs=1,
-        signal=SignalConfig(views=1),
+        signal=TargetsConfig(views=1),
         losses=losses,
     )
     artifact = load_artifact(distill(chosen))  # type: ignore[arg-type]

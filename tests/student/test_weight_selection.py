@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from experiments.random_student import write_random_student
 from student.config import StudentConfig
 from student.model import Student
-from student.weight_selection import select, start_from
+from student.weight_selection import init_from_larger, select_weights
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.common.errors import UserError
 from vpr.imaging.decode import Preprocess
@@ -30,7 +30,7 @@ def test_a_student_of_the_same_shape_is_taken_over_whole(tmp_path: Path) -> None
     path = write_random_student(tmp_path / "large", replace(LARGE, stem="conv"))
     torch.manual_seed(1)
     student = Student(replace(LARGE, stem="conv"))
-    _, taken = start_from(student, path)
+    _, taken = init_from_larger(student, path)
     assert taken == sum(v.numel() for v in student.state_dict().values())
     from student.model import load_student
 
@@ -40,7 +40,7 @@ def test_a_student_of_the_same_shape_is_taken_over_whole(tmp_path: Path) -> None
 
 def test_rows_and_columns_are_evenly_spaced() -> None:
     large, small = Student(LARGE), Student(SMALL)
-    select(small, large.state_dict(), LARGE.heads)
+    select_weights(small, large.state_dict(), LARGE.heads)
     ours, theirs = small.state_dict(), large.state_dict()
     up = "vit.transformer.layers.1.1.net.1.weight"
     assert torch.equal(ours[up], theirs[up][::2, ::2])
@@ -57,7 +57,7 @@ def test_heads_never_mix() -> None:
     marks = torch.arange(3 * 4 * 24).float()  # the row's number: part, head, place
     weights[qkv] = marks[:, None].expand(-1, 96).contiguous()
     weights[out] = marks[: 4 * 24][None].expand(96, -1).contiguous()
-    select(small, weights, LARGE.heads)
+    select_weights(small, weights, LARGE.heads)
     found = small.state_dict()[qkv][:, 0].view(3, 2, 24)
     for part in range(3):
         for head in range(2):
@@ -83,7 +83,7 @@ def test_an_open_clip_tower_gives_the_same_features(tmp_path: Path) -> None:
         draft.preprocess = Preprocess(size=32)
         draft.embedding = Embedding(dim=32, normalised=True, dtype="float32")
     student = Student(replace(LARGE, mlp_dim=144, pool="cls"))
-    _, taken = start_from(student, path)
+    _, taken = init_from_larger(student, path)
     # vit-pytorch norms a patch before its projection too; of open_clip's network there is no counterpart to that.
     untaken = {"vit.to_patch_embedding.1.weight", "vit.to_patch_embedding.1.bias", "vit.to_patch_embedding.2.bias"}
     untaken |= {"vit.mlp_head.bias"}
@@ -103,7 +103,7 @@ def test_a_tower_whose_configuration_leaves_all_to_open_clip_has_its_heads(tmp_p
     with write_artifact(tmp_path / "teacher", "teacher", {"tower_config": {**TOWER, "vision_cfg": {}}}) as draft:
         save_file(weights, draft.path / "model.safetensors")
     student = Student(replace(LARGE, dim=128, heads=2, dim_head=64, pool="cls"))
-    start_from(student, tmp_path / "teacher")
+    init_from_larger(student, tmp_path / "teacher")
     assert torch.equal(
         student.state_dict()["vit.transformer.layers.0.0.to_qkv.weight"],
         weights["visual.transformer.resblocks.0.attn.in_proj_weight"],
@@ -112,7 +112,7 @@ def test_a_tower_whose_configuration_leaves_all_to_open_clip_has_its_heads(tmp_p
 
 def test_positions_of_another_grid_are_resized() -> None:
     large, small = Student(LARGE), Student(replace(LARGE, image_size=48))
-    select(small, large.state_dict(), LARGE.heads)
+    select_weights(small, large.state_dict(), LARGE.heads)
     assert small.state_dict()["vit.pos_embedding"].shape[-2] in (36, 37)
     assert not torch.equal(small.state_dict()["vit.pos_embedding"], Student(small.config).vit.pos_embedding)
 
@@ -122,7 +122,7 @@ def test_a_class_token_keeps_its_own_position_where_the_larger_has_none() -> Non
     large = Student(replace(LARGE, image_size=48, pool="mean", stem="conv"))
     small = Student(replace(SMALL, pool="cls", stem="patch"))
     before = small.state_dict()["vit.pos_embedding"].clone()
-    select(small, large.state_dict(), LARGE.heads)
+    select_weights(small, large.state_dict(), LARGE.heads)
     found, grid = small.state_dict()["vit.pos_embedding"], large.state_dict()["vit.pos_embedding"]
     assert torch.equal(found[..., 0, :], before[..., 0, :])
     expected = torch.nn.functional.interpolate(
@@ -135,14 +135,14 @@ def test_pixels_of_another_patch_and_heads_of_another_number_are_left_alone() ->
     torch.manual_seed(0)
     large, small = Student(replace(LARGE, patch_size=16)), Student(replace(SMALL, patch_size=8))
     before = {name: value.clone() for name, value in small.state_dict().items()}
-    select(small, large.state_dict(), LARGE.heads)
+    select_weights(small, large.state_dict(), LARGE.heads)
     for name in ("1.weight", "2.weight"):
         assert torch.equal(
             small.state_dict()[f"vit.to_patch_embedding.{name}"], before[f"vit.to_patch_embedding.{name}"]
         )
     more = Student(replace(LARGE, heads=8, dim_head=12))
     before = {name: value.clone() for name, value in more.state_dict().items()}
-    select(more, Student(LARGE).state_dict(), LARGE.heads)
+    select_weights(more, Student(LARGE).state_dict(), LARGE.heads)
     for name in ("to_qkv.weight", "to_out.0.weight"):
         key = f"vit.transformer.layers.0.0.{name}"
         assert torch.equal(more.state_dict()[key], before[key])
@@ -151,10 +151,10 @@ def test_pixels_of_another_patch_and_heads_of_another_number_are_left_alone() ->
 def test_what_cannot_be_selected_from_is_refused(tmp_path: Path) -> None:
     narrow = write_random_student(tmp_path / "narrow", replace(LARGE, dim=24, mlp_dim=32, dim_head=8, embedding_dim=16))
     with pytest.raises(UserError, match="tokens of 24, the student of 48: give one that is at least as wide"):
-        start_from(Student(SMALL), narrow)
+        init_from_larger(Student(SMALL), narrow)
     with pytest.raises(UserError, match=r"set model\.family to it"):
-        start_from(Student(replace(SMALL, family="small-data")), narrow)
+        init_from_larger(Student(replace(SMALL, family="small-data")), narrow)
     with write_artifact(tmp_path / "other", "ranges", {}) as draft:
         (draft.path / "ranges.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="is a ranges: give a student or a teacher"):
-        start_from(Student(SMALL), tmp_path / "other")
+        init_from_larger(Student(SMALL), tmp_path / "other")

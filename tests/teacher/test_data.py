@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from teacher.config import DataConfig
-from teacher.data import build_data, part_splits
+from teacher.data import build_data, drop_split_overlap
 from vpr.cli import main
 from vpr.common.errors import UserError
-from vpr.data.catalog import SCHEMA, Catalog, load_catalog, table_of
+from vpr.data.catalog import SCHEMA, Catalog, load_catalog, rows_to_table
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import PictureDataset, training_loader
+from vpr.data.loaders import ImageDataset, training_loader
 from vpr.data.splits import check_leaks
 
 CLASSES, SHOP = 12, 8
@@ -178,7 +178,7 @@ def test_held_out_queries_without_a_gallery_are_taken_out() -> None:
             ("f", "4", "train", "train", "s4"),
         ]
     ]
-    left, dropped = part_splits(Catalog(table_of(rows), Path()))
+    left, dropped = drop_split_overlap(Catalog(rows_to_table(rows), Path()))
     assert left.table["image"].to_pylist() == ["a", "b", "c", "f"]
     assert dropped == [("d", "c", "dropped"), ("e", "3", "dropped, no gallery")]
     assert left.table.schema.equals(SCHEMA)
@@ -210,7 +210,9 @@ def test_the_command_builds_what_the_loader_trains_on(
     main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
     assert "0 rows left out" in capsys.readouterr().err
     training = load_catalog(tmp_path / "data").select(split="train")
-    loader = training_loader(PictureDataset(training, Preprocess(size=16)), LoaderConfig(7, cap=3, at_least=3), 0)
+    loader = training_loader(
+        ImageDataset(training, Preprocess(size=16)), LoaderConfig(7, max_per_product=3, min_per_product=3), 0
+    )
     rows = np.concatenate([batch["rows"].numpy() for batch in loader])
     assert len(rows) == len(loader.sampler) == 3 * len(set(training.products)) // 7 * 7
 

@@ -69,7 +69,10 @@ def loop(embeddings: Tensor, weight: Tensor, labels: Tensor, config: HeadConfig)
     """The loss at the margin's start, one float64 number after the other; class c has c + 1 pictures."""
     counts = range(1, len(weight) // config.sub_centres + 1)
     rarity = [n**-0.25 for n in counts]
-    shares = [(r - min(rarity)) / (max(rarity) - min(rarity)) * (1 - config.by_count) + config.by_count for r in rarity]
+    shares = [
+        (r - min(rarity)) / (max(rarity) - min(rarity)) * (1 - config.min_margin_ratio) + config.min_margin_ratio
+        for r in rarity
+    ]
     weights = [n**-config.class_weight_power for n in counts]
     mean = sum(n * w for n, w in zip(counts, weights, strict=True)) / sum(counts)
     total = torch.zeros((), dtype=torch.float64)
@@ -96,10 +99,10 @@ def loop(embeddings: Tensor, weight: Tensor, labels: Tensor, config: HeadConfig)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"by_count": 0.25},
+        {"min_margin_ratio": 0.25},
         {"label_smoothing": 0.1},
         {"class_weight_power": 0.5},
-        {"by_count": 0.0, "label_smoothing": 0.2, "class_weight_power": 1.0, "sub_centres": 2},
+        {"min_margin_ratio": 0.0, "label_smoothing": 0.2, "class_weight_power": 1.0, "sub_centres": 2},
     ],
 )
 def test_loss_and_gradients_equal_a_float64_loop(kind: str, changes: dict[str, float]) -> None:
@@ -159,7 +162,7 @@ def test_gradients_are_finite_where_an_embedding_is_its_class_s_direction() -> N
     assert torch.isfinite(head.weight.grad).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"by_count": 0.1, "label_smoothing": 0.1, "class_weight_power": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"min_margin_ratio": 0.1, "label_smoothing": 0.1, "class_weight_power": 0.5}])
 @pytest.mark.parametrize("centres", [1, 3])
 def test_the_head_of_10300_classes_keeps_little(centres: int, changes: dict[str, float]) -> None:
     """Autograd keeps the normalised weights and two copies of all cosines, whatever is switched on."""
@@ -189,7 +192,7 @@ def test_the_head_of_10300_classes_keeps_little(centres: int, changes: dict[str,
         ({"scale": 0.0}, r"head\.scale"),
         ({"label_smoothing": 1.5}, r"head\.label_smoothing: 1\.5"),
         ({"margin_step": -1.0}, r"head\.margin_step"),
-        ({"by_count": 1.1}, r"head\.by_count: 1\.1"),
+        ({"min_margin_ratio": 1.1}, r"head\.min_margin_ratio: 1\.1"),
         ({"class_weight_power": -0.5}, r"head\.class_weight_power: -0\.5"),
     ],
 )

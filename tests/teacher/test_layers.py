@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from teacher.config import TowerConfig
-from teacher.layers import decay_factor, layers, trainable
+from teacher.layers import decay_factor, freeze_except, group_by_depth
 from teacher.model import Teacher, build_teacher, read_tower
 from vpr.common.errors import UserError
 
@@ -27,7 +27,7 @@ def teacher_of(name: str, **changes: object) -> Teacher:
 )
 def test_layers_run_from_the_stem_to_the_output(name: str, depth: int, first: str, last: str) -> None:
     teacher = teacher_of(name)
-    found = layers(teacher)
+    found = group_by_depth(teacher)
     names = [[key for key, _ in layer] for layer in found]
     assert len(found) == depth
     assert first in names[0]
@@ -43,8 +43,8 @@ def test_rates_fall_from_the_output_to_the_stem() -> None:
 @pytest.mark.parametrize("name", ["sample-vit", "sample", "RN50"])
 def test_the_last_blocks_train_with_what_follows_them(name: str) -> None:
     teacher = teacher_of(name)
-    learning = trainable(teacher, "last", 2)
-    found = layers(teacher)
+    learning = freeze_except(teacher, "last", 2)
+    found = group_by_depth(teacher)
     assert [all(p.requires_grad for _, p in layer) for layer in found] == [False] * (len(found) - 3) + [True] * 3
     assert not any(p.requires_grad for layer in found[:-3] for _, p in layer)
     teacher.eval()
@@ -58,19 +58,19 @@ def test_the_last_blocks_train_with_what_follows_them(name: str) -> None:
 def test_head_tower_and_all() -> None:
     teacher = teacher_of("sample-vit", dropout=0.1)
     for part, tower, added in (("head", False, True), ("tower", True, False), ("all", True, True)):
-        trainable(teacher, part)  # type: ignore[arg-type]
+        freeze_except(teacher, part)  # type: ignore[arg-type]
         assert {p.requires_grad for p in teacher.visual.parameters()} == {tower}
         assert {p.requires_grad for p in teacher.project.parameters()} == {added}
 
 
 def test_more_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match=r"stages\.last_blocks: 5, the tower has 4 blocks"):
-        trainable(teacher_of("sample-vit"), "last", 5)
+        freeze_except(teacher_of("sample-vit"), "last", 5)
 
 
 def test_frozen_blocks_get_no_gradient() -> None:
     teacher, _ = build_teacher(TowerConfig("sample-vit", ""), read_tower("sample-vit"), False)
-    trainable(teacher, "last", 1)
+    freeze_except(teacher, "last", 1)
     teacher(torch.randn(2, 3, 64, 64)).sum().backward()
     assert teacher.visual.transformer.resblocks[2].mlp.c_fc.weight.grad is None
     assert teacher.visual.transformer.resblocks[3].mlp.c_fc.weight.grad is not None

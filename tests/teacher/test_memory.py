@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from teacher.config import HeadConfig, TowerConfig
 from teacher.head import MarginHead
-from teacher.layers import trainable
+from teacher.layers import freeze_except
 from teacher.memory import Memory, activation_bytes, advice, estimate
 from teacher.model import Teacher, build_teacher, read_tower
 from tests.teacher.kept import kept_storages
@@ -81,7 +81,7 @@ def peak_bytes(teacher: Teacher, batch: int) -> int:
 )
 def test_activations_are_the_peak_of_a_real_step(name: str, part: Any, blocks: int, checkpointing: bool) -> None:
     teacher = teacher_of(name, image_size=64, gradient_checkpointing=checkpointing).train()
-    trainable(teacher, part, blocks)
+    freeze_except(teacher, part, blocks)
     peak_bytes(teacher, 2)
     more = peak_bytes(teacher, 24) - peak_bytes(teacher, 8)
     assert 16 * activation_bytes(teacher, 64, half=False) == pytest.approx(more, rel=0.15)
@@ -92,7 +92,7 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     counts = {}
     for blocks in (1, 2, 4):
         teacher = teacher_of("sample-vit", gradient_checkpointing=True)
-        trainable(teacher, "last", blocks)
+        freeze_except(teacher, "last", blocks)
         counts[blocks] = activation_bytes(teacher, 64, half=False)
     taken = 65 * 128 * 4  # tokens, width, bytes
     assert counts[2] - counts[1] == pytest.approx(taken, rel=0.01)
@@ -111,7 +111,7 @@ def test_checkpointing_saves_in_every_family(name: str) -> None:
 
 def test_a_frozen_tower_keeps_nothing() -> None:
     teacher = teacher_of("sample-vit", gradient_checkpointing=True)
-    trainable(teacher, "head")
+    freeze_except(teacher, "head")
     assert activation_bytes(teacher, 64, half=False) < 20_000
 
 

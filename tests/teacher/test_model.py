@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from teacher.config import HeadConfig, Place, StageConfig, TowerConfig
+from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig
 from teacher.model import Teacher, build_teacher, load_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.weights import load_tower_weights, read_tower_weights, resize_positions
@@ -18,7 +18,7 @@ from vpr.artifacts.store import Embedding, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import PictureDataset, training_loader
+from vpr.data.loaders import ImageDataset, training_loader
 from vpr.imaging.config import ViewConfig
 
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
@@ -328,12 +328,12 @@ def test_vit_h_14_takes_a_head_step_and_embeds(catalog: Catalog) -> None:
     assert sum(p.numel() for p in teacher.parameters()) == pytest.approx(632e6, rel=0.002)
     assert (teacher.embedding_dim, preprocess.size) == (1024, 224)
     training = catalog.select(split="train")
-    place = Place(stage, 0, 1, ViewConfig(), 0)
+    place = ScheduledStage(stage, 0, 1, ViewConfig(), 0)
     module = TeacherModule(place, HeadConfig(), teacher, preprocess, training, catalog.select(split="validation"))
     before = {name: p.detach().sum().item() for name, p in teacher.named_parameters()}
     head = module.head.weight.detach().clone()
     trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0)
-    trainer.fit(module, training_loader(PictureDataset(training, preprocess), LoaderConfig(batch_size=2), 0))
+    trainer.fit(module, training_loader(ImageDataset(training, preprocess), LoaderConfig(batch_size=2), 0))
     assert trainer.global_step == 1
     assert not torch.equal(head, module.head.weight)
     assert {name: p.detach().sum().item() for name, p in teacher.named_parameters()} == before

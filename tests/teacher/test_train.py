@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import teacher
-from teacher.config import HeadConfig, Place, StageConfig, TowerConfig, TrainConfig
+from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig, TrainConfig
 from teacher.model import build_teacher, load_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.train import train
@@ -158,7 +158,9 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
         for stage in config.stages
     )
     tower = replace(config.tower, name="sample-vit", pretrained="", image_size=32)
-    loader = LoaderConfig(batch_size=16, cap=config.loader.cap, at_least=config.loader.at_least)
+    loader = LoaderConfig(
+        batch_size=16, max_per_product=config.loader.max_per_product, min_per_product=config.loader.min_per_product
+    )
     train(replace(config, tower=tower, stages=stages, loader=loader, run=replace(config.run, validate_every=1)))
     model, artifact = load_teacher(tmp_path / "t")
     assert model.embedding_dim == (config.tower.embedding_dim or model.embedding_dim)
@@ -172,7 +174,9 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
 def module_of(catalog: Catalog, stage: StageConfig) -> TeacherModule:
     built, preprocess = build_teacher(SMALL, read_tower("sample"), False)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    return TeacherModule(Place(stage, 0, 1, ViewConfig(), 0), HeadConfig(), built, preprocess, training, validation)
+    return TeacherModule(
+        ScheduledStage(stage, 0, 1, ViewConfig(), 0), HeadConfig(), built, preprocess, training, validation
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vpr.artifacts.store import write_artifact
-from vpr.cli import VERBS, main
+from vpr.cli import COMMANDS, main
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -171,8 +171,8 @@ def test_what_was_typed_wrong_is_named(capsys: pytest.CaptureFixture[str], argum
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     overview = capsys.readouterr().out
-    assert all(f"vpr {name}" in overview for name in VERBS)
-    for name in VERBS:
+    assert all(f"vpr {name}" in overview for name in COMMANDS)
+    for name in COMMANDS:
         with pytest.raises(SystemExit) as caught:
             main([*name.split(), "--help"])
         assert caught.value.code == 0

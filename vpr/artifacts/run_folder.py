@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Damaged, Parent, read_card_file
+from vpr.artifacts.store import CorruptArtifact, Parent, read_card_file
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
-from vpr.common.locks import locked
+from vpr.common.locks import file_lock
 
 _WAIT = 0.5  # seconds between looks for what other processes write
 
@@ -35,7 +35,7 @@ def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Pa
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Make a run's folder and let no other run work in it meanwhile; of several processes the first asks for all.
 
     Raises:
@@ -51,7 +51,9 @@ def only_run(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with locked(folder / ".lock", f"{folder}: another process is at work here: wait for its end, then start again"):
+        with file_lock(
+            folder / ".lock", f"{folder}: another process is at work here: wait for its end, then start again"
+        ):
             yield
     finally:
         with suppress(OSError):
@@ -59,7 +61,7 @@ def only_run(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """A file that is there whole or not at all, whenever the process or the machine stops; text has no line ends added.
 
     Args:
@@ -79,23 +81,23 @@ def written_whole(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[An
         partial.unlink(missing_ok=True)
 
 
-def save_whole(path: Path, array: NDArray[Any]) -> None:
-    """Write a ``.npy`` file by :func:`written_whole`."""
-    with written_whole(path) as stream:
+def atomic_save_npy(path: Path, array: NDArray[Any]) -> None:
+    """Write a ``.npy`` file by :func:`atomic_write`."""
+    with atomic_write(path) as stream:
         np.save(stream, array, allow_pickle=False)
 
 
-def wait(done: Callable[[], bool]) -> None:
+def wait_until(done: Callable[[], bool]) -> None:
     """Until another process is done; torchrun ends all when one fails."""
     while not done():
         time.sleep(_WAIT)
 
 
-def finished_by_another(path: str, config: dict[str, Any], parents: list[Parent]) -> bool:
+def is_written(path: str, config: dict[str, Any], parents: list[Parent]) -> bool:
     """Whether the card that lies there is this one; the files behind it are verified once it is."""
     try:
         card = json.loads(read_card_file(Path(path) / CARD_NAME))
         found = card["config"], card["parents"]
-    except (Damaged, OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, or no card
+    except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, or no card
         return False
     return found == (json.loads(json.dumps(config)), [parent.model_dump() for parent in parents])

@@ -25,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vpr import __version__
 from vpr.artifacts.paths import CARD_NAME
-from vpr.common.errors import UserError, remedy
+from vpr.common.errors import UserError, explain_system_error
 from vpr.common.hardware import environment
-from vpr.common.locks import locked
-from vpr.imaging.decode import ImageRefused, Preprocess
+from vpr.common.locks import file_lock
+from vpr.imaging.decode import ImageRejected, Preprocess
 
 SCHEMA = 1
 _MAX_CARD_BYTES = 4 << 20
@@ -103,11 +103,11 @@ class Card(_Part):
     files: dict[str, FileEntry] = {}
 
 
-class Damaged(UserError):
+class CorruptArtifact(UserError):
     """A file of an artifact is missing or is not what was written."""
 
 
-class DamagedCard(Damaged):
+class CorruptCard(CorruptArtifact):
     """The card itself is none."""
 
 
@@ -146,7 +146,7 @@ class Artifact:
 
 
 @dataclass
-class Draft:
+class ArtifactWriter:
     """An artifact being written: put files under ``path`` and fill the fields of the card."""
 
     path: Path
@@ -172,7 +172,7 @@ def file_sha256(path: Path) -> str:
 @contextmanager
 def write_artifact(
     path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent] | None = None
-) -> Iterator[Draft]:
+) -> Iterator[ArtifactWriter]:
     """Write an artifact so that it appears whole or not at all.
 
     Folders named in ``draft.unlisted`` are moved along but not listed in the card (a catalogue's
@@ -191,13 +191,13 @@ def write_artifact(
     target = Path(path)
     check_output(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(_lock(target)):
-        _clear(target)
+    with file_lock(_lock(target)):
+        _remove_leftovers(target)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
-            draft = Draft(temporary, kind, target.name, json.loads(json.dumps(dict(config))), parents or [])
+            draft = ArtifactWriter(temporary, kind, target.name, json.loads(json.dumps(dict(config))), parents or [])
             yield draft
-            _finish(draft)
+            _write_card(draft)
             _swap(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -219,7 +219,7 @@ def check_output(path: Path | str, kind: Kind, holds: str = "") -> None:
         raise UserError(f"{path!r}: names no folder of its own: choose another output")
     if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an artifact: choose another output or remove it")
-    _refuse_other_kind(target, kind, holds)
+    _reject_other_kind(target, kind, holds)
 
 
 def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None) -> Artifact:
@@ -238,7 +238,7 @@ def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None)
         try:
             for name, entry in card.files.items():
                 _verify_file(root, name, entry)
-        except (Damaged, FileNotFoundError):
+        except (CorruptArtifact, FileNotFoundError):
             if _read_card(root) == raw:
                 raise
             continue  # another process has replaced the artifact meanwhile
@@ -246,7 +246,7 @@ def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None)
 
 
 @contextmanager
-def reading(artifact: Artifact) -> Iterator[None]:
+def reraise_as_artifact_error(artifact: Artifact) -> Iterator[None]:
     """Turn what a reader of an artifact's card and files stumbles over into one line that names it.
 
     The checksums tell a changed file; this is for one that was written wrong.
@@ -256,13 +256,17 @@ def reading(artifact: Artifact) -> Iterator[None]:
     except Exception as error:
         told = isinstance(error, UserError)
         # What the machine lacks is no fault of the artifact.
-        if isinstance(error, ImageRefused) or (told and str(artifact.path) in str(error)) or remedy(error):
+        if (
+            isinstance(error, ImageRejected)
+            or (told and str(artifact.path) in str(error))
+            or explain_system_error(error)
+        ):
             raise
         reason = f"{'' if told else type(error).__name__ + ': '}{' '.join(str(error).split())[:200]}"
         raise UserError(f"{artifact.path}: is no usable {artifact.card.kind} ({reason}): make it again") from None
 
 
-def find_current(
+def find_up_to_date(
     path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent], holds: str = ""
 ) -> Artifact | None:
     """The finished, undamaged artifact at ``path`` if it was made from these very parents and config, else None.
@@ -273,12 +277,12 @@ def find_current(
         UserError: see :func:`check_output`, whose ``holds`` is given; or a parent is there.
     """
     target = Path(path)
-    if _remains(target):
-        with locked(_lock(target)):
-            _clear(target)
+    if _leftovers(target):
+        with file_lock(_lock(target)):
+            _remove_leftovers(target)
     artifact = None
     if (target / CARD_NAME).is_file():
-        with suppress(Damaged):  # it is about to be made again
+        with suppress(CorruptArtifact):  # it is about to be made again
             artifact = load_artifact(path)
     if artifact is not None:
         card = artifact.card
@@ -299,9 +303,9 @@ def read_card_file(path: Path) -> bytes:
     """
     state = path.lstat()
     if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
-        raise DamagedCard(f"{path}: is no plain file: artifacts hold plain files, make it again")
+        raise CorruptCard(f"{path}: is no plain file: artifacts hold plain files, make it again")
     if state.st_size > _MAX_CARD_BYTES:
-        raise DamagedCard(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
+        raise CorruptCard(f"{path}: larger than {_MAX_CARD_BYTES} bytes: not a card, make the artifact again")
     return path.read_bytes()
 
 
@@ -318,7 +322,7 @@ def _parse_card(path: Path, raw: bytes) -> Card:
         values = json.loads(raw)
         version = values["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DamagedCard(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
+        raise CorruptCard(f"{path}: not a card (broken JSON or no 'schema'): make the artifact again") from None
     if not isinstance(version, int) or version > SCHEMA:
         raise UserError(
             f"{path}: card schema {version!r}, this version reads up to {SCHEMA}: upgrade visual-product-recognition"
@@ -328,15 +332,15 @@ def _parse_card(path: Path, raw: bytes) -> Card:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise DamagedCard(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
+        raise CorruptCard(f"{path}: key '{key}': {first['msg']}: make the artifact again") from None
 
 
-def _refuse_other_kind(target: Path, kind: Kind, holds: str) -> None:
+def _reject_other_kind(target: Path, kind: Kind, holds: str) -> None:
     """An output that names an input, or another verb's result, by slip, must not replace it."""
     try:
         card = json.loads(read_card_file(target / CARD_NAME))
         found, files = card["kind"], list(card.get("files", ()))
-    except (Damaged, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if found != kind:
         raise UserError(f"{target}: holds a {found} artifact, a {kind} would replace it: choose another output")
@@ -353,12 +357,14 @@ def _verify_file(root: Path, name: str, entry: FileEntry) -> None:
     if any(os.path.islink(p) for p in (path, *path.parents) if root in p.parents):
         raise UserError(f"{path}: is a symbolic link: artifacts hold plain files, make it again")
     if not os.path.isfile(path):
-        raise Damaged(f"{path}: missing: copy the artifact again or make it again")
+        raise CorruptArtifact(f"{path}: missing: copy the artifact again or make it again")
     if path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
-        raise Damaged(f"{path}: changed since it was written (checksum differs): copy or make the artifact again")
+        raise CorruptArtifact(
+            f"{path}: changed since it was written (checksum differs): copy or make the artifact again"
+        )
 
 
-def _finish(draft: Draft) -> None:
+def _write_card(draft: ArtifactWriter) -> None:
     files = {}
     for path in sorted(draft.path.rglob("*")):
         name = path.relative_to(draft.path).as_posix()
@@ -416,17 +422,17 @@ def _swap(new: Path, target: Path) -> None:
         _previous(target).rename(new)  # the temporary one, which is removed; one named "previous" is always whole
 
 
-def _remains(target: Path) -> list[Path]:
+def _leftovers(target: Path) -> list[Path]:
     """What a killed writer has left, or one that is at work has there."""
     partial = target.parent.glob(f".{glob.escape(target.name)}.partial-*")
     return [*partial, *(path for path in (_previous(target), _lock(target)) if path.exists())]
 
 
-def _clear(target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Mend and remove what killed writers have left; its lock is held."""
     if _previous(target).is_dir() and not target.exists():
         _previous(target).rename(target)
-    for path in _remains(target):
+    for path in _leftovers(target):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -434,11 +440,11 @@ def _clear(target: Path) -> None:
 def _restore_previous(target: Path) -> None:
     """Bring an artifact back that has no name between the two renames of a swap, if that swap was killed."""
     if _previous(target).is_dir() and not target.exists():
-        with locked(_lock(target)):
-            _clear(target)
+        with file_lock(_lock(target)):
+            _remove_leftovers(target)
 
 
-def plain(config: Any) -> dict[str, Any]:
+def config_to_json(config: Any) -> dict[str, Any]:
     """A configuration dataclass as JSON values, without its ``output`` (where it lies is not what it is)."""
     values = json.loads(json.dumps(asdict(config), default=str))
     values.pop("output", None)

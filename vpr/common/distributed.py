@@ -38,7 +38,7 @@ def compute_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """End the group of processes once all are here: one that exits with it open may be aborted by its threads."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -100,7 +100,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def gathered(value: Tensor) -> Tensor:
+def all_gather_cat(value: Tensor) -> Tensor:
     """The same-shaped tensors of all processes, joined along the first axis; every process must call it."""
     import torch
     from torch import distributed
@@ -113,7 +113,7 @@ def gathered(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A module's weights on the CPU, gathered where they are spread; every process must call it."""
     from torch.distributed.tensor import DTensor
 

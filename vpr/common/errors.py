@@ -15,7 +15,7 @@ _LOST = re.compile(
     r"(?:DataLoader worker \(pid[^ ]* [\d, ]+\)|Pin memory thread) (is killed by signal: [\w ]+|exited unexpectedly)"
 )
 _TOO_LITTLE = "it had too little memory, or too little shared memory (of a container: --shm-size)"
-TOO_LITTLE_MEMORY = "there is too little memory"
+OUT_OF_MEMORY = "there is too little memory"
 _NO_MEMORY = ("MemoryError", "OutOfMemoryError")  # the second is PyTorch's, of a GPU
 _NO_MEMORY_OF_TORCH = "DefaultCPUAllocator: can't allocate memory"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +49,7 @@ def check_numbers(config: object, section: str = "", **bounds: tuple[float, floa
             raise UserError(f"{section}{name}: {value}: give {wanted}")
 
 
-class BudgetBroken(Exception):
+class BudgetExceeded(Exception):
     """What was measured breaks a budget that the caller named. The command line prints it and exits with 1."""
 
 
@@ -58,7 +58,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
-def remedy(error: BaseException | None) -> str | None:
+def explain_system_error(error: BaseException | None) -> str | None:
     """The line for what the machine lacks, whatever a library has made of it; None for other errors."""
     while error is not None:
         # safetensors raises an error of its own, which cites the system's.
@@ -71,7 +71,7 @@ def remedy(error: BaseException | None) -> str | None:
         if type(error).__name__ in _NO_MEMORY or _NO_MEMORY_OF_TORCH in str(error):
             said = ". ".join(str(error).split(". ")[:2])
             where = f" ({said})" if said else ""
-            return f"{TOO_LITTLE_MEMORY}{where}: lower the batch size, or free some{_AGAIN}"
+            return f"{OUT_OF_MEMORY}{where}: lower the batch size, or free some{_AGAIN}"
         error = error.__cause__ or error.__context__
     return None
 

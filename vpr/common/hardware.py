@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-MOST_THREADS = 512  # that anyone may ask for; some libraries end the process when there are too many
+MAX_THREADS = 512  # that anyone may ask for; some libraries end the process when there are too many
 PACKAGES = (
     "visual-product-recognition",
     "torch",
@@ -113,7 +113,7 @@ def cpu_features() -> list[str]:
     return [name for name in _CPU_FEATURES if name in flags]
 
 
-def eight_bits_overflow() -> bool:
+def lacks_vnni() -> bool:
     """Whether this is an x86 processor without VNNI, as AMD's before Zen 4: it adds products of eight bits in sixteen.
 
     By default ONNX Runtime and OpenVINO clip the sums there, and a graph with Q/DQ gives other embeddings than an

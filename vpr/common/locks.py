@@ -17,7 +17,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def locked(path: Path, busy: str = "") -> Iterator[None]:
+def file_lock(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a lock file, which is there only while it is held (an empty one is left by a kill, and of no consequence).
 
     It is a record lock of POSIX: the system ends it with its process however that ends, forked children do not keep it,

@@ -11,7 +11,7 @@ _MOST_LETTERS = 1 << 16
 _YAML = get_loader("yaml")
 
 
-def bound_recipes() -> None:
+def install_safe_yaml_loader() -> None:
     """Have jsonargparse refuse recipes that are short to write and endless to read."""
     set_loader("yaml", _load, (yaml.YAMLError, ValueError))
 

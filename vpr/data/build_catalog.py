@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vpr.artifacts.store import check_output, find_current, plain, write_artifact
+from vpr.artifacts.store import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.common.log import say
-from vpr.data.catalog import Catalog, Refused, fill_draft, load_catalog, picture_root, table_of
+from vpr.data.catalog import Catalog, Rejected, image_root, load_catalog, rows_to_table, write_catalog_files
 from vpr.data.config import CatalogConfig
-from vpr.data.readers import LINKED, READERS, Row, passed_over
+from vpr.data.readers import LINKED, READERS, Row, skipped_files
 from vpr.data.splits import split_by_product
-from vpr.imaging.decode import ImageRefused, decode_bytes, read_picture
+from vpr.imaging.decode import ImageRejected, decode_bytes, read_image
 
 _CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
 
@@ -28,7 +28,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     Raises:
         UserError: no pictures, a broken table, or (without ``skip_unreadable``) a picture that cannot be read.
     """
-    values = plain(config)
+    values = config_to_json(config)
     if config.reader == "sample":
         return _build_sample(config, values)
     if not config.root:
@@ -38,20 +38,20 @@ def build_catalog(config: CatalogConfig) -> Path:
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:
         raise UserError(f"{config.root}: no pictures here: check --root and --reader")
-    root = picture_root(config.reader, config.root)
-    good, refused = check_pictures(root, rows, config.skip_unreadable)
+    root = image_root(config.reader, config.root)
+    good, refused = check_images(root, rows, config.skip_unreadable)
     if config.reader in ("folder", "pictures", "webdataset"):
-        over = passed_over(root, Path(config.output))
+        over = skipped_files(root, Path(config.output))
         refused += [one for one in over if one[1] == LINKED or config.reader != "webdataset"]
     if not good:
         raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
-    catalog = Catalog(split_by_product(table_of(good), config.validation, config.test, config.seed), root)
-    old = find_current(config.output, "catalog", values, [])
+    catalog = Catalog(split_by_product(rows_to_table(good), config.validation, config.test, config.seed), root)
+    old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(refused) and load_catalog(old.path).table.equals(catalog.table):
         say(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
-        fill_draft(draft, catalog, refused)
+        write_catalog_files(draft, catalog, refused)
     _say_built(config, catalog, refused)
     return Path(config.output)
 
@@ -60,19 +60,21 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     """The embedded sample, its pictures unpacked into the artifact."""
     from vpr.data.sample import unpack
 
-    if find_current(config.output, "catalog", values, []):
+    if find_up_to_date(config.output, "catalog", values, []):
         say(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         draft.unlisted = frozenset({"images"})
-        rows, _ = check_pictures(draft.path, list(unpack(draft.path)), skip_unreadable=False)
-        catalog = Catalog(split_by_product(table_of(rows), config.validation, config.test, config.seed), draft.path)
-        fill_draft(draft, catalog, [])
+        rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
+        catalog = Catalog(
+            split_by_product(rows_to_table(rows), config.validation, config.test, config.seed), draft.path
+        )
+        write_catalog_files(draft, catalog, [])
     _say_built(config, catalog, [])
     return Path(config.output)
 
 
-def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Refused]]:
+def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Rejected]]:
     """Decode every picture once and add its ``sha256``.
 
     Args:
@@ -84,7 +86,7 @@ def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[
         the readable rows, and (image, reason) of the others.
     """
     good: list[Row] = []
-    refused: list[Refused] = []
+    refused: list[Rejected] = []
     with ThreadPoolExecutor(len(available_cpus())) as pool:
         for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
             if isinstance(outcome, str):
@@ -97,19 +99,19 @@ def check_pictures(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[
     return good, refused
 
 
-def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Refused]) -> None:
+def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Rejected]) -> None:
     where = " (listed in set_aside.csv)" if refused else ""
     products = len(set(catalog.products.tolist()))
     say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside{where}")
 
 
-def _check(root: Path, row: Row) -> str | ImageRefused:
+def _check(root: Path, row: Row) -> str | ImageRejected:
     path, box = root / row["image"], row.get("box")
     if "refused" in row:
-        return ImageRefused(path, row["refused"])
+        return ImageRejected(path, row["refused"])
     try:
-        data = read_picture(path)
+        data = read_image(path)
         decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)
-    except ImageRefused as refused:
+    except ImageRejected as refused:
         return refused
     return hashlib.sha256(data).hexdigest()

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import Artifact, Draft, Parent, load_artifact, reading
+from vpr.artifacts.store import Artifact, ArtifactWriter, Parent, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.data.readers import Row
 from vpr.imaging.decode import Box
 
-Refused = tuple[str, str]
+Rejected = tuple[str, str]
 ROLES = ("train", "gallery", "query")
 SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
@@ -125,7 +125,7 @@ class Catalog:
         return values
 
 
-def fill_draft(draft: Draft, catalog: Catalog, refused: list[Refused]) -> None:
+def write_catalog_files(draft: ArtifactWriter, catalog: Catalog, refused: list[Rejected]) -> None:
     """Put a catalogue and the list of what was set aside into an artifact that is being written."""
     pq.write_table(catalog.table, draft.path / "catalog.parquet")
     with (draft.path / "set_aside.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
@@ -143,7 +143,7 @@ def load_catalog(path: Path | str) -> Catalog:
         UserError: not a catalogue, or a table of another form.
     """
     artifact = load_artifact(path, "catalog")
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
         table.validate(full=True)
         if pc.any(pc.match_substring_regex(table["image"], _LEADS_OUT)).as_py():
@@ -153,10 +153,10 @@ def load_catalog(path: Path | str) -> Catalog:
         return Catalog(table, artifact.path, artifact)
     if not isinstance(config.get("root"), str):
         raise UserError(f"{artifact.path}: its card does not say where the pictures are ('root'): build it again")
-    return Catalog(table, picture_root(config.get("reader"), config["root"]), artifact)
+    return Catalog(table, image_root(config.get("reader"), config["root"]), artifact)
 
 
-def table_of(rows: list[Row]) -> pa.Table:
+def rows_to_table(rows: list[Row]) -> pa.Table:
     """Rows as a table; refuses a role or split that is not known."""
     for column, known in (("role", ROLES), ("split", SPLITS)):
         strange = {str(row[column]) for row in rows} - set(known)
@@ -165,6 +165,6 @@ def table_of(rows: list[Row]) -> pa.Table:
     return pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA)
 
 
-def picture_root(reader: str | None, root: str) -> Path:
+def image_root(reader: str | None, root: str) -> Path:
     """The folder that a reader's ``image`` column is relative to."""
     return Path(root).parent if reader == "csv" else Path(root)

@@ -52,17 +52,26 @@ class LoaderConfig:
         workers: processes that decode; 0 decodes in the training process. None are started where pixels are kept. They
             come from Python's fork server: a script that trains has its own work under ``if __name__ == "__main__":``.
         keep_in_memory: decode every picture once and keep its pixels, for sets that fit.
-        cap: most pictures of a product in an epoch, others in each; 0 takes all.
-        at_least: products with fewer pictures have them repeated up to this many in an epoch; 0 repeats none.
+        max_per_product: most pictures of a product in an epoch, others in each; 0 takes all.
+        min_per_product: products with fewer pictures have them repeated up to this many in an epoch; 0 repeats none.
     """
 
     batch_size: int = 128
     workers: int = 0
     keep_in_memory: bool = False
-    cap: int = 0
-    at_least: int = 0
+    max_per_product: int = 0
+    min_per_product: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), cap=(0, 1 << 20), at_least=(0, 10_000))
-        if 0 < self.cap < self.at_least:
-            raise UserError(f"loader.at_least: {self.at_least} is more than loader.cap {self.cap}: lower it")
+        check_numbers(
+            self,
+            "loader.",
+            batch_size=(1, None),
+            workers=(0, 512),
+            max_per_product=(0, 1 << 20),
+            min_per_product=(0, 10_000),
+        )
+        if 0 < self.max_per_product < self.min_per_product:
+            raise UserError(
+                f"loader.min_per_product: {self.min_per_product} is more than loader.max_per_product {self.max_per_product}: lower it"
+            )

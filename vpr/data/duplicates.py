@@ -28,7 +28,7 @@ class Duplicates:
 
     Attributes:
         same_bytes: the two have the same checksum; both names are equal where two catalogues list one file.
-        near_same: their :func:`picture_hash` differs in few bits; each picture is paired with its nearest earlier one.
+        near_same: their :func:`image_hash` differs in few bits; each picture is paired with its nearest earlier one.
     """
 
     same_bytes: list[tuple[str, str]]
@@ -82,7 +82,7 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
     return Catalog(pa.concat_tables(tables).combine_chunks(), root)
 
 
-def repeats_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
+def duplicates_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
     """(n,) bool, which pictures of a catalogue are, or nearly are, some picture of another one.
 
     Args:
@@ -103,7 +103,7 @@ def common_root(folders: list[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
-def picture_hash(picture: Image.Image) -> int:
+def image_hash(picture: Image.Image) -> int:
     """64-bit difference hash: is each of 8 x 8 places darker than its right neighbour (N. Krawetz, "dHash", 2013)."""
     grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
@@ -186,5 +186,5 @@ def _table_from(root: Path, catalog: Catalog, folder: Path) -> pa.Table:
 
 def _hashes(paths: list[Path]) -> NDArray[np.uint64]:
     with ThreadPoolExecutor(len(available_cpus())) as pool:
-        hashes = pool.map(lambda path: picture_hash(decode(path, shortest=_CHECK_SIZE)), paths)
+        hashes = pool.map(lambda path: image_hash(decode(path, shortest=_CHECK_SIZE)), paths)
         return np.fromiter(hashes, dtype=np.uint64, count=len(paths))

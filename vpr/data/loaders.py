@@ -29,7 +29,7 @@ _SILENCE = ("ignore", None, Warning, None, 0)  # what simplefilter("ignore") put
 _PREFETCH = 4  # batches a worker has ready; decoding is uneven
 
 
-class PictureDataset(Dataset[dict[str, Tensor]]):
+class ImageDataset(Dataset[dict[str, Tensor]]):
     """Resized pictures of a catalogue, as uint8 pixels and their row.
 
     Args:
@@ -77,8 +77,8 @@ class EpochSampler(Sampler[int]):
         self, products: NDArray[np.str_], config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
     ) -> None:
         _, self._labels, counts = np.unique(products, return_inverse=True, return_counts=True)
-        wanted = np.minimum(counts, config.cap) if config.cap else counts
-        self._counts, self._wanted = counts, np.maximum(wanted, config.at_least)
+        wanted = np.minimum(counts, config.max_per_product) if config.max_per_product else counts
+        self._counts, self._wanted = counts, np.maximum(wanted, config.min_per_product)
         self._batch, self._rank, self._world = config.batch_size, rank, world
         self.seed = seed
         self.epoch = 0
@@ -112,7 +112,7 @@ class EpochSampler(Sampler[int]):
 
 
 def training_loader(
-    dataset: PictureDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
+    dataset: ImageDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
     """Shuffled batches of this process; an incomplete last one is left out.
 
@@ -130,7 +130,7 @@ def training_loader(
 
 
 def validation_loader(
-    dataset: PictureDataset, config: LoaderConfig, rank: int = 0, world: int = 1
+    dataset: ImageDataset, config: LoaderConfig, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
     """All pictures, in order; of several processes each takes every ``world``-th.
 
@@ -142,7 +142,7 @@ def validation_loader(
     return _loader(dataset, config, np.minimum(rows, count - 1).tolist())
 
 
-def _loader(dataset: PictureDataset, config: LoaderConfig, rows: Iterable[int]) -> DataLoader[dict[str, Tensor]]:
+def _loader(dataset: ImageDataset, config: LoaderConfig, rows: Iterable[int]) -> DataLoader[dict[str, Tensor]]:
     workers = 0 if dataset.kept is not None else config.workers
     return DataLoader(
         dataset,

@@ -30,7 +30,7 @@ def read_products10k(root: Path) -> Iterator[Row]:
     found = [(table, folder) for table, folder in tables if table.is_file()]
     if not found:
         raise UserError(f"{root}: neither train.csv nor test_kaggletest.csv is there: give the Products-10K folder")
-    below = _Below(root)
+    below = PathGuard(root)
     for table, folder in found:
         for line, values in _read_csv(table, ("name", "class")):
             image = below.check(f"{folder}/{values['name']}", table, line)
@@ -43,7 +43,7 @@ def read_aicrowd(root: Path) -> Iterator[Row]:
     ``gallery.csv`` (img_path, product_id) and ``queries.csv`` (the same and bbox_x, bbox_y, bbox_w, bbox_h).
     """
     boxes = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-    below = _Below(root)
+    below = PathGuard(root)
     for name, role, columns in (("gallery.csv", "gallery", ()), ("queries.csv", "query", boxes)):
         table = root / name
         for line, values in _read_csv(table, ("img_path", "product_id", *columns)):
@@ -58,7 +58,7 @@ def read_csv(table: Path) -> Iterator[Row]:
     Paths are relative to the folder of the CSV.
     """
     boxes = ("box_x", "box_y", "box_w", "box_h")
-    below = _Below(table.parent)
+    below = PathGuard(table.parent)
     for line, values in _read_csv(table, ("image", "product")):
         image = below.check(values["image"], table, line)
         row = _row(image, values["product"], values.get("category") or "", "csv", values.get("role") or "train")
@@ -69,9 +69,9 @@ def read_csv(table: Path) -> Iterator[Row]:
 
 def read_folder(root: Path) -> Iterator[Row]:
     """A folder per product, pictures anywhere below it; files that are no pictures by name are passed over."""
-    below = _Below(root)
+    below = PathGuard(root)
     for name in _files(root):
-        if _is_picture(name):
+        if _is_image(name):
             _check_name(root, name)
             product, _, rest = name.partition("/")
             if not rest:
@@ -79,11 +79,11 @@ def read_folder(root: Path) -> Iterator[Row]:
             yield _row(below.check(name), product, "", "folder")
 
 
-def read_pictures(root: Path) -> Iterator[Row]:
+def read_images(root: Path) -> Iterator[Row]:
     """Pictures without labels, anywhere below a folder: each is taken for a product of its own."""
-    below = _Below(root)
+    below = PathGuard(root)
     for name in _files(root):
-        if _is_picture(name):
+        if _is_image(name):
             _check_name(root, name)
             yield _row(below.check(name), f"unlabelled/{name}", "", UNLABELLED)
 
@@ -95,7 +95,7 @@ def read_webdataset(root: Path) -> Iterator[Row]:
     h]); or its ``.cls`` is the product. Shards without any label are read as pictures without labels. Rows with
     ``refused`` are members that are no pictures of use, with the reason.
     """
-    below = _Below(root)
+    below = PathGuard(root)
     shards = [name for name in _files(root) if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
     labelled: bool | None = None
     for shard in shards:
@@ -119,12 +119,12 @@ def read_webdataset(root: Path) -> Iterator[Row]:
                 yield {**row, **label}
 
 
-def passed_over(root: Path, output: Path) -> list[tuple[str, str]]:
+def skipped_files(root: Path, output: Path) -> list[tuple[str, str]]:
     """What the readers of folders leave out, with the reason; no files of the catalogue itself, where it lies below."""
     own = output.resolve()
     skip = f"{own.relative_to(root.resolve()).as_posix()}/" if own.is_relative_to(root.resolve()) else None
     files, links = _files_and_links(root)
-    over = [(name, UNKNOWN_SUFFIX) for name in files if not _is_picture(name)] + [(name, LINKED) for name in links]
+    over = [(name, UNKNOWN_SUFFIX) for name in files if not _is_image(name)] + [(name, LINKED) for name in links]
     return [(name, reason) for name, reason in over if not (skip and name.startswith(skip))]
 
 
@@ -133,7 +133,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "aicrowd": read_aicrowd,
     "csv": read_csv,
     "folder": read_folder,
-    "pictures": read_pictures,
+    "pictures": read_images,
     "webdataset": read_webdataset,
 }
 
@@ -161,7 +161,7 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
         raise UserError(f"{table}: no such file: check the path")
     csv.field_size_limit(_MAX_FIELD)
     with table.open(newline="", encoding="utf-8-sig") as stream:
-        lines = _Lines(stream)
+        lines = BoundedLines(stream)
         reader = csv.DictReader(lines, strict=True)
         try:
             if len(reader.fieldnames or []) > _MAX_COLUMNS:
@@ -190,7 +190,7 @@ def _read_csv(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dic
             raise UserError(f"{table}: line {reader.line_num + 1}: {error}: write it as CSV in UTF-8") from None
 
 
-class _Lines:
+class BoundedLines:
     """The lines of a CSV, of which no row may be without end.
 
     Args:
@@ -201,7 +201,7 @@ class _Lines:
         self._stream = stream
         self.letters = 0  # of the row so far; set to 0 where a row has ended
 
-    def __iter__(self) -> _Lines:
+    def __iter__(self) -> BoundedLines:
         return self
 
     def __next__(self) -> str:
@@ -237,11 +237,11 @@ def _raise(error: OSError) -> None:
     raise error  # a folder that cannot be listed must not vanish
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-class _Below:
+class PathGuard:
     """Refuses file names that lead out of a folder, links followed; each folder is resolved once.
 
     Args:

@@ -1,7 +1,7 @@
 """WebDataset shards: what a tar file holds, read from its headers alone.
 
 Nothing is unpacked. A picture in a shard has a name of its own, ``SHARD.tar#OFFSET+SIZE/MEMBER``, by which
-:func:`vpr.imaging.decode.read_picture` reads its bytes where they lie; every verb takes it like any other file. Python's
+:func:`vpr.imaging.decode.read_image` reads its bytes where they lie; every verb takes it like any other file. Python's
 tarfile parses the headers. The ``webdataset`` package does not fit: its pipelines read a shard from its beginning,
 where pictures are wanted in any order (training) or from any row on (a run that goes on), and it has no limits.
 """

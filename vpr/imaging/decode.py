@@ -14,8 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 from pydantic import BaseModel, ConfigDict, Field
 
-from vpr.common.errors import TOO_LITTLE_MEMORY, UserError
-from vpr.imaging.limits import MAX_EXIF_BYTES, MAX_FILE_BYTES, MAX_PIXELS, Room, TooMuch, check_file, check_picture
+from vpr.common.errors import OUT_OF_MEMORY, UserError
+from vpr.imaging.limits import (
+    MAX_EXIF_BYTES,
+    MAX_FILE_BYTES,
+    MAX_PIXELS,
+    DecodeBudget,
+    DecodeLimitExceeded,
+    check_file,
+    check_image,
+)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
@@ -34,14 +42,14 @@ _UPRIGHT = {
 }
 
 _ON_ITS_SIDE = (5, 6, 7, 8)
-_ROOM = Room(MAX_PIXELS, small=4_000_000)
+_ROOM = DecodeBudget(MAX_PIXELS, small=4_000_000)
 _STRIP = 4_000_000  # pixels that are laid on white at a time
 
 Box = tuple[float, float, float, float]
 Edges = tuple[int, int, int, int]
 
 
-class ImageRefused(UserError):
+class ImageRejected(UserError):
     """A file that is not a usable picture; the message names it and says why."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
@@ -126,11 +134,11 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
     Raises:
         ImageRefused: not a picture, truncated, or too large.
     """
-    return decode_bytes(read_picture(Path(path)), path, box, shortest)
+    return decode_bytes(read_image(Path(path)), path, box, shortest)
 
 
-def read_picture(path: Path) -> bytes:
-    """The bytes of a picture's file; :class:`ImageRefused` if it is missing, too large or no plain file.
+def read_image(path: Path) -> bytes:
+    """The bytes of a picture's file; :class:`ImageRejected` if it is missing, too large or no plain file.
 
     ``SHARD.tar#OFFSET+SIZE/MEMBER`` is a picture in a shard (:mod:`vpr.data.webdataset`).
     """
@@ -139,17 +147,17 @@ def read_picture(path: Path) -> bytes:
     try:
         # Opening a pipe would wait for ever, a device might never end.
         if file.exists() and not file.is_file():
-            raise ImageRefused(path, "not a file")
+            raise ImageRejected(path, "not a file")
         size = int(member[3]) if member else file.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise ImageRefused(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
+            raise ImageRejected(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
         with file.open("rb") as stream:
             stream.seek(offset)
             data = stream.read(size)
     except (OSError, OverflowError) as error:
-        raise ImageRefused(path, getattr(error, "strerror", None) or "cannot be read") from None
+        raise ImageRejected(path, getattr(error, "strerror", None) or "cannot be read") from None
     if len(data) < size:
-        raise ImageRefused(path, "its file ends before it does")
+        raise ImageRejected(path, "its file ends before it does")
     return data
 
 
@@ -161,7 +169,7 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             scans = check_file(data)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            check_picture(image, scans, len(data))
+            check_image(image, scans, len(data))
             pixels = image.width * image.height
             edges, scale = None, 1.0
             if isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -173,16 +181,16 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
                 edges = edges or _edges(image, box, name)  # the orientation of a PNG may stand behind its pixels
                 image = _upright(image)
                 image = _to_rgb(image)
-    except ImageRefused:
+    except ImageRejected:
         raise
-    except TooMuch as error:
-        raise ImageRefused(name, str(error)) from None
+    except DecodeLimitExceeded as error:
+        raise ImageRejected(name, str(error)) from None
     except Image.UnidentifiedImageError:
-        raise ImageRefused(name, "not a picture") from None
+        raise ImageRejected(name, "not a picture") from None
     except MemoryError:
-        raise ImageRefused(name, f"{TOO_LITTLE_MEMORY} to decode it") from None
+        raise ImageRejected(name, f"{OUT_OF_MEMORY} to decode it") from None
     except Exception as error:  # Pillow raises whatever a broken file makes of its parsers
-        raise ImageRefused(name, f"truncated or broken picture ({error})") from None
+        raise ImageRejected(name, f"truncated or broken picture ({error})") from None
     return image if edges is None else _cut(image, edges, scale)
 
 
@@ -235,7 +243,7 @@ def _edges(image: Image.Image, box: Box | None, name: Path | str) -> Edges | Non
     left, top = max(0, round(x)), max(0, round(y))
     right, bottom = min(width, round(x + w)), min(height, round(y + h))
     if right <= left or bottom <= top:
-        raise ImageRefused(name, f"box {box} lies outside the {width}x{height} picture")
+        raise ImageRejected(name, f"box {box} lies outside the {width}x{height} picture")
     return left, top, right, bottom
 
 

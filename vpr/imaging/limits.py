@@ -33,7 +33,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 _SIZED = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # types whose values Pillow unpacks
 
 
-class TooMuch(Exception):
+class DecodeLimitExceeded(Exception):
     """A file that asks for more than a picture needs; the message says of what."""
 
 
@@ -41,7 +41,7 @@ def check_file(data: bytes) -> int:
     """Refuse a file whose parts alone would keep Pillow busy.
 
     Returns:
-        the number of its scans, for :func:`check_picture`; 1 for all but JPEGs.
+        the number of its scans, for :func:`check_image`; 1 for all but JPEGs.
 
     Raises:
         TooMuch: more parts than any real picture has.
@@ -57,7 +57,7 @@ def check_file(data: bytes) -> int:
     return 1
 
 
-def check_picture(image: Image.Image, scans: int, size: int) -> None:
+def check_image(image: Image.Image, scans: int, size: int) -> None:
     """Refuse an opened picture, not decoded yet, of too many pixels, or whose pixels cost too much.
 
     Args:
@@ -71,18 +71,18 @@ def check_picture(image: Image.Image, scans: int, size: int) -> None:
     pixels = image.width * image.height
     most = MAX_PIXELS // _SHARE.get(str(image.format), 2)
     if pixels > most:
-        raise TooMuch(f"{image.width}x{image.height} pixels, more than {most}")
+        raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, more than {most}")
     if max(image.size) > MAX_SIDE:
-        raise TooMuch(f"{image.width}x{image.height} pixels, a side of more than {MAX_SIDE}")
+        raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, a side of more than {MAX_SIDE}")
     if scans * pixels > _MOST_SCANNED:
-        raise TooMuch(f"{scans} scans of {pixels} pixels")
+        raise DecodeLimitExceeded(f"{scans} scans of {pixels} pixels")
     if scans > 1 and pixels * len(image.getbands()) > _MOST_COEFFICIENTS:
-        raise TooMuch(f"{pixels} pixels of {len(image.getbands())} colours in several scans")
+        raise DecodeLimitExceeded(f"{pixels} pixels of {len(image.getbands())} colours in several scans")
     tiles = getattr(image, "tile", [])
     if any(tile[0] == "bmp_rle" for tile in tiles) and max(pixels, size) > _MOST_RUN_LENGTH:
-        raise TooMuch(f"a run-length coded BMP of more than {_MOST_RUN_LENGTH} pixels or bytes")
+        raise DecodeLimitExceeded(f"a run-length coded BMP of more than {_MOST_RUN_LENGTH} pixels or bytes")
     if image.mode in ("I", "F"):
-        raise TooMuch("numbers of 32 bits, which no screen shows")
+        raise DecodeLimitExceeded("numbers of 32 bits, which no screen shows")
 
 
 def _check_segments(data: bytes) -> int:
@@ -101,10 +101,10 @@ def _check_segments(data: bytes) -> int:
         if found[1] not in _WITHOUT_LENGTH:
             at += int.from_bytes(data[at : at + 2], "big")
         if junk > _MOST_JUNK:
-            raise TooMuch(f"more than {_MOST_JUNK} bytes between its segments")
+            raise DecodeLimitExceeded(f"more than {_MOST_JUNK} bytes between its segments")
         if exif > _MOST_EXIF_SEGMENTS:
-            raise TooMuch(f"more than {_MOST_EXIF_SEGMENTS} segments of EXIF")
-    raise TooMuch(f"more than {_MOST_PARTS} segments")
+            raise DecodeLimitExceeded(f"more than {_MOST_EXIF_SEGMENTS} segments of EXIF")
+    raise DecodeLimitExceeded(f"more than {_MOST_PARTS} segments")
 
 
 def _check_chunks(data: bytes) -> None:
@@ -113,7 +113,7 @@ def _check_chunks(data: bytes) -> None:
         if at >= len(data):
             return
         at += 12 + int.from_bytes(data[at : at + 4], "big")
-    raise TooMuch(f"more than {_MOST_PARTS} chunks")
+    raise DecodeLimitExceeded(f"more than {_MOST_PARTS} chunks")
 
 
 def _check_blocks(data: bytes) -> None:
@@ -130,7 +130,7 @@ def _check_blocks(data: bytes) -> None:
         else:
             inside = data[at] == ord("!")
             at += 2 if inside else 1
-    raise TooMuch(f"more than {_MOST_PARTS} blocks before its first frame")
+    raise DecodeLimitExceeded(f"more than {_MOST_PARTS} blocks before its first frame")
 
 
 def _check_directory(data: bytes) -> None:
@@ -141,16 +141,16 @@ def _check_directory(data: bytes) -> None:
         (at,) = struct.unpack_from(order + start, data, 8 if big else 4)
         (entries,) = struct.unpack_from(order + number, data, at)
         if entries > _MOST_PARTS:
-            raise TooMuch(f"{entries} entries in its directory")
+            raise DecodeLimitExceeded(f"{entries} entries in its directory")
         at += struct.calcsize(order + number)
         for _, kind, count in struct.iter_unpack(order + entry, data[at : at + entries * (20 if big else 12)]):
             if kind in _SIZED and count > _MOST_ENTRIES:
-                raise TooMuch(f"{count} values of one entry in its directory")
+                raise DecodeLimitExceeded(f"{count} values of one entry in its directory")
     except struct.error:  # cut off: Pillow says so
         return
 
 
-class Room:
+class DecodeBudget:
     """Pixels that may be decoded at once by all threads of a process; large pictures wait for each other.
 
     Args:

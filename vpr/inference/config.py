@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 # Modules whose linears finishing leaves alone unless asked otherwise: the first and the last.
-KEEP = ("vit.to_patch_embedding", "vit.mlp_head")
+DEFAULT_EXCLUDED_LAYERS = ("vit.to_patch_embedding", "vit.mlp_head")

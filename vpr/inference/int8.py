@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from vpr.artifacts.store import Artifact, reading
+from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
 LEVELS = 127
@@ -41,7 +41,7 @@ class Ranges:
 
 def read_ranges(artifact: Artifact) -> Ranges:
     """The ranges of an artifact; :class:`UserError` where a number is one that no calibration writes."""
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         entries = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8")).items()
         thresholds = {str(name): float(entry["threshold"]) for name, entry in entries}
         linears = {str(name): [str(one) for one in entry.get("linears", ())] for name, entry in entries}

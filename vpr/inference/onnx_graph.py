@@ -14,8 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto
 
-from vpr.artifacts.store import Artifact, Card, reading
-from vpr.common.errors import UserError, remedy
+from vpr.artifacts.store import Artifact, Card, reraise_as_artifact_error
+from vpr.common.errors import UserError, explain_system_error
 from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, open_session
 
 _DOMAINS = ("", "ai.onnx")
@@ -24,7 +24,7 @@ _BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS, AttributeProto.SPARSE_TE
 
 def load_graph(artifact: Artifact) -> onnx.ModelProto:
     """The checked graph of an ``onnx`` artifact; :class:`UserError` where it is none that an export writes."""
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         # External data would be read from wherever the file says; our graphs have none.
         graph = onnx.load(artifact.file("model.onnx"), load_external_data=False)
         check_graph(graph, artifact.card)
@@ -95,12 +95,12 @@ class GraphSession:
 
     def __init__(self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU) -> None:
         fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer)
-        with refused_by("onnxruntime"):
+        with reraise_as_graph_error("onnxruntime"):
             self._session = open_session(graph.SerializeToString(), threads, provider, fp8 and provider == CPU)
 
     def run(self, names: Sequence[str], inputs: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Some of the graph's outputs, in the order of their names; :class:`UserError` where it fails."""
-        with refused_by("onnxruntime"):
+        with reraise_as_graph_error("onnxruntime"):
             return self._session.run(list(names), dict(inputs))
 
     def embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -108,7 +108,7 @@ class GraphSession:
         return self.run([OUTPUT], {INPUT: batch})[0]
 
 
-def watch(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
+def session_with_outputs(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
     """A session of a graph that gives some of its inner tensors too.
 
     Args:
@@ -128,14 +128,14 @@ def watch(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
 
 
 @contextmanager
-def refused_by(library: str) -> Iterator[None]:
+def reraise_as_graph_error(library: str) -> Iterator[None]:
     """Turn what a library, or a change of ours, says of a graph into one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # their exceptions have no base of their own
-        if remedy(error):  # what the machine lacks is no fault of the graph
+        if explain_system_error(error):  # what the machine lacks is no fault of the graph
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{library}: cannot run the graph ({reason}): export the student again") from None

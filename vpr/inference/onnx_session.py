@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from vpr.common.errors import UserError
-from vpr.common.hardware import eight_bits_overflow
+from vpr.common.hardware import lacks_vnni
 
 INPUT, OUTPUT = "pixels", "embedding"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -20,7 +20,7 @@ class ProviderMissing(UserError):
     """ONNX Runtime cannot load an execution provider here."""
 
 
-def keep_to_ourselves() -> None:
+def disable_telemetry() -> None:
     """Have libraries send no word of their use; asked for before one of them is imported.
 
     OpenVINO 2026.4 tells Google Analytics of each import; without the package that does so, it takes a stub of its own.
@@ -48,7 +48,7 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if eight_bits_overflow():
+    if lacks_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")  # slower kernels, whose sums are exact
     without = ["ReluQuantRewrite"] if fp8 else []
     if fp8:

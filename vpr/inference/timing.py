@@ -17,7 +17,7 @@ _ROUNDS = 10
 
 
 @dataclass(frozen=True)
-class Timed:
+class Measurement:
     """What was seen of one call.
 
     Attributes:
@@ -36,7 +36,7 @@ class Timed:
 
 def measure_rounds(
     calls: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Timed]:
+) -> dict[str, Measurement]:
     """Time calls in 10 interleaved rounds, so that drift of the machine hits all alike.
 
     Each call is first warmed up until steady: for at least 10 calls and 0.25 s, and on until the median of the last
@@ -57,7 +57,7 @@ def measure_rounds(
         for name, call in calls.items():
             call()
             rounds[name].append(_time_round(call, seconds / _ROUNDS, clock))
-    return {name: Timed(tuple(rounds[name]), settled[name]) for name in calls}
+    return {name: Measurement(tuple(rounds[name]), settled[name]) for name in calls}
 
 
 def measure(

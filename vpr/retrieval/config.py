@@ -9,7 +9,7 @@ from pathlib import Path
 from vpr.artifacts.paths import check_file
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError, check_numbers
-from vpr.common.hardware import MOST_THREADS
+from vpr.common.hardware import MAX_THREADS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EmbedConfig:
     ray: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MOST_THREADS), part=(1, 1 << 24), ray=(0, 4096))
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MAX_THREADS), part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
             raise UserError("ray: its job starts its own workers: start it without torchrun")
 
@@ -77,7 +77,7 @@ class RerankConfig:
 
 
 @dataclass(frozen=True)
-class FindConfig:
+class SearchConfig:
     """What to look for, where.
 
     Attributes:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.artifacts.run_folder import finished_by_another, only_run, run_folder, save_whole, wait
-from vpr.artifacts.store import Artifact, Parent, find_current, plain
+from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_folder, run_lock, wait_until
+from vpr.artifacts.store import Artifact, Parent, config_to_json, find_up_to_date
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import say
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Loader = Callable[[str], "tuple[nn.Module, Artifact]"]
-_HOW = ("part", "threads", "ray")  # how vectors are computed, not what they are
+_RUNTIME_KEYS = ("part", "threads", "ray")  # how vectors are computed, not what they are
 
 
 class EmbedJob:
@@ -48,7 +48,9 @@ class EmbedJob:
         self.config, self.model = config, model
         self.preprocess: Preprocess = model.card.preprocess
         self.parents: list[Parent] = [model.as_parent("model"), *whole.as_parents()]
-        self.values: dict[str, Any] = {name: value for name, value in plain(config).items() if name not in _HOW}
+        self.values: dict[str, Any] = {
+            name: value for name, value in config_to_json(config).items() if name not in _RUNTIME_KEYS
+        }
         self.catalog = whole.select(split=config.split or None)
         self.size = -(-config.part // config.batch_size) * config.batch_size
         self.folder = run_folder(config.output, {**self.values, "part": self.size}, self.parents)
@@ -83,18 +85,18 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
     job = EmbedJob(config, model)
     # Before the look at the output: a first process that has finished has removed the parts.
     absent = [part for part in job.parts if not job.file(part).is_file()]
-    if find_current(config.output, "embeddings", job.values, job.parents):
+    if find_up_to_date(config.output, "embeddings", job.values, job.parents):
         shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its artifact was there
         say(f"{config.output}: up to date")
         return Path(config.output)
     if not len(job.catalog):
         raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
-    with only_run(job.folder):
-        _carry_out(job, absent, network, load)
+    with run_lock(job.folder):
+        _run(job, absent, network, load)
     return Path(config.output)
 
 
-def _carry_out(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> None:
+def _run(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> None:
     config = job.config
     if len(absent) < len(job.parts):
         say(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
@@ -103,28 +105,28 @@ def _carry_out(job: EmbedJob, absent: list[int], network: nn.Module, load: Loade
 
         compute_parts(job, absent, load)
     else:
-        _compute_mine(job, absent, network)
+        _compute_local_parts(job, absent, network)
     if is_first():
-        _join(job)
+        _merge_parts(job)
     else:
-        wait(lambda: finished_by_another(config.output, job.values, job.parents))
+        wait_until(lambda: is_written(config.output, job.values, job.parents))
 
 
-def _compute_mine(job: EmbedJob, absent: list[int], network: nn.Module) -> None:
+def _compute_local_parts(job: EmbedJob, absent: list[int], network: nn.Module) -> None:
     """This process's parts: neighbours, so that it reads few shards."""
     rank, world = rank_and_world()
     first, last = (len(job.parts) * edge // world for edge in (rank, rank + 1))
     network = network.to(compute_device())
     for part in absent:
         if first <= part < last:
-            save_whole(job.file(part), job.compute(part, network))
+            atomic_save_npy(job.file(part), job.compute(part, network))
             if len(job.parts) > 1:
                 say(f"  part {part + 1} of {len(job.parts)}")
 
 
-def _join(job: EmbedJob) -> None:
+def _merge_parts(job: EmbedJob) -> None:
     for part in job.parts:
-        wait(job.file(part).is_file)
+        wait_until(job.file(part).is_file)
     vectors = np.concatenate([np.load(job.file(part), allow_pickle=False) for part in job.parts])
     write_embeddings(job.config.output, vectors, job.catalog, job.model, job.values)
     shutil.rmtree(job.folder)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import Artifact, Embedding, Parent, load_artifact, reading, write_artifact
+from vpr.artifacts.store import Artifact, Embedding, Parent, load_artifact, reraise_as_artifact_error, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import Preprocess, decode
@@ -69,10 +69,12 @@ def embed(
     """
     if not len(catalog):
         raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
-    return unit(np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size, threads)]))
+    return l2_normalize(
+        np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size, threads)])
+    )
 
 
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def l2_normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale each row to length 1; :class:`UserError` where a row is zero or not finite."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths == 0).any():
@@ -112,7 +114,7 @@ class Embeddings:
             raise UserError(f"{self.artifact.path}: its card names no model: embed the catalogue again")
         return models[0]
 
-    def of_role(self, role: str) -> NDArray[np.int64]:
+    def rows_with_role(self, role: str) -> NDArray[np.int64]:
         """Rows of a role; all of them, if none has it."""
         rows = np.flatnonzero(self.roles == role)
         return rows if len(rows) else np.arange(len(self.roles))
@@ -137,7 +139,7 @@ def write_embeddings(
 def load_embeddings(path: Path | str) -> Embeddings:
     """Load an embeddings artifact; :class:`UserError` if its files do not fit its card."""
     artifact = load_artifact(path, "embeddings")
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
         rows = pq.read_table(artifact.file("rows.parquet"), columns=["image", "product", "role"])
         columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.artifacts.run_folder import save_whole
+from vpr.artifacts.run_folder import atomic_save_npy
 from vpr.common.distributed import compute_device
 from vpr.common.errors import UserError
-from vpr.inference.onnx_session import keep_to_ourselves
+from vpr.inference.onnx_session import disable_telemetry
 
 if TYPE_CHECKING:
     from vpr.retrieval.config import EmbedConfig
@@ -48,7 +48,7 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
     Raises:
         UserError: Ray is not installed, or a worker failed.
     """
-    keep_to_ourselves()
+    disable_telemetry()
     try:
         import ray
         import ray.data
@@ -73,7 +73,7 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
         dim = job.model.card.embedding.dim if job.model.card.embedding else -1
         for row in computed.iter_rows():
             vectors = np.frombuffer(row["vectors"], dtype=np.float32).reshape(-1, dim)
-            save_whole(job.file(int(row["part"])), vectors)
+            atomic_save_npy(job.file(int(row["part"])), vectors)
     except ray.exceptions.RayError as error:
         raise UserError(f"ray: a worker failed: {str(error).strip().splitlines()[-1]}: run it without --ray") from None
     finally:

@@ -33,7 +33,7 @@ class Whitening:
 
     def __call__(self, vectors: Vectors) -> Vectors:
         """(n, dim) to (n, out), L2-normalised float32."""
-        return _unit((vectors.astype(np.float64) - self.mean) @ self.matrix)
+        return _l2_normalize((vectors.astype(np.float64) - self.mean) @ self.matrix)
 
 
 def fit_centring(gallery: Vectors) -> Whitening:
@@ -111,12 +111,12 @@ def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, weight: flo
     cosine, near = search(everything, everything, wanted)
     farthest = _farthest(everything)
     reach, half = near[:, : k1 + 1], near[:, : round(k1 / 2) + 1]
-    sets = [_mutual(row, reach) for row in range(len(everything))]
-    halves = [_mutual(row, half) for row in range(len(everything))]
-    described = [_describe(row, sets, halves, everything, farthest) for row in range(len(everything))]
+    sets = [_reciprocal_neighbours(row, reach) for row in range(len(everything))]
+    halves = [_reciprocal_neighbours(row, half) for row in range(len(everything))]
+    described = [_encode(row, sets, halves, everything, farthest) for row in range(len(everything))]
     if k2 > 1:
-        described = [_mean([described[other] for other in near[row, :k2]]) for row in range(len(everything))]
-    overlap = _overlap(described[: len(query)], described[len(query) :], len(everything))
+        described = [_average([described[other] for other in near[row, :k2]]) for row in range(len(everything))]
+    overlap = _jaccard(described[: len(query)], described[len(query) :], len(everything))
     original = 2 * (1 - query @ gallery.T) / farthest[: len(query), None]
     return ((1 - weight) * (1 - overlap / (2 - overlap)) + weight * original).astype(np.float32)
 
@@ -159,10 +159,10 @@ def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tupl
 def _expand(start: Vectors, gallery: Vectors, k: int, alpha: float, query: Vectors | None = None) -> Vectors:
     scores, rows = search(gallery if query is None else query, gallery, k)
     weights = np.clip(scores.astype(np.float64), 0, None) ** alpha
-    return _unit(start + np.einsum("nk,nkd->nd", weights, gallery[rows].astype(np.float64)))
+    return _l2_normalize(start + np.einsum("nk,nkd->nd", weights, gallery[rows].astype(np.float64)))
 
 
-def _unit(vectors: NDArray[np.float64]) -> Vectors:
+def _l2_normalize(vectors: NDArray[np.float64]) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     # A vector that centring takes away (the mean itself) stays zero: it is as near to all.
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
@@ -175,13 +175,13 @@ def _farthest(vectors: Vectors) -> NDArray[np.float64]:
     return np.maximum(2 * (1 - least.astype(np.float64)), 1e-12)
 
 
-def _mutual(row: int, near: NDArray[np.int64]) -> NDArray[np.int64]:
+def _reciprocal_neighbours(row: int, near: NDArray[np.int64]) -> NDArray[np.int64]:
     """Neighbours of a row that have it for a neighbour too (eq. 2), and itself (equal vectors may crowd it out)."""
     own = near[row]
     return np.union1d(own[(near[own] == row).any(axis=1)], [row])
 
 
-def _describe(
+def _encode(
     row: int,
     sets: list[NDArray[np.int64]],
     halves: list[NDArray[np.int64]],
@@ -201,14 +201,14 @@ def _describe(
     return members, weights / weights.sum()
 
 
-def _mean(
+def _average(
     parts: list[tuple[NDArray[np.int64], NDArray[np.float64]]],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     members, place = np.unique(np.concatenate([m for m, _ in parts]), return_inverse=True)
     return members, np.bincount(place, np.concatenate([w for _, w in parts])) / len(parts)
 
 
-def _overlap(
+def _jaccard(
     queries: list[tuple[NDArray[np.int64], NDArray[np.float64]]],
     gallery: list[tuple[NDArray[np.int64], NDArray[np.float64]]],
     members: int,

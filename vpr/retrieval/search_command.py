@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpr.artifacts.run_folder import save_whole, written_whole
+from vpr.artifacts.run_folder import atomic_save_npy, atomic_write
 from vpr.common.errors import UserError, printable
 from vpr.common.log import say
-from vpr.retrieval.config import FindConfig
+from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.rerank import rank
 
@@ -22,7 +22,7 @@ SUBMITTED = 1000  # results per query in an AIcrowd submission
 _SHOWN = 8
 
 
-def find(config: FindConfig) -> Path | None:
+def search_gallery(config: SearchConfig) -> Path | None:
     """Search, print the first queries, and write all results as CSV (query, rank, image, product, score).
 
     Raises:
@@ -30,14 +30,14 @@ def find(config: FindConfig) -> Path | None:
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
     _check_comparable(config, queries, gallery)
-    asked, shown = queries.of_role("query"), gallery.of_role("gallery")
+    asked, shown = queries.rows_with_role("query"), gallery.rows_with_role("gallery")
     if config.submission:
         _check_complete(queries, gallery, len(shown))
     wanted = max(config.k, SUBMITTED) if config.submission else config.k
     scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
     _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
     if config.submission:
-        save_whole(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
+        atomic_save_npy(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
         say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
     if not config.output:
         return None
@@ -46,7 +46,7 @@ def find(config: FindConfig) -> Path | None:
     return Path(config.output)
 
 
-def _check_comparable(config: FindConfig, queries: Embeddings, gallery: Embeddings) -> None:
+def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embeddings) -> None:
     """Refuse embeddings of two models."""
     first, second = queries.model, gallery.model
     if first.sha256 != second.sha256:
@@ -83,7 +83,7 @@ def _write(
     hits: NDArray[np.int64],
     scores: NDArray[np.float32],
 ) -> None:
-    with written_whole(path, "w") as stream:
+    with atomic_write(path, "w") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
         for row, query in enumerate(asked):

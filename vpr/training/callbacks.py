@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
 from torch import nn
 
-from vpr.common.distributed import is_first, whole_state
+from vpr.common.distributed import full_state_dict, is_first
 from vpr.common.log import say
 from vpr.data.loaders import EpochSampler
 
@@ -57,7 +57,7 @@ class BestWeights(Callback):
             return
         assert trainer.max_epochs is not None
         self.best, self.epoch = recall, min(trainer.current_epoch + 1, trainer.max_epochs)
-        weights = whole_state(self.module)
+        weights = full_state_dict(self.module)
         if is_first():
             # A folder, since safetensors writes to a hidden file beside the one that it is given.
             new = self.path.with_suffix(".new")
@@ -78,7 +78,7 @@ class BestWeights(Callback):
         self.best, self.epoch = state_dict["best"], state_dict["epoch"]
 
 
-class Clock(Callback):
+class TrainingTimer(Callback):
     """Seconds spent, over all the times that a run was started (each up to its last checkpoint)."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Clock(Callback):
         self.before = state_dict["seconds"]
 
 
-class EpochLine(Callback):
+class EpochLogger(Callback):
     """Prints one line of each epoch, for logs that are not terminals."""
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class EpochLine(Callback):
         self.validated = False
 
 
-class ResumedOrder(Callback):
+class RestoreSamplerEpoch(Callback):
     """Gives the first epoch after a resume its own order: Lightning starts the loader before it names the epoch.
 
     Workers read the order ahead as soon as they are started, and would read that of epoch 0.

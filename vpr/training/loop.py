@@ -20,15 +20,22 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vpr.artifacts.store import plain
-from vpr.common.distributed import gathered, rank_and_world, shard, trainer_options, whole_state
+from vpr.artifacts.store import config_to_json
+from vpr.common.distributed import all_gather_cat, full_state_dict, rank_and_world, shard, trainer_options
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler, Normalise
 from vpr.imaging.decode import Preprocess
-from vpr.retrieval.embeddings import score_split, unit
-from vpr.training.callbacks import MONITOR, AtomicCheckpoint, BestWeights, Clock, EpochLine, ResumedOrder
+from vpr.retrieval.embeddings import l2_normalize, score_split
+from vpr.training.callbacks import (
+    MONITOR,
+    AtomicCheckpoint,
+    BestWeights,
+    EpochLogger,
+    RestoreSamplerEpoch,
+    TrainingTimer,
+)
 from vpr.training.config import RunConfig
 from vpr.training.ema import Ema
 from vpr.training.loggers import open_logs
@@ -41,7 +48,7 @@ _CHECKED = 10  # batches between looks at the loss
 
 def training_values(config: Any) -> dict[str, Any]:
     """What decides a training's result, as JSON values: its configuration, and the processes that share a step."""
-    values = plain(config)
+    values = config_to_json(config)
     values.pop("dry_run")
     if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
         values["processes"] = rank_and_world()[1]
@@ -132,15 +139,15 @@ class RecallModule(L.LightningModule):
         """Score what all processes collected."""
         rows, found = (torch.cat(parts) for parts in zip(*self._found, strict=True))
         self._found = []
-        rows, found = gathered(rows), gathered(found)
+        rows, found = all_gather_cat(rows), all_gather_cat(found)
         vectors = np.zeros((len(self._validation), found.shape[1]), dtype=np.float32)
         vectors[rows.cpu().numpy()] = found.cpu().numpy()
-        scores = score_split(self._validation, unit(vectors))
+        scores = score_split(self._validation, l2_normalize(vectors))
         self.log_dict({MONITOR: scores.recall_at_1, "val_recall_at_5": scores.recall_at_5, "val_map": scores.map})
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What a training came to.
 
     Attributes:
@@ -165,7 +172,7 @@ def fit(
     folder: Path,
     epochs: int,
     run: RunConfig,
-) -> Fitted:
+) -> FitResult:
     """Train with Lightning, resuming from the folder's checkpoint if there is one.
 
     A training whose checkpoint is of its last epoch only takes its weights from it.
@@ -178,20 +185,20 @@ def fit(
         epochs: total.
         run: how it is carried out.
     """
-    best, clock = BestWeights(kept, folder / "best.safetensors"), Clock()
+    best, clock = BestWeights(kept, folder / "best.safetensors"), TrainingTimer()
     ema = Ema(run.ema) if run.ema else None
     sampler = loaders[0].sampler
     assert isinstance(sampler, EpochSampler)
     # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
-    trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock, ResumedOrder(sampler)])
+    trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock, RestoreSamplerEpoch(sampler)])
     last = folder / "last.ckpt"
     if last.is_file():
         say(f"  resuming from the checkpoint in {folder}")
     trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
     if epochs % run.validate_every:
         trainer.validate(module, loaders[1], verbose=False)
-    state = ema.averaged("") if ema else whole_state(module)
-    return Fitted(best.best, best.epoch, int(trainer.global_step), round(clock.seconds, 1), state)
+    state = ema.averaged("") if ema else full_state_dict(module)
+    return FitResult(best.best, best.epoch, int(trainer.global_step), round(clock.seconds, 1), state)
 
 
 def _trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
@@ -205,7 +212,7 @@ def _trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback
         max_epochs=epochs,
         check_val_every_n_epoch=run.validate_every,
         logger=open_logs(folder, run.tracker),
-        callbacks=[*callbacks, TQDMProgressBar() if interactive else EpochLine(), checkpoint],
+        callbacks=[*callbacks, TQDMProgressBar() if interactive else EpochLogger(), checkpoint],
         enable_progress_bar=interactive,
         enable_model_summary=False,
         gradient_clip_val=run.clip or None,

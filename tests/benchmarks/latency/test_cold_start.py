@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.latency.cold_start import last_words, peak_memory, start_often, start_once
+from benchmarks.latency.cold_start import last_words, measure_cold_starts, peak_memory, start_once
 from experiments.figures import ROOT
 from export.backends.registry import models_of
 from vpr.common.errors import UserError
@@ -43,10 +43,10 @@ def test_several_starts_are_one_row(monkeypatch: pytest.MonkeyPatch, student_art
         for ms, memory in ((100.0, 5), (900.0, 7), (120.0, 6))
     )
     monkeypatch.setattr("benchmarks.latency.cold_start.start_once", lambda model, threads: next(seen))
-    row = start_often(models_of(student_artifact)[0], 1, 3)
+    row = measure_cold_starts(models_of(student_artifact)[0], 1, 3)
     assert (row["cold_start_ms"], row["load_ms"], row["peak_memory_bytes"]) == (120, 60, 7)
     assert row["gpu_memory_bytes"] is None
-    assert set(start_often(models_of(student_artifact)[0], 1, 0).values()) == {None}
+    assert set(measure_cold_starts(models_of(student_artifact)[0], 1, 0).values()) == {None}
 
 
 def test_a_child_that_fails_is_told_in_one_line(student_artifact: Path, tmp_path: Path) -> None:

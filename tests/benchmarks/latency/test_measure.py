@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.config import LatencyConfig
-from benchmarks.latency.measure import latency
+from benchmarks.latency.measure import measure_latency
 from export.backends.registry import BackendUnavailable, models_of
 from export.config import EngineConfig, OnnxConfig
 from export.tensorrt.build import build_engine
@@ -26,7 +26,7 @@ def test_every_backend_of_every_artifact_is_timed_or_gives_its_reason(
     assert catalog.artifact is not None
     models = (str(student_artifact), str(fp16), str(engine))
     config = LatencyConfig(models, str(tmp_path / "out"), (1, 8), 0.05, 1, starts=1, arrivals="fixed", rate=200)
-    written = latency(replace(config, catalog=str(catalog.artifact.path)))
+    written = measure_latency(replace(config, catalog=str(catalog.artifact.path)))
     rows = json.loads((written / "latency.json").read_text())
     assert set(rows) == {"student (torch)", "fp16 (onnxruntime-cpu)", "fp16 (openvino)", "engine (tensorrt-rtx)"}
     engine_row = rows.pop("engine (tensorrt-rtx)")

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from benchmarks.latency import roofline as ceiling
-from benchmarks.latency.roofline import Ceiling, arithmetic, count_work, least_ms, measure_ceiling
+from benchmarks.latency.roofline import Roofline, arithmetic, count_work, measure_roofline, roofline_ms
 from export.backends.registry import Model, models_of
 from export.config import OnnxConfig
 from export.multiply_adds import multiply_adds
@@ -15,7 +15,7 @@ from export.to_onnx import export_onnx, load_onnx
 from student.model import count_multiply_adds, load_student
 
 # 10 G multiply-adds and 2 GB a second.
-MACHINE = Ceiling("fp32", 1, 10e9, 2e9)
+MACHINE = Roofline("fp32", 1, 10e9, 2e9)
 
 
 def test_the_roofline_is_the_slower_of_products_and_memory() -> None:
@@ -31,8 +31,8 @@ def test_a_model_moves_its_weights_once_and_its_pictures_each_time(student_artif
     picture, embedding = 4 * 3 * 32 * 32, 4 * 32
     for batch in (1, 8):
         expected = 1000 * (weights + batch * (picture + embedding)) / 2e9
-        assert least_ms(MACHINE, model, 0, batch) == pytest.approx(expected)
-        assert least_ms(MACHINE, model, 10**9, batch) == pytest.approx(100 * batch)
+        assert roofline_ms(MACHINE, model, 0, batch) == pytest.approx(expected)
+        assert roofline_ms(MACHINE, model, 10**9, batch) == pytest.approx(100 * batch)
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -96,7 +96,7 @@ def test_the_ceiling_is_of_the_numbers_that_are_computed(
 def test_a_ceiling_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.latency.roofline._SIDES", (64, 128))
     monkeypatch.setattr("benchmarks.latency.roofline._COPIED", 1 << 16)
-    found = measure_ceiling(dtype, "cpu", 1)
+    found = measure_roofline(dtype, "cpu", 1)
     assert (found.dtype, found.threads) == (dtype, 1)
     assert found.multiply_adds > 0
     assert found.bytes > 0

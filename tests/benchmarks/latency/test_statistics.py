@@ -6,8 +6,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from benchmarks.latency.statistics import describe, judge, quantile_interval
-from vpr.inference.timing import Timed
+from benchmarks.latency.statistics import instability_reason, quantile_interval, summarize_latency
+from vpr.inference.timing import Measurement
 
 
 def _inside(count: int, share: Fraction, low: int, high: int) -> Fraction:
@@ -51,28 +51,28 @@ def test_the_interval_holds_the_true_quantile_as_often_as_it_says() -> None:
         assert 0.94 <= held <= 0.985
 
 
-def _timed(medians: list[float], settled: bool = True) -> Timed:
-    return Timed(tuple(np.full(9, median) for median in medians), settled)
+def _timed(medians: list[float], settled: bool = True) -> Measurement:
+    return Measurement(tuple(np.full(9, median) for median in medians), settled)
 
 
 def test_a_steady_run_is_not_marked() -> None:
-    assert judge(_timed([10, 10.2, 9.9, 10, 10.1, 10, 10.3, 9.8, 10, 10.1])) is None
-    assert describe(_timed([10.0] * 10))["unstable"] is None
+    assert instability_reason(_timed([10, 10.2, 9.9, 10, 10.1, 10, 10.3, 9.8, 10, 10.1])) is None
+    assert summarize_latency(_timed([10.0] * 10))["unstable"] is None
 
 
 def test_what_is_unsteady_is_marked_with_the_reason() -> None:
-    assert judge(_timed([10.0] * 5 + [10.6] * 5)) == "second half +6% against the first"
-    assert judge(_timed([10.0] * 5 + [10.4] * 5)) is None
-    shaken = judge(_timed([10.0] * 9 + [12.0]))
+    assert instability_reason(_timed([10.0] * 5 + [10.6] * 5)) == "second half +6% against the first"
+    assert instability_reason(_timed([10.0] * 5 + [10.4] * 5)) is None
+    shaken = instability_reason(_timed([10.0] * 9 + [12.0]))
     assert shaken == "rounds' medians +0% to +20% around theirs; rounds' medians tell the p50 to 4.0% only"
-    assert judge(_timed([9.4, 10.6, 10.0, 10.6, 9.4] * 2)) == "rounds' medians tell the p50 to 3.6% only"
-    assert judge(_timed([10.0] * 10, settled=False)) == "warm-up did not become steady"
+    assert instability_reason(_timed([9.4, 10.6, 10.0, 10.6, 9.4] * 2)) == "rounds' medians tell the p50 to 3.6% only"
+    assert instability_reason(_timed([10.0] * 10, settled=False)) == "warm-up did not become steady"
 
 
 def test_a_row_has_its_quantiles_and_their_intervals() -> None:
     rng = np.random.default_rng(1)
-    timed = Timed(tuple(rng.gamma(20, 0.5, 50) for _ in range(10)), True)
-    row = describe(timed)
+    timed = Measurement(tuple(rng.gamma(20, 0.5, 50) for _ in range(10)), True)
+    row = summarize_latency(timed)
     values = timed.milliseconds
     assert row["p90"] == np.percentile(values, 90)
     assert row["max"] == values.max()

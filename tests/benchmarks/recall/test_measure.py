@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from benchmarks.config import RecallConfig
 from benchmarks.recall.extra_metrics import asymmetric, by_category, reranked
-from benchmarks.recall.measure import recall, score_row
+from benchmarks.recall.measure import measure_recall, score_row
 from student.model import Student
 from tests.conftest import small_student
 from vpr.artifacts.store import Embedding, load_artifact, write_artifact
@@ -21,7 +21,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import Preprocess
 from vpr.retrieval.config import RerankConfig
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def vectors(shop_catalog: Catalog) -> np.ndarray:
     rng = np.random.default_rng(0)
     products = np.unique(part.products, return_inverse=True)[1]
     centres = rng.normal(size=(products.max() + 1, 16))
-    return unit((centres[products] + 1.5 * rng.normal(size=(len(part), 16))).astype(np.float32))
+    return l2_normalize((centres[products] + 1.5 * rng.normal(size=(len(part), 16))).astype(np.float32))
 
 
 def _first_right(part: Catalog, asked: np.ndarray, shown: np.ndarray) -> np.ndarray:
@@ -72,11 +72,11 @@ def test_the_teacher_s_gallery_is_searched_where_the_dimensions_agree(
     shop_catalog: Catalog, vectors: np.ndarray
 ) -> None:
     part = shop_catalog.select(split="test")
-    teacher = unit(vectors + 0.3 * np.random.default_rng(3).normal(size=vectors.shape).astype(np.float32))
+    teacher = l2_normalize(vectors + 0.3 * np.random.default_rng(3).normal(size=vectors.shape).astype(np.float32))
     found = asymmetric(part, vectors, teacher, 0)
     assert found is not None
     assert found["recall_at_1"] == pytest.approx(_first_right(part, vectors, teacher).mean())
-    assert asymmetric(part, vectors, unit(np.ascontiguousarray(teacher[:, :8])), 0) is None
+    assert asymmetric(part, vectors, l2_normalize(np.ascontiguousarray(teacher[:, :8])), 0) is None
 
 
 def test_steps_that_change_no_ranking_change_no_score(shop_catalog: Catalog, vectors: np.ndarray) -> None:
@@ -108,7 +108,7 @@ def test_differences_are_taken_to_the_student_not_to_its_assistant(shop: Path, t
     assistant = _assistant(tmp_path / "larger", dim=48)
     student = _assistant(tmp_path / "small", of=assistant)
     config = RecallConfig(str(shop), (assistant, student), str(tmp_path / "recall"), rerank=RerankConfig())
-    rows = json.loads((recall(config) / "recall.json").read_text(encoding="utf-8"))
+    rows = json.loads((measure_recall(config) / "recall.json").read_text(encoding="utf-8"))
     assert [row["stage"] for row in rows] == ["baseline", "baseline", "student", "student"]
     assert [row["reference"] for row in rows] == [False, False, False, True]
     assert rows[2]["cosine_mean"] is None
@@ -116,15 +116,15 @@ def test_differences_are_taken_to_the_student_not_to_its_assistant(shop: Path, t
     assert (rows[3]["recall_drop"], rows[3]["first_changed"]["queries"]) == (0, 0)
     assert (tmp_path / "recall" / "changed.csv").read_text(encoding="utf-8").count("larger,torch") > 0
     written = (tmp_path / "recall" / "card.json").stat().st_mtime_ns
-    recall(config)
+    measure_recall(config)
     assert (tmp_path / "recall" / "card.json").stat().st_mtime_ns == written
 
 
 def test_what_cannot_be_scored_is_refused(shop: Path, student_artifact: Path, tmp_path: Path) -> None:
     models = (str(student_artifact),)
     with pytest.raises(UserError, match="has no gallery pictures"):
-        recall(RecallConfig(str(shop), models, str(tmp_path / "r"), split="train"))
+        measure_recall(RecallConfig(str(shop), models, str(tmp_path / "r"), split="train"))
     with pytest.raises(UserError, match="2 artifacts are named 'student'"):
-        recall(RecallConfig(str(shop), models * 2, str(tmp_path / "r")))
+        measure_recall(RecallConfig(str(shop), models * 2, str(tmp_path / "r")))
     with pytest.raises(UserError, match="none given"):
-        recall(RecallConfig(str(shop), (), str(tmp_path / "r")))
+        measure_recall(RecallConfig(str(shop), (), str(tmp_path / "r")))

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.recall.paired_bootstrap import against, recall_drop, write_changed
+from benchmarks.recall.paired_bootstrap import compare_with_reference, recall_drop, write_changed
 from export.parity import rank_changes
 from vpr.data.catalog import Catalog
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_the_paired_interval_is_narrower_than_two_apart_and_near_the_normal_one(
 def test_changes_are_those_of_whole_rankings(part: Catalog, tmp_path: Path) -> None:
     """Against argsorts of all similarities, by code of another module."""
     rng = np.random.default_rng(1)
-    reference = unit(rng.normal(size=(len(part), 16)).astype(np.float32))
-    vectors = unit(reference + 0.5 * rng.normal(size=reference.shape).astype(np.float32) / 4)
-    found, changed = against(part, reference, vectors)
+    reference = l2_normalize(rng.normal(size=(len(part), 16)).astype(np.float32))
+    vectors = l2_normalize(reference + 0.5 * rng.normal(size=reference.shape).astype(np.float32) / 4)
+    found, changed = compare_with_reference(part, reference, vectors)
     query, gallery = part.roles == "query", part.roles == "gallery"
     scores = [one[query] @ one[gallery].T for one in (reference, vectors)]
     expected = rank_changes(*scores)
@@ -56,7 +56,7 @@ def test_changes_are_those_of_whole_rankings(part: Catalog, tmp_path: Path) -> N
 
 def test_other_dimensions_have_rankings_but_no_cosine(part: Catalog) -> None:
     rng = np.random.default_rng(2)
-    wide = unit(rng.normal(size=(len(part), 16)).astype(np.float32))
-    found, _ = against(part, wide, unit(np.ascontiguousarray(wide[:, :8])))
+    wide = l2_normalize(rng.normal(size=(len(part), 16)).astype(np.float32))
+    found, _ = compare_with_reference(part, wide, l2_normalize(np.ascontiguousarray(wide[:, :8])))
     assert (found["cosine_mean"], found["cosine_min"]) == (None, None)
     assert 0 < found["top10_overlap"] <= 1

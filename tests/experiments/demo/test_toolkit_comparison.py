@@ -25,7 +25,7 @@ from student.config import StudentConfig
 from student.model import Student
 from vpr.artifacts.store import write_artifact
 from vpr.common.errors import UserError
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 from vpr.retrieval.metrics import evaluate
 
 _FITS = StudentConfig(image_size=32, patch_size=8, dim=128, depth=1, heads=2, mlp_dim=96, embedding_dim=8, stem="conv")
@@ -93,4 +93,4 @@ def test_lightly_train_exports_the_same_network(tmp_path: Path) -> None:
         expected = model(torch.from_numpy(pixels)).numpy()
     assert [name.split(": ")[1] for name in graphs] == ["FP32", "FP16"]
     for path, tolerance in zip(graphs.values(), (1e-5, 1e-2), strict=True):
-        np.testing.assert_allclose(unit(onnxruntime_forward(path, 1)(pixels)), expected, atol=tolerance)
+        np.testing.assert_allclose(l2_normalize(onnxruntime_forward(path, 1)(pixels)), expected, atol=tolerance)

@@ -14,7 +14,7 @@ from experiments.latency.search_check import (
     time_search,
 )
 from vpr.data.catalog import Catalog
-from vpr.retrieval.embeddings import unit
+from vpr.retrieval.embeddings import l2_normalize
 
 
 def test_every_metric_equals_trec_eval() -> None:
@@ -39,7 +39,7 @@ def test_every_metric_equals_ranx() -> None:
 
 def test_recall_equals_a_faiss_index(catalog: Catalog) -> None:
     part = catalog.select(split="test")
-    vectors = unit(np.random.default_rng(0).standard_normal((len(part), 16), dtype=np.float32))
+    vectors = l2_normalize(np.random.default_rng(0).standard_normal((len(part), 16), dtype=np.float32))
     assert against_faiss(part, vectors) == 0
 
 

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from export.backends.registry import BACKENDS, NAMES, BackendUnavailable, choose, models_of
+from export.backends.registry import BACKENDS, NAMES, BackendUnavailable, choose_backends, models_of
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from vpr.common.errors import UserError
@@ -135,8 +135,8 @@ def test_every_named_backend_of_an_artifact_is_listed(student_artifact: Path, tm
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="no 'tensorflow': choose from all, torch, "):
-        choose(["torch", "tensorflow"])
-    assert [backend.name for backend in choose(["all"])] == list(NAMES)
+        choose_backends(["torch", "tensorflow"])
+    assert [backend.name for backend in choose_backends(["all"])] == list(NAMES)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from export.config import EngineConfig, Int8Config, OnnxConfig
 from export.fp16 import to_fp16
 from export.int8 import export_int8
 from export.qdq import quantised_nodes
-from export.tensorrt.bindings import load_builder
+from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.build import build_engine, build_plan
 from export.tensorrt.inspector import summarise_inspection
 from export.to_onnx import export_onnx, load_onnx
@@ -49,7 +49,7 @@ def test_opset_20_builds_too(each_student: Path, tmp_path: Path) -> None:
     from student.model import load_student
 
     graph = to_fp16(trace(load_student(each_student)[0], 32, 20))
-    plan, layers = build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", graph, CONFIG)
+    plan, layers = build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", graph, CONFIG)
     assert len(plan) > 10_000
     assert "SOFTMAX" in layers["layers"]
 
@@ -60,7 +60,7 @@ def test_a_graph_the_parser_does_not_know_is_refused_by_name(graph: onnx.ModelPr
     victim = next(node for node in broken.graph.node if node.op_type == "Gelu")
     victim.op_type, victim.domain = "Fortune", ""
     with pytest.raises(UserError, match=rf"'{victim.name}' \(Fortune\)"):
-        build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", broken, CONFIG)
+        build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", broken, CONFIG)
 
 
 def test_quantised_int32_biases_are_refused(graph: onnx.ModelProto) -> None:
@@ -81,7 +81,7 @@ def test_quantised_int32_biases_are_refused(graph: onnx.ModelProto) -> None:
     broken.graph.node.insert(0, helper.make_node("DequantizeLinear", inputs, ["bias_dq"], name="bias/DQ"))
     add.input[bias] = "bias_dq"
     with pytest.raises(UserError, match="bias/DQ"):
-        build_plan(load_builder("tensorrt-rtx"), "tensorrt-rtx", broken, CONFIG)
+        build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", broken, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_missing_builder_names_what_installs_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
-        load_builder("tensorrt-rtx")
+        import_tensorrt("tensorrt-rtx")
 
 
 def test_each_option_reaches_the_builder(fp32: Path, ranges: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from export.backends import registry as backends
 from export.tensorrt import cuda_driver as driver_module
-from export.tensorrt.bindings import load_builder
+from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.compatibility import load_engine
 from export.tensorrt.cuda_driver import DriverError, GraphCalls, PyCudaDriver
 from export.tensorrt.runner import EngineRunner, open_engine
@@ -348,7 +348,7 @@ def test_a_plan_that_does_not_load_gives_tensorrt_s_reason(
 
 
 def test_the_real_runtime_s_refusal_is_one_line(write: Callable[..., Artifact]) -> None:
-    trt = load_builder("tensorrt-rtx")
+    trt = import_tensorrt("tensorrt-rtx")
     artifact = write(backend="tensorrt-rtx", builder_version=trt.__version__)
     with pytest.raises(UserError, match=rf"(refuses it|needs a newer driver) .*: {REBUILD} tensorrt-rtx") as refused:
         EngineRunner(artifact, trt, RecordedDriver())

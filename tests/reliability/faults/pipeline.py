@@ -25,7 +25,7 @@ import numpy as np
 
 from tests.reliability.faults.stages import STAGES, Stage, difference, leftovers, write_inputs
 from vpr.artifacts.paths import CARD_NAME
-from vpr.cli import VERBS
+from vpr.cli import COMMANDS
 from vpr.common.errors import UserError
 
 # What can be imported without starting a thread.
@@ -111,7 +111,7 @@ class Pipeline:
         output.parent.mkdir(parents=True, exist_ok=True)
         self._runs += 1
         command = self.command(stage, output)
-        return Running(command, VERBS[stage.verb].module, self.folder / f"{self._runs}.log", prepare)
+        return Running(command, COMMANDS[stage.verb].module, self.folder / f"{self._runs}.log", prepare)
 
     def departures(self, stage: Stage, output: Path) -> list[str]:
         """What a result, and what lies beside it, has otherwise than the unbroken run's."""

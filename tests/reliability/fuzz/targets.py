@@ -34,12 +34,12 @@ from vpr.artifacts.store import (
     FileEntry,
     Kind,
     check_output,
-    find_current,
+    find_up_to_date,
     load_artifact,
-    reading,
+    reraise_as_artifact_error,
 )
 from vpr.common.errors import UserError
-from vpr.data.catalog import Catalog, table_of
+from vpr.data.catalog import Catalog, rows_to_table
 from vpr.data.readers import READERS
 from vpr.data.splits import split_by_product
 from vpr.imaging.decode import Preprocess
@@ -67,7 +67,7 @@ def card(folder: Path, data: bytes) -> None:
             check_output(path, "report")
     found = artifact.card
     assert all((path / name).resolve().is_relative_to(path.resolve()) for name in found.files), "a file outside"
-    find_current(path, found.kind, found.config, found.parents)
+    find_up_to_date(path, found.kind, found.config, found.parents)
 
 
 def table(folder: Path, data: bytes) -> None:
@@ -88,7 +88,7 @@ def table(folder: Path, data: bytes) -> None:
         assert row["product"], "a row without its product"
         assert (folder / row["image"]).resolve().is_relative_to(folder.resolve()), "a picture outside"
         assert row["box"] is None or all(math.isfinite(side) for side in row["box"].values()), "a box without end"
-    read = Catalog(split_by_product(table_of(rows), 0.0, 0.5, 0), folder)
+    read = Catalog(split_by_product(rows_to_table(rows), 0.0, 0.5, 0), folder)
     assert read.summary()["pictures"]["test"] >= 2, "a test split without a query and its gallery"
 
 
@@ -111,7 +111,7 @@ def graph(folder: Path, data: bytes) -> None:
     loaded = load_graph(artifact)
     thresholds = {name: 1.0 for node in loaded.graph.node for name in node.input}
     quantised = _quantise(loaded, Ranges(thresholds, {}, {}, {}))
-    with reading(artifact):
+    with reraise_as_artifact_error(artifact):
         check_graph(quantised, artifact.card)
 
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from tests.reliability.case_process import Worker
-from tests.reliability.commands import ARTIFACTS, ROUTES, Verb, make_artifacts, sign
+from tests.reliability.commands import ARTIFACTS, ROUTES, CommandCase, make_artifacts, sign
 from tests.reliability.fuzz import worker as fuzz_worker
 from tests.reliability.fuzz.fuzz import FuzzConfig, FuzzResult, fuzz, summarise
 from tests.reliability.fuzz.mutated_files import mutate_file
@@ -107,7 +107,7 @@ def _steer_the_terminal(folder: Path) -> None:
 def test_what_must_not_be_is_seen(
     originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, outcome: str
 ) -> None:
-    monkeypatch.setitem(fuzz_worker.VERBS, route_of(0).verb, Verb(run, "ranges"))
+    monkeypatch.setitem(fuzz_worker.VERBS, route_of(0).verb, CommandCase(run, "ranges"))
     assert run_case(originals, tmp_path / "case", 0, 0)["outcome"] == outcome
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from tests.reliability.case_process import answer, limit_memory, protocol
-from tests.reliability.commands import ARTIFACTS, RESULT, ROUTES, VERBS, Route, Verb, sign
+from tests.reliability.commands import ARTIFACTS, COMMAND_CASES, RESULT, ROUTES, CommandCase, Route, sign
 from tests.reliability.fuzz.mutated_files import mutate_file
 from vpr.artifacts.store import load_artifact
-from vpr.cli import quieten
+from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 
 _SIGNED = 0.85  # share of the cases in which the checksums are made to fit the mutated file
@@ -43,7 +43,7 @@ def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, A
         ``mutation`` in words, and what :func:`outcome` tells.
     """
     rng, route = np.random.default_rng([seed, case]), route_of(case)
-    verb = VERBS[route.verb]
+    verb = COMMAND_CASES[route.verb]
     lay_out(originals, folder, verb)
     path = folder / route.artifact / route.file
     what, data = mutate_file(route.file, path.read_bytes(), rng)
@@ -54,7 +54,7 @@ def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, A
     return {"mutation": what, "signed": signed, **outcome(folder, verb)}
 
 
-def lay_out(originals: Path, folder: Path, verb: Verb) -> None:
+def lay_out(originals: Path, folder: Path, verb: CommandCase) -> None:
     """Copies of all artifacts, and an older result of the verb at its output."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
@@ -67,7 +67,7 @@ def lay_out(originals: Path, folder: Path, verb: Verb) -> None:
         shutil.copytree(originals / verb.result, folder / RESULT)
 
 
-def outcome(folder: Path, verb: Verb, expected: type[Exception] | None = None) -> dict[str, Any]:
+def outcome(folder: Path, verb: CommandCase, expected: type[Exception] | None = None) -> dict[str, Any]:
     """What became of a verb.
 
     Args:
@@ -109,7 +109,7 @@ def _left(folder: Path) -> list[Path]:
     return [path for path in (folder / "out").iterdir() if not path.name.startswith(f"{Path(RESULT).name}.run-")]
 
 
-def _fault(folder: Path, verb: Verb, before: bytes, outcome: str) -> str:
+def _fault(folder: Path, verb: CommandCase, before: bytes, outcome: str) -> str:
     """What is wrong with what a verb left behind: more than its result, a part of it, or a changed older one."""
     names = sorted(path.name for path in _left(folder))
     expected = {"": [], "csv": ["result.csv"]}.get(verb.result, ["result"])
@@ -131,7 +131,7 @@ def _fault(folder: Path, verb: Verb, before: bytes, outcome: str) -> str:
 
 def warm_up(originals: Path, folder: Path) -> None:
     """Run every verb on files that nobody mutated, so that libraries are loaded; none may refuse them."""
-    for name, verb in VERBS.items():
+    for name, verb in COMMAND_CASES.items():
         lay_out(originals, folder, verb)
         told = outcome(folder, verb)
         if told["outcome"] != "accepted":
@@ -141,7 +141,7 @@ def warm_up(originals: Path, folder: Path) -> None:
 def main(originals: Path, folder: Path, seed: int) -> None:
     """Answer case by case until the input ends."""
     answers = protocol()
-    quieten()
+    silence_libraries()
     warm_up(originals, folder)
     limit_memory()
     answer(lambda case: run_case(originals, folder, seed, case), answers)

@@ -21,13 +21,13 @@ import pyarrow as pa
 from app.search_page.lookup import Searcher, load_searchers
 from app.search_page.server import ADDRESS, make_app
 from benchmarks.config import ReportConfig
-from benchmarks.report.build import report
+from benchmarks.report.build import build_report
 from benchmarks.report.render import draw_html, draw_markdown
 from student.embed import embed_catalog
-from tests.reliability.commands import RESULT, VERBS, Verb, make_student, run_once
+from tests.reliability.commands import COMMAND_CASES, RESULT, CommandCase, make_student, run_once
 from vpr.artifacts.store import load_artifact
 from vpr.cli import main
-from vpr.common.errors import TOO_LITTLE_MEMORY, UserError
+from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.config import EmbedConfig
 
@@ -52,7 +52,7 @@ def make_originals(folder: Path, shop: Path) -> None:
     make_student(folder, shop)
     student, catalog = str(folder / "student"), str(folder / "catalog")
     embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings")))
-    drawn = report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
+    drawn = build_report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
     (folder / "report.json").write_bytes((drawn / "report.json").read_bytes())
     shop.rename(folder / "pictures")
 
@@ -72,7 +72,7 @@ def command(*arguments: str) -> None:
         lines = [line for line in said.getvalue().splitlines() if line.startswith("vpr: ")]
         if ended.code != 2 or len(lines) != 1 or not lines[0].startswith(_LINE):
             raise RuntimeError(f"exit status {ended.code} after {said.getvalue()[-500:]!r}") from None
-        if TOO_LITTLE_MEMORY in lines[0]:  # what was given has made it ask for more than there is
+        if OUT_OF_MEMORY in lines[0]:  # what was given has made it ask for more than there is
             raise RuntimeError(lines[0]) from None
         raise UserError(lines[0].removeprefix(_LINE)) from None
 
@@ -233,20 +233,20 @@ def _results_page(folder: Path) -> None:
     _shows_as_text(draw, folder)
 
 
-ROADS: dict[str, Verb] = {
-    **{name: VERBS[name] for name in ("calibrate", "student embed", "export onnx")},
-    "run by ONNX Runtime": Verb(lambda folder: run_once(folder / "fp32", "onnxruntime-cpu")),
-    "catalog": Verb(partial(_catalog, "folder", "shop"), "catalog"),
-    "catalog csv": Verb(partial(_catalog, "csv", "in/table.csv"), "catalog"),
+ROADS: dict[str, CommandCase] = {
+    **{name: COMMAND_CASES[name] for name in ("calibrate", "student embed", "export onnx")},
+    "run by ONNX Runtime": CommandCase(lambda folder: run_once(folder / "fp32", "onnxruntime-cpu")),
+    "catalog": CommandCase(partial(_catalog, "folder", "shop"), "catalog"),
+    "catalog csv": CommandCase(partial(_catalog, "csv", "in/table.csv"), "catalog"),
     **{
-        f"catalog {reader}": Verb(partial(_catalog, reader, "in"), "catalog")
+        f"catalog {reader}": CommandCase(partial(_catalog, reader, "in"), "catalog")
         for reader in ("folder", "pictures", "webdataset", "products10k", "aicrowd")
     },
-    "embed the shop": Verb(_embed, "embeddings"),
-    "recipe": Verb(_recipe, "catalog"),
-    "teacher train": Verb(_teach),
-    "upload": Verb(_upload),
-    "gallery picture": Verb(_thumbnail),
-    "report page": Verb(_report_page),
-    "search page results": Verb(_results_page),
+    "embed the shop": CommandCase(_embed, "embeddings"),
+    "recipe": CommandCase(_recipe, "catalog"),
+    "teacher train": CommandCase(_teach),
+    "upload": CommandCase(_upload),
+    "gallery picture": CommandCase(_thumbnail),
+    "report page": CommandCase(_report_page),
+    "search page results": CommandCase(_results_page),
 }

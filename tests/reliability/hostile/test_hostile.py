@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.commands import Verb
+from tests.reliability.commands import CommandCase
 from tests.reliability.hostile.hostile import LONGEST, HostileConfig, HostileResult, attack, summarise
 from tests.reliability.hostile.images import pictures
 from tests.reliability.hostile.routes import ROADS, command
@@ -53,7 +53,7 @@ def test_a_command_s_line_is_told_from_other_ends(tmp_path: Path) -> None:
         command("catalog", "--reader", "folder", "--root", str(tmp_path / "absent"), "--output", str(tmp_path / "o"))
     with pytest.raises(UserError, match="no command"):
         command("spell")
-    assert isinstance(ROADS["upload"], Verb)
+    assert isinstance(ROADS["upload"], CommandCase)
 
 
 def test_a_command_that_runs_out_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.reliability.case_process import answer, limit_memory, peak_memory, protocol, reset_peak
-from tests.reliability.commands import Verb
+from tests.reliability.commands import CommandCase
 from tests.reliability.fuzz.worker import lay_out, outcome
 from tests.reliability.hostile.artifacts import cards, graphs, weights
 from tests.reliability.hostile.catalogs import links, paths, tables
@@ -28,7 +28,7 @@ from tests.reliability.hostile.routes import PICTURE, PICTURE_ROADS, ROADS, SetA
 from tests.reliability.hostile.shards import shards
 from tests.reliability.hostile.texts import names, recipes, towers
 from vpr.artifacts.store import load_artifact
-from vpr.cli import quieten
+from vpr.cli import silence_libraries
 
 _HOMES = {"home": "HOME", "temporary": "TMPDIR", "working": "PWD"}
 _Seen = dict[str, tuple[int, ...]]
@@ -105,7 +105,7 @@ def run_case(place: Path, number: int) -> dict[str, Any]:
     return {**told, **used}
 
 
-def _lay_out(place: Path, verb: Verb) -> None:
+def _lay_out(place: Path, verb: CommandCase) -> None:
     """A folder in which nothing is hostile yet."""
     originals, folder = place / "originals", place / "case"
     lay_out(originals, folder, verb)
@@ -139,7 +139,7 @@ def main(place: Path) -> None:
         os.environ[variable] = str(place / name)
     tempfile.tempdir = str(place / "temporary")
     answers = protocol()
-    quieten()
+    silence_libraries()
     folder = place / "case"
     folder.mkdir()
     # In a process of its own: the libraries that it takes are not counted with those of the roads.

@@ -13,7 +13,7 @@ from tests.reliability.hostile.images import promised_png
 from tests.reliability.load.clients import Expected, Upload, Way
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import ImageRefused
+from vpr.imaging.decode import ImageRejected
 
 TOP = 12
 SHARES: dict[str, float] = {
@@ -67,8 +67,8 @@ class Uploads:
                 return Upload(kind, body, Expected(413, said="Content Too Large"), size=MAX_BYTES + 1)
         bodies = {"cut short": body[: len(body) * 2 // 3], "no picture": b"<svg><script>", "says 144 megapixels": _BOMB}
         try:
-            self._searcher.look_up(bodies[kind], 1)
-        except ImageRefused as refused:
+            self._searcher.search_bytes(bodies[kind], 1)
+        except ImageRejected as refused:
             return Upload(kind, bodies[kind], Expected(422, said=refused.reason))
         raise UserError(f"load: picture {row} of the queries is readable though {kind}: choose others")
 
@@ -76,7 +76,7 @@ class Uploads:
         if (row, large) not in self._known:
             body = self._pictures.path(row).read_bytes()
             body = _enlarged(body) if large else body
-            found = self._searcher.look_up(body, TOP)
+            found = self._searcher.search_bytes(body, TOP)
             answer = Expected(200, tuple(found.rows.tolist()), tuple(found.scores.tolist()))
             self._known[row, large] = body, answer
         return self._known[row, large]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from experiments.figures import ROOT, Figure, Row
 from tests.reliability.commands import write_pictures
-from vpr.cli import VERBS
+from vpr.cli import COMMANDS
 from vpr.common.errors import UserError
 from vpr.common.log import say
 
@@ -75,7 +75,7 @@ class VerbResult:
     """How a verb ended without a network.
 
     Attributes:
-        verb: as in :data:`vpr.cli.VERBS`.
+        verb: as in :data:`vpr.cli.COMMANDS`.
         code: its exit status.
         attempts: what it tried to reach, as far as Python's sockets tell.
         line: the last that it wrote.
@@ -102,7 +102,7 @@ def prepare(folder: Path) -> None:
 
 def verb_of(command: str) -> str:
     """The verb that a command line begins with."""
-    return max((verb for verb in VERBS if f"{command} ".startswith(f"{verb} ")), key=len)
+    return max((verb for verb in COMMANDS if f"{command} ".startswith(f"{verb} ")), key=len)
 
 
 def run_each(commands: tuple[str, ...], folder: Path) -> Iterator[VerbResult]:
@@ -191,7 +191,7 @@ def offline(folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
     passed = {one.verb for one in told} - {one.verb for one in told if not one.passed}
     attempts = sum(len(one.attempts) for one in told)
     figures = [
-        Figure("offline: verbs that pass with sockets blocked", len(passed), "verbs", len(VERBS), ">=", command),
+        Figure("offline: verbs that pass with sockets blocked", len(passed), "verbs", len(COMMANDS), ">=", command),
         Figure("offline: attempts to reach another machine", attempts, "attempts", 0, "<=", command),
     ]
     network = "loopback of its own" if has_network_of_its_own() else "refused by Python"

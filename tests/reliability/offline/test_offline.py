@@ -17,7 +17,7 @@ from tests.reliability.offline.offline import (
     run_together,
     verb_of,
 )
-from vpr.cli import VERBS
+from vpr.cli import COMMANDS
 
 PAGE = tuple(one for one in ROAD if one.startswith("search serve"))
 DEMO = tuple(one for one in ROAD if one.startswith("demo"))
@@ -32,7 +32,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, VerbResult]:
 
 
 def test_every_verb_is_on_the_road() -> None:
-    assert {verb_of(command) for command in ROAD} == set(VERBS)
+    assert {verb_of(command) for command in ROAD} == set(COMMANDS)
     assert [len(PAGE), len(DEMO)] == [1, 1]
 
 

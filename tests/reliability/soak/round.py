@@ -12,7 +12,7 @@ import numpy as np
 from export.backends.registry import models_of
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
-from student.config import DistillConfig, SignalConfig, StudentConfig
+from student.config import DistillConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.embed import embed_catalog
 from teacher.config import StageConfig, TowerConfig, TrainConfig
@@ -20,10 +20,10 @@ from teacher.train import train
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig, LoaderConfig
-from vpr.retrieval.config import EmbedConfig, FindConfig
+from vpr.retrieval.config import EmbedConfig, SearchConfig
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.search import search
-from vpr.retrieval.search_command import find
+from vpr.retrieval.search_command import search_gallery
 
 _BACKENDS = ("onnxruntime-cpu", "openvino")
 _PRODUCTS = 12  # of each split
@@ -51,7 +51,7 @@ def one_round(made: Path, folder: Path) -> str:
     catalog, student = str(made / "catalog"), str(folder / "student")
     _distil(made, folder / "student")
     embeddings = str(embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings"), split="test")))
-    table = find(FindConfig(embeddings, embeddings, str(folder / "found.csv"), k=_TOP))
+    table = search_gallery(SearchConfig(embeddings, embeddings, str(folder / "found.csv"), k=_TOP))
     assert table is not None
     found = [table.read_bytes()]
     part = load_catalog(catalog).select(split="test")
@@ -76,7 +76,7 @@ def _write_part(sample: Path) -> None:
 
 
 def _distil(made: Path, output: Path) -> None:
-    model, signal = StudentConfig("sample", stem="conv"), SignalConfig(views=1)
+    model, signal = StudentConfig("sample", stem="conv"), TargetsConfig(views=1)
     teacher, catalog = str(made / "teacher"), str(made / "catalog")
     loader = LoaderConfig(_BATCH, keep_in_memory=True)
     distill(DistillConfig(teacher, catalog, str(output), model=model, signal=signal, epochs=1, loader=loader))

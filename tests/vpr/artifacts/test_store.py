@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from tests.conftest import edit_card
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Damaged, check_output, find_current, load_artifact, reading, write_artifact
+from vpr.artifacts.store import (
+    CorruptArtifact,
+    check_output,
+    find_up_to_date,
+    load_artifact,
+    reraise_as_artifact_error,
+    write_artifact,
+)
 from vpr.common.errors import UserError
 
 
@@ -54,8 +61,8 @@ def test_whatever_json_a_card_is_given_is_read_back(config: dict[str, Any], metr
         card = load_artifact(path).card
         assert (card.config, card.metrics) == (config, metrics)
         assert json.loads((path / CARD_NAME).read_bytes())["config"] == config
-        assert find_current(path, "ranges", config, []) is not None
-        assert find_current(path, "ranges", {**config, "one": "more"}, []) is None
+        assert find_up_to_date(path, "ranges", config, []) is not None
+        assert find_up_to_date(path, "ranges", {**config, "one": "more"}, []) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,7 +76,7 @@ def test_no_changed_byte_goes_unseen(content: bytes, data: st.DataObject) -> Non
         changed = bytearray(content)
         changed[at] ^= data.draw(st.integers(1, 255))
         (path / "file").write_bytes(changed)
-        with pytest.raises(Damaged, match="changed since it was written"):
+        with pytest.raises(CorruptArtifact, match="changed since it was written"):
             load_artifact(path)
 
 
@@ -108,18 +115,18 @@ def test_a_stranger_s_folder_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_an_unchanged_artifact_is_found_again(artifact: Path) -> None:
-    assert find_current(artifact, "ranges", {"bins": 2048, "method": "mse"}, [])
-    assert find_current(artifact, "ranges", {"bins": 1024, "method": "mse"}, []) is None
-    assert find_current(artifact.parent / "absent", "ranges", {}, []) is None
+    assert find_up_to_date(artifact, "ranges", {"bins": 2048, "method": "mse"}, [])
+    assert find_up_to_date(artifact, "ranges", {"bins": 1024, "method": "mse"}, []) is None
+    assert find_up_to_date(artifact.parent / "absent", "ranges", {}, []) is None
 
 
 def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
     config = {"method": "mse", "bins": 2048}
     (artifact / "ranges.json").write_text("[]")
-    assert find_current(artifact, "ranges", config, []) is None
+    assert find_up_to_date(artifact, "ranges", config, []) is None
     with write_artifact(artifact, "ranges", config) as draft:
         (draft.path / "ranges.json").write_text("{}")
-    assert find_current(artifact, "ranges", config, [])
+    assert find_up_to_date(artifact, "ranges", config, [])
 
 
 @pytest.mark.parametrize(
@@ -198,23 +205,23 @@ def test_an_output_that_names_an_input_does_not_replace_it(artifact: Path) -> No
 def test_a_damaged_card_keeps_no_artifact_from_being_made_again(artifact: Path, damage: Any) -> None:
     config = {"method": "mse", "bins": 2048}
     damage(artifact / "card.json")
-    assert find_current(artifact, "ranges", config, []) is None
+    assert find_up_to_date(artifact, "ranges", config, []) is None
     with write_artifact(artifact, "ranges", config) as draft:
         (draft.path / "ranges.json").write_text("{}")
-    assert find_current(artifact, "ranges", config, [])
+    assert find_up_to_date(artifact, "ranges", config, [])
 
 
 def test_a_card_of_a_newer_version_is_not_made_again(artifact: Path) -> None:
     edit_card(artifact, schema=2)
     with pytest.raises(UserError, match="upgrade"):
-        find_current(artifact, "ranges", {}, [])
+        find_up_to_date(artifact, "ranges", {}, [])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_what_the_machine_lacks_is_no_fault_of_the_artifact(artifact: Path, error: Exception) -> None:
-    with pytest.raises(type(error)), reading(load_artifact(artifact)):
+    with pytest.raises(type(error)), reraise_as_artifact_error(load_artifact(artifact)):
         raise error
-    with pytest.raises(UserError, match="no usable ranges"), reading(load_artifact(artifact)):
+    with pytest.raises(UserError, match="no usable ranges"), reraise_as_artifact_error(load_artifact(artifact)):
         raise ValueError("a shape")
 
 
@@ -222,19 +229,19 @@ def test_an_output_that_names_its_own_input_is_refused(artifact: Path) -> None:
     """Of the same kind, as the FP32 graph that an INT8 one is made from."""
     parent = load_artifact(artifact).as_parent("ranges")
     with pytest.raises(UserError, match="is the ranges that is read, and would be replaced"):
-        find_current(artifact, "ranges", {"other": 1}, [parent])
+        find_up_to_date(artifact, "ranges", {"other": 1}, [parent])
 
 
 def test_an_output_is_asked_for_before_the_work(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a ranges artifact, a onnx would replace it"):
-        find_current(artifact, "onnx", {}, [])
+        find_up_to_date(artifact, "onnx", {}, [])
     with pytest.raises(UserError, match=r"holds a ranges without latency\.json, of another command"):
-        find_current(artifact, "ranges", {}, [], "latency.json")
-    assert find_current(artifact, "ranges", {}, [], "ranges.json") is None
+        find_up_to_date(artifact, "ranges", {}, [], "latency.json")
+    assert find_up_to_date(artifact, "ranges", {}, [], "ranges.json") is None
     for name, target in {"link": artifact, "dangling": tmp_path / "nowhere"}.items():
         (tmp_path / name).symlink_to(target)
         with pytest.raises(UserError, match=f"{name}: is a link: name the folder itself"):
-            find_current(tmp_path / name, "ranges", {}, [])
+            find_up_to_date(tmp_path / name, "ranges", {}, [])
 
 
 def test_a_metric_that_lists_no_names_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vpr.common.distributed import gathered, is_first, leave, rank_and_world
+from vpr.common.distributed import all_gather_cat, destroy_process_group, is_first, rank_and_world
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler
@@ -90,7 +90,7 @@ class Small(RecallModule):
 
     def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         loss = (self.net(self.normalise(batch["pixels"])) - 1).square().mean()
-        self.losses.append(float(gathered(loss.detach()[None]).mean()))
+        self.losses.append(float(all_gather_cat(loss.detach()[None]).mean()))
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -108,4 +108,4 @@ def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
-    leave()
+    destroy_process_group()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vpr.common import hardware as environment
-from vpr.common.hardware import eight_bits_overflow
+from vpr.common.hardware import lacks_vnni
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ def test_processors_whose_eight_bits_overflow(
         file.write_text(f"processor\t: 0\n{cpuinfo}\n")
     monkeypatch.setattr(environment, "_CPUINFO", file)
     monkeypatch.setattr(environment.platform, "machine", lambda: machine)
-    assert eight_bits_overflow() is overflow
+    assert lacks_vnni() is overflow

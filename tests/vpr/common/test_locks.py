@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vpr.common.errors import UserError
-from vpr.common.locks import locked
+from vpr.common.locks import file_lock
 
 HOLDER = """
 import os, sys, time
@@ -28,11 +28,11 @@ def test_a_lock_is_its_process_s_alone_and_ends_with_a_kill(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         forked = int(holder.stdout.readline())
-        with pytest.raises(UserError, match="^in use: wait$"), locked(lock, "in use: wait"):
+        with pytest.raises(UserError, match="^in use: wait$"), file_lock(lock, "in use: wait"):
             pass
         holder.kill()
         holder.wait()
-        with locked(lock, "in use: wait"):  # the forked child lives on
+        with file_lock(lock, "in use: wait"):  # the forked child lives on
             assert lock.exists()
         assert not lock.exists()
         os.kill(forked, signal.SIGKILL)
@@ -41,7 +41,7 @@ def test_a_lock_is_its_process_s_alone_and_ends_with_a_kill(tmp_path: Path) -> N
 def test_a_lock_file_that_was_removed_while_it_was_waited_for_is_not_taken_for_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     waiting = "import sys; from pathlib import Path; from vpr.common.locks import locked\nwith locked(Path(sys.argv[1])): print(1)"
-    with locked(lock):
+    with file_lock(lock):
         waiter = subprocess.Popen([sys.executable, "-c", waiting, str(lock)], stdout=subprocess.PIPE, text=True)
         while len(list(Path(f"/proc/{waiter.pid}/fd").glob("*"))) < 4:  # it has the file open
             assert waiter.poll() is None

@@ -29,7 +29,7 @@ def test_an_output_that_may_not_be_replaced_is_refused_before_pictures_are_read(
 ) -> None:
     with write_artifact(tmp_path / "taken", "ranges", {}):
         pass
-    monkeypatch.setattr("vpr.data.build_catalog.check_pictures", lambda *_: pytest.fail("pictures were read"))
+    monkeypatch.setattr("vpr.data.build_catalog.check_images", lambda *_: pytest.fail("pictures were read"))
     for reader in ("folder", "sample"):
         config = CatalogConfig(reader=reader, root=str(texture_folder), output=str(tmp_path / "taken"))  # type: ignore[arg-type]
         with pytest.raises(UserError, match="holds a ranges artifact"):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.catalogs import write_catalog
 from vpr.common.errors import UserError
-from vpr.data.catalog import SCHEMA, Catalog, load_catalog, table_of
+from vpr.data.catalog import SCHEMA, Catalog, load_catalog, rows_to_table
 from vpr.data.readers import read_csv
 from vpr.data.splits import check_leaks, split_by_product
 
@@ -35,7 +35,7 @@ def test_an_unknown_role_is_refused(catalog: Catalog) -> None:
     rows = catalog.table.to_pylist()[:1]
     rows[0]["role"] = "spectator"
     with pytest.raises(UserError, match="role 'spectator' is not known"):
-        table_of(rows)
+        rows_to_table(rows)
 
 
 def test_two_hundred_thousand_rows_are_read_split_written_and_loaded_in_seconds(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_two_hundred_thousand_rows_are_read_split_written_and_loaded_in_seconds(
         stream.writelines(f"shelf-{row % 50}/{row}.jpg,shop/{row // 20}\n" for row in range(200_000))
     begun = time.monotonic()
     rows = [{**row, "sha256": f"{number:064x}"} for number, row in enumerate(read_csv(tmp_path / "t.csv"))]
-    made = Catalog(split_by_product(table_of(rows), 0.1, 0.1, 0), tmp_path)
+    made = Catalog(split_by_product(rows_to_table(rows), 0.1, 0.1, 0), tmp_path)
     loaded = load_catalog(write_catalog(tmp_path / "catalog", made))
     train, test = loaded.select(split="train"), loaded.select(split="test")
     assert check_leaks(train, test) == {}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.catalogs import write_catalog
 from vpr.data.build_catalog import build_catalog
-from vpr.data.catalog import Catalog, load_catalog, table_of
+from vpr.data.catalog import Catalog, load_catalog, rows_to_table
 from vpr.data.config import CatalogConfig
 from vpr.data.duplicates import merge, near_pairs
 
@@ -78,7 +78,7 @@ def test_two_hundred_thousand_hashes_are_compared_in_seconds(white: int) -> None
 def test_merged_names_are_those_of_the_common_folder_however_they_are_spelt(tmp_path: Path) -> None:
     def table(names: list[str], product: str) -> pa.Table:
         fixed = {"category": "", "role": "train", "split": "train", "box": None, "source": "made"}
-        return table_of([{**fixed, "image": name, "product": product, "sha256": name[-5:]} for name in names])
+        return rows_to_table([{**fixed, "image": name, "product": product, "sha256": name[-5:]} for name in names])
 
     for name in ("a/x/1.png", "a/x/2.png", "b/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,14 @@ from torch import Tensor
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import EpochSampler, PictureDataset, training_loader, validation_loader
+from vpr.data.loaders import EpochSampler, ImageDataset, training_loader, validation_loader
 from vpr.imaging.decode import Preprocess
 
 PREPROCESS = Preprocess(size=16)
 LOCK = threading.Lock()
 
 
-class LockedDataset(PictureDataset):
+class LockedDataset(ImageDataset):
     """It reads while nothing else holds the lock."""
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ class LockedDataset(PictureDataset):
         return super().__getitems__(rows)
 
 
-class WarningDataset(PictureDataset):
+class WarningDataset(ImageDataset):
     """It warns, as Pillow does of a broken tag, and says whether that was let through."""
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
@@ -48,32 +48,34 @@ def _names(counts: list[int]) -> np.ndarray:
 @settings(max_examples=80, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 30), min_size=1, max_size=12),
-    cap=st.integers(0, 12),
-    at_least=st.integers(0, 12),
+    max_per_product=st.integers(0, 12),
+    min_per_product=st.integers(0, 12),
     seed=st.integers(0, 3),
     epoch=st.integers(0, 3),
 )
 def test_an_epoch_has_as_many_of_each_product_as_asked(
-    counts: list[int], cap: int, at_least: int, seed: int, epoch: int
+    counts: list[int], max_per_product: int, min_per_product: int, seed: int, epoch: int
 ) -> None:
-    at_least = min(at_least, cap) if cap else at_least
+    min_per_product = min(min_per_product, max_per_product) if max_per_product else min_per_product
     names = _names(counts)
-    sampler = EpochSampler(names, LoaderConfig(1, cap=cap, at_least=at_least), seed)
+    sampler = EpochSampler(
+        names, LoaderConfig(1, max_per_product=max_per_product, min_per_product=min_per_product), seed
+    )
     sampler.set_epoch(epoch)
     rows = list(sampler)
     assert len(rows) == len(sampler)
     drawn = Counter(names[rows].tolist())
     for name, count in Counter(names.tolist()).items():
-        assert drawn[name] == max(min(count, cap or count), at_least)
+        assert drawn[name] == max(min(count, max_per_product or count), min_per_product)
         times = [rows.count(row) for row in np.flatnonzero(names == name).tolist()]
         assert max(times) - min(times) <= 1  # whole repeats and a rest, nothing drawn twice before all are drawn once
-    again = EpochSampler(names, LoaderConfig(1, cap=cap, at_least=at_least), seed)
+    again = EpochSampler(names, LoaderConfig(1, max_per_product=max_per_product, min_per_product=min_per_product), seed)
     again.set_epoch(epoch)
     assert list(again) == rows
 
 
 def test_each_epoch_draws_others_of_a_capped_product_and_all_come_round() -> None:
-    sampler = EpochSampler(_names([200, 5]), LoaderConfig(1, cap=40), 0)
+    sampler = EpochSampler(_names([200, 5]), LoaderConfig(1, max_per_product=40), 0)
     epochs = []
     for epoch in range(60):
         sampler.set_epoch(epoch)
@@ -89,7 +91,7 @@ def test_without_limits_the_order_is_the_permutation_of_seed_and_epoch() -> None
     assert list(sampler) == torch.randperm(16, generator=torch.Generator().manual_seed(3_000_011)).tolist()
 
 
-@pytest.mark.parametrize("limits", [{}, {"cap": 8, "at_least": 4}])
+@pytest.mark.parametrize("limits", [{}, {"max_per_product": 8, "min_per_product": 4}])
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_batches_of_one(world: int, limits: dict[str, int]) -> None:
     names = _names([1, 3, 9, 20, 14])
@@ -106,15 +108,15 @@ def test_processes_share_the_batches_of_one(world: int, limits: dict[str, int]) 
 def test_two_hundred_thousand_rows_are_drawn_at_once() -> None:
     names = np.array([f"products10k/{row % 9691}" for row in range(200_000)])
     begun = time.monotonic()
-    sampler = EpochSampler(names, LoaderConfig(64, cap=18, at_least=15), 0)
+    sampler = EpochSampler(names, LoaderConfig(64, max_per_product=18, min_per_product=15), 0)
     assert len(list(sampler)) == 9691 * 18 // 64 * 64
     assert time.monotonic() - begun < 20  # a bound against a loop over rows, not a benchmark
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_give_pictures_with_their_rows(catalog: Catalog, workers: int) -> None:
-    dataset = PictureDataset(catalog.select(split="validation"), PREPROCESS)
-    kept = PictureDataset(dataset.catalog, PREPROCESS, keep_in_memory=True)
+    dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS)
+    kept = ImageDataset(dataset.catalog, PREPROCESS, keep_in_memory=True)
     everything = kept.__getitems__(list(range(len(kept))))["pixels"]
     config = LoaderConfig(5, workers)
     batches = list(validation_loader(dataset, config))
@@ -142,13 +144,13 @@ def test_workers_are_as_silent_as_their_training(catalog: Catalog, silent: bool)
 
 
 def test_pixels_that_are_kept_are_not_copied_to_workers(catalog: Catalog) -> None:
-    dataset = PictureDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
+    dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
     assert training_loader(dataset, LoaderConfig(5, workers=2), 0).num_workers == 0
 
 
 @pytest.mark.parametrize("world", [1, 3, 5, 40])
 def test_processes_validate_every_picture_in_batches_of_the_same_sizes(catalog: Catalog, world: int) -> None:
-    dataset = PictureDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
+    dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
     config = LoaderConfig(4)
     shares = [[b["rows"].tolist() for b in validation_loader(dataset, config, rank, world)] for rank in range(world)]
     assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
@@ -156,13 +158,13 @@ def test_processes_validate_every_picture_in_batches_of_the_same_sizes(catalog: 
 
 
 def test_too_few_pictures_for_a_batch_are_refused(catalog: Catalog) -> None:
-    dataset = PictureDataset(catalog.select(split="validation"), PREPROCESS)
+    dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS)
     with pytest.raises(UserError, match=r"loader\.batch_size: 33 is more than the 32 training pictures of an epoch"):
         training_loader(dataset, LoaderConfig(33), 0)
     with pytest.raises(UserError, match="17 in each of 2 processes is more than the 32"):
         training_loader(dataset, LoaderConfig(17), 0, rank=1, world=2)
     with pytest.raises(UserError, match="9 is more than the 8"):
-        training_loader(dataset, LoaderConfig(9, cap=2), 0)
+        training_loader(dataset, LoaderConfig(9, max_per_product=2), 0)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +172,12 @@ def test_too_few_pictures_for_a_batch_are_refused(catalog: Catalog) -> None:
     [
         ({"batch_size": 0}, r"loader\.batch_size: 0: give 1 or more"),
         ({"workers": -1}, r"loader\.workers: -1: give 0 to 512"),
-        ({"cap": -1}, r"loader\.cap: -1"),
-        ({"at_least": -2}, r"loader\.at_least: -2"),
-        ({"cap": 5, "at_least": 6}, r"loader\.at_least: 6 is more than loader\.cap 5: lower it"),
+        ({"max_per_product": -1}, r"loader\.max_per_product: -1"),
+        ({"min_per_product": -2}, r"loader\.min_per_product: -2"),
+        (
+            {"max_per_product": 5, "min_per_product": 6},
+            r"loader\.min_per_product: 6 is more than loader\.max_per_product 5: lower it",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, int], message: str) -> None:

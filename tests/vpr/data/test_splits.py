@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vpr.common.errors import UserError
-from vpr.data.catalog import SCHEMA, Catalog, table_of
+from vpr.data.catalog import SCHEMA, Catalog, rows_to_table
 from vpr.data.splits import check_leaks, split_by_product
 
 
@@ -34,9 +34,9 @@ def test_splits_are_by_product_and_do_not_depend_on_the_order(
     assume(round(test * len(counts)) and (validation == 0 or round(validation * len(counts))))
     assume(sum(count > 1 for count in counts) >= round(test * len(counts)) + round(validation * len(counts)))
     rows = _rows(counts)
-    first = split_by_product(table_of(rows), validation, test, seed).to_pylist()
+    first = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
     shuffle.shuffle(rows)
-    second = split_by_product(table_of(rows), validation, test, seed).to_pylist()
+    second = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
     by_image = {row["image"]: row for row in second}
     assert all(by_image[row["image"]] == row for row in first)
     for product in {row["product"] for row in first}:
@@ -95,7 +95,7 @@ def test_splits_equal_a_plain_loop(made: list[tuple[str, str, str, float | None]
     products = [row["product"] for row in rows]
     assume(sum(products.count(name) > 1 for name in set(products)) >= 4)
     validation = test = 1.5 / len(set(products))
-    found = split_by_product(table_of(rows), validation, test, seed).to_pylist()
+    found = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
     assert found == _split_by_a_plain_loop(rows, validation, test, seed)
 
 
@@ -116,11 +116,11 @@ def test_leaks_of_products_and_of_bytes_are_refused(catalog: Catalog) -> None:
 
 def test_shares_that_leave_no_training_are_refused() -> None:
     with pytest.raises(UserError, match="together less than 1"):
-        split_by_product(table_of(_rows([2, 2])), 0.5, 0.5, 0)
+        split_by_product(rows_to_table(_rows([2, 2])), 0.5, 0.5, 0)
 
 
 def test_a_share_that_comes_to_no_product_is_refused() -> None:
     with pytest.raises(UserError, match=r"validation 0\.1: is none of 2 products"):
-        split_by_product(table_of(_rows([2, 2])), 0.1, 0, 0)
+        split_by_product(rows_to_table(_rows([2, 2])), 0.1, 0, 0)
     with pytest.raises(UserError, match=r"test 0\.5: is none of 4 products, 0 of which have the two pictures"):
-        split_by_product(table_of(_rows([1, 1, 1, 1])), 0, 0.5, 0)
+        split_by_product(rows_to_table(_rows([1, 1, 1, 1])), 0, 0.5, 0)

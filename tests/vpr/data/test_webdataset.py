@@ -14,7 +14,7 @@ from vpr.common.errors import UserError
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
-from vpr.imaging.decode import ImageRefused, Preprocess, read_picture
+from vpr.imaging.decode import ImageRejected, Preprocess, read_image
 from vpr.imaging.limits import MAX_FILE_BYTES
 from vpr.retrieval.embeddings import load_embeddings, read_pixels
 
@@ -98,7 +98,7 @@ def test_a_sample_may_hold_several_pictures_and_say_everything(picture: bytes, t
     assert catalog.roles.tolist() == ["query", "query", "train"]
     assert catalog.categories.tolist() == ["shoes", "shoes", ""]
     assert [catalog.box(row) for row in range(3)] == [(4.0, 5.0, 20.0, 30.0)] * 2 + [None]
-    assert {read_picture(catalog.path(row)) for row in range(3)} == {picture}
+    assert {read_image(catalog.path(row)) for row in range(3)} == {picture}
 
 
 def test_shards_without_labels_are_pictures_of_their_own(picture: bytes, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_hostile_members_are_set_aside_with_a_reason(picture: bytes, tmp_path: P
         ("text.jpg", b"<html>"),
     ]
     root = write_shard(tmp_path / "s" / "0.tar", members, form).parent
-    with pytest.raises(ImageRefused, match=r"0\.tar#\d+\+6/text\.jpg: not a picture"):
+    with pytest.raises(ImageRejected, match=r"0\.tar#\d+\+6/text\.jpg: not a picture"):
         build(root, tmp_path / "c")
     catalog = build(root, tmp_path / "c", skip_unreadable=True)
     assert [image.split("/")[-1] for image in catalog.table["image"].to_pylist()] == ["good.jpg"]
@@ -274,11 +274,11 @@ def test_a_shard_cut_after_it_was_read_is_told(picture: bytes, tmp_path: Path) -
     shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture)])
     catalog = build(tmp_path / "s", tmp_path / "c")
     shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(ImageRefused, match=r"a\.jpg: its file ends before it does"):
-        read_picture(catalog.path(0))
-    with pytest.raises(ImageRefused, match="more than"):
-        read_picture(Path(f"{shard}#512+{MAX_FILE_BYTES + 1}/a.jpg"))
-    with pytest.raises(ImageRefused):
-        read_picture(Path(f"{shard}#{'9' * 15}+9/a.jpg"))
-    with pytest.raises(ImageRefused, match="No such file"):
-        read_picture(tmp_path / "s" / "other.tar#512+9" / "a.jpg")
+    with pytest.raises(ImageRejected, match=r"a\.jpg: its file ends before it does"):
+        read_image(catalog.path(0))
+    with pytest.raises(ImageRejected, match="more than"):
+        read_image(Path(f"{shard}#512+{MAX_FILE_BYTES + 1}/a.jpg"))
+    with pytest.raises(ImageRejected):
+        read_image(Path(f"{shard}#{'9' * 15}+9/a.jpg"))
+    with pytest.raises(ImageRejected, match="No such file"):
+        read_image(tmp_path / "s" / "other.tar#512+9" / "a.jpg")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from tests.reliability.hostile.images import encoded
-from vpr.imaging.decode import ImageRefused, Preprocess, decode, decode_bytes
+from vpr.imaging.decode import ImageRejected, Preprocess, decode, decode_bytes
 from vpr.imaging.limits import MAX_FILE_BYTES, MAX_PIXELS
 
 
@@ -91,7 +91,7 @@ def test_a_broken_picture_is_refused_with_a_box_as_without(form: str) -> None:
         for box in (None, (0, 0, 60, 40)):
             try:
                 found.append(decode_bytes(broken, "x", box).tobytes())
-            except ImageRefused:
+            except ImageRejected:
                 found.append(None)
         assert found[0] == found[1], place
 
@@ -113,7 +113,7 @@ def test_too_little_memory_is_not_taken_for_a_broken_picture(monkeypatch: pytest
         raise MemoryError
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    with pytest.raises(ImageRefused, match="there is too little memory to decode it"):
+    with pytest.raises(ImageRejected, match="there is too little memory to decode it"):
         decode_bytes(encoded(_picture(), "PNG"), "x")
 
 
@@ -139,7 +139,7 @@ def test_any_damage_gives_a_picture_or_a_refusal(form: str, changes: list[tuple[
     data = bytearray(encoded(_picture(20, 30), form, **({} if form in ("BMP", "GIF") else {"exif": exif})))
     for place, value in changes:
         data[place % len(data)] = value
-    with contextlib.suppress(ImageRefused):
+    with contextlib.suppress(ImageRejected):
         Preprocess(size=16).pixels(decode_bytes(bytes(data[: int(length * len(data))]), "x", shortest=16))
 
 
@@ -168,7 +168,7 @@ def test_box_is_cut_from_the_full_picture() -> None:
     data = encoded(_picture(), "PNG")
     cut = decode_bytes(data, "x", box=(10, 5, 20, 30), shortest=4)
     np.testing.assert_array_equal(np.asarray(cut), np.asarray(_picture())[5:35, 10:30])
-    with pytest.raises(ImageRefused, match="lies outside the 60x40 picture"):
+    with pytest.raises(ImageRejected, match="lies outside the 60x40 picture"):
         decode_bytes(data, "x", box=(100, 5, 20, 30))
 
 
@@ -200,7 +200,7 @@ def test_a_reduced_box_is_twice_what_is_needed_or_whole(
     data = encoded(Image.new("RGB", size), "JPEG")
     try:
         full = decode_bytes(data, "x", (*corner, *sides))
-    except ImageRefused:
+    except ImageRejected:
         return
     reduced = decode_bytes(data, "x", (*corner, *sides), shortest)
     assert reduced.size == full.size or min(reduced.size) >= 2 * shortest - 1  # both edges are rounded
@@ -211,7 +211,7 @@ def test_truncated_files_are_refused(form: str, tmp_path: Path) -> None:
     path = tmp_path / "half.jpg"
     data = encoded(_picture(300, 200), form)
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ImageRefused, match=rf"{path}: truncated or broken picture"):
+    with pytest.raises(ImageRejected, match=rf"{path}: truncated or broken picture"):
         decode(path)
 
 
@@ -219,7 +219,7 @@ def test_truncated_files_are_refused(form: str, tmp_path: Path) -> None:
 def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
-    with pytest.raises(ImageRefused, match="replace the file"):
+    with pytest.raises(ImageRejected, match="replace the file"):
         decode(path)
 
 
@@ -231,26 +231,26 @@ def test_a_header_that_promises_too_much_is_refused_before_allocation(side: int,
     chunk = b"IHDR" + header
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    with pytest.raises(ImageRefused, match=reason):
+    with pytest.raises(ImageRejected, match=reason):
         decode_bytes(png, "bomb.png")
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jpg", tmp_path):
-        with pytest.raises(ImageRefused, match=str(path)):
+        with pytest.raises(ImageRejected, match=str(path)):
             decode(path)
 
 
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(ImageRefused, match=r"pipe\.jpg: not a file"):
+    with pytest.raises(ImageRejected, match=r"pipe\.jpg: not a file"):
         decode(tmp_path / "pipe.jpg")
 
 
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as stream:
         stream.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(ImageRefused, match=f"more than {MAX_FILE_BYTES}"):
+    with pytest.raises(ImageRejected, match=f"more than {MAX_FILE_BYTES}"):
         decode(tmp_path / "huge.jpg")
 
 

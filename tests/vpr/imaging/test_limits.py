@@ -21,8 +21,8 @@ from tests.reliability.hostile.images import (
     segment,
     with_exif,
 )
-from vpr.imaging.decode import ImageRefused, decode_bytes
-from vpr.imaging.limits import MAX_PIXELS, MAX_SIDE, Room
+from vpr.imaging.decode import ImageRejected, decode_bytes
+from vpr.imaging.limits import MAX_PIXELS, MAX_SIDE, DecodeBudget
 
 _SMALL = Image.new("RGB", (64, 64), (9, 90, 200))
 
@@ -70,7 +70,7 @@ _STRIPS = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (262, 3, 1, 1), (27
     ],
 )
 def test_what_costs_too_much_is_refused(data: bytes, reason: str) -> None:
-    with pytest.raises(ImageRefused, match=reason):
+    with pytest.raises(ImageRejected, match=reason):
         decode_bytes(data, "x")
 
 
@@ -116,7 +116,7 @@ def test_cmyk_is_what_pillow_makes_of_it() -> None:
 
 
 def test_large_pictures_wait_for_each_other_and_small_ones_do_not() -> None:
-    room, most, held, lock = Room(100, small=10), 0, 0, threading.Lock()
+    room, most, held, lock = DecodeBudget(100, small=10), 0, 0, threading.Lock()
 
     def decode() -> None:
         nonlocal most, held

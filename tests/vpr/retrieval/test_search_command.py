@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from vpr.artifacts.store import Embedding, Parent, load_artifact, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
-from vpr.retrieval.config import FindConfig, RerankConfig
+from vpr.retrieval.config import RerankConfig, SearchConfig
 from vpr.retrieval.embeddings import write_embeddings
 from vpr.retrieval.rerank import rank
-from vpr.retrieval.search_command import find
+from vpr.retrieval.search_command import search_gallery
 
 
 def unit(count: int, dim: int, seed: int) -> NDArray[np.float32]:
@@ -49,7 +49,7 @@ def test_a_submission_lists_gallery_indices_best_first(
 ) -> None:
     path, vectors, asked = mixed
     out = tmp_path / "submission.npy"
-    find(FindConfig(path, path, rerank=rerank, submission=str(out)))
+    search_gallery(SearchConfig(path, path, rerank=rerank, submission=str(out)))
     found = np.load(out, allow_pickle=False)
     assert found.shape == (12, 1000)
     assert found.dtype == np.int64
@@ -66,7 +66,7 @@ def test_results_are_written_as_csv_with_the_gallery_s_names(
     mixed: tuple[str, NDArray[np.float32], NDArray[np.bool_]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, vectors, asked = mixed
-    find(FindConfig(path, path, output=str(tmp_path / "results.csv"), k=3))
+    search_gallery(SearchConfig(path, path, output=str(tmp_path / "results.csv"), k=3))
     with (tmp_path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 12 * 3
@@ -80,7 +80,7 @@ def test_results_are_written_as_csv_with_the_gallery_s_names(
 
 def test_one_file_does_not_take_both_the_results_and_the_submission(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="submission: .* is the output too: name another file"):
-        FindConfig("q", "g", output=str(tmp_path / "found"), submission=f"{tmp_path}/./found")
+        SearchConfig("q", "g", output=str(tmp_path / "found"), submission=f"{tmp_path}/./found")
 
 
 @pytest.mark.parametrize("key", ["output", "submission"])
@@ -90,13 +90,13 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path, key: str) -> None
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link", "absent/found.csv"):
         with pytest.raises(UserError, match=f"{key}: .* is no file in a folder that exists"):
-            FindConfig("q", "g", **{key: str(tmp_path / name)})
+            SearchConfig("q", "g", **{key: str(tmp_path / name)})
 
 
 def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)
     with pytest.raises(UserError, match="submission: 1000 different pictures .* the gallery has 15"):
-        find(FindConfig(path, path, submission=str(tmp_path / "s.npy")))
+        search_gallery(SearchConfig(path, path, submission=str(tmp_path / "s.npy")))
     assert not (tmp_path / "s.npy").exists()
 
 
@@ -107,14 +107,14 @@ def test_more_results_than_pictures_are_refused(k: int, expected: str, tmp_path:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)
     for rerank in (RerankConfig(), RerankConfig(k_reciprocal=True)):
         with pytest.raises(UserError, match=expected):
-            find(FindConfig(path, path, k=k, rerank=rerank))
+            search_gallery(SearchConfig(path, path, k=k, rerank=rerank))
 
 
 def test_two_models_are_not_compared(tmp_path: Path) -> None:
     first = embeddings(tmp_path / "a", unit(9, 4, 0), ["query"] * 9, model="one")
     second = embeddings(tmp_path / "b", unit(9, 4, 0), ["gallery"] * 9, model="two")
     with pytest.raises(UserError, match="embedded with 'one', the gallery with 'two'"):
-        find(FindConfig(first, second))
+        search_gallery(SearchConfig(first, second))
 
 
 def test_embeddings_written_wrong_are_named(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_embeddings_written_wrong_are_named(tmp_path: Path) -> None:
         (draft.path / "vectors.npy").write_bytes(b"junk")
         (draft.path / "rows.parquet").write_bytes(b"junk")
     with pytest.raises(UserError, match="junk: is no usable embeddings"):
-        find(FindConfig(str(tmp_path / "junk"), str(tmp_path / "junk")))
+        search_gallery(SearchConfig(str(tmp_path / "junk"), str(tmp_path / "junk")))
     vectors = unit(3, 4, 0)
     good = embeddings(tmp_path / "good", vectors, ["gallery"] * 3)
     with write_artifact(tmp_path / "orphan", "embeddings", {}) as draft:
@@ -130,7 +130,7 @@ def test_embeddings_written_wrong_are_named(tmp_path: Path) -> None:
             (draft.path / name).write_bytes((Path(good) / name).read_bytes())
         draft.embedding = Embedding(dim=4, normalised=True, dtype="float32")
     with pytest.raises(UserError, match="its card names no model"):
-        find(FindConfig(str(tmp_path / "orphan"), str(tmp_path / "orphan")))
+        search_gallery(SearchConfig(str(tmp_path / "orphan"), str(tmp_path / "orphan")))
 
 
 def test_a_product_s_name_cannot_steer_the_terminal(
@@ -143,7 +143,7 @@ def test_a_product_s_name_cannot_steer_the_terminal(
     catalog = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path)
     path = str(tmp_path / "embeddings")
     write_embeddings(path, unit(2, 8, 0), catalog, load_artifact(tmp_path / "model"), {})
-    find(FindConfig(path, path, k=1))
+    search_gallery(SearchConfig(path, path, k=1))
     printed = capsys.readouterr().out
     assert "a\ufffd[2Jb" in printed
     assert "\x1b" not in printed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import PictureDataset, training_loader, validation_loader
+from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import AtomicCheckpoint
 from vpr.training.config import RunConfig
@@ -59,7 +59,7 @@ class Tiny(RecallModule):
 def run(
     catalog: Catalog, folder: Path, epochs: int, config: RunConfig, batch: int = 16, dropout: float = 0.2
 ) -> tuple[Tiny, Any]:
-    training, validation = (PictureDataset(catalog.select(split=s), PREPROCESS, True) for s in ("train", "validation"))
+    training, validation = (ImageDataset(catalog.select(split=s), PREPROCESS, True) for s in ("train", "validation"))
     module = Tiny(validation.catalog, dropout)
     loader = LoaderConfig(batch_size=batch)
     loaders = training_loader(training, loader, 0), validation_loader(validation, loader)
@@ -135,7 +135,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(catalog: Catalog, 
 def test_the_last_step_of_an_epoch_takes_the_mean_of_what_is_left(catalog: Catalog, tmp_path: Path) -> None:
     module, fitted = run(catalog, tmp_path, 1, RunConfig("32-true", accumulate=3, clip=0.0), dropout=0)
     net = Tiny(catalog, 0).net
-    training = PictureDataset(catalog.select(split="train"), PREPROCESS, True)
+    training = ImageDataset(catalog.select(split="train"), PREPROCESS, True)
     batches = list(training_loader(training, LoaderConfig(batch_size=16), 0))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     for part in (batches[:3], batches[3:]):
@@ -148,7 +148,7 @@ def test_the_last_step_of_an_epoch_takes_the_mean_of_what_is_left(catalog: Catal
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(catalog: Catalog, tmp_path: Path) -> None:
-    training = PictureDataset(catalog.select(split="train"), PREPROCESS, True)
+    training = ImageDataset(catalog.select(split="train"), PREPROCESS, True)
     module = Tiny(catalog.select(split="validation"))
     with torch.no_grad():
         module.net[2].bias.fill_(torch.inf)
