@@ -39,7 +39,7 @@ class ServeConfig:
         models: one or two artifacts: teacher, student, ONNX graph or engine; each runs on its backend that is fastest
             here.
         catalog: catalogue artifact.
-        split: whose gallery pictures are searched; empty takes every split's.
+        split: whose gallery images are searched; empty takes every split's.
         embeddings: for each model the artifact that keeps the catalogue's embeddings, made where it is not there yet;
             left out, the gallery is embedded at every start.
         top: results shown.

@@ -19,7 +19,7 @@ class RecallConfig:
     """What is scored.
 
     Attributes:
-        catalog: catalogue artifact with query and gallery pictures.
+        catalog: catalogue artifact with query and gallery images.
         models: artifacts.
         output: where the table is written.
         split: the scored split.
@@ -45,12 +45,12 @@ class LatencyConfig:
     Attributes:
         models: artifacts; each is timed with every backend that can run it here.
         output: where the table is written.
-        batches: pictures per call.
+        batches: images per call.
         seconds: time spent on each model and batch, after warm-up.
         threads: of every backend alike; 0 is one per processor.
         backends: names of those tried, or ``all``; what cannot run here is listed with the reason.
         starts: processes in which each model is started alone, for cold start and memory; 0 leaves that out.
-        catalog: whose pictures are decoded and resized, alone and before the model; empty leaves that out.
+        catalog: whose images are decoded and resized, alone and before the model; empty leaves that out.
         arrivals: times each model on requests that come at a given rate, at random (``poisson``) or evenly (``fixed``).
         rate: of them, requests per second; 0 is 80 % of what the model answers one after another.
         seed: of the arrivals.
@@ -72,7 +72,7 @@ class LatencyConfig:
         if not self.models:
             raise UserError("models: none given: name at least one artifact")
         if not self.batches or min(self.batches) < 1:
-            raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more pictures")
+            raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more images")
         least = (0, None)
         check_numbers(self, threads=(0, MAX_THREADS), seconds=least, starts=least, rate=least, seed=least)
         check_backends(self.backends)
@@ -88,7 +88,7 @@ class ScaleConfig:
     """What is searched, how.
 
     Attributes:
-        embeddings: artifact with ``query`` pictures; all others are the real part of the gallery.
+        embeddings: artifact with ``query`` images; all others are the real part of the gallery.
         output: where the table is written.
         sizes: of the galleries, rising.
         kinds: of index; ``flat`` is exact, and the others are compared with it.
@@ -125,11 +125,11 @@ class ReportConfig:
     """What is compared.
 
     Attributes:
-        catalog: catalogue artifact with query and gallery pictures.
+        catalog: catalogue artifact with query and gallery images.
         models: artifacts: teacher, assistants, student, ONNX graphs, engines.
         output: where the report is written.
         split: the scored split.
-        batches: pictures per call, for latency.
+        batches: images per call, for latency.
         seconds: time spent on each model and batch.
         threads: of every backend alike; 0 is one per processor.
         drop: recall@1 that the recommended model may lose against the FP32 student.
@@ -157,7 +157,7 @@ class ReportConfig:
         if not -1 <= self.drop <= 1:
             raise UserError(f"drop: {self.drop}: it is a share of queries, such as 0.02")
         if not self.batches or min(self.batches) < 1:
-            raise UserError(f"batches: {list(self.batches)}: give at least one number of pictures, 1 or more")
+            raise UserError(f"batches: {list(self.batches)}: give at least one number of images, 1 or more")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def real_gallery(embeddings: Embeddings, most: int, seed: int) -> Gallery:
     """
     query = embeddings.roles == "query"
     if not query.any() or query.all():
-        raise UserError(f"{embeddings.artifact.path}: needs query pictures and others: embed a split catalogue")
+        raise UserError(f"{embeddings.artifact.path}: needs query images and others: embed a split catalogue")
     codes = np.unique(embeddings.products, return_inverse=True)[1].astype(np.int32)
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(query))[:most]
     return Gallery(embeddings.vectors[~query], codes[~query], embeddings.vectors[drawn], codes[drawn])
@@ -48,9 +48,9 @@ def real_gallery(embeddings: Embeddings, most: int, seed: int) -> Gallery:
 def grow(real: Gallery, size: int, seed: int) -> Gallery:
     """The gallery with synthetic vectors behind its own, ``size`` in all; a smaller one is the beginning of a larger.
 
-    A synthetic vector is a real one, whose product it keeps, moved as another picture is away from its nearest
+    A synthetic vector is a real one, whose product it keeps, moved as another image is away from its nearest
     neighbour: either way, and half as far to half as far again. So its distance to its source, and the directions
-    in which the gallery is filled, are those that real pictures have.
+    in which the gallery is filled, are those that real images have.
 
     Args:
         real: n vectors.

@@ -1,1 +1,1 @@
-"""Decides what INT8 means for a model: which pictures, which ranges."""
+"""Decides what INT8 means for a model: which images, which ranges."""

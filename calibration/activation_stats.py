@@ -1,4 +1,4 @@
-"""What training pictures leave at the inputs of a graph's layers and of attention, gathered in one pass."""
+"""What training images leave at the inputs of a graph's layers and of attention, gathered in one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 512
 
 @dataclass
 class Activations:
-    """What is known of a tensor; memory does not grow with the number of pictures.
+    """What is known of a tensor; memory does not grow with the number of images.
 
     Attributes:
         histogram: of magnitudes, over all values.
@@ -35,7 +35,7 @@ class Activations:
     seen: int = 0
 
     def add(self, values: NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Take in a batch, (..., channels); of a picture or feature map, whose channels are not last, only magnitudes.
+        """Take in a batch, (..., channels); of an image or feature map, whose channels are not last, only magnitudes.
 
         Raises:
             ValueError: a value is not finite.
@@ -59,7 +59,7 @@ class Activations:
 def measure_activations(
     graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed: int = 0
 ) -> dict[str, Activations]:
-    """Run pictures through an FP32 graph.
+    """Run images through an FP32 graph.
 
     Args:
         graph: FP32.

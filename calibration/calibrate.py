@@ -1,4 +1,4 @@
-"""``vpr calibrate``: run training pictures through the FP32 graph and record what INT8 needs to know."""
+"""``vpr calibrate``: run training images through the FP32 graph and record what INT8 needs to know."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def calibrate(config: CalibrateConfig) -> Path:
         say(f"{config.output}: up to date")
         return Path(config.output)
     graph, preprocess = load_graph(model), model.card.preprocess
-    pictures = _select(config, graph, preprocess, catalog, evaluation)
+    images = _select(config, graph, preprocess, catalog, evaluation)
 
     def seen_in(one: onnx.ModelProto) -> dict[str, Activations]:
-        return measure_activations(one, read_batches(pictures, preprocess, _BATCH), config.seed)
+        return measure_activations(one, read_batches(images, preprocess, _BATCH), config.seed)
 
     smoothings: list[Smoothing] = []
     with reraise_as_artifact_error(model):
@@ -81,7 +81,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     if config.smooth:
         smoothings = search_smoothing(graph, seen)
         smoothed = smooth(graph, smoothing_by_module(smoothings))
-        check_unchanged(graph, smoothed, next(read_batches(pictures, preprocess, _BATCH)))
+        check_unchanged(graph, smoothed, next(read_batches(images, preprocess, _BATCH)))
         graph, seen = smoothed, seen_in(smoothed)
     linears = find_linears(graph)
     ranges = {name: choose_range(name, one, linears, config) for name, one in seen.items()}
@@ -91,16 +91,16 @@ def calibrate(config: CalibrateConfig) -> Path:
     with write_artifact(config.output, "ranges", config_to_json(config), parents) as draft:
         written = {name: vars(one) for name, one in ranges.items()}
         (draft.path / "ranges.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
-        pq.write_table(pictures.table.select(["image", "product", "sha256"]), draft.path / "pictures.parquet")
+        pq.write_table(images.table.select(["image", "product", "sha256"]), draft.path / "images.parquet")
         save_file(arrays, draft.path / "adjustments.safetensors")
         draft.catalog = catalog.summary()
         draft.metrics = {
-            "pictures": len(pictures),
+            "images": len(images),
             "tensors": len(ranges),
             "smoothing": [_described(one) for one in smoothings],
             "methods": {method: sum(one.method == method for one in ranges.values()) for method in METHODS},
         }
-    say(f"{config.output}: ranges of {len(ranges)} tensors from {len(pictures)} training pictures, by {config.method}")
+    say(f"{config.output}: ranges of {len(ranges)} tensors from {len(images)} training images, by {config.method}")
     return Path(config.output)
 
 
@@ -136,7 +136,7 @@ def _select(
     catalog: Catalog,
     evaluation: Catalog | None,
 ) -> Catalog:
-    """The training pictures that ranges are measured on, none of which is scored."""
+    """The training images that ranges are measured on, none of which is scored."""
     training = catalog.select(split="train")
     scored = catalog if evaluation is None else evaluation
     scored = scored.where(scored.table["split"].to_numpy() != "train")

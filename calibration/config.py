@@ -20,16 +20,16 @@ class CalibrateConfig:
         onnx: FP32 ``onnx`` artifact.
         catalog: catalogue artifact; only its ``train`` split is used.
         output: where the ranges are written.
-        count: pictures.
+        count: images.
         selection: how they are drawn, see :func:`calibration.sampling.select_images`.
         method: how a range is chosen from what was seen; ``auto`` takes for each tensor the method whose
             range leaves the least error at the output of its linear.
         percentile: in percent, for the method of that name.
         smooth: move the difficulty of activations with outlying channels into the weights (SmoothQuant).
         correct: take the mean error of each quantised linear from its bias.
-        evaluation: catalogue artifact that is scored, if another: pictures and products of all but its ``train``
+        evaluation: catalogue artifact that is scored, if another: images and products of all but its ``train``
             split are refused.
-        seed: of the draw of pictures.
+        seed: of the draw of images.
     """
 
     onnx: str

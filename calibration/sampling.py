@@ -1,4 +1,4 @@
-"""Which pictures ranges are measured on: a seeded draw from the training split, by one of three rules."""
+"""Which images ranges are measured on: a seeded draw from the training split, by one of three rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.splits import check_leaks
 
-# k-centre embeds at most so many pictures for each one it chooses.
+# k-centre embeds at most so many images for each one it chooses.
 POOL = 8
 
 
@@ -27,27 +27,27 @@ def select_images(
     """Rows for calibration.
 
     Args:
-        catalog: training pictures only.
-        count: pictures wanted.
+        catalog: training images only.
+        count: images wanted.
         seed: of the draw.
         selection: ``stratified`` lets products take turns, ``random`` draws evenly, ``k-centre`` takes the
-            pictures that leave none of a larger stratified draw far from all chosen ones.
+            images that leave none of a larger stratified draw far from all chosen ones.
         embed: rows to (rows, dim) float32 vectors of unit length; for ``k-centre``.
-        evaluation: pictures that are scored and must not be among those calibrated on.
+        evaluation: images that are scored and must not be among those calibrated on.
 
     Returns:
         (count,) int64 rows, sorted.
 
     Raises:
-        UserError: too few pictures, or one that is not of the training split or is scored.
+        UserError: too few images, or one that is not of the training split or is scored.
     """
     strangers = set(catalog.table["split"].to_pylist()) - {"train"}
     if strangers:
         raise UserError(
-            f"calibration: pictures of the {sorted(strangers)[0]} split are scored later: give the train split"
+            f"calibration: images of the {sorted(strangers)[0]} split are scored later: give the train split"
         )
     if not 1 <= count <= len(catalog):
-        raise UserError(f"count: {count} pictures wanted, the training split has {len(catalog)}: choose 1 to that many")
+        raise UserError(f"count: {count} images wanted, the training split has {len(catalog)}: choose 1 to that many")
     rng = np.random.default_rng(seed)
     if selection == "random":
         rows = rng.permutation(len(catalog))[:count]
@@ -85,7 +85,7 @@ def k_centre(vectors: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def _by_turns(catalog: Catalog, rng: np.random.Generator) -> NDArray[np.int64]:
-    """All rows: the n-th picture of every product comes before any product's (n+1)-th."""
+    """All rows: the n-th image of every product comes before any product's (n+1)-th."""
     order = rng.permutation(len(catalog))
     products = catalog.products[order]
     turn = np.empty(len(order), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The architecture as the code has it: which module imports which, and a picture of it.
+"""The architecture as the code has it: which module imports which, and an image of it.
 
 ``python -m experiments.imports`` draws ``docs/results/architecture.svg`` (``make architecture``).
 """
@@ -13,13 +13,13 @@ from vpr.common.log import say
 
 # From what imports nothing of ours to what may import all.
 PACKAGES = ("vpr", "teacher", "student", "calibration", "export", "benchmarks")
-PICTURE = RESULTS / "architecture.svg"
+IMAGE = RESULTS / "architecture.svg"
 # Of each package: what it does, and the left, right and vertical middle of its box.
 _BOXES = {
     "vpr": ("catalogue, artifacts, training, embeddings, search, the command", 0.0, 10.0, 0.4),
     "teacher": ("CLIP tower,\nmargin heads, soups", 0.0, 1.9, 2.2),
     "student": ("small ViT, losses,\ndistillation", 2.7, 4.6, 2.2),
-    "calibration": ("pictures, ranges,\nsensitivity", 5.4, 7.3, 2.2),
+    "calibration": ("images, ranges,\nsensitivity", 5.4, 7.3, 2.2),
     "export": ("ONNX, Q/DQ,\nengines, Triton", 8.1, 10.0, 2.2),
     "benchmarks": ("recall, latency, the report, the figures", 0.0, 10.0, 4.0),
 }
@@ -59,7 +59,7 @@ def arrows(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
     return sorted(pair for pair in pairs if pair[0] != pair[1])
 
 
-def draw(found: list[tuple[str, str]], path: Path = PICTURE) -> None:
+def draw(found: list[tuple[str, str]], path: Path = IMAGE) -> None:
     """Packages as boxes, and an arrow from each to those it imports, as SVG whose description lists the arrows."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Drawing
@@ -103,4 +103,4 @@ def _route(importer: str, imported: str) -> tuple[tuple[tuple[float, float], tup
 
 if __name__ == "__main__":
     draw(arrows(read_imports()))
-    say(f"{PICTURE.relative_to(ROOT)}: drawn")
+    say(f"{IMAGE.relative_to(ROOT)}: drawn")

@@ -30,7 +30,7 @@ Matmul = tuple[int, int, int]
 
 
 class Step(ABC):
-    """A training's step on random pictures, batch after batch.
+    """A training's step on random images, batch after batch.
 
     Args:
         learning: parameters.
@@ -47,14 +47,14 @@ class Step(ABC):
 
     @abstractmethod
     def set_batch(self, batch: int) -> None:
-        """Make other pictures, so many."""
+        """Make other images, so many."""
 
     @abstractmethod
     def loss(self, number: int) -> Tensor:
-        """Of the pictures, in the views of this step."""
+        """Of the images, in the views of this step."""
 
     def __call__(self, number: int) -> None:
-        """Train on the pictures, in other views each time."""
+        """Train on the images, in other views each time."""
         self.loss(number).backward()
         nn.utils.clip_grad_norm_(self.learning, RunConfig().clip)
         self.optimizer.step()
@@ -81,10 +81,10 @@ class Step(ABC):
         """Median seconds of a step.
 
         Args:
-            batch: pictures.
+            batch: images.
             steps: that are timed.
             warmup: steps before them.
-            what: the pictures are, for the error.
+            what: the images are, for the error.
 
         Raises:
             UserError: the batch does not fit.
@@ -93,7 +93,7 @@ class Step(ABC):
             self.set_batch(batch)
             return time_steps(self, steps, warmup, self.device.type)
         except torch.OutOfMemoryError:
-            raise UserError(f"batch: {batch} pictures {what} do not fit: give a smaller --batch") from None
+            raise UserError(f"batch: {batch} images {what} do not fit: give a smaller --batch") from None
 
 
 def check_step(config: Any, least: Mapping[str, int]) -> None:
@@ -135,11 +135,11 @@ def keep_figures(config: Any, figures: list[Figure], tables: dict[str, list[Row]
 
 
 def count_flops(teacher: nn.Module, size: int) -> int:
-    """FLOPs of a forward pass of one picture of ``size`` pixels, a multiply-add counted as two.
+    """FLOPs of a forward pass of one image of ``size`` pixels, a multiply-add counted as two.
 
     Args:
         teacher: on the ``meta`` device, in evaluation mode: nothing is computed.
-        size: side of the picture.
+        size: side of the image.
     """
     # The plain attention is made of matrix products, which the counter knows on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -153,13 +153,13 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
     Up to 63 it is exact, above it is at most 1/32 too small, which saves trials that take long.
 
     Raises:
-        UserError: a single picture does not fit.
+        UserError: a single image does not fit.
     """
     good, bad = 0, 1
     while bad <= most and fits(bad):
         good, bad = bad, 2 * bad
     if not good:
-        raise UserError("batch: not even one picture fits into the GPU's memory: take a smaller --tower")
+        raise UserError("batch: not even one image fits into the GPU's memory: take a smaller --tower")
     bad = min(bad, most + 1)
     while bad - good > max(1, good // 32):
         middle = (good + bad) // 2

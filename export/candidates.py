@@ -33,7 +33,7 @@ class CandidateRunner:
     Attributes:
         model: the FP32 ``onnx`` artifact that they come from.
         by: what runs them, as :func:`resolve_timing_backend` gives it.
-        batch: pictures per call, which engines are built for.
+        batch: images per call, which engines are built for.
         threads: of OpenVINO; 0 leaves their number to it.
         wide: nodes that FP16 cannot hold.
         open_engine: loads an engine onto the GPU.
@@ -48,7 +48,7 @@ class CandidateRunner:
 
     @contextmanager
     def opened(self, graphs: Graphs) -> Iterator[dict[str, Forward]]:
-        """Graphs, FP32 with or without Q/DQ, as functions of pictures; engines are built over FP16.
+        """Graphs, FP32 with or without Q/DQ, as functions of images; engines are built over FP16.
 
         Raises:
             UserError: what :func:`export.tensorrt.build.build_engine` or :func:`export.tensorrt.runner.open_engine` finds wrong.

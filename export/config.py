@@ -49,9 +49,9 @@ class OnnxConfig:
         precision: ``fp16`` computes in half precision between FP32 input and output.
         opset: 23 has one ``Attention`` per layer, which TensorRT fuses since 10.14; 20 spells it out
             for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both rightly and equally fast.
-        catalog: catalogue whose first pictures the graph is checked on; random pixels if empty.
-        split: of that catalogue; checking trains nothing, so the test pictures may be used.
-        pictures: how many pictures are checked.
+        catalog: catalogue whose first images the graph is checked on; random pixels if empty.
+        split: of that catalogue; checking trains nothing, so the test images may be used.
+        images: how many images are checked.
     """
 
     student: str
@@ -60,7 +60,7 @@ class OnnxConfig:
     opset: Literal[20, 23] = 23
     catalog: str = ""
     split: str = "test"
-    pictures: int = 64
+    images: int = 64
 
 
 Recipe = Literal["linear", "full-mha", "full"]
@@ -91,7 +91,7 @@ class Int8Config:
         catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
         timing_backend: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
             else OpenVINO on this CPU.
-        batch: pictures per call when candidates are timed.
+        batch: images per call when candidates are timed.
         seconds: of timing each candidate.
         threads: of OpenVINO when it times; 0 leaves their number to it.
     """
@@ -191,17 +191,17 @@ class ServingConfig:
     Attributes:
         model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs with VNNI
             give an INT8 graph of ``--base fp32``; on GPUs INT8 is for the engine.
-        gallery: embeddings artifact of the same student; its ``gallery`` pictures are searched (all of it, if it
+        gallery: embeddings artifact of the same student; its ``gallery`` images are searched (all of it, if it
             has none).
         output: where the repository, the gallery and their README are written.
         name: of the model in Triton; empty is that of the artifact.
-        max_batch: most pictures at once; None is the most of the engine's profile, or 32 for a graph.
+        max_batch: most images at once; None is the most of the engine's profile, or 32 for a graph.
         preferred_batches: sizes sent off before the delay is over; None is the batch that an engine is tuned for
             and ``max_batch``, and none for a graph, which has no such sizes.
         queue_delay_us: longest wait for a fuller batch, microseconds.
         instances: of the model on each device.
         device: that computes; engines need ``gpu``.
-        index: ``flat`` is exact; ``hnsw`` is not, and stays quick for millions of pictures.
+        index: ``flat`` is exact; ``hnsw`` is not, and stays quick for millions of images.
     """
 
     model: str
@@ -232,10 +232,10 @@ class ParityConfig:
     Attributes:
         student: student artifact, computed by PyTorch.
         models: ``onnx`` artifacts, computed by ONNX Runtime on the CPU.
-        catalog: catalogue artifact; its pictures are compared on, nothing is trained.
+        catalog: catalogue artifact; its images are compared on, nothing is trained.
         output: where the table is written.
         split: of the catalogue.
-        layers: compare the output of every layer too, on 8 of the pictures.
+        layers: compare the output of every layer too, on 8 of the images.
         departs: cosine of a layer below which it is said to depart.
     """
 

@@ -17,7 +17,7 @@ from vpr.inference.onnx_graph import reraise_as_graph_error, session_with_output
 from vpr.inference.onnx_session import INPUT
 
 _FP16_MAX = float(np.finfo(np.float16).max)
-# Other pictures than those looked at may reach further.
+# Other images than those looked at may reach further.
 _LIMIT = _FP16_MAX / 2
 _BATCH = 8
 

@@ -60,8 +60,8 @@ def search_mixed_precision(
         quantise: names of layers to the FP32 graph with those quantised.
         layers: that may be.
         fewer: kinds of layers; others in eight bits may cost time, so what is found is timed cut down to each too.
-        validation: pictures with roles ``query`` and ``gallery`` that no score is reported on.
-        batches: those pictures as inputs.
+        validation: images with roles ``query`` and ``gallery`` that no score is reported on.
+        batches: those images as inputs.
         budget: what may be lost.
 
     Returns:

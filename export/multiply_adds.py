@@ -10,7 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def multiply_adds(graph: onnx.ModelProto) -> int | None:
-    """Multiply-adds of one picture: those of MatMul, Gemm, Conv and Attention; None where a shape is not known.
+    """Multiply-adds of one image: those of MatMul, Gemm, Conv and Attention; None where a shape is not known.
 
     Args:
         graph: with one input, whose first axis is the batch.

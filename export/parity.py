@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 
 def parity(expected: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:
-    """Compare embeddings of the same pictures.
+    """Compare embeddings of the same images.
 
     Args:
         expected: (n, dim) float32.
         found: (n, dim) float32.
 
     Returns:
-        ``cosine_mean`` and ``cosine_min`` over pictures, ``max_abs`` over all values; a picture whose
+        ``cosine_mean`` and ``cosine_min`` over images, ``max_abs`` over all values; an image whose
         vector is not finite counts as cosine -1.
     """
     a, b = expected.astype(np.float64), found.astype(np.float64)

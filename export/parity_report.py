@@ -25,7 +25,7 @@ from vpr.inference.onnx_session import INPUT
 from vpr.retrieval.embeddings import l2_normalize, read_batches
 
 _BATCH = 16
-_LAYER_PICTURES = 8
+_LAYER_IMAGES = 8
 
 
 def compare_exports(config: ParityConfig) -> Path:
@@ -44,7 +44,7 @@ def compare_exports(config: ParityConfig) -> Path:
     part = catalog.select(split=config.split)
     preprocess = student.card.preprocess
     if preprocess is None or not len(part):
-        raise UserError(f"{config.catalog}: no pictures of the {config.split} split: choose another")
+        raise UserError(f"{config.catalog}: no images of the {config.split} split: choose another")
     strangers = [artifact for _, artifact in graphs if artifact.card.preprocess != preprocess]
     if strangers:
         raise UserError(f"{strangers[0].path}: not preprocessed as {config.student}: give exports of this student")
@@ -60,7 +60,7 @@ def compare_exports(config: ParityConfig) -> Path:
             row |= rank_changes(expected[query] @ expected[gallery].T, found[query] @ found[gallery].T)
         if config.layers:
             row |= compare_layers(
-                model, graph, pixels[:: max(len(pixels) // _LAYER_PICTURES, 1)], config.min_layer_cosine
+                model, graph, pixels[:: max(len(pixels) // _LAYER_IMAGES, 1)], config.min_layer_cosine
             )
         _say(artifact, row)
         rows.append(row)

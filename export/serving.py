@@ -60,21 +60,21 @@ def export_serving(config: ServingConfig) -> Path:
         fields = model_config(name, model, preprocess, scheduling)
     with write_artifact(config.output, "serving", values, parents) as draft:
         _write_repository(draft.path / "model_repository" / name, model, fields)
-        pictures, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
-        text = _read_me(name, model, preprocess, scheduling, pictures, config.index)
+        images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
+        text = _read_me(name, model, preprocess, scheduling, images, config.index)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
         draft.preprocess, draft.embedding = preprocess, model.card.embedding
         draft.catalog = gallery.artifact.card.catalog
         draft.inputs, draft.outputs = model.card.inputs, model.card.outputs
-        draft.metrics = {"max_batch": scheduling.max_batch, "gallery": pictures, "index_top10_overlap": overlap}
+        draft.metrics = {"max_batch": scheduling.max_batch, "gallery": images, "index_top10_overlap": overlap}
     exact = "exact" if overlap is None else f"finds {overlap:.3f} of the exact top 10"
     say(f"{config.output}: model '{name}' for {fields['backend']}, batches to {scheduling.max_batch}")
-    say(f"{config.output}: {pictures} gallery pictures, {config.index} index, {exact}")
+    say(f"{config.output}: {images} gallery images, {config.index} index, {exact}")
     return Path(config.output)
 
 
 def _check_model(model: Artifact, config: ServingConfig) -> None:
-    """Refuse what Triton would not load, or could not ask for a single picture."""
+    """Refuse what Triton would not load, or could not ask for a single image."""
     ends = [model.card.inputs, model.card.outputs]
     if any(len(specs) != 1 or not specs[0].shape or not isinstance(specs[0].shape[0], str) for specs in ends):
         raise UserError(f"{model.path}: its card tells no input and output for batches of any size: export it again")
@@ -93,7 +93,7 @@ def _check_model(model: Artifact, config: ServingConfig) -> None:
     if built.get("weight_stripped"):
         raise UserError(f"{model.path}: has no weights, and Triton puts none in: {elsewhere}")
     if least > 1:
-        raise UserError(f"{model.path}: takes no fewer than {least} pictures, requests may have one: {elsewhere}")
+        raise UserError(f"{model.path}: takes no fewer than {least} images, requests may have one: {elsewhere}")
     if config.device == "cpu":
         raise UserError(f"device: cpu: an engine needs a GPU: give the graph {graph}")
 
@@ -153,7 +153,7 @@ def _write_repository(folder: Path, model: Artifact, fields: dict[str, Any]) -> 
 
 
 def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, float | None]:
-    """Write vectors, rows and index; the number of pictures, and what share of the exact top 10 ``hnsw`` finds."""
+    """Write vectors, rows and index; the number of images, and what share of the exact top 10 ``hnsw`` finds."""
     import faiss
 
     rows = gallery.rows_with_role("gallery")
@@ -184,7 +184,7 @@ def _overlap(index: Any, queries: NDArray[np.float32], vectors: NDArray[np.float
 
 
 def _read_me(
-    name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, pictures: int, index: str
+    name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, images: int, index: str
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -203,7 +203,7 @@ def _read_me(
         output=model.card.outputs[0].name,
         preprocess=preprocess,
         embedding=model.card.embedding,
-        gallery=pictures,
+        gallery=images,
         index="an exact" if index == "flat" else "an approximate",
         max_batch=scheduling.max_batch,
         overflows=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),

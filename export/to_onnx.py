@@ -40,7 +40,7 @@ _TOLERANCE = 1e-4
 def export_onnx(config: OnnxConfig) -> Path:
     """Export, compare with PyTorch, and write an artifact of kind ``onnx``.
 
-    The card's ``fp32_nodes`` are those that FP16 cannot hold, found on training pictures.
+    The card's ``fp32_nodes`` are those that FP16 cannot hold, found on training images.
 
     Raises:
         UserError: the FP32 graph departs from PyTorch by more than 1e-4 anywhere.
@@ -147,12 +147,12 @@ def _inputs(config: OnnxConfig, preprocess: Preprocess, split: str) -> NDArray[n
     if config.catalog:
         part = load_catalog(config.catalog).select(split=split)
         if not len(part):
-            raise UserError(f"{config.catalog}: no pictures of the {split} split: give another catalogue, or none")
+            raise UserError(f"{config.catalog}: no images of the {split} split: give another catalogue, or none")
         # Spread over the split: neighbours are views of one product.
-        rows = np.linspace(0, len(part) - 1, min(config.pictures, len(part))).astype(int)
+        rows = np.linspace(0, len(part) - 1, min(config.images, len(part))).astype(int)
         pixels = np.concatenate([read_pixels(part, preprocess, range(row, row + 1)) for row in rows.tolist()])
     else:
-        shape = (config.pictures, 3, preprocess.size, preprocess.size)
+        shape = (config.images, 3, preprocess.size, preprocess.size)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return preprocess.normalise(pixels)
 
@@ -173,7 +173,7 @@ def _compare(
             f"export: the graph departs from PyTorch by {worst['max_abs']:.2e} (limit {_TOLERANCE}): "
             "try --opset 20, and report this with the versions of 'vpr doctor'"
         )
-    return {**worst, "pictures": float(len(inputs))}
+    return {**worst, "images": float(len(inputs))}
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -23,7 +23,7 @@ class Scheduling:
     """How Triton batches requests and spreads them.
 
     Attributes:
-        max_batch: most pictures at once.
+        max_batch: most images at once.
         preferred: batch sizes that are sent off as soon as they are full.
         queue_delay_us: longest wait for a fuller batch, microseconds.
         instances: of the model on each device.

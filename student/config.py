@@ -16,7 +16,7 @@ from vpr.training.config import RunConfig
 Preset = Literal["sample", "tiny", "small", "base"]
 
 # Widths and depths of DeiT-Ti, -S and -B (Touvron et al., "Training data-efficient image transformers", ICML 2021,
-# table 1); "sample" is for pictures of 64 pixels.
+# table 1); "sample" is for images of 64 pixels.
 PRESETS: dict[Preset, dict[str, int]] = {
     "sample": {"image_size": 64, "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 384},
     "tiny": {"image_size": 224, "patch_size": 16, "dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
@@ -44,7 +44,7 @@ class StudentConfig:
     """Shape of the student. A number that is 0 is taken from the preset.
 
     Attributes:
-        preset: ``tiny``, ``small`` and ``base`` have DeiT's widths for pictures of 224 pixels.
+        preset: ``tiny``, ``small`` and ``base`` have DeiT's widths for images of 224 pixels.
         image_size: side of the input, pixels; a multiple of the patch.
         patch_size: side of a patch, pixels; a power of two with the convolutional stem.
         dim: width of the tokens.
@@ -123,8 +123,8 @@ class LossConfig:
         similarity_kl: KL of the similarities to a bank of teacher embeddings.
         affinity: KL of the similarities within the batch.
         rkd_distance: relative distances within the batch.
-        rkd_angle: angles of triples of the batch (of its first 128 pictures).
-        contrastive: finding a picture's teacher embedding among the batch's.
+        rkd_angle: angles of triples of the batch (of its first 128 images).
+        contrastive: finding an image's teacher embedding among the batch's.
         margin: margin softmax over the products, from the labels and no teacher.
         logits: vit-pytorch's ``DistillWrapper`` with the teacher's similarities to the products' mean embeddings as
             its logits; a baseline, which goes with no other loss.
@@ -182,16 +182,16 @@ class DimensionConfig:
         method: ``pca`` projects the teacher to the directions of most energy, ``cosine`` learns the projection that
             keeps cosines best (after Wang et al., "CosPress", TMLR 2025, with a linear map), ``projector`` keeps the
             teacher whole and learns a projection of the student up to D, thrown away afterwards; ``none`` has d = D.
-        pictures: teacher embeddings that a projection is fitted on.
+        images: teacher embeddings that a projection is fitted on.
         steps: of learning ``cosine``.
     """
 
     method: Literal["none", "pca", "cosine", "projector"] = "none"
-    pictures: int = 16384
+    images: int = 16384
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        check_numbers(self, "dimension.", pictures=(1, 1 << 20), steps=(1, 1 << 20))
+        check_numbers(self, "dimension.", images=(1, 1 << 20), steps=(1, 1 << 20))
 
     @property
     def projects_teacher(self) -> bool:
@@ -209,11 +209,11 @@ class TargetsConfig:
     Attributes:
         mode: ``cached`` embeds the views once, before training; ``online`` runs the teacher beside the student, on
             new views in every epoch.
-        views: cached views of each picture; epochs go round them.
-        shard: pictures in a file of the cache.
+        views: cached views of each image; epochs go round them.
+        shard: images in a file of the cache.
         bank: teacher embeddings that similarities are taken to: drawn from the cache anew in each epoch, or the
             latest ones online.
-        mixup: a of the Beta(a, a) by which pairs of pictures are mixed, teacher's and student's alike; online
+        mixup: a of the Beta(a, a) by which pairs of images are mixed, teacher's and student's alike; online
             alone, 0 mixes none (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
             CVPR 2022, section 3).
     """
@@ -229,7 +229,7 @@ class TargetsConfig:
         if self.mixup and not 0.05 <= self.mixup <= 100:
             raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
         if self.mixup and self.mode == "cached":
-            raise UserError("signal.mixup: a mixed picture cannot be looked up: set signal.mode to online")
+            raise UserError("signal.mixup: a mixed image cannot be looked up: set signal.mode to online")
 
 
 @dataclass(frozen=True)
@@ -259,21 +259,21 @@ class DistillConfig:
         assistant: student artifact that gives the signal in the teacher's place, as in teacher -> base -> small.
         start: larger student, or teacher with a ViT of open_clip, whose weights are selected from; a student of the
             same shape is taken over whole.
-        unlabelled: folders of further pictures (or catalogues of the reader ``pictures``), which need no labels.
+        unlabelled: folders of further images (or catalogues of the reader ``images``), which need no labels.
         model: shape of the student.
         views: augmentation, the same for teacher and student.
         signal: how the teacher's embeddings come.
         losses: what is made small.
         dimension: how the teacher's dimension becomes the student's.
         quantise: train under the Q/DQ of an INT8 graph.
-        epochs: passes over the pictures.
+        epochs: passes over the images.
         lr: peak learning rate.
         warmup: share of the training spent warming up.
         weight_decay: of matrices; biases and norms have none.
         loader: batches.
         run: how it is carried out.
-        allow_leak: distil even if a scored product or picture is inside; the card then says so.
-        dry_run: print the plan, take one step on two pictures, and stop.
+        allow_leak: distil even if a scored product or image is inside; the card then says so.
+        dry_run: print the plan, take one step on two images, and stop.
         seed: of weights, order and views.
     """
 
@@ -312,14 +312,14 @@ class DistillConfig:
             raise UserError(f"cache: {self.cache} is the output: the signal needs a folder of its own")
         weights = self.losses.weights()
         if self.signal.mixup and weights.keys() & {"margin", "logits"}:
-            raise UserError("signal.mixup: a mixed picture has no one label: set losses.margin and logits to 0")
+            raise UserError("signal.mixup: a mixed image has no one label: set losses.margin and logits to 0")
         if "logits" in weights:
             if self.signal.mode == "online":
                 raise UserError("losses.logits: needs every product's mean embedding: set signal.mode to cached")
             if self.dimension.method != "none":
                 raise UserError("losses.logits: compares in the teacher's dimension: set dimension.method to none")
             if self.unlabelled:
-                raise UserError("losses.logits: needs a label of every picture: leave unlabelled out")
+                raise UserError("losses.logits: needs a label of every image: leave unlabelled out")
         pairs = weights.keys() & {"affinity", "rkd_distance", "rkd_angle"}
         if pairs and self.loader.batch_size < 2:
-            raise UserError(f"loader.batch_size: 1: {min(pairs)} relates the pictures of a batch: give 2 or more")
+            raise UserError(f"loader.batch_size: 1: {min(pairs)} relates the images of a batch: give 2 or more")

@@ -25,11 +25,11 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.readers import UNLABELLED
 
-_TRIPLES = 128  # pictures of a batch whose triples are compared: their angles are 8 MiB
+_TRIPLES = 128  # images of a batch whose triples are compared: their angles are 8 MiB
 
 
 class Labels:
-    """Products of the training rows as numbers; pictures without labels have -1."""
+    """Products of the training rows as numbers; images without labels have -1."""
 
     def __init__(self, training: Catalog) -> None:
         labelled = np.array(training.table["source"].to_pylist()) != UNLABELLED
@@ -46,7 +46,7 @@ class DistillationLoss(nn.Module):
     Args:
         config: weights.
         student: the network; ``logits`` trains its parts inside vit-pytorch's wrapper.
-        labels: of the training pictures.
+        labels: of the training images.
         dim: of the teacher's embeddings; another one than the student's is reached by a learned projection.
         classes: (products, dim) the products' mean teacher embeddings, for ``logits``.
     """
@@ -143,7 +143,7 @@ class LogitDistillation(nn.Module):
         )
 
     def forward(self, x: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        """The wrapper's loss of (batch, 3, size, size) pictures, (batch,) labels and (batch, dim) embeddings."""
+        """The wrapper's loss of (batch, 3, size, size) images, (batch,) labels and (batch, dim) embeddings."""
         self.teacher.embeddings = teacher
         return self.wrapper(x, labels)
 

@@ -39,7 +39,7 @@ def principal_directions(vectors: Vectors, dim: int) -> Tensor:
     if dim > most:
         raise UserError(
             f"model.embedding_dim: {dim} directions cannot be fitted on {len(vectors)} embeddings of "
-            f"{vectors.shape[1]} dimensions: give at most {most}, or raise dimension.pictures"
+            f"{vectors.shape[1]} dimensions: give at most {most}, or raise dimension.images"
         )
     moment = vectors.astype(np.float64).T @ vectors.astype(np.float64)
     _, directions = np.linalg.eigh(moment)

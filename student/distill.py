@@ -68,11 +68,11 @@ def distill(config: DistillConfig) -> Path | None:
     notes = {**extra, **_leak_metadata(config, catalog)}
     _print_plan(config, source, training, preprocess)
     started = time.monotonic()
-    pictures = _build_dataset(config, training, preprocess, source.preprocess)
+    images = _build_dataset(config, training, preprocess, source.preprocess)
     student, labels = _build_student(config), Labels(training)
-    _validate_early(config, student, labels, source, pictures)
+    _validate_early(config, student, labels, source, images)
     if config.dry_run:
-        _smoke_test_step(config, student, labels, source, pictures, preprocess)
+        _smoke_test_step(config, student, labels, source, images, preprocess)
         say("dry run: one step taken, nothing written")
         return None
     signal = _signal(config, source, training)
@@ -82,7 +82,7 @@ def distill(config: DistillConfig) -> Path | None:
     before = time.monotonic() - started
     held = ImageDataset(validation, preprocess, config.loader.keep_in_memory)
     loaders = (
-        training_loader(pictures, config.loader, config.seed, *rank_and_world()),
+        training_loader(images, config.loader, config.seed, *rank_and_world()),
         validation_loader(held, config.loader, *rank_and_world()),
     )
     with run_lock(folder):
@@ -168,7 +168,7 @@ def _print_plan(config: DistillConfig, source: TeacherModel, training: Catalog, 
         parameters = count_parameters(Student(config.model))
     say(
         f"student: {parameters / 1e6:.2f} M parameters, {config.model.embedding_dim} dimensions, {preprocess.size} "
-        f"pixels; {config.epochs} epochs of {len(training)} pictures; "
+        f"pixels; {config.epochs} epochs of {len(training)} images; "
         + ", ".join(f"{weight:g} x {name}" for name, weight in config.losses.weights().items())
     )
     if not config.losses.needs_teacher:
@@ -201,20 +201,20 @@ def _build_student(config: DistillConfig) -> Student:
 
 
 def _validate_early(
-    config: DistillConfig, student: Student, labels: Labels, source: TeacherModel, pictures: ImageDataset
+    config: DistillConfig, student: Student, labels: Labels, source: TeacherModel, images: ImageDataset
 ) -> None:
     """Refuse now what would only come to light when the teacher's signal is there."""
     width = source.dim
     if config.dimension.projects_teacher and config.model.embedding_dim != width:
         width = config.model.embedding_dim
-        most = min(config.dimension.pictures, len(pictures))
+        most = min(config.dimension.images, len(images))
         if width > most:
             raise UserError(
                 f"model.embedding_dim: {width} directions cannot be fitted on {most} embeddings: give at most {most}, "
-                "or raise dimension.pictures"
+                "or raise dimension.images"
             )
     DistillationLoss(config.losses, student, labels, width, torch.zeros(len(labels.counts), width))
-    training_loader(pictures, config.loader, config.seed, *rank_and_world())
+    training_loader(images, config.loader, config.seed, *rank_and_world())
     check_tracker(config.run.tracker)
     if config.cache:
         check_output(config.cache, "views")
@@ -257,13 +257,13 @@ def _smoke_test_step(
     student: Student,
     labels: Labels,
     source: TeacherModel,
-    pictures: ImageDataset,
+    images: ImageDataset,
     preprocess: Preprocess,
 ) -> None:
-    """One forward and backward pass of everything on two pictures: what a dry run finds out beyond the plan."""
-    two = [0, len(pictures) - 1]
-    batch = pictures.__getitems__(two)
-    seen = ImageDataset(pictures.catalog, source.preprocess).__getitems__(two)["pixels"]
+    """One forward and backward pass of everything on two images: what a dry run finds out beyond the plan."""
+    two = [0, len(images) - 1]
+    batch = images.__getitems__(two)
+    seen = ImageDataset(images.catalog, source.preprocess).__getitems__(two)["pixels"]
     vectors = embed_pixels(source.network, Normalise(source.preprocess), seen.float()).clone()
     width = vectors.shape[1]
     if config.dimension.projects_teacher and config.model.embedding_dim != width:

@@ -40,13 +40,13 @@ def similarity_kl(student: Tensor, teacher: Tensor, bank: Tensor, temperature: f
 
 
 def affinity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence between each picture's softened similarities to the others of its batch.
+    """KL divergence between each image's softened similarities to the others of its batch.
 
-    CLIP-KD's contrastive relations ("CRD") within one modality; a picture's similarity
+    CLIP-KD's contrastive relations ("CRD") within one modality; an image's similarity
     to itself is left out, since it is 1 in both and takes most of the softmax.
 
     Raises:
-        ValueError: a batch of fewer than two pictures has no relations.
+        ValueError: a batch of fewer than two images has no relations.
     """
     return _kl(_others(student @ student.T) / temperature, _others(teacher @ teacher.T) / temperature)
 
@@ -59,13 +59,13 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the cosines of the angles that triples of a batch form (RKD, 3.2.2).
 
-    batch^3 values of float32: 64 MiB for 256 pictures.
+    batch^3 values of float32: 64 MiB for 256 images.
     """
     return F.smooth_l1_loss(_angles(student), _angles(teacher))
 
 
 def interactive_contrastive(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of finding a picture's own teacher embedding among its batch's (CLIP-KD's "ICL").
+    """Cross-entropy of finding an image's own teacher embedding among its batch's (CLIP-KD's "ICL").
 
     -log(exp(s_i t_i / T) / sum_j exp(s_i t_j / T)); its least value is above 0.
     """
@@ -82,7 +82,7 @@ def _others(square: Tensor) -> Tensor:
     """(n, n) without its diagonal: (n, n - 1)."""
     n = len(square)
     if n < 2:
-        raise ValueError("relations within a batch need at least two pictures")
+        raise ValueError("relations within a batch need at least two images")
     return square.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
 
 
@@ -97,7 +97,7 @@ def _relative(distances: Tensor) -> Tensor:
 
 
 def _angles(vectors: Tensor) -> Tensor:
-    """(n, n, n) cosines of the angles at i between j and k; 0 where two of them are the same picture."""
+    """(n, n, n) cosines of the angles at i between j and k; 0 where two of them are the same image."""
     directions = F.normalize(vectors[None] - vectors[:, None], dim=2, eps=1e-6)
     cosines = directions @ directions.transpose(1, 2)
     return cosines - torch.diag_embed(torch.diagonal(cosines, dim1=1, dim2=2))

@@ -118,7 +118,7 @@ class ConvStem(nn.Module):
 
 
 class Student(nn.Module):
-    """Pictures to L2-normalised embeddings.
+    """Images to L2-normalised embeddings.
 
     Args:
         config: shape of the network, with its ``embedding_dim``.
@@ -170,7 +170,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Multiply-adds of one picture's forward pass, by PyTorch's own FLOP counter (two FLOPs each)."""
+    """Multiply-adds of one image's forward pass, by PyTorch's own FLOP counter (two FLOPs each)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

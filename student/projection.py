@@ -39,7 +39,7 @@ def student_dimension(config: DistillConfig, source: TeacherModel) -> int:
 def find_projection(
     config: DistillConfig, source: TeacherModel, signal: TeacherCache | None, training: Catalog, validation: Catalog
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """The projection to the student's dimension, and what it costs the teacher on the validation pictures."""
+    """The projection to the student's dimension, and what it costs the teacher on the validation images."""
     dim = config.model.embedding_dim
     if not config.losses.needs_teacher or config.dimension.method == "none" or dim == source.dim:
         return None, {}
@@ -50,9 +50,9 @@ def find_projection(
         say(f"dimension: the teacher stays whole (recall@1 {recall:.3f}); the student's {dim} are projected up")
         return None, {"teacher_val_recall_at_1": recall}
     if signal is not None:
-        vectors = signal.draw(config.dimension.pictures, config.seed)
+        vectors = signal.draw(config.dimension.images, config.seed)
     else:
-        rows = np.random.default_rng(config.seed).permutation(len(training))[: config.dimension.pictures]
+        rows = np.random.default_rng(config.seed).permutation(len(training))[: config.dimension.images]
         vectors = embed(training.take(np.sort(rows)), source.preprocess, forward)
     found = {}
     for method in dict.fromkeys(("pca", config.dimension.method)):

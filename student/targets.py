@@ -38,7 +38,7 @@ class CachedTargets(nn.Module):
         self.register_buffer("bank", torch.empty(0), persistent=False)
 
     def view(self, epoch: int) -> int:
-        """The view that every picture of an epoch is seen in."""
+        """The view that every image of an epoch is seen in."""
         return epoch % self.config.views
 
     def start_epoch(self, epoch: int, device: torch.device) -> None:
@@ -103,11 +103,11 @@ class OnlineTargets(nn.Module):
 
 
 class Mixup:
-    """Each picture mixed with another of its batch: share * x + (1 - share) * x[partner].
+    """Each image mixed with another of its batch: share * x + (1 - share) * x[partner].
 
     Args:
         a: of the Beta(a, a) that the batch's share is drawn from.
-        batch: number of pictures.
+        batch: number of images.
     """
 
     def __init__(self, a: float, batch: int) -> None:
@@ -121,10 +121,10 @@ class Mixup:
 
 
 class TwoSizeDataset(ImageDataset):
-    """Pictures in the student's size and, where it differs, in the teacher's too.
+    """Images in the student's size and, where it differs, in the teacher's too.
 
     Args:
-        catalog: n pictures.
+        catalog: n images.
         student: its preprocessing.
         teacher: its preprocessing.
         keep_in_memory: decode all of them now.

@@ -1,6 +1,6 @@
 """The teacher's signal: its embeddings of the very views that the student sees, cached or computed beside it.
 
-Cached embeddings are an artifact: a file per view and shard of pictures, so that a run that was killed goes on at the
+Cached embeddings are an artifact: a file per view and shard of images, so that a run that was killed goes on at the
 next file, and a set of any size is looked up from disk.
 """
 
@@ -49,8 +49,8 @@ class TeacherCache:
     """Cached teacher embeddings.
 
     Attributes:
-        shards: of each view, (pictures, dim) float16 arrays, memory-mapped, L2-normalised.
-        size: pictures in each shard but the last.
+        shards: of each view, (images, dim) float16 arrays, memory-mapped, L2-normalised.
+        size: images in each shard but the last.
         artifact: where they are.
     """
 
@@ -72,10 +72,10 @@ class TeacherCache:
         return out
 
     def draw(self, size: int, seed: int) -> NDArray[np.float32]:
-        """A seeded draw of at most ``size`` pictures, each in a random view: (size, dim) float32, of unit length."""
+        """A seeded draw of at most ``size`` images, each in a random view: (size, dim) float32, of unit length."""
         rng = np.random.default_rng(seed)
-        pictures = rng.permutation(len(self))[:size]
-        return l2_normalize(self.lookup(pictures, rng.integers(0, len(self.shards), len(pictures))))
+        images = rng.permutation(len(self))[:size]
+        return l2_normalize(self.lookup(images, rng.integers(0, len(self.shards), len(images))))
 
 
 def build_teacher_cache(
@@ -87,16 +87,16 @@ def build_teacher_cache(
     seed: int,
     loader: LoaderConfig | None = None,
 ) -> TeacherCache:
-    """Embed seeded views of every picture, or load them if that was done.
+    """Embed seeded views of every image, or load them if that was done.
 
     Every finished file is kept when the process is killed, and not computed again. Several processes share the files.
 
     Args:
         path: where the artifact is written.
         source: the network.
-        catalog: the training pictures.
+        catalog: the training images.
         views: augmentation.
-        config: how many views, and pictures in a file.
+        config: how many views, and images in a file.
         seed: of the views.
         loader: workers that decode, and whether pixels are kept in memory.
     """
@@ -105,7 +105,7 @@ def build_teacher_cache(
         "count": config.views,
         "shard": config.shard,
         "seed": seed,
-        "pictures": _ordered_sha256(catalog),
+        "images": _ordered_sha256(catalog),
     }
     parents = [source.artifact.as_parent("teacher")]
     folder = run_folder(path, values, parents)
@@ -114,7 +114,7 @@ def build_teacher_cache(
         say(f"{path}: up to date")
         return _load(path)
     say(
-        f"views: {config.views} of each of {len(catalog)} pictures, {source.dim} dimensions, "
+        f"views: {config.views} of each of {len(catalog)} images, {source.dim} dimensions, "
         f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"
     )
     files = list(_files(len(catalog), config))
@@ -134,9 +134,9 @@ def build_teacher_cache(
     return _load(path)
 
 
-def cache_bytes(pictures: int, dim: int, config: TargetsConfig) -> int:
+def cache_bytes(images: int, dim: int, config: TargetsConfig) -> int:
     """Exact size of the cache's files."""
-    return sum(_npy_bytes(file.stop - file.start, dim) for file in _files(pictures, config))
+    return sum(_npy_bytes(file.stop - file.start, dim) for file in _files(images, config))
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ class _CacheFile:
         return f"view-{self.view:04d}-shard-{self.shard:05d}.npy"
 
 
-def _files(pictures: int, config: TargetsConfig) -> Iterator[_CacheFile]:
+def _files(images: int, config: TargetsConfig) -> Iterator[_CacheFile]:
     for view in range(config.views):
-        for shard, start in enumerate(range(0, pictures, config.shard)):
-            yield _CacheFile(view, shard, start, min(pictures, start + config.shard))
+        for shard, start in enumerate(range(0, images, config.shard)):
+            yield _CacheFile(view, shard, start, min(images, start + config.shard))
 
 
 def _embed_files(
@@ -178,17 +178,17 @@ def _embed_files(
         mine = [file for file in absent if file.shard == shard]
         part = catalog.take(np.arange(mine[0].start, mine[0].stop))
         keep = loader.keep_in_memory or 3 * source.preprocess.size**2 * len(part) <= _KEPT
-        pictures = ImageDataset(part, source.preprocess, keep)
+        images = ImageDataset(part, source.preprocess, keep)
         for file in mine:
-            atomic_save_npy(folder / file.name, _embed_view(source, pictures, settings, views, file, seed))
+            atomic_save_npy(folder / file.name, _embed_view(source, images, settings, views, file, seed))
 
 
 def _embed_view(
-    source: TeacherModel, pictures: ImageDataset, loader: LoaderConfig, views: ViewConfig, file: _CacheFile, seed: int
+    source: TeacherModel, images: ImageDataset, loader: LoaderConfig, views: ViewConfig, file: _CacheFile, seed: int
 ) -> NDArray[np.float16]:
     normalise, device = Normalise(source.preprocess), next(source.network.parameters()).device
     parts = []
-    for batch in validation_loader(pictures, loader):
+    for batch in validation_loader(images, loader):
         rows = batch["rows"] + file.start
         parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
         pixels = apply_views(batch["pixels"].to(device), parameters)
@@ -204,7 +204,7 @@ def embed_pixels(teacher: nn.Module, normalise: Normalise, pixels: Tensor) -> Te
 
 
 def _ordered_sha256(catalog: Catalog) -> str:
-    """Checksum of the pictures in their order: cached rows are looked up by position."""
+    """Checksum of the images in their order: cached rows are looked up by position."""
     columns = (catalog.table[name].to_pylist() for name in ("image", "sha256", "box"))
     return hashlib.sha256(repr(list(zip(*columns, strict=True))).encode()).hexdigest()
 

@@ -21,7 +21,7 @@ class TeacherModel:
     Attributes:
         network: in evaluation mode.
         artifact: its own.
-        preprocess: of its pictures.
+        preprocess: of its images.
         dim: of its embeddings.
     """
 

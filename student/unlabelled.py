@@ -1,4 +1,4 @@
-"""Pictures that nobody has labelled: distillation learns from the teacher's embeddings of them."""
+"""Images that nobody has labelled: distillation learns from the teacher's embeddings of them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vpr.data.duplicates import concatenate, duplicates_of
 def add_unlabelled(
     training: Catalog, scored: list[Catalog], folders: tuple[str, ...], output: str, dry_run: bool = False
 ) -> tuple[Catalog, dict[str, Any], list[Parent]]:
-    """Add the pictures of folders to the training ones, but for those that are scored.
+    """Add the images of folders to the training ones, but for those that are scored.
 
     Args:
-        training: labelled pictures; they come first.
-        scored: pictures that no stage may see; one that is, or nearly is, among them is left out.
-        folders: of pictures, or catalogues of the reader ``pictures``.
+        training: labelled images; they come first.
+        scored: images that no stage may see; one that is, or nearly is, among them is left out.
+        folders: of images, or catalogues of the reader ``images``.
         output: a folder's catalogue is written beside it, as ``<output>-unlabelled-<number>``.
         dry_run: leave nothing there.
 
     Returns:
-        the pictures, what the card says of them, and the catalogues that they come from.
+        the images, what the card says of them, and the catalogues that they come from.
     """
     if not folders:
         return training, {}, []
@@ -40,9 +40,9 @@ def add_unlabelled(
     extra = concatenate(found)
     seen = duplicates_of(extra, concatenate(scored))
     kept = extra.where(~seen)
-    say(f"unlabelled: {len(kept)} pictures, and {int(seen.sum())} left out that are (nearly) scored ones")
+    say(f"unlabelled: {len(kept)} images, and {int(seen.sum())} left out that are (nearly) scored ones")
     parents = [parent for one in found for parent in one.as_parents("unlabelled")]
-    summary = {"unlabelled": {"pictures": len(kept), "left_out": int(seen.sum()), "sha256": kept.sha256}}
+    summary = {"unlabelled": {"images": len(kept), "left_out": int(seen.sum()), "sha256": kept.sha256}}
     return concatenate([training, kept]), summary, parents
 
 
@@ -50,16 +50,16 @@ def _catalog(folder: str, output: str) -> Catalog:
     if not (Path(folder) / CARD_NAME).is_file():
         if rank_and_world()[1] > 1:
             raise UserError(
-                f"unlabelled: {folder}: several processes need its catalogue first: run 'vpr catalog --reader pictures "
+                f"unlabelled: {folder}: several processes need its catalogue first: run 'vpr catalog --reader images "
                 f"--root {folder} --output {output}' and name that"
             )
         try:
-            build_catalog(CatalogConfig("pictures", output, folder, skip_unreadable=True))
+            build_catalog(CatalogConfig("images", output, folder, skip_unreadable=True))
         except UserError as error:
             reason = str(error).partition(": check ")[0]
-            raise UserError(f"unlabelled: {folder}: {reason}: name a folder of pictures") from None
+            raise UserError(f"unlabelled: {folder}: {reason}: name a folder of images") from None
         folder = output
     catalog = load_catalog(folder)
-    if catalog.artifact is None or catalog.artifact.card.config.get("reader") != "pictures":
-        raise UserError(f"unlabelled: {folder}: is a catalogue of products: build one with --reader pictures")
+    if catalog.artifact is None or catalog.artifact.card.config.get("reader") != "images":
+        raise UserError(f"unlabelled: {folder}: is a catalogue of products: build one with --reader images")
     return catalog

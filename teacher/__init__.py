@@ -1,1 +1,1 @@
-"""Fine-tunes an OpenCLIP image tower on product pictures."""
+"""Fine-tunes an OpenCLIP image tower on product images."""

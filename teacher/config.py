@@ -24,11 +24,11 @@ class HeadConfig:
         margin: at the start of the training.
         margin_end: at its end.
         margin_step: growth per epoch up to ``margin_end``; 0 grows evenly over the whole training.
-        min_margin_ratio: the class of most pictures has this share of the margin, that of fewest the whole, others lie
+        min_margin_ratio: the class of most images has this share of the margin, that of fewest the whole, others lie
             between by the fourth root of their size; 1 gives every class the same.
         sub_centres: directions per class.
         label_smoothing: share of the target that is spread over all classes.
-        class_weight_power: pictures of a class of n weigh n to the minus this; 0 weighs all alike.
+        class_weight_power: images of a class of n weigh n to the minus this; 0 weighs all alike.
     """
 
     loss: Literal["arcface", "cosface"] = "arcface"
@@ -55,7 +55,7 @@ class HeadConfig:
             raise UserError(f"head.margin_step: {self.margin_step}: give 0 or more")
 
 
-MAX_IMAGE_SIZE = 2048  # of a picture, pixels; `Preprocess` has the same
+MAX_IMAGE_SIZE = 2048  # of an image, pixels; `Preprocess` has the same
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TowerConfig:
         embedding_dim: a new linear projection to this many dimensions; 0 adds none.
         batch_norm: BatchNorm of the embedding before it is scaled to unit length.
         gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
-        squash: squash the whole picture to the square instead of cropping its centre.
+        squash: squash the whole image to the square instead of cropping its centre.
     """
 
     name: str = "ViT-H-14"
@@ -111,7 +111,7 @@ MAX_VALUES = {
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of epochs with its own parts, rates and picture size; its optimiser starts anew.
+    """A stretch of epochs with its own parts, rates and image size; its optimiser starts anew.
 
     Attributes:
         train: ``head`` is the class directions and what is added to the tower (projection, BatchNorm); ``tower``
@@ -126,7 +126,7 @@ class StageConfig:
         warmup: share of the stage spent warming up.
         image_size: side of the input, pixels; 0 keeps the tower's. Position embeddings are resized.
         patch_stride: of overlapping patches, pixels; 0 keeps the tower's.
-        batch_size: pictures per step and process; 0 keeps the loader's.
+        batch_size: images per step and process; 0 keeps the loader's.
         views: augmentation; none keeps the training's.
     """
 
@@ -195,7 +195,7 @@ class TrainConfig:
         views: augmentation.
         loader: batches.
         run: how it is carried out.
-        allow_leak: train even if a scored product or picture is inside; the card then says so.
+        allow_leak: train even if a scored product or image is inside; the card then says so.
         dry_run: print the plan and the memory it needs, and stop.
         seed: of weights, order, views and dropout.
     """
@@ -241,7 +241,7 @@ class DataConfig:
         validation: share of each source's products held out to choose checkpoints.
         test: share of each source's products held out to be scored.
         seed: of the splits.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing.
+        skip_unreadable: set unreadable images aside in ``set_aside.csv`` instead of refusing.
     """
 
     output: str
@@ -278,9 +278,9 @@ class SoupConfig:
         method: ``uniform`` averages all; ``greedy`` adds one after the other, best first, keeping each that does not
             lower validation recall@1; ``wise-ft`` interpolates with the zero-shot weights.
         alphas: shares of the fine-tuned weights that ``wise-ft`` tries.
-        batch_size: pictures at a time.
-        workers: processes that decode, where the pictures do not fit in memory.
-        seed: of the pictures that BatchNorm statistics are estimated on.
+        batch_size: images at a time.
+        workers: processes that decode, where the images do not fit in memory.
+        seed: of the images that BatchNorm statistics are estimated on.
     """
 
     models: tuple[str, ...]

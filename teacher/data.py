@@ -31,13 +31,13 @@ TABLES = {
 def build_data(config: DataConfig) -> Path:
     """Write the training catalogue: validation carved from each source, then joined, nothing scored left in training.
 
-    ``duplicates.csv`` in the artifact lists repeated pictures by ``image``, ``of`` and ``kind``: ``same`` bytes,
+    ``duplicates.csv`` in the artifact lists repeated images by ``image``, ``of`` and ``kind``: ``same`` bytes,
     ``near`` the same (with ``across splits`` where one is trained on and the other scored), and the rows that
-    :func:`drop_split_overlap` has ``dropped``. Nothing is done again while configuration and tables are unchanged; pictures
+    :func:`drop_split_overlap` has ``dropped``. Nothing is done again while configuration and tables are unchanged; images
     replaced under the same names are not noticed.
 
     Raises:
-        UserError: a broken source, or (without ``skip_unreadable``) a picture that cannot be read.
+        UserError: a broken source, or (without ``skip_unreadable``) an image that cannot be read.
     """
     root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
     values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _checksums(config)}
@@ -50,7 +50,7 @@ def build_data(config: DataConfig) -> Path:
         above = catalog.root.resolve().relative_to(root)
         refused += [((above / image).as_posix(), reason) for image, reason in aside]
         catalogs.append(catalog)
-    say("looking for pictures that repeat ...")
+    say("looking for images that repeat ...")
     whole, duplicates = merge(catalogs)
     joined, dropped = drop_split_overlap(whole)
     find_leaks(joined, allow=False)
@@ -74,11 +74,11 @@ def build_data(config: DataConfig) -> Path:
 def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
     """Take out what would be seen before it is scored.
 
-    A picture (same bytes) or product of ``test`` leaves ``validation`` and ``train``, one of ``validation`` leaves
+    An image (same bytes) or product of ``test`` leaves ``validation`` and ``train``, one of ``validation`` leaves
     ``train``. Held-out products without a gallery lose their queries, which no result could be right for.
 
     Returns:
-        what is left, and the rows taken out, as (image, the held-out picture or product, kind).
+        what is left, and the rows taken out, as (image, the held-out image or product, kind).
     """
     dropped: list[Repeat] = []
     for held in ("test", "validation"):
@@ -107,7 +107,7 @@ def list_repeats(whole: Catalog, left: Catalog, duplicates: Duplicates, dropped:
 
     Args:
         whole: all rows.
-        left: those that were not taken out, in which no two splits share a picture.
+        left: those that were not taken out, in which no two splits share an image.
         duplicates: of all rows.
         dropped: what was taken out.
     """
@@ -125,12 +125,12 @@ def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Re
     """A source, checked and split."""
     rows = list(READERS[reader](path))
     if not rows:
-        raise UserError(f"{path}: no pictures here: check --{reader}")
-    say(f"{path}: decoding {len(rows)} pictures ...")
+        raise UserError(f"{path}: no images here: check --{reader}")
+    say(f"{path}: decoding {len(rows)} images ...")
     root = image_root(reader, str(path))
     good, refused = check_images(root, rows, config.skip_unreadable)
     if not good:
-        raise UserError(f"{path}: none of its {len(rows)} pictures can be read: check --{reader}")
+        raise UserError(f"{path}: none of its {len(rows)} images can be read: check --{reader}")
     table = rows_to_table(good)
     if table["split"].unique().to_pylist() == ["train"]:
         try:
@@ -141,10 +141,10 @@ def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Re
 
 
 def _check_held_out(config: DataConfig, joined: Catalog) -> None:
-    """Refuse a catalogue without the held-out pictures that were asked for."""
+    """Refuse a catalogue without the held-out images that were asked for."""
     for name, share in (("validation", config.validation), ("test", config.test)):
         if share and not len(joined.select(split=name)):
-            raise UserError(f"{name} {share}: no source has the products for it: raise it or add pictures")
+            raise UserError(f"{name} {share}: no source has the products for it: raise it or add images")
 
 
 def _checksums(config: DataConfig) -> dict[str, str]:
@@ -173,13 +173,13 @@ def _say_built(
     if several:
         say(f"  {several} products have the same id in more than one source and are taken for one")
     say(
-        f"  repeated pictures: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
-        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows left out because their picture "
+        f"  repeated images: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
+        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows left out because their image "
         "or product is scored (listed in duplicates.csv)"
     )
     where = " (listed in set_aside.csv)" if refused else ""
-    parts = ", ".join(f"{n} {split}" for split, n in summary["pictures"].items() if n)
+    parts = ", ".join(f"{n} {split}" for split, n in summary["images"].items() if n)
     say(
-        f"{config.output}: {len(joined)} pictures of {len(joined.table['product'].unique())} products ({parts}), "
+        f"{config.output}: {len(joined)} images of {len(joined.table['product'].unique())} products ({parts}), "
         f"{len(refused)} set aside{where}"
     )

@@ -26,7 +26,7 @@ class MarginHead(nn.Module):
 
     Args:
         dim: of the embeddings.
-        counts: (classes,) int64, training pictures of each.
+        counts: (classes,) int64, training images of each.
         config: the margin.
     """
 

@@ -65,14 +65,14 @@ def nearest_centre(cosine: Tensor, centres: int) -> Tensor:
 
 
 def margins_by_count(counts: Tensor, low: float, high: float) -> Tensor:
-    """Margins by class size: ``low`` for the class of most pictures, ``high`` for that of fewest.
+    """Margins by class size: ``low`` for the class of most images, ``high`` for that of fewest.
 
     m_c = low + (high - low) * (n_c^-p - min) / (max - min), with minimum and maximum over classes (Ha et al.,
     "Google Landmark Recognition 2020 Competition Third Place Solution", arXiv:2010.05350, sec. 2.2, p = 1/4).
     Where all classes are of one size, all margins are ``high``.
 
     Args:
-        counts: (classes,) pictures of each class, at least 1.
+        counts: (classes,) images of each class, at least 1.
         low: margin of the largest class.
         high: margin of the smallest.
 
@@ -96,18 +96,18 @@ def stepped_margin(epoch: int, start: float, step: float, end: float) -> float:
 
 
 def class_weights(counts: Tensor, power: float) -> Tensor:
-    """Weights n_c^-p of the classes, scaled so that their mean over all *pictures* is 1.
+    """Weights n_c^-p of the classes, scaled so that their mean over all *images* is 1.
 
     Args:
-        counts: (classes,) pictures of each class.
+        counts: (classes,) images of each class.
         power: p; 0 weighs all alike, 1 gives every class the same total.
 
     Returns:
         (classes,) float64.
     """
-    pictures = counts.double()
-    weights = pictures**-power
-    return weights * pictures.sum() / (weights * pictures).sum()
+    images = counts.double()
+    weights = images**-power
+    return weights * images.sum() / (weights * images).sum()
 
 
 def margin_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def margin_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights:
         logits: (batch, classes).
         labels: (batch,) int64.
         smoothing: share of the target spread over all classes (Szegedy et al., CVPR 2016, sec. 7).
-        weights: (classes,), of a picture by its label; none weighs all alike.
+        weights: (classes,), of an image by its label; none weighs all alike.
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     return (loss if weights is None else loss * weights[labels].to(loss.dtype)).mean()

@@ -53,8 +53,8 @@ def estimate(
     Args:
         teacher: on any device, ``meta`` included; ``requires_grad`` says what learns.
         head: of the classes.
-        batch: pictures on one device.
-        size: side of a picture, pixels.
+        batch: images on one device.
+        size: side of an image, pixels.
         optimizer: ``adamw`` (two states) or ``sgd`` (momentum).
         average: whether there is a moving average.
         half: whether autocast computes in 16 bits.
@@ -74,14 +74,14 @@ def estimate(
 
 
 def activation_bytes(teacher: Teacher, size: int, half: bool) -> int:
-    """Bytes that autograd keeps for one picture, counted in a forward pass of tensors without memory.
+    """Bytes that autograd keeps for one image, counted in a forward pass of tensors without memory.
 
     Under gradient checkpointing these are the inputs of the blocks, what lies outside of them, and all of the
     largest block while it is at work.
 
     Args:
         teacher: its ``requires_grad`` decides what is kept; not changed.
-        size: side of the picture, pixels.
+        size: side of the image, pixels.
         half: under a GPU's autocast a ViT block keeps 36 instead of 64 bytes per value of its width, for its norms
             and the residual stream stay float32; other towers are taken to do alike. A CPU's keeps less.
     """
@@ -121,14 +121,14 @@ def _kept(shadow: Teacher, blocks: list[nn.Module], batch: int, size: int) -> li
             name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
             for name, value in (*shadow.named_parameters(), *shadow.named_buffers())
         }
-        pictures = torch.empty(batch, 3, size, size)
+        images = torch.empty(batch, 3, size, size)
         hooks = [block.register_forward_pre_hook(enter) for block in blocks]
         hooks += [block.register_forward_hook(leave) for block in blocks]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.func.functional_call(shadow, state, (pictures,))
+            torch.func.functional_call(shadow, state, (images,))
         for hook in hooks:
             hook.remove()
-    return [(count(), pictures.nbytes), *found.values()]
+    return [(count(), images.nbytes), *found.values()]
 
 
 def advice(memory: Memory, available: int, batch: int, checkpointing: bool, half: bool, processes: int) -> list[str]:
@@ -137,7 +137,7 @@ def advice(memory: Memory, available: int, batch: int, checkpointing: bool, half
     Args:
         memory: of one device.
         available: bytes of it.
-        batch: pictures on it.
+        batch: images on it.
         checkpointing: whether gradient checkpointing is on.
         half: whether autocast computes in 16 bits.
         processes: that share the work.

@@ -30,7 +30,7 @@ _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers
 
 
 class Teacher(nn.Module):
-    """Pictures to L2-normalised embeddings.
+    """Images to L2-normalised embeddings.
 
     Args:
         visual: OpenCLIP image tower, (batch, 3, size, size) to (batch, width).
@@ -216,7 +216,7 @@ def _common_preprocessing(name: str) -> dict[str, Any]:
 
 
 def _architecture_key(tower: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes towers the same, whatever the size of their pictures."""
+    """What makes towers the same, whatever the size of their images."""
     vision = {key: value for key, value in tower["vision_cfg"].items() if key != "image_size"}
     return tower["embed_dim"], bool(tower.get("quick_gelu", False)), vision
 

@@ -27,8 +27,8 @@ class TeacherModule(RecallModule):
         place: the stage.
         head: kind of margin.
         teacher: the network.
-        preprocess: of its pictures.
-        train: pictures whose rows the batches carry.
+        preprocess: of its images.
+        train: images whose rows the batches carry.
         validation: what is scored.
     """
 
@@ -57,7 +57,7 @@ class TeacherModule(RecallModule):
         return self.teacher(x)
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Take over the weights of the stage before, whose pictures may have had another size."""
+        """Take over the weights of the stage before, whose images may have had another size."""
         visual = "teacher.visual."
         load_tower_weights(self.teacher.visual, {k.removeprefix(visual): v for k, v in state.items() if visual in k})
         rest = {name: value for name, value in state.items() if visual not in name}
@@ -76,7 +76,7 @@ class TeacherModule(RecallModule):
         place, (rank, world) = self.place, rank_and_world()
         epoch = place.before + self.current_epoch
         self.seed_step(place.seed, epoch, number)
-        # By place in the epoch, not by picture: an oversampled picture comes as another view each time.
+        # By place in the epoch, not by image: an oversampled image comes as another view each time.
         size = len(batch["rows"])
         index = (number * world + rank) * size + torch.arange(size)
         views = draw_views(place.views, place.seed, index, torch.full_like(index, epoch))

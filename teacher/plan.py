@@ -40,7 +40,7 @@ def print_plan(
     products, counts = np.unique(train.products, return_counts=True)
     world = rank_and_world()[1]
     say(
-        f"teacher: {tower.name}, {len(train)} pictures of {len(products)} products, {places[0].total} epochs, "
+        f"teacher: {tower.name}, {len(train)} images of {len(products)} products, {places[0].total} epochs, "
         f"validated on {len(set(validation.products.tolist()))} other products"
     )
     half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
@@ -56,7 +56,7 @@ def print_plan(
         batches = EpochSampler(train.products, replace(loader, batch_size=batch), 0, 0, world).batches
         if not batches:
             raise UserError(
-                f"stages {number}: {batch * world} pictures in a batch, the training has {len(train)}: "
+                f"stages {number}: {batch * world} images in a batch, the training has {len(train)}: "
                 "lower loader.batch_size or the stage's batch_size"
             )
         steps = -(-batches // run.accumulate)
@@ -65,7 +65,7 @@ def print_plan(
             memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
         say(
             f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
-            f"{batch * world * run.accumulate} pictures of {preprocess.size} pixels; {_learning(teacher)} "
+            f"{batch * world * run.accumulate} images of {preprocess.size} pixels; {_learning(teacher)} "
             f"parameters learn, and {_learning(classes)} of the head"
         )
         say(f"    memory: {memory}")

@@ -43,7 +43,7 @@ class Run:
         val_recall_at_1: best on the validation split.
         best_epoch: that reached it, from 1 over all stages.
         seconds: of training.
-        pictures: in the training split.
+        images: in the training split.
         state: ``finished``, ``finished, leak``, ``unfinished at epoch n``, ``artifact gone`` or ``damaged: why``.
     """
 
@@ -55,7 +55,7 @@ class Run:
     val_recall_at_1: float | None = None
     best_epoch: int | None = None
     seconds: float | None = None
-    pictures: int | None = None
+    images: int | None = None
     state: str = "finished"
 
 
@@ -93,7 +93,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    """Artifacts and run folders; what lies inside them (pictures by the thousand) is not looked at."""
+    """Artifacts and run folders; what lies inside them (images by the thousand) is not looked at."""
     for path, below, files in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
         if CARD_NAME in files or _RUN in Path(path).name:
@@ -130,7 +130,7 @@ def _finished(name: str, card: Card) -> Run:
             val_recall_at_1=_number(metrics.get(MONITOR), float),
             best_epoch=_number(metrics.get("best_epoch"), int),
             seconds=_seconds(metrics.get("seconds")),
-            pictures=_number(catalog.get("pictures", {}).get("train"), int),
+            images=_number(catalog.get("images", {}).get("train"), int),
             state="finished, leak" if catalog.get("leak") else "finished",
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -206,13 +206,13 @@ def _print(found: list[Run]) -> None:
     table = Table(box=SIMPLE, padding=0)
     for name, least in (("name", 10), ("recipe", 6), ("stages", 6), ("loss", 4)):
         table.add_column(name, overflow="fold", min_width=least)
-    for name in ("seed", "recall@1", "epoch", "time", "pictures"):
+    for name in ("seed", "recall@1", "epoch", "time", "images"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold", min_width=9)
     for run in found:
         recall = None if run.val_recall_at_1 is None else f"{run.val_recall_at_1:.4f}"
         spent = None if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
-        shown = (run.name, run.recipe, run.stages, run.loss, run.seed, recall, run.best_epoch, spent, run.pictures)
+        shown = (run.name, run.recipe, run.stages, run.loss, run.seed, recall, run.best_epoch, spent, run.images)
         # As text, names are shown as they are, not read as markup; control characters would reach the terminal.
         table.add_row(*[Text(printable("–" if value is None else str(value))) for value in (*shown, run.state)])
     # A file or a pipe has no width to keep to.

@@ -23,7 +23,7 @@ from vpr.retrieval.metrics import RetrievalScores
 
 Weights = dict[str, Tensor]
 _KEPT_BYTES = 2 << 30  # pixels of a split that are decoded once and kept
-_NORM_PICTURES = 2048  # that BatchNorm statistics are estimated on
+_NORM_IMAGES = 2048  # that BatchNorm statistics are estimated on
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def estimate_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: Itera
     Args:
         model: in evaluation mode; left so.
         norms: the layers of it whose statistics are estimated.
-        batches: of one size, so that each picture weighs the same.
+        batches: of one size, so that each image weighs the same.
     """
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -51,17 +51,17 @@ def estimate_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: Itera
 
 
 class Scorer:
-    """Puts weights into the network and scores them; pictures are decoded once where they fit in memory.
+    """Puts weights into the network and scores them; images are decoded once where they fit in memory.
 
     Args:
         model: teacher artifact whose network is scored.
         catalog: ``validation`` is scored, ``train`` gives BatchNorm its statistics.
-        batch_size: pictures at a time.
-        workers: processes that decode, where the pictures do not fit in memory.
-        seed: of the pictures that BatchNorm statistics are estimated on.
+        batch_size: images at a time.
+        workers: processes that decode, where the images do not fit in memory.
+        seed: of the images that BatchNorm statistics are estimated on.
 
     Raises:
-        UserError: no validation split, or too few training pictures for BatchNorm.
+        UserError: no validation split, or too few training images for BatchNorm.
     """
 
     def __init__(self, model: str, catalog: Catalog, batch_size: int, workers: int, seed: int) -> None:
@@ -85,7 +85,7 @@ class Scorer:
         Args:
             weights: float32, or float64 and rounded here.
             norms: which BatchNorm statistics no longer belong to the weights and are estimated anew on training
-                pictures: ``kept`` none, ``added`` those after the tower, ``all``.
+                images: ``kept`` none, ``added`` those after the tower, ``all``.
         """
         self.model.load_state_dict(weights)
         stale = [m for n, m in self._norms.items() if norms == "all" or not n.startswith("visual.")]
@@ -109,9 +109,9 @@ class Scorer:
 
 
 def _draw(training: Catalog, batch_size: int, seed: int) -> Catalog:
-    """Seeded training pictures in random order, as whole batches: statistics of one product would not be the set's."""
+    """Seeded training images in random order, as whole batches: statistics of one product would not be the set's."""
     if len(training) < 2:
-        raise UserError("catalog: BatchNorm needs two training pictures or more: give the training catalogue")
-    rows = np.random.default_rng(seed).permutation(len(training))[:_NORM_PICTURES]
+        raise UserError("catalog: BatchNorm needs two training images or more: give the training catalogue")
+    rows = np.random.default_rng(seed).permutation(len(training))[:_NORM_IMAGES]
     whole = max(1, len(rows) // batch_size) * batch_size
     return training.take(rows[:whole])

@@ -1,4 +1,4 @@
-"""Changes to an image tower of open_clip: picture size, overlapping patches, no projection."""
+"""Changes to an image tower of open_clip: image size, overlapping patches, no projection."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vpr.common.errors import UserError
 
 
 def input_size(visual: Any) -> int:
-    """Side of the tower's pictures, pixels."""
+    """Side of the tower's images, pixels."""
     size = visual.image_size
     return int(size if isinstance(size, int) else size[0])
 
 
 def set_size(visual: Any, size: int) -> None:
-    """Make a timm tower take pictures of another size (open_clip's own towers are created with it)."""
+    """Make a timm tower take images of another size (open_clip's own towers are created with it)."""
     trunk = getattr(visual, "trunk", None)
     if trunk is not None and hasattr(trunk, "set_input_size"):
         trunk.set_input_size((size, size))

@@ -90,7 +90,7 @@ def identify_init_weights(pretrained: str) -> Artifact | str:
 
 
 def warn_unverified_init(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
-    """What a card says where training begins from a model of other pictures, which nobody compared with these."""
+    """What a card says where training begins from a model of other images, which nobody compared with these."""
     if not isinstance(start, Artifact) or (start.card.catalog or {}).get("sha256") == catalog.sha256:
         return {}
     text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"

@@ -1,4 +1,4 @@
-"""Weights of an image tower: read from where they are kept, and fitted to its picture size."""
+"""Weights of an image tower: read from where they are kept, and fitted to its image size."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
 
     Args:
         visual: the tower; a projection that it has dropped may be in ``state``.
-        state: weights of the same kind of tower, of any picture size or patch stride.
+        state: weights of the same kind of tower, of any image size or patch stride.
 
     Raises:
         UserError: weights of another tower.

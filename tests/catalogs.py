@@ -9,7 +9,7 @@ from vpr.data.catalog import Catalog, write_catalog_files
 
 
 def write_catalog(path: Path, catalog: Catalog) -> Path:
-    """Write a catalogue whose pictures stay in its root."""
+    """Write a catalogue whose images stay in its root."""
     with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}) as draft:
         write_catalog_files(draft, catalog, [])
     return path

@@ -1,4 +1,4 @@
-"""Pictures and small models that several tests share. Everything is made here; nothing is downloaded."""
+"""Images and small models that several tests share. Everything is made here; nothing is downloaded."""
 
 from __future__ import annotations
 

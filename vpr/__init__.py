@@ -1,3 +1,3 @@
-"""What every stage of the toolkit shares: catalogue, pictures, artifacts, embeddings, search, metrics."""
+"""What every stage of the toolkit shares: catalogue, images, artifacts, embeddings, search, metrics."""
 
 __version__ = "0.1.0"

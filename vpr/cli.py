@@ -36,7 +36,7 @@ class Command:
 
 COMMANDS = {
     "catalog": Command(
-        "vpr.data.build_catalog", "build_catalog", "CatalogConfig", "read pictures into a checked, split catalogue"
+        "vpr.data.build_catalog", "build_catalog", "CatalogConfig", "read images into a checked, split catalogue"
     ),
     "teacher data": Command(
         "teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"
@@ -50,7 +50,7 @@ COMMANDS = {
     "student distill": Command("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
     "student embed": Command("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
     "calibrate": Command(
-        "calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training pictures"
+        "calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training images"
     ),
     "export onnx": Command("export.to_onnx", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
     "export int8": Command("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
@@ -79,9 +79,9 @@ COMMANDS = {
         "benchmarks.compare", "compare", "CompareConfig", "what changed from one report to another", positional=True
     ),
     "search": Command(
-        "vpr.retrieval.search_command", "find", "FindConfig", "nearest gallery pictures of embedded queries"
+        "vpr.retrieval.search_command", "find", "FindConfig", "nearest gallery images of embedded queries"
     ),
-    "search serve": Command("app.search_page.server", "serve", "ServeConfig", "a local page to look pictures up on"),
+    "search serve": Command("app.search_page.server", "serve", "ServeConfig", "a local page to look images up on"),
     "demo": Command("app.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
     "doctor": Command("app.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
 }

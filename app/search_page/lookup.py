@@ -1,4 +1,4 @@
-"""A model with the gallery it embedded: a picture's bytes in, nearest gallery rows and the time of each step out."""
+"""A model with the gallery it embedded: an image's bytes in, nearest gallery rows and the time of each step out."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class Searcher:
     vectors: NDArray[np.float32]
 
     def search_bytes(self, data: bytes, top: int) -> SearchResult:
-        """The ``top`` gallery pictures nearest to a picture given as the bytes of its file.
+        """The ``top`` gallery images nearest to an image given as the bytes of its file.
 
         Raises:
-            ImageRefused: no usable picture.
+            ImageRefused: no usable image.
         """
         begun = time.perf_counter()
-        picture = decode_bytes(data, "upload", shortest=self.preprocess.size)
-        batch = self.preprocess.normalise(self.preprocess.pixels(picture)[None])
+        image = decode_bytes(data, "upload", shortest=self.preprocess.size)
+        batch = self.preprocess.normalise(self.preprocess.pixels(image)[None])
         decoded = time.perf_counter()
         query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()
@@ -82,7 +82,7 @@ def load_searchers(
     """Each model with its backend that is fastest here, and the gallery that all of them search.
 
     Args:
-        models: artifacts that embed pictures.
+        models: artifacts that embed images.
         catalog: catalogue artifact.
         split: whose gallery is searched; empty takes every split's.
         embeddings: for each model the artifact that keeps the catalogue's embeddings, made where it is not there
@@ -93,7 +93,7 @@ def load_searchers(
     """
     gallery = load_catalog(catalog).select(split=split or None, role="gallery")
     if not len(gallery):
-        raise UserError(f"{catalog}: has no gallery pictures of split '{split or 'any'}': choose another --split")
+        raise UserError(f"{catalog}: has no gallery images of split '{split or 'any'}': choose another --split")
     searchers = []
     for place, path in enumerate(models):
         model, forward = _open_fastest(path)
@@ -103,7 +103,7 @@ def load_searchers(
         else:
             with _counting(forward, model.name, len(gallery)) as counted:
                 vectors = embed(gallery, preprocess, counted)
-        say(f"  {model.name}: {len(vectors)} gallery pictures, {vectors.shape[1]} dimensions")
+        say(f"  {model.name}: {len(vectors)} gallery images, {vectors.shape[1]} dimensions")
         searchers.append(Searcher(model.name, preprocess, forward, vectors))
     return searchers, gallery
 
@@ -113,7 +113,7 @@ def agreement(found: list[SearchResult]) -> str:
     if len(found) == 1:
         return ""
     first, second = (one.rows for one in found)
-    same = "The same first picture" if first[0] == second[0] else "Different first pictures"
+    same = "The same first image" if first[0] == second[0] else "Different first images"
     return f"{same}; {len(np.intersect1d(first, second))} of {len(first)} are in both lists."
 
 
@@ -154,13 +154,13 @@ def _kept_vectors(
     if split:
         chosen &= np.array(rows["split"].to_pylist(), dtype=np.str_) == split
     if not rows.filter(chosen).equals(gallery.table):
-        raise UserError(f"{path}: holds other pictures than {catalog}'s gallery: embed again, or give a new path")
+        raise UserError(f"{path}: holds other images than {catalog}'s gallery: embed again, or give a new path")
     return kept.vectors[chosen]
 
 
 @contextmanager
 def _counting(forward: Forward, name: str, total: int) -> Iterator[Forward]:
-    """The same function, shown as a bar of the pictures that went through it."""
+    """The same function, shown as a bar of the images that went through it."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"  {name}: embedding", total=total)

@@ -1,7 +1,7 @@
-"""``vpr search serve``: a page on this machine that looks a picture up with one or two models side by side.
+"""``vpr search serve``: a page on this machine that looks an image up with one or two models side by side.
 
-Nothing of a request reaches the disk: a picture comes as the body itself (no form, whose parts would be spooled to
-files), is decoded from memory, and gallery pictures are asked for by row alone.
+Nothing of a request reaches the disk: an image comes as the body itself (no form, whose parts would be spooled to
+files), is decoded from memory, and gallery images are asked for by row alone.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def serve(config: ServeConfig) -> None:
 
 
 def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
-    """The page, its search and the gallery's pictures, behind the checks that every request passes."""
+    """The page, its search and the gallery's images, behind the checks that every request passes."""
     page = _Page(searchers, gallery, min(top, len(gallery)))
     app = Starlette(
         routes=[
             Route("/", page.show),
             Route("/search", page.search, methods=["POST"]),
-            Route("/picture/{row}", page.picture),
+            Route("/image/{row}", page.image),
         ],
         middleware=[
             # Another site's name may be pointed at this address; its pages must not read the gallery.
@@ -92,7 +92,7 @@ class _Page:
         self._searchers, self._gallery, self._top = searchers, gallery, top
         templates = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True)
         self._form, self._results = (templates.get_template(f"{name}.html") for name in ("search", "search-results"))
-        # One picture at a time: memory stays bounded, and no time shown is that of two searches at once.
+        # One image at a time: memory stays bounded, and no time shown is that of two searches at once.
         self._worker = ThreadPoolExecutor(1)
         self._room = UploadBudget(ROOM)
         blank = io.BytesIO()
@@ -122,7 +122,7 @@ class _Page:
         columns = [self._column(place, found) for place in range(len(found))]
         return HTMLResponse(self._results.render(columns=columns, agreement=agreement(found)))
 
-    async def picture(self, request: Request) -> Response:
+    async def image(self, request: Request) -> Response:
         row = request.path_params["row"]
         if not re.fullmatch("[0-9]{1,9}", row) or int(row) >= len(self._gallery):
             raise HTTPException(404, "the gallery has no such row")
@@ -136,12 +136,12 @@ class _Page:
 
     def _thumbnail(self, row: int) -> bytes:
         try:
-            picture = decode(self._gallery.path(row), self._gallery.box(row), _THUMBNAIL)
+            image = decode(self._gallery.path(row), self._gallery.box(row), _THUMBNAIL)
         except ImageRejected as error:
-            raise HTTPException(404, f"gallery picture {row} cannot be shown: {error.reason}") from None
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            raise HTTPException(404, f"gallery image {row} cannot be shown: {error.reason}") from None
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         stream = io.BytesIO()
-        picture.save(stream, "WEBP", quality=80)
+        image.save(stream, "WEBP", quality=80)
         return stream.getvalue()
 
     def _column(self, place: int, found: list[SearchResult]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _with_headers(app: ASGIApp) -> ASGIApp:
 # As coroutines, these answer without a thread of their own.
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ImageRejected)
-    return PlainTextResponse(f"{error.reason}: choose another picture ({', '.join(FORMATS)})", status_code=422)
+    return PlainTextResponse(f"{error.reason}: choose another image ({', '.join(FORMATS)})", status_code=422)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

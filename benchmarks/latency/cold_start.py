@@ -29,7 +29,7 @@ def measure_cold_starts(model: Model, threads: int, times: int) -> dict[str, Any
 
     Returns:
         medians of ``cold_start_ms`` (from the start of Python to the first embedding), ``load_ms`` (artifact to a
-        model that is ready, with the imports of its runtime) and ``first_call_ms`` (one picture); the largest
+        model that is ready, with the imports of its runtime) and ``first_call_ms`` (one image); the largest
         ``peak_memory_bytes`` (resident, from start to that embedding) and ``gpu_memory_bytes`` (what the GPUs hold
         more than before; another process that allocates meanwhile is counted in).
     """

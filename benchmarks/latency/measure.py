@@ -59,9 +59,9 @@ def time_models(
 
     Returns:
         by ``artifact (backend)``: ``latency_ms`` by batch (see :func:`benchmarks.latency.statistics.summarize_latency`); ``throughput``
-        (pictures per second, call after call), ``of_ceiling`` (see :func:`benchmarks.latency.roofline.roofline_ms`, over p50) and
+        (images per second, call after call), ``of_ceiling`` (see :func:`benchmarks.latency.roofline.roofline_ms`, over p50) and
         ``device_ms`` by batch; ``ceiling``; what :func:`benchmarks.latency.cold_start.measure_cold_starts` tells; ``preprocess_ms``
-        and ``with_preprocess_ms`` of one picture; ``open_loop`` (see :func:`benchmarks.latency.open_loop.answer_load`);
+        and ``with_preprocess_ms`` of one image; ``open_loop`` (see :func:`benchmarks.latency.open_loop.answer_load`);
         ``threads`` and ``cpus``. What is not measured is None; a backend
         that cannot run has None for ``latency_ms`` and ``throughput``, and the reason in ``notes``.
     """
@@ -77,7 +77,7 @@ def time_models(
     _add_ceilings(rows, opened, batches, threads)
     for name, (model, _) in opened.items():
         rows[name]["device_ms"] = device_times(model, batches)
-    _add_pictures(rows, opened, catalog, seconds)
+    _add_images(rows, opened, catalog, seconds)
     for name, (model, forward) in opened.items():
         rows[name]["open_loop"] = answer_load(_call(forward, model, 1), load, seconds) if load else None
     for name in opened:
@@ -129,16 +129,16 @@ def _add_ceilings(
         rows[name]["of_ceiling"] = {str(b): roofline_ms(ceiling, model, counted, b) / p50[b] for b in batches}
 
 
-def _add_pictures(rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], catalog: str, seconds: float) -> None:
-    """Add what one picture takes from file to input, and from file to embedding."""
+def _add_images(rows: dict[str, Row], opened: dict[str, tuple[Model, Forward]], catalog: str, seconds: float) -> None:
+    """Add what one image takes from file to input, and from file to embedding."""
     for name in opened:
         rows[name] |= {"preprocess_ms": None, "with_preprocess_ms": None}
     if not catalog:
         return
     calls: dict[str, Callable[[], object]] = {}
-    pictures = load_catalog(catalog)
+    images = load_catalog(catalog)
     for name, (model, forward) in opened.items():
-        read = image_source(pictures, model.preprocess)
+        read = image_source(images, model.preprocess)
         calls[f"{model.preprocess}"] = read
         calls[name] = _after(read, forward)
     timed = measure_rounds(calls, seconds)

@@ -46,7 +46,7 @@ class Roofline:
 
 
 def roofline_ms(ceiling: Roofline, model: Model, multiply_adds: int, batch: int) -> float:
-    """Milliseconds of a batch at the ceiling: its multiply-adds; weights, pictures and embeddings moved once.
+    """Milliseconds of a batch at the ceiling: its multiply-adds; weights, images and embeddings moved once.
 
     What lies between the layers is taken to stay in the caches.
     """
@@ -57,7 +57,7 @@ def roofline_ms(ceiling: Roofline, model: Model, multiply_adds: int, batch: int)
 
 
 def count_work(artifact: Artifact) -> int | None:
-    """Multiply-adds of one picture, from the card, the graph or the network; None where none of them tells."""
+    """Multiply-adds of one image, from the card, the graph or the network; None where none of them tells."""
     if artifact.card.kind == "engine" or "multiply_adds" in artifact.card.metrics:
         return artifact.card.metrics.get("multiply_adds")
     if artifact.card.kind == "onnx":

@@ -15,7 +15,7 @@ _PLAIN = Preprocess(size=64)
 
 
 def raw_pixels(catalog: Catalog) -> NDArray[np.float32]:
-    """Pictures squashed to 64x64 RGB, compared by cosine: (n, 12288) float32, L2-normalised."""
+    """Images squashed to 64x64 RGB, compared by cosine: (n, 12288) float32, L2-normalised."""
     blocks = [pixels.reshape(len(pixels), -1).astype(np.float32) for pixels in _blocks(catalog)]
     return l2_normalize(np.concatenate(blocks) + np.float32(1e-6))
 

@@ -105,7 +105,7 @@ def require_roles(part: Catalog) -> None:
     """Refuse a split without queries or without a gallery."""
     absent = {"query", "gallery"} - set(part.roles.tolist())
     if absent:
-        raise UserError(f"catalogue: this split has no {sorted(absent)[0]} pictures: choose another --split")
+        raise UserError(f"catalogue: this split has no {sorted(absent)[0]} images: choose another --split")
 
 
 def score_row(part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def score_row(part: Catalog, vectors: NDArray[np.float32], seed: int) -> dict[st
 
 
 def _by_name(part: Catalog) -> list[int]:
-    """The queries by picture and box: an order that two catalogues of the same rows share."""
+    """The queries by image and box: an order that two catalogues of the same rows share."""
     queries = part.table.filter(pc.equal(part.table["role"], "query"))
     keys = list(zip(queries["image"].to_pylist(), map(str, queries["box"].to_pylist()), strict=True))
     return sorted(range(len(keys)), key=lambda place: keys[place])

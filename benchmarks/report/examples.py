@@ -1,4 +1,4 @@
-"""Queries with their nearest pictures, for people to look at."""
+"""Queries with their nearest images, for people to look at."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _columns(scored: list[Scored]) -> dict[str, Scored]:
 def _draw(part: Catalog, columns: dict[str, Scored], shown: NDArray[np.int64]) -> Sheet:
     gallery, products = np.flatnonzero(part.roles == "gallery"), part.products
     sheet: Sheet = [
-        {"product": str(products[row]), "picture": _thumbnail(part, int(row)), "results": {}} for row in shown
+        {"product": str(products[row]), "image": _thumbnail(part, int(row)), "results": {}} for row in shown
     ]
     for heading, one in columns.items():
         assert one.vectors is not None  # columns holds no other
@@ -69,7 +69,7 @@ def _draw(part: Catalog, columns: dict[str, Scored], shown: NDArray[np.int64]) -
             entry["results"][heading] = [
                 {
                     "product": str(products[hit]),
-                    "picture": _thumbnail(part, int(hit)),
+                    "image": _thumbnail(part, int(hit)),
                     "score": round(float(value), 3),
                     "right": bool(products[hit] == entry["product"]),
                 }
@@ -79,8 +79,8 @@ def _draw(part: Catalog, columns: dict[str, Scored], shown: NDArray[np.int64]) -
 
 
 def _thumbnail(part: Catalog, row: int) -> str:
-    picture = decode(part.path(row), part.box(row), _THUMBNAIL)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image = decode(part.path(row), part.box(row), _THUMBNAIL)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=75)
+    image.save(stream, "WEBP", quality=75)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -33,7 +33,7 @@ def title(row: Row) -> str:
 
 
 def batches(rows: list[Row]) -> list[str]:
-    """Pictures per call that any row was timed with, smallest first."""
+    """Images per call that any row was timed with, smallest first."""
     return sorted({batch for row in rows for batch in row["latency_ms"] or {}}, key=int)
 
 
@@ -102,7 +102,7 @@ def conditions(report: Row) -> str:
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"]) or "no GPU"
     products = catalog["products"][catalog["split"]]
     return (
-        f"{row['queries']} queries against {row['gallery']} gallery pictures of {products} products "
+        f"{row['queries']} queries against {row['gallery']} gallery images of {products} products "
         f"({catalog['split']} split of {', '.join(catalog['sources'])}). Intervals: 95 %, bootstrap over queries. "
         f"Latency: p50 on {environment['cpu']['model']}, {report['threads']} threads, {gpus}."
     )

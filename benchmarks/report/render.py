@@ -114,5 +114,5 @@ def _line(values: list[str]) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    # No tags, and neither links nor pictures, which would be fetched from wherever a name says.
+    # No tags, and neither links nor images, which would be fetched from wherever a name says.
     return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").replace("\n", " ")

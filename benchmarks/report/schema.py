@@ -81,7 +81,7 @@ class Row(_Part):
     gallery: int | None
     ci95: Interval = Field(description="95 % bootstrap interval of recall_at_1 over the queries")
     hits: str | None = Field(
-        pattern="^[01]+$", description="for each query, by picture and box, whether its first result is right"
+        pattern="^[01]+$", description="for each query, by image and box, whether its first result is right"
     )
     by_category: dict[str, Category] | None
     reranked: Retrieval | None = Field(description="after the report's rerank steps")
@@ -93,8 +93,8 @@ class Row(_Part):
     cosine_mean: float | None
     cosine_min: float | None
     top10_overlap: Share
-    latency_ms: dict[Batch, Latency] | None = Field(description="by pictures per call")
-    throughput: dict[Batch, float] | None = Field(description="pictures per second, by pictures per call")
+    latency_ms: dict[Batch, Latency] | None = Field(description="by images per call")
+    throughput: dict[Batch, float] | None = Field(description="images per second, by images per call")
     cold_start_ms: float | None
     peak_memory_bytes: int | None
     notes: str

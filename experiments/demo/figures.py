@@ -133,7 +133,7 @@ def _recalls(name: str, rows: list[Row], goal: float, command: str) -> list[Figu
 
 def _precisions(rows: list[Row], command: str) -> list[Figure]:
     fp32 = load_artifact(_DEMO / "fp32").card.metrics
-    figures = [_stated("ONNX FP32 against torch, max abs, 64 pictures, batch 1, 3, 8", fp32["max_abs"], 1e-4, command)]
+    figures = [_stated("ONNX FP32 against torch, max abs, 64 images, batch 1, 3, 8", fp32["max_abs"], 1e-4, command)]
     student = _row(rows, "student", "torch")["recall_at_1"]
     for name, title, cosine, drop in (("fp16", "FP16", 0.9999, 0.01), ("int8", "INT8", 0.99, 0.02)):
         row = _row(rows, name, "onnxruntime-cpu")

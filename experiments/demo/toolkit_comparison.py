@@ -1,4 +1,4 @@
-"""The same student by other toolkits' roads to a served graph and by ours: same weights, pictures and queries."""
+"""The same student by other toolkits' roads to a served graph and by ours: same weights, images and queries."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str, only:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """The pictures, batch by batch."""
+        """The images, batch by batch."""
 
         def __init__(self) -> None:
             self._starts = iter(range(0, len(pixels), _BATCH))

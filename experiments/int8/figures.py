@@ -61,7 +61,7 @@ def measure_tools() -> None:
 
 
 def measure_study() -> None:
-    """Number and choice of pictures, ranges, smoothing, correction."""
+    """Number and choice of images, ranges, smoothing, correction."""
     record("int8", [], {"study": [row for student in (sample(), grocery()) for row in study(student)]})
 
 

@@ -1,4 +1,4 @@
-"""What the pictures, the ranges and the float weights' adjustments are worth, one at a time."""
+"""What the images, the ranges and the float weights' adjustments are worth, one at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BASE = CalibrateConfig("", "", "", method="mse")
 def study(student: TrainedStudent) -> list[Row]:
     """Mean and least cosine to FP32 and the drop of recall@1, by OpenVINO on the test split, of one change each.
 
-    The cosines are means over two draws of pictures; the interval of the drop is paired over the queries of both.
+    The cosines are means over two draws of images; the interval of the drop is paired over the queries of both.
     """
     floats = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
     preprocess = load_artifact(floats, "onnx").card.preprocess
@@ -62,7 +62,7 @@ def study(student: TrainedStudent) -> list[Row]:
 
 def _changes() -> dict[str, dict[str, Any]]:
     """By name, what is other than in :data:`_BASE`."""
-    changes: dict[str, dict[str, Any]] = {f"{count} pictures": {"count": count} for count in COUNTS}
+    changes: dict[str, dict[str, Any]] = {f"{count} images": {"count": count} for count in COUNTS}
     changes |= {f"drawn {rule}": {"selection": rule} for rule in ("random", "k-centre")}
     changes |= {f"range by {method}": {"method": method} for method in (*METHODS, "auto") if method != _BASE.method}
     return changes | {

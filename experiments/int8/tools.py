@@ -1,4 +1,4 @@
-"""Our INT8 of a student beside that of other tools: same FP32 graph, same pictures, same queries."""
+"""Our INT8 of a student beside that of other tools: same FP32 graph, same images, same queries."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Measured:
     Attributes:
         scores: of its embeddings by ONNX Runtime.
         openvino_scores: of its embeddings by OpenVINO, which computes some graphs otherwise.
-        cosine_mean: of ONNX Runtime's embeddings to our FP32 graph's, over pictures.
+        cosine_mean: of ONNX Runtime's embeddings to our FP32 graph's, over images.
         cosine_min: the least of them.
-        openvino: milliseconds of one picture, p50.
+        openvino: milliseconds of one image, p50.
         onnxruntime: the same.
         size: of the file, bytes.
     """
@@ -141,7 +141,7 @@ def quantise_with_all(student: TrainedStudent) -> dict[str, Path]:
 
 
 def own_graphs(student: TrainedStudent) -> tuple[dict[str, Path], Path]:
-    """Our FP32 and INT8 graphs of a student, and the file of the pictures that its ranges are of."""
+    """Our FP32 and INT8 graphs of a student, and the file of the images that its ranges are of."""
     folder = student.folder
     folder.mkdir(parents=True, exist_ok=True)
     floats = export_onnx(OnnxConfig(str(student.artifact), str(folder / "fp32")))
@@ -163,13 +163,13 @@ def within_budget(student: TrainedStudent) -> Path:
 
 
 def calibration_pixels(ranges: Path, student: TrainedStudent) -> NDArray[np.float32]:
-    """(n, 3, size, size) float32: the very pictures that our ranges were measured on."""
-    drawn = pq.read_table(load_artifact(ranges, "ranges").file("pictures.parquet"))["image"].to_pylist()
+    """(n, 3, size, size) float32: the very images that our ranges were measured on."""
+    drawn = pq.read_table(load_artifact(ranges, "ranges").file("images.parquet"))["image"].to_pylist()
     catalog = load_catalog(student.catalog)
     places = {image: row for row, image in enumerate(catalog.table["image"].to_pylist())}
     rows = pa.array([places[image] for image in drawn])
-    pictures = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
-    return np.concatenate(list(read_batches(pictures, preprocess_of(student), 64)))
+    images = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
+    return np.concatenate(list(read_batches(images, preprocess_of(student), 64)))
 
 
 def run_tool(tool: str, environment: str, graph: Path, pixels: Path, output: Path, target: str = _TARGET) -> None:
@@ -207,7 +207,7 @@ def measure_graphs(student: TrainedStudent, graphs: dict[str, Path]) -> dict[str
 
 
 def time_graphs(graphs: dict[str, Path], size: int) -> dict[tuple[str, str], float]:
-    """p50, in milliseconds, of one picture and one thread by graph and runtime, from one interleaved run."""
+    """p50, in milliseconds, of one image and one thread by graph and runtime, from one interleaved run."""
     pixels = np.zeros((1, 3, size, size), np.float32)
     calls = {(name, "openvino"): partial(openvino_forward(path, 1), pixels) for name, path in graphs.items()}
     calls |= {(name, "onnxruntime"): partial(onnxruntime_forward(path, 1), pixels) for name, path in graphs.items()}

@@ -45,7 +45,7 @@ def student(preset: Preset, folder: Path = _FOLDER) -> tuple[str, str]:
     path = folder / preset
     if not (path / "card.json").is_file():
         write_random_student(path, StudentConfig(preset, embedding_dim=_DIM))
-    return str(path), str(export_onnx(OnnxConfig(str(path), f"{path}-fp32", pictures=8)))
+    return str(path), str(export_onnx(OnnxConfig(str(path), f"{path}-fp32", images=8)))
 
 
 def noise(

@@ -20,7 +20,7 @@ _WARMUPS = 10
 
 
 def pyperf_median(model: Model, threads: int, processes: int, values: int) -> float:
-    """Median milliseconds of a call with one picture.
+    """Median milliseconds of a call with one image.
 
     Args:
         model: what is timed.

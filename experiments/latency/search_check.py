@@ -114,7 +114,7 @@ def time_search(
     A call takes seconds, so one round warms up, and who begins changes from round to round.
 
     Raises:
-        UserError: the two find different pictures.
+        UserError: the two find different images.
     """
     rng = np.random.default_rng(0)
     shown, asked = (rng.standard_normal((count, dim), dtype=np.float32) for count in (gallery, queries))
@@ -123,7 +123,7 @@ def time_search(
     faiss.omp_set_num_threads(default_threads())
     calls = {"ours": lambda: search(asked, shown, 10)[1], "faiss": lambda: index.search(asked, 10)[1]}
     if not np.array_equal(calls["ours"](), calls["faiss"]()):
-        raise UserError("search: it finds other pictures than faiss does: vpr/retrieval/search.py is wrong")
+        raise UserError("search: it finds other images than faiss does: vpr/retrieval/search.py is wrong")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in sorted(calls, reverse=bool(number % 2)):

@@ -75,9 +75,9 @@ class Setting:
         catalog: artifact with train, validation and test splits.
         folder: of the artifacts; finished ones are used again.
         epochs: of each training.
-        views: cached of each picture.
+        views: cached of each image.
         command: makes the figures again.
-        batch: pictures per step.
+        batch: images per step.
     """
 
     name: str

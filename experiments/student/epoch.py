@@ -1,4 +1,4 @@
-"""What an epoch of distillation costs over the student's own forward and backward passes on pictures in memory."""
+"""What an epoch of distillation costs over the student's own forward and backward passes on images in memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TimedModule(StudentModule):
 
 
 def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float | None = 1.15) -> list[Figure]:
-    """Seconds of whole epochs as they are trained (pictures in memory, cached signal), over those of the passes.
+    """Seconds of whole epochs as they are trained (images in memory, cached signal), over those of the passes.
 
     Args:
         config: the distillation.
@@ -56,7 +56,7 @@ def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float
     own = min(before, after)
     name = f"{config.model.image_size} pixels, {config.model.dim} wide"
     return [
-        Figure(f"epoch of {batches * batch} pictures, cached signal ({name})", epoch, "s", None, "<=", command),
+        Figure(f"epoch of {batches * batch} images, cached signal ({name})", epoch, "s", None, "<=", command),
         Figure(f"the student's own forward and backward passes of them ({name})", own, "s", None, "<=", command),
         Figure(f"an epoch over the student's own passes ({name})", epoch / own, "times", goal, "<=", command),
     ]

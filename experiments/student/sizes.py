@@ -31,12 +31,12 @@ class Point:
     Attributes:
         width: of its tokens.
         parameters: number of them.
-        multiply_adds: of one picture.
+        multiply_adds: of one image.
         share: of the teacher's multiply-adds.
         recall: recall@1.
         kept: retention, and its interval.
-        torch: milliseconds of one picture by PyTorch.
-        openvino: milliseconds of one picture by OpenVINO, FP32.
+        torch: milliseconds of one image by PyTorch.
+        openvino: milliseconds of one image by OpenVINO, FP32.
         seconds: of its own training, on the CPU.
         ladder: of its training and of those before it.
     """
@@ -153,7 +153,7 @@ def draw(points: list[Point], path: Path) -> None:
     spread.append([point.kept[2] - k for k, point in zip(kept, points, strict=True)])
     costs: list[tuple[Any, list[float], str]] = [
         (axes[0], [point.parameters / 1e6 for point in points], "parameters, millions"),
-        (axes[1], [point.openvino for point in points], "ms per picture, OpenVINO FP32, one thread"),
+        (axes[1], [point.openvino for point in points], "ms per image, OpenVINO FP32, one thread"),
     ]
     for axis, cost, label in costs:
         axis.errorbar(cost, kept, spread, marker="o", capsize=3, color="#1f5fa8")

@@ -2,7 +2,7 @@
 
 ``python -m experiments.student.training_step`` measures a small student of ViT-H-14 at the largest batch that fits and keeps the
 figures in ``docs/results/gpu.json``. ``--device cpu --teacher sample-vit --preset sample --batch 8`` runs the
-same code anywhere. Weights and pictures are random: they decide nothing about the time.
+same code anywhere. Weights and images are random: they decide nothing about the time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StudentStepConfig:
         preset: of the student.
         teacher: an open_clip model, or a JSON file or name as of ``vpr teacher train``.
         modes: ``cached`` looks the teacher's embeddings up, ``online`` computes them.
-        batch: pictures per step; 0 finds the largest that fits (only on a GPU).
+        batch: images per step; 0 finds the largest that fits (only on a GPU).
         most: largest batch that is tried.
         steps: that are timed.
         warmup: steps before them.
@@ -161,7 +161,7 @@ def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, lis
 
 
 def needed_flops(config: StudentStepConfig, step: StudentStep) -> int:
-    """FLOPs of a picture: the student's three passes, and the teacher's forward pass where it runs."""
+    """FLOPs of an image: the student's three passes, and the teacher's forward pass where it runs."""
     own = 3 * 2 * count_multiply_adds(step.student, step.student.config.image_size)
     if step.mode == "cached":
         return own

@@ -30,7 +30,7 @@ from vpr.retrieval.rerank import similarities
 from vpr.training.config import RunConfig
 
 Vectors = NDArray[np.float32]
-Embedded = tuple[Vectors, Vectors]  # of the scored photos, and of the shop pictures
+Embedded = tuple[Vectors, Vectors]  # of the scored photos, and of the shop images
 SEEDS = (0, 1, 2)
 HEADS = {
     "ArcFace": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3),
@@ -77,7 +77,7 @@ def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[
         seeds: of each variant.
     """
     catalog = load_catalog(build_grocery(data, folder))
-    test, shop = catalog.select(split="test"), shop_pictures(data)
+    test, shop = catalog.select(split="test"), shop_images(data)
     rows, found = [], {"start, not fine-tuned": [_embed(start, test, shop)]}
     for name, head in HEADS.items():
         found[name] = [_embed(_train(folder, start, head, seed, epochs, 0.0), test, shop) for seed in seeds]
@@ -132,8 +132,8 @@ def _soup(folder: Path, method: Any, models: list[Path], number: int) -> Path:
     return soup(SoupConfig(tuple(str(path) for path in models), str(folder / "catalog"), output, method))
 
 
-def shop_pictures(data: Path) -> Catalog:
-    """The one clean shop picture of each of the 81 products: the hard gallery, of which nothing was trained on."""
+def shop_images(data: Path) -> Catalog:
+    """The one clean shop image of each of the 81 products: the hard gallery, of which nothing was trained on."""
     paths = sorted((data / "grocery" / "iconic").glob("*.jpg"))
     rows = [{"image": path.name, "product": path.stem, "role": "gallery", "split": "test"} for path in paths]
     return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), data / "grocery" / "iconic")
@@ -151,10 +151,10 @@ def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config:
     """Scores averaged over seeds, with the bootstrap interval over queries of that average."""
     query, gallery = test.roles == "query", test.roles == "gallery"
     shelf, single = [], []
-    for photos, pictures in seeds:
+    for photos, images in seeds:
         scores = similarities(photos[query], photos[gallery], config)
         shelf.append(evaluate_similarities(scores, test.products[query], test.products[gallery]))
-        scores = similarities(photos, pictures, config)
+        scores = similarities(photos, images, config)
         single.append(evaluate_similarities(scores, test.products, shop.products))
     return {
         "variant": name,
@@ -162,5 +162,5 @@ def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config:
         "recall@1 [95 %]": mean_text(np.mean([score.hits for score in shelf], axis=0)),
         "mAP [95 %]": mean_text(np.mean([score.precisions for score in shelf], axis=0)),
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in shelf),
-        "shop picture: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0)),
+        "shop image: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0)),
     }

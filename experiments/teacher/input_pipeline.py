@@ -68,7 +68,7 @@ def delivery(training: Catalog, preprocess: Preprocess, config: LoaderConfig, se
 
 
 def consumption(training: Catalog, tower: TowerConfig, batch: int, seconds: float) -> float:
-    """Images per second of the full training step (views, forward, backward, optimiser), its pictures in memory."""
+    """Images per second of the full training step (views, forward, backward, optimiser), its images in memory."""
     stage = StageConfig("all", 1)
     teacher, preprocess = build_teacher(tower, read_tower(tower.name), False)
     place = ScheduledStage(stage, 0, 1, ViewConfig(), 0)

@@ -42,7 +42,7 @@ from vpr.imaging.config import ViewConfig
 
 Mode = Literal["head", "full"]
 _LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}
-_PER_CLASS = 15  # pictures; the margin's size depends on it, its cost does not
+_PER_CLASS = 15  # images; the margin's size depends on it, its cost does not
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TeacherStepConfig:
         tower: an open_clip model, or a JSON file or name as of ``vpr teacher train``.
         classes: of the margin head.
         modes: ``head`` trains the class directions alone, ``full`` everything.
-        batch: pictures per step; 0 finds the largest that fits (only on a GPU).
+        batch: images per step; 0 finds the largest that fits (only on a GPU).
         most: largest batch that is tried.
         steps: that are timed.
         warmup: steps before them.
@@ -88,9 +88,9 @@ class Measured:
 
     Attributes:
         mode: what trained.
-        batch: pictures per step.
+        batch: images per step.
         seconds: of a step, median.
-        flops: of one picture, see :func:`step_flops`.
+        flops: of one image, see :func:`step_flops`.
         peak_bytes: most memory allocated on the GPU; None on the CPU.
     """
 
@@ -102,7 +102,7 @@ class Measured:
 
     @property
     def images_per_second(self) -> float:
-        """Pictures trained on in a second."""
+        """Images trained on in a second."""
         return self.batch / self.seconds
 
     def utilisation(self, ceiling: float) -> float:
@@ -148,7 +148,7 @@ class TeacherStep(Step):
 
 
 def step_flops(tower: int, head: int, mode: Mode) -> int:
-    """FLOPs that a training step needs for one picture: a forward pass, and twice that backward for what learns.
+    """FLOPs that a training step needs for one image: a forward pass, and twice that backward for what learns.
 
     Args:
         tower: FLOPs of its forward pass.

@@ -86,7 +86,7 @@ class Model:
         return self.runner.open(self.artifact, threads)
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
-        """(batch, 3, size, size) float32 in the range of preprocessed pictures."""
+        """(batch, 3, size, size) float32 in the range of preprocessed images."""
         size = self.preprocess.size
         return np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimisation profile: batches from ``least`` to ``most`` pictures, tuned for ``best``."""
+    """An optimisation profile: batches from ``least`` to ``most`` images, tuned for ``best``."""
 
     index: int
     least: int
@@ -18,7 +18,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures ``start`` to ``stop`` of a batch, run as ``size`` pictures: the last is repeated where that is more."""
+    """Images ``start`` to ``stop`` of a batch, run as ``size`` images: the last is repeated where that is more."""
 
     start: int
     stop: int
@@ -27,7 +27,7 @@ class Chunk:
 
 
 def split_batch(count: int, profiles: Sequence[Profile]) -> Iterator[Chunk]:
-    """The fewest pieces that hold ``count`` pictures, in order; none for 0.
+    """The fewest pieces that hold ``count`` images, in order; none for 0.
 
     All but the last are as large as the engine takes. The last is as large as what is left, or the next larger
     size that a profile takes.
@@ -40,6 +40,6 @@ def split_batch(count: int, profiles: Sequence[Profile]) -> Iterator[Chunk]:
 
 
 def pick_profile(rows: int, profiles: Sequence[Profile]) -> Profile:
-    """The profile that ``rows`` pictures need the least padding for; of several, the one tuned nearest to them."""
+    """The profile that ``rows`` images need the least padding for; of several, the one tuned nearest to them."""
     wide_enough = [profile for profile in profiles if rows <= profile.most]
     return min(wide_enough, key=lambda profile: (max(rows, profile.least), abs(profile.best - rows), profile.index))

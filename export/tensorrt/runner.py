@@ -78,7 +78,7 @@ class EngineRunner:
         self._release = weakref.finalize(self, _release, driver, self._plan, self._lanes, self._lock)
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             batch: (n, 3, size, size) float32, preprocessed as the card says, any n from 1; more than the engine takes
@@ -113,9 +113,9 @@ class EngineRunner:
     def _check(self, batch: NDArray[np.float32]) -> None:
         self._check_open()
         found = f"{getattr(batch, 'shape', None)} {getattr(batch, 'dtype', type(batch).__name__)}"
-        good = isinstance(batch, np.ndarray) and batch.ndim == 4 and batch.shape[1:] == self._plan.picture
+        good = isinstance(batch, np.ndarray) and batch.ndim == 4 and batch.shape[1:] == self._plan.image
         if not good or not len(batch) or batch.dtype != np.float32:
-            wanted = ", ".join(map(str, self._plan.picture))
+            wanted = ", ".join(map(str, self._plan.image))
             raise UserError(f"{INPUT}: {found}: give (n, {wanted}) float32, n at least 1")
 
     def _check_open(self) -> None:
@@ -183,7 +183,7 @@ def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngi
         engine=engine,
         native_graphs=artifact.card.config["backend"] == "tensorrt-rtx",
         profiles=tuple(Profile(index, *(int(shape[0]) for shape in shapes)) for index, shapes in enumerate(ranges)),
-        picture=tuple(engine.get_tensor_shape(INPUT))[1:],
+        image=tuple(engine.get_tensor_shape(INPUT))[1:],
         dim=int(engine.get_tensor_shape(OUTPUT)[1]),
         errors=errors,
     )

@@ -32,7 +32,7 @@ class LoadedEngine:
         native_graphs: TensorRT-RTX captures CUDA graphs itself (kernels of a shape are compiled while it already
             runs, so only it knows when); TensorRT leaves it to the caller.
         profiles: the batches it takes.
-        picture: (3, size, size).
+        image: (3, size, size).
         dim: of the embeddings.
         errors: what TensorRT has logged.
     """
@@ -42,7 +42,7 @@ class LoadedEngine:
     engine: Any
     native_graphs: bool
     profiles: tuple[Profile, ...]
-    picture: tuple[int, ...]
+    image: tuple[int, ...]
     dim: int
     errors: list[str]
 
@@ -89,9 +89,9 @@ class ThreadContext:
         self._held: list[Any] = []
         self._stream: Stream | None = driver.stream()
         try:
-            self._host_in = self._hold(driver.pinned((plan.most, *plan.picture)))
+            self._host_in = self._hold(driver.pinned((plan.most, *plan.image)))
             self._host_out = self._hold(driver.pinned((plan.most, plan.dim)))
-            self._input = self._hold(driver.allocate(_FLOAT * plan.most * math.prod(plan.picture)))
+            self._input = self._hold(driver.allocate(_FLOAT * plan.most * math.prod(plan.image)))
             self._output = self._hold(driver.allocate(_FLOAT * plan.most * plan.dim))
             scratch = 0 if plan.native_graphs else int(plan.engine.device_memory_size_v2)
             self._scratch_size = scratch
@@ -175,7 +175,7 @@ class ThreadContext:
 
     def _execute(self, own: _Context, size: int, stream: Stream) -> None:
         if own.size != size:
-            if not own.context.set_input_shape(INPUT, (size, *self._plan.picture)):
+            if not own.context.set_input_shape(INPUT, (size, *self._plan.image)):
                 raise self._plan.failure(f"a batch of {size} is refused")
             own.size = size
         if not own.context.execute_async_v3(stream.handle):

@@ -129,7 +129,7 @@ class Lists(HTMLParser):
             self.rows.append([])
             self.scores.append([])
         if tag == "img":
-            self.rows[-1].append(int((dict(attributes)["src"] or "").removeprefix("/picture/")))
+            self.rows[-1].append(int((dict(attributes)["src"] or "").removeprefix("/image/")))
 
     def handle_data(self, data: str) -> None:
         self.said += data
@@ -164,10 +164,10 @@ def test_lists_say_where_they_agree(site: Site, catalog: Catalog) -> None:
     lists = Lists(answer)
     both = set(lists.rows[0]) & set(lists.rows[1])
     assert lists.rows[0][0] != lists.rows[1][0]
-    assert f"Different first pictures; {len(both)} of {TOP} are in both lists." in lists.said
+    assert f"Different first images; {len(both)} of {TOP} are in both lists." in lists.said
     assert answer.text.count("only here") == 2 * (TOP - len(both))
     same = Lists(site.ask("POST", "/search", queries(catalog)[0][1]))
-    assert f"The same first picture; {TOP} of {TOP} are in both lists." in same.said
+    assert f"The same first image; {TOP} of {TOP} are in both lists." in same.said
     with serving(site.searchers[:1], site.gallery) as alone:
         lists = Lists(alone.ask("POST", "/search", queries(catalog)[0][1]))
     assert len(lists.rows) == 1
@@ -177,9 +177,9 @@ def test_lists_say_where_they_agree(site: Site, catalog: Catalog) -> None:
 
 
 def test_twenty_clients_at_once_get_their_own_answers(site: Site, catalog: Catalog) -> None:
-    pictures = [data for _, data in queries(catalog)]
-    pictures = [pictures[n % len(pictures)] for n in range(20)] if len(pictures) < 20 else pictures[:20]
-    alone = [Lists(site.ask("POST", "/search", data)).rows for data in pictures]
+    images = [data for _, data in queries(catalog)]
+    images = [images[n % len(images)] for n in range(20)] if len(images) < 20 else images[:20]
+    alone = [Lists(site.ask("POST", "/search", data)).rows for data in images]
     assert len({str(rows) for rows in alone}) > 10
     together = threading.Barrier(20)
 
@@ -188,7 +188,7 @@ def test_twenty_clients_at_once_get_their_own_answers(site: Site, catalog: Catal
         return Lists(site.ask("POST", "/search", data)).rows
 
     with ThreadPoolExecutor(20) as clients:
-        assert list(clients.map(ask, pictures)) == alone
+        assert list(clients.map(ask, images)) == alone
 
 
 def jpeg(side: int = 64) -> bytes:
@@ -201,17 +201,17 @@ def jpeg(side: int = 64) -> bytes:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"", "not a picture"),
-        (b"hello", "not a picture"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not a picture"),
-        (b"<!doctype html><script>alert(1)</script>", "not a picture"),
-        (jpeg()[:900], "truncated or broken picture"),
+        (b"", "not an image"),
+        (b"hello", "not an image"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not an image"),
+        (b"<!doctype html><script>alert(1)</script>", "not an image"),
+        (jpeg()[:900], "truncated or broken image"),
         (promised_png(12_000, 8, 2), "12000x12000 pixels, more than 50000000"),
-        (promised_png(50_000, 8, 2), "truncated or broken picture (Image size (2500000000 pixels) exceeds limit"),
+        (promised_png(50_000, 8, 2), "truncated or broken image (Image size (2500000000 pixels) exceeds limit"),
     ],
     ids=["empty", "text", "svg", "html", "truncated", "144 megapixels", "2500 megapixels"],
 )
-def test_what_is_no_picture_is_told_in_a_line(site: Site, data: bytes, expected: str) -> None:
+def test_what_is_no_image_is_told_in_a_line(site: Site, data: bytes, expected: str) -> None:
     answer = site.ask("POST", "/search", data, {"Content-Type": "image/jpeg"})
     assert answer.status == 422
     assert answer.text.startswith(expected)
@@ -319,7 +319,7 @@ def test_an_upload_that_stalls_or_breaks_off_ends(
     ],
 )
 def test_only_this_machine_s_names_are_answered(site: Site, host: str, status: int) -> None:
-    for path in ("/", "/picture/0"):
+    for path in ("/", "/image/0"):
         assert site.ask("GET", path, headers={"Host": host}).status == status
 
 
@@ -333,29 +333,29 @@ def test_another_site_s_page_may_not_search(site: Site) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/picture/16", "/picture/-1", "/picture/1.5", "/picture/x", "/picture/" + "9" * 5000, "/picture/%D9%A1"),
-        *("/picture/../../../etc/passwd", "/picture/%2e%2e%2fcard.json", "/picture//etc/passwd", "/picture/0/../1"),
-        *("/../etc/passwd", "//etc/passwd", "/benchmarks/templates/search.html", "/picture/0%00", "/picture/"),
+        *("/image/16", "/image/-1", "/image/1.5", "/image/x", "/image/" + "9" * 5000, "/image/%D9%A1"),
+        *("/image/../../../etc/passwd", "/image/%2e%2e%2fcard.json", "/image//etc/passwd", "/image/0/../1"),
+        *("/../etc/passwd", "//etc/passwd", "/benchmarks/templates/search.html", "/image/0%00", "/image/"),
     ],
 )
-def test_pictures_are_asked_for_by_row_alone(site: Site, path: str) -> None:
+def test_images_are_asked_for_by_row_alone(site: Site, path: str) -> None:
     assert len(site.gallery) == 16
     answer = site.ask("GET", path)
     assert answer.status == 404
     assert "root:" not in answer.text
 
 
-def test_gallery_pictures_are_small_and_made_anew(site: Site, tmp_path: Path) -> None:
-    plain = site.ask("GET", "/picture/3")
+def test_gallery_images_are_small_and_made_anew(site: Site, tmp_path: Path) -> None:
+    plain = site.ask("GET", "/image/3")
     assert plain.headers["content-type"] == "image/webp"
     Image.new("RGB", (3000, 500), "red").save(tmp_path / "large.jpg", exif=b"Exif\0\0secret")
     rows = [{**site.gallery.table.to_pylist()[0], "image": name} for name in ("large.jpg", "gone.jpg")]
     gallery = Catalog(pa.Table.from_pylist(rows, schema=site.gallery.table.schema), tmp_path)
     with serving(site.searchers, gallery) as other:
-        large, gone = other.ask("GET", "/picture/0"), other.ask("GET", "/picture/1")
+        large, gone = other.ask("GET", "/image/0"), other.ask("GET", "/image/1")
     assert Image.open(io.BytesIO(large.data)).size == (240, 40)
     assert b"secret" not in large.data
-    assert (gone.status, gone.text) == (404, "gallery picture 1 cannot be shown: No such file or directory")
+    assert (gone.status, gone.text) == (404, "gallery image 1 cannot be shown: No such file or directory")
 
 
 def test_names_from_data_are_shown_as_text(site: Site, catalog: Catalog) -> None:
@@ -385,7 +385,7 @@ def test_the_page_needs_no_network_and_its_policy_allows_none(site: Site) -> Non
     assert policy["script-src"] == policy["style-src"] == f"'nonce-{nonces[0][0]}'"
     assert len(set(nonces[0])) == 1
     assert nonces[0] != nonces[1]
-    for path in ("/", "/picture/0", "/nothing", "/picture/99"):
+    for path in ("/", "/image/0", "/nothing", "/image/99"):
         headers = site.ask("GET", path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
@@ -496,7 +496,7 @@ def test_requests_write_no_file(site: Site, catalog: Catalog, tmp_path: Path) ->
     sys.addaudithook(watch)  # cannot be taken away again
     for data in asked:
         site.ask("POST", "/search", data)
-    for path in ("/", "/picture/0", "/picture/99", "/../../tmp/x"):
+    for path in ("/", "/image/0", "/image/99", "/../../tmp/x"):
         site.ask("GET", path)
     assert written == []
     (tmp_path / "seen").write_bytes(b"")  # the watch sees what there is to see
@@ -516,9 +516,9 @@ def test_embeddings_are_kept_and_only_those_of_the_gallery_and_model_are_taken(
     np.testing.assert_allclose(anew[0].vectors, again[0].vectors, atol=1e-5)
     with pytest.raises(UserError, match="was not embedded with .*fp32: give that model's"):
         load_searchers(models[1:], path_of(catalog), "test", site.embeddings[:1])
-    with pytest.raises(UserError, match="holds other pictures than"):
+    with pytest.raises(UserError, match="holds other images than"):
         load_searchers(models[:1], path_of(catalog), "validation", site.embeddings[:1])
-    with pytest.raises(UserError, match="has no gallery pictures of split 'train'"):
+    with pytest.raises(UserError, match="has no gallery images of split 'train'"):
         load_searchers(models[:1], path_of(catalog), "train", ())
     assert gallery.table.equals(site.gallery.table)
 

@@ -32,8 +32,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path
         writer = csv.writer(stream)
         writer.writerow(["image", "product", "category"])
         for number, folder in enumerate(sorted(path for path in texture_folder.iterdir() if path.is_dir())):
-            for picture in sorted(folder.iterdir()):
-                writer.writerow([f"{folder.name}/{picture.name}", f"{EVIL} {number}", CATEGORIES[number % 2]])
+            for image in sorted(folder.iterdir()):
+                writer.writerow([f"{folder.name}/{image.name}", f"{EVIL} {number}", CATEGORIES[number % 2]])
     output = tmp_path_factory.mktemp("shop") / "catalog"
     try:
         return build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.5, seed=1))

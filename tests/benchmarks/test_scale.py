@@ -16,16 +16,16 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.embeddings import l2_normalize
 
-DIM, PRODUCTS, PICTURES = 32, 40, 12
+DIM, PRODUCTS, IMAGES = 32, 40, 12
 
 
 @pytest.fixture(scope="module")
 def real() -> Gallery:
-    """Products are clusters; of each the first two pictures are queries."""
+    """Products are clusters; of each the first two images are queries."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(PRODUCTS, 1, DIM))
-    vectors = centres + 0.4 * rng.normal(size=(PRODUCTS, PICTURES, DIM))
-    codes = np.repeat(np.arange(PRODUCTS, dtype=np.int32), PICTURES).reshape(PRODUCTS, PICTURES)
+    vectors = centres + 0.4 * rng.normal(size=(PRODUCTS, IMAGES, DIM))
+    codes = np.repeat(np.arange(PRODUCTS, dtype=np.int32), IMAGES).reshape(PRODUCTS, IMAGES)
     flat = [l2_normalize(part.reshape(-1, DIM).astype(np.float32)) for part in (vectors[:, 2:], vectors[:, :2])]
     return Gallery(flat[0], codes[:, 2:].ravel(), flat[1], codes[:, :2].ravel())
 
@@ -107,7 +107,7 @@ def test_the_command_writes_its_table(catalog: Catalog, student_artifact: Path, 
     with pytest.raises(UserError, match=r"sizes: 50: the real gallery has 96 vectors: give more"):
         measure_scale_table(ScaleConfig(vectors, str(tmp_path / "scale"), sizes=(50,)))
     embed_catalog(EmbedConfig(str(student_artifact), str(catalog.artifact.path), vectors, split="train"))
-    with pytest.raises(UserError, match="needs query pictures and others"):
+    with pytest.raises(UserError, match="needs query images and others"):
         measure_scale_table(config)
 
 

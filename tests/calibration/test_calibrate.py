@@ -42,7 +42,7 @@ def ranges(config: CalibrateConfig) -> Path:
 
 
 def test_ranges_are_what_pytorch_s_linears_see(ranges: Path, fp32: Path, catalog: Catalog) -> None:
-    """Forward hooks on the PyTorch student over the recorded pictures give the same largest values."""
+    """Forward hooks on the PyTorch student over the recorded images give the same largest values."""
     model, artifact = load_student(fp32.parent / "student")
     seen: dict[str, float] = {}
 
@@ -55,13 +55,13 @@ def test_ranges_are_what_pytorch_s_linears_see(ranges: Path, fp32: Path, catalog
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(watch(name))
-    drawn = set(pq.read_table(ranges / "pictures.parquet")["image"].to_pylist())
+    drawn = set(pq.read_table(ranges / "images.parquet")["image"].to_pylist())
     rows = [i for i, image in enumerate(catalog.table["image"].to_pylist()) if image in drawn]
     assert len(rows) == 40
     assert artifact.card.preprocess is not None
-    pictures = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
+    images = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
     with torch.inference_mode():
-        for batch in read_batches(pictures, artifact.card.preprocess, 7):
+        for batch in read_batches(images, artifact.card.preprocess, 7):
             model(torch.from_numpy(batch))
     measured = json.loads((ranges / "ranges.json").read_text())
     for node in linear_nodes(load_onnx(fp32)[0]):
@@ -69,13 +69,13 @@ def test_ranges_are_what_pytorch_s_linears_see(ranges: Path, fp32: Path, catalog
         assert measured[node.input[0]]["threshold"] == pytest.approx(seen[layer], rel=1e-4), layer
 
 
-def test_pictures_are_recorded_and_of_training_products(ranges: Path, catalog: Catalog) -> None:
-    recorded = pq.read_table(ranges / "pictures.parquet")
+def test_images_are_recorded_and_of_training_products(ranges: Path, catalog: Catalog) -> None:
+    recorded = pq.read_table(ranges / "images.parquet")
     assert recorded.column_names == ["image", "product", "sha256"]
     assert set(recorded["product"].to_pylist()) <= set(catalog.select(split="train").products.tolist())
     card = load_artifact(ranges, "ranges").card
     # Nine linears and four convolutions, and queries, keys and values of two attentions.
-    assert (card.metrics["pictures"], card.metrics["tensors"]) == (40, 19)
+    assert (card.metrics["images"], card.metrics["tensors"]) == (40, 19)
     assert card.metrics["methods"]["minmax"] == 19
     assert [parent.role for parent in card.parents] == ["onnx", "student", "catalog"]
 
@@ -96,8 +96,8 @@ def test_methods_order_as_they_should(config: CalibrateConfig, ranges: Path, tmp
         assert 0 < tables["mse"][name]["threshold"] <= entry["threshold"]
 
 
-def test_scored_pictures_do_not_make_up_for_missing_training_ones(config: CalibrateConfig, tmp_path: Path) -> None:
-    """The catalogue has 128 pictures, half of them of training products."""
+def test_scored_images_do_not_make_up_for_missing_training_ones(config: CalibrateConfig, tmp_path: Path) -> None:
+    """The catalogue has 128 images, half of them of training products."""
     with pytest.raises(UserError, match="the training split has 64"):
         calibrate(replace(config, count=65, output=str(tmp_path / "ranges")))
     assert not (tmp_path / "ranges").exists()

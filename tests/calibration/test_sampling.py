@@ -26,14 +26,14 @@ def test_the_seed_decides(catalog: Catalog) -> None:
     assert select_images(training, 20, 0).tolist() != select_images(training, 20, 1).tolist()
 
 
-def test_scored_pictures_are_refused(catalog: Catalog) -> None:
-    with pytest.raises(UserError, match="test pictures are scored later|pictures of the test split are scored later"):
+def test_scored_images_are_refused(catalog: Catalog) -> None:
+    with pytest.raises(UserError, match="test images are scored later|images of the test split are scored later"):
         select_images(catalog.select(split="test"), 4, 0)
     with pytest.raises(UserError, match="choose 1 to that many"):
         select_images(catalog.select(split="train"), 10_000, 0)
 
 
-def test_random_draws_every_picture_alike_and_without_return(catalog: Catalog) -> None:
+def test_random_draws_every_image_alike_and_without_return(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     drawn = [select_images(training, 16, seed, "random") for seed in range(300)]
     assert all(len(set(rows.tolist())) == 16 for rows in drawn)
@@ -58,7 +58,7 @@ def test_k_centre_is_within_twice_the_best() -> None:
         assert radius(vectors, found) <= 2 * best + 1e-6
 
 
-def test_k_centre_takes_a_picture_of_each_cluster_and_copes_with_copies(catalog: Catalog) -> None:
+def test_k_centre_takes_a_image_of_each_cluster_and_copes_with_copies(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     corners = np.eye(8, dtype=np.float32)[np.unique(training.products, return_inverse=True)[1]]
     rows = select_images(training, 8, 0, "k-centre", lambda pool: corners[pool])
@@ -67,7 +67,7 @@ def test_k_centre_takes_a_picture_of_each_cluster_and_copes_with_copies(catalog:
     assert len(set(same.tolist())) == 12
 
 
-def test_a_picture_of_the_evaluation_table_is_refused(catalog: Catalog) -> None:
+def test_a_image_of_the_evaluation_table_is_refused(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     scored = Catalog(training.table.slice(3, 2), training.root, training.artifact)
     with pytest.raises(UserError, match="both trained and scored"):

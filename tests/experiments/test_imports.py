@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from experiments.figures import ROOT
-from experiments.imports import PACKAGES, PICTURE, arrows, draw, imports_of, listed, read_imports
+from experiments.imports import IMAGE, PACKAGES, arrows, draw, imports_of, listed, read_imports
 
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
@@ -32,9 +32,9 @@ def test_vpr_loads_without_any_stage() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_picture_shows_the_arrows_of_the_code(tmp_path: Path) -> None:
+def test_the_image_shows_the_arrows_of_the_code(tmp_path: Path) -> None:
     found = arrows(read_imports())
-    assert listed(found) in PICTURE.read_text(encoding="utf-8"), "make architecture"
+    assert listed(found) in IMAGE.read_text(encoding="utf-8"), "make architecture"
     other = tmp_path / "other.svg"
     draw(found[:-1], other)
     assert listed(found) not in other.read_text(encoding="utf-8")

@@ -122,7 +122,7 @@ def test_the_verbs_record_and_pass_them_on(student_artifact: Path, catalog: Cata
         save_file(model.state_dict(), draft.path / "model.safetensors")
         draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
     source = str(catalog.artifact.path)
-    fp32 = export_onnx(OnnxConfig(str(tmp_path / "student"), str(tmp_path / "fp32"), catalog=source, pictures=8))
+    fp32 = export_onnx(OnnxConfig(str(tmp_path / "student"), str(tmp_path / "fp32"), catalog=source, images=8))
     wide = load_artifact(fp32).card.metrics["fp32_nodes"]
     assert "vit.transformer.layers.0.0.norm/LayerNormalization" in wide
     ranges = calibrate(CalibrateConfig(str(fp32), source, str(tmp_path / "ranges"), count=8))
@@ -135,5 +135,5 @@ def test_the_verbs_record_and_pass_them_on(student_artifact: Path, catalog: Cata
 def test_a_catalogue_without_that_split_is_refused(student_artifact: Path, catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     config = OnnxConfig(str(student_artifact), str(tmp_path / "o"), catalog=str(catalog.artifact.path), split="none")
-    with pytest.raises(UserError, match="no pictures of the none split"):
+    with pytest.raises(UserError, match="no images of the none split"):
         export_onnx(config)

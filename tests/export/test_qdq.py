@@ -77,7 +77,7 @@ def test_graph_equals_fake_quantised_pytorch(each_student: Path, graph: onnx.Mod
     found = run_graph(quantise(graph, _thresholds(graph, limit), linears), inputs)
     cosines = (l2_normalize(expected).astype(np.float64) * l2_normalize(found)).sum(axis=1)
     # A value within rounding of the middle of two steps goes up in one library and down in the other, which the layers
-    # after it spread over that picture: of these eight, one on some processors. The others must agree.
+    # after it spread over that image: of these eight, one on some processors. The others must agree.
     assert np.median(cosines) > 1 - 1e-6
     assert cosines.min() > 0.9999
 
@@ -239,11 +239,11 @@ def test_openvino_computes_linears_and_convolutions_in_int8(fp32: Path, ranges: 
     assert parity(run_graph(load_onnx(fp32)[0], inputs), compiled(inputs)[0])["cosine_mean"] > 0.99
 
 
-def test_ranges_record_training_pictures_only(ranges: Path, catalog: object) -> None:
+def test_ranges_record_training_images_only(ranges: Path, catalog: object) -> None:
     import pyarrow.parquet as pq
 
     artifact = load_artifact(ranges, "ranges")
-    drawn = set(pq.read_table(artifact.file("pictures.parquet"))["sha256"].to_pylist())
+    drawn = set(pq.read_table(artifact.file("images.parquet"))["sha256"].to_pylist())
     assert len(drawn) == 48
     assert drawn <= set(catalog.select(split="train").table["sha256"].to_pylist())
     measured = json.loads(artifact.file("ranges.json").read_text())

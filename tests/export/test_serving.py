@@ -45,7 +45,7 @@ VERSION = "11.4.0.106"
 @pytest.fixture(scope="module")
 def graph(student_artifact: Path) -> Path:
     """The student's FP32 graph."""
-    return export_onnx(OnnxConfig(str(student_artifact), str(student_artifact.parent / "fp32"), pictures=1))
+    return export_onnx(OnnxConfig(str(student_artifact), str(student_artifact.parent / "fp32"), images=1))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def read_config(path: Path, name: str) -> ModelConfig:
 
 
 def preprocess_by(config: ModelConfig, path: Path) -> NDArray[np.float32]:
-    """A picture as the configuration's parameters say, by torchvision."""
+    """An image as the configuration's parameters say, by torchvision."""
     told = {key: value.string_value for key, value in config.parameters.items()}
     assert (told["preprocess.colour"], told["preprocess.value"]) == ("RGB", "(pixel / 255 - mean) / std")
     assert (told["preprocess.layout"], told["preprocess.dtype"]) == ("NCHW", "float32")
@@ -165,9 +165,9 @@ def test_a_centre_crop_is_written_down(
     written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), told, {})
     output = export_serving(ServingConfig(str(tmp_path / "cropped"), str(written), str(tmp_path / "serving")))
     noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise).resize((140, 90), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "wide.png")
-    expected = cropped.normalise(cropped.pixels(picture)[None])[0]
+    image = Image.fromarray(noise).resize((140, 90), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "wide.png")
+    expected = cropped.normalise(cropped.pixels(image)[None])[0]
     found = preprocess_by(read_config(output, "cropped"), tmp_path / "wide.png")
     np.testing.assert_allclose(found, expected, atol=2.5 / 255 / 0.26)  # two of 255 levels
     assert "Resize the shorter side to 32 pixels, bicubic" in (output / "README.md").read_text()
@@ -267,7 +267,7 @@ def test_smaller_batches_than_the_profile_s_are_preferred_alone(
         ({"backend": "tensorrt-rtx"}, {}, r"Triton loads engines of TensorRT alone: give the graph .*fp32, or"),
         ({"backend": "tensorrt-rtx"}, {}, r"or where TensorRT is installed build: vpr .* --backend tensorrt"),
         ({"weight_stripped": True}, {}, r"has no weights, and Triton puts none in: vpr export engine"),
-        ({"profile": (4, 8, 8)}, {}, r"takes no fewer than 4 pictures, .*: vpr export engine"),
+        ({"profile": (4, 8, 8)}, {}, r"takes no fewer than 4 images, .*: vpr export engine"),
         ({}, {"device": "cpu"}, r"device: cpu: an engine needs a GPU"),
         ({}, {"max_batch": 65}, r"max_batch: 65: .*engine takes at most 64"),
         ({}, {"preferred_batches": (8, 65)}, r"preferred_batches: \(8, 65\) .* sizes of 1 to 64"),

@@ -86,11 +86,11 @@ def test_a_weight_that_fp16_cannot_hold_is_named(graph: onnx.ModelProto) -> None
         to_fp16(large)
 
 
-def test_real_pictures_are_compared_and_recorded(each_student: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_real_images_are_compared_and_recorded(each_student: Path, catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
-    config = OnnxConfig(str(each_student), str(tmp_path / "o"), catalog=str(catalog.artifact.path), pictures=20)
+    config = OnnxConfig(str(each_student), str(tmp_path / "o"), catalog=str(catalog.artifact.path), images=20)
     metrics = load_artifact(export_onnx(config)).card.metrics
-    assert metrics["pictures"] == 20
+    assert metrics["images"] == 20
     assert metrics["max_abs"] <= 1e-4
 
 

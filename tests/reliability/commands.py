@@ -68,17 +68,17 @@ class Route:
     verb: str
 
 
-def make_student(folder: Path, pictures: Path) -> None:
-    """Write pictures, and the first three of :data:`ARTIFACTS`, of a student with random weights."""
-    write_pictures(pictures)
-    build_catalog(CatalogConfig("folder", str(folder / "catalog"), str(pictures), validation=0.25, test=0.25))
+def make_student(folder: Path, images: Path) -> None:
+    """Write images, and the first three of :data:`ARTIFACTS`, of a student with random weights."""
+    write_images(images)
+    build_catalog(CatalogConfig("folder", str(folder / "catalog"), str(images), validation=0.25, test=0.25))
     write_random_student(folder / "student", _SHAPE)
-    export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32"), pictures=8))
+    export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32"), images=8))
 
 
 def make_artifacts(folder: Path) -> None:
     """Write one artifact of each of :data:`ARTIFACTS`."""
-    make_student(folder, folder / "pictures")
+    make_student(folder, folder / "images")
     catalog, fp32, ranges = (str(folder / name) for name in ("catalog", "fp32", "ranges"))
     calibrate(CalibrateConfig(fp32, catalog, ranges, count=8, smooth=True, correct=True))
     calibrate(CalibrateConfig(fp32, catalog, str(folder / "plain"), count=8, correct=True))
@@ -115,7 +115,7 @@ def _edit_card(artifact: Path, change: Callable[[dict[str, Any]], object]) -> No
     (artifact / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """A folder per product of noisy views of its own texture."""
     rng = np.random.default_rng(0)
     for product in range(_PRODUCTS):
@@ -162,7 +162,7 @@ def _openvino(folder: Path) -> object:
 
 
 def run_once(artifact: Path, backend: str) -> object:
-    """Two random pictures through a graph."""
+    """Two random images through a graph."""
     model = next(one for one in models_of(artifact) if one.backend == backend)
     return model.open(1)(model.random_input(2))
 
@@ -196,7 +196,7 @@ def _embed(folder: Path) -> object:
 
 
 def _export(folder: Path) -> object:
-    return export_onnx(OnnxConfig(str(folder / "student"), str(folder / RESULT), precision="fp16", pictures=8))
+    return export_onnx(OnnxConfig(str(folder / "student"), str(folder / RESULT), precision="fp16", images=8))
 
 
 COMMAND_CASES = {

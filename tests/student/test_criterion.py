@@ -41,7 +41,7 @@ def labels() -> Labels:
     return Labels(catalog(["a", "b", "a", "c", "b", "a"], unlabelled=2))
 
 
-def test_pictures_without_labels_have_none(labels: Labels) -> None:
+def test_images_without_labels_have_none(labels: Labels) -> None:
     assert labels.of_rows.tolist() == [0, 1, 0, 2, 1, 0, -1, -1]
     assert labels.counts.tolist() == [3, 2, 1]
 
@@ -69,7 +69,7 @@ def test_the_total_is_the_weighted_sum(labels: Labels) -> None:
     torch.testing.assert_close(objective.total(found), expected)
 
 
-def test_the_margin_sees_labelled_pictures_alone(labels: Labels) -> None:
+def test_the_margin_sees_labelled_images_alone(labels: Labels) -> None:
     config = replace(NONE, margin=1.0)
     objective = DistillationLoss(config, Student(SHAPE), labels, 16)
     mixed = objective(unit(8, 16), unit(8, 16), None, torch.arange(8), 0.5, 0)["margin"]

@@ -53,7 +53,7 @@ def test_the_method_decides() -> None:
     assert not torch.allclose(learned, principal_directions(vectors, 5))
 
 
-@pytest.mark.parametrize(("pictures", "dim"), [(100, 21), (10, 12)])
-def test_more_directions_than_there_are_are_refused(pictures: int, dim: int) -> None:
+@pytest.mark.parametrize(("images", "dim"), [(100, 21), (10, 12)])
+def test_more_directions_than_there_are_are_refused(images: int, dim: int) -> None:
     with pytest.raises(UserError, match=rf"model\.embedding_dim: {dim} directions cannot be fitted"):
-        principal_directions(decaying(pictures, 20), dim)
+        principal_directions(decaying(images, 20), dim)

@@ -64,7 +64,7 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
     assert (found * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)
 
 
-def test_cached_signal_is_not_reused_for_another_order_of_the_pictures(
+def test_cached_signal_is_not_reused_for_another_order_of_the_images(
     teacher: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
     source, training = load_teacher_model(teacher), catalog.select(split="train")

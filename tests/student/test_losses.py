@@ -120,7 +120,7 @@ def test_gradients_equal_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_finite_for_equal_pictures(name: str) -> None:
+def test_gradients_are_finite_for_equal_images(name: str) -> None:
     student = _vectors(1, 0).repeat(4, 1).requires_grad_()
     LOSSES[name](student, _vectors(4, 1)).backward()
     assert student.grad is not None
@@ -134,6 +134,6 @@ def test_relations_do_not_see_a_rotation(name: str) -> None:
     assert LOSSES[name](teacher @ rotation, teacher).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_relations_of_one_picture_are_refused() -> None:
+def test_relations_of_one_image_are_refused() -> None:
     with pytest.raises(ValueError, match="at least two"):
         affinity_loss(_vectors(1, 0), _vectors(1, 1), T)

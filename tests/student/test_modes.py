@@ -180,7 +180,7 @@ def test_a_killed_distillation_resumes_to_the_unbroken_result(
         ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: a student fits on one device"),
         ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: finishes a trained student"),
         ({"cache": "a", "output": "./a"}, r"cache: a is the output"),
-        ({"signal": MIXED, "losses": LossConfig(margin=0.1)}, r"signal\.mixup: a mixed picture has no one label"),
+        ({"signal": MIXED, "losses": LossConfig(margin=0.1)}, r"signal\.mixup: a mixed image has no one label"),
         ({"signal": ONLINE, "losses": LOGITS}, r"losses\.logits: .* set signal\.mode to cached"),
         ({"dimension": DimensionConfig("pca"), "losses": LOGITS}, r"losses\.logits: .* set dimension\.method to none"),
         ({"unlabelled": ("more",), "losses": LOGITS}, r"losses\.logits: .* leave unlabelled out"),
@@ -195,7 +195,7 @@ def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TargetsConfig(mixup=0.2), r"signal\.mixup: a mixed picture cannot be looked up: set signal\.mode"),
+        (lambda: TargetsConfig(mixup=0.2), r"signal\.mixup: a mixed image cannot be looked up: set signal\.mode"),
         (lambda: TargetsConfig(mode="online", mixup=0.001), r"signal\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
         (lambda: TargetsConfig(views=0), r"signal\.views: 0: give 1 to"),
         (lambda: DimensionConfig(steps=0), r"dimension\.steps: 0: give 1 to"),
@@ -226,7 +226,7 @@ def test_nothing_finished_is_harmed(student: Path, config: DistillConfig, teache
             {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=200)},
             r"model\.embedding_dim: 200 directions cannot be fitted on 64",
         ),
-        ({"unlabelled": ("nowhere",)}, r"unlabelled: nowhere: .*: name a folder of pictures"),
+        ({"unlabelled": ("nowhere",)}, r"unlabelled: nowhere: .*: name a folder of images"),
     ],
 )
 @pytest.mark.parametrize("dry", [False, True])

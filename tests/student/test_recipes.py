@@ -41,7 +41,7 @@ def vit_h_14(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More training pictures than the recipes' students have dimensions."""
+    """More training images than the recipes' students have dimensions."""
     return build_catalog(CatalogConfig("sample", str(tmp_path_factory.mktemp("sample") / "catalog")))
 
 
@@ -61,8 +61,8 @@ def test_the_h14_recipes_take_a_step(
     assert distill(read_config(DistillConfig, "student distill", arguments)) is None
     lines = capsys.readouterr().err
     assert told in lines
-    # 12 views: each file is a header of 128 bytes and 1024 float16 of each picture.
-    pictures = len(load_catalog(sample).select(split="train"))
-    assert f"is asked {12 * pictures} times, then cached in {12 * (128 + pictures * 1024 * 2)} bytes" in lines
+    # 12 views: each file is a header of 128 bytes and 1024 float16 of each image.
+    images = len(load_catalog(sample).select(split="train"))
+    assert f"is asked {12 * images} times, then cached in {12 * (128 + images * 1024 * 2)} bytes" in lines
     assert "one step taken, nothing written" in lines
     assert list(tmp_path.iterdir()) == []

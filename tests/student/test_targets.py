@@ -73,7 +73,7 @@ def test_epochs_go_round_the_cached_views_and_banks_differ(cached: CachedTargets
     torch.testing.assert_close(banks[0].norm(dim=1), torch.ones(32))
 
 
-def test_mixed_pictures_are_shares_of_two_and_the_same_for_both() -> None:
+def test_mixed_images_are_shares_of_two_and_the_same_for_both() -> None:
     torch.manual_seed(0)
     mix = Mixup(1.0, 6)
     x, y = torch.rand(6, 3, 4, 4), torch.rand(6, 3, 8, 8)

@@ -20,7 +20,7 @@ from vpr.data.config import CatalogConfig
 
 @pytest.fixture
 def more(catalog: Catalog, tmp_path: Path) -> Path:
-    """Six new pictures, a scored one, and a scored one saved again a little smaller."""
+    """Six new images, a scored one, and a scored one saved again a little smaller."""
     folder, rng = tmp_path / "more", np.random.default_rng(7)
     folder.mkdir()
     for number in range(6):
@@ -33,7 +33,7 @@ def more(catalog: Catalog, tmp_path: Path) -> Path:
     return folder
 
 
-def test_scored_pictures_are_left_out(catalog: Catalog, more: Path, tmp_path: Path) -> None:
+def test_scored_images_are_left_out(catalog: Catalog, more: Path, tmp_path: Path) -> None:
     training = catalog.select(split="train")
     scored = [catalog.select(split="validation"), catalog.select(split="test")]
     joined, summary, parents = add_unlabelled(training, scored, (str(more),), str(tmp_path / "student"))
@@ -59,7 +59,7 @@ def test_a_student_learns_from_them_without_labels(
     )
     artifact = load_artifact(distill(chosen))  # type: ignore[arg-type]
     assert artifact.card.catalog is not None
-    assert artifact.card.catalog["unlabelled"]["pictures"] == 6
+    assert artifact.card.catalog["unlabelled"]["images"] == 6
     assert {parent.role for parent in artifact.card.parents} == {"teacher", "catalog", "unlabelled"}
     signal = load_artifact(tmp_path / "s-views")
     assert np.load(signal.file("view-0000-shard-00000.npy")).shape == (64 + 6, 256)
@@ -70,17 +70,17 @@ def test_folders_and_catalogues_of_products_are_told_apart(
 ) -> None:
     assert catalog.artifact is not None
     training = catalog.select(split="train")
-    with pytest.raises(UserError, match="is a catalogue of products: build one with --reader pictures"):
+    with pytest.raises(UserError, match="is a catalogue of products: build one with --reader images"):
         add_unlabelled(training, [], (str(catalog.artifact.path),), str(tmp_path / "s"))
     with pytest.raises(UserError, match="nowhere"):
         add_unlabelled(training, [], (str(tmp_path / "nowhere"),), str(tmp_path / "s"))
 
 
-def test_the_reader_takes_pictures_of_all_folders(more: Path, tmp_path: Path) -> None:
+def test_the_reader_takes_images_of_all_folders(more: Path, tmp_path: Path) -> None:
     (more / "deeper").mkdir()
     shutil.copyfile(more / "0.png", more / "deeper" / "another.png")
-    (more / "notes.txt").write_text("no picture")
-    path = build_catalog(CatalogConfig("pictures", str(tmp_path / "c"), str(more)))
+    (more / "notes.txt").write_text("no image")
+    path = build_catalog(CatalogConfig("images", str(tmp_path / "c"), str(more)))
     catalog = load_catalog(path)
     names = catalog.table["image"].to_pylist()
     assert len(names) in (8, 9)  # the repeated one may be set aside

@@ -21,7 +21,7 @@ from vpr.data.splits import check_leaks
 CLASSES, SHOP = 12, 8
 
 
-def _picture(path: Path, rng: np.random.Generator, mark: tuple[int, int, int, int] | None = None) -> None:
+def _image(path: Path, rng: np.random.Generator, mark: tuple[int, int, int, int] | None = None) -> None:
     """A texture of its own; a red rectangle where ``mark`` (left, top, right, bottom) says."""
     coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     image = coarse.resize((96, 72), Image.Resampling.NEAREST)
@@ -39,14 +39,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(CLASSES * 4):
         name, label = f"{number}.jpg", number % CLASSES
         folder, lines = ("train", train) if number < CLASSES * 3 else ("test", test)
-        _picture(root / "p10k" / folder / name, rng)
+        _image(root / "p10k" / folder / name, rng)
         lines.append(f"{name},{label},{360 + label % 2 if folder == 'train' else 'Public'}")
     gallery = ["seller_img_id,img_path,product_id"]
     queries = ["user_img_id,img_path,product_id,bbox_x,bbox_y,bbox_w,bbox_h"]
     for number in range(SHOP * 2):
-        _picture(root / "aicrowd" / "gallery" / f"{number}.jpg", rng)
+        _image(root / "aicrowd" / "gallery" / f"{number}.jpg", rng)
         gallery.append(f"{number},gallery/{number}.jpg,{number % SHOP}")
-        _picture(root / "aicrowd" / "queries" / f"{number}.jpeg", rng, (16, 8, 64, 48))
+        _image(root / "aicrowd" / "queries" / f"{number}.jpeg", rng, (16, 8, 64, 48))
         queries.append(f"{number},queries/{number}.jpeg,{number % SHOP},18,10,44,36")
     for path, lines in (
         ("p10k/train.csv", train),
@@ -112,7 +112,7 @@ def test_a_source_alone_will_do(alone: str, sources: Path, tmp_path: Path) -> No
     assert built.summary()["products"]["validation"] == (3 if alone == "products10k" else 2)
 
 
-def test_pictures_that_are_scored_leave_training_and_are_listed(copy: Path, tmp_path: Path) -> None:
+def test_images_that_are_scored_leave_training_and_are_listed(copy: Path, tmp_path: Path) -> None:
     first = _build(copy, tmp_path / "data")
     scored = first.select(split="validation", role="gallery")
     trained = first.select(split="train")
@@ -128,11 +128,11 @@ def test_pictures_that_are_scored_leave_training_and_are_listed(copy: Path, tmp_
     assert second.artifact.card.metrics["same_bytes"] == 1
 
 
-def test_near_same_pictures_are_reported_and_stay(copy: Path, tmp_path: Path) -> None:
+def test_near_same_images_are_reported_and_stay(copy: Path, tmp_path: Path) -> None:
     first = _build(copy, tmp_path / "data")
     scored, trained = first.select(split="validation", role="gallery"), first.select(split="train")
-    with Image.open(scored.path(0)) as picture:
-        picture.resize((192, 144)).save(trained.path(0))
+    with Image.open(scored.path(0)) as image:
+        image.resize((192, 144)).save(trained.path(0))
     second = _build(copy, tmp_path / "again")
     assert len(second) == len(first)
     (line,) = [line for line in _repeats(second) if line[2] == "near, across splits"]
@@ -146,7 +146,7 @@ def test_a_table_that_names_a_split_keeps_it_and_a_product_scored_there_is_train
     rng = np.random.default_rng(1)
     lines = ["image,product,split,role"]
     for number in range(3):
-        _picture(copy / "extra" / f"{number}.png", rng)
+        _image(copy / "extra" / f"{number}.png", rng)
         lines.append(f"{number}.png,products10k/5,test,{'query' if number else 'gallery'}")
     (copy / "extra" / "t.csv").write_text("\n".join(lines) + "\n")
     built = _build(copy, tmp_path / "data", csv=(str(copy / "extra" / "t.csv"),))
@@ -157,7 +157,7 @@ def test_a_table_that_names_a_split_keeps_it_and_a_product_scored_there_is_train
 
 
 def test_a_source_too_small_to_hold_out_from_is_trained_on(copy: Path, tmp_path: Path) -> None:
-    _picture(copy / "extra" / "a.png", np.random.default_rng(1))
+    _image(copy / "extra" / "a.png", np.random.default_rng(1))
     (copy / "extra" / "t.csv").write_text("image,product\na.png,lamp\n")
     built = _build(copy, tmp_path / "data", csv=(str(copy / "extra" / "t.csv"),))
     assert "lamp" in built.select(split="train").products
@@ -184,12 +184,12 @@ def test_held_out_queries_without_a_gallery_are_taken_out() -> None:
     assert left.table.schema.equals(SCHEMA)
 
 
-def test_unreadable_pictures_are_refused_or_set_aside_by_name(copy: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_refused_or_set_aside_by_name(copy: Path, tmp_path: Path) -> None:
     (copy / "p10k" / "train" / "7.jpg").write_bytes(b"<html>")
-    with pytest.raises(UserError, match=r"train/7\.jpg: not a picture"):
+    with pytest.raises(UserError, match=r"train/7\.jpg: not an image"):
         _build(copy, tmp_path / "data")
     built = _build(copy, tmp_path / "data", skip_unreadable=True)
-    assert built.artifact.file("set_aside.csv").read_text() == "image,reason\np10k/train/7.jpg,not a picture\n"
+    assert built.artifact.file("set_aside.csv").read_text() == "image,reason\np10k/train/7.jpg,not an image\n"
     assert built.artifact.card.metrics["set_aside"] == 1
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_done_again_until_a_table_changes(copy: Path, tmp_path: Path)
     assert _build(copy, tmp_path / "data").artifact.sha256 == first.sha256
     table = copy / "p10k" / "train.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")
-    assert _build(copy, tmp_path / "data").artifact.card.metrics["pictures"] == first.card.metrics["pictures"] - 1
+    assert _build(copy, tmp_path / "data").artifact.card.metrics["images"] == first.card.metrics["images"] - 1
 
 
 def test_the_command_builds_what_the_loader_trains_on(

@@ -66,7 +66,7 @@ def test_sub_centres_equal_pytorch_metric_learning(centres: int) -> None:
 
 
 def loop(embeddings: Tensor, weight: Tensor, labels: Tensor, config: HeadConfig) -> Tensor:
-    """The loss at the margin's start, one float64 number after the other; class c has c + 1 pictures."""
+    """The loss at the margin's start, one float64 number after the other; class c has c + 1 images."""
     counts = range(1, len(weight) // config.sub_centres + 1)
     rarity = [n**-0.25 for n in counts]
     shares = [
@@ -108,7 +108,7 @@ def loop(embeddings: Tensor, weight: Tensor, labels: Tensor, config: HeadConfig)
 def test_loss_and_gradients_equal_a_float64_loop(kind: str, changes: dict[str, float]) -> None:
     embeddings, labels = batch(dim=6, size=16)
     head = head_of(10, 6, loss=kind, margin=0.6, **changes)
-    # Pictures opposite to their class lie beyond pi - m, where ArcFace's target has its other form.
+    # Images opposite to their class lie beyond pi - m, where ArcFace's target has its other form.
     opposite = -F.normalize(head.weight.detach())[labels[:2] * head.config.sub_centres]
     embeddings = torch.cat([embeddings.detach()[2:], F.normalize(opposite + 0.1)]).requires_grad_()
     labels = labels.roll(-2)

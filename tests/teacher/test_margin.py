@@ -66,7 +66,7 @@ def test_gradients_equal_differences_on_both_sides_of_the_guard(logits_of, margi
 
 
 @pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
-def test_a_margin_per_picture_is_that_picture_s_alone(logits_of) -> None:  # type: ignore[no-untyped-def]
+def test_a_margin_per_image_is_that_image_s_alone(logits_of) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
     cosine = torch.rand(4, 6, generator=generator) * 2 - 1
     labels = torch.tensor([0, 2, 4, 5])
@@ -100,7 +100,7 @@ def test_margins_by_count_equal_a_loop() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=20), st.floats(0, 1))
-def test_class_weights_keep_the_mean_over_pictures(counts: list[int], power: float) -> None:
+def test_class_weights_keep_the_mean_over_images(counts: list[int], power: float) -> None:
     weights = class_weights(torch.tensor(counts), power).numpy()
     assert np.average(weights, weights=counts) == pytest.approx(1)
     for weight, count in zip(weights, counts, strict=True):

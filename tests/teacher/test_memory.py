@@ -69,9 +69,9 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(teacher: Teacher, batch: int) -> int:
     """The peak of a real forward and backward pass on the CPU."""
     teacher.zero_grad(set_to_none=True)
-    pictures = torch.randn(batch, 3, 64, 64)
+    images = torch.randn(batch, 3, 64, 64)
     with LiveBytes() as counted:
-        teacher(pictures).sum().backward()
+        teacher(images).sum().backward()
     return counted.peak
 
 

@@ -25,7 +25,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def teacher(path: Path, recall: float, leak: bool = False, **changes: Any) -> Path:
     with write_artifact(path, "teacher", config(**changes)) as draft:
         (draft.path / "model.safetensors").write_bytes(b"weights")
-        draft.catalog = {"pictures": {"train": 640}, **({"leak": {"train in test": {}}} if leak else {})}
+        draft.catalog = {"images": {"train": 640}, **({"leak": {"train in test": {}}} if leak else {})}
         draft.metrics = {"val_recall_at_1": recall, "best_epoch": 4, "seconds": 3725.4}
     return path
 
@@ -44,7 +44,7 @@ def test_a_finished_teacher_is_told_by_its_card(tmp_path: Path) -> None:
     (run,) = find_runs(tmp_path)
     assert (run.name, run.recipe, run.stages, run.loss) == ("first/teacher", "guie-2nd", "head 1 + all 3", "arcface")
     assert (run.seed, run.val_recall_at_1, run.best_epoch, run.seconds) == (7, 0.5, 4, 3725.4)
-    assert (run.pictures, run.state) == (640, "finished")
+    assert (run.images, run.state) == (640, "finished")
 
 
 def test_the_best_comes_first_and_other_kinds_are_left_out(tmp_path: Path) -> None:

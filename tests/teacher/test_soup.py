@@ -159,7 +159,7 @@ def test_statistics_are_those_of_a_hand_written_pass() -> None:
     assert first.momentum == momentum
 
 
-def test_a_soups_statistics_are_estimated_on_training_pictures(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_soups_statistics_are_estimated_on_training_images(catalog: Catalog, tmp_path: Path) -> None:
     """In one batch of all, whose order does not matter, against torch's own estimation."""
     start = start_of(NORMED)
     models = [write_teacher(tmp_path / str(s), NORMED, moved(start, s, 0.3), catalog) for s in (1, 2)]
@@ -462,7 +462,7 @@ def test_the_sample_tower_has_norms() -> None:
     assert all(isinstance(norm.running_mean, Tensor) for norm in norms)
 
 
-def test_pictures_that_do_not_fit_in_memory_are_read_again(
+def test_images_that_do_not_fit_in_memory_are_read_again(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = start_of(NORMED)

@@ -76,7 +76,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     assert train(small(catalog, tmp_path / "teacher", dry_run=True)) is None
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
-    assert "64 pictures of 8 products" in said
+    assert "64 images of 8 products" in said
     assert "stage 2: all, 2 epochs, 8 steps" in said
 
 
@@ -114,9 +114,9 @@ def test_a_validation_split_without_queries_is_refused_before_training(
         train(replace(small(catalog, tmp_path / "t"), catalog=str(path)))
 
 
-def test_a_batch_of_more_pictures_than_there_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_batch_of_more_images_than_there_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     stages = (StageConfig("head", 1), StageConfig("all", 1, batch_size=5000))
-    with pytest.raises(UserError, match="stages 2: 5000 pictures in a batch, the training has 64"):
+    with pytest.raises(UserError, match="stages 2: 5000 images in a batch, the training has 64"):
         train(small(catalog, tmp_path / "t", stages=stages, dry_run=True))
 
 
@@ -146,7 +146,7 @@ def test_every_recipe_is_read_and_planned_for_its_own_tower(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_path: Path) -> None:
-    """Everything of the recipe but the tower's size, the number of pictures in a batch, and the epochs."""
+    """Everything of the recipe but the tower's size, the number of images in a batch, and the epochs."""
     assert catalog.artifact is not None
     arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)

@@ -22,13 +22,13 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def _pictures(texture_folder: Path, copy: Path) -> Path:
+def _images(texture_folder: Path, copy: Path) -> Path:
     shutil.copytree(texture_folder, copy)
     return copy
 
 
 def test_truncated_jpeg(capsys: pytest.CaptureFixture[str], texture_folder: Path, tmp_path: Path) -> None:
-    root = _pictures(texture_folder, tmp_path / "photos")
+    root = _images(texture_folder, tmp_path / "photos")
     victim = sorted(root.rglob("*.jpg"))[3]
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     error = _fails(capsys, "catalog", "--reader", "folder", "--root", str(root), "--output", str(tmp_path / "c"))
@@ -39,11 +39,11 @@ def test_truncated_jpeg(capsys: pytest.CaptureFixture[str], texture_folder: Path
 
 
 def test_text_named_jpg(capsys: pytest.CaptureFixture[str], texture_folder: Path, tmp_path: Path) -> None:
-    root = _pictures(texture_folder, tmp_path / "photos")
+    root = _images(texture_folder, tmp_path / "photos")
     victim = sorted(root.rglob("*.jpg"))[0]
     victim.write_text("<html>not found</html>")
     error = _fails(capsys, "catalog", "--reader", "folder", "--root", str(root), "--output", str(tmp_path / "c"))
-    assert f"{victim}: not a picture" in error
+    assert f"{victim}: not an image" in error
 
 
 def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_csv_with_a_missing_column(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    table = tmp_path / "pictures.csv"
+    table = tmp_path / "images.csv"
     table.write_text("image,prodct\na.jpg,1\n")
     error = _fails(capsys, "catalog", "--reader", "csv", "--root", str(table), "--output", str(tmp_path / "c"))
     assert str(table) in error

@@ -43,7 +43,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
-            "loader.workers: processes that read pictures import the script that trains: put what it does under "
+            "loader.workers: processes that read images import the script that trains: put what it does under "
             'if __name__ == "__main__":'
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,7 @@ def write_artifact(
     """Write an artifact so that it appears whole or not at all.
 
     Folders named in ``draft.unlisted`` are moved along but not listed in the card (a catalogue's
-    pictures: their checksums stand in its table).
+    images: their checksums stand in its table).
 
     Args:
         path: where the finished directory will be; an older artifact there is replaced, any other

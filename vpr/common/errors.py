@@ -67,7 +67,7 @@ def explain_system_error(error: BaseException | None) -> str | None:
         if number in _FULL:
             return f"the disk has no room ({os.strerror(number)}): make room{_AGAIN}"
         if lost := _lost_worker(error):
-            return f"a process that reads pictures was lost ({lost}): {_TOO_LITTLE}: give fewer workers{_AGAIN}"
+            return f"a process that reads images was lost ({lost}): {_TOO_LITTLE}: give fewer workers{_AGAIN}"
         if type(error).__name__ in _NO_MEMORY or _NO_MEMORY_OF_TORCH in str(error):
             said = ". ".join(str(error).split(". ")[:2])
             where = f" ({said})" if said else ""

@@ -1,4 +1,4 @@
-"""``vpr catalog``: pictures of a reader -> decoded once, split by product -> a catalogue."""
+"""``vpr catalog``: images of a reader -> decoded once, split by product -> a catalogue."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
 
 
 def build_catalog(config: CatalogConfig) -> Path:
-    """Read, check and split pictures, and write them as an artifact of kind ``catalog``.
+    """Read, check and split images, and write them as an artifact of kind ``catalog``.
 
-    Every picture is decoded once. The sample's pictures lie in the artifact, others stay where they are.
+    Every image is decoded once. The sample's images lie in the artifact, others stay where they are.
 
     Raises:
-        UserError: no pictures, a broken table, or (without ``skip_unreadable``) a picture that cannot be read.
+        UserError: no images, a broken table, or (without ``skip_unreadable``) an image that cannot be read.
     """
     values = config_to_json(config)
     if config.reader == "sample":
@@ -37,14 +37,14 @@ def build_catalog(config: CatalogConfig) -> Path:
     values["root"] = str(Path(config.root).resolve())
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:
-        raise UserError(f"{config.root}: no pictures here: check --root and --reader")
+        raise UserError(f"{config.root}: no images here: check --root and --reader")
     root = image_root(config.reader, config.root)
     good, refused = check_images(root, rows, config.skip_unreadable)
-    if config.reader in ("folder", "pictures", "webdataset"):
+    if config.reader in ("folder", "images", "webdataset"):
         over = skipped_files(root, Path(config.output))
         refused += [one for one in over if one[1] == LINKED or config.reader != "webdataset"]
     if not good:
-        raise UserError(f"{config.root}: none of its {len(rows)} pictures can be read: check --root")
+        raise UserError(f"{config.root}: none of its {len(rows)} images can be read: check --root")
     catalog = Catalog(split_by_product(rows_to_table(good), config.validation, config.test, config.seed), root)
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(refused) and load_catalog(old.path).table.equals(catalog.table):
@@ -57,7 +57,7 @@ def build_catalog(config: CatalogConfig) -> Path:
 
 
 def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
-    """The embedded sample, its pictures unpacked into the artifact."""
+    """The embedded sample, its images unpacked into the artifact."""
     from vpr.data.sample import unpack
 
     if find_up_to_date(config.output, "catalog", values, []):
@@ -75,7 +75,7 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
 
 
 def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Rejected]]:
-    """Decode every picture once and add its ``sha256``.
+    """Decode every image once and add its ``sha256``.
 
     Args:
         root: folder that ``image`` is relative to.
@@ -102,7 +102,7 @@ def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[li
 def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Rejected]) -> None:
     where = " (listed in set_aside.csv)" if refused else ""
     products = len(set(catalog.products.tolist()))
-    say(f"{config.output}: {len(catalog)} pictures of {products} products, {len(refused)} set aside{where}")
+    say(f"{config.output}: {len(catalog)} images of {products} products, {len(refused)} set aside{where}")
 
 
 def _check(root: Path, row: Row) -> str | ImageRejected:

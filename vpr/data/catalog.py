@@ -1,4 +1,4 @@
-"""The catalogue: one table of pictures with product, role and split, and the artifact that keeps it."""
+"""The catalogue: one table of images with product, role and split, and the artifact that keeps it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LEADS_OUT = r"^/|(^|/)\.\.(/|$)"
 
 @dataclass(frozen=True)
 class Catalog:
-    """Rows of pictures.
+    """Rows of images.
 
     Attributes:
         table: of :data:`SCHEMA`.
@@ -113,7 +113,7 @@ class Catalog:
         products = {split: self.table["product"].filter(pc.equal(self.table["split"], split)) for split in SPLITS}
         return {
             "sources": sorted(self.table["source"].unique().to_pylist()),
-            "pictures": {split: len(rows) for split, rows in products.items()},
+            "images": {split: len(rows) for split, rows in products.items()},
             "products": {split: len(rows.unique()) for split, rows in products.items()},
             "roles": {role["values"]: role["counts"] for role in self.table["role"].value_counts().to_pylist()},
             "sha256": self.sha256,
@@ -133,7 +133,7 @@ def write_catalog_files(draft: ArtifactWriter, catalog: Catalog, refused: list[R
         writer.writerow(["image", "reason"])
         writer.writerows(refused)
     draft.catalog = catalog.summary()
-    draft.metrics = {"pictures": len(catalog), "set_aside": len(refused)}
+    draft.metrics = {"images": len(catalog), "set_aside": len(refused)}
 
 
 def load_catalog(path: Path | str) -> Catalog:
@@ -147,12 +147,12 @@ def load_catalog(path: Path | str) -> Catalog:
         table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
         table.validate(full=True)
         if pc.any(pc.match_substring_regex(table["image"], _LEADS_OUT)).as_py():
-            raise UserError("a picture's path leads out of its root")
+            raise UserError("an image's path leads out of its root")
     config = artifact.card.config
     if config.get("reader") == "sample":
         return Catalog(table, artifact.path, artifact)
     if not isinstance(config.get("root"), str):
-        raise UserError(f"{artifact.path}: its card does not say where the pictures are ('root'): build it again")
+        raise UserError(f"{artifact.path}: its card does not say where the images are ('root'): build it again")
     return Catalog(table, image_root(config.get("reader"), config["root"]), artifact)
 
 

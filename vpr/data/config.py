@@ -18,7 +18,7 @@ def check_shares(validation: float, test: float, seed: int) -> None:
 
 @dataclass(frozen=True)
 class CatalogConfig:
-    """Where pictures come from and how products are split.
+    """Where images come from and how products are split.
 
     Attributes:
         reader: form of the data; ``sample`` is embedded and needs no root.
@@ -27,11 +27,11 @@ class CatalogConfig:
         validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
         test: share of products held out to be scored.
         seed: of the split.
-        skip_unreadable: set unreadable pictures aside in ``set_aside.csv`` instead of refusing. The folder,
-            pictures and webdataset readers always list there what is no picture by name, and links to folders.
+        skip_unreadable: set unreadable images aside in ``set_aside.csv`` instead of refusing. The folder,
+            images and webdataset readers always list there what is no image by name, and links to folders.
     """
 
-    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "pictures", "webdataset"]
+    reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "images", "webdataset"]
     output: str
     root: str = ""
     validation: float = 0.0
@@ -45,15 +45,15 @@ class CatalogConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How pictures reach the training loop.
+    """How images reach the training loop.
 
     Attributes:
-        batch_size: pictures per step and process.
+        batch_size: images per step and process.
         workers: processes that decode; 0 decodes in the training process. None are started where pixels are kept. They
             come from Python's fork server: a script that trains has its own work under ``if __name__ == "__main__":``.
-        keep_in_memory: decode every picture once and keep its pixels, for sets that fit.
-        max_per_product: most pictures of a product in an epoch, others in each; 0 takes all.
-        min_per_product: products with fewer pictures have them repeated up to this many in an epoch; 0 repeats none.
+        keep_in_memory: decode every image once and keep its pixels, for sets that fit.
+        max_per_product: most images of a product in an epoch, others in each; 0 takes all.
+        min_per_product: products with fewer images have them repeated up to this many in an epoch; 0 repeats none.
     """
 
     batch_size: int = 128

@@ -1,4 +1,4 @@
-"""Joining catalogues, and the pictures that they repeat: same bytes, and near-same by a perceptual hash."""
+"""Joining catalogues, and the images that they repeat: same bytes, and near-same by a perceptual hash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpr.common.hardware import available_cpus
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.imaging.decode import decode
 
-NEAR_BITS = 4  # of 64: largest difference between the hashes of near-same pictures
+NEAR_BITS = 4  # of 64: largest difference between the hashes of near-same images
 _CHECK_SIZE = 64  # pixels; far above the 9 x 8 that the hash looks at
 _BLOCK = 1 << 17  # comparisons of hashes at a time: a megabyte, which stays in the cache
 _BITS = 64
@@ -24,11 +24,11 @@ _BITS = 64
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pictures that a joined catalogue holds more than once, as pairs of files (later one, earlier one).
+    """Images that a joined catalogue holds more than once, as pairs of files (later one, earlier one).
 
     Attributes:
         same_bytes: the two have the same checksum; both names are equal where two catalogues list one file.
-        near_same: their :func:`image_hash` differs in few bits; each picture is paired with its nearest earlier one.
+        near_same: their :func:`image_hash` differs in few bits; each image is paired with its nearest earlier one.
     """
 
     same_bytes: list[tuple[str, str]]
@@ -36,14 +36,14 @@ class Duplicates:
 
 
 def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
-    """Join catalogues and look for pictures that they repeat.
+    """Join catalogues and look for images that they repeat.
 
     Rows that say the same of the same file (product and box too) become one; every other row stays,
     and the report says which repeat each other. Products of the same id become one product.
     Near-same pairs are candidates for a person to look at: small objects on a plain ground hash alike.
 
     Args:
-        catalogs: at least one; every distinct picture is decoded once.
+        catalogs: at least one; every distinct image is decoded once.
 
     Returns:
         the joined catalogue, whose root is the folder that holds all of theirs, and the duplicates.
@@ -83,11 +83,11 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
 
 
 def duplicates_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
-    """(n,) bool, which pictures of a catalogue are, or nearly are, some picture of another one.
+    """(n,) bool, which images of a catalogue are, or nearly are, some image of another one.
 
     Args:
-        catalog: n pictures.
-        others: the pictures that they are compared with.
+        catalog: n images.
+        others: the images that they are compared with.
     """
     same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
     mine, theirs = (_hashes([one.path(row) for row in range(len(one))]) for one in (catalog, others))
@@ -103,9 +103,9 @@ def common_root(folders: list[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
-def image_hash(picture: Image.Image) -> int:
+def image_hash(image: Image.Image) -> int:
     """64-bit difference hash: is each of 8 x 8 places darker than its right neighbour (N. Krawetz, "dHash", 2013)."""
-    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
 
@@ -175,7 +175,7 @@ def _nearest_earlier(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDA
 
 
 def _table_from(root: Path, catalog: Catalog, folder: Path) -> pa.Table:
-    """A catalogue's table with the pictures' names from a root above ``folder``, its own."""
+    """A catalogue's table with the images' names from a root above ``folder``, its own."""
     prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     names = catalog.table["image"].to_pylist()
     odd = ("./", "//")  # spellings of a path that would hide that two rows are of one file

@@ -1,4 +1,4 @@
-"""How pictures reach a training loop: decoded once or by workers, in an order that the seed alone decides."""
+"""How images reach a training loop: decoded once or by workers, in an order that the seed alone decides."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _PREFETCH = 4  # batches a worker has ready; decoding is uneven
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
-    """Resized pictures of a catalogue, as uint8 pixels and their row.
+    """Resized images of a catalogue, as uint8 pixels and their row.
 
     Args:
-        catalog: n pictures.
+        catalog: n images.
         preprocess: gives the size.
         keep_in_memory: decode all of them now, with threads.
 
@@ -123,7 +123,7 @@ def training_loader(
     if not sampler.batches:
         times = f" in each of {world} processes" if world > 1 else ""
         raise UserError(
-            f"loader.batch_size: {config.batch_size}{times} is more than the {sampler.rows_of_all} training pictures "
+            f"loader.batch_size: {config.batch_size}{times} is more than the {sampler.rows_of_all} training images "
             "of an epoch: lower it"
         )
     return _loader(dataset, config, sampler)
@@ -132,9 +132,9 @@ def training_loader(
 def validation_loader(
     dataset: ImageDataset, config: LoaderConfig, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
-    """All pictures, in order; of several processes each takes every ``world``-th.
+    """All images, in order; of several processes each takes every ``world``-th.
 
-    All processes have equally many: where the pictures do not come out even the last one is read again. The
+    All processes have equally many: where the images do not come out even the last one is read again. The
     batches carry ``rows``, by which results are put in their place.
     """
     count = len(dataset)

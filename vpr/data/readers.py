@@ -15,7 +15,7 @@ from vpr.data.webdataset import read_label, read_samples
 Row = dict[str, Any]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNKNOWN_SUFFIX, LINKED = "unknown suffix", "a link to a folder, which is not followed"
-UNLABELLED = "unlabelled"  # source of pictures without labels
+UNLABELLED = "unlabelled"  # source of images without labels
 _MAX_FIELD = 1 << 20
 _MAX_RECORD = 4 << 20  # letters of a row of a CSV, on however many lines
 _MAX_COLUMNS = 1000
@@ -68,7 +68,7 @@ def read_csv(table: Path) -> Iterator[Row]:
 
 
 def read_folder(root: Path) -> Iterator[Row]:
-    """A folder per product, pictures anywhere below it; files that are no pictures by name are passed over."""
+    """A folder per product, images anywhere below it; files that are no images by name are passed over."""
     below = PathGuard(root)
     for name in _files(root):
         if _is_image(name):
@@ -80,7 +80,7 @@ def read_folder(root: Path) -> Iterator[Row]:
 
 
 def read_images(root: Path) -> Iterator[Row]:
-    """Pictures without labels, anywhere below a folder: each is taken for a product of its own."""
+    """Images without labels, anywhere below a folder: each is taken for a product of its own."""
     below = PathGuard(root)
     for name in _files(root):
         if _is_image(name):
@@ -89,11 +89,11 @@ def read_images(root: Path) -> Iterator[Row]:
 
 
 def read_webdataset(root: Path) -> Iterator[Row]:
-    """WebDataset shards, ``*.tar`` anywhere below a folder: each picture of a sample is a row, read where it lies.
+    """WebDataset shards, ``*.tar`` anywhere below a folder: each image of a sample is a row, read where it lies.
 
     A sample's ``.json`` holds ``product`` and, where wanted, ``category``, ``role``, ``split`` and ``box`` ([x, y, w,
-    h]); or its ``.cls`` is the product. Shards without any label are read as pictures without labels. Rows with
-    ``refused`` are members that are no pictures of use, with the reason.
+    h]); or its ``.cls`` is the product. Shards without any label are read as images without labels. Rows with
+    ``refused`` are members that are no images of use, with the reason.
     """
     below = PathGuard(root)
     shards = [name for name in _files(root) if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
@@ -101,10 +101,10 @@ def read_webdataset(root: Path) -> Iterator[Row]:
     for shard in shards:
         _check_name(root, shard)
         if not below.check(shard).endswith(".tar"):
-            raise UserError(f"{root / shard}: pictures are read at their place in plain .tar shards: gunzip it")
+            raise UserError(f"{root / shard}: images are read at their place in plain .tar shards: gunzip it")
         for sample in read_samples(root / shard, SUFFIXES):
             yield from ({"image": f"{shard}/{name}", "refused": reason} for name, reason in sample.refused)
-            if not sample.pictures:
+            if not sample.images:
                 continue
             where = f"{root / shard}: sample '{sample.key}'"
             label = read_label(sample, where)
@@ -113,8 +113,8 @@ def read_webdataset(root: Path) -> Iterator[Row]:
             labelled = "product" in label
             if "box" in label:
                 label["box"] = _box(label["box"], where)
-            for picture in sample.pictures:
-                image = shard + picture
+            for member in sample.images:
+                image = shard + member
                 row = _row(image, f"{UNLABELLED}/{image}", "", "webdataset" if labelled else UNLABELLED)
                 yield {**row, **label}
 
@@ -133,7 +133,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "aicrowd": read_aicrowd,
     "csv": read_csv,
     "folder": read_folder,
-    "pictures": read_images,
+    "images": read_images,
     "webdataset": read_webdataset,
 }
 

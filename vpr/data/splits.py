@@ -1,4 +1,4 @@
-"""Who may see which pictures: products are split whole, and nothing that is scored is trained on."""
+"""Who may see which images: products are split whole, and nothing that is scored is trained on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vpr.data.config import check_shares
 def split_by_product(table: pa.Table, validation: float, test: float, seed: int) -> pa.Table:
     """Assign whole products to splits.
 
-    Held-out products whose pictures have no retrieval role get one: the first half (rounded up) of a
-    product's pictures, by path, is its gallery, the rest are queries. Products with a single
-    picture cannot be queried and stay in training.
+    Held-out products whose images have no retrieval role get one: the first half (rounded up) of a
+    product's images, by path, is its gallery, the rest are queries. Products with a single
+    image cannot be queried and stay in training.
 
     Args:
         table: of :data:`SCHEMA`.
@@ -46,8 +46,8 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
     for name, share in (("validation", validation), ("test", test)):
         if share and name not in held.values():
             raise UserError(
-                f"{name} {share}: is none of {len(names)} products, {len(several)} of which have the two pictures "
-                "that a query and its gallery need: raise it or add pictures"
+                f"{name} {share}: is none of {len(names)} products, {len(several)} of which have the two images "
+                "that a query and its gallery need: raise it or add images"
             )
     splits = np.array([held.get(name, "train") for name in names], dtype=object)[codes]
     roles = table["role"].to_numpy().copy()
@@ -62,7 +62,7 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
 
 
 def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dict[str, Any]:
-    """Refuse training pictures or products that are also evaluated.
+    """Refuse training images or products that are also evaluated.
 
     Args:
         train: what is trained on.
@@ -70,13 +70,13 @@ def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dic
         allow: return what is found instead of refusing it.
 
     Returns:
-        for ``products`` and ``pictures``, where they are shared, their ``count`` and the ``first`` few by name.
+        for ``products`` and ``images``, where they are shared, their ``count`` and the ``first`` few by name.
 
     Raises:
         UserError: with the number and the first few of the shared ones.
     """
     found: dict[str, Any] = {}
-    for column, key, what in (("product", "products", "products"), ("sha256", "pictures", "pictures (same bytes)")):
+    for column, key, what in (("product", "products", "products"), ("sha256", "images", "images (same bytes)")):
         trained = train.table[column].combine_chunks()
         scored = evaluation.table[column].combine_chunks()
         shared = sorted(trained.filter(pc.is_in(trained, scored)).drop_null().unique().to_pylist())

@@ -1,9 +1,9 @@
 """WebDataset shards: what a tar file holds, read from its headers alone.
 
-Nothing is unpacked. A picture in a shard has a name of its own, ``SHARD.tar#OFFSET+SIZE/MEMBER``, by which
+Nothing is unpacked. An image in a shard has a name of its own, ``SHARD.tar#OFFSET+SIZE/MEMBER``, by which
 :func:`vpr.imaging.decode.read_image` reads its bytes where they lie; every verb takes it like any other file. Python's
 tarfile parses the headers. The ``webdataset`` package does not fit: its pipelines read a shard from its beginning,
-where pictures are wanted in any order (training) or from any row on (a run that goes on), and it has no limits.
+where images are wanted in any order (training) or from any row on (a run that goes on), and it has no limits.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Sample:
 
     Attributes:
         key: what the names agree in; begins with a slash where the members lie in no folder.
-        pictures: of each, ``#OFFSET+SIZE/MEMBER``, to be appended to the shard's name.
+        images: of each, ``#OFFSET+SIZE/MEMBER``, to be appended to the shard's name.
         labels: bytes of each label, by suffix.
         refused: name and reason of members that are not used.
     """
 
     key: str
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     labels: dict[str, bytes] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
 
@@ -47,11 +47,11 @@ def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
     """The samples of a shard, in the order of its members.
 
     Links, devices and members whose names are absolute or hold ``..`` are refused, also those that are larger than
-    a picture may be; folders are passed over.
+    an image may be; folders are passed over.
 
     Args:
         shard: an uncompressed tar file.
-        suffixes: of pictures, in lower case.
+        suffixes: of images, in lower case.
 
     Raises:
         UserError: a broken or truncated tar.
@@ -72,12 +72,12 @@ def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
                 sample.labels[suffix] = os.pread(stream.fileno(), member.size, member.offset_data)
             else:
                 # Padded, so that names sort like the members.
-                sample.pictures.append(f"#{member.offset_data:012d}+{member.size}/{name}")
+                sample.images.append(f"#{member.offset_data:012d}+{member.size}/{name}")
     yield sample
 
 
 def read_label(sample: Sample, where: str) -> dict[str, Any]:
-    """What a sample's ``.json`` says of its pictures, or its ``.cls``, which is the product; nothing without either.
+    """What a sample's ``.json`` says of its images, or its ``.cls``, which is the product; nothing without either.
 
     Args:
         sample: with its labels.

@@ -1,4 +1,4 @@
-"""Seeded views: the augmented picture `view k of image i`, the same for teacher and student.
+"""Seeded views: the augmented image `view k of image i`, the same for teacher and student.
 
 A view is a pure function of ``(seed, index, view)``, whatever batch it is made in. That lets a
 teacher's embedding of a view be computed once, cached, and matched to the very pixels that the
@@ -26,7 +26,7 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
     Args:
         config: the ranges.
         seed: of the run.
-        index: (batch,) int64, row of each picture in its table.
+        index: (batch,) int64, row of each image in its table.
         view: (batch,) int64, number of the view.
 
     Returns:

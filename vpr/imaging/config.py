@@ -10,7 +10,7 @@ from vpr.common.errors import UserError
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How far a view may depart from the picture. All ranges are symmetric unless they are pairs.
+    """How far a view may depart from the image. All ranges are symmetric unless they are pairs.
 
     Attributes:
         rotate: largest rotation, degrees.
@@ -25,7 +25,7 @@ class ViewConfig:
         cutout: probability that a rectangle is replaced by grey.
         cutout_size: largest side of that rectangle, as a fraction of the side.
         jitter: probability that brightness, contrast, saturation and tint change at all.
-        grey: probability of a picture without colour.
+        grey: probability of an image without colour.
     """
 
     rotate: float = 15.0

@@ -1,4 +1,4 @@
-"""Decoding pictures and the one preprocessing that training, evaluation and deployment share."""
+"""Decoding images and the one preprocessing that training, evaluation and deployment share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# EXIF 2.3, tag 0x0112: what makes the stored picture upright.
+# EXIF 2.3, tag 0x0112: what makes the stored image upright.
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,7 +50,7 @@ Edges = tuple[int, int, int, int]
 
 
 class ImageRejected(UserError):
-    """A file that is not a usable picture; the message names it and says why."""
+    """A file that is not a usable image; the message names it and says why."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}: replace the file, or make the catalogue with --skip_unreadable true")
@@ -63,7 +63,7 @@ _Std = Annotated[float, Field(ge=1e-3, le=10)]
 
 
 class Preprocess(BaseModel):
-    """From a picture to the model's input, as recorded in an artifact's card.
+    """From an image to the model's input, as recorded in an artifact's card.
 
     Attributes:
         size: side of the square input, pixels.
@@ -88,7 +88,7 @@ class Preprocess(BaseModel):
     dtype: Literal["float32"] = "float32"
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize and crop an RGB picture to (3, size, size) uint8."""
+        """Resize and crop an RGB image to (3, size, size) uint8."""
         resampling = _RESAMPLING[self.interpolation]
         if self.resize == "squash":
             image = image.resize((self.size, self.size), resampling)
@@ -112,7 +112,7 @@ class Preprocess(BaseModel):
 def _centre_box(width: int, height: int, size: int) -> Box:
     """(left, top, right, bottom) whose resize to a square is torchvision's ``Resize(size)`` and ``CenterCrop(size)``.
 
-    Resizing only this box gives the same pixels without ever making the long side of a very long picture.
+    Resizing only this box gives the same pixels without ever making the long side of a very long image.
     """
     shorter = min(width, height)
     scaled = (int(size * width / shorter), int(size * height / shorter))
@@ -127,20 +127,20 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
 
     Args:
         path: file of one of :data:`FORMATS`.
-        box: (x, y, width, height) in pixels of the upright picture, cut out after decoding.
+        box: (x, y, width, height) in pixels of the upright image, cut out after decoding.
         shortest: the smallest side that will be needed: JPEGs are then decoded at a reduced scale at which
-            the picture, or what the box cuts out, is still at least twice this.
+            the image, or what the box cuts out, is still at least twice this.
 
     Raises:
-        ImageRefused: not a picture, truncated, or too large.
+        ImageRefused: not an image, truncated, or too large.
     """
     return decode_bytes(read_image(Path(path)), path, box, shortest)
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of a picture's file; :class:`ImageRejected` if it is missing, too large or no plain file.
+    """The bytes of an image's file; :class:`ImageRejected` if it is missing, too large or no plain file.
 
-    ``SHARD.tar#OFFSET+SIZE/MEMBER`` is a picture in a shard (:mod:`vpr.data.webdataset`).
+    ``SHARD.tar#OFFSET+SIZE/MEMBER`` is an image in a shard (:mod:`vpr.data.webdataset`).
     """
     member = _MEMBER.fullmatch(str(path))
     file, offset = (Path(member[1]), int(member[2])) if member else (path, 0)
@@ -186,11 +186,11 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
     except DecodeLimitExceeded as error:
         raise ImageRejected(name, str(error)) from None
     except Image.UnidentifiedImageError:
-        raise ImageRejected(name, "not a picture") from None
+        raise ImageRejected(name, "not an image") from None
     except MemoryError:
         raise ImageRejected(name, f"{OUT_OF_MEMORY} to decode it") from None
     except Exception as error:  # Pillow raises whatever a broken file makes of its parsers
-        raise ImageRejected(name, f"truncated or broken picture ({error})") from None
+        raise ImageRejected(name, f"truncated or broken image ({error})") from None
     return image if edges is None else _cut(image, edges, scale)
 
 
@@ -205,7 +205,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes the other tags anew, and one broken tag would lose a good picture.
+    # Not ImageOps.exif_transpose: it writes the other tags anew, and one broken tag would lose a good image.
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
@@ -234,7 +234,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _edges(image: Image.Image, box: Box | None, name: Path | str) -> Edges | None:
-    """What of a box lies in a picture that is not turned yet: left, top, right, bottom when it is upright."""
+    """What of a box lies in an image that is not turned yet: left, top, right, bottom when it is upright."""
     if box is None:
         return None
     x, y, w, h = box
@@ -243,7 +243,7 @@ def _edges(image: Image.Image, box: Box | None, name: Path | str) -> Edges | Non
     left, top = max(0, round(x)), max(0, round(y))
     right, bottom = min(width, round(x + w)), min(height, round(y + h))
     if right <= left or bottom <= top:
-        raise ImageRejected(name, f"box {box} lies outside the {width}x{height} picture")
+        raise ImageRejected(name, f"box {box} lies outside the {width}x{height} image")
     return left, top, right, bottom
 
 
@@ -255,7 +255,7 @@ def _reduce(image: Image.Image, edges: Edges | None, shortest: int) -> float:
         share = 2 * shortest / min(edges[2] - edges[0], edges[3] - edges[1])
         needed = (math.ceil(width * share), math.ceil(height * share))
     drafted = image.draft("RGB", needed)
-    # Each pixel stands for a whole square of the full picture; its last row and column may be cut short.
+    # Each pixel stands for a whole square of the full image; its last row and column may be cut short.
     return width / drafted[1][2] if drafted else 1.0
 
 

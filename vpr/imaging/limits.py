@@ -1,4 +1,4 @@
-"""What a picture's file may cost to read: bounds that are checked before Pillow parses or decodes it.
+"""What an image's file may cost to read: bounds that are checked before Pillow parses or decodes it.
 
 Pillow bounds the pixels it allocates. These bound what else a file can ask of it: parts that its parsers walk through
 one by one in Python, scans that are decoded one over the other, directories that are unpacked whole.
@@ -16,7 +16,7 @@ from PIL import Image
 
 MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000  # of a JPEG, which is decoded at a reduced scale; others may have a share of it
-_SHARE = {"JPEG": 1, "MPO": 1, "WEBP": 4}  # half for all others; libwebp holds a picture several times over
+_SHARE = {"JPEG": 1, "MPO": 1, "WEBP": 4}  # half for all others; libwebp holds an image several times over
 MAX_SIDE = 65_535
 MAX_EXIF_BYTES = 1 << 20
 _MOST_PARTS = 1 << 16  # chunks, segments, blocks
@@ -34,7 +34,7 @@ _SIZED = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # ty
 
 
 class DecodeLimitExceeded(Exception):
-    """A file that asks for more than a picture needs; the message says of what."""
+    """A file that asks for more than an image needs; the message says of what."""
 
 
 def check_file(data: bytes) -> int:
@@ -44,7 +44,7 @@ def check_file(data: bytes) -> int:
         the number of its scans, for :func:`check_image`; 1 for all but JPEGs.
 
     Raises:
-        TooMuch: more parts than any real picture has.
+        TooMuch: more parts than any real image has.
     """
     if data[:3] == b"\xff\xd8\xff":
         return _check_segments(data)
@@ -58,7 +58,7 @@ def check_file(data: bytes) -> int:
 
 
 def check_image(image: Image.Image, scans: int, size: int) -> None:
-    """Refuse an opened picture, not decoded yet, of too many pixels, or whose pixels cost too much.
+    """Refuse an opened image, not decoded yet, of too many pixels, or whose pixels cost too much.
 
     Args:
         image: as Pillow opened it.
@@ -151,11 +151,11 @@ def _check_directory(data: bytes) -> None:
 
 
 class DecodeBudget:
-    """Pixels that may be decoded at once by all threads of a process; large pictures wait for each other.
+    """Pixels that may be decoded at once by all threads of a process; large images wait for each other.
 
     Args:
         pixels: in all.
-        small: pictures of no more than this do not wait.
+        small: images of no more than this do not wait.
     """
 
     def __init__(self, pixels: int, small: int) -> None:
@@ -164,7 +164,7 @@ class DecodeBudget:
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room for a picture, and keep it."""
+        """Wait until there is room for an image, and keep it."""
         if pixels <= self._small:
             yield
             return

@@ -21,9 +21,9 @@ class EmbedConfig:
         catalog: catalogue artifact.
         output: where the embeddings are written.
         split: only this split; empty embeds all.
-        batch_size: pictures at a time.
-        threads: that decode pictures ahead in each process; 0 decodes in turn with the model.
-        part: pictures, rounded up to whole batches, that a run which was killed may have to embed again.
+        batch_size: images at a time.
+        threads: that decode images ahead in each process; 0 decodes in turn with the model.
+        part: images, rounded up to whole batches, that a run which was killed may have to embed again.
         ray: workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
     """
 
@@ -81,8 +81,8 @@ class SearchConfig:
     """What to look for, where.
 
     Attributes:
-        queries: embeddings artifact whose ``query`` pictures are looked up (all of it, if it has none).
-        gallery: embeddings artifact of the same model whose ``gallery`` pictures are searched.
+        queries: embeddings artifact whose ``query`` images are looked up (all of it, if it has none).
+        gallery: embeddings artifact of the same model whose ``gallery`` images are searched.
         output: CSV file of the results; empty prints the first queries only.
         k: results per query.
         rerank: steps between the embeddings and the ranking.

@@ -65,10 +65,10 @@ class EmbedJob:
         return self.folder / f"part-{part:06d}.npy"
 
     def compute(self, part: int, network: nn.Module) -> NDArray[np.float32]:
-        """(pictures of the part, dim) float32, L2-normalised."""
+        """(images of the part, dim) float32, L2-normalised."""
         rows = np.arange(part * self.size, min((part + 1) * self.size, len(self.catalog)))
-        pictures = self.catalog.take(rows)
-        return embed(pictures, self.preprocess, torch_forward(network), self.config.batch_size, self.config.threads)
+        images = self.catalog.take(rows)
+        return embed(images, self.preprocess, torch_forward(network), self.config.batch_size, self.config.threads)
 
 
 def embed_with(config: EmbedConfig, load: Loader) -> Path:
@@ -79,7 +79,7 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
         load: gives the model of an artifact; a module's function, which workers can import too.
 
     Raises:
-        UserError: an empty split, a picture that cannot be read, or Ray asked for where it is not installed.
+        UserError: an empty split, an image that cannot be read, or Ray asked for where it is not installed.
     """
     network, model = load(config.model)
     job = EmbedJob(config, model)
@@ -90,7 +90,7 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
         say(f"{config.output}: up to date")
         return Path(config.output)
     if not len(job.catalog):
-        raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
+        raise UserError("embedding: the catalogue has no images of this split and role: choose another")
     with run_lock(job.folder):
         _run(job, absent, network, load)
     return Path(config.output)

@@ -24,8 +24,8 @@ Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 def read_pixels(catalog: Catalog, preprocess: Preprocess, rows: range) -> NDArray[np.uint8]:
     """Decode and resize rows of a catalogue: (len(rows), 3, size, size) uint8."""
-    pictures = (decode(catalog.path(row), catalog.box(row), preprocess.size) for row in rows)
-    return np.stack([preprocess.pixels(picture) for picture in pictures])
+    images = (decode(catalog.path(row), catalog.box(row), preprocess.size) for row in rows)
+    return np.stack([preprocess.pixels(image) for image in images])
 
 
 def read_batches(
@@ -52,23 +52,23 @@ def read_batches(
 def embed(
     catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size: int = 64, threads: int = 0
 ) -> NDArray[np.float32]:
-    """Embed every picture of a catalogue.
+    """Embed every image of a catalogue.
 
     Args:
-        catalog: n pictures.
+        catalog: n images.
         preprocess: the card's.
         forward: (batch, 3, size, size) float32 to (batch, dim) float32.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         threads: that decode ahead.
 
     Returns:
         (n, dim) float32, L2-normalised.
 
     Raises:
-        UserError: an empty catalogue, a picture that cannot be read, or a vector without direction.
+        UserError: an empty catalogue, an image that cannot be read, or a vector without direction.
     """
     if not len(catalog):
-        raise UserError("embedding: the catalogue has no pictures of this split and role: choose another")
+        raise UserError("embedding: the catalogue has no images of this split and role: choose another")
     return l2_normalize(
         np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size, threads)])
     )
@@ -83,7 +83,7 @@ def l2_normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def score_split(catalog: Catalog, vectors: NDArray[np.float32]) -> RetrievalScores:
-    """Recall of query pictures against gallery pictures of one split, whose vectors are given in order."""
+    """Recall of query images against gallery images of one split, whose vectors are given in order."""
     query, gallery = catalog.roles == "query", catalog.roles == "gallery"
     return evaluate(vectors[query], catalog.products[query], vectors[gallery], catalog.products[gallery])
 

@@ -26,7 +26,7 @@ class RetrievalScores:
         map_at_1000: mean average precision by the formula of the AIcrowd Visual Product
             Recognition challenge 2023, cut at rank 1000.
         queries: number of queries.
-        gallery: number of gallery pictures.
+        gallery: number of gallery images.
         ci95: 95 % bootstrap interval of ``recall_at_1`` over queries.
         hits: (queries,) bool, whether the first result is right.
         precisions: (queries,) float64, average precision of each.
@@ -119,7 +119,7 @@ def _score(
 def average_precision(relevant: NDArray[np.bool_], k: int | None = None) -> NDArray[np.float64]:
     """AP = (1 / GTP) * sum over ranks r <= k of precision@r * rel@r (AIcrowd VPR 2023, k = 1000).
 
-    GTP counts all relevant gallery pictures, also those beyond rank k.
+    GTP counts all relevant gallery images, also those beyond rank k.
 
     Args:
         relevant: (queries, gallery) bool, the whole ranking of each query, best first.
@@ -156,7 +156,7 @@ def _check(
     same_dim: bool = True,
 ) -> None:
     if not len(query_vectors) or not len(gallery_vectors):
-        raise UserError("evaluation: no queries or no gallery pictures: choose a split with both roles")
+        raise UserError("evaluation: no queries or no gallery images: choose a split with both roles")
     if len(query_vectors) != len(query_products) or len(gallery_vectors) != len(gallery_products):
         raise UserError("evaluation: vectors and product ids differ in number: embed the catalogue again")
     if same_dim and query_vectors.shape[1] != gallery_vectors.shape[1]:

@@ -43,7 +43,7 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
     """Compute parts by ``job.config.ray`` workers and keep each as it comes.
 
     Ray starts on this machine, or joins the cluster that its own variable ``RAY_ADDRESS`` names, whose machines
-    must see model, catalogue and pictures under the same paths; the output is written by this process alone.
+    must see model, catalogue and images under the same paths; the output is written by this process alone.
 
     Raises:
         UserError: Ray is not installed, or a worker failed.

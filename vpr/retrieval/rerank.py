@@ -93,7 +93,7 @@ def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, weight: flo
     """Re-rank by k-reciprocal neighbourhoods (Zhong et al., CVPR 2017, eq. 2 to 12).
 
     The neighbourhoods are of queries and gallery together, so queries do influence each other. Memory: the
-    description of a picture has some dozens of values; products of all with all are made in blocks; the result
+    description of an image has some dozens of values; products of all with all are made in blocks; the result
     is (queries, gallery).
 
     Args:
@@ -150,7 +150,7 @@ def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tupl
     if not config.k_reciprocal:
         return search(*transform(query, gallery, config), k)
     if not 1 <= k <= len(gallery):
-        raise UserError(f"search: k is {k}, the gallery has {len(gallery)} pictures: choose 1 to that many")
+        raise UserError(f"search: k is {k}, the gallery has {len(gallery)} images: choose 1 to that many")
     scores = similarities(query, gallery, config)
     rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, rows, axis=1), rows

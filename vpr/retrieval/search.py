@@ -27,7 +27,7 @@ def search(
     import faiss
 
     if not 1 <= k <= len(gallery_vectors):
-        raise UserError(f"search: k is {k}, the gallery has {len(gallery_vectors)} pictures: choose 1 to that many")
+        raise UserError(f"search: k is {k}, the gallery has {len(gallery_vectors)} images: choose 1 to that many")
     if query_vectors.shape[1] != gallery_vectors.shape[1]:
         raise UserError(
             f"search: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}: "

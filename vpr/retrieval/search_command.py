@@ -1,4 +1,4 @@
-"""``vpr search``: nearest gallery pictures of queries, both embedded before."""
+"""``vpr search``: nearest gallery images of queries, both embedded before."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def search_gallery(config: SearchConfig) -> Path | None:
     _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
     if config.submission:
         atomic_save_npy(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
-        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery pictures each")
+        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery images each")
     if not config.output:
         return None
     _write(Path(config.output), queries, gallery, asked, shown[found[:, : config.k]], scores)
@@ -61,16 +61,16 @@ def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embedd
 
 
 def _check_complete(queries: Embeddings, gallery: Embeddings, shown: int) -> None:
-    """Refuse a submission whose numbers would be those of other pictures, or too few."""
+    """Refuse a submission whose numbers would be those of other images, or too few."""
     if shown < SUBMITTED:
         raise UserError(
-            f"submission: {SUBMITTED} different pictures are listed for each query, the gallery has {shown}: "
+            f"submission: {SUBMITTED} different images are listed for each query, the gallery has {shown}: "
             "use --output instead"
         )
     for embeddings in (queries, gallery):
         if embeddings.artifact.card.metrics.get("set_aside"):
             raise UserError(
-                f"submission: {embeddings.artifact.path} lacks pictures that could not be read (its catalogue's "
+                f"submission: {embeddings.artifact.path} lacks images that could not be read (its catalogue's "
                 "set_aside.csv): mend them and embed again"
             )
 

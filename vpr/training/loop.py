@@ -85,7 +85,7 @@ class RecallModule(L.LightningModule):
     """A module that is validated by recall on products that no stage trains on.
 
     Args:
-        preprocess: of the pictures.
+        preprocess: of the images.
         validation: what is scored.
         sharded: the child modules that FSDP spreads.
     """

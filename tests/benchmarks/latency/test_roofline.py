@@ -25,19 +25,19 @@ def test_the_roofline_is_the_slower_of_products_and_memory() -> None:
     assert MACHINE.milliseconds(ridge * 7e6, 7e6) == pytest.approx(1000 * 7e6 / 2e9)
 
 
-def test_a_model_moves_its_weights_once_and_its_pictures_each_time(student_artifact: Path) -> None:
+def test_a_model_moves_its_weights_once_and_its_images_each_time(student_artifact: Path) -> None:
     (model,) = models_of(student_artifact)
     weights = (student_artifact / "model.safetensors").stat().st_size
-    picture, embedding = 4 * 3 * 32 * 32, 4 * 32
+    image, embedding = 4 * 3 * 32 * 32, 4 * 32
     for batch in (1, 8):
-        expected = 1000 * (weights + batch * (picture + embedding)) / 2e9
+        expected = 1000 * (weights + batch * (image + embedding)) / 2e9
         assert roofline_ms(MACHINE, model, 0, batch) == pytest.approx(expected)
         assert roofline_ms(MACHINE, model, 10**9, batch) == pytest.approx(100 * batch)
 
 
 @pytest.mark.parametrize("opset", [20, 23])
 def test_multiply_adds_of_a_graph_are_those_that_pytorch_counts(each_student: Path, opset: int, tmp_path: Path) -> None:
-    path = export_onnx(OnnxConfig(str(each_student), str(tmp_path / "fp32"), opset=opset, pictures=2))
+    path = export_onnx(OnnxConfig(str(each_student), str(tmp_path / "fp32"), opset=opset, images=2))
     graph, artifact = load_onnx(path)
     expected = count_multiply_adds(load_student(each_student)[0], 32)
     assert multiply_adds(graph) == expected

@@ -122,7 +122,7 @@ def test_differences_are_taken_to_the_student_not_to_its_assistant(shop: Path, t
 
 def test_what_cannot_be_scored_is_refused(shop: Path, student_artifact: Path, tmp_path: Path) -> None:
     models = (str(student_artifact),)
-    with pytest.raises(UserError, match="has no gallery pictures"):
+    with pytest.raises(UserError, match="has no gallery images"):
         measure_recall(RecallConfig(str(shop), models, str(tmp_path / "r"), split="train"))
     with pytest.raises(UserError, match="2 artifacts are named 'student'"):
         measure_recall(RecallConfig(str(shop), models * 2, str(tmp_path / "r")))

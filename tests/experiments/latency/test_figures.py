@@ -30,7 +30,7 @@ def test_rows_that_move_are_explained_or_counted() -> None:
 
 @pytest.mark.slow
 def test_the_parts_run_through(student_artifact: Path, tmp_path: Path) -> None:
-    fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), pictures=2)))
+    fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), images=2)))
     figures, rows = noise((fp32,), 0.02, ("onnxruntime-cpu",), "make")
     assert [row["model"] for row in rows] == ["fp32 (onnxruntime-cpu)"]
     assert figures[1].value in (0, 1)

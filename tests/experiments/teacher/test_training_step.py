@@ -47,8 +47,8 @@ def test_the_largest_batch_is_found(limit: int) -> None:
     assert len(tried) < 20
 
 
-def test_a_gpu_too_small_for_one_picture_is_said() -> None:
-    with pytest.raises(UserError, match="not even one picture fits"):
+def test_a_gpu_too_small_for_one_image_is_said() -> None:
+    with pytest.raises(UserError, match="not even one image fits"):
         largest_batch(lambda batch: False, 8)
 
 

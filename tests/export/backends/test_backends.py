@@ -123,7 +123,7 @@ def test_every_named_backend_of_an_artifact_is_listed(student_artifact: Path, tm
         "torch-cuda",
         "torch-compile-cuda",
     ]
-    fp32 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), pictures=2))
+    fp32 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), images=2))
     assert [model.backend for model in models_of(fp32)] == ["onnxruntime-cpu", "openvino"]
     on_cuda = models_of(fp32, ["onnxruntime-cuda"])[0]
     assert on_cuda.name == "fp32 (onnxruntime-cuda)"

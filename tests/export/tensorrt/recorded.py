@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from export.tensorrt.cuda_driver import DriverError, Gpu
 
-PICTURE, DIM = (3, 4, 4), 5
+IMAGE, DIM = (3, 4, 4), 5
 
 
 def expected(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the engine of the double computes: the mean of each picture, times 1 to 5."""
+    """What the engine of the double computes: the mean of each image, times 1 to 5."""
     return (batch.mean(axis=(1, 2, 3))[:, None] * np.arange(1, DIM + 1)).astype(np.float32)
 
 
@@ -211,10 +211,10 @@ class Engine:
         return self.tensors[index]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, *PICTURE) if name == "pixels" else (-1, DIM)
+        return (-1, *IMAGE) if name == "pixels" else (-1, DIM)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
-        return [(batch, *PICTURE) for batch in self.ranges[index]]
+        return [(batch, *IMAGE) for batch in self.ranges[index]]
 
     def create_runtime_config(self) -> SimpleNamespace:
         return SimpleNamespace(cuda_graph_strategy="DISABLED")

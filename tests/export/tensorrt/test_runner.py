@@ -20,7 +20,7 @@ from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.compatibility import load_engine
 from export.tensorrt.cuda_driver import DriverError, GraphCalls, PyCudaDriver
 from export.tensorrt.runner import EngineRunner, open_engine
-from tests.export.tensorrt.recorded import DIM, PICTURE, RecordedDriver, Trt, expected
+from tests.export.tensorrt.recorded import DIM, IMAGE, RecordedDriver, Trt, expected
 from vpr.artifacts.store import Artifact, load_artifact, write_artifact
 from vpr.common.errors import UserError
 
@@ -46,8 +46,8 @@ def runner(artifact: Artifact, driver: RecordedDriver, graphs: bool = True, **se
     return EngineRunner(artifact, Trt(driver, **settings), driver, graphs)
 
 
-def pictures(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=(count, *PICTURE)).astype(np.float32)
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, *IMAGE)).astype(np.float32)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -59,7 +59,7 @@ def test_batches_of_any_size_come_back_whole_and_in_order(
     with runner(write(backend=backend), driver, graphs, needs_scratch=backend == "tensorrt") as engine:
         for turn in range(4):
             for count in (1, 3, 8, 13, 24):
-                batch = pictures(count, turn)
+                batch = images(count, turn)
                 found = engine(batch)
                 assert found.shape == (count, DIM)
                 assert found.dtype == np.float32
@@ -67,10 +67,10 @@ def test_batches_of_any_size_come_back_whole_and_in_order(
     assert ("launch" in driver.names()) == (graphs and backend == "tensorrt")
 
 
-def test_too_few_pictures_are_padded_by_the_last(write: Callable[..., Artifact]) -> None:
+def test_too_few_images_are_padded_by_the_last(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver, ranges=[(4, 8, 8)])
-    batch = pictures(10)
+    batch = images(10)
     np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
     assert [call[3] for call in driver.calls if call[1] == "copy_in"] == [8, 4]
     np.testing.assert_array_equal(driver.pinned_arrays[0][:4], batch[[8, 9, 9, 9]])
@@ -79,7 +79,7 @@ def test_too_few_pictures_are_padded_by_the_last(write: Callable[..., Artifact])
 def test_calls_are_in_order_and_on_one_stream(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver, graphs=False)
-    engine(pictures(11))
+    engine(images(11))
     work = [call[1:] for call in driver.calls if call[1] not in ("deserialise", "pinned", "allocate", "context")]
     assert [call[0] for call in work] == [
         "stream",
@@ -88,7 +88,7 @@ def test_calls_are_in_order_and_on_one_stream(write: Callable[..., Artifact]) ->
     ]
     assert {call[1] for call in work if call[0] != "shape"} == {work[0][1]}
     driver.calls.clear()
-    engine(pictures(3))
+    engine(images(3))
     assert driver.names() == ["copy_in", "enqueue", "copy_out", "synchronise"]  # the shape is set already
 
 
@@ -97,14 +97,14 @@ def test_a_graph_is_captured_once_for_each_batch_size_and_replayed(write: Callab
     artifact = write()
     engine = runner(artifact, driver)
     for count in (3, 5) * 4:
-        batch = pictures(count, count)
+        batch = images(count, count)
         np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
     names = driver.names()
     assert names.count("capture") == 2
     assert names.count("launch") == 4
     assert names.count("context") == 3  # one for all shapes, and one for each graph
     driver.calls.clear()
-    engine(pictures(3))
+    engine(images(3))
     assert driver.names() == ["copy_in", "launch", "copy_out", "synchronise"]
     engine.close()
     assert driver.names().count("discard") == 2
@@ -115,7 +115,7 @@ def test_graphs_are_kept_for_so_many_batch_sizes(write: Callable[..., Artifact])
     driver = RecordedDriver()
     engine = runner(write(max_batch=32), driver, ranges=[(1, 8, 32)])
     for count in list(range(1, 25)) * 3:
-        batch = pictures(count)
+        batch = images(count)
         np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
     assert len(driver.graphs) == 16
 
@@ -125,7 +125,7 @@ def test_the_contexts_of_a_thread_share_their_scratch_memory(write: Callable[...
     trt = Trt(driver)
     engine = EngineRunner(write(), trt, driver)
     for _ in range(2):
-        engine(pictures(2))
+        engine(images(2))
     first, second = trt.engines[0].contexts
     assert first.scratch == second.scratch is not None
 
@@ -137,7 +137,7 @@ def test_a_refused_capture_is_said_and_costs_only_the_graph(
     driver.refuses_capture = True
     engine = runner(write(), driver)
     for turn in range(4):
-        batch = pictures(2, turn)
+        batch = images(2, turn)
         np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
     assert driver.names().count("capture") == 1
     assert "runs without CUDA graphs from here on: cuStreamEndCapture" in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_tensorrt_rtx_captures_its_graphs_itself(write: Callable[..., Artifact],
     trt = Trt(driver, needs_scratch=False)
     engine = EngineRunner(write(backend="tensorrt-rtx"), trt, driver, graphs)
     for _ in range(3):
-        engine(pictures(2))
+        engine(images(2))
     (context,) = trt.engines[0].contexts
     assert context.settings.cuda_graph_strategy == strategy
     assert "capture" not in driver.names()
@@ -160,7 +160,7 @@ def test_each_profile_has_a_context_and_takes_what_fits_it(write: Callable[..., 
     trt = Trt(driver, ranges=[(1, 1, 2), (4, 8, 8)])
     engine = EngineRunner(write(), trt, driver, graphs=False)
     for count in (1, 8, 2, 10):
-        batch = pictures(count)
+        batch = images(count)
         np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
     assert [context.profile for context in trt.engines[0].contexts] == [0, 1]
     assert driver.names().count("profile") == 1
@@ -175,7 +175,7 @@ def test_threads_share_neither_contexts_nor_streams_nor_buffers(write: Callable[
     def work(seed: int) -> None:
         for turn in range(20):
             barrier.wait()
-            batch = pictures(1 + (seed + turn) % 11, seed)
+            batch = images(1 + (seed + turn) % 11, seed)
             if not np.allclose(engine(batch), expected(batch), rtol=1e-5):
                 wrong.append(seed)
 
@@ -198,7 +198,7 @@ def test_a_thread_that_ended_leaves_its_buffers_to_the_next(write: Callable[...,
     driver = RecordedDriver()
     engine = runner(write(), driver)
     for _ in range(5):
-        thread = threading.Thread(target=engine, args=(pictures(2),))
+        thread = threading.Thread(target=engine, args=(images(2),))
         thread.start()
         thread.join()
     assert len(driver.streams) == 1
@@ -209,8 +209,8 @@ def test_close_frees_what_every_thread_has(write: Callable[..., Artifact]) -> No
     before = driver.free_bytes
     engine = runner(write(), driver)
     for _ in range(3):
-        engine(pictures(2))
-    thread = threading.Thread(target=engine, args=(pictures(2),))
+        engine(images(2))
+    thread = threading.Thread(target=engine, args=(images(2),))
     thread.start()
     thread.join()
     engine.close()
@@ -218,7 +218,7 @@ def test_close_frees_what_every_thread_has(write: Callable[..., Artifact]) -> No
     assert driver.free_bytes == before
     assert not driver.pinned_arrays
     with pytest.raises(UserError, match="engine: the engine is closed: open it again"):
-        engine(pictures(1))
+        engine(images(1))
 
 
 def test_close_waits_for_the_calls_under_way(write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_close_waits_for_the_calls_under_way(write: Callable[..., Artifact], mon
         real(stream)
 
     monkeypatch.setattr(driver, "synchronise", slow)
-    batch = pictures(2)
+    batch = images(2)
     call = threading.Thread(target=lambda: found.append(engine(batch)))
     call.start()
     assert begun.wait(10)
@@ -252,7 +252,7 @@ def test_close_waits_for_the_calls_under_way(write: Callable[..., Artifact], mon
 def test_an_engine_that_is_forgotten_is_freed(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver)
-    engine(pictures(2))
+    engine(images(2))
     del engine
     gc.collect()
     assert not driver.memory
@@ -263,8 +263,8 @@ def test_an_engine_that_is_forgotten_is_freed(write: Callable[..., Artifact]) ->
     [
         (np.zeros((2, 3, 5, 4), np.float32), r"\(2, 3, 5, 4\) float32"),
         (np.zeros((3, 4, 4), np.float32), r"\(3, 4, 4\) float32"),
-        (np.zeros((2, *PICTURE), np.float64), r"\(2, 3, 4, 4\) float64"),
-        (np.zeros((0, *PICTURE), np.float32), r"\(0, 3, 4, 4\) float32"),
+        (np.zeros((2, *IMAGE), np.float64), r"\(2, 3, 4, 4\) float64"),
+        (np.zeros((0, *IMAGE), np.float32), r"\(0, 3, 4, 4\) float32"),
         ([[1.0]], "None list"),
     ],
 )
@@ -386,7 +386,7 @@ def test_too_little_gpu_memory_suggests_smaller_batches_and_leaves_nothing(write
     driver = RecordedDriver(free_bytes=1000)
     engine = runner(write(max_batch=32, opt_batch=32), driver, ranges=[(1, 32, 32)])
     with pytest.raises(UserError, match=r"too little free memory for batches of 32 .*--opt_batch 16 --max_batch 16$"):
-        engine(pictures(1))
+        engine(images(1))
     assert driver.free_bytes == 1000
     assert not driver.pinned_arrays
 
@@ -394,13 +394,13 @@ def test_too_little_gpu_memory_suggests_smaller_batches_and_leaves_nothing(write
 def test_memory_that_tensorrt_runs_out_of_is_told_alike(write: Callable[..., Artifact]) -> None:
     engine = runner(write(), RecordedDriver(), fails="Error Code 1: Cuda Runtime (out of memory)")
     with pytest.raises(UserError, match=r"too little free memory for batches of 8 .*--max_batch 4$"):
-        engine(pictures(1))
+        engine(images(1))
 
 
 def test_a_failing_engine_gives_tensorrt_s_reason(write: Callable[..., Artifact]) -> None:
     engine = runner(write(), RecordedDriver(), fails="Error Code 1: Myelin ([exec_instruction.cpp] failed)")
     with pytest.raises(UserError, match=rf"cannot be run \(Error Code 1: Myelin .*\): run it again, .*: {REBUILD}"):
-        engine(pictures(1))
+        engine(images(1))
 
 
 def test_without_pycuda_it_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def built(
     return graph, build_engine(config)
 
 
-def _pictures(count: int, seed: int = 0) -> NDArray[np.float32]:
+def _images(count: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=(count, 3, 32, 32)).astype(np.float32)
 
 
@@ -63,7 +63,7 @@ def test_the_engine_embeds_as_the_graph_does(built: tuple[Path, Path], graphs: b
     with open_engine(built[1], graphs=graphs) as engine:
         for turn in range(4):  # plain, captured, replayed, replayed
             for count in (1, 3, MOST, MOST + 5):
-                batch = _pictures(count, turn)
+                batch = _images(count, turn)
                 found = engine(batch)
                 assert found.shape == (count, 32)
                 assert _least_cosine(found, run_graph(graph, batch)) > 0.999
@@ -72,7 +72,7 @@ def test_the_engine_embeds_as_the_graph_does(built: tuple[Path, Path], graphs: b
 @pytest.mark.parametrize("graphs", [True, False])
 def test_two_threads_get_what_one_gets(built: tuple[Path, Path], graphs: bool) -> None:
     graph = load_onnx(built[0])[0]
-    batches = [_pictures(MOST + 5, seed) for seed in range(2)]
+    batches = [_images(MOST + 5, seed) for seed in range(2)]
     wanted = [run_graph(graph, batch) for batch in batches]
     worst = [0.0, 0.0]
     with open_engine(built[1], graphs=graphs) as engine:
@@ -91,7 +91,7 @@ def test_two_threads_get_what_one_gets(built: tuple[Path, Path], graphs: bool) -
 def test_graphs_are_captured_without_complaint(built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with open_engine(built[1]) as engine:
         for _ in range(3):
-            engine(_pictures(2))
+            engine(_images(2))
     assert "runs without CUDA graphs" not in capsys.readouterr().err
 
 
@@ -103,7 +103,7 @@ def test_memory_is_given_back(built: tuple[Path, Path]) -> None:
     for _ in range(6):
         with open_engine(built[1]) as engine:
             for _ in range(3):
-                engine(_pictures(MOST))
+                engine(_images(MOST))
         with driver.current():
             free.append(cuda.mem_get_info()[0])
     assert free[1] - free[-1] < 16 << 20

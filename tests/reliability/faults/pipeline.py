@@ -142,7 +142,7 @@ def _server() -> forkserver.ForkServer:
 
 
 class _Process(ForkServerProcess):
-    """Forked from that server: the usual one of this process may have been started for a training's pictures."""
+    """Forked from that server: the usual one of this process may have been started for a training's images."""
 
     @staticmethod
     def _Popen(process: Any) -> Any:  # noqa: N802

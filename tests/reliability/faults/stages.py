@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.commands import write_pictures
+from tests.reliability.commands import write_images
 from vpr.artifacts.store import Card, load_artifact
 
 _TRAINING = ("--run.precision", "32-true", "--loader.batch_size", "8", "--catalog", "{catalog}")
@@ -52,7 +52,7 @@ class Stage:
 
 # In the order in which each finds what it reads.
 STAGES = (
-    Stage("catalog", "catalog", ("--reader", "folder", "--root", "{pictures}", "--validation", ".25", "--test", ".25")),
+    Stage("catalog", "catalog", ("--reader", "folder", "--root", "{images}", "--validation", ".25", "--test", ".25")),
     Stage("shards", "catalog", ("--reader", "webdataset", "--root", "{tars}")),
     Stage(
         "teacher",
@@ -69,7 +69,7 @@ STAGES = (
     ),
     Stage("embeddings", "student embed", ("--catalog", "{catalog}", *_EMBED)),
     Stage("shard-embeddings", "student embed", ("--catalog", "{shards}", *_EMBED)),
-    Stage("fp32", "export onnx", ("--student", "{student}", "--catalog", "{catalog}", "--pictures", "8")),
+    Stage("fp32", "export onnx", ("--student", "{student}", "--catalog", "{catalog}", "--images", "8")),
     Stage("ranges", "calibrate", ("--onnx", "{fp32}", "--catalog", "{catalog}", "--count", "8", "--smooth", "true")),
     Stage("int8", "export int8", ("--onnx", "{fp32}", "--ranges", "{ranges}")),
     Stage("engine", "export engine", ("--onnx", "{int8}", "--backend", "tensorrt-rtx", "--target", "sm86")),
@@ -83,19 +83,19 @@ STAGES = (
 
 
 def write_inputs(folder: Path) -> dict[str, str]:
-    """Pictures in folders and the same in tar files: their places by name."""
-    write_pictures(folder / "pictures")
+    """Images in folders and the same in tar files: their places by name."""
+    write_images(folder / "images")
     (folder / "tars").mkdir()
     for number, part in enumerate(("[0-3]", "[4-7]")):
         with tarfile.open(folder / "tars" / f"{number}.tar", "w") as tar:
-            for picture in sorted((folder / "pictures").glob(f"{part}/*.png")):
-                key = f"{picture.parent.name}-{picture.stem}"
+            for image in sorted((folder / "images").glob(f"{part}/*.png")):
+                key = f"{image.parent.name}-{image.stem}"
                 label = folder / f"{key}.cls"
-                label.write_text(picture.parent.name, encoding="ascii")
-                tar.add(picture, f"{key}.png")
+                label.write_text(image.parent.name, encoding="ascii")
+                tar.add(image, f"{key}.png")
                 tar.add(label, f"{key}.cls")
                 label.unlink()
-    return {name: str(folder / name) for name in ("pictures", "tars")}
+    return {name: str(folder / name) for name in ("images", "tars")}
 
 
 def difference(stage: Stage, unbroken: Path, other: Path) -> list[str]:

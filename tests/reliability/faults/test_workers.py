@@ -34,7 +34,7 @@ if __name__ == "__main__":  # what the fork server starts imports this
         before_file(2, sys.argv[1], kill)
     main(sys.argv[4:])
 """
-# In the middle of its second stage a training kills a process that reads pictures, or itself.
+# In the middle of its second stage a training kills a process that reads images, or itself.
 KILL_IN_TRAINING = """
 import multiprocessing, os, signal, sys
 from tests.reliability.faults.injection import before_file, die
@@ -125,7 +125,7 @@ def test_a_killed_loader_s_worker_is_told_in_a_line_and_the_training_goes_on(
     script = written(tmp_path / "script.py", KILL_IN_TRAINING)
     killed = run(script, "worker", *pipeline.command(stage, output))
     assert killed.code == 2
-    assert killed.err.splitlines()[-1].startswith("vpr: error: a process that reads pictures was lost")
+    assert killed.err.splitlines()[-1].startswith("vpr: error: a process that reads images was lost")
     assert not killed.left
     again = run("-m", "vpr", *pipeline.command(stage, output))
     assert again.code == 0, again.err

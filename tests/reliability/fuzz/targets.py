@@ -83,13 +83,13 @@ def table(folder: Path, data: bytes) -> None:
     found = READERS[kind](path if kind == "csv" else folder)
     rows = [{**row, "sha256": str(number)} for number, row in enumerate(found)]
     if not rows:
-        raise UserError("no pictures")
+        raise UserError("no images")
     for row in rows:
         assert row["product"], "a row without its product"
-        assert (folder / row["image"]).resolve().is_relative_to(folder.resolve()), "a picture outside"
+        assert (folder / row["image"]).resolve().is_relative_to(folder.resolve()), "an image outside"
         assert row["box"] is None or all(math.isfinite(side) for side in row["box"].values()), "a box without end"
     read = Catalog(split_by_product(rows_to_table(rows), 0.0, 0.5, 0), folder)
-    assert read.summary()["pictures"]["test"] >= 2, "a test split without a query and its gallery"
+    assert read.summary()["images"]["test"] >= 2, "a test split without a query and its gallery"
 
 
 def ranges(folder: Path, data: bytes) -> None:

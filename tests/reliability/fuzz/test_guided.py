@@ -43,7 +43,7 @@ def test_what_was_once_found_is_accepted_or_refused_by_a_line(target: str, file:
     ("target", "accepted", "reasons"),
     [
         ("card", 5, ("not a card", "upgrade", "leaves the artifact", "missing", "checksum differs")),
-        ("table", 4, ("leads out of", "zero byte", "no value for", "not known", "no area", "utf-8", "two pictures")),
+        ("table", 4, ("leads out of", "zero byte", "no value for", "not known", "no area", "utf-8", "two images")),
         ("ranges", 2, ("within FP16's range", "no range for", "does not fit this graph")),
         ("graph", 1, ("another file", "linears: cannot", "Q/DQ: cannot", "FP16: cannot", "InferenceError")),
     ],

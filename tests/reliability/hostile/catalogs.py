@@ -53,7 +53,7 @@ def _table_texts() -> dict[str, Data | Callable[[], Data]]:
         "text behind a quote": _HEAD + '"0/0.png"x,a\n',
         "nothing": b"",
         "blank lines alone": lambda: _HEAD + "\n" * 5_000_000,
-        "a picture": encoded(Image.new("RGB", (64, 64)), "PNG"),
+        "an image": encoded(Image.new("RGB", (64, 64)), "PNG"),
         "an unknown role": "image,product,role\n0/0.png,a,admin\n",
         "an unknown split": "image,product,split\n0/0.png,a,../../x\n",
     }
@@ -77,26 +77,26 @@ def paths() -> Iterator[Hostile]:
     for reader, (file, form) in forms.items():
         for path in _LEADS:
             if reader == "products10k" and not path.startswith("../../"):
-                continue  # its pictures lie a folder deeper, and a path of theirs is always relative
+                continue  # its images lie a folder deeper, and a path of theirs is always relative
             shown = f"{path[:30]!r} in {reader}"
             put = partial(write, file, form.format(path))
             yield Hostile("path", shown, "refused", (f"catalog {reader}",), put)
 
 
 def links() -> Iterator[Hostile]:
-    """Folders whose pictures are links or pipes."""
-    roads = ("catalog folder", "catalog pictures")
-    targets = ("/etc/passwd", "/dev/zero", "../../../originals/pictures/0/0.png", "/proc/self/environ")
+    """Folders whose images are links or pipes."""
+    roads = ("catalog folder", "catalog images")
+    targets = ("/etc/passwd", "/dev/zero", "../../../originals/images/0/0.png", "/proc/self/environ")
     for target in targets:
         yield Hostile(
-            "link", f"a picture that is a link to {target}", "refused", roads, partial(_link, target, "a/0.png")
+            "link", f"an image that is a link to {target}", "refused", roads, partial(_link, target, "a/0.png")
         )
     for target, name in (("0.png", "a/0.png"), ("../a", "a/0.png"), ("nowhere.png", "a/0.png")):
         put = partial(_link, target, name)
         expected: Any = "refused" if target == "0.png" else "set aside"
         yield Hostile("link", f"a link to {target}", expected, roads, put)
     yield Hostile("link", "a folder that is a link to /etc", "refused", roads, partial(_link, "/etc", "b"))
-    yield Hostile("link", "a pipe in a picture's place", "set aside", roads, _pipe)
+    yield Hostile("link", "a pipe in an image's place", "set aside", roads, _pipe)
 
 
 def _link(target: str, name: str, folder: Path) -> None:

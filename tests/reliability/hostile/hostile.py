@@ -130,7 +130,7 @@ def summarise(found: list[HostileResult], command: str) -> tuple[list[Figure], l
         figure("writes outside the artifact", seen["outside"], 0),
         figure("exceptions other than an error line", seen["exception"], 0),
         figure("files left half-written, older results changed", seen["half-written"], 0),
-        figure("refused where it is a good picture, or taken where it is none", surprising, 0),
+        figure("refused where it is a good image, or taken where it is none", surprising, 0),
     ]
     rows = []
     for kind in dict.fromkeys(one.kind for one in found):

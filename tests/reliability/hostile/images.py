@@ -1,6 +1,6 @@
-"""Pictures that attack whoever opens them: bombs, broken metadata, rare modes, other files in their name. Pure, no I/O.
+"""Images that attack whoever opens them: bombs, broken metadata, rare modes, other files in their name. Pure, no I/O.
 
-Each is made from a few parameters. Those that are pictures all the same are to be taken, the others refused.
+Each is made from a few parameters. Those that are images all the same are to be taken, the others refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _GREY = 77
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A file that is given as a picture.
+class HostileImage:
+    """A file that is given as an image.
 
     Attributes:
         kind: of the attack, as the table of results groups them.
@@ -41,7 +41,7 @@ class Picture:
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    """A picture as a file."""
+    """An image as a file."""
     stream = io.BytesIO()
     image.save(stream, form, **options)
     return stream.getvalue()
@@ -127,8 +127,8 @@ def _frames(form: str, size: tuple[int, int], count: int, mode: str = "RGB") -> 
     return encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
 
 
-def _bombs() -> Iterator[Picture]:
-    """Pixels: far more than any shop's picture has, or as many as are just allowed."""
+def _bombs() -> Iterator[HostileImage]:
+    """Pixels: far more than any shop's image has, or as many as are just allowed."""
     colours = {(8, 2): "RGB", (8, 6): "RGBA", (16, 6): "RGBA of 16 bits", (16, 0): "grey of 16 bits", (8, 3): "palette"}
     colours |= {(1, 0): "black and white", (8, 4): "grey with alpha"}
     for (bits, colour), said in colours.items():
@@ -138,7 +138,7 @@ def _bombs() -> Iterator[Picture]:
                 if side < 13_000
                 else partial(promised_png, side, bits, colour)
             )
-            yield Picture("bomb: PNG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
+            yield HostileImage("bomb: PNG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGB", "L", "CMYK"):
         for progressive in (False, True):
             said = f"{mode}{', progressive' if progressive else ''}"
@@ -147,12 +147,14 @@ def _bombs() -> Iterator[Picture]:
             for side, expected in ((10_000, whole), (10_001, "refused"), (16_000, "refused")):
                 large = partial(_large, "JPEG", mode, side, options)
                 make = large if side < 16_000 else partial(promised_jpeg, mode, side, options)
-                yield Picture("bomb: JPEG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
+                yield HostileImage("bomb: JPEG", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for scans in (1000, 20_000):
-        yield Picture(
+        yield HostileImage(
             "bomb: JPEG", f"{scans} scans of 100 million pixels", "refused", partial(many_scans, 10_000, scans)
         )
-        yield Picture("bomb: JPEG", f"{scans} scans of 9 million pixels", "refused", partial(many_scans, 3000, scans))
+        yield HostileImage(
+            "bomb: JPEG", f"{scans} scans of 9 million pixels", "refused", partial(many_scans, 3000, scans)
+        )
     for mode in ("RGB", "RGBA"):
         for lossless in (True, False):
             said = f"{mode}, {'lossless' if lossless else 'lossy'}"
@@ -162,26 +164,26 @@ def _bombs() -> Iterator[Picture]:
                     make = (
                         partial(promised_webp, mode, side) if lossless else partial(_large, "WEBP", mode, side, options)
                     )
-                    yield Picture("bomb: WebP", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
+                    yield HostileImage("bomb: WebP", f"{side}x{side} {said}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGBA", "CMYK", "LA"):
         make = partial(_large, "TIFF", mode, 7071, {"compression": "tiff_deflate"})
-        yield Picture("bomb: TIFF", f"7071x7071 {mode}, deflated", "taken", make)
+        yield HostileImage("bomb: TIFF", f"7071x7071 {mode}, deflated", "taken", make)
     for form, mode in (("WEBP", "RGBA"), ("WEBP", "RGB"), ("GIF", "P"), ("PNG", "RGBA")):
         most = 5000 if form == "WEBP" else 7071
         for side, expected in ((most, "taken"), (most + 1, "refused")):
             make = partial(_frames, form, (side, side), 2, mode)
-            yield Picture("bomb: frames", f"2 frames of {side}x{side} {mode}, {form}", expected, make)  # type: ignore[arg-type]
+            yield HostileImage("bomb: frames", f"2 frames of {side}x{side} {mode}, {form}", expected, make)  # type: ignore[arg-type]
     for form in ("GIF", "WEBP", "PNG", "TIFF"):
-        yield Picture("bomb: frames", f"1000 frames, {form}", "taken", partial(_frames, form, (8, 8), 1000))
+        yield HostileImage("bomb: frames", f"1000 frames, {form}", "taken", partial(_frames, form, (8, 8), 1000))
 
 
-def _parts() -> Iterator[Picture]:
+def _parts() -> Iterator[HostileImage]:
     """Files whose parts are many, and walked through one by one."""
     strips = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
     for count in (400_000, 15_000_000):
         entries = [*strips, (273, 4, count, 200), (278, 4, 1, 1), (279, 4, 1, 64)]
         make = partial(directory, sorted(entries), 200 + 4 * count)
-        yield Picture("bomb: parts", f"TIFF of {count} strips", "refused", make)
+        yield HostileImage("bomb: parts", f"TIFF of {count} strips", "refused", make)
     makes: dict[str, Callable[[], bytes]] = {
         "15 million segments, JPEG": lambda: _behind_start(b"\xff\xfe\x00\x02" * 15_000_000),
         "60 MB of fill before a segment, JPEG": lambda: _behind_start(b"\xff" * 60_000_000),
@@ -200,15 +202,15 @@ def _parts() -> Iterator[Picture]:
         "runs of one pixel, BMP": lambda: run_length_bmp(8000, 4000, b"\x01\x01" * 32_000_000),
         "runs of no pixels, BMP": lambda: run_length_bmp(16, 16, b"\0\3\1" * 20_000_000),
     }
-    yield from (Picture("bomb: parts", name, "refused", make) for name, make in makes.items())
+    yield from (HostileImage("bomb: parts", name, "refused", make) for name, make in makes.items())
     text = zlib.compress(bytes(100 * _MIB), 9)
-    yield Picture(
+    yield HostileImage(
         "bomb: parts",
         "text of 100 MB, deflated, PNG",
         "refused",
         lambda: _before_pixels(chunk(b"zTXt", b"a\0\0" + text)),
     )
-    yield Picture(
+    yield HostileImage(
         "bomb: parts",
         "colour profile of 100 MB, PNG",
         "refused",
@@ -216,8 +218,8 @@ def _parts() -> Iterator[Picture]:
     )
 
 
-def _broken_exif() -> Iterator[Picture]:
-    """A good picture must not be lost to its metadata."""
+def _broken_exif() -> Iterator[HostileImage]:
+    """A good image must not be lost to its metadata."""
     blocks: dict[str, bytes] = {
         "empty": b"",
         "zeros": bytes(64),
@@ -237,17 +239,17 @@ def _broken_exif() -> Iterator[Picture]:
     blocks["5000 entries of 60 KB each"] = directory([(40_000 + n, 1, 60_000, 0) for n in range(5000)], 64_900)
     blocks["ratios over zero"] = directory([(0x011A, 5, 1, 26), (0x011B, 5, 1, 26)], 64)
     for said, block in blocks.items():
-        yield Picture("EXIF", f"{said}, JPEG", "taken", partial(with_exif, block))
+        yield HostileImage("EXIF", f"{said}, JPEG", "taken", partial(with_exif, block))
     for form, put in (("PNG", _png_exif), ("WebP", _webp_exif)):
         name = f"orientation of 7 million values, {form}"
-        yield Picture("EXIF", name, "taken", partial(_with_large_exif, put))
+        yield HostileImage("EXIF", name, "taken", partial(_with_large_exif, put))
     for said in ("directory of 65535 entries", "orientation of 2147483648 values", "text"):
-        yield Picture("EXIF", f"{said}, PNG", "taken", partial(_png_exif, blocks[said]))
-        yield Picture("EXIF", f"{said}, WebP", "taken", partial(_webp_exif, blocks[said]))
+        yield HostileImage("EXIF", f"{said}, PNG", "taken", partial(_png_exif, blocks[said]))
+        yield HostileImage("EXIF", f"{said}, WebP", "taken", partial(_webp_exif, blocks[said]))
 
 
-def _modes() -> Iterator[Picture]:
-    """What is rare, and a picture."""
+def _modes() -> Iterator[HostileImage]:
+    """What is rare, and an image."""
     deep = Image.fromarray(np.full((64, 64), _GREY * 257, np.uint16))
     forms: dict[str, tuple[str, ...]] = {
         "JPEG": ("L", "CMYK"),
@@ -259,36 +261,36 @@ def _modes() -> Iterator[Picture]:
     }
     for form, modes in forms.items():
         for mode in modes:
-            yield Picture("mode", f"{mode}, {form}", "taken", partial(encoded, _solid(mode), form))
+            yield HostileImage("mode", f"{mode}, {form}", "taken", partial(encoded, _solid(mode), form))
     for form in ("PNG", "TIFF"):
-        yield Picture("mode", f"grey of 16 bits, {form}", "taken", partial(encoded, deep, form))
-    yield Picture("mode", "RGBA of 16 bits, PNG", "taken", partial(blank_png, 64, 64, 16, 6))
+        yield HostileImage("mode", f"grey of 16 bits, {form}", "taken", partial(encoded, deep, form))
+    yield HostileImage("mode", "RGBA of 16 bits, PNG", "taken", partial(blank_png, 64, 64, 16, 6))
     for colour, clear in ((0, "H"), (2, "HHH")):
         make = partial(blank_png, 64, 64, 16, colour, chunk(b"tRNS", struct.pack(f">{clear}", *[0] * len(clear))))
-        yield Picture("mode", f"one clear colour of 16 bits, PNG {colour}", "taken", make)
+        yield HostileImage("mode", f"one clear colour of 16 bits, PNG {colour}", "taken", make)
     for mode in ("I", "F"):
-        yield Picture("mode", f"{mode} of 32 bits, TIFF", "refused", partial(encoded, _solid(mode), "TIFF"))
+        yield HostileImage("mode", f"{mode} of 32 bits, TIFF", "refused", partial(encoded, _solid(mode), "TIFF"))
     for form in ("GIF", "WEBP", "PNG"):
-        yield Picture("mode", f"animated, {form}", "taken", partial(_frames, form, (64, 64), 5))
+        yield HostileImage("mode", f"animated, {form}", "taken", partial(_frames, form, (64, 64), 5))
 
 
-def _sizes() -> Iterator[Picture]:
+def _sizes() -> Iterator[HostileImage]:
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        yield Picture("size", f"1x1, {form}", "taken", partial(encoded, _solid(size=(1, 1)), form))
+        yield HostileImage("size", f"1x1, {form}", "taken", partial(encoded, _solid(size=(1, 1)), form))
         for size in ((1, 20_000), (20_000, 1)):
             if form != "WEBP":
                 name = f"{size[0]}x{size[1]}, {form}"
-                yield Picture("size", name, "taken", partial(encoded, _solid(size=size), form))
+                yield HostileImage("size", name, "taken", partial(encoded, _solid(size=size), form))
     for width, height in ((1, 65_536), (1, 50_000_000), (50_000_000, 1)):
-        yield Picture("size", f"{width}x{height}, PNG", "refused", partial(blank_png, width, height, 8, 0))
+        yield HostileImage("size", f"{width}x{height}, PNG", "refused", partial(blank_png, width, height, 8, 0))
     for width, height in ((0, 1), (1, 0), (2**31, 1), (2**32 - 1, 2**32 - 1)):
-        yield Picture(
+        yield HostileImage(
             "size", f"{width}x{height} in the head, PNG", "refused", partial(promised_png, width, 8, 2, height)
         )
 
 
-def _others() -> Iterator[Picture]:
-    """Files of other kinds, and pieces of pictures."""
+def _others() -> Iterator[HostileImage]:
+    """Files of other kinds, and pieces of images."""
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/><script>alert(1)</script></svg>'
     files = {
         "SVG": svg,
@@ -304,12 +306,12 @@ def _others() -> Iterator[Picture]:
         "a shell script": b"#!/bin/sh\ntouch escaped\n",
     }
     for name, data in files.items():
-        yield Picture("not a picture", f"{name} named .jpg", "refused", partial(bytes, data))
+        yield HostileImage("not an image", f"{name} named .jpg", "refused", partial(bytes, data))
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
         data = encoded(_solid(size=(300, 200)), form)
         for share in (4, 2):
-            yield Picture(
-                "not a picture", f"1/{share} of a {form}", "refused", partial(bytes, data[: len(data) // share])
+            yield HostileImage(
+                "not an image", f"1/{share} of a {form}", "refused", partial(bytes, data[: len(data) // share])
             )
 
 
@@ -359,6 +361,6 @@ def _zip(name: str) -> bytes:
     return stream.getvalue()
 
 
-def pictures() -> list[Picture]:
+def images() -> list[HostileImage]:
     """All of them; no two of a name."""
     return [*_bombs(), *_parts(), *_broken_exif(), *_modes(), *_sizes(), *_others()]

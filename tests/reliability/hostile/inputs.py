@@ -1,6 +1,6 @@
 """Input that attacks whoever reads it, laid into the folder of a case.
 
-The folder is that of a case of :mod:`tests.reliability.hostile.worker`: ``in`` holds the good picture ``0/0.png``, ``shop``
+The folder is that of a case of :mod:`tests.reliability.hostile.worker`: ``in`` holds the good image ``0/0.png``, ``shop``
 more of them, and beside them lie the artifacts of :mod:`tests.reliability.commands`.
 """
 

@@ -1,4 +1,4 @@
-"""The roads that hostile input takes: commands as they are typed, the search page, the report, a gallery's picture.
+"""The roads that hostile input takes: commands as they are typed, the search page, the report, a gallery's image.
 
 All are run in the folder of a case, which :mod:`tests.reliability.hostile.worker` lays out.
 """
@@ -31,8 +31,8 @@ from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.config import EmbedConfig
 
-PICTURE = "2/0.png"  # of the shop's gallery: a hostile one takes its place
-PICTURE_ROADS = ("catalog", "embed the shop", "upload", "gallery picture")
+IMAGE = "2/0.png"  # of the shop's gallery: a hostile one takes its place
+IMAGE_ROADS = ("catalog", "embed the shop", "upload", "gallery image")
 _LINE = "vpr: error: "
 _HARMLESS = "chair"
 _TOP = 3
@@ -43,18 +43,18 @@ class SetAside(Exception):
 
 
 def make_originals(folder: Path, shop: Path) -> None:
-    """Artifacts, the shop's pictures and its catalogue, and a report to put names into.
+    """Artifacts, the shop's images and its catalogue, and a report to put names into.
 
     Args:
         folder: where they are written.
-        shop: where the pictures of the shop will lie in every case.
+        shop: where the images of the shop will lie in every case.
     """
     make_student(folder, shop)
     student, catalog = str(folder / "student"), str(folder / "catalog")
     embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings")))
     drawn = build_report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
     (folder / "report.json").write_bytes((drawn / "report.json").read_bytes())
-    shop.rename(folder / "pictures")
+    shop.rename(folder / "images")
 
 
 def command(*arguments: str) -> None:
@@ -107,7 +107,7 @@ def _teach(folder: Path) -> None:
 
 @cache
 def _searchers(folder: Path) -> tuple[list[Searcher], Catalog]:
-    """The model and its gallery, embedded once, when the shop's pictures are still those that it was built from."""
+    """The model and its gallery, embedded once, when the shop's images are still those that it was built from."""
     return load_searchers((str(folder / "student"),), str(folder / "catalog"), "", ())
 
 
@@ -150,13 +150,13 @@ def ask(app: Any, method: str, path: str, body: bytes = b"") -> str:
 
 
 def _upload(folder: Path) -> None:
-    ask(_app(folder), "POST", "/search", (folder / "shop" / PICTURE).read_bytes())
+    ask(_app(folder), "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
 
 
 def _thumbnail(folder: Path) -> None:
     gallery = _searchers(folder)[1]
-    row = gallery.table["image"].to_pylist().index(PICTURE)
-    ask(_app(folder), "GET", f"/picture/{row}")
+    row = gallery.table["image"].to_pylist().index(IMAGE)
+    ask(_app(folder), "GET", f"/image/{row}")
 
 
 class _Marks(HTMLParser):
@@ -228,7 +228,7 @@ def _results_page(folder: Path) -> None:
         named = [replace(one, name=name) for one in searchers]
         app = make_app(named, Catalog(table, gallery.root), _TOP)
         ask(app, "GET", "/")
-        return ask(app, "POST", "/search", (folder / "shop" / PICTURE).read_bytes())
+        return ask(app, "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
 
     _shows_as_text(draw, folder)
 
@@ -240,13 +240,13 @@ ROADS: dict[str, CommandCase] = {
     "catalog csv": CommandCase(partial(_catalog, "csv", "in/table.csv"), "catalog"),
     **{
         f"catalog {reader}": CommandCase(partial(_catalog, reader, "in"), "catalog")
-        for reader in ("folder", "pictures", "webdataset", "products10k", "aicrowd")
+        for reader in ("folder", "images", "webdataset", "products10k", "aicrowd")
     },
     "embed the shop": CommandCase(_embed, "embeddings"),
     "recipe": CommandCase(_recipe, "catalog"),
     "teacher train": CommandCase(_teach),
     "upload": CommandCase(_upload),
-    "gallery picture": CommandCase(_thumbnail),
+    "gallery image": CommandCase(_thumbnail),
     "report page": CommandCase(_report_page),
     "search page results": CommandCase(_results_page),
 }

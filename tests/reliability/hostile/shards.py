@@ -18,14 +18,14 @@ _NAMES = (*CLIMBS, "x" * 2000 + ".png", "new\nline.png", "not-utf8-\udcff.png", 
 
 
 def shards() -> Iterator[Hostile]:
-    """Shards with a member that is no picture, with a label that is none, and files that are no shards."""
-    picture = encoded(Image.new("RGB", (64, 64)), "PNG")
-    good = (_member("good.png"), picture)
+    """Shards with a member that is no image, with a label that is none, and files that are no shards."""
+    image = encoded(Image.new("RGB", (64, 64)), "PNG")
+    good = (_member("good.png"), image)
     yield from _odd_members(good)
     for name, data in _labels().items():
         put = partial(_shard, [good, (_member("good.json"), data)])
         yield Hostile("shard", f"a label of {name}", "refused", _ROADS, put)
-    for name, whole in _other_files(picture).items():
+    for name, whole in _other_files(image).items():
         yield Hostile("shard", f"{name}, named .tar", "refused", _ROADS, partial(write, "in/0.tar", whole))
     yield Hostile("shard", "a gzip bomb", "refused", _ROADS, partial(write, "in/0.tar.gz", b"\x1f\x8b" + bytes(99)))
 
@@ -59,12 +59,12 @@ def _labels() -> dict[str, bytes]:
     }
 
 
-def _other_files(picture: bytes) -> dict[str, Data | Callable[[], Data]]:
+def _other_files(image: bytes) -> dict[str, Data | Callable[[], Data]]:
     """What is named as a shard, and is none."""
     extended = _header(tarfile.XHDTYPE, 12) + b"12 path=abc\n".ljust(512, b"\0")
     return {
-        "a zip that climbs out": zipped("../../escaped.png", picture),
-        "a zip of an absolute path": zipped("/tmp/escaped.png", picture),
+        "a zip that climbs out": zipped("../../escaped.png", image),
+        "a zip of an absolute path": zipped("/tmp/escaped.png", image),
         "a zip bomb": zipped("x.png", bytes(64 << 20)),
         "HTML": b"<html>" * 500,
         "nothing": b"",

@@ -7,7 +7,7 @@ import pytest
 
 from tests.reliability.commands import CommandCase
 from tests.reliability.hostile.hostile import LONGEST, HostileConfig, HostileResult, attack, summarise
-from tests.reliability.hostile.images import pictures
+from tests.reliability.hostile.images import images
 from tests.reliability.hostile.routes import ROADS, command
 from tests.reliability.hostile.worker import _seen, cases
 from vpr.common.errors import UserError
@@ -31,7 +31,7 @@ def test_no_attack_does_harm() -> None:
 def test_three_hundred_inputs_differ_in_more_than_their_names() -> None:
     assert len({(case.kind, case.name) for case in cases()}) >= 300
     assert len({(case.kind, case.name, case.road) for case in cases()}) == len(cases())
-    small = [one for one in pictures() if not one.kind.startswith("bomb")]
+    small = [one for one in images() if not one.kind.startswith("bomb")]
     assert len({hashlib.sha256(one.make()).digest() for one in small if "50000000" not in one.name}) > 0.95 * len(small)
 
 
@@ -83,5 +83,5 @@ def test_each_fault_has_its_figure() -> None:
     assert values["writes outside the artifact"] == (1, False)
     assert values["exceptions other than an error line"] == (1, False)
     assert values["files left half-written, older results changed"] == (1, False)
-    assert values["refused where it is a good picture, or taken where it is none"] == (2, False)
+    assert values["refused where it is a good image, or taken where it is none"] == (2, False)
     assert (rows[0]["inputs"], rows[0]["faults"]) == (10, 9)

@@ -22,9 +22,9 @@ from tests.reliability.commands import CommandCase
 from tests.reliability.fuzz.worker import lay_out, outcome
 from tests.reliability.hostile.artifacts import cards, graphs, weights
 from tests.reliability.hostile.catalogs import links, paths, tables
-from tests.reliability.hostile.images import Picture, pictures
+from tests.reliability.hostile.images import HostileImage, images
 from tests.reliability.hostile.inputs import Hostile, Put
-from tests.reliability.hostile.routes import PICTURE, PICTURE_ROADS, ROADS, SetAside, make_originals, warm_up
+from tests.reliability.hostile.routes import IMAGE, IMAGE_ROADS, ROADS, SetAside, make_originals, warm_up
 from tests.reliability.hostile.shards import shards
 from tests.reliability.hostile.texts import names, recipes, towers
 from vpr.artifacts.store import load_artifact
@@ -46,7 +46,7 @@ class Case:
 
 
 def inputs() -> list[Hostile]:
-    """All that is no picture; no two of a kind and name."""
+    """All that is no image; no two of a kind and name."""
     makers = (tables, paths, links, shards, recipes, names, graphs, weights, cards, towers)
     return [one for make in makers for one in make()]
 
@@ -55,23 +55,21 @@ def inputs() -> list[Hostile]:
 def cases() -> tuple[Case, ...]:
     """Every input on each of its roads; those of one input follow each other."""
     found = [
-        Case(one.kind, one.name, one.expected, road, partial(_place, one))
-        for one in pictures()
-        for road in PICTURE_ROADS
+        Case(one.kind, one.name, one.expected, road, partial(_place, one)) for one in images() for road in IMAGE_ROADS
     ]
     found += [Case(one.kind, one.name, one.expected, road, one.put) for one in inputs() for road in one.roads]
     return tuple(found)
 
 
-def _place(picture: Picture, folder: Path) -> None:
-    """Put a picture into the shop; it is made for its first road and kept for the others."""
+def _place(image: HostileImage, folder: Path) -> None:
+    """Put an image into the shop; it is made for its first road and kept for the others."""
     kept = folder.parent / "made"
-    file = kept / f"{picture.kind}-{picture.name}".replace("/", " ")
+    file = kept / f"{image.kind}-{image.name}".replace("/", " ")
     if not file.is_file():
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
-        file.write_bytes(picture.make())
-    shutil.copyfile(file, folder / "shop" / PICTURE)
+        file.write_bytes(image.make())
+    shutil.copyfile(file, folder / "shop" / IMAGE)
 
 
 def run_case(place: Path, number: int) -> dict[str, Any]:
@@ -109,9 +107,9 @@ def _lay_out(place: Path, verb: CommandCase) -> None:
     """A folder in which nothing is hostile yet."""
     originals, folder = place / "originals", place / "case"
     lay_out(originals, folder, verb)
-    shutil.copytree(originals / "pictures", folder / "shop")
+    shutil.copytree(originals / "images", folder / "shop")
     (folder / "in" / "0").mkdir(parents=True)
-    shutil.copyfile(folder / "shop" / PICTURE, folder / "in" / "0" / "0.png")
+    shutil.copyfile(folder / "shop" / IMAGE, folder / "in" / "0" / "0.png")
 
 
 def _seen(place: Path) -> _Seen:

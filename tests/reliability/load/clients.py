@@ -13,7 +13,7 @@ from typing import Literal
 
 from app.search_page.upload_limits import ADDRESS
 
-_ROW = re.compile(r'src="/picture/(\d+)"')
+_ROW = re.compile(r'src="/image/(\d+)"')
 _SCORE = re.compile(r"<b>\d+\. (-?\d\.\d{3})</b>")
 _NEAR = 0.0011  # of scores that are shown with three digits
 _PIECES, _PAUSE = 16, 0.25  # of a slow upload: how many, and seconds between
@@ -65,7 +65,7 @@ class Outcome:
 
     Attributes:
         kind: of the upload.
-        verdict: ``lost`` is no answer or one of another status, ``mixed up`` the right one of another picture.
+        verdict: ``lost`` is no answer or one of another status, ``mixed up`` the right one of another image.
         seconds: from the first byte sent to the last one received.
         detail: of what is not right.
     """
@@ -77,7 +77,7 @@ class Outcome:
 
 
 def judge(upload: Upload, status: int, text: str, others: frozenset[tuple[int, ...]]) -> tuple[Verdict, str]:
-    """Compare an answer with what was expected; ``others`` are the rows of all pictures' right answers."""
+    """Compare an answer with what was expected; ``others`` are the rows of all images' right answers."""
     expected = upload.expected
     if status != expected.status:
         return "lost", f"status {status}: {text[:200]}"

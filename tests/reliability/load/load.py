@@ -29,7 +29,7 @@ from vpr.data.catalog import load_catalog
 
 _LOOK = 0.05  # seconds between looks at the page's memory
 _SETTLE = 15.0  # seconds for connections to end
-_MORE_MEMORY = 512.0  # MiB: eight whole uploads twice over, and a large picture decoded
+_MORE_MEMORY = 512.0  # MiB: eight whole uploads twice over, and a large image decoded
 _START = 300.0
 
 
@@ -82,8 +82,8 @@ class Seen:
 def put_under_load(config: LoadConfig) -> Seen:
     """Serve the page, let the clients at it, and end it."""
     searchers, _ = load_searchers(config.models, config.catalog, "test", (config.embeddings,))
-    pictures = load_catalog(config.catalog).select(split="test", role="query")
-    uploads = Uploads(searchers[0], pictures, config.seed)
+    images = load_catalog(config.catalog).select(split="test", role="query")
+    uploads = Uploads(searchers[0], images, config.seed)
     with tempfile.TemporaryDirectory(prefix="load-") as name, _serving(config, Path(name)) as (process, port):
         asyncio.run(run_clients(port, [[uploads.draw("good")]]))  # what is made at the first call only
         seen = Seen(_settled(process.pid, footprint(process.pid)))
@@ -114,8 +114,8 @@ def summarise(config: LoadConfig, seen: Seen, command: str) -> tuple[list[Figure
         figure("answers lost", verdicts["lost"], 0),
         figure("answers mixed up", verdicts["mixed up"], 0),
         figure("answers wrong in another way", verdicts["wrong"], 0),
-        figure("p50 of good pictures sent at once", float(np.percentile(quick, 50)), None, "ms"),
-        figure("p99 of good pictures sent at once", float(np.percentile(quick, 99)), None, "ms"),
+        figure("p50 of good images sent at once", float(np.percentile(quick, 50)), None, "ms"),
+        figure("p99 of good images sent at once", float(np.percentile(quick, 99)), None, "ms"),
         figure("memory before", seen.idle.resident / 2**20, None, "MiB"),
         figure("most memory above that", (most - seen.idle.resident) / 2**20, _MORE_MEMORY, "MiB"),
         figure("memory after the last round above that after the first", _growth(seen.after), None, "MiB"),

@@ -18,20 +18,18 @@ from vpr.data.catalog import Catalog
 from vpr.inference.onnx_session import INPUT, OUTPUT, open_session
 from vpr.retrieval.embeddings import Forward, read_pixels
 
-_THREADS, _PICTURES, _ROUNDS, _TOP = 32, 64, 4, 10
+_THREADS, _IMAGES, _ROUNDS, _TOP = 32, 64, 4, 10
 
 Answer = tuple[bytes, bytes, bytes]
 
 
-def hand_off(
-    graph: Path, gallery: Path, pictures: Catalog, folder: Path, command: str
-) -> tuple[list[Figure], list[Row]]:
+def hand_off(graph: Path, gallery: Path, images: Catalog, folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
     """Answers of 32 threads that differ from a single thread's, for both indices and both runtimes of this CPU.
 
     Args:
         graph: ``onnx`` artifact.
         gallery: embeddings artifact of the same student.
-        pictures: queries.
+        images: queries.
         folder: where the hand-offs are written.
         command: makes the figures again.
     """
@@ -39,7 +37,7 @@ def hand_off(
     for kind in ("flat", "hnsw"):
         path = export_serving(ServingConfig(str(graph), str(gallery), str(folder / kind), name="model", index=kind))  # type: ignore[arg-type]
         for name, ask in open_hand_off(path).items():
-            batches = _batches(path, pictures)
+            batches = _batches(path, images)
             differing = count_differing(ask, batches, _THREADS, _ROUNDS)
             told = f"hand-off, {name}, {kind} index"
             figures.append(
@@ -88,9 +86,9 @@ def count_differing(
         return sum(pool.map(one_thread, range(threads)))
 
 
-def _batches(path: Path, pictures: Catalog) -> list[NDArray[np.float32]]:
-    """Single pictures, as requests of the page are."""
+def _batches(path: Path, images: Catalog) -> list[NDArray[np.float32]]:
+    """Single images, as requests of the page are."""
     preprocess = load_artifact(path, "serving").card.preprocess
     assert preprocess is not None
-    pixels = read_pixels(pictures, preprocess, range(min(_PICTURES, len(pictures))))
+    pixels = read_pixels(images, preprocess, range(min(_IMAGES, len(images))))
     return list(preprocess.normalise(pixels)[:, None])

@@ -19,10 +19,10 @@ OTHERS = frozenset({(1, 2), (3, 4)})
 def page(rows: tuple[int, ...], scores: tuple[float, ...]) -> str:
     """As the template writes it."""
     hits = enumerate(zip(rows, scores, strict=True), start=1)
-    return "\n".join(f'<img src="/picture/{row}" alt="">\n<b>{n}. {score:.3f}</b>' for n, (row, score) in hits)
+    return "\n".join(f'<img src="/image/{row}" alt="">\n<b>{n}. {score:.3f}</b>' for n, (row, score) in hits)
 
 
-def picture(rows: tuple[int, ...], way: Way = "at once", body: bytes = b"x" * 64) -> Upload:
+def image(rows: tuple[int, ...], way: Way = "at once", body: bytes = b"x" * 64) -> Upload:
     return Upload("good", body, Expected(200, rows, (0.9, 0.8)), way)
 
 
@@ -39,12 +39,12 @@ def picture(rows: tuple[int, ...], way: Way = "at once", body: bytes = b"x" * 64
     ],
 )
 def test_an_answer_is_judged_by_what_was_known_before(status: int, text: str, verdict: str) -> None:
-    assert judge(picture((1, 2)), status, text, OTHERS)[0] == verdict
+    assert judge(image((1, 2)), status, text, OTHERS)[0] == verdict
 
 
 def test_a_refusal_is_judged_by_its_reason() -> None:
-    upload = Upload("no picture", b"<svg>", Expected(422, said="not a picture"))
-    assert judge(upload, 422, "not a picture: choose another", OTHERS)[0] == "right"
+    upload = Upload("no image", b"<svg>", Expected(422, said="not an image"))
+    assert judge(upload, 422, "not an image: choose another", OTHERS)[0] == "right"
     assert judge(upload, 422, "truncated", OTHERS)[0] == "wrong"
     assert judge(upload, 200, page((1, 2), (0.9, 0.8)), OTHERS)[0] == "lost"
 
@@ -80,7 +80,7 @@ def served(plans: list[list[Upload]], answer: str) -> tuple[list[Outcome], list[
 
 
 def test_a_server_that_mixes_answers_up_or_loses_them_is_found_out() -> None:
-    plans = [[picture((1, 2), body=b"end")] * 3, [picture((3, 4), body=b"end")] * 2]
+    plans = [[image((1, 2), body=b"end")] * 3, [image((3, 4), body=b"end")] * 2]
     outcomes, _ = served(plans, page((1, 2), (0.9, 0.8)))
     assert [outcome.verdict for outcome in outcomes] == ["right"] * 3 + ["mixed up"] * 2
     outcomes, _ = served(plans, "")
@@ -89,7 +89,7 @@ def test_a_server_that_mixes_answers_up_or_loses_them_is_found_out() -> None:
 
 def test_uploads_go_the_way_they_say() -> None:
     body = bytes(range(97, 123)) * 10 + b"end"
-    _, (slow,) = served([[picture((1, 2), "slowly", body)]], page((1, 2), (0.9, 0.8)))
+    _, (slow,) = served([[image((1, 2), "slowly", body)]], page((1, 2), (0.9, 0.8)))
     head, _, sent = slow.partition(b"\r\n\r\n")
     assert sent == body
     assert b"Content-Length: 263" in head

@@ -18,7 +18,7 @@ from vpr.data.catalog import Catalog
 
 @pytest.fixture(scope="module")
 def graph(student_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(OnnxConfig(str(student_artifact), str(tmp_path_factory.mktemp("graph") / "fp32"), pictures=1))
+    return export_onnx(OnnxConfig(str(student_artifact), str(tmp_path_factory.mktemp("graph") / "fp32"), images=1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime-cpu", "openvino"])
@@ -26,12 +26,12 @@ def test_threads_that_share_a_model_get_their_own_embeddings(student_artifact: P
     model = models_of(student_artifact if backend == "torch" else graph, (backend,))[0]
     forward = model.open(1)
     rng = np.random.default_rng(0)
-    pictures = [rng.normal(size=(1, 3, 32, 32)).astype(np.float32) for _ in range(16)]
-    alone = [forward(picture) for picture in pictures]
+    images = [rng.normal(size=(1, 3, 32, 32)).astype(np.float32) for _ in range(16)]
+    alone = [forward(image) for image in images]
 
     def ask(seed: int) -> list[bool]:
         order = np.random.default_rng(seed).permutation(np.repeat(np.arange(16), 8))
-        return [np.array_equal(forward(pictures[place]), alone[place]) for place in order]
+        return [np.array_equal(forward(images[place]), alone[place]) for place in order]
 
     with ThreadPoolExecutor(16) as threads:
         assert all(all(same) for same in threads.map(ask, range(16)))
@@ -40,7 +40,7 @@ def test_threads_that_share_a_model_get_their_own_embeddings(student_artifact: P
 def test_a_hand_off_answers_threads_as_it_answers_one(
     student_artifact: Path, graph: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"_THREADS": 8, "_PICTURES": 8, "_ROUNDS": 2}.items():
+    for name, value in {"_THREADS": 8, "_IMAGES": 8, "_ROUNDS": 2}.items():
         monkeypatch.setattr(many_threads, name, value)
     assert catalog.artifact is not None
     config = EmbedConfig(str(student_artifact), str(catalog.artifact.path), str(tmp_path / "gallery"), split="test")

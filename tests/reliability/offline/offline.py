@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.figures import ROOT, Figure, Row
-from tests.reliability.commands import write_pictures
+from tests.reliability.commands import write_images
 from vpr.cli import COMMANDS
 from vpr.common.errors import UserError
 from vpr.common.log import say
@@ -38,8 +38,8 @@ _STAGES = "'[{train: all, epochs: 1, lr_head: 1.0e-3, lr_tower: 1.0e-3}]'"
 _VIT = "'{image_size: 32, patch_size: 8, dim: 32, depth: 1, heads: 2, dim_head: 16, mlp_dim: 64}'"
 # Every verb, in an order in which each finds what it needs in the folder it is run in.
 ROAD = (
-    "catalog --reader folder --root pictures --validation 0.25 --test 0.25 --output catalog",
-    "teacher data --csv [pictures.csv] --validation 0.25 --output data",
+    "catalog --reader folder --root images --validation 0.25 --test 0.25 --output catalog",
+    "teacher data --csv [images.csv] --validation 0.25 --output data",
     f"teacher train --tower.name sample --tower.pretrained '' --tower.image_size 32 --stages {_STAGES} {_LOADER}"
     " --catalog catalog --output teacher",
     f"teacher train --tower.name sample --tower.pretrained '' --tower.image_size 32 --stages {_STAGES} {_LOADER}"
@@ -50,7 +50,7 @@ ROAD = (
     f"student distill --model {_VIT} --epochs 1 --signal.views 1 {_LOADER} --teacher teacher --catalog catalog"
     " --output student",
     "student embed --model student --catalog catalog --split test --output embeddings",
-    "export onnx --student student --pictures 8 --output fp32",
+    "export onnx --student student --images 8 --output fp32",
     "calibrate --onnx fp32 --catalog catalog --count 8 --output ranges",
     "export int8 --onnx fp32 --ranges ranges --output int8",
     "export engine --onnx int8 --target sm86 --output engine",
@@ -93,11 +93,11 @@ class VerbResult:
 
 
 def prepare(folder: Path) -> None:
-    """The pictures that :data:`ROAD` begins with, and a table of them."""
-    write_pictures(folder / "pictures")
-    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "pictures").rglob("*.png"))
+    """The images that :data:`ROAD` begins with, and a table of them."""
+    write_images(folder / "images")
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "images").rglob("*.png"))
     rows = [f"{name},{Path(name).parent.name}\n" for name in names]
-    (folder / "pictures.csv").write_text("".join(["image,product\n", *rows]), encoding="utf-8")
+    (folder / "images.csv").write_text("".join(["image,product\n", *rows]), encoding="utf-8")
 
 
 def verb_of(command: str) -> str:
@@ -154,7 +154,7 @@ def _ended(process: subprocess.Popen[bytes], folder: Path, verb: str) -> VerbRes
 
 
 def visit(arguments: list[str]) -> int:
-    """Start the page, look a picture up on it and end it; its exit status. In a process beside it: it may be alone."""
+    """Start the page, look an image up on it and end it; its exit status. In a process beside it: it may be alone."""
     page = subprocess.Popen([sys.executable, "-m", "vpr", *arguments], stderr=subprocess.PIPE, text=True)
     assert page.stderr is not None
     address = None
@@ -162,8 +162,8 @@ def visit(arguments: list[str]) -> int:
         sys.stderr.write(line)
         address = _ADDRESS.search(line)
     if address is not None:
-        picture = next(Path("pictures").rglob("*.png")).read_bytes()
-        for data in (None, picture):
+        image = next(Path("images").rglob("*.png")).read_bytes()
+        for data in (None, image):
             path = "/search" if data else "/"
             with urllib.request.urlopen(f"{address[0]}{path}", data, timeout=60) as answer:
                 assert b"int8" in answer.read()

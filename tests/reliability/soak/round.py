@@ -64,7 +64,7 @@ def one_round(made: Path, folder: Path) -> str:
 
 
 def _write_part(sample: Path) -> None:
-    """All pictures of the first products of each split, as a table for the CSV reader."""
+    """All images of the first products of each split, as a table for the CSV reader."""
     whole = load_catalog(sample)
     with (sample / "part.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, ["image", "product", "role", "split"], extrasaction="ignore")

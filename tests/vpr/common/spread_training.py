@@ -26,7 +26,7 @@ BATCHES, BATCH, SIZE = 5, 16, 16
 
 
 def catalog() -> Catalog:
-    """24 pictures of 6 products, of which only the labels are used."""
+    """24 images of 6 products, of which only the labels are used."""
     rows = [
         {"image": f"{n}.jpg", "product": str(n % 6), "role": "gallery" if n < 12 else "query", "split": "validation"}
         for n in range(24)

@@ -53,7 +53,7 @@ def test_a_lost_worker_is_told_in_a_line(sign: signal.Signals, method: str) -> N
     """As the system kills one where memory runs out, or where a container's shared memory is too small."""
     with pytest.raises((RuntimeError, ConnectionError, EOFError)) as raised:  # as it happens
         list(DataLoader(Fatal(sign), num_workers=1, multiprocessing_context=method))  # type: ignore[arg-type]
-    assert "a process that reads pictures was lost (" in str(explain_system_error(raised.value))
+    assert "a process that reads images was lost (" in str(explain_system_error(raised.value))
 
 
 def test_a_lost_worker_is_told_where_its_batches_go_to_a_gpu() -> None:

@@ -14,7 +14,7 @@ from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
 
 
-def test_reading_unchanged_pictures_again_keeps_the_artifact(texture_folder: Path, tmp_path: Path) -> None:
+def test_reading_unchanged_images_again_keeps_the_artifact(texture_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "photos"
     shutil.copytree(texture_folder, root)
     config = CatalogConfig(reader="folder", root=str(root), output=str(tmp_path / "c"), test=0.5)
@@ -24,19 +24,19 @@ def test_reading_unchanged_pictures_again_keeps_the_artifact(texture_folder: Pat
     assert load_artifact(build_catalog(config)).sha256 != first
 
 
-def test_an_output_that_may_not_be_replaced_is_refused_before_pictures_are_read(
+def test_an_output_that_may_not_be_replaced_is_refused_before_images_are_read(
     texture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with write_artifact(tmp_path / "taken", "ranges", {}):
         pass
-    monkeypatch.setattr("vpr.data.build_catalog.check_images", lambda *_: pytest.fail("pictures were read"))
+    monkeypatch.setattr("vpr.data.build_catalog.check_images", lambda *_: pytest.fail("images were read"))
     for reader in ("folder", "sample"):
         config = CatalogConfig(reader=reader, root=str(texture_folder), output=str(tmp_path / "taken"))  # type: ignore[arg-type]
         with pytest.raises(UserError, match="holds a ranges artifact"):
             build_catalog(config)
 
 
-def test_unreadable_pictures_are_set_aside_with_a_reason(texture_folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_set_aside_with_a_reason(texture_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "photos"
     for product in ("a", "b"):
         (root / product).mkdir(parents=True)
@@ -44,11 +44,11 @@ def test_unreadable_pictures_are_set_aside_with_a_reason(texture_folder: Path, t
     (root / "a" / "2.jpg").write_bytes(b"GIF?")
     config = CatalogConfig(reader="folder", root=str(root), output=str(tmp_path / "c"), skip_unreadable=True)
     built = load_artifact(build_catalog(config))
-    assert built.card.metrics == {"pictures": 2, "set_aside": 1}
-    assert built.file("set_aside.csv").read_text() == "image,reason\na/2.jpg,not a picture\n"
+    assert built.card.metrics == {"images": 2, "set_aside": 1}
+    assert built.file("set_aside.csv").read_text() == "image,reason\na/2.jpg,not an image\n"
 
 
-def test_files_that_are_no_pictures_by_name_are_listed_and_the_catalogue_itself_is_not(
+def test_files_that_are_no_images_by_name_are_listed_and_the_catalogue_itself_is_not(
     texture_folder: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "photos"
@@ -64,7 +64,7 @@ def test_files_that_are_no_pictures_by_name_are_listed_and_the_catalogue_itself_
     assert load_artifact(build_catalog(config)).sha256 == first.sha256
 
 
-@pytest.mark.parametrize("reader", ["folder", "pictures", "webdataset"])
+@pytest.mark.parametrize("reader", ["folder", "images", "webdataset"])
 def test_a_folder_that_is_a_link_is_listed(texture_folder: Path, tmp_path: Path, reader: str) -> None:
     """It is not followed; its products must not be missing without a word."""
     root = tmp_path / "photos"

@@ -48,7 +48,7 @@ def test_two_hundred_thousand_rows_are_read_split_written_and_loaded_in_seconds(
     loaded = load_catalog(write_catalog(tmp_path / "catalog", made))
     train, test = loaded.select(split="train"), loaded.select(split="test")
     assert check_leaks(train, test) == {}
-    assert loaded.summary()["pictures"] == {"train": 160_000, "validation": 20_000, "test": 20_000}
+    assert loaded.summary()["images"] == {"train": 160_000, "validation": 20_000, "test": 20_000}
     assert loaded.summary()["sha256"] == made.sha256
     assert time.monotonic() - begun < 60  # a bound against quadratic work and a call per row, not a benchmark
 
@@ -85,20 +85,20 @@ def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, t
 
 
 @pytest.mark.parametrize("image", ["../a.png", "a/../../b.png", "/etc/a.png", ".."])
-def test_a_table_whose_pictures_lie_elsewhere_is_refused(catalog: Catalog, tmp_path: Path, image: str) -> None:
+def test_a_table_whose_images_lie_elsewhere_is_refused(catalog: Catalog, tmp_path: Path, image: str) -> None:
     place = catalog.table.schema.get_field_index("image")
     images = pa.array([image, *catalog.table["image"].to_pylist()[1:]], pa.string())
     made = write_catalog(tmp_path / "c", Catalog(catalog.table.set_column(place, "image", images), catalog.root))
-    with pytest.raises(UserError, match="a picture's path leads out of its root"):
+    with pytest.raises(UserError, match="an image's path leads out of its root"):
         load_catalog(made)
 
 
-def test_a_card_that_does_not_say_where_the_pictures_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_card_that_does_not_say_where_the_images_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     from vpr.artifacts.store import write_artifact
 
     with write_artifact(tmp_path / "c", "catalog", {}) as draft:
         pq.write_table(catalog.table, draft.path / "catalog.parquet")
-    with pytest.raises(UserError, match="does not say where the pictures are"):
+    with pytest.raises(UserError, match="does not say where the images are"):
         load_catalog(tmp_path / "c")

@@ -33,8 +33,8 @@ def test_merging_reports_copies_and_near_copies_of_another_source(
     shop = tmp_path / "shop" / "shoe"
     shop.mkdir(parents=True)
     shutil.copy(texture_folder / "product-03" / "2.jpg", shop / "copy.jpg")
-    with Image.open(texture_folder / "product-05" / "4.jpg") as picture:
-        picture.resize((80, 80)).save(shop / "larger.png")
+    with Image.open(texture_folder / "product-05" / "4.jpg") as image:
+        image.resize((80, 80)).save(shop / "larger.png")
     config = CatalogConfig(reader="folder", root=str(tmp_path / "shop"), output=str(tmp_path / "catalog"))
     joined, duplicates = merge([catalog, load_catalog(build_catalog(config))])
     assert len(joined) == len(catalog) + 2

@@ -114,7 +114,7 @@ def test_two_hundred_thousand_rows_are_drawn_at_once() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_give_pictures_with_their_rows(catalog: Catalog, workers: int) -> None:
+def test_loaders_give_images_with_their_rows(catalog: Catalog, workers: int) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS)
     kept = ImageDataset(dataset.catalog, PREPROCESS, keep_in_memory=True)
     everything = kept.__getitems__(list(range(len(kept))))["pixels"]
@@ -149,7 +149,7 @@ def test_pixels_that_are_kept_are_not_copied_to_workers(catalog: Catalog) -> Non
 
 
 @pytest.mark.parametrize("world", [1, 3, 5, 40])
-def test_processes_validate_every_picture_in_batches_of_the_same_sizes(catalog: Catalog, world: int) -> None:
+def test_processes_validate_every_image_in_batches_of_the_same_sizes(catalog: Catalog, world: int) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
     config = LoaderConfig(4)
     shares = [[b["rows"].tolist() for b in validation_loader(dataset, config, rank, world)] for rank in range(world)]
@@ -157,9 +157,9 @@ def test_processes_validate_every_picture_in_batches_of_the_same_sizes(catalog: 
     assert {row for share in shares for batch in share for row in batch} == set(range(32))
 
 
-def test_too_few_pictures_for_a_batch_are_refused(catalog: Catalog) -> None:
+def test_too_few_images_for_a_batch_are_refused(catalog: Catalog) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS)
-    with pytest.raises(UserError, match=r"loader\.batch_size: 33 is more than the 32 training pictures of an epoch"):
+    with pytest.raises(UserError, match=r"loader\.batch_size: 33 is more than the 32 training images of an epoch"):
         training_loader(dataset, LoaderConfig(33), 0)
     with pytest.raises(UserError, match="17 in each of 2 processes is more than the 32"):
         training_loader(dataset, LoaderConfig(17), 0, rank=1, world=2)

@@ -19,15 +19,15 @@ from vpr.data.readers import read_aicrowd, read_csv, read_folder, read_products1
 
 
 @pytest.fixture
-def picture(texture_folder: Path) -> bytes:
+def image(texture_folder: Path) -> bytes:
     return (texture_folder / "product-00" / "0.jpg").read_bytes()
 
 
-def test_products10k_is_read_by_column_name(tmp_path: Path, picture: bytes) -> None:
+def test_products10k_is_read_by_column_name(tmp_path: Path, image: bytes) -> None:
     for folder, names in (("train", ["1.jpg", "2.jpg"]), ("test", ["9.jpg"])):
         (tmp_path / folder).mkdir()
         for name in names:
-            (tmp_path / folder / name).write_bytes(picture)
+            (tmp_path / folder / name).write_bytes(image)
     (tmp_path / "train.csv").write_text("name,class,group\n1.jpg,7,360\n2.jpg,8,360\n")
     (tmp_path / "test_kaggletest.csv").write_text("Usage,class,name\nPublic,7,9.jpg\n")
     rows = list(read_products10k(tmp_path))
@@ -38,10 +38,10 @@ def test_products10k_is_read_by_column_name(tmp_path: Path, picture: bytes) -> N
     assert len(load_catalog(build_catalog(config))) == 3
 
 
-def test_aicrowd_keeps_boxes_and_roles(tmp_path: Path, picture: bytes) -> None:
+def test_aicrowd_keeps_boxes_and_roles(tmp_path: Path, image: bytes) -> None:
     for name in ("gallery/a.jpg", "queries/b.jpg"):
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_bytes(picture)
+        (tmp_path / name).write_bytes(image)
     (tmp_path / "gallery.csv").write_text("seller_img_id,img_path,product_id\n1,gallery/a.jpg,5\n")
     header = "user_img_id,img_path,bbox_x,bbox_y,bbox_w,bbox_h,product_id\n"
     (tmp_path / "queries.csv").write_text(header + "1,queries/b.jpg,4,5,20,30,5\n")
@@ -118,20 +118,20 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         list(read_csv(tmp_path / "t.csv"))
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, picture: bytes) -> None:
-    (tmp_path / "secret.jpg").write_bytes(picture)
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "secret.jpg").write_bytes(image)
     (tmp_path / "photos" / "shoe").mkdir(parents=True)
     (tmp_path / "photos" / "shoe" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(UserError, match="leads out of"):
         list(read_folder(tmp_path / "photos"))
 
 
-def test_names_are_followed_where_they_lead(tmp_path: Path, picture: bytes) -> None:
+def test_names_are_followed_where_they_lead(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "s.jpg").write_bytes(picture)
+    (tmp_path / "elsewhere" / "s.jpg").write_bytes(image)
     root = tmp_path / "photos"
     (root / "real").mkdir(parents=True)
-    (root / "real" / "1.jpg").write_bytes(picture)
+    (root / "real" / "1.jpg").write_bytes(image)
     (root / "real" / "2.jpg").symlink_to("1.jpg")
     (root / "real" / "out.jpg").symlink_to(tmp_path / "elsewhere" / "s.jpg")
     (root / "inner").symlink_to("real")
@@ -145,15 +145,15 @@ def test_names_are_followed_where_they_lead(tmp_path: Path, picture: bytes) -> N
             list(read_csv(root / "t.csv"))
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, picture: bytes) -> None:
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "shoe").mkdir()
-    (tmp_path / "shoe" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(picture)
+    (tmp_path / "shoe" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(image)
     with pytest.raises(UserError, match="its name is not UTF-8: rename it"):
         list(read_folder(tmp_path))
 
 
-def test_a_picture_outside_every_product_is_named(tmp_path: Path, picture: bytes) -> None:
-    (tmp_path / "1.jpg").write_bytes(picture)
+def test_a_image_outside_every_product_is_named(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "1.jpg").write_bytes(image)
     with pytest.raises(UserError, match="lies in no product's folder"):
         list(read_folder(tmp_path))
 
@@ -178,12 +178,12 @@ def test_either_products10k_table_may_be_alone(alone: str, tmp_path: Path) -> No
     assert row["image"] == ("train/1.jpg" if alone == "train" else "test/1.jpg")
 
 
-def test_csv_paths_are_relative_to_its_folder_after_loading_too(tmp_path: Path, picture: bytes) -> None:
+def test_csv_paths_are_relative_to_its_folder_after_loading_too(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_bytes(picture)
+    (tmp_path / "photos" / "a.jpg").write_bytes(image)
     (tmp_path / "photos" / "t.csv").write_text("image,product\na.jpg,1\n")
     config = CatalogConfig(reader="csv", root=str(tmp_path / "photos" / "t.csv"), output=str(tmp_path / "catalog"))
-    assert load_catalog(build_catalog(config)).path(0).read_bytes() == picture
+    assert load_catalog(build_catalog(config)).path(0).read_bytes() == image
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_size_and_counts(sample: Catalog) -> None:
     assert all(views[product, "query"] >= 6 for product in set(sample.products.tolist()))
 
 
-def test_no_product_or_picture_is_in_two_splits(sample: Catalog) -> None:
+def test_no_product_or_image_is_in_two_splits(sample: Catalog) -> None:
     train, validation, test = (sample.select(split=name) for name in ("train", "validation", "test"))
     check_leaks(train, validation)
     check_leaks(train, test)
@@ -49,7 +49,7 @@ def test_the_split_is_the_documented_one(sample: Catalog) -> None:
     assert f"random.Random({SPLIT_SEED})" in (FOLDER / "README.md").read_text()
 
 
-def test_pictures_decode_and_match_their_checksums(sample: Catalog) -> None:
+def test_images_decode_and_match_their_checksums(sample: Catalog) -> None:
     for row in range(0, len(sample), 997):
         assert decode(sample.path(row)).size == (128, 128)
         assert hashlib.sha256(sample.path(row).read_bytes()).hexdigest() == sample.table["sha256"][row].as_py()
@@ -90,7 +90,7 @@ def test_packing_is_deterministic_and_takes_only_products_with_enough_views(tmp_
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_packing_again_gives_the_same_pictures(data_folder: Path, tmp_path: Path) -> None:
+def test_packing_again_gives_the_same_images(data_folder: Path, tmp_path: Path) -> None:
     pack(data_folder / "home3d", tmp_path)
     for shard in vpr.data.sample.SHARDS:
         assert pq.read_table(tmp_path / shard.name).equals(pq.read_table(shard))

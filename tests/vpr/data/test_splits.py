@@ -53,16 +53,16 @@ def test_splits_are_by_product_and_do_not_depend_on_the_order(
 def _split_by_a_plain_loop(
     rows: list[dict[str, object]], validation: float, test: float, seed: int
 ) -> list[dict[str, object]]:
-    pictures: dict[object, list[dict[str, object]]] = {}
+    images: dict[object, list[dict[str, object]]] = {}
     for row in sorted(rows, key=lambda row: (row["product"], row["image"], str(row["box"]))):
-        pictures.setdefault(row["product"], []).append(row)
-    names = np.array([name for name, group in pictures.items() if len(group) > 1], dtype=np.str_)
+        images.setdefault(row["product"], []).append(row)
+    names = np.array([name for name, group in images.items() if len(group) > 1], dtype=np.str_)
     np.random.default_rng(seed).shuffle(names)
-    tests, validations = round(test * len(pictures)), round(validation * len(pictures))
+    tests, validations = round(test * len(images)), round(validation * len(images))
     split = dict.fromkeys(names.tolist()[:tests], "test")
     split |= dict.fromkeys(names.tolist()[tests : tests + validations], "validation")
     changed = {}
-    for name, group in pictures.items():
+    for name, group in images.items():
         for number, row in enumerate(group):
             role = row["role"]
             if name in split and role == "train":
@@ -104,14 +104,14 @@ def test_leaks_of_products_and_of_bytes_are_refused(catalog: Catalog) -> None:
     with pytest.raises(UserError, match="leak: 4 products are both trained and scored"):
         check_leaks(catalog, catalog.select(split="test"))
     found = check_leaks(catalog, catalog.select(split="test"), allow=True)
-    assert {key: value["count"] for key, value in found.items()} == {"products": 4, "pictures": 32}
+    assert {key: value["count"] for key, value in found.items()} == {"products": 4, "images": 32}
     assert set(found["products"]["first"]) <= set(catalog.select(split="test").products)
-    assert all(catalog.root.joinpath(image).is_file() for image in found["pictures"]["first"])
+    assert all(catalog.root.joinpath(image).is_file() for image in found["images"]["first"])
     renamed = [{**row, "product": "other"} for row in catalog.select(split="test").table.to_pylist()]
     again = Catalog(pa.Table.from_pylist(renamed, schema=SCHEMA), catalog.root)
-    with pytest.raises(UserError, match=r"leak: 32 pictures \(same bytes\) are both"):
+    with pytest.raises(UserError, match=r"leak: 32 images \(same bytes\) are both"):
         check_leaks(again, catalog.select(split="test"))
-    assert list(check_leaks(again, catalog.select(split="test"), allow=True)) == ["pictures"]
+    assert list(check_leaks(again, catalog.select(split="test"), allow=True)) == ["images"]
 
 
 def test_shares_that_leave_no_training_are_refused() -> None:
@@ -122,5 +122,5 @@ def test_shares_that_leave_no_training_are_refused() -> None:
 def test_a_share_that_comes_to_no_product_is_refused() -> None:
     with pytest.raises(UserError, match=r"validation 0\.1: is none of 2 products"):
         split_by_product(rows_to_table(_rows([2, 2])), 0.1, 0, 0)
-    with pytest.raises(UserError, match=r"test 0\.5: is none of 4 products, 0 of which have the two pictures"):
+    with pytest.raises(UserError, match=r"test 0\.5: is none of 4 products, 0 of which have the two images"):
         split_by_product(rows_to_table(_rows([1, 1, 1, 1])), 0, 0.5, 0)

@@ -35,7 +35,7 @@ def write_shard(path: Path, members: list[Member | tarfile.TarInfo], form: int =
 
 
 def write_shards(folder: Path, root: Path, per_shard: int) -> Path:
-    """The pictures of a folder per product as shards with ``.json`` labels, in the folder reader's order."""
+    """The images of a folder per product as shards with ``.json`` labels, in the folder reader's order."""
     files = sorted(root.rglob("*.jpg"))
     for number, start in enumerate(range(0, len(files), per_shard)):
         members: list[Member | tarfile.TarInfo] = []
@@ -59,7 +59,7 @@ def aside(catalog: Catalog) -> dict[str, str]:
 
 
 @pytest.fixture
-def picture(texture_folder: Path) -> bytes:
+def image(texture_folder: Path) -> bytes:
     return (texture_folder / "product-00" / "0.jpg").read_bytes()
 
 
@@ -79,13 +79,13 @@ def test_shards_say_and_show_what_the_folder_does(texture_folder: Path, student_
     assert len(list((tmp_path / "shards").iterdir())) == 3  # nothing was unpacked
 
 
-def test_a_sample_may_hold_several_pictures_and_say_everything(picture: bytes, tmp_path: Path) -> None:
+def test_a_sample_may_hold_several_images_and_say_everything(image: bytes, tmp_path: Path) -> None:
     label = {"product": 7, "category": "shoes", "role": "query", "split": "test", "box": [4, 5, 20, 30]}
     members: list[Member | tarfile.TarInfo] = [
-        ("./a/1.left.jpg", picture),
-        ("./a/1.JPG", picture),
+        ("./a/1.left.jpg", image),
+        ("./a/1.JPG", image),
         ("./a/1.json", json.dumps(label).encode()),
-        ("./b/1.jpg", picture),
+        ("./b/1.jpg", image),
         ("./b/1.cls", b"12\n"),
     ]
     catalog = build(write_shard(tmp_path / "s" / "in" / "0.tar", members).parent.parent, tmp_path / "c")
@@ -98,15 +98,15 @@ def test_a_sample_may_hold_several_pictures_and_say_everything(picture: bytes, t
     assert catalog.roles.tolist() == ["query", "query", "train"]
     assert catalog.categories.tolist() == ["shoes", "shoes", ""]
     assert [catalog.box(row) for row in range(3)] == [(4.0, 5.0, 20.0, 30.0)] * 2 + [None]
-    assert {read_image(catalog.path(row)) for row in range(3)} == {picture}
+    assert {read_image(catalog.path(row)) for row in range(3)} == {image}
 
 
-def test_shards_without_labels_are_pictures_of_their_own(picture: bytes, tmp_path: Path) -> None:
-    write_shard(tmp_path / "s" / "0.tar", [("1.jpg", picture), ("2.jpg", picture)])
+def test_shards_without_labels_are_images_of_their_own(image: bytes, tmp_path: Path) -> None:
+    write_shard(tmp_path / "s" / "0.tar", [("1.jpg", image), ("2.jpg", image)])
     catalog = build(tmp_path / "s", tmp_path / "c")
     assert len(set(catalog.products.tolist())) == 2
     assert catalog.table["source"].to_pylist() == ["unlabelled"] * 2
-    write_shard(tmp_path / "s" / "1.tar", [("3.jpg", picture), ("3.cls", b"shoe")])
+    write_shard(tmp_path / "s" / "1.tar", [("3.jpg", image), ("3.cls", b"shoe")])
     with pytest.raises(UserError, match=r"1\.tar: sample '/3' has no product, or it alone has one: label all"):
         build(tmp_path / "s", tmp_path / "c")
 
@@ -118,34 +118,34 @@ def _special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_hostile_members_are_set_aside_with_a_reason(picture: bytes, tmp_path: Path, form: int) -> None:
+def test_hostile_members_are_set_aside_with_a_reason(image: bytes, tmp_path: Path, form: int) -> None:
     secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture)
+    secret.write_bytes(image)
     long = "x" * 2000 + ".jpg"
     members: list[Member | tarfile.TarInfo] = [
-        ("good.jpg", picture),
-        ("../out.jpg", picture),
-        (f"{tmp_path}/absolute.jpg", picture),
-        ("in/../../out.jpg", picture),
+        ("good.jpg", image),
+        ("../out.jpg", image),
+        (f"{tmp_path}/absolute.jpg", image),
+        ("in/../../out.jpg", image),
         _special("soft.jpg", tarfile.SYMTYPE, str(secret)),
         _special("hard.jpg", tarfile.LNKTYPE, "good.jpg"),
         _special("pipe.jpg", tarfile.FIFOTYPE),
         _special("device.jpg", tarfile.CHRTYPE),
         _special("folder.jpg", tarfile.DIRTYPE),
-        ("new\nline.jpg", picture),
-        ("not-utf8-\udcff.jpg", picture),
-        (long, picture),
+        ("new\nline.jpg", image),
+        ("not-utf8-\udcff.jpg", image),
+        (long, image),
         ("._good.jpg", b"a fork"),
         ("letter.heic", b"?"),
         ("text.jpg", b"<html>"),
     ]
     root = write_shard(tmp_path / "s" / "0.tar", members, form).parent
-    with pytest.raises(ImageRejected, match=r"0\.tar#\d+\+6/text\.jpg: not a picture"):
+    with pytest.raises(ImageRejected, match=r"0\.tar#\d+\+6/text\.jpg: not an image"):
         build(root, tmp_path / "c")
     catalog = build(root, tmp_path / "c", skip_unreadable=True)
     assert [image.split("/")[-1] for image in catalog.table["image"].to_pylist()] == ["good.jpg"]
     reasons = {name.partition(".tar")[2]: reason for name, reason in aside(catalog).items()}
-    assert reasons.pop(next(name for name in reasons if name.endswith("/text.jpg"))) == "not a picture"
+    assert reasons.pop(next(name for name in reasons if name.endswith("/text.jpg"))) == "not an image"
     assert reasons == {
         "/../out.jpg": "its name leads out of the shard",
         f"/{tmp_path}/absolute.jpg": "its name leads out of the shard",
@@ -163,7 +163,7 @@ def test_hostile_members_are_set_aside_with_a_reason(picture: bytes, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s", "secret.jpg"]
 
 
-def test_members_larger_than_a_picture_may_be_are_set_aside_unread(picture: bytes, tmp_path: Path) -> None:
+def test_members_larger_than_a_image_may_be_are_set_aside_unread(image: bytes, tmp_path: Path) -> None:
     large = tarfile.TarInfo("large.jpg")
     large.size = MAX_FILE_BYTES + 1
     label = tarfile.TarInfo("good.json")
@@ -175,30 +175,30 @@ def test_members_larger_than_a_picture_may_be_are_set_aside_unread(picture: byte
             stream.write(info.tobuf())
             stream.seek(-(-info.size // 512) * 512, io.SEEK_CUR)  # a hole
         info = tarfile.TarInfo("good.jpg")
-        info.size = len(picture)
-        stream.write(info.tobuf() + picture + bytes(-len(picture) % 512) + bytes(1024))
+        info.size = len(image)
+        stream.write(info.tobuf() + image + bytes(-len(image) % 512) + bytes(1024))
     catalog = build(tmp_path / "s", tmp_path / "c")
     assert len(catalog) == 1
     sizes = f"{MAX_FILE_BYTES + 1} bytes, more than {MAX_FILE_BYTES}", f"{(1 << 20) + 1} bytes, more than {1 << 20}"
     assert aside(catalog) == {"0.tar/large.jpg": sizes[0], "0.tar/good.json": sizes[1]}
 
 
-def _pax(records: bytes, picture: bytes) -> bytes:
-    """A picture behind an extended header."""
+def _pax(records: bytes, image: bytes) -> bytes:
+    """An image behind an extended header."""
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, len(records)
     info = tarfile.TarInfo("a.jpg")
-    info.size = len(picture)
-    blocks = [header.tobuf(), records + bytes(-len(records) % 512), info.tobuf(), picture + bytes(-len(picture) % 512)]
+    info.size = len(image)
+    blocks = [header.tobuf(), records + bytes(-len(records) % 512), info.tobuf(), image + bytes(-len(image) % 512)]
     return b"".join(blocks) + bytes(1024)
 
 
-def _negative(picture: bytes) -> bytes:
+def _negative(image: bytes) -> bytes:
     block = bytearray(tarfile.TarInfo("a.jpg").tobuf())
     block[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024, in base 256
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block) + picture + bytes(2048)
+    return bytes(block) + image + bytes(2048)
 
 
 @pytest.mark.parametrize(
@@ -215,18 +215,18 @@ def _negative(picture: bytes) -> bytes:
         ("endless extended header", "truncated or broken tar"),
     ],
 )
-def test_broken_shards_are_refused_by_name(picture: bytes, tmp_path: Path, name: str, reason: str) -> None:
-    shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture), ("b.jpg", picture)])
-    data, member = shard.read_bytes(), 512 + -(-len(picture) // 512) * 512
+def test_broken_shards_are_refused_by_name(image: bytes, tmp_path: Path, name: str, reason: str) -> None:
+    shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image), ("b.jpg", image)])
+    data, member = shard.read_bytes(), 512 + -(-len(image) // 512) * 512
     broken = {
         "cut in a member": data[: member + 600],
         "cut in a header": data[: member + 100],
         "cut behind a member": data[: 2 * member],
         "header overwritten": data[:member] + b"?" * 512 + data[member + 512 :],
         "no tar": b"<html>" * 500,
-        "negative size": _negative(picture),
-        "negative size, extended": _pax(b"15 size=-10240\n", picture),
-        "huge extended header": _pax(b"2097152 comment=".ljust(2097151, b"x") + b"\n", picture),
+        "negative size": _negative(image),
+        "negative size, extended": _pax(b"15 size=-10240\n", image),
+        "huge extended header": _pax(b"2097152 comment=".ljust(2097151, b"x") + b"\n", image),
         "endless extended header": b"".join(_pax(b"12 path=abc\n", b"")[:1024] for _ in range(5000)),
     }
     shard.write_bytes(broken[name])
@@ -252,26 +252,26 @@ def test_broken_shards_are_refused_by_name(picture: bytes, tmp_path: Path, name:
         (b'{"product": "p", "role": "gallry"}', "role 'gallry' is not known"),
     ],
 )
-def test_broken_labels(picture: bytes, tmp_path: Path, label: bytes, message: str) -> None:
-    write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture), ("a.json", label)])
+def test_broken_labels(image: bytes, tmp_path: Path, label: bytes, message: str) -> None:
+    write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image), ("a.json", label)])
     with pytest.raises(UserError, match=message):
         build(tmp_path / "s", tmp_path / "c")
 
 
-def test_compressed_shards_and_links_out_are_refused(picture: bytes, tmp_path: Path) -> None:
+def test_compressed_shards_and_links_out_are_refused(image: bytes, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "0.tar").symlink_to(write_shard(tmp_path / "elsewhere.tar", [("a.jpg", picture)]))
+    (tmp_path / "s" / "0.tar").symlink_to(write_shard(tmp_path / "elsewhere.tar", [("a.jpg", image)]))
     with pytest.raises(UserError, match=r"'0\.tar' leads out of"):
         build(tmp_path / "s", tmp_path / "c")
     (tmp_path / "s" / "0.tar").rename(tmp_path / "s" / "0.tar.gz")
     (tmp_path / "s" / "0.tar.gz").unlink()
     (tmp_path / "s" / "0.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"0\.tar\.gz: pictures are read at their place in plain \.tar shards: gunzip"):
+    with pytest.raises(UserError, match=r"0\.tar\.gz: images are read at their place in plain \.tar shards: gunzip"):
         build(tmp_path / "s", tmp_path / "c")
 
 
-def test_a_shard_cut_after_it_was_read_is_told(picture: bytes, tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", picture)])
+def test_a_shard_cut_after_it_was_read_is_told(image: bytes, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image)])
     catalog = build(tmp_path / "s", tmp_path / "c")
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(ImageRejected, match=r"a\.jpg: its file ends before it does"):

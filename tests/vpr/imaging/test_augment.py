@@ -35,7 +35,7 @@ def test_seed_index_and_view_each_change_it() -> None:
     assert not torch.equal(base, _views(config, pixels, [0], seed=1))
 
 
-def test_without_ranges_the_picture_stays() -> None:
+def test_without_ranges_the_image_stays() -> None:
     pixels = _pixels(3)
     torch.testing.assert_close(_views(STILL, pixels, [0, 1, 2]), pixels.float(), atol=1e-3, rtol=0)
 
@@ -88,7 +88,7 @@ def test_jitter_and_grey_come_as_often_as_asked() -> None:
     assert torch.equal(drawn[:, :6], draw_views(ViewConfig(), 0, index, index)[:, :6])
 
 
-def test_a_grey_picture_has_no_colour() -> None:
+def test_a_grey_image_has_no_colour() -> None:
     views = _views(ViewConfig(grey=1.0, tint=0.0), _pixels(3), [0, 1, 2])
     torch.testing.assert_close(views[:, 0], views[:, 1], atol=1e-3, rtol=0)
     torch.testing.assert_close(views[:, 0], views[:, 2], atol=1e-3, rtol=0)

@@ -21,7 +21,7 @@ from vpr.imaging.decode import ImageRejected, Preprocess, decode, decode_bytes
 from vpr.imaging.limits import MAX_FILE_BYTES, MAX_PIXELS
 
 
-def _picture(width: int = 60, height: int = 40) -> Image.Image:
+def _image(width: int = 60, height: int = 40) -> Image.Image:
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
@@ -29,20 +29,20 @@ def _picture(width: int = 60, height: int = 40) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (224, 224), (33, 200), (333, 77), (101, 100)])
 def test_shortest_and_centre_equal_torchvision(size: tuple[int, int]) -> None:
-    picture = _picture(*size)
+    image = _image(*size)
     ours = Preprocess(size=32, resize="shortest", crop="center")
     theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
-    difference = np.abs(ours.pixels(picture).astype(int) - theirs(picture).numpy().astype(int))
+    difference = np.abs(ours.pixels(image).astype(int) - theirs(image).numpy().astype(int))
     assert difference.max() <= 1  # one grey level: the same filter, its weights rounded once more
 
 
-def test_a_very_long_picture_is_resized_in_bounded_memory() -> None:
+def test_a_very_long_image_is_resized_in_bounded_memory() -> None:
     long = Image.new("RGB", (200_000, 20), (10, 20, 30))
     assert Preprocess(size=224, resize="shortest", crop="center").pixels(long)[:, 0, 0].tolist() == [10, 20, 30]
 
 
 def test_squash_and_normalisation_equal_torchvision() -> None:
-    picture, ours = _picture(), Preprocess(size=32)
+    image, ours = _image(), Preprocess(size=32)
     theirs = v2.Compose(
         [
             v2.Resize((32, 32), v2.InterpolationMode.BICUBIC),
@@ -51,15 +51,15 @@ def test_squash_and_normalisation_equal_torchvision() -> None:
             v2.Normalize(ours.mean, ours.std),
         ]
     )
-    found = ours.normalise(ours.pixels(picture)[None])[0]
-    np.testing.assert_allclose(found, theirs(picture).numpy(), atol=2e-6)
+    found = ours.normalise(ours.pixels(image)[None])[0]
+    np.testing.assert_allclose(found, theirs(image).numpy(), atol=2e-6)
 
 
 def test_training_and_deployment_see_the_same_numbers() -> None:
     from vpr.data.loaders import Normalise
 
     ours = Preprocess(size=32)
-    pixels = ours.pixels(_picture())[None]
+    pixels = ours.pixels(_image())[None]
     in_training = Normalise(ours)(torch.from_numpy(pixels)).numpy()
     np.testing.assert_allclose(in_training, ours.normalise(pixels), atol=1e-6)
 
@@ -69,22 +69,22 @@ def test_training_and_deployment_see_the_same_numbers() -> None:
 def test_exif_orientation_is_applied_as_pillow_does(orientation: int, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(_picture(60, 40), form, exif=exif)
+    data = encoded(_image(60, 40), form, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     np.testing.assert_array_equal(np.asarray(decode_bytes(data, "x")), np.asarray(expected))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_exif_that_is_none_does_not_lose_a_good_picture(form: str) -> None:
-    data = encoded(_picture(60, 40), form, exif=b"<html>" * 9)
+def test_exif_that_is_none_does_not_lose_a_good_image(form: str) -> None:
+    data = encoded(_image(60, 40), form, exif=b"<html>" * 9)
     assert decode_bytes(data, "x").size == (60, 40)
     assert decode_bytes(data, "x", box=(0, 0, 20, 10)).size == (20, 10)
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF", "GIF", "BMP"])
-def test_a_broken_picture_is_refused_with_a_box_as_without(form: str) -> None:
+def test_a_broken_image_is_refused_with_a_box_as_without(form: str) -> None:
     """The orientation that a box asks for may stand behind the pixels, whose faults reading it must not forgive."""
-    data = bytearray(encoded(_picture(), form))
+    data = bytearray(encoded(_image(), form))
     for place in range(len(data) // 3, len(data)):
         broken = bytes(data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :])
         found: list[bytes | None] = []
@@ -97,10 +97,10 @@ def test_a_broken_picture_is_refused_with_a_box_as_without(form: str) -> None:
 
 
 def test_an_orientation_behind_the_pixels_turns_the_box_too() -> None:
-    picture = _picture()
+    image = _image()
     exif = Image.Exif()
     exif[0x0112] = 6
-    head = encoded(picture, "PNG")
+    head = encoded(image, "PNG")
     block = b"eXIf" + exif.tobytes()[6:]
     behind = head[:-12] + struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block)) + head[-12:]
     whole = decode_bytes(behind, "x")
@@ -108,20 +108,20 @@ def test_an_orientation_behind_the_pixels_turns_the_box_too() -> None:
     assert decode_bytes(behind, "x", (3, 5, 20, 30)).tobytes() == whole.crop((3, 5, 23, 35)).tobytes()
 
 
-def test_too_little_memory_is_not_taken_for_a_broken_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_not_taken_for_a_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     with pytest.raises(ImageRejected, match="there is too little memory to decode it"):
-        decode_bytes(encoded(_picture(), "PNG"), "x")
+        decode_bytes(encoded(_image(), "PNG"), "x")
 
 
-def test_a_broken_exif_tag_does_not_lose_a_good_picture() -> None:
+def test_a_broken_exif_tag_does_not_lose_a_good_image() -> None:
     # A camera's ResolutionUnit of a wrong type: Pillow can read the tags but not write them anew.
     exif = Image.Exif()
     exif[0x0112], exif[0x0128] = 6, 2
-    data = encoded(_picture(60, 40), "JPEG", exif=exif)
+    data = encoded(_image(60, 40), "JPEG", exif=exif)
     entry = data.index(struct.pack(">HHI", 0x0128, 3, 1))
     broken = data[:entry] + struct.pack(">HHI", 0x0128, 2, 1) + data[entry + 8 :]
     assert decode_bytes(broken, "x").size == (40, 60)
@@ -133,10 +133,10 @@ def test_a_broken_exif_tag_does_not_lose_a_good_picture() -> None:
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8),
     length=st.floats(0.05, 1),
 )
-def test_any_damage_gives_a_picture_or_a_refusal(form: str, changes: list[tuple[int, int]], length: float) -> None:
+def test_any_damage_gives_a_image_or_a_refusal(form: str, changes: list[tuple[int, int]], length: float) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
-    data = bytearray(encoded(_picture(20, 30), form, **({} if form in ("BMP", "GIF") else {"exif": exif})))
+    data = bytearray(encoded(_image(20, 30), form, **({} if form in ("BMP", "GIF") else {"exif": exif})))
     for place, value in changes:
         data[place % len(data)] = value
     with contextlib.suppress(ImageRejected):
@@ -151,7 +151,7 @@ def test_alpha_lies_on_white() -> None:
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1", "P", "LA", "I;16"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     deep = Image.fromarray(np.full((9, 9), 0x8000, dtype=np.uint16))
-    image = deep if mode == "I;16" else _picture(9, 9).convert(mode)
+    image = deep if mode == "I;16" else _image(9, 9).convert(mode)
     found = decode_bytes(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), "x")
     assert (found.mode, found.size) == ("RGB", (9, 9))
     if mode == "I;16":
@@ -159,16 +159,16 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 def test_jpeg_is_decoded_small_but_never_below_what_is_needed() -> None:
-    data = encoded(_picture(1200, 800), "JPEG")
+    data = encoded(_image(1200, 800), "JPEG")
     assert decode_bytes(data, "x", shortest=64).size == (300, 200)
     assert min(decode_bytes(data, "x", shortest=300).size) >= 600
 
 
-def test_box_is_cut_from_the_full_picture() -> None:
-    data = encoded(_picture(), "PNG")
+def test_box_is_cut_from_the_full_image() -> None:
+    data = encoded(_image(), "PNG")
     cut = decode_bytes(data, "x", box=(10, 5, 20, 30), shortest=4)
-    np.testing.assert_array_equal(np.asarray(cut), np.asarray(_picture())[5:35, 10:30])
-    with pytest.raises(ImageRejected, match="lies outside the 60x40 picture"):
+    np.testing.assert_array_equal(np.asarray(cut), np.asarray(_image())[5:35, 10:30])
+    with pytest.raises(ImageRejected, match="lies outside the 60x40 image"):
         decode_bytes(data, "x", box=(100, 5, 20, 30))
 
 
@@ -176,7 +176,7 @@ def test_box_is_cut_from_the_full_picture() -> None:
 def test_a_box_is_cut_at_the_same_place_from_a_reduced_jpeg(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(_picture(1203, 805), "JPEG", quality=95, exif=exif)
+    data = encoded(_image(1203, 805), "JPEG", quality=95, exif=exif)
     box = (101, 53, 610, 505)
     full, reduced = decode_bytes(data, "x", box), decode_bytes(data, "x", box, shortest=60)
     assert full.size == (610, 505)
@@ -209,14 +209,14 @@ def test_a_reduced_box_is_twice_what_is_needed_or_whole(
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_truncated_files_are_refused(form: str, tmp_path: Path) -> None:
     path = tmp_path / "half.jpg"
-    data = encoded(_picture(300, 200), form)
+    data = encoded(_image(300, 200), form)
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ImageRejected, match=rf"{path}: truncated or broken picture"):
+    with pytest.raises(ImageRejected, match=rf"{path}: truncated or broken image"):
         decode(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xff\xd8\xff"])
-def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(ImageRejected, match="replace the file"):

@@ -28,7 +28,7 @@ _SMALL = Image.new("RGB", (64, 64), (9, 90, 200))
 
 
 def _inside(form: str, mark: bytes, more: bytes) -> bytes:
-    """A good picture with more ahead of the first mark."""
+    """A good image with more ahead of the first mark."""
     data = encoded(_SMALL.convert("L") if form == "GIF" else _SMALL, form)
     at = data.index(mark)
     return data[:at] + more + data[at:]
@@ -109,13 +109,13 @@ def test_a_clear_grey_of_16_bits_lies_on_white() -> None:
 
 def test_cmyk_is_what_pillow_makes_of_it() -> None:
     inks = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
-    picture = Image.fromarray(inks, "CMYK")
+    image = Image.fromarray(inks, "CMYK")
     np.testing.assert_array_equal(
-        np.asarray(decode_bytes(encoded(picture, "TIFF"), "x")), np.asarray(picture.convert("RGB"))
+        np.asarray(decode_bytes(encoded(image, "TIFF"), "x")), np.asarray(image.convert("RGB"))
     )
 
 
-def test_large_pictures_wait_for_each_other_and_small_ones_do_not() -> None:
+def test_large_images_wait_for_each_other_and_small_ones_do_not() -> None:
     room, most, held, lock = DecodeBudget(100, small=10), 0, 0, threading.Lock()
 
     def decode() -> None:

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.data
 
 
 def test_shop_photos_are_read_and_searched_by_the_plainest_means(data_folder: Path, tmp_path: Path) -> None:
-    """The Grocery Store photos through CSV: phone photos against one clean picture of each product."""
-    table = tmp_path / "grocery" / "pictures.csv"
+    """The Grocery Store photos through CSV: phone photos against one clean image of each product."""
+    table = tmp_path / "grocery" / "images.csv"
     table.parent.mkdir()
     roles = {"val": "query", "iconic": "gallery"}
     with (data_folder / "grocery" / "images.csv").open() as source, table.open("w", newline="") as out:

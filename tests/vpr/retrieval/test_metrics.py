@@ -116,7 +116,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 @pytest.mark.parametrize("gallery", [40, 1500])
 def test_map_at_1000_equals_trec_eval(gallery: int) -> None:
-    """TREC's map_cut_1000 divides by all relevant pictures, as the challenge does by GTP."""
+    """TREC's map_cut_1000 divides by all relevant images, as the challenge does by GTP."""
     rng = np.random.default_rng(gallery)
     relevant = rng.random((12, gallery)) < 0.02
     relevant[:, -1] = True  # one that the cut at 1000 may lose

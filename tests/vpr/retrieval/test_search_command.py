@@ -24,7 +24,7 @@ def unit(count: int, dim: int, seed: int) -> NDArray[np.float32]:
 
 
 def embeddings(path: Path, vectors: NDArray[np.float32], roles: list[str], model: str = "model") -> str:
-    """An embeddings artifact; pictures are named by their row."""
+    """An embeddings artifact; images are named by their row."""
     rows = [{"image": f"{n}.jpg", "product": f"p[{n % 7}]", "role": role} for n, role in enumerate(roles)]
     with write_artifact(path.parent / model, "teacher", {"name": model}) as draft:
         (draft.path / "x").write_text(model)
@@ -35,7 +35,7 @@ def embeddings(path: Path, vectors: NDArray[np.float32], roles: list[str], model
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> tuple[str, NDArray[np.float32], NDArray[np.bool_]]:
-    """1,010 gallery pictures and 12 queries among them, in no order."""
+    """1,010 gallery images and 12 queries among them, in no order."""
     vectors = unit(1022, 8, 0)
     asked = np.zeros(1022, dtype=bool)
     asked[np.random.default_rng(1).permutation(1022)[:12]] = True
@@ -95,7 +95,7 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path, key: str) -> None
 
 def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)
-    with pytest.raises(UserError, match="submission: 1000 different pictures .* the gallery has 15"):
+    with pytest.raises(UserError, match="submission: 1000 different images .* the gallery has 15"):
         search_gallery(SearchConfig(path, path, submission=str(tmp_path / "s.npy")))
     assert not (tmp_path / "s.npy").exists()
 
@@ -103,7 +103,7 @@ def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("k", "expected"), [(0, "k: 0: give 1 or more"), (-3, "k: -3"), (16, "search: k is 16, the gallery has 15")]
 )
-def test_more_results_than_pictures_are_refused(k: int, expected: str, tmp_path: Path) -> None:
+def test_more_results_than_images_are_refused(k: int, expected: str, tmp_path: Path) -> None:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)
     for rerank in (RerankConfig(), RerankConfig(k_reciprocal=True)):
         with pytest.raises(UserError, match=expected):

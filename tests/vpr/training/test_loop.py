@@ -23,7 +23,7 @@ PREPROCESS = Preprocess(size=16)
 
 
 class Tiny(RecallModule):
-    """Pools a picture and projects it; its loss pulls the vectors to one direction."""
+    """Pools an image and projects it; its loss pulls the vectors to one direction."""
 
     def __init__(self, validation: Catalog, dropout: float = 0.2) -> None:
         super().__init__(PREPROCESS, validation)

@@ -11,7 +11,7 @@ SHARDS = tuple(sorted(Path(__file__).parent.glob("shard-*.parquet")))
 
 
 def unpack(folder: Path) -> Iterator[dict[str, object]]:
-    """Write the sample's pictures below ``folder/images`` and give their catalogue rows.
+    """Write the sample's images below ``folder/images`` and give their catalogue rows.
 
     File names are numbers of this package's own, so no name in a shard can lead elsewhere.
     """
@@ -20,6 +20,6 @@ def unpack(folder: Path) -> Iterator[dict[str, object]]:
     for shard in SHARDS:
         for row in pq.read_table(shard).to_pylist():
             image = f"images/{number:05d}.webp"
-            (folder / image).write_bytes(row.pop("picture"))
+            (folder / image).write_bytes(row.pop("image"))
             yield {**row, "product": f"home3d/{row['product']}", "image": image, "source": "home3d", "box": None}
             number += 1

@@ -33,7 +33,7 @@ def pack(folder: Path, target: Path = _HERE) -> None:
     """Write the shards and the attribution of all products with enough views.
 
     Args:
-        folder: holds ``images.csv`` (path, product, category, role, view), ``ATTRIBUTION.csv`` and the pictures.
+        folder: holds ``images.csv`` (path, product, category, role, view), ``ATTRIBUTION.csv`` and the images.
         target: where the files are written.
     """
     products: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -47,7 +47,7 @@ def pack(folder: Path, target: Path = _HERE) -> None:
             rows = [row for name in kept[shard::SHARDS] for row in products[name]]
             images = list(pool.map(_encode, [folder / row["path"] for row in rows], chunksize=64))
             columns = {name: [row[name] for row in rows] for name in ("product", "category", "role")}
-            table = pa.table({**columns, "split": [splits[row["product"]] for row in rows], "picture": images})
+            table = pa.table({**columns, "split": [splits[row["product"]] for row in rows], "image": images})
             pq.write_table(table, target / f"shard-{shard}.parquet", compression="none", use_dictionary=False)
     _write_attribution(folder / "ATTRIBUTION.csv", target / "ATTRIBUTION.csv", set(kept))
 
