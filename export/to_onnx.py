@@ -25,10 +25,10 @@ from vpr.artifacts.store import (
 from vpr.common.errors import UserError
 from vpr.common.log import say
 from vpr.data.catalog import load_catalog
+from vpr.data.pixels import read_pixels
 from vpr.imaging.decode import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT
-from vpr.retrieval.embeddings import read_pixels
 
 if TYPE_CHECKING:  # running a graph or an engine needs no torch
     from student.model import Student

@@ -13,10 +13,10 @@ from torch.utils.data._utils import signal_handling
 
 from experiments.random_student import write_random_student
 from student.config import StudentConfig
+from vpr.common.telemetry import disable_telemetry
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
-from vpr.inference.onnx_session import disable_telemetry
 
 disable_telemetry()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48

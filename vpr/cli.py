@@ -20,7 +20,7 @@ from vpr import __version__
 from vpr.common.distributed import destroy_process_group
 from vpr.common.errors import BudgetExceeded, UserError, explain_system_error
 from vpr.common.recipes import install_safe_yaml_loader
-from vpr.inference.onnx_session import disable_telemetry
+from vpr.common.telemetry import disable_telemetry
 
 
 @dataclass(frozen=True)

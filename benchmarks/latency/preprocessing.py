@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
+from vpr.data.pixels import read_pixels
 from vpr.imaging.decode import Preprocess
-from vpr.retrieval.embeddings import read_pixels
 
 _IMAGES = 64
 

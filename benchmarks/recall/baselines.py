@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.data.catalog import Catalog
+from vpr.data.pixels import read_pixels
 from vpr.imaging.decode import Preprocess
-from vpr.retrieval.embeddings import l2_normalize, read_pixels
+from vpr.retrieval.embeddings import l2_normalize
 
 _BINS = 8
 _BLOCK = 256

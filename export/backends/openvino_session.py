@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from vpr.common.hardware import lacks_vnni
 from vpr.common.log import say
+from vpr.common.telemetry import disable_telemetry
 from vpr.inference.onnx_graph import reraise_as_graph_error
-from vpr.inference.onnx_session import INPUT, OUTPUT, disable_telemetry
+from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.retrieval.embeddings import Forward
 
 

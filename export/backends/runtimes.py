@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.common.hardware import lacks_vnni, read_gpus
-from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, disable_telemetry, rtx_devices
+from vpr.common.telemetry import disable_telemetry
+from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, TENSORRT_RTX, ProviderMissing, rtx_devices
 from vpr.retrieval.embeddings import Forward, torch_forward
 
 _INSTALL = "pip install -r requirements.txt"

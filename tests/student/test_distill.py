@@ -51,7 +51,7 @@ def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: 
     sizes = [entry.size for entry in signal.artifact.card.files.values()]
     assert sum(sizes) == cache_bytes(64, 256, TargetsConfig(views=2, shard=40))
     assert artifact.card.preprocess is not None
-    from vpr.retrieval.embeddings import read_pixels
+    from vpr.data.pixels import read_pixels
 
     rows = torch.tensor([3, 40])
     pixels = torch.from_numpy(

@@ -93,8 +93,8 @@ def test_both_sources_are_joined_and_each_gives_validation_products(sources: Pat
 
 
 def test_aicrowd_queries_are_cropped_to_their_box(sources: Path, tmp_path: Path) -> None:
+    from vpr.data.pixels import read_pixels
     from vpr.imaging.decode import Preprocess
-    from vpr.retrieval.embeddings import read_pixels
 
     built = _build(sources, tmp_path / "data").select(role="query")
     rows = [row for row in range(len(built)) if built.box(row)]

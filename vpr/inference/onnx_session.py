@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import Any
 
 from vpr.common.errors import UserError
@@ -18,16 +16,6 @@ RTX_WHEEL = "onnxruntime_ep_nv_tensorrt_rtx"
 
 class ProviderMissing(UserError):
     """ONNX Runtime cannot load an execution provider here."""
-
-
-def disable_telemetry() -> None:
-    """Have libraries send no word of their use; asked for before one of them is imported.
-
-    OpenVINO 2026.4 tells Google Analytics of each import; without the package that does so, it takes a stub of its own.
-    Ray tells its makers of each start.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None cannot be imported
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool = False) -> Any:

@@ -8,67 +8,22 @@ and number of threads per process.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_folder, run_lock, wait_until
-from vpr.artifacts.store import Artifact, Parent, config_to_json, find_up_to_date
+from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait_until
+from vpr.artifacts.store import find_up_to_date
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import say
-from vpr.data.catalog import load_catalog
-from vpr.imaging.decode import Preprocess
 from vpr.retrieval.config import EmbedConfig
-from vpr.retrieval.embeddings import embed, torch_forward, write_embeddings
+from vpr.retrieval.embed_job import EmbedJob, Loader
+from vpr.retrieval.embeddings import write_embeddings
 
 if TYPE_CHECKING:
     from torch import nn
-
-Loader = Callable[[str], "tuple[nn.Module, Artifact]"]
-_RUNTIME_KEYS = ("part", "threads", "ray")  # how vectors are computed, not what they are
-
-
-class EmbedJob:
-    """The parts of an embedding.
-
-    Args:
-        config: what to embed.
-        model: artifact of the model.
-    """
-
-    def __init__(self, config: EmbedConfig, model: Artifact) -> None:
-        if model.card.preprocess is None:
-            raise UserError(f"{config.model}: its card has no preprocessing: make the artifact again")
-        whole = load_catalog(config.catalog)
-        self.config, self.model = config, model
-        self.preprocess: Preprocess = model.card.preprocess
-        self.parents: list[Parent] = [model.as_parent("model"), *whole.as_parents()]
-        self.values: dict[str, Any] = {
-            name: value for name, value in config_to_json(config).items() if name not in _RUNTIME_KEYS
-        }
-        self.catalog = whole.select(split=config.split or None)
-        self.size = -(-config.part // config.batch_size) * config.batch_size
-        self.folder = run_folder(config.output, {**self.values, "part": self.size}, self.parents)
-
-    @cached_property
-    def parts(self) -> range:
-        """Numbers of the parts."""
-        return range(-(-len(self.catalog) // self.size))
-
-    def file(self, part: int) -> Path:
-        """Where the vectors of a part lie once they are computed."""
-        return self.folder / f"part-{part:06d}.npy"
-
-    def compute(self, part: int, network: nn.Module) -> NDArray[np.float32]:
-        """(images of the part, dim) float32, L2-normalised."""
-        rows = np.arange(part * self.size, min((part + 1) * self.size, len(self.catalog)))
-        images = self.catalog.take(rows)
-        return embed(images, self.preprocess, torch_forward(network), self.config.batch_size, self.config.threads)
 
 
 def embed_with(config: EmbedConfig, load: Loader) -> Path:
@@ -101,7 +56,7 @@ def _run(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> 
     if len(absent) < len(job.parts):
         say(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
     if config.ray:
-        from vpr.retrieval.ray_job import compute_parts
+        from vpr.retrieval.ray_job import compute_parts  # Ray is an optional package
 
         compute_parts(job, absent, load)
     else:

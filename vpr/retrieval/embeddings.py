@@ -16,16 +16,11 @@ from numpy.typing import NDArray
 from vpr.artifacts.store import Artifact, Embedding, Parent, load_artifact, reraise_as_artifact_error, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import Preprocess, decode
+from vpr.data.pixels import read_pixels
+from vpr.imaging.decode import Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-
-
-def read_pixels(catalog: Catalog, preprocess: Preprocess, rows: range) -> NDArray[np.uint8]:
-    """Decode and resize rows of a catalogue: (len(rows), 3, size, size) uint8."""
-    images = (decode(catalog.path(row), catalog.box(row), preprocess.size) for row in rows)
-    return np.stack([preprocess.pixels(image) for image in images])
 
 
 def read_batches(

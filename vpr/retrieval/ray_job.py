@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from vpr.artifacts.run_folder import atomic_save_npy
 from vpr.common.distributed import compute_device
 from vpr.common.errors import UserError
-from vpr.inference.onnx_session import disable_telemetry
-
-if TYPE_CHECKING:
-    from vpr.retrieval.config import EmbedConfig
-    from vpr.retrieval.embed import EmbedJob, Loader
+from vpr.common.telemetry import disable_telemetry
+from vpr.retrieval.config import EmbedConfig
+from vpr.retrieval.embed_job import EmbedJob, Loader
 
 
 class Worker:
@@ -27,8 +25,6 @@ class Worker:
     """
 
     def __init__(self, config: EmbedConfig, load: Loader) -> None:
-        from vpr.retrieval.embed import EmbedJob
-
         network, model = load(config.model)
         self._network = network.to(compute_device())
         self._job = EmbedJob(config, model)

@@ -15,8 +15,9 @@ from export.config import ServingConfig
 from export.serving import export_serving
 from vpr.artifacts.store import load_artifact
 from vpr.data.catalog import Catalog
+from vpr.data.pixels import read_pixels
 from vpr.inference.onnx_session import INPUT, OUTPUT, open_session
-from vpr.retrieval.embeddings import Forward, read_pixels
+from vpr.retrieval.embeddings import Forward
 
 _THREADS, _IMAGES, _ROUNDS, _TOP = 32, 64, 4, 10
 
