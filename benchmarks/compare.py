@@ -60,7 +60,7 @@ def compare_reports(config: CompareConfig) -> list[Change]:
 
     Raises:
         UserError: no report, reports of other queries, or a latency budget for two machines.
-        BudgetBroken: a budget is broken. A model that was measured before and is not now breaks every budget.
+        BudgetExceeded: a budget is broken. A model that was measured before and is not now breaks every budget.
     """
     before, after = read_report(config.before), read_report(config.after)
     _check_same_queries(before, after)

@@ -29,6 +29,7 @@ class Command:
 
     module: str
     function: str
+    config_module: str
     config: str
     help: str
     positional: bool = False
@@ -36,54 +37,115 @@ class Command:
 
 COMMANDS = {
     "catalog": Command(
-        "vpr.data.build_catalog", "build_catalog", "CatalogConfig", "read images into a checked, split catalogue"
+        "vpr.data.build_catalog",
+        "build_catalog",
+        "vpr.data.config",
+        "CatalogConfig",
+        "read images into a checked, split catalogue",
     ),
     "teacher data": Command(
-        "teacher.data", "build_data", "DataConfig", "join data sets into one catalogue to train on"
+        "teacher.data", "build_data", "teacher.config", "DataConfig", "join data sets into one catalogue to train on"
     ),
-    "teacher train": Command("teacher.train", "train", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"),
-    "teacher embed": Command("teacher.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a teacher"),
+    "teacher train": Command(
+        "teacher.train", "train", "teacher.config", "TrainConfig", "fine-tune an OpenCLIP tower with ArcFace"
+    ),
+    "teacher embed": Command(
+        "teacher.embed", "embed_catalog", "vpr.retrieval.config", "EmbedConfig", "embed a catalogue with a teacher"
+    ),
     "teacher soup": Command(
-        "teacher.soup", "soup", "SoupConfig", "average teachers, or one with its zero-shot weights"
+        "teacher.soup", "soup", "teacher.config", "SoupConfig", "average teachers, or one with its zero-shot weights"
     ),
-    "teacher runs": Command("teacher.runs", "runs", "RunsConfig", "teachers and unfinished runs side by side"),
-    "student distill": Command("student.distill", "distill", "DistillConfig", "distil a teacher into a small ViT"),
-    "student embed": Command("student.embed", "embed_catalog", "EmbedConfig", "embed a catalogue with a student"),
+    "teacher runs": Command(
+        "teacher.runs", "runs", "teacher.config", "RunsConfig", "list teachers and unfinished training runs"
+    ),
+    "student distill": Command(
+        "student.distill", "distill", "student.config", "DistillConfig", "distil a teacher into a small ViT"
+    ),
+    "student embed": Command(
+        "student.embed", "embed_catalog", "vpr.retrieval.config", "EmbedConfig", "embed a catalogue with a student"
+    ),
     "calibrate": Command(
-        "calibration.calibrate", "calibrate", "CalibrateConfig", "find INT8 ranges on training images"
+        "calibration.calibrate",
+        "calibrate",
+        "calibration.config",
+        "CalibrateConfig",
+        "measure INT8 ranges on training images",
     ),
-    "export onnx": Command("export.to_onnx", "export_onnx", "OnnxConfig", "write a student as ONNX, FP32 or FP16"),
-    "export int8": Command("export.int8", "export_int8", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"),
+    "export onnx": Command(
+        "export.to_onnx", "export_onnx", "export.config", "OnnxConfig", "write a student as ONNX, FP32 or FP16"
+    ),
+    "export int8": Command(
+        "export.int8", "export_int8", "export.config", "Int8Config", "write an INT8 Q/DQ graph from ONNX and ranges"
+    ),
     "export engine": Command(
-        "export.tensorrt.build", "build_engine", "EngineConfig", "build TensorRT engines from an ONNX graph"
+        "export.tensorrt.build",
+        "build_engine",
+        "export.config",
+        "EngineConfig",
+        "build TensorRT engines from an ONNX graph",
     ),
     "export serving": Command(
-        "export.serving", "export_serving", "ServingConfig", "hand a model and gallery to Triton"
+        "export.serving",
+        "export_serving",
+        "export.config",
+        "ServingConfig",
+        "write a Triton model repository and gallery",
     ),
     "export parity": Command(
-        "export.parity_report", "compare", "ParityConfig", "how far exports depart from the student"
+        "export.parity_report",
+        "compare_exports",
+        "export.config",
+        "ParityConfig",
+        "compare exports with the student, layer by layer",
     ),
     "bench recall": Command(
-        "benchmarks.recall.measure", "recall", "RecallConfig", "recall of models on the same queries"
+        "benchmarks.recall.measure",
+        "measure_recall",
+        "benchmarks.config",
+        "RecallConfig",
+        "recall of models on the same queries",
     ),
     "bench latency": Command(
-        "benchmarks.latency.measure", "latency", "LatencyConfig", "latency of models on this machine"
+        "benchmarks.latency.measure",
+        "measure_latency",
+        "benchmarks.config",
+        "LatencyConfig",
+        "latency of models on this machine",
     ),
     "bench scale": Command(
-        "benchmarks.scale", "scale", "ScaleConfig", "exact and approximate search as a gallery grows"
+        "benchmarks.scale",
+        "measure_scale_table",
+        "benchmarks.config",
+        "ScaleConfig",
+        "exact and approximate search as a gallery grows",
     ),
     "bench report": Command(
-        "benchmarks.report.build", "report", "ReportConfig", "recall and latency as JSON, Markdown and HTML"
+        "benchmarks.report.build",
+        "build_report",
+        "benchmarks.config",
+        "ReportConfig",
+        "recall and latency as JSON, Markdown and HTML",
     ),
     "bench compare": Command(
-        "benchmarks.compare", "compare", "CompareConfig", "what changed from one report to another", positional=True
+        "benchmarks.compare",
+        "compare_reports",
+        "benchmarks.config",
+        "CompareConfig",
+        "what changed from one report to another",
+        positional=True,
     ),
     "search": Command(
-        "vpr.retrieval.search_command", "find", "FindConfig", "nearest gallery images of embedded queries"
+        "vpr.retrieval.search_command",
+        "search_gallery",
+        "vpr.retrieval.config",
+        "SearchConfig",
+        "nearest gallery images of embedded queries",
     ),
-    "search serve": Command("app.search_page.server", "serve", "ServeConfig", "a local page to look images up on"),
-    "demo": Command("app.demo", "demo", "DemoConfig", "the whole road on the embedded sample"),
-    "doctor": Command("app.doctor", "doctor", "DoctorConfig", "what this machine can run, and why not"),
+    "search serve": Command(
+        "app.search_page.server", "serve", "app.config", "ServeConfig", "serve a local page to search by image"
+    ),
+    "demo": Command("app.demo", "demo", "app.config", "DemoConfig", "the whole pipeline on the embedded sample"),
+    "doctor": Command("app.doctor", "doctor", "app.config", "DoctorConfig", "what this machine can run, and why not"),
 }
 
 
@@ -125,9 +187,8 @@ def run(arguments: Sequence[str]) -> Any:
         return None
     name, rest = _split(list(arguments))
     verb = COMMANDS[name]
-    module = importlib.import_module(verb.module)
-    config = read_config(getattr(module, verb.config), name, rest)
-    return getattr(module, verb.function)(config)
+    config = read_config(getattr(importlib.import_module(verb.config_module), verb.config), name, rest)
+    return getattr(importlib.import_module(verb.module), verb.function)(config)
 
 
 def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:

@@ -62,7 +62,7 @@ class Searcher:
         """The ``top`` gallery images nearest to an image given as the bytes of its file.
 
         Raises:
-            ImageRefused: no usable image.
+            ImageRejected: no usable image.
         """
         begun = time.perf_counter()
         image = decode_bytes(data, "upload", shortest=self.preprocess.size)

@@ -149,7 +149,7 @@ def test_sums_of_a_convolution_between_quantisers_are_exact() -> None:
 def test_what_openvino_computes_without_vnni_is_told_once(
     graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu, "eight_bits_overflow", lambda: True)
+    monkeypatch.setattr(cpu, "lacks_vnni", lambda: True)
     cpu._say_that_they_overflow.cache_clear()
     cpu.openvino_forward(graph)
     assert "VNNI" not in capsys.readouterr().err

@@ -298,7 +298,7 @@ def read_card_file(path: Path) -> bytes:
     """The bytes of a card, if that is a plain file of a card's size.
 
     Raises:
-        DamagedCard: it is something else.
+        CorruptCard: it is something else.
         OSError: it is not there, or cannot be read.
     """
     state = path.lstat()
@@ -413,7 +413,7 @@ def _lock(target: Path) -> Path:
 
 
 def _swap(new: Path, target: Path) -> None:
-    # Directories cannot be exchanged portably in one call; `_clear` mends a kill between the two renames.
+    # Directories cannot be exchanged portably in one call; `_remove_leftovers` repairs a kill between the two renames.
     if target.exists():
         target.rename(_previous(target))
     new.rename(target)

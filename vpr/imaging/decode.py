@@ -132,7 +132,7 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
             the image, or what the box cuts out, is still at least twice this.
 
     Raises:
-        ImageRefused: not an image, truncated, or too large.
+        ImageRejected: not an image, truncated, or too large.
     """
     return decode_bytes(read_image(Path(path)), path, box, shortest)
 

@@ -44,7 +44,7 @@ def check_file(data: bytes) -> int:
         the number of its scans, for :func:`check_image`; 1 for all but JPEGs.
 
     Raises:
-        TooMuch: more parts than any real image has.
+        DecodeLimitExceeded: more parts than any real image has.
     """
     if data[:3] == b"\xff\xd8\xff":
         return _check_segments(data)
@@ -66,7 +66,7 @@ def check_image(image: Image.Image, scans: int, size: int) -> None:
         size: of its file, bytes.
 
     Raises:
-        TooMuch: saying of what.
+        DecodeLimitExceeded: saying of what.
     """
     pixels = image.width * image.height
     most = MAX_PIXELS // _SHARE.get(str(image.format), 2)

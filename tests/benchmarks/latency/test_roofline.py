@@ -86,7 +86,7 @@ def test_the_ceiling_is_of_the_numbers_that_are_computed(
     student_artifact: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ceiling, "eight_bits_overflow", lambda: not vnni)
+    monkeypatch.setattr(ceiling, "lacks_vnni", lambda: not vnni)
     model = replace(models_of(student_artifact)[0], runner=_Runner(backend, precision))
     assert isinstance(model, Model)
     assert arithmetic(model) == expected

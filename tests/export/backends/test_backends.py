@@ -104,7 +104,7 @@ def test_the_cpu_never_stands_in_for_a_gpu_provider(provider: str, monkeypatch: 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_exact_sums_are_asked_for_where_they_would_overflow(overflow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _runtime(monkeypatch, [])
-    monkeypatch.setattr(runtime, "eight_bits_overflow", lambda: overflow)
+    monkeypatch.setattr(runtime, "lacks_vnni", lambda: overflow)
     open_session(b"")
     assert asked == ["session.x64quantprecision"] * overflow
 

@@ -107,7 +107,7 @@ def _steer_the_terminal(folder: Path) -> None:
 def test_what_must_not_be_is_seen(
     originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, outcome: str
 ) -> None:
-    monkeypatch.setitem(fuzz_worker.VERBS, route_of(0).verb, CommandCase(run, "ranges"))
+    monkeypatch.setitem(fuzz_worker.COMMAND_CASES, route_of(0).verb, CommandCase(run, "ranges"))
     assert run_case(originals, tmp_path / "case", 0, 0)["outcome"] == outcome
 
 

@@ -29,7 +29,7 @@ from vpr.common.log import say
 _LONGEST = 4 * 3600.0  # seconds; the demo trains two models, on a machine that may have other work
 _ALONE = ("unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 _TOGETHER = (
-    "import json; from vpr.cli import quieten, run; quieten(); [run(one) for one in json.load(open('road.json'))]"
+    "import json; from vpr.cli import silence_libraries, run; silence_libraries(); [run(one) for one in json.load(open('road.json'))]"
 )
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 _SERVE = "search serve"

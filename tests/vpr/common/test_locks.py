@@ -14,7 +14,7 @@ from vpr.common.locks import file_lock
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from vpr.common.locks import locked
+from vpr.common.locks import file_lock
 with locked(Path(sys.argv[1])):
     child = os.fork()
     if child:
@@ -40,7 +40,7 @@ def test_a_lock_is_its_process_s_alone_and_ends_with_a_kill(tmp_path: Path) -> N
 
 def test_a_lock_file_that_was_removed_while_it_was_waited_for_is_not_taken_for_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    waiting = "import sys; from pathlib import Path; from vpr.common.locks import locked\nwith locked(Path(sys.argv[1])): print(1)"
+    waiting = "import sys; from pathlib import Path; from vpr.common.locks import file_lock\nwith file_lock(Path(sys.argv[1])): print(1)"
     with file_lock(lock):
         waiter = subprocess.Popen([sys.executable, "-c", waiting, str(lock)], stdout=subprocess.PIPE, text=True)
         while len(list(Path(f"/proc/{waiter.pid}/fd").glob("*"))) < 4:  # it has the file open
