@@ -14,7 +14,9 @@ from rich.table import Table
 
 from app.config import DemoConfig
 from vpr.cli import run
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 _ROOT = Path(__file__).parent.parent
 _BUDGET = "0.01"  # of recall@1, which the INT8 graph for TensorRT is decided on
@@ -72,7 +74,7 @@ def demo(config: DemoConfig) -> Path:
     road = steps(str(folder), config.full)
     worked = 0
     for number, step in enumerate(road, start=1):
-        say(f"\n[{number}/{len(road)}] vpr {' '.join(step.arguments)}")
+        log.info(f"\n[{number}/{len(road)}] vpr {' '.join(step.arguments)}")
         before, begun = _card_time(step), time.monotonic()
         run(step.arguments)
         if _card_time(step) != before:
@@ -84,7 +86,7 @@ def demo(config: DemoConfig) -> Path:
         _write_times(folder, seconds, round(total, 1))
     report = Path(road[-1].output)
     _show(report, seconds)
-    say(f"{report}/report.html: open it in a browser ({total:.0f} s for this run)")
+    log.info(f"{report}/report.html: open it in a browser ({total:.0f} s for this run)")
     return report
 
 

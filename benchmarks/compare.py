@@ -22,7 +22,9 @@ from benchmarks.report.recommendation import (
 )
 from benchmarks.report.schema import read_report
 from vpr.common.errors import BudgetExceeded, UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ def compare_reports(config: CompareConfig) -> list[Change]:
     changes = [_change(name, old[name], new[name], config) for name in old if name in new]
     _print(changes, after)
     if machine:
-        say(f"latencies are not comparable: {machine}")
+        log.info(f"latencies are not comparable: {machine}")
     gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
     for names, where in ((gone, "before"), (added, "after")):
         if names:
-            say(f"measured only {where}: {', '.join(names)}")
+            log.info(f"measured only {where}: {', '.join(names)}")
     _say_recommended(before, after)
     broken = [line for change in changes for line in _broken(change, config)]
     if (config.max_recall_drop, config.max_latency_ratio, config.max_size_ratio) != (None, None, None):
@@ -178,7 +180,7 @@ def _print(changes: list[Change], after: Row) -> None:
     console.print(table)
     beyond = sum(change.recall_beyond_noise or bool(change.apart) for change in changes)
     queries = next((row["queries"] for row in after["rows"] if row["queries"]), 0)
-    say(f"{len(changes)} models on {queries} queries, {beyond} changed beyond noise (*)")
+    log.info(f"{len(changes)} models on {queries} queries, {beyond} changed beyond noise (*)")
 
 
 def _ratio(value: float | None) -> str:
@@ -187,4 +189,4 @@ def _ratio(value: float | None) -> str:
 
 def _say_recommended(before: Row, after: Row) -> None:
     first, second = (title(row) if row else "nothing" for row in (recommend(before), recommend(after)))
-    say(f"recommended: {second}" + ("" if first == second else f", before: {first}"))
+    log.info(f"recommended: {second}" + ("" if first == second else f", before: {first}"))

@@ -16,9 +16,11 @@ from benchmarks.config import Kind, ScaleConfig
 from benchmarks.synthetic_gallery import Gallery, grow, real_gallery
 from export.backends.registry import default_threads
 from vpr.artifacts.store import check_output, config_to_json, write_artifact
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.search import search
+
+log = get_logger(__name__)
 
 # Of faiss's index factory; an IVF index has about the root of the gallery's size of lists, PQ a byte for 4 dimensions.
 _FACTORY = {
@@ -75,7 +77,7 @@ def measure_scale_table(config: ScaleConfig) -> Path:
         config.output, "report", config_to_json(config), [embeddings.artifact.as_parent("embeddings")]
     ) as draft:
         (draft.path / "scale.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-    say(f"{config.output}: {len(rows)} indexes")
+    log.info(f"{config.output}: {len(rows)} indexes")
     return Path(config.output)
 
 
@@ -202,9 +204,9 @@ def _index_bytes(index: Any) -> int:
 
 def _say_row(row: ScaleRow) -> None:
     if row.single_ms is None or row.index_bytes is None:
-        say(f"  {row.size} {row.kind}: {row.notes}")
+        log.info(f"  {row.size} {row.kind}: {row.notes}")
         return
-    say(
+    log.info(
         f"  {row.size} {row.kind}: {row.single_ms:.3f} ms, {row.index_bytes / 1e6:.0f} MB, recall@10 of the exact "
         f"{row.recall_at_10:.3f}, product recall@1 {row.product_recall_at_1:.3f}"
     )

@@ -27,11 +27,13 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.imaging.decode import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.retrieval.embeddings import read_batches
+
+log = get_logger(__name__)
 
 _BATCH = 16
 _EXACT = 1e-5
@@ -67,7 +69,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     evaluation = load_catalog(config.evaluation) if config.evaluation else None
     parents += [] if evaluation is None else evaluation.as_parents("evaluation")
     if find_up_to_date(config.output, "ranges", config_to_json(config), parents):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     graph, preprocess = load_graph(model), model.card.preprocess
     images = _select(config, graph, preprocess, catalog, evaluation)
@@ -100,7 +102,7 @@ def calibrate(config: CalibrateConfig) -> Path:
             "smoothing": [_described(one) for one in smoothings],
             "methods": {method: sum(one.method == method for one in ranges.values()) for method in METHODS},
         }
-    say(f"{config.output}: ranges of {len(ranges)} tensors from {len(images)} training images, by {config.method}")
+    log.info(f"{config.output}: ranges of {len(ranges)} tensors from {len(images)} training images, by {config.method}")
     return Path(config.output)
 
 

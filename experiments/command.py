@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
+from vpr.common.log import configure_logging
 
 _Config = TypeVar("_Config")
 
@@ -31,6 +32,7 @@ def run_command(
         arguments: flags; None takes those of the process.
     """
     silence_libraries()
+    configure_logging()
     parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(config)

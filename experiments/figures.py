@@ -17,7 +17,9 @@ from typing import Any, Literal
 from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
-from vpr.common.log import say
+from vpr.common.log import configure_logging, get_logger
+
+log = get_logger(__name__)
 
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
@@ -98,10 +100,10 @@ def record_unmeasured(figures: list[Figure], what: str, folder: Path = RESULTS) 
     # Engines are named after their artifact, and a step may have been measured with other flags.
     ours = [row for row in known if row["name"] in names or row["command"] in commands]
     if any(row["value"] is not None for row in ours):
-        say("no GPU here: the figures of another machine stay")
+        log.info("no GPU here: the figures of another machine stay")
         return
     record("gpu", figures, {}, folder)
-    say(f"no GPU here: {what} recorded as not measured")
+    log.info(f"no GPU here: {what} recorded as not measured")
 
 
 def show(figures: list[Figure], table: list[Row]) -> None:
@@ -118,10 +120,11 @@ def measure(parts: Mapping[str, Callable[[], None]], chosen: Sequence[str]) -> N
     """Measure the ``chosen`` parts of a topic, all of them if none is; ends the process with one line on a fault."""
     os.chdir(ROOT)
     silence_libraries()
+    configure_logging()
     if unknown := [part for part in chosen if part not in parts]:
         raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(parts)}")
     for part in chosen or parts:
-        say(f"measuring {part}")
+        log.info(f"measuring {part}")
         try:
             parts[part]()
         except UserError as error:
@@ -194,10 +197,10 @@ def main() -> None:
         except UserError as error:
             sys.exit(f"experiments.figures: {error}")
         if new == text:
-            say(f"{name}: its tables are as recorded")
+            log.info(f"{name}: its tables are as recorded")
             continue
         path.write_text(new, encoding="utf-8")
-        say(f"{name}: tables drawn from docs/results")
+        log.info(f"{name}: tables drawn from docs/results")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import ast
 from pathlib import Path
 
 from experiments.figures import RESULTS, ROOT
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 # From what imports nothing of ours to what may import all.
 PACKAGES = ("vpr", "teacher", "student", "calibration", "export", "benchmarks")
@@ -103,4 +105,4 @@ def _route(importer: str, imported: str) -> tuple[tuple[tuple[float, float], tup
 
 if __name__ == "__main__":
     draw(arrows(read_imports()))
-    say(f"{IMAGE.relative_to(ROOT)}: drawn")
+    log.info(f"{IMAGE.relative_to(ROOT)}: drawn")

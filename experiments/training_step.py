@@ -22,9 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.figures import Figure, Row, record
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.training.config import RunConfig
 from vpr.training.loop import decay_groups
+
+log = get_logger(__name__)
 
 Matmul = tuple[int, int, int]
 
@@ -131,7 +133,7 @@ def require_gpu(device: str, example: str) -> None:
 def keep_figures(config: Any, figures: list[Figure], tables: dict[str, list[Row]]) -> None:
     """Record figures of topic ``gpu``, where the configuration says so; by default those of a GPU."""
     if config.record if config.record is not None else config.device == "cuda":
-        say(f"{record('gpu', figures, tables).name}: {len(figures)} figures kept")
+        log.info(f"{record('gpu', figures, tables).name}: {len(figures)} figures kept")
 
 
 def count_flops(teacher: nn.Module, size: int) -> int:

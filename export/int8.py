@@ -23,10 +23,12 @@ from export.qdq import quantise, quantised_nodes
 from export.to_onnx import count_operators, fill_graph_card, load_onnx
 from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, load_artifact, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.inference.int8 import read_ranges
 from vpr.retrieval.embeddings import read_batches
+
+log = get_logger(__name__)
 
 _READ_BY = 16
 
@@ -66,7 +68,7 @@ def export_int8(config: Int8Config) -> Path:
     parents += [] if validation is None else validation.as_parents()
     values = {**config_to_json(config), "precision": config.number}
     if find_up_to_date(config.output, "onnx", values, parents):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
     finished = _finished_keep(model, ranges)
@@ -95,7 +97,7 @@ def export_int8(config: Int8Config) -> Path:
             (draft.path / "decision.json").write_text(json.dumps(decision, indent=1), encoding="utf-8")
             draft.metrics |= {key: decision[key] for key in ("met", "drop", "drop_interval", "latency_ms")}
     kind = f"{config.number.upper()} over {config.base.upper()}"
-    say(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
+    log.info(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
     return Path(config.output)
 
 

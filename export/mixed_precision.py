@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from calibration.sensitivity import Decision, Layers, LayerSetScore, Trial, search_quantised_layers
 from export.candidates import CandidateRunner
 from export.parity import parity
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.inference.onnx_graph import GraphSession
 from vpr.inference.timing import measure, summarise
 from vpr.retrieval.embeddings import l2_normalize, score_split
+
+log = get_logger(__name__)
 
 _BASE = "nothing quantised"
 # Sets of layers within the budget that are timed beside the one found, those of most layers; and how much faster than
@@ -73,7 +75,7 @@ def search_mixed_precision(
     def evaluate(quantised: Layers) -> LayerSetScore:
         vectors = _embed(quantise(sorted(quantised)), batches) if quantised else floats
         score = LayerSetScore(score_split(validation, vectors).hits, parity(floats, vectors)["cosine_mean"])
-        say(f"  {_name(quantised)}: recall@1 {score.hits.mean():.4f}, cosine {score.cosine:.6f}")
+        log.info(f"  {_name(quantised)}: recall@1 {score.hits.mean():.4f}, cosine {score.cosine:.6f}")
         return score
 
     found = search_quantised_layers(layers, evaluate, budget.drop, fewer)
@@ -84,7 +86,7 @@ def search_mixed_precision(
     queries = int((validation.roles == "query").sum())
     _say_chosen(names[chosen], chosen, found.within_budget, queries, budget.drop)
     if times[names[chosen]] >= times[_BASE]:
-        say("  on this machine it is no faster than the graph without it")
+        log.info("  on this machine it is no faster than the graph without it")
     return {
         "max_recall_drop": budget.drop,
         "met": found.within_budget,
@@ -105,11 +107,11 @@ def search_mixed_precision(
 
 def _say_chosen(name: str, chosen: Trial, met: bool, queries: int, budget: float) -> None:
     low, high = chosen.interval
-    say(f"  {name}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget:g}")
+    log.info(f"  {name}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget:g}")
     if met and high > budget:
-        say(f"  the interval of {queries} validation queries reaches beyond that: more of them tell it better")
+        log.info(f"  the interval of {queries} validation queries reaches beyond that: more of them tell it better")
     if not met:
-        say(f"  no set of layers stays within a drop of {budget:g}: this one is the nearest")
+        log.info(f"  no set of layers stays within a drop of {budget:g}: this one is the nearest")
 
 
 def _candidates(found: Decision, budget: float) -> list[Trial]:

@@ -18,11 +18,13 @@ from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
 from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, reraise_as_artifact_error, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
 from vpr.inference.onnx_graph import session_with_outputs
 from vpr.inference.onnx_session import INPUT
 from vpr.retrieval.embeddings import l2_normalize, read_batches
+
+log = get_logger(__name__)
 
 _BATCH = 16
 _LAYER_IMAGES = 8
@@ -39,7 +41,7 @@ def compare_exports(config: ParityConfig) -> Path:
     parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in graphs)]
     parents += catalog.as_parents()
     if find_up_to_date(config.output, "report", config_to_json(config), parents, "parity.json"):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     part = catalog.select(split=config.split)
     preprocess = student.card.preprocess
@@ -67,7 +69,7 @@ def compare_exports(config: ParityConfig) -> Path:
     with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         draft.catalog = catalog.summary()
         (draft.path / "parity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    say(f"{config.output}: {len(rows)} models against {config.student}")
+    log.info(f"{config.output}: {len(rows)} models against {config.student}")
     return Path(config.output)
 
 
@@ -141,4 +143,4 @@ def _say(artifact: Artifact, row: dict[str, Any]) -> None:
         line += f", {row['first_changed']:.2%} of the first results changed"
     if row.get("first_departing"):
         line += f", departs first at {row['first_departing']}"
-    say(line)
+    log.info(line)

@@ -24,11 +24,13 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.imaging.decode import Preprocess
 from vpr.inference.onnx_graph import load_graph
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search
+
+log = get_logger(__name__)
 
 _FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 _GRAPH_BATCH = 32
@@ -53,7 +55,7 @@ def export_serving(config: ServingConfig) -> Path:
     values = {**config_to_json(config), "name": name}
     parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings")]
     if find_up_to_date(config.output, "serving", values, parents):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     with reraise_as_artifact_error(model):
         scheduling = _scheduling(model, config)
@@ -68,8 +70,8 @@ def export_serving(config: ServingConfig) -> Path:
         draft.inputs, draft.outputs = model.card.inputs, model.card.outputs
         draft.metrics = {"max_batch": scheduling.max_batch, "gallery": images, "index_top10_overlap": overlap}
     exact = "exact" if overlap is None else f"finds {overlap:.3f} of the exact top 10"
-    say(f"{config.output}: model '{name}' for {fields['backend']}, batches to {scheduling.max_batch}")
-    say(f"{config.output}: {images} gallery images, {config.index} index, {exact}")
+    log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches to {scheduling.max_batch}")
+    log.info(f"{config.output}: {images} gallery images, {config.index} index, {exact}")
     return Path(config.output)
 
 

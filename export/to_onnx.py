@@ -23,7 +23,7 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
 from vpr.data.pixels import read_pixels
 from vpr.imaging.decode import Preprocess
@@ -32,6 +32,8 @@ from vpr.inference.onnx_session import INPUT, OUTPUT
 
 if TYPE_CHECKING:  # running a graph or an engine needs no torch
     from student.model import Student
+
+log = get_logger(__name__)
 
 _BATCHES = (1, 3, 8)
 _TOLERANCE = 1e-4
@@ -52,7 +54,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     parents = [student.as_parent("student"), *student.parents("ranges")]
     values = config_to_json(config)
     if find_up_to_date(config.output, "onnx", values, parents):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     preprocess = student.card.preprocess
     if preprocess is None:
@@ -60,7 +62,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     graph = trace(model, preprocess.size, config.opset)
     wide = find_overflow(graph, _inputs(config, preprocess, "train"))
     if wide:
-        say(f"{config.output}: {len(wide)} nodes are beyond FP16's range and stay FP32, the first is {wide[0]}")
+        log.info(f"{config.output}: {len(wide)} nodes are beyond FP16's range and stay FP32, the first is {wide[0]}")
     if config.precision == "fp16":
         graph = to_fp16(graph, wide)
     metrics = _compare(model, graph, _inputs(config, preprocess, config.split), config)
@@ -69,7 +71,7 @@ def export_onnx(config: OnnxConfig) -> Path:
         fill_graph_card(draft, student, graph)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": wide, "nodes": count_operators(graph)}
-    say(
+    log.info(
         f"{config.output}: {config.precision} graph, cosine to PyTorch {metrics['cosine_min']:.6f} at least, "
         f"max abs {metrics['max_abs']:.1e}"
     )

@@ -39,7 +39,7 @@ from vpr.artifacts.store import (
 )
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.loaders import ImageDataset, Normalise, training_loader, validation_loader
 from vpr.data.splits import find_leaks
@@ -47,6 +47,8 @@ from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import check_tracker, copy_logs
 from vpr.training.loop import FitResult, fit, training_and_validation, training_values
+
+log = get_logger(__name__)
 
 
 def distill(config: DistillConfig) -> Path | None:
@@ -62,7 +64,7 @@ def distill(config: DistillConfig) -> Path | None:
     folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_up_to_date(config.output, "student", values, parents):
         drop_checkpoints(folder)  # of a run that was killed after its artifact was there
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
     notes = {**extra, **_leak_metadata(config, catalog)}
@@ -73,7 +75,7 @@ def distill(config: DistillConfig) -> Path | None:
     _validate_early(config, student, labels, source, images)
     if config.dry_run:
         _smoke_test_step(config, student, labels, source, images, preprocess)
-        say("dry run: one step taken, nothing written")
+        log.info("dry run: one step taken, nothing written")
         return None
     signal = _signal(config, source, training)
     projection, recalls = find_projection(config, source, signal, training, validation)
@@ -94,7 +96,7 @@ def distill(config: DistillConfig) -> Path | None:
                 draft.catalog = {**catalog.summary(), **notes}
                 draft.metrics |= {**_metrics(student, preprocess, best, before), **recalls}
             drop_checkpoints(folder)
-            say(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
+            log.info(f"{config.output}: student of epoch {best.epoch}, validation recall@1 {best.best:.3f}")
     return Path(config.output)
 
 
@@ -166,18 +168,18 @@ def _leak_metadata(config: DistillConfig, catalog: Catalog) -> dict[str, Any]:
 def _print_plan(config: DistillConfig, source: TeacherModel, training: Catalog, preprocess: Preprocess) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
-    say(
+    log.info(
         f"student: {parameters / 1e6:.2f} M parameters, {config.model.embedding_dim} dimensions, {preprocess.size} "
         f"pixels; {config.epochs} epochs of {len(training)} images; "
         + ", ".join(f"{weight:g} x {name}" for name, weight in config.losses.weights().items())
     )
     if not config.losses.needs_teacher:
-        say("  from labels alone: the teacher is not asked")
+        log.info("  from labels alone: the teacher is not asked")
     elif config.signal.mode == "online":
-        say(f"  {source.artifact.card.name} runs beside the student, queue of {config.signal.bank}")
+        log.info(f"  {source.artifact.card.name} runs beside the student, queue of {config.signal.bank}")
     else:
         size, asked = cache_bytes(len(training), source.dim, config.signal), config.signal.views * len(training)
-        say(f"  {source.artifact.card.name} is asked {asked} times, then cached in {size} bytes")
+        log.info(f"  {source.artifact.card.name} is asked {asked} times, then cached in {size} bytes")
 
 
 def _build_dataset(config: DistillConfig, training: Catalog, student: Preprocess, teacher: Preprocess) -> ImageDataset:
@@ -193,10 +195,10 @@ def _build_student(config: DistillConfig) -> Student:
     if config.start:
         artifact, taken = init_from_larger(student, config.start)
         share = taken / count_parameters(student)
-        say(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
+        log.info(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
     if config.quantise.ranges:
         names = insert_fake_quant(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
-        say(f"  {len(names)} linears compute as they will in INT8")
+        log.info(f"  {len(names)} linears compute as they will in INT8")
     return student
 
 

@@ -14,9 +14,11 @@ from student.teacher_cache import TeacherCache
 from student.teacher_model import TeacherModel
 from vpr.common.distributed import compute_device
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.retrieval.embeddings import embed, l2_normalize, score_split, torch_forward
+
+log = get_logger(__name__)
 
 
 def student_dimension(config: DistillConfig, source: TeacherModel) -> int:
@@ -47,7 +49,7 @@ def find_projection(
     whole = embed(validation, source.preprocess, forward)
     recall = score_split(validation, whole).recall_at_1
     if not config.dimension.projects_teacher:
-        say(f"dimension: the teacher stays whole (recall@1 {recall:.3f}); the student's {dim} are projected up")
+        log.info(f"dimension: the teacher stays whole (recall@1 {recall:.3f}); the student's {dim} are projected up")
         return None, {"teacher_val_recall_at_1": recall}
     if signal is not None:
         vectors = signal.draw(config.dimension.images, config.seed)
@@ -60,7 +62,7 @@ def find_projection(
         short = l2_normalize(project(torch.from_numpy(whole), projection).numpy())
         found[method] = score_split(validation, short).recall_at_1
     told = ", ".join(f"{value:.3f} by {method}" for method, value in found.items())
-    say(f"dimension: {source.dim} to {dim}: the teacher's recall@1 {recall:.3f} becomes {told}")
+    log.info(f"dimension: {source.dim} to {dim}: the teacher's recall@1 {recall:.3f} becomes {told}")
     return projection, {
         "teacher_val_recall_at_1": recall,
         "projected_teacher_val_recall_at_1": found[config.dimension.method],

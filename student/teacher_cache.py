@@ -31,7 +31,7 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.distributed import compute_device, is_first, rank_and_world
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import ImageDataset, Normalise, validation_loader
@@ -39,6 +39,8 @@ from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
 from vpr.retrieval.embeddings import l2_normalize
 from vpr.training.loop import best_precision
+
+log = get_logger(__name__)
 
 _BATCH = 256
 _KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
@@ -111,9 +113,9 @@ def build_teacher_cache(
     folder = run_folder(path, values, parents)
     if find_up_to_date(path, "views", values, parents):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
-        say(f"{path}: up to date")
+        log.info(f"{path}: up to date")
         return _load(path)
-    say(
+    log.info(
         f"views: {config.views} of each of {len(catalog)} images, {source.dim} dimensions, "
         f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"
     )

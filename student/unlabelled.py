@@ -10,11 +10,13 @@ from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import Parent
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
 from vpr.data.duplicates import concatenate, duplicates_of
+
+log = get_logger(__name__)
 
 
 def add_unlabelled(
@@ -40,7 +42,7 @@ def add_unlabelled(
     extra = concatenate(found)
     seen = duplicates_of(extra, concatenate(scored))
     kept = extra.where(~seen)
-    say(f"unlabelled: {len(kept)} images, and {int(seen.sum())} left out that are (nearly) scored ones")
+    log.info(f"unlabelled: {len(kept)} images, and {int(seen.sum())} left out that are (nearly) scored ones")
     parents = [parent for one in found for parent in one.as_parents("unlabelled")]
     summary = {"unlabelled": {"images": len(kept), "left_out": int(seen.sum()), "sha256": kept.sha256}}
     return concatenate([training, kept]), summary, parents

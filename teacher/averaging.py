@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from teacher.scorer import Scorer, Weights
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.retrieval.metrics import RetrievalScores
+
+log = get_logger(__name__)
 
 Row = dict[str, Any]
 
@@ -124,5 +126,5 @@ def _score_members(
 
 def _said(label: str, scores: RetrievalScores, verdict: str = "") -> Row:
     end = f": {verdict}" if verdict else ""
-    say(f"  {label}: validation recall@1 {scores.recall_at_1:.4f}, mAP {scores.map:.4f}{end}")
+    log.info(f"  {label}: validation recall@1 {scores.recall_at_1:.4f}, mAP {scores.map:.4f}{end}")
     return {"val_recall_at_1": scores.recall_at_1, "val_map": scores.map}

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from teacher.config import DataConfig
 from vpr.artifacts.store import config_to_json, file_sha256, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.build_catalog import check_images
 from vpr.data.catalog import Catalog, Rejected, image_root, rows_to_table, write_catalog_files
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.readers import READERS
 from vpr.data.splits import find_leaks, split_by_product
+
+log = get_logger(__name__)
 
 Repeat = tuple[str, str, str]
 TABLES = {
@@ -42,7 +44,7 @@ def build_data(config: DataConfig) -> Path:
     root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
     values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _checksums(config)}
     if find_up_to_date(config.output, "catalog", values, []):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     catalogs, refused = [], []
     for reader, path in config.sources():
@@ -50,7 +52,7 @@ def build_data(config: DataConfig) -> Path:
         above = catalog.root.resolve().relative_to(root)
         refused += [((above / image).as_posix(), reason) for image, reason in aside]
         catalogs.append(catalog)
-    say("looking for images that repeat ...")
+    log.info("looking for images that repeat ...")
     whole, duplicates = merge(catalogs)
     joined, dropped = drop_split_overlap(whole)
     find_leaks(joined, allow=False)
@@ -126,7 +128,7 @@ def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Re
     rows = list(READERS[reader](path))
     if not rows:
         raise UserError(f"{path}: no images here: check --{reader}")
-    say(f"{path}: decoding {len(rows)} images ...")
+    log.info(f"{path}: decoding {len(rows)} images ...")
     root = image_root(reader, str(path))
     good, refused = check_images(root, rows, config.skip_unreadable)
     if not good:
@@ -136,7 +138,7 @@ def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Re
         try:
             table = split_by_product(table, config.validation, config.test, config.seed)
         except UserError as error:
-            say(f"  {path}: all of it stays in training: {error}")
+            log.info(f"  {path}: all of it stays in training: {error}")
     return Catalog(table, root), refused
 
 
@@ -171,15 +173,15 @@ def _say_built(
     several = sum(len(catalog.table["product"].unique()) for catalog in catalogs)
     several -= len(pa.chunked_array([c for catalog in catalogs for c in catalog.table["product"].chunks]).unique())
     if several:
-        say(f"  {several} products have the same id in more than one source and are taken for one")
-    say(
+        log.info(f"  {several} products have the same id in more than one source and are taken for one")
+    log.info(
         f"  repeated images: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
         f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows left out because their image "
         "or product is scored (listed in duplicates.csv)"
     )
     where = " (listed in set_aside.csv)" if refused else ""
     parts = ", ".join(f"{n} {split}" for split, n in summary["images"].items() if n)
-    say(
+    log.info(
         f"{config.output}: {len(joined)} images of {len(joined.table['product'].unique())} products ({parts}), "
         f"{len(refused)} set aside{where}"
     )

@@ -18,12 +18,14 @@ from teacher.memory import advice, available_memory, estimate
 from teacher.model import build_teacher
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError, explain_system_error
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler
 from vpr.training.config import RunConfig
 from vpr.training.loop import best_precision
+
+log = get_logger(__name__)
 
 
 def print_plan(
@@ -39,7 +41,7 @@ def print_plan(
     """Print the plan; networks are built on the meta device, so nothing of their size is allocated."""
     products, counts = np.unique(train.products, return_counts=True)
     world = rank_and_world()[1]
-    say(
+    log.info(
         f"teacher: {tower.name}, {len(train)} images of {len(products)} products, {places[0].total} epochs, "
         f"validated on {len(set(validation.products.tolist()))} other products"
     )
@@ -63,14 +65,14 @@ def print_plan(
         spread = world if run.strategy == "fsdp" else 1
         with _building(f"tower.image_size: {preprocess.size} in stage {number}"):
             memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
-        say(
+        log.info(
             f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
             f"{batch * world * run.accumulate} images of {preprocess.size} pixels; {_learning(teacher)} "
             f"parameters learn, and {_learning(classes)} of the head"
         )
-        say(f"    memory: {memory}")
+        log.info(f"    memory: {memory}")
         for line in advice(memory, available_memory(), batch, changed.gradient_checkpointing, half, world):
-            say(f"    {line}")
+            log.info(f"    {line}")
 
 
 @contextmanager

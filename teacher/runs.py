@@ -23,8 +23,10 @@ from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import atomic_write, run_folder
 from vpr.artifacts.store import SCHEMA, Card, CorruptArtifact, read_card_file
 from vpr.common.errors import UserError, printable
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.training.callbacks import MONITOR
+
+log = get_logger(__name__)
 
 _RUN = ".run-"
 _FILE_WIDTH = 180
@@ -71,7 +73,7 @@ def runs(config: RunsConfig) -> list[Run]:
     _print(found)
     if config.output:
         _write(found, Path(config.output))
-        say(f"{config.output}: {len(found)} runs")
+        log.info(f"{config.output}: {len(found)} runs")
     return found
 
 

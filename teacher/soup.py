@@ -27,9 +27,11 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.splits import find_leaks
+
+log = get_logger(__name__)
 
 # Parts of the network's configuration that weights do not depend on once they are trained.
 _FREE = frozenset({"dropout", "gradient_checkpointing"})
@@ -50,7 +52,7 @@ def soup(config: SoupConfig) -> Path:
     built = {key: card.config[key] for key in ("tower", "network", "tower_config")}
     values = config_to_json(config) | {"recipe": f"{config.method} soup"} | built
     if find_up_to_date(config.output, "teacher", values, parents):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     leak = known_leak(teachers, catalog)
     zero_shot = zero_shot_weights(teachers[0]) if config.method == "wise-ft" else {}
@@ -71,7 +73,7 @@ def soup(config: SoupConfig) -> Path:
             "seconds": round(time.monotonic() - started, 1),
             "parameters": sum(p.numel() for p in scorer.model.parameters()),
         }
-    say(f"{config.output}: {config.method} soup, validation recall@1 {chosen.scores.recall_at_1:.4f}")
+    log.info(f"{config.output}: {config.method} soup, validation recall@1 {chosen.scores.recall_at_1:.4f}")
     return Path(config.output)
 
 
@@ -114,7 +116,7 @@ def known_leak(teachers: Sequence[Artifact], catalog: Catalog) -> Row:
     for teacher in teachers:
         leak |= (teacher.card.catalog or {}).get("leak") or {}
     if leak:
-        say("  leak: these teachers were trained with one allowed; the soup's card says so too")
+        log.info("  leak: these teachers were trained with one allowed; the soup's card says so too")
         return leak
     return find_leaks(catalog, allow=False)
 
@@ -139,7 +141,7 @@ def zero_shot_weights(teacher: Artifact) -> Weights:
                 f"{teacher.path}: {network.pretrained} is not what its training began from any more: put that back"
             )
         if (Path(network.pretrained) / CARD_NAME).is_file():
-            say(f"  {teacher.path} began from the teacher {network.pretrained}: interpolating with its weights")
+            log.info(f"  {teacher.path} began from the teacher {network.pretrained}: interpolating with its weights")
         model, _ = build_teacher(network, teacher.card.config["tower_config"], load_pretrained=True)
     return {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
 

@@ -28,7 +28,7 @@ from vpr.artifacts.store import (
 )
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.data.splits import find_leaks
@@ -36,6 +36,8 @@ from vpr.imaging.decode import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import copy_logs
 from vpr.training.loop import FitResult, fit, training_and_validation, training_values
+
+log = get_logger(__name__)
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -53,7 +55,7 @@ def train(config: TrainConfig) -> Path | None:
     folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_up_to_date(config.output, "teacher", values, parents):
         drop_checkpoints(folder)  # of a run that was killed after its artifact was there
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     training, validation = training_and_validation(catalog, config.catalog)
     check_output(config.output, "teacher")
@@ -75,7 +77,7 @@ def train(config: TrainConfig) -> Path | None:
                 _fill(draft, config, fits, folder)
             drop_checkpoints(folder)
             best = f"teacher of epoch {draft.metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}"
-            say(f"{config.output}: {best}")
+            log.info(f"{config.output}: {best}")
     return Path(config.output)
 
 
@@ -94,7 +96,7 @@ def warn_unverified_init(start: Artifact | str, catalog: Catalog) -> dict[str, s
     if not isinstance(start, Artifact) or (start.card.catalog or {}).get("sha256") == catalog.sha256:
         return {}
     text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"
-    say(f"  {text}; the card says so")
+    log.info(f"  {text}; the card says so")
     return {"start": text}
 
 
@@ -144,6 +146,6 @@ def _run_stages(
             training_loader(datasets[1], loader, config.seed + number - 1, *rank_and_world()),
             validation_loader(datasets[2], loader, *rank_and_world()),
         )
-        say(f"stage {number}/{len(config.stages)}: {place.stage.train}, {place.stage.epochs} epochs")
+        log.info(f"stage {number}/{len(config.stages)}: {place.stage.train}, {place.stage.epochs} epochs")
         fits.append(fit(module, loaders, teacher, folder / f"stage-{number}", place.stage.epochs, config.run))
     return fits, preprocess, teacher.embedding_dim

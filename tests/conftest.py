@@ -13,12 +13,14 @@ from torch.utils.data._utils import signal_handling
 
 from experiments.random_student import write_random_student
 from student.config import StudentConfig
+from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
 
 disable_telemetry()
+configure_logging()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48
 # PyTorch would handle the end of a loader's worker in a signal. On one virtual machine's kernel a process that had used
 # the processor's matrix units (AMX) was killed when a handled signal reached it: without the handler none does.

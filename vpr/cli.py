@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vpr import __version__
 from vpr.common.distributed import destroy_process_group
 from vpr.common.errors import BudgetExceeded, UserError, explain_system_error
+from vpr.common.log import configure_logging
 from vpr.common.recipes import install_safe_yaml_loader
 from vpr.common.telemetry import disable_telemetry
 
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 and one line on anything the caller can put right, 1 where a named budget is broken."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     silence_libraries()
+    configure_logging()
     try:
         run(arguments)
         destroy_process_group()

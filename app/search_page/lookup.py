@@ -17,12 +17,14 @@ from rich.progress import Progress
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
 from vpr.imaging.decode import Preprocess, decode_bytes
 from vpr.inference.timing import measure
 from vpr.retrieval.embeddings import Forward, embed, l2_normalize, load_embeddings, write_embeddings
 from vpr.retrieval.search import search
+
+log = get_logger(__name__)
 
 _CHOICE_SECONDS = 0.2  # for each backend, where an artifact has several
 
@@ -103,7 +105,7 @@ def load_searchers(
         else:
             with _counting(forward, model.name, len(gallery)) as counted:
                 vectors = embed(gallery, preprocess, counted)
-        say(f"  {model.name}: {len(vectors)} gallery images, {vectors.shape[1]} dimensions")
+        log.info(f"  {model.name}: {len(vectors)} gallery images, {vectors.shape[1]} dimensions")
         searchers.append(Searcher(model.name, preprocess, forward, vectors))
     return searchers, gallery
 

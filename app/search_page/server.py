@@ -33,9 +33,11 @@ from app.config import ServeConfig
 from app.search_page.lookup import Searcher, SearchResult, agreement, load_searchers
 from app.search_page.upload_limits import ADDRESS, UploadBudget, listen, make_server
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import FORMATS, ImageRejected, decode
+
+log = get_logger(__name__)
 
 MAX_BYTES = 16 << 20
 UPLOAD_SECONDS = 20
@@ -62,10 +64,10 @@ def serve(config: ServeConfig) -> None:
     with listen(config.port) as listener:
         searchers, gallery = load_searchers(config.models, config.catalog, config.split, config.embeddings)
         app = make_app(searchers, gallery, config.top)
-        say(f"http://{ADDRESS}:{listener.getsockname()[1]}: open it in a browser, Ctrl-C ends it")
+        log.info(f"http://{ADDRESS}:{listener.getsockname()[1]}: open it in a browser, Ctrl-C ends it")
         with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
             make_server(app).run(sockets=[listener])
-    say("ended")
+    log.info("ended")
 
 
 def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:

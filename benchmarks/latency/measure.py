@@ -21,10 +21,12 @@ from benchmarks.latency.statistics import summarize_latency
 from export.backends.registry import USUAL, BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import check_output, config_to_json, load_artifact, write_artifact
 from vpr.common.hardware import available_cpus
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
 from vpr.inference.timing import measure_rounds
 from vpr.retrieval.embeddings import Forward
+
+log = get_logger(__name__)
 
 Row = dict[str, Any]
 
@@ -41,7 +43,9 @@ def measure_latency(config: LatencyConfig) -> Path:
     with write_artifact(config.output, "report", {**config_to_json(config), "threads": threads}, parents) as draft:
         (draft.path / "latency.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     timed = sum(row["latency_ms"] is not None for row in rows.values())
-    say(f"{config.output}: latency of {timed} models with {threads} threads each, {len(rows) - timed} could not run")
+    log.info(
+        f"{config.output}: latency of {timed} models with {threads} threads each, {len(rows) - timed} could not run"
+    )
     return Path(config.output)
 
 
@@ -95,7 +99,7 @@ def open_models(
         try:
             opened[model.name], rows[model.name] = (model, model.open(threads)), {}
         except BackendUnavailable as reason:
-            say(f"  {model.name}: not run: {reason}")
+            log.info(f"  {model.name}: not run: {reason}")
             rows[model.name] = {"latency_ms": None, "throughput": None, "notes": f"not run: {reason}"}
     return opened, rows
 
@@ -152,18 +156,18 @@ def _say_row(name: str, row: Row) -> None:
         low, high = (f"{end:.2f}" if end is not None else "?" for end in found["ci95"]["p50"])
         share = "" if row["of_ceiling"] is None else f", {row['of_ceiling'][batch]:.0%} of the ceiling"
         mark = "" if found["unstable"] is None else f"  UNSTABLE: {found['unstable']}"
-        say(
+        log.info(
             f"  {name}, batch {batch}: p50 {found['p50']:.2f} ms [{low}, {high}], p99 {found['p99']:.2f} ms, "
             f"{row['throughput'][batch]:.0f}/s{share}{mark}"
         )
     if row["cold_start_ms"] is not None and row["peak_memory_bytes"] is not None:
         memory = row["peak_memory_bytes"] / 1e6
-        say(f"  {name}: first embedding {row['cold_start_ms']:.0f} ms after a cold start, {memory:.0f} MB at most")
+        log.info(f"  {name}: first embedding {row['cold_start_ms']:.0f} ms after a cold start, {memory:.0f} MB at most")
     if row["preprocess_ms"]:
         alone, both = row["preprocess_ms"]["p50"], row["with_preprocess_ms"]["p50"]
-        say(f"  {name}: decode and resize {alone:.2f} ms, together with the model {both:.2f} ms")
+        log.info(f"  {name}: decode and resize {alone:.2f} ms, together with the model {both:.2f} ms")
     if found := row["open_loop"]:
-        say(
+        log.info(
             f"  {name}: {found['rate']:.1f} requests/s, {found['arrivals']}: p50 {found['p50']:.2f} ms, p99 "
             f"{found['p99']:.2f} ms from when they were due (the calls alone: p99 {found['service_p99']:.2f} ms)"
         )

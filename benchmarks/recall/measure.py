@@ -19,11 +19,13 @@ from benchmarks.recall.paired_bootstrap import compare_with_reference, recall_dr
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import Parent, config_to_json, find_up_to_date, load_artifact, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.metrics import evaluate
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def measure_recall(config: RecallConfig) -> Path:
     catalog = load_catalog(config.catalog)
     parents = parents_of(config.models, catalog)
     if find_up_to_date(config.output, "report", config_to_json(config), parents, "recall.json"):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     scored = score_models(catalog.select(split=config.split), config.models, config.seed, config.rerank)
     with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
@@ -56,7 +58,7 @@ def measure_recall(config: RecallConfig) -> Path:
         rows = [one.row for one in scored]
         (draft.path / "recall.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
         write_changed(draft.path / "changed.csv", [line for one in scored for line in one.changed])
-    say(f"{config.output}: recall of {len(scored)} models")
+    log.info(f"{config.output}: recall of {len(scored)} models")
     return Path(config.output)
 
 
@@ -157,13 +159,13 @@ def _score(model: Model, part: Catalog, seed: int, rerank: RerankConfig) -> Scor
     try:
         forward = model.open(default_threads())
     except BackendUnavailable as reason:
-        say(f"  {model.name}: not scored: {reason}")
+        log.info(f"  {model.name}: not scored: {reason}")
         return Scored({**row, "notes": f"not run: {reason}"}, None, model)
     if card.preprocess is None:
         raise UserError(f"{model.artifact.path}: its card has no preprocessing: make the artifact again")
     if (card.catalog or {}).get("leak"):
         add_note(row, "trained with a leak allowed, see its card: the recall is not honest")
-        say(f"  {model.name}: its card tells of a leak: something scored was trained on")
+        log.info(f"  {model.name}: its card tells of a leak: something scored was trained on")
     vectors = embed(part, card.preprocess, forward)
     scores = score_row(part, vectors, seed)
     _say_scores(model.name, scores)
@@ -172,7 +174,7 @@ def _score(model: Model, part: Catalog, seed: int, rerank: RerankConfig) -> Scor
 
 def _say_scores(name: str, scores: dict[str, Any]) -> None:
     low, high = scores["ci95"]
-    say(f"  {name}: recall@1 {scores['recall_at_1']:.3f} [{low:.3f}, {high:.3f}], mAP {scores['map']:.3f}")
+    log.info(f"  {name}: recall@1 {scores['recall_at_1']:.3f} [{low:.3f}, {high:.3f}], mAP {scores['map']:.3f}")
 
 
 def _reference(scored: list[Scored]) -> Scored | None:

@@ -23,8 +23,10 @@ from vpr.artifacts.store import (
     write_artifact,
 )
 from vpr.common.hardware import environment
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+
+log = get_logger(__name__)
 
 
 def build_report(config: ReportConfig) -> Path:
@@ -37,7 +39,7 @@ def build_report(config: ReportConfig) -> Path:
     parents = parents_of(config.models, catalog)
     parents += [load_artifact(path, "ranges").as_parent("ranges") for path in config.ranges]
     if find_up_to_date(config.output, "report", config_to_json(config), parents, "report.json"):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     measured, changed = _measure(config, catalog)
     check(measured, "report.json")
@@ -50,7 +52,7 @@ def build_report(config: ReportConfig) -> Path:
         (draft.path / "report.md").write_text(draw_markdown(measured), encoding="utf-8")
         (draft.path / "report.html").write_text(draw_html(measured), encoding="utf-8")
         write_changed(draft.path / "changed.csv", changed)
-    say(f"{config.output}: report of {len(measured['rows'])} rows")
+    log.info(f"{config.output}: report of {len(measured['rows'])} rows")
     return Path(config.output)
 
 

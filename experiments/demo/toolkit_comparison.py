@@ -18,8 +18,10 @@ from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.retrieval.metrics import bootstrap_interval
+
+log = get_logger(__name__)
 
 FLOAT, OURS = "ours: FP32", "ours: INT8"
 LIGHTLY, ONNXRUNTIME = ".venv-lightly", ".venv-onnxruntime"
@@ -53,12 +55,12 @@ def peer_graphs(student: TrainedStudent) -> dict[str, Path]:
     own, pixels = own_graphs(student)
     fp16 = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp16"), precision="fp16"))
     found = {FLOAT: own[int8_tools.FLOAT], "ours: FP16": fp16 / "model.onnx", OURS: own[int8_tools.OURS]}
-    say("  lightly-train: export_onnx")
+    log.info("  lightly-train: export_onnx")
     lightly = by_lightly(student, shape)
     found |= lightly
     for source in (FLOAT, next(iter(lightly))):
         for tool, scope in _QUANTISERS.items():
-            say(f"  {tool} of {source}")
+            log.info(f"  {tool} of {source}")
             output = student.folder / f"{tool}-{'ours' if source == FLOAT else 'lightly-train'}.onnx"
             run_tool(tool, ONNXRUNTIME, found[source], pixels, output, _TARGET)
             found[f"{source} → onnxruntime: INT8, {scope}"] = output

@@ -20,9 +20,11 @@ from export.tensorrt.build import build_engine
 from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.embeddings import embed, score_split
+
+log = get_logger(__name__)
 
 BATCHES = (1, 8, 32, 128)
 BACKENDS = ("torch-cuda", "torch-compile-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
@@ -64,7 +66,7 @@ def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
                 config = EngineConfig(str(graph), str(output), backend, target, max_batch=max(BATCHES))
                 engines[output.name] = build_engine(config)
             except UserError as error:
-                say(f"  {output.name}: not built: {error}")
+                log.info(f"  {output.name}: not built: {error}")
     return engines
 
 

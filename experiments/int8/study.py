@@ -20,9 +20,11 @@ from export.int8 import export_int8
 from export.parity import parity
 from export.to_onnx import export_onnx, load_onnx
 from vpr.artifacts.store import load_artifact
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
 from vpr.retrieval.embeddings import embed, score_split
+
+log = get_logger(__name__)
 
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)
 SEEDS = (0, 1)
@@ -47,7 +49,7 @@ def study(student: TrainedStudent) -> list[Row]:
         against = [parity(expected, vectors) for vectors in found]
         cosine = sum(one["cosine_mean"] for one in against) / len(against)
         drop = np.mean([hits.astype(float) - score_split(test, vectors).hits for vectors in found], axis=0)
-        say(f"  {student.name}, {name}: cosine {cosine:.6f}, drop {drop.mean():+.4f}")
+        log.info(f"  {student.name}, {name}: cosine {cosine:.6f}, drop {drop.mean():+.4f}")
         rows.append(
             {
                 "student": student.name,

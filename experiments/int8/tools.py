@@ -26,7 +26,7 @@ from export.int8 import export_int8
 from export.parity import parity
 from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.imaging.decode import Preprocess
 from vpr.inference.onnx_graph import GraphSession
@@ -34,6 +34,8 @@ from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.inference.timing import measure, summarise
 from vpr.retrieval.embeddings import Forward, embed, read_batches, score_split
 from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
+
+log = get_logger(__name__)
 
 OURS, FLOAT = "ours", "FP32"
 BUDGET = 0.005
@@ -108,7 +110,7 @@ def compare_tools(student: TrainedStudent, command: str) -> tuple[list[Figure], 
     speed = others[fastest].openvino / budgeted.openvino
     beaten_by = [name for name, one in others.items() if not matched(one, (ours, budgeted))]
     if beaten_by:
-        say(f"  {student.name}: ahead of ours in recall at their speed: {', '.join(beaten_by)}")
+        log.info(f"  {student.name}: ahead of ours in recall at their speed: {', '.join(beaten_by)}")
     what = student.name
     figures = [
         Figure(f"{what}: INT8 over FP32, recall@1", retained, "", _LEAST_RETENTION, ">=", command),
@@ -135,7 +137,7 @@ def quantise_with_all(student: TrainedStudent) -> dict[str, Path]:
     for tool, environment in ENVIRONMENTS.items():
         found[tool] = student.folder / f"{tool}.onnx"
         if not found[tool].is_file():
-            say(f"  {student.name}: {tool}")
+            log.info(f"  {student.name}: {tool}")
             run_tool(tool, environment, found[FLOAT], pixels, found[tool])
     return found
 
@@ -202,7 +204,9 @@ def measure_graphs(student: TrainedStudent, graphs: dict[str, Path]) -> dict[str
             times[name, "onnxruntime"],
             path.stat().st_size,
         )
-        say(f"  {student.name}, {name}: recall@1 {found[name].scores.recall_at_1:.4f}, {found[name].openvino:.2f} ms")
+        log.info(
+            f"  {student.name}, {name}: recall@1 {found[name].scores.recall_at_1:.4f}, {found[name].openvino:.2f} ms"
+        )
     return found
 
 

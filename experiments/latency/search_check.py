@@ -17,11 +17,13 @@ from experiments.venv_runner import run_in_venv
 from export.backends.registry import default_threads
 from student.model import load_student
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.embeddings import embed, torch_forward
 from vpr.retrieval.metrics import evaluate, evaluate_similarities
 from vpr.retrieval.search import search
+
+log = get_logger(__name__)
 
 RANX = ".venv-ranx"
 _CUTS = (1, 5, 10)
@@ -130,7 +132,7 @@ def time_search(
             begun = clock()
             calls[name]()
             seconds[name].append(clock() - begun)
-        say(
+        log.info(
             f"  round {number + 1}/{rounds}: " + ", ".join(f"{name} {some[-1]:.2f} s" for name, some in seconds.items())
         )
     return np.array(seconds["ours"]), np.array(seconds["faiss"])

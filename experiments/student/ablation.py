@@ -16,12 +16,14 @@ from student.distill import distill
 from student.model import load_student
 from teacher.model import Teacher, load_teacher
 from vpr.artifacts.store import Artifact
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import LoaderConfig
 from vpr.retrieval.embeddings import embed, score_split, torch_forward
 from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
 from vpr.training.config import RunConfig
+
+log = get_logger(__name__)
 
 SEEDS = (0, 1)
 # Patches of 16 of the teacher's own 96 pixels: the fewest multiply-adds that keep a convolutional stem's detail.
@@ -139,7 +141,7 @@ def score_students(paths: list[Path], test: Catalog) -> Scores:
     for path in paths:
         student, artifact = load_student(path)
         assert artifact.card.preprocess is not None
-        say(f"  scoring {path.name}")
+        log.info(f"  scoring {path.name}")
         found.append(score_split(test, embed(test, artifact.card.preprocess, torch_forward(student))))
         seconds.append(artifact.card.metrics["seconds"])
     return Scores(found, float(np.mean(seconds)))

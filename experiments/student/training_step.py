@@ -35,10 +35,12 @@ from student.model import Student, count_multiply_adds
 from student.teacher_cache import embed_pixels
 from teacher.config import TowerConfig
 from teacher.model import build_teacher, read_tower
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.loaders import Normalise
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
+
+log = get_logger(__name__)
 
 Mode = Literal["cached", "online"]
 _BANK, _CACHED = 4096, 65536  # embeddings; of the bank, and that batches are looked up in
@@ -153,7 +155,7 @@ def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, lis
                 "ceiling, TFLOP/s": f"{ceiling / 1e12:.4g}",
             }
         )
-        say(f"{mode}: {rows[-1]}")
+        log.info(f"{mode}: {rows[-1]}")
         figures += _figures(config, mode, batch / seconds, 100 * use)
         del step
         gc.collect()

@@ -18,7 +18,7 @@ from teacher.soup import soup
 from teacher.train import train
 from vpr.cli import read_config
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
 from vpr.data.config import CatalogConfig, LoaderConfig
@@ -28,6 +28,8 @@ from vpr.retrieval.embeddings import embed, torch_forward
 from vpr.retrieval.metrics import evaluate_similarities
 from vpr.retrieval.rerank import similarities
 from vpr.training.config import RunConfig
+
+log = get_logger(__name__)
 
 Vectors = NDArray[np.float32]
 Embedded = tuple[Vectors, Vectors]  # of the scored photos, and of the shop images
@@ -142,7 +144,7 @@ def shop_images(data: Path) -> Catalog:
 def _embed(path: Path, test: Catalog, shop: Catalog) -> Embedded:
     model, artifact = load_teacher(path)
     assert artifact.card.preprocess is not None
-    say(f"  scoring {path.name}")
+    log.info(f"  scoring {path.name}")
     forward = torch_forward(model)
     return embed(test, artifact.card.preprocess, forward), embed(shop, artifact.card.preprocess, forward)
 

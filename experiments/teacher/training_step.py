@@ -35,10 +35,12 @@ from teacher.config import HeadConfig, TowerConfig
 from teacher.head import MarginHead
 from teacher.layers import freeze_except
 from teacher.model import build_teacher, read_tower
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.loaders import Normalise
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
+
+log = get_logger(__name__)
 
 Mode = Literal["head", "full"]
 _LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}
@@ -188,12 +190,14 @@ def teacher_step(config: TeacherStepConfig) -> tuple[list[Figure], dict[str, lis
     tower_flops = count_flops(shadow.eval(), preprocess.size)
     rates = {shape: matmul_rate(shape, config.device) for shape in matmul_shapes(shadow, config.device)}
     ceiling = max(rates.values())
-    say(f"{config.tower}: {tower_flops / 1e9:.1f} GFLOP forward; matrix products reach {ceiling / 1e12:.4g} TFLOP/s")
+    log.info(
+        f"{config.tower}: {tower_flops / 1e9:.1f} GFLOP forward; matrix products reach {ceiling / 1e12:.4g} TFLOP/s"
+    )
     steps = []
     for mode in config.modes:
         steps.append(measure(mode, config, tower_flops))
         gc.collect()  # the network of this mode, before the next one is made
-        say(f"{_LABELS[mode]}: {_step_row(steps[-1], ceiling)}")
+        log.info(f"{_LABELS[mode]}: {_step_row(steps[-1], ceiling)}")
     suffix = "-compiled" if config.compile else ""
     products = [{"m": m, "k": k, "n": n, "TFLOP/s": f"{rate / 1e12:.4g}"} for (m, k, n), rate in rates.items()]
     tables = {

@@ -12,11 +12,13 @@ import onnx
 from numpy.typing import NDArray
 
 from vpr.common.hardware import lacks_vnni
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.common.telemetry import disable_telemetry
 from vpr.inference.onnx_graph import reraise_as_graph_error
 from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.retrieval.embeddings import Forward
+
+log = get_logger(__name__)
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:
@@ -64,4 +66,6 @@ def _has_eight_bits(graph: onnx.ModelProto | Path) -> bool:
 
 @cache
 def _say_that_they_overflow() -> None:
-    say("  openvino: no VNNI is seen here, without which its INT8 overflows: see the embeddings by onnxruntime-cpu")
+    log.info(
+        "  openvino: no VNNI is seen here, without which its INT8 overflows: see the embeddings by onnxruntime-cpu"
+    )

@@ -22,8 +22,10 @@ from export.to_onnx import fill_graph_card, load_onnx
 from vpr.artifacts.run_folder import atomic_write
 from vpr.artifacts.store import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.inference.onnx_session import INPUT
+
+log = get_logger(__name__)
 
 _MOST_CACHE = 1 << 28
 
@@ -40,9 +42,9 @@ def build_engine(config: EngineConfig) -> Path:
     values = {**config_to_json(config), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
     if find_up_to_date(config.output, "engine", values, parents):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
-    say(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(config.targets)}")
+    log.info(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(config.targets)}")
     started = time.monotonic()
     plan, layers = build_plan(trt, backend, graph, config)
     seconds = round(time.monotonic() - started, 2)
@@ -59,7 +61,7 @@ def build_engine(config: EngineConfig) -> Path:
             "multiply_adds": multiply_adds(graph),
             **layers,
         }
-    say(f"{config.output}: {len(plan) / 1e6:.1f} MB engine, built in {seconds:.1f} s")
+    log.info(f"{config.output}: {len(plan) / 1e6:.1f} MB engine, built in {seconds:.1f} s")
     return Path(config.output)
 
 

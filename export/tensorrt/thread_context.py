@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from export.tensorrt.cuda_driver import Driver, DriverError, Stream
 from export.tensorrt.profiles import Chunk, Profile, split_batch
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.inference.onnx_session import INPUT, OUTPUT
+
+log = get_logger(__name__)
 
 _MOST_GRAPHS = 16
 _FLOAT = np.dtype(np.float32).itemsize
@@ -149,7 +151,7 @@ class ThreadContext:
             self._replays[piece.size] = (own, graph)
         except (DriverError, MemoryError) as error:
             self._graphs = False
-            say(f"engine: runs without CUDA graphs from here on: {error}")
+            log.info(f"engine: runs without CUDA graphs from here on: {error}")
         finally:
             self._driver.synchronise(stream)
 

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -40,7 +42,7 @@ def file_lock(path: Path, busy: str = "") -> Iterator[None]:
                 raise UserError(busy) from None
             if error.errno not in _NO_LOCKS:
                 raise
-            say(f"{path.parent}: this file system has no locks: let no two processes write there")
+            log.info(f"{path.parent}: this file system has no locks: let no two processes write there")
             break
         if _is_at(path, stream.fileno()):
             break

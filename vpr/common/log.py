@@ -1,16 +1,45 @@
-"""What a verb says to the person in front of it."""
+"""Logging to standard error: plain lines, levels by ``-q`` and ``-v``, one process of several speaks."""
 
 from __future__ import annotations
+
+import logging
 
 from rich.console import Console
 
 from vpr.common.distributed import is_first
 from vpr.common.errors import printable
 
-_CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
+_ROOT = "vpr"
 
 
-def say(text: str) -> None:
-    """Print a line to standard error; of several processes the first speaks for all."""
-    if is_first():
-        _CONSOLE.print("\n".join(map(printable, text.split("\n"))), markup=False)
+class _LineHandler(logging.Handler):
+    """Print the message alone, without codes that could steer a terminal; warnings are marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; only the first of several processes prints."""
+        if not is_first():
+            return
+        mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self._console.print(mark + "\n".join(map(printable, record.getMessage().split("\n"))), markup=False)
+
+
+def get_logger(module: str) -> logging.Logger:
+    """Return the logger of a module (its ``__name__``), below the one that :func:`configure_logging` sets up."""
+    return logging.getLogger(f"{_ROOT}.{module.removeprefix(f'{_ROOT}.')}")
+
+
+def configure_logging(verbosity: int = 0) -> None:
+    """Send log records to standard error.
+
+    Args:
+        verbosity: -1 prints warnings and errors, 0 progress too, 1 or more also debug records.
+    """
+    logger = logging.getLogger(_ROOT)
+    logger.setLevel(logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity > 0 else logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(handler, _LineHandler) for handler in logger.handlers):
+        logger.addHandler(_LineHandler())

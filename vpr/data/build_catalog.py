@@ -10,12 +10,14 @@ from typing import Any
 from vpr.artifacts.store import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, Rejected, image_root, load_catalog, rows_to_table, write_catalog_files
 from vpr.data.config import CatalogConfig
 from vpr.data.readers import LINKED, READERS, Row, skipped_files
 from vpr.data.splits import split_by_product
 from vpr.imaging.decode import ImageRejected, decode_bytes, read_image
+
+log = get_logger(__name__)
 
 _CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
 
@@ -48,7 +50,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     catalog = Catalog(split_by_product(rows_to_table(good), config.validation, config.test, config.seed), root)
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(refused) and load_catalog(old.path).table.equals(catalog.table):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         write_catalog_files(draft, catalog, refused)
@@ -61,7 +63,7 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     from vpr.data.sample import unpack
 
     if find_up_to_date(config.output, "catalog", values, []):
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         draft.unlisted = frozenset({"images"})
@@ -102,7 +104,7 @@ def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[li
 def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Rejected]) -> None:
     where = " (listed in set_aside.csv)" if refused else ""
     products = len(set(catalog.products.tolist()))
-    say(f"{config.output}: {len(catalog)} images of {products} products, {len(refused)} set aside{where}")
+    log.info(f"{config.output}: {len(catalog)} images of {products} products, {len(refused)} set aside{where}")
 
 
 def _check(root: Path, row: Row) -> str | ImageRejected:

@@ -10,9 +10,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, SPLITS, Catalog
 from vpr.data.config import check_shares
+
+log = get_logger(__name__)
 
 
 def split_by_product(table: pa.Table, validation: float, test: float, seed: int) -> pa.Table:
@@ -102,7 +104,7 @@ def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:
         leak = check_leaks(parts[first], parts[second], allow)
         if leak:
             found[f"{first} in {second}"] = leak
-            say(f"  leak allowed: {first} shares {leak} with {second}; the card says so")
+            log.info(f"  leak allowed: {first} shares {leak} with {second}; the card says so")
     return found
 
 

@@ -17,13 +17,15 @@ from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait
 from vpr.artifacts.store import find_up_to_date
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.retrieval.config import EmbedConfig
 from vpr.retrieval.embed_job import EmbedJob, Loader
 from vpr.retrieval.embeddings import write_embeddings
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = get_logger(__name__)
 
 
 def embed_with(config: EmbedConfig, load: Loader) -> Path:
@@ -42,7 +44,7 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
     absent = [part for part in job.parts if not job.file(part).is_file()]
     if find_up_to_date(config.output, "embeddings", job.values, job.parents):
         shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its artifact was there
-        say(f"{config.output}: up to date")
+        log.info(f"{config.output}: up to date")
         return Path(config.output)
     if not len(job.catalog):
         raise UserError("embedding: the catalogue has no images of this split and role: choose another")
@@ -54,7 +56,7 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
 def _run(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> None:
     config = job.config
     if len(absent) < len(job.parts):
-        say(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
+        log.info(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
     if config.ray:
         from vpr.retrieval.ray_job import compute_parts  # Ray is an optional package
 
@@ -76,7 +78,7 @@ def _compute_local_parts(job: EmbedJob, absent: list[int], network: nn.Module) -
         if first <= part < last:
             atomic_save_npy(job.file(part), job.compute(part, network))
             if len(job.parts) > 1:
-                say(f"  part {part + 1} of {len(job.parts)}")
+                log.info(f"  part {part + 1} of {len(job.parts)}")
 
 
 def _merge_parts(job: EmbedJob) -> None:
@@ -85,4 +87,4 @@ def _merge_parts(job: EmbedJob) -> None:
     vectors = np.concatenate([np.load(job.file(part), allow_pickle=False) for part in job.parts])
     write_embeddings(job.config.output, vectors, job.catalog, job.model, job.values)
     shutil.rmtree(job.folder)
-    say(f"{job.config.output}: {len(vectors)} embeddings of {vectors.shape[1]} dimensions")
+    log.info(f"{job.config.output}: {len(vectors)} embeddings of {vectors.shape[1]} dimensions")

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from vpr.artifacts.run_folder import atomic_save_npy, atomic_write
 from vpr.common.errors import UserError, printable
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.rerank import rank
+
+log = get_logger(__name__)
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _SHOWN = 8
@@ -38,11 +40,11 @@ def search_gallery(config: SearchConfig) -> Path | None:
     _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
     if config.submission:
         atomic_save_npy(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
-        say(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery images each")
+        log.info(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery images each")
     if not config.output:
         return None
     _write(Path(config.output), queries, gallery, asked, shown[found[:, : config.k]], scores)
-    say(f"{config.output}: {len(asked)} queries, {config.k} results each")
+    log.info(f"{config.output}: {len(asked)} queries, {config.k} results each")
     return Path(config.output)
 
 

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vpr.common.distributed import full_state_dict, is_first
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.loaders import EpochSampler
+
+log = get_logger(__name__)
 
 MONITOR = "val_recall_at_1"  # what epochs are compared by
 
@@ -109,14 +111,14 @@ class EpochLogger(Callback):
         """Remember that this epoch has a recall of its own; print that of the last weights, which comes after."""
         self.validated = trainer.state.fn == TrainerFn.FITTING
         if not self.validated:
-            say(f"  the last weights  {MONITOR} {float(trainer.callback_metrics[MONITOR]):.3f}")
+            log.info(f"  the last weights  {MONITOR} {float(trainer.callback_metrics[MONITOR]):.3f}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
         """Print mean losses and, after a validation, recall."""
         hidden = ("_step", "_epoch", "_at_5", "map") + (() if self.validated else (MONITOR,))
         shown = {k: v for k, v in trainer.callback_metrics.items() if not k.endswith(hidden)}
         text = "  ".join(f"{name} {float(value):.3f}" for name, value in sorted(shown.items()))
-        say(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
+        log.info(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
         self.validated = False
 
 

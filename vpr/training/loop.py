@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from vpr.artifacts.store import config_to_json
 from vpr.common.distributed import all_gather_cat, full_state_dict, rank_and_world, shard, trainer_options
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler, Normalise
 from vpr.imaging.decode import Preprocess
@@ -39,6 +39,8 @@ from vpr.training.callbacks import (
 from vpr.training.config import RunConfig
 from vpr.training.ema import Ema
 from vpr.training.loggers import open_logs
+
+log = get_logger(__name__)
 
 # Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -193,7 +195,7 @@ def fit(
     trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock, RestoreSamplerEpoch(sampler)])
     last = folder / "last.ckpt"
     if last.is_file():
-        say(f"  resuming from the checkpoint in {folder}")
+        log.info(f"  resuming from the checkpoint in {folder}")
     trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
     if epochs % run.validate_every:
         trainer.validate(module, loaders[1], verbose=False)

@@ -12,7 +12,9 @@ from experiments.figures import Figure, Row
 from tests.reliability.faults.killed_run import KilledRun, kill_at_random, kill_at_step
 from tests.reliability.faults.pipeline import Pipeline
 from tests.reliability.faults.stages import STAGES, Stage
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 
 def kill_stages(
@@ -38,7 +40,7 @@ def kill_stages(
             _say_fault(drawn[-1], f"kill-{len(drawn) - 1}")
         if stage.name in steps:
             stepped += every_step(pipeline, stage)
-        say(f"  {stage.name}: {sum(one.kills for one in drawn if one.stage == stage.name)} kills")
+        log.info(f"  {stage.name}: {sum(one.kills for one in drawn if one.stage == stage.name)} kills")
     return drawn, stepped
 
 
@@ -97,4 +99,4 @@ def _row(name: str, killed: list[KilledRun]) -> Row:
 
 def _say_fault(run: KilledRun, name: str) -> None:
     if run.faulty:
-        say(f"  {name}: {run}")
+        log.info(f"  {name}: {run}")

@@ -16,7 +16,9 @@ from experiments.command import run_command
 from experiments.figures import Figure, Row, show
 from tests.reliability.case_process import Worker
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 LONGEST = 5.0  # seconds of processor time, which other work on the machine does not lengthen
 _FAULTS = ("crash", "hang", "exception", "half-written")
@@ -94,8 +96,8 @@ def fuzz(config: FuzzConfig) -> list[FuzzResult]:
                 one = FuzzResult(case, **vars(route_of(case)), **told)
                 found.append(one)
                 if one.faulty:
-                    say(f"  case {case}: {one.verb} on {one.artifact}/{one.file}: {one.outcome}: {one.line}")
-                    say(f"    after: {one.mutation}")
+                    log.info(f"  case {case}: {one.verb} on {one.artifact}/{one.file}: {one.outcome}: {one.line}")
+                    log.info(f"    after: {one.mutation}")
     return found
 
 

@@ -22,7 +22,9 @@ from typing import Any
 from experiments.command import run_command
 from experiments.figures import ROOT, Figure, Row, show
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 NAMES = ("card", "table", "ranges", "graph")
 KEPT = ROOT / "tests" / "reliability" / "fuzz" / "corpus"
@@ -105,7 +107,9 @@ def _fuzz(target: str, folder: Path, seconds: float) -> Fuzzed:
         reached = _covered(_run(target, Path(name), math.inf, str(grown), str(KEPT / target), "-runs=0"))
     faults = sorted(path.name for path in folder.iterdir() if path.name.startswith(_FAULTS) and path.suffix != ".txt")
     fuzzed = Fuzzed(target, told["seconds"], told["accepted"], told["refused"], tuple(faults), (nothing, kept, reached))
-    say(f"  {target}: {told['accepted'] + told['refused']} inputs in {told['seconds']:.0f} s, {len(faults)} faults")
+    log.info(
+        f"  {target}: {told['accepted'] + told['refused']} inputs in {told['seconds']:.0f} s, {len(faults)} faults"
+    )
     return fuzzed
 
 

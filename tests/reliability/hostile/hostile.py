@@ -16,7 +16,9 @@ from experiments.command import run_command
 from experiments.figures import Figure, Row, show
 from tests.reliability.case_process import Worker
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 LONGEST = 10.0  # seconds of processor time, of a verb
 _WITH_ITS_FILE = 25.0  # the same, with the making of what it is given
@@ -105,8 +107,8 @@ def attack(config: HostileConfig) -> list[HostileResult]:
                 one = HostileResult(number, case.kind, case.name, case.road, case.expected, **told)
                 found.append(one)
                 if one.faulty:
-                    say(f"  case {number}: {one.kind}: {one.name}: {one.road}: {one.outcome}: {one.line}")
-                    say(f"    {one.seconds} s, {one.memory / 1e9:.2f} GB, {one.expected} was expected")
+                    log.info(f"  case {number}: {one.kind}: {one.name}: {one.road}: {one.outcome}: {one.line}")
+                    log.info(f"    {one.seconds} s, {one.memory / 1e9:.2f} GB, {one.expected} was expected")
     return found
 
 

@@ -24,8 +24,10 @@ from tests.reliability.footprint import Footprint, footprint
 from tests.reliability.load.clients import Outcome, Upload, run_clients
 from tests.reliability.load.uploads import SHARES, TOP, Uploads
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
+
+log = get_logger(__name__)
 
 _LOOK = 0.05  # seconds between looks at the page's memory
 _SETTLE = 15.0  # seconds for connections to end
@@ -91,7 +93,7 @@ def put_under_load(config: LoadConfig) -> Seen:
             plans = [[uploads.draw() for _ in range(config.uploads)] for _ in range(config.clients)]
             asyncio.run(_watched(process.pid, port, plans, seen))
             seen.after.append(_settled(process.pid, seen.idle))
-            say(f"  round {number + 1} of {config.rounds}: {len(seen.outcomes)} uploads so far")
+            log.info(f"  round {number + 1} of {config.rounds}: {len(seen.outcomes)} uploads so far")
         process.send_signal(signal.SIGINT)
         seen.code = process.wait(60)
         seen.left = sorted(path.name for path in (Path(name) / "tmp").iterdir())

@@ -24,13 +24,13 @@ from experiments.figures import ROOT, Figure, Row
 from tests.reliability.commands import write_images
 from vpr.cli import COMMANDS
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 _LONGEST = 4 * 3600.0  # seconds; the demo trains two models, on a machine that may have other work
 _ALONE = ("unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
-_TOGETHER = (
-    "import json; from vpr.cli import silence_libraries, run; silence_libraries(); [run(one) for one in json.load(open('road.json'))]"
-)
+_TOGETHER = "import json; from vpr.cli import silence_libraries, run; silence_libraries(); [run(one) for one in json.load(open('road.json'))]"
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 _SERVE = "search serve"
 _LOADER = "--loader.batch_size 8 --run.precision 32-true"
@@ -183,7 +183,7 @@ def offline(folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
     prepare(folder)
     told = []
     for one in run_each(ROAD, folder):
-        say(f"  {one.verb}: exit status {one.code}, tried to reach {', '.join(one.attempts) or 'nothing'}")
+        log.info(f"  {one.verb}: exit status {one.code}, tried to reach {', '.join(one.attempts) or 'nothing'}")
         told.append(one)
     (asked,) = run_each((DOWNLOAD,), folder)
     if asked.passed or not asked.attempts:

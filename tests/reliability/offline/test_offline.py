@@ -114,8 +114,6 @@ def test_where_a_network_can_be_had_alone_it_has_nothing_but_loopback(tmp_path: 
 
 def test_openvino_says_nothing_of_its_use(tmp_path: Path) -> None:
     """It would tell Google Analytics of each import, from a thread, passing over any error."""
-    code = (
-        "from vpr.cli import silence_libraries; silence_libraries(); import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
-    )
+    code = "from vpr.cli import silence_libraries; silence_libraries(); import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
     assert _guarded(code, tmp_path / "log") == "openvino.tools.ovc.telemetry_stub\n"
     assert not (tmp_path / "log").exists()

@@ -27,7 +27,9 @@ from tests.reliability.soak.round import make, one_round
 from tests.reliability.soak.running_clock import RunningClock
 from tests.reliability.soak.trend import fit_trend
 from vpr.common.errors import UserError
-from vpr.common.log import say
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
 
 SAMPLES = "samples.csv"
 _MOST_NAMES = 1_500_000
@@ -133,7 +135,7 @@ def record_rounds(config: SoakConfig, work: Callable[[], str]) -> Path:
             writer.writerow(asdict(sample))
             stream.flush()
             if number % 20 == 1:
-                say(f"  round {number}, {sample.hours:.2f} h: {sample.resident_mib:.1f} MiB")
+                log.info(f"  round {number}, {sample.hours:.2f} h: {sample.resident_mib:.1f} MiB")
             if sample.hours >= config.hours:
                 return path
             time.sleep(config.pause * (time.process_time() - before))
@@ -217,7 +219,7 @@ def _tenth(samples: list[Sample], number: int) -> Row:
 
 def main() -> None:
     """The soak that the flags ask for."""
-    run_command("soak", __doc__, SoakConfig, lambda config: say(f"{soak(config)}: done"))
+    run_command("soak", __doc__, SoakConfig, lambda config: log.info(f"{soak(config)}: done"))
 
 
 if __name__ == "__main__":
