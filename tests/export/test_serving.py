@@ -34,7 +34,7 @@ from vpr.artifacts.store import Artifact, load_artifact, write_artifact
 from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings, write_embeddings
 from vpr.retrieval.search_command import search_gallery

@@ -23,7 +23,7 @@ from vpr.common.hardware import available_cpus
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 _SILENCE = ("ignore", None, Warning, None, 0)  # what simplefilter("ignore") puts before all other filters
 _PREFETCH = 4  # batches a worker has ready; decoding is uneven

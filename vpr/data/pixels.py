@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import Preprocess, decode
+from vpr.imaging.decode import decode
+from vpr.imaging.preprocess import Preprocess
 
 
 def read_pixels(catalog: Catalog, preprocess: Preprocess, rows: range) -> NDArray[np.uint8]:

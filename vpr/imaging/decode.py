@@ -1,4 +1,4 @@
-"""Decoding images and the one preprocessing that training, evaluation and deployment share."""
+"""Decoding of image files to RGB, with bounded memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import math
 import re
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
-from pydantic import BaseModel, ConfigDict, Field
 
 from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.imaging.limits import (
@@ -27,7 +24,6 @@ from vpr.imaging.limits import (
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # EXIF 2.3, tag 0x0112: what makes the stored image upright.
 _ORIENTATION = 0x0112
@@ -55,71 +51,6 @@ class ImageRejected(UserError):
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}: replace the file, or make the catalogue with --skip_unreadable true")
         self.reason = reason
-
-
-# Bounded, so that no card can make an input that is not finite.
-_Mean = Annotated[float, Field(ge=-10, le=10)]
-_Std = Annotated[float, Field(ge=1e-3, le=10)]
-
-
-class Preprocess(BaseModel):
-    """From an image to the model's input, as recorded in an artifact's card.
-
-    Attributes:
-        size: side of the square input, pixels.
-        resize: ``squash`` to the square, or the ``shortest`` side to ``size``.
-        crop: ``none`` (squash) or ``center``.
-        interpolation: filter of the resize, antialiased.
-        mean: per channel, of values in 0…1.
-        std: per channel, of values in 0…1.
-        layout: order of the axes of a batch.
-        dtype: of the model's input.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int = Field(ge=16, le=2048)
-    resize: Literal["squash", "shortest"] = "squash"
-    crop: Literal["none", "center"] = "none"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[_Mean, _Mean, _Mean] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[_Std, _Std, _Std] = (0.26862954, 0.26130258, 0.27577711)
-    layout: Literal["NCHW"] = "NCHW"
-    dtype: Literal["float32"] = "float32"
-
-    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize and crop an RGB image to (3, size, size) uint8."""
-        resampling = _RESAMPLING[self.interpolation]
-        if self.resize == "squash":
-            image = image.resize((self.size, self.size), resampling)
-        else:
-            image = image.resize((self.size, self.size), resampling, _centre_box(image.width, image.height, self.size))
-        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-
-    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(batch, 3, size, size) uint8 to normalised float32 of the same shape."""
-        scale, offset = self.scale_offset()
-        return pixels.astype(np.float32) * scale + offset
-
-    def scale_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """``scale`` and ``offset``, each (3, 1, 1) float32: input = pixel * scale + offset."""
-        std = np.asarray(self.std, dtype=np.float64)
-        scale = 1 / (255 * std)
-        offset = -np.asarray(self.mean, dtype=np.float64) / std
-        return scale.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
-
-
-def _centre_box(width: int, height: int, size: int) -> Box:
-    """(left, top, right, bottom) whose resize to a square is torchvision's ``Resize(size)`` and ``CenterCrop(size)``.
-
-    Resizing only this box gives the same pixels without ever making the long side of a very long image.
-    """
-    shorter = min(width, height)
-    scaled = (int(size * width / shorter), int(size * height / shorter))
-    left, top = (round((side - size) / 2.0) for side in scaled)
-    across, down = width / scaled[0], height / scaled[1]
-    # Rounding may put the far edge a hair outside, which Pillow refuses.
-    return left * across, top * down, min((left + size) * across, width), min((top + size) * down, height)
 
 
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:

@@ -18,7 +18,7 @@ from vpr.common.distributed import all_gather_cat, destroy_process_group, is_fir
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.config import RunConfig
 from vpr.training.loop import RecallModule, fit
 

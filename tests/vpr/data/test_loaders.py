@@ -16,7 +16,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler, ImageDataset, training_loader, validation_loader
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=16)
 LOCK = threading.Lock()

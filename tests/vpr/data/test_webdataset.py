@@ -15,8 +15,9 @@ from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import ImageRejected, Preprocess, read_image
+from vpr.imaging.decode import ImageRejected, read_image
 from vpr.imaging.limits import MAX_FILE_BYTES
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import load_embeddings
 
 Member = tuple[str, bytes]

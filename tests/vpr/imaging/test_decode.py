@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from tests.reliability.hostile.images import encoded
-from vpr.imaging.decode import ImageRejected, Preprocess, decode, decode_bytes
+from vpr.imaging.decode import ImageRejected, decode, decode_bytes
 from vpr.imaging.limits import MAX_FILE_BYTES, MAX_PIXELS
+from vpr.imaging.preprocess import Preprocess
 
 
 def _image(width: int = 60, height: int = 40) -> Image.Image:

@@ -12,7 +12,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from vpr.artifacts.store import Embedding, load_artifact, write_artifact
 from vpr.common.errors import UserError
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT
 

@@ -16,7 +16,7 @@ from tests.vpr.data.test_webdataset import build, write_shards
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import load_catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import embed, load_embeddings, read_batches, torch_forward
 
 KILLED = """
