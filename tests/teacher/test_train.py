@@ -243,11 +243,11 @@ def test_a_leak_is_refused_and_when_allowed_stands_in_the_card(catalog: Catalog,
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StageConfig("all", 0), r"stages\.epochs: 0"),
+        (lambda: StageConfig("all", 0), r"stages\.epochs: expected 1 or more, got 0"),
         (lambda: StageConfig("last", 1), r"stages\.last_blocks: 0 with train: last"),
         (lambda: StageConfig("all", 1, layer_decay=0.0), "layer_decay"),
         (lambda: StageConfig("all", 1, lr_head=float("nan")), r"stages\.lr_head: nan"),
-        (lambda: RunConfig(accumulate=0), r"run\.accumulate: 0"),
+        (lambda: RunConfig(accumulate=0), r"run\.accumulate: expected 1 or more, got 0"),
         (lambda: RunConfig(ema=1.0), r"run\.ema: 1\.0"),
         (lambda: ViewConfig(flip=2.0), r"views\.flip: 2\.0"),
         (lambda: ViewConfig(scale=(0.0, 1.0)), r"views\.scale"),

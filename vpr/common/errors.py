@@ -45,8 +45,8 @@ def check_numbers(config: object, section: str = "", **bounds: tuple[float, floa
     for name, (least, most) in bounds.items():
         value = getattr(config, name)
         if not (least <= value and (most is None or value <= most)):
-            wanted = f"{least} or more" if most is None else f"{least} to {most}"
-            raise UserError(f"{section}{name}: {value}: give {wanted}")
+            expected = f"{least} or more" if most is None else f"{least} to {most}"
+            raise UserError(f"{section}{name}: expected {expected}, got {value}.")
 
 
 class BudgetExceeded(Exception):

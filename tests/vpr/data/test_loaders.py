@@ -170,10 +170,10 @@ def test_too_few_images_for_a_batch_are_refused(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 0}, r"loader\.batch_size: 0: give 1 or more"),
-        ({"workers": -1}, r"loader\.workers: -1: give 0 to 512"),
-        ({"max_per_product": -1}, r"loader\.max_per_product: -1"),
-        ({"min_per_product": -2}, r"loader\.min_per_product: -2"),
+        ({"batch_size": 0}, r"loader\.batch_size: expected 1 or more, got 0"),
+        ({"workers": -1}, r"loader\.workers: expected 0 to 512, got -1"),
+        ({"max_per_product": -1}, r"loader\.max_per_product: expected 0 to 1048576, got -1"),
+        ({"min_per_product": -2}, r"loader\.min_per_product: expected 0 to 10000, got -2"),
         (
             {"max_per_product": 5, "min_per_product": 6},
             r"loader\.min_per_product: 6 is more than loader\.max_per_product 5: lower it",
