@@ -22,11 +22,11 @@ class Measurement:
 
     Attributes:
         rounds: milliseconds of the timed calls of each round.
-        settled: whether it was steady when its warm-up ended.
+        warmed_up: whether it was steady when its warm-up ended.
     """
 
     rounds: tuple[NDArray[np.float64], ...]
-    settled: bool
+    warmed_up: bool
 
     @property
     def milliseconds(self) -> NDArray[np.float64]:
@@ -51,13 +51,13 @@ def measure_rounds(
     Returns:
         by name; every round has at least one timed call.
     """
-    settled = {name: _warm_up(call, clock) for name, call in calls.items()}
+    warmed_up = {name: _warm_up(call, clock) for name, call in calls.items()}
     rounds: dict[str, list[NDArray[np.float64]]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
         for name, call in calls.items():
             call()
             rounds[name].append(_time_round(call, seconds / _ROUNDS, clock))
-    return {name: Measurement(tuple(rounds[name]), settled[name]) for name in calls}
+    return {name: Measurement(tuple(rounds[name]), warmed_up[name]) for name in calls}
 
 
 def measure(
