@@ -34,7 +34,7 @@ def test_truncated_jpeg(capsys: pytest.CaptureFixture[str], texture_folder: Path
     error = _fails(capsys, "catalog", "--reader", "folder", "--root", str(root), "--output", str(tmp_path / "c"))
     assert str(victim) in error
     assert "truncated" in error
-    assert "--skip_unreadable" in error
+    assert "--skip-unreadable" in error
     assert not (tmp_path / "c").exists()
 
 
