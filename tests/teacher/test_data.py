@@ -221,9 +221,9 @@ def test_the_command_builds_what_the_loader_trains_on(
     ("arguments", "message"),
     [
         ([], "no source: give --products10k, --aicrowd or --csv"),
-        (["--products10k", "x", "--validation", "-1"], "validation -1.0 and test 0.0: shares"),
-        (["--products10k", "x", "--validation", ".nan"], "validation nan and test 0.0: shares"),
-        (["--products10k", "x", "--seed", "-1"], "seed: -1: give 0 or more"),
+        (["--products10k", "x", "--validation", "-1"], "together less than 1, got -1.0 and 0.0"),
+        (["--products10k", "x", "--validation", ".nan"], "together less than 1, got nan and 0.0"),
+        (["--products10k", "x", "--seed", "-1"], "seed: expected 0 or more, got -1"),
         (["--products10k", "x", "--aicrowd", "x"], "one source is given twice"),
         (["--csv", "[absent.csv]"], "absent.csv: no such file"),
         (["--aicrowd", "absent"], "gallery.csv: no such file"),

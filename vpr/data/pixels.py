@@ -1,4 +1,4 @@
-"""Pixels of catalogue rows."""
+"""Preprocessed pixels of catalogue rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from vpr.imaging.preprocess import Preprocess
 
 
 def read_pixels(catalog: Catalog, preprocess: Preprocess, rows: range) -> NDArray[np.uint8]:
-    """Decode and resize rows of a catalogue: (len(rows), 3, size, size) uint8."""
+    """Decode and resize rows of a catalogue to (len(rows), 3, size, size) uint8."""
     images = (decode(catalog.path(row), catalog.box(row), preprocess.size) for row in rows)
     return np.stack([preprocess.pixels(image) for image in images])
