@@ -63,7 +63,7 @@ class LoaderConfig:
         workers: Number of decoding processes. 0 decodes in the training process. With ``keep_in_memory`` none start.
             They use the forkserver start method: scripts need ``if __name__ == "__main__":``.
         keep_in_memory: Decode every image once and keep its pixels, for data sets that fit in memory.
-        max_per_product: Largest number of images of a product in an epoch, sampled anew each epoch. 0 takes all.
+        max_per_product: Largest number of images of a product in an epoch, a new sample each epoch. 0 takes all.
         min_per_product: Smallest number of images of a product in an epoch, by repetition. 0 repeats none.
     """
 

@@ -54,7 +54,7 @@ def _find_problem(values: dict[str, str], required: tuple[str, ...]) -> str:
     if any("\0" in value for value in values.values() if value):  # NumPy drops zero bytes at the end of a text
         return "a zero byte. Write it as CSV in UTF-8."
     if broken := [name for name in required if "\n" in values[name] or "\r" in values[name]]:
-        # A stray quote makes one row of the lines below it.
+        # A stray quote joins the lines below it to its row.
         return f"'{broken[0]}' has a line break. Look for a stray quote above."
     return ""
 

@@ -149,7 +149,7 @@ def test_pixels_in_memory_need_no_workers(catalog: Catalog) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3, 5, 40])
-def test_processes_validate_all_images_in_equal_batches(catalog: Catalog, world: int) -> None:
+def test_processes_validate_images_in_equal_batches(catalog: Catalog, world: int) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
     config = LoaderConfig(4)
     shares = [[b["rows"].tolist() for b in validation_loader(dataset, config, rank, world)] for rank in range(world)]

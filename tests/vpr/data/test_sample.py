@@ -63,7 +63,7 @@ def test_every_product_is_attributed(sample: Catalog) -> None:
     assert all(row["creator"] for row in rows.values())
 
 
-def test_packing_is_deterministic_and_needs_enough_views(tmp_path: Path) -> None:
+def test_packing_is_deterministic_and_filters_views(tmp_path: Path) -> None:
     folder, rng = tmp_path / "renders", np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     lines, credits = ["path,product,category,role,view"], ["product,name,creator,license"]

@@ -71,8 +71,8 @@ def _loop(graph: onnx.ModelProto) -> None:
 
 
 def _function(graph: onnx.ModelProto) -> None:
-    call = helper.make_node("Again", ["x"], ["y"], domain="own")
-    graph.functions.append(onnx.FunctionProto(name="Again", domain="own", input=["x"], output=["y"], node=[call]))
+    call = helper.make_node("Again", ["x"], ["y"], domain="custom")
+    graph.functions.append(onnx.FunctionProto(name="Again", domain="custom", input=["x"], output=["y"], node=[call]))
 
 
 def _custom_domain(graph: onnx.ModelProto) -> None:

@@ -139,7 +139,7 @@ def test_threads_read_ahead_in_order(shards: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("threads", -1), ("part", 0), ("ray", -1)])
 def test_settings_out_of_range(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=f"^{name}: {value}: give"):
+    with pytest.raises(UserError, match=f"^{name}: expected .*, got {value}\\."):
         EmbedConfig("m", "c", "o", **{name: value})  # type: ignore[arg-type]
 
 
