@@ -29,7 +29,7 @@ from vpr.artifacts.store import (
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.retrieval.embeddings import read_batches
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from student.config import StudentConfig
 from student.model import Student
 from vpr.artifacts.store import Embedding, write_artifact
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 
 def write_random_student(path: Path, config: StudentConfig) -> Path:

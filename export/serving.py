@@ -25,7 +25,7 @@ from vpr.artifacts.store import (
 )
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import load_graph
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search

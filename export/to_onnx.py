@@ -26,7 +26,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpr.artifacts.store import Artifact, TensorSpec
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 _TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 at both ends
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "engine": ("tensorrt_plan", "tensorrt")}

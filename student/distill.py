@@ -43,7 +43,7 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.loaders import ImageDataset, Normalise, training_loader, validation_loader
 from vpr.data.splits import find_leaks
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import check_tracker, copy_logs
 from vpr.training.loop import FitResult, fit, training_and_validation, training_values

@@ -13,7 +13,7 @@ from student.model import Student
 from student.targets import CachedTargets, Mixup, OnlineTargets
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import RecallModule, decay_groups
 
 

@@ -15,7 +15,7 @@ from vpr.common.distributed import all_gather_cat
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import ImageDataset, Normalise
 from vpr.imaging.augment import apply_views
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 
 class CachedTargets(nn.Module):

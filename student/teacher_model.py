@@ -11,7 +11,7 @@ from student.model import load_student
 from teacher.model import load_teacher
 from vpr.artifacts.store import Artifact
 from vpr.common.errors import UserError
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 
 @dataclass(frozen=True)

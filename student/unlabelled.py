@@ -58,7 +58,7 @@ def _catalog(folder: str, output: str) -> Catalog:
         try:
             build_catalog(CatalogConfig("images", output, folder, skip_unreadable=True))
         except UserError as error:
-            reason = str(error).partition(": check ")[0]
+            reason = str(error).partition(". Check ")[0]
             raise UserError(f"unlabelled: {folder}: {reason}: name a folder of images") from None
         folder = output
     catalog = load_catalog(folder)

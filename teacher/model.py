@@ -19,7 +19,7 @@ from teacher.weights import download, load_tower_weights, read_tower_weights
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 # A tower may be described by a stranger's file: these bound what it can make a reader build.
 _MAX_TOWER_BYTES = 1 << 20

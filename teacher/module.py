@@ -16,7 +16,7 @@ from teacher.weights import load_tower_weights
 from vpr.common.distributed import rank_and_world
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import RecallModule, decay_groups
 
 

@@ -17,7 +17,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import ImageDataset, validation_loader
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import l2_normalize, score_split, torch_forward
 from vpr.retrieval.metrics import RetrievalScores
 

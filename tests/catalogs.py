@@ -1,4 +1,4 @@
-"""Catalogues written as a test has made them."""
+"""Catalogue artifacts from tables that a test builds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vpr.data.catalog import Catalog, write_catalog_files
 
 
 def write_catalog(path: Path, catalog: Catalog) -> Path:
-    """Write a catalogue whose images stay in its root."""
+    """Write a catalogue artifact; its images stay in their root."""
     with write_artifact(path, "catalog", {"reader": "table", "root": str(catalog.root.resolve())}) as draft:
         write_catalog_files(draft, catalog, [])
     return path

@@ -1,4 +1,4 @@
-"""Images and small models that several tests share. Everything is made here; nothing is downloaded."""
+"""Shared images and small models. The fixtures generate everything; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from vpr.data.config import CatalogConfig
 disable_telemetry()
 configure_logging()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48
-# PyTorch would handle the end of a loader's worker in a signal. On one virtual machine's kernel a process that had used
-# the processor's matrix units (AMX) was killed when a handled signal reached it: without the handler none does.
+# PyTorch installs a SIGCHLD handler for the exit of DataLoader workers. On the kernel of a virtual machine, a process
+# that had used AMX was killed when a handled signal arrived. This flag prevents the handler.
 signal_handling._SIGCHLD_handler_set = True
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of larger data sets; the test is skipped without it."""
+    """Folder of the larger data sets; tests that need it are skipped without VPR_DATA."""
     folder = os.environ.get("VPR_DATA")
     if not folder:
-        pytest.skip("VPR_DATA is not set: it names the folder of the larger data sets")
+        pytest.skip("VPR_DATA is not set: it is the folder of the larger data sets")
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def texture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per product of JPEGs: each product has its own texture, each view its own crop and light."""
+    """Folder per product of JPEGs: a texture per product, a crop and a brightness per view."""
     root = tmp_path_factory.mktemp("textures")
     rng = np.random.default_rng(0)
     for product in range(PRODUCTS):
@@ -55,31 +55,31 @@ def texture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Catalog:
-    """The textures, a quarter of the products each for validation and test."""
+    """Catalogue of the textures, with a quarter of the products each for validation and test."""
     output = tmp_path_factory.mktemp("catalog") / "catalog"
     config = CatalogConfig(reader="folder", root=str(texture_folder), output=str(output), validation=0.25, test=0.25)
     return load_catalog(build_catalog(config))
 
 
 def edit_card(path: Path, **changes: object) -> None:
-    """Change an artifact's card, which is not signed."""
+    """Change fields of an artifact's card, which is not signed."""
     card = json.loads((path / "card.json").read_text())
     (path / "card.json").write_text(json.dumps({**card, **changes}))
 
 
 def small_student(stem: str) -> StudentConfig:
-    """A student of a few thousand parameters."""
+    """Return the configuration of a student of a few thousand parameters."""
     shape = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 128, "embedding_dim": 32}
     return StudentConfig(image_size=32, patch_size=8, stem=stem, **shape)
 
 
 @pytest.fixture(scope="session", params=["patch", "conv"])
 def each_student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small student artifact of each stem."""
+    """Small student artifact, one per stem."""
     return write_random_student(tmp_path_factory.mktemp(request.param) / "student", small_student(request.param))
 
 
 @pytest.fixture(scope="session")
 def student_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small student artifact."""
+    """Small student artifact with a convolutional stem."""
     return write_random_student(tmp_path_factory.mktemp("student") / "student", small_student("conv"))

@@ -19,7 +19,8 @@ from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
-from vpr.imaging.decode import Preprocess, decode_bytes
+from vpr.imaging.decode import decode_bytes
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.timing import measure
 from vpr.retrieval.embeddings import Forward, embed, l2_normalize, load_embeddings, write_embeddings
 from vpr.retrieval.search import search

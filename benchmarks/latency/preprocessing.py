@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 _IMAGES = 64
 

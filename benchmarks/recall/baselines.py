@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from vpr.data.catalog import Catalog
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import l2_normalize
 
 _BINS = 8

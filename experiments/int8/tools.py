@@ -28,7 +28,7 @@ from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession
 from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.inference.timing import measure, summarise

@@ -22,7 +22,8 @@ from vpr.data.config import LoaderConfig
 from vpr.data.loaders import ImageDataset, training_loader
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
-from vpr.imaging.decode import Preprocess, decode
+from vpr.imaging.decode import decode
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import best_precision
 
 _BATCH, _PHONE, _PHOTOS, _GRAIN = 128, (4000, 3000), 8, 8.0

@@ -23,7 +23,7 @@ from export.config import check_backends
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_session import CPU, CUDA, TENSORRT, TENSORRT_RTX
 from vpr.retrieval.embeddings import Forward
 

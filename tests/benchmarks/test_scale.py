@@ -113,7 +113,12 @@ def test_the_command_writes_its_table(catalog: Catalog, student_artifact: Path, 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"sizes": ()}, "sizes"), ({"sizes": (20, 10)}, "sizes"), ({"batch": 0}, "batch: 0"), ({"ef": 0}, "ef: 0")],
+    [
+        ({"sizes": ()}, "sizes"),
+        ({"sizes": (20, 10)}, "sizes"),
+        ({"batch": 0}, "batch: expected 1"),
+        ({"ef": 0}, "ef: expected 1"),
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -34,7 +34,7 @@ from vpr.artifacts.store import Artifact, load_artifact, write_artifact
 from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings, write_embeddings
 from vpr.retrieval.search_command import search_gallery
@@ -338,9 +338,9 @@ def test_a_gallery_that_does_not_fit_its_model_is_refused(
         (["--name", "a/b"], "name: 'a/b': give letters"),
         (["--name", ".."], "name: '..': give letters"),
         (["--name", "a\nb"], "name: 'a\\nb': give letters"),
-        (["--max_batch", "0"], "max_batch: 0: give 1 to 1024"),
+        (["--max_batch", "0"], "max_batch: expected 1 to 1024, got 0"),
         (["--queue_delay_us", "-1"], "queue_delay_us: -1: give 0"),
-        (["--instances", "0"], "instances: 0: give 1 to 64"),
+        (["--instances", "0"], "instances: expected 1 to 64, got 0"),
         (["--preferred_batches", "[0]"], "preferred_batches: (0,)"),
         (["--index", "ivf"], "vpr export serving --help"),
         (["--model", "GALLERY"], "is a embeddings artifact, a onnx or engine is needed"),

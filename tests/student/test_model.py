@@ -103,8 +103,8 @@ def test_checkpointing_changes_no_gradient(family: str) -> None:
     [
         ({"preset": "huge"}, "model.preset: 'huge': choose from sample, tiny"),
         ({"image_size": 100}, "model.image_size: 100 is no multiple of the patch of 8"),
-        ({"depth": -1}, "model.depth: -1: give 1 to 64"),
-        ({"dim": 1 << 20}, "model.dim: 1048576: give 1 to 4096"),
+        ({"depth": -1}, "model.depth: expected 1 to 64, got -1"),
+        ({"dim": 1 << 20}, "model.dim: expected 1 to 4096, got 1048576"),
         ({"image_size": 1024, "patch_size": 4}, "makes more than 4096 tokens"),
         ({"image_size": 48, "patch_size": 12, "stem": "conv"}, "needs a power of two"),
         ({"registers": 65}, "0 to 64 registers"),

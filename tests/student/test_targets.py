@@ -15,7 +15,7 @@ from teacher.model import load_teacher
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import draw_views
 from vpr.imaging.config import ViewConfig
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from student.model import Student
 from student.weight_selection import init_from_larger, select_weights
 from vpr.artifacts.store import Embedding, write_artifact
 from vpr.common.errors import UserError
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 LARGE = StudentConfig(image_size=32, dim=96, depth=3, heads=4, dim_head=24, mlp_dim=128, embedding_dim=32)
 SMALL = replace(LARGE, dim=48, depth=2, heads=2, mlp_dim=64)

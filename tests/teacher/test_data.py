@@ -94,7 +94,7 @@ def test_both_sources_are_joined_and_each_gives_validation_products(sources: Pat
 
 def test_aicrowd_queries_are_cropped_to_their_box(sources: Path, tmp_path: Path) -> None:
     from vpr.data.pixels import read_pixels
-    from vpr.imaging.decode import Preprocess
+    from vpr.imaging.preprocess import Preprocess
 
     built = _build(sources, tmp_path / "data").select(role="query")
     rows = [row for row in range(len(built)) if built.box(row)]
@@ -204,7 +204,7 @@ def test_nothing_is_done_again_until_a_table_changes(copy: Path, tmp_path: Path)
 def test_the_command_builds_what_the_loader_trains_on(
     sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vpr.imaging.decode import Preprocess
+    from vpr.imaging.preprocess import Preprocess
 
     arguments = ["--products10k", str(sources / "p10k"), "--aicrowd", str(sources / "aicrowd"), "--validation", "0.25"]
     main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
@@ -221,9 +221,9 @@ def test_the_command_builds_what_the_loader_trains_on(
     ("arguments", "message"),
     [
         ([], "no source: give --products10k, --aicrowd or --csv"),
-        (["--products10k", "x", "--validation", "-1"], "validation -1.0 and test 0.0: shares"),
-        (["--products10k", "x", "--validation", ".nan"], "validation nan and test 0.0: shares"),
-        (["--products10k", "x", "--seed", "-1"], "seed: -1: give 0 or more"),
+        (["--products10k", "x", "--validation", "-1"], "together less than 1, got -1.0 and 0.0"),
+        (["--products10k", "x", "--validation", ".nan"], "together less than 1, got nan and 0.0"),
+        (["--products10k", "x", "--seed", "-1"], "seed: expected 0 or more, got -1"),
         (["--products10k", "x", "--aicrowd", "x"], "one source is given twice"),
         (["--csv", "[absent.csv]"], "absent.csv: no such file"),
         (["--aicrowd", "absent"], "gallery.csv: no such file"),

@@ -434,9 +434,9 @@ def test_without_zero_shot_weights_wise_ft_is_refused(
         ({"alphas": ()}, "alphas: "),
         ({"alphas": (0.5, 1.5)}, r"alphas: \[0\.5, 1\.5\]: give one or more shares from 0 to 1"),
         ({"alphas": (float("nan"),)}, "alphas: "),
-        ({"batch_size": 1}, "batch_size: 1: give 2 or more"),
-        ({"workers": -1}, "workers: -1"),
-        ({"seed": -1}, "seed: -1"),
+        ({"batch_size": 1}, "batch_size: expected 2 or more, got 1"),
+        ({"workers": -1}, "workers: expected 0 or more, got -1"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
         ({"output": "x/../b"}, "output: x/../b is one of the models and would be replaced"),
     ],
 )

@@ -34,7 +34,7 @@ def test_truncated_jpeg(capsys: pytest.CaptureFixture[str], texture_folder: Path
     error = _fails(capsys, "catalog", "--reader", "folder", "--root", str(root), "--output", str(tmp_path / "c"))
     assert str(victim) in error
     assert "truncated" in error
-    assert "--skip_unreadable" in error
+    assert "--skip-unreadable" in error
     assert not (tmp_path / "c").exists()
 
 
@@ -133,7 +133,7 @@ def test_nothing_behind_a_key_is_told_by_its_name(
 def test_numbers_that_no_library_takes_are_refused_at_once(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    assert f"vpr: error: {words[-2].lstrip('-')}: {words[-1]}: give 0 " in _fails(capsys, *words[0].split(), *words[1:])
+    assert f"{words[-2].lstrip('-')}: expected 0 " in _fails(capsys, *words[0].split(), *words[1:])
 
 
 def test_a_recipe_may_hold_the_sign_of_an_anchor_in_its_text(

@@ -28,7 +28,8 @@ from vpr.artifacts.paths import CARD_NAME
 from vpr.common.errors import UserError, explain_system_error
 from vpr.common.hardware import environment
 from vpr.common.locks import file_lock
-from vpr.imaging.decode import ImageRejected, Preprocess
+from vpr.imaging.decode import ImageRejected
+from vpr.imaging.preprocess import Preprocess
 
 SCHEMA = 1
 _MAX_CARD_BYTES = 4 << 20

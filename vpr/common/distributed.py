@@ -1,6 +1,6 @@
-"""How a training is spread over the processes that ``torchrun`` starts.
+"""Distributed training over the processes that ``torchrun`` starts.
 
-``torchrun --nproc-per-node 8 -m vpr teacher train ...`` runs one process per GPU; without it there is one process.
+``torchrun --nproc-per-node 8 -m vpr teacher train ...`` runs one process per GPU; ``vpr`` alone runs one process.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Strategy = Literal["auto", "ddp", "fsdp"]
-_SHARD_AT_LEAST = 1 << 20  # parameters; gathering smaller parts on their own costs more than it saves
+_MIN_SHARD_PARAMETERS = 1 << 20  # gathering smaller blocks separately costs more than it saves
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes, by the environment that torchrun sets."""
+    """Return this process's rank and the number of processes, from torchrun's environment variables."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Return whether this process logs and writes for all processes."""
     return rank_and_world()[0] == 0
 
 
 def compute_device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -39,7 +39,7 @@ def compute_device() -> torch.device:
 
 
 def destroy_process_group() -> None:
-    """End the group of processes once all are here: one that exits with it open may be aborted by its threads."""
+    """Wait for all processes and destroy their group; its threads may abort a process that exits with it open."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
@@ -47,13 +47,13 @@ def destroy_process_group() -> None:
 
 
 def trainer_options(strategy: Strategy) -> dict[str, Any]:
-    """Arguments of Lightning's ``Trainer`` for the processes there are.
+    """Return arguments of Lightning's ``Trainer`` for the current number of processes.
 
-    ``auto`` is DDP when there are several. FSDP is PyTorch's second (``fully_shard``), which keeps a
-    parameter's own shape, so that clipping, averages and checkpoints work as they do in one process.
+    ``auto`` selects DDP for several processes. FSDP is PyTorch's FSDP2 (``fully_shard``). It keeps the
+    shapes of parameters, so clipping, averaging and checkpoints work as in one process.
 
     Raises:
-        UserError: FSDP of one process.
+        UserError: FSDP is requested for one process.
     """
     import torch
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -61,47 +61,47 @@ def trainer_options(strategy: Strategy) -> dict[str, Any]:
     world = rank_and_world()[1]
     if world == 1:
         if strategy == "fsdp":
-            raise UserError("run.strategy: fsdp needs several processes: start it with torchrun --nproc-per-node N")
+            raise UserError("run.strategy: fsdp needs several processes. Start it with `torchrun --nproc-per-node N`.")
         return {"devices": 1}
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    chosen = (
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    lightning_strategy = (
         ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
         if strategy == "fsdp"
         else DDPStrategy()
     )
     return {
-        "devices": local,
-        "num_nodes": world // local,
-        "strategy": chosen,
-        # PyTorch has synchronised BatchNorm for GPUs only; elsewhere each process has its own statistics.
+        "devices": local_world,
+        "num_nodes": world // local_world,
+        "strategy": lightning_strategy,
+        # PyTorch synchronises BatchNorm on GPUs only; on CPUs each process keeps separate statistics.
         "sync_batchnorm": torch.cuda.is_available() and strategy != "fsdp",
     }
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
-    """Spread a module's parameters over a mesh: each large block on its own, the rest together."""
+    """Shard a module's parameters over a mesh: each large block separately, all others together."""
     from torch.distributed.fsdp import fully_shard
 
-    for block in _blocks(module):
+    for block in _large_blocks(module):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The large members of lists of one kind, such as a tower's transformer blocks; the innermost where they nest."""
+def _large_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the innermost large members of lists of one type, such as a tower's transformer blocks."""
     from torch import nn
 
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in module.children()}) == 1
     for child in module.children():
-        inner = _blocks(child)
-        alike = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in module.children()}) == 1
-        large = sum(p.numel() for p in child.parameters()) >= _SHARD_AT_LEAST
-        found += [child] if alike and large and not inner else inner
-    return found
+        inner = _large_blocks(child)
+        is_large = sum(p.numel() for p in child.parameters()) >= _MIN_SHARD_PARAMETERS
+        blocks += [child] if is_list and is_large and not inner else inner
+    return blocks
 
 
 def all_gather_cat(value: Tensor) -> Tensor:
-    """The same-shaped tensors of all processes, joined along the first axis; every process must call it."""
+    """Concatenate the same-shaped tensors of all processes along the first axis; every process must call it."""
     import torch
     from torch import distributed
 
@@ -114,7 +114,7 @@ def all_gather_cat(value: Tensor) -> Tensor:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights on the CPU, gathered where they are spread; every process must call it."""
+    """Return a module's weights on the CPU, gathered if they are sharded; every process must call it."""
     from torch.distributed.tensor import DTensor
 
     state = module.state_dict()

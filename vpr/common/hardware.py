@@ -1,4 +1,4 @@
-"""The machine and the versions behind a number: no host names, no paths."""
+"""Hardware and package versions that results are recorded with; no host names, no paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-MAX_THREADS = 512  # that anyone may ask for; some libraries end the process when there are too many
+MAX_THREADS = 512  # some libraries abort the process if they cannot start all threads
 PACKAGES = (
     "visual-product-recognition",
     "torch",
@@ -33,7 +33,7 @@ PACKAGES = (
     "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "pycuda",
 )
-# What decides which kernels a CPU runs: vector width, and the dot products of INT8 and BF16.
+# Instruction sets that decide which kernels a CPU runs: vector width, and dot products of INT8 and BF16.
 _CPU_FEATURES = (
     "avx2",
     "avx_vnni",
@@ -54,7 +54,7 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, CPU, memory, GPUs and driver of this machine, as JSON values."""
+    """Return versions, CPU, memory, GPUs and driver of this machine, as JSON values."""
     gpus, driver = read_gpus()
     return {
         "python": platform.python_version(),
@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of :data:`PACKAGES`, by distribution name; what is not installed is left out."""
+    """Return the versions of the installed packages among :data:`PACKAGES`, by distribution name."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -84,14 +84,14 @@ def package_versions() -> dict[str, str]:
 
 
 def available_cpus() -> list[int]:
-    """Logical processors this process may run on."""
+    """Return the logical processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def physical_cores() -> int:
-    """Physical cores among the available processors; where the system does not tell, the processors themselves."""
+    """Return the number of physical cores available, or of logical processors if the topology is unknown."""
     cores = set()
     for cpu in available_cpus():
         folder = _TOPOLOGY / f"cpu{cpu}" / "topology"
@@ -103,28 +103,28 @@ def physical_cores() -> int:
 
 
 def cpu_model() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
-    """Vector and matrix instructions that bear on inference speed."""
+    """Return the vector and matrix instruction sets that affect inference speed."""
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return [name for name in _CPU_FEATURES if name in flags]
 
 
 def lacks_vnni() -> bool:
-    """Whether this is an x86 processor without VNNI, as AMD's before Zen 4: it adds products of eight bits in sixteen.
+    """Return whether this is an x86 processor without VNNI, such as AMD's before Zen 4.
 
-    By default ONNX Runtime and OpenVINO clip the sums there, and a graph with Q/DQ gives other embeddings than an
-    engine. Where the system does not tell the instructions, VNNI is taken to be missing.
+    INT8 kernels accumulate in 16 bits there. By default ONNX Runtime and OpenVINO saturate these sums, so a Q/DQ
+    graph gives different embeddings than an engine. If the instruction sets are unknown, VNNI counts as missing.
     """
-    exact = {"avx_vnni", "avx512_vnni", "amx_int8"}
-    return platform.machine().lower() in ("x86_64", "amd64") and not exact & set(cpu_features())
+    vnni = {"avx_vnni", "avx512_vnni", "amx_int8"}
+    return platform.machine().lower() in ("x86_64", "amd64") and not vnni & set(cpu_features())
 
 
 def memory_bytes() -> int | None:
-    """Physical memory, or None where the system does not tell."""
+    """Return the bytes of physical memory, or None if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -132,18 +132,18 @@ def memory_bytes() -> int | None:
 
 
 def read_gpus() -> tuple[list[dict[str, Any]], str | None]:
-    """NVIDIA GPUs (name, memory in MiB, compute capability) and the driver version, by ``nvidia-smi``."""
-    return parse_gpus(_ask_gpus("name,memory.total,compute_cap,driver_version"))
+    """Return NVIDIA GPUs (name, memory in MiB, compute capability) and the driver version, from ``nvidia-smi``."""
+    return parse_gpus(_query_gpus("name,memory.total,compute_cap,driver_version"))
 
 
 def gpu_memory_used() -> int | None:
-    """Bytes that all processes hold on the NVIDIA GPUs together, or None where ``nvidia-smi`` does not tell."""
-    used = _ask_gpus("memory.used").split()
+    """Return the bytes that all processes use on all NVIDIA GPUs, or None without ``nvidia-smi``."""
+    used = _query_gpus("memory.used").split()
     return sum(int(mib) << 20 for mib in used) if used and all(mib.isdigit() for mib in used) else None
 
 
-def _ask_gpus(fields: str) -> str:
-    """What ``nvidia-smi`` says of these fields, a line per GPU; nothing where it cannot be asked."""
+def _query_gpus(fields: str) -> str:
+    """Return ``nvidia-smi``'s line per GPU of these fields; empty if it cannot be run."""
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -154,7 +154,7 @@ def _ask_gpus(fields: str) -> str:
 
 
 def parse_gpus(listing: str) -> tuple[list[dict[str, Any]], str | None]:
-    """Read ``name, memory, capability, driver`` lines; as :func:`read_gpus` returns."""
+    """Parse ``name, memory, capability, driver`` lines into the result of :func:`read_gpus`."""
     gpus: list[dict[str, Any]] = []
     driver = None
     for line in listing.splitlines():

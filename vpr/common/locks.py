@@ -1,4 +1,4 @@
-"""One writer at a time: locks that end with the process that holds them."""
+"""Locks between processes that end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def file_lock(path: Path, busy: str = "") -> Iterator[None]:
-    """Hold a lock file, which is there only while it is held (an empty one is left by a kill, and of no consequence).
+    """Hold a lock file, which exists only while it is held; a killed process may leave an empty, harmless file.
 
-    It is a record lock of POSIX: the system ends it with its process however that ends, forked children do not keep it,
-    and network file systems know it. It is no lock between threads.
+    It is a POSIX record lock. The system releases it whenever its process ends, forked children do not keep it,
+    and network file systems support it. It does not exclude other threads of the same process.
 
     Args:
-        path: of the lock file; its folder exists.
-        busy: what to say where another process holds it; without it that process is waited for.
+        path: Path of the lock file; its folder must exist.
+        busy: Error message if another process holds the lock; an empty one waits for that process.
 
     Raises:
-        UserError: another process holds it.
+        UserError: Another process holds the lock and ``busy`` is given.
     """
     while True:
         stream = path.open("ab")
@@ -42,11 +42,11 @@ def file_lock(path: Path, busy: str = "") -> Iterator[None]:
                 raise UserError(busy) from None
             if error.errno not in _NO_LOCKS:
                 raise
-            log.info(f"{path.parent}: this file system has no locks: let no two processes write there")
+            log.warning(f"{path.parent}: this file system has no locks. Let only one process write there.")
             break
-        if _is_at(path, stream.fileno()):
+        if _is_open_file(path, stream.fileno()):
             break
-        stream.close()  # its holder removed it while we waited: another one may be there now
+        stream.close()  # its holder removed it during the wait: another file may have its name now
     try:
         yield
     finally:
@@ -54,7 +54,7 @@ def file_lock(path: Path, busy: str = "") -> Iterator[None]:
         stream.close()
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def _is_open_file(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Logging to standard error: plain lines, levels by ``-q`` and ``-v``, one process of several speaks."""
+"""Logging to standard error: plain lines, levels by ``-q`` and ``-v``, from one process of several."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _ROOT = "vpr"
 
 
 class _LineHandler(logging.Handler):
-    """Print the message alone, without codes that could steer a terminal; warnings are marked."""
+    """Print the message without terminal control codes; mark warnings and errors."""
 
     def __init__(self) -> None:
         super().__init__()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record; only the first of several processes prints."""
+        """Print a record, if this is the first process."""
         if not is_first():
             return
-        mark = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        self._console.print(mark + "\n".join(map(printable, record.getMessage().split("\n"))), markup=False)
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self._console.print(prefix + "\n".join(map(printable, record.getMessage().split("\n"))), markup=False)
 
 
 def get_logger(module: str) -> logging.Logger:
-    """Return the logger of a module (its ``__name__``), below the one that :func:`configure_logging` sets up."""
+    """Return the logger of a module (its ``__name__``) under the one of :func:`configure_logging`."""
     return logging.getLogger(f"{_ROOT}.{module.removeprefix(f'{_ROOT}.')}")
 
 
@@ -36,7 +36,7 @@ def configure_logging(verbosity: int = 0) -> None:
     """Send log records to standard error.
 
     Args:
-        verbosity: -1 prints warnings and errors, 0 progress too, 1 or more also debug records.
+        verbosity: -1 prints warnings and errors, 0 also progress, 1 or more also debug records.
     """
     logger = logging.getLogger(_ROOT)
     logger.setLevel(logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity > 0 else logging.INFO)

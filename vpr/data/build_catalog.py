@@ -1,4 +1,4 @@
-"""``vpr catalog``: images of a reader -> decoded once, split by product -> a catalogue."""
+"""``vpr catalog``: read, check and split the images of a data set."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, Rejected, image_root, load_catalog, rows_to_table, write_catalog_files
 from vpr.data.config import CatalogConfig
-from vpr.data.readers import LINKED, READERS, Row, skipped_files
+from vpr.data.readers import FOLDER_LINK, READERS, Row, skipped_files
 from vpr.data.splits import split_by_product
 from vpr.imaging.decode import ImageRejected, decode_bytes, read_image
 
 log = get_logger(__name__)
 
-_CHECK_SIZE = 64  # pixels; JPEGs are read to their end at a reduced scale
+_CHECK_SIZE = 64  # pixels; JPEGs are decoded to their end, at a reduced scale
 
 
 def build_catalog(config: CatalogConfig) -> Path:
-    """Read, check and split images, and write them as an artifact of kind ``catalog``.
+    """Read, check and split images, and write an artifact of kind ``catalog``.
 
-    Every image is decoded once. The sample's images lie in the artifact, others stay where they are.
+    Every image is decoded once. The sample's images are stored in the artifact, other images stay in their folder.
 
     Raises:
-        UserError: no images, a broken table, or (without ``skip_unreadable``) an image that cannot be read.
+        UserError: There are no images, a table is broken, or an image is unreadable without ``skip_unreadable``.
     """
     values = config_to_json(config)
     if config.reader == "sample":
         return _build_sample(config, values)
     if not config.root:
-        raise UserError(f"root: empty: give the folder or CSV file that the {config.reader} reader reads")
+        raise UserError(f"root: it is missing. Give the folder or CSV file for the {config.reader} reader with --root.")
     check_output(config.output, "catalog")
     values["root"] = str(Path(config.root).resolve())
     rows = list(READERS[config.reader](Path(config.root)))
     if not rows:
-        raise UserError(f"{config.root}: no images here: check --root and --reader")
+        raise UserError(f"{config.root}: there are no images here. Check --root and --reader.")
     root = image_root(config.reader, config.root)
-    good, refused = check_images(root, rows, config.skip_unreadable)
+    readable, rejected = check_images(root, rows, config.skip_unreadable)
     if config.reader in ("folder", "images", "webdataset"):
-        over = skipped_files(root, Path(config.output))
-        refused += [one for one in over if one[1] == LINKED or config.reader != "webdataset"]
-    if not good:
-        raise UserError(f"{config.root}: none of its {len(rows)} images can be read: check --root")
-    catalog = Catalog(split_by_product(rows_to_table(good), config.validation, config.test, config.seed), root)
+        skipped = skipped_files(root, Path(config.output))
+        rejected += [file for file in skipped if file[1] == FOLDER_LINK or config.reader != "webdataset"]
+    if not readable:
+        raise UserError(f"{config.root}: none of its {len(rows)} images can be read. Check --root.")
+    catalog = Catalog(split_by_product(rows_to_table(readable), config.validation, config.test, config.seed), root)
     old = find_up_to_date(config.output, "catalog", values, [])
-    if old and old.card.metrics["set_aside"] == len(refused) and load_catalog(old.path).table.equals(catalog.table):
+    if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
-        write_catalog_files(draft, catalog, refused)
-    _say_built(config, catalog, refused)
+        write_catalog_files(draft, catalog, rejected)
+    _log_summary(config, catalog, rejected)
     return Path(config.output)
 
 
 def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
-    """The embedded sample, its images unpacked into the artifact."""
+    """Build the catalogue of the embedded sample, with its images in the artifact."""
     from vpr.data.sample import unpack
 
     if find_up_to_date(config.output, "catalog", values, []):
@@ -72,7 +72,7 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
             split_by_product(rows_to_table(rows), config.validation, config.test, config.seed), draft.path
         )
         write_catalog_files(draft, catalog, [])
-    _say_built(config, catalog, [])
+    _log_summary(config, catalog, [])
     return Path(config.output)
 
 
@@ -80,40 +80,43 @@ def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[li
     """Decode every image once and add its ``sha256``.
 
     Args:
-        root: folder that ``image`` is relative to.
-        rows: of a reader; one with ``refused`` is set aside for that reason.
-        skip_unreadable: collect refusals instead of raising the first.
+        root: Folder that ``image`` is relative to.
+        rows: Rows of a reader; rows with ``rejected`` have the reason there and are not decoded.
+        skip_unreadable: Collect rejected images instead of raising the first error.
 
     Returns:
-        the readable rows, and (image, reason) of the others.
+        Readable rows, and (image, reason) of rejected rows.
+
+    Raises:
+        ImageRejected: An image is unreadable and ``skip_unreadable`` is false.
     """
-    good: list[Row] = []
-    refused: list[Rejected] = []
+    readable: list[Row] = []
+    rejected: list[Rejected] = []
     with ThreadPoolExecutor(len(available_cpus())) as pool:
-        for row, outcome in zip(rows, pool.map(lambda row: _check(root, row), rows), strict=True):
-            if isinstance(outcome, str):
-                good.append({**row, "sha256": outcome})
-            elif skip_unreadable or "refused" in row:
-                refused.append((row["image"], outcome.reason))
+        for row, result in zip(rows, pool.map(lambda row: _check_image(root, row), rows), strict=True):
+            if isinstance(result, str):
+                readable.append({**row, "sha256": result})
+            elif skip_unreadable or "rejected" in row:
+                rejected.append((row["image"], result.reason))
             else:
                 pool.shutdown(cancel_futures=True)
-                raise outcome
-    return good, refused
+                raise result
+    return readable, rejected
 
 
-def _say_built(config: CatalogConfig, catalog: Catalog, refused: list[Rejected]) -> None:
-    where = " (listed in set_aside.csv)" if refused else ""
+def _log_summary(config: CatalogConfig, catalog: Catalog, rejected: list[Rejected]) -> None:
+    hint = " (listed in set_aside.csv)" if rejected else ""
     products = len(set(catalog.products.tolist()))
-    log.info(f"{config.output}: {len(catalog)} images of {products} products, {len(refused)} set aside{where}")
+    log.info(f"{config.output}: {len(catalog)} images of {products} products, {len(rejected)} set aside{hint}")
 
 
-def _check(root: Path, row: Row) -> str | ImageRejected:
+def _check_image(root: Path, row: Row) -> str | ImageRejected:
     path, box = root / row["image"], row.get("box")
-    if "refused" in row:
-        return ImageRejected(path, row["refused"])
+    if "rejected" in row:
+        return ImageRejected(path, row["rejected"])
     try:
         data = read_image(path)
         decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)
-    except ImageRejected as refused:
-        return refused
+    except ImageRejected as error:
+        return error
     return hashlib.sha256(data).hexdigest()

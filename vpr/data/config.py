@@ -1,4 +1,4 @@
-"""Configuration of catalogues and loaders. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of catalogues and loaders. Imports no heavy library, so help and argument errors are instant."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ from vpr.common.errors import UserError, check_numbers
 
 
 def check_shares(validation: float, test: float, seed: int) -> None:
-    """Refuse shares of products that leave none to train on, and a seed below 0."""
+    """Check that the shares leave products to train on, and that the seed is not negative.
+
+    Raises:
+        UserError: A share or the seed is out of range.
+    """
     if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise UserError(f"validation {validation} and test {test}: shares of products, together less than 1")
+        raise UserError(
+            f"validation, test: expected shares of the products, together less than 1, got {validation} and {test}."
+        )
     if seed < 0:
-        raise UserError(f"seed: {seed}: give 0 or more")
+        raise UserError(f"seed: expected 0 or more, got {seed}.")
 
 
 @dataclass(frozen=True)
 class CatalogConfig:
-    """Where images come from and how products are split.
+    """Images to read, and their split by product.
+
+    A CSV needs the columns ``image`` (path relative to the CSV) and ``product``. It may have ``category``, ``role``,
+    ``split`` and ``box_x``, ``box_y``, ``box_w``, ``box_h`` (crop in pixels of the upright image).
+    Roles: ``train`` (default), ``gallery`` for the images to search in, ``query`` for the images to search with.
+    Splits: ``train`` (default), ``validation`` to select checkpoints, ``test`` for the final scores.
 
     Attributes:
-        reader: form of the data; ``sample`` is embedded and needs no root.
-        output: where the catalogue is written.
-        root: folder of the data set, or the CSV file.
-        validation: share of products held out to choose checkpoints; with ``test`` 0 too, the reader's splits stay.
-        test: share of products held out to be scored.
-        seed: of the split.
-        skip_unreadable: set unreadable images aside in ``set_aside.csv`` instead of refusing. The folder,
-            images and webdataset readers always list there what is no image by name, and links to folders.
+        reader: Format of the data. ``sample`` is embedded and needs no root.
+        output: Folder of the catalogue to write.
+        root: Folder of the data set, or the CSV file.
+        validation: Share of products held out to select checkpoints. Without it and ``test``, the reader's splits stay.
+        test: Share of products held out for the final scores.
+        seed: Seed of the split.
+        skip_unreadable: Skip unreadable images instead of failing, and list them in ``set_aside.csv``. The folder,
+            images and webdataset readers always list files without an image suffix there, and links to folders.
     """
 
     reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "images", "webdataset"]
@@ -45,15 +56,15 @@ class CatalogConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How images reach the training loop.
+    """Batches of the training loop.
 
     Attributes:
-        batch_size: images per step and process.
-        workers: processes that decode; 0 decodes in the training process. None are started where pixels are kept. They
-            come from Python's fork server: a script that trains has its own work under ``if __name__ == "__main__":``.
-        keep_in_memory: decode every image once and keep its pixels, for sets that fit.
-        max_per_product: most images of a product in an epoch, others in each; 0 takes all.
-        min_per_product: products with fewer images have them repeated up to this many in an epoch; 0 repeats none.
+        batch_size: Number of images per step and process.
+        workers: Number of decoding processes. 0 decodes in the training process. With ``keep_in_memory`` none start.
+            They use the forkserver start method: scripts need ``if __name__ == "__main__":``.
+        keep_in_memory: Decode every image once and keep its pixels, for data sets that fit in memory.
+        max_per_product: Largest number of images of a product in an epoch, a new sample each epoch. 0 takes all.
+        min_per_product: Smallest number of images of a product in an epoch, by repetition. 0 repeats none.
     """
 
     batch_size: int = 128
@@ -63,15 +74,10 @@ class LoaderConfig:
     min_per_product: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "loader.",
-            batch_size=(1, None),
-            workers=(0, 512),
-            max_per_product=(0, 1 << 20),
-            min_per_product=(0, 10_000),
-        )
+        products = {"max_per_product": (0, 1 << 20), "min_per_product": (0, 10_000)}
+        check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), **products)
         if 0 < self.max_per_product < self.min_per_product:
             raise UserError(
-                f"loader.min_per_product: {self.min_per_product} is more than loader.max_per_product {self.max_per_product}: lower it"
+                f"loader.min_per_product: expected at most loader.max_per_product {self.max_per_product}, "
+                f"got {self.min_per_product}."
             )

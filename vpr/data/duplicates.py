@@ -1,4 +1,4 @@
-"""Joining catalogues, and the images that they repeat: same bytes, and near-same by a perceptual hash."""
+"""Join catalogues, and find repeated images: same bytes, or near-duplicates by a perceptual hash."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vpr.common.hardware import available_cpus
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.imaging.decode import decode
 
-NEAR_BITS = 4  # of 64: largest difference between the hashes of near-same images
-_CHECK_SIZE = 64  # pixels; far above the 9 x 8 that the hash looks at
-_BLOCK = 1 << 17  # comparisons of hashes at a time: a megabyte, which stays in the cache
-_BITS = 64
+NEAR_BITS = 4  # of 64; largest Hamming distance between the hashes of near-duplicates
+_DECODE_SIZE = 64  # pixels, far above the 9 x 8 of the hash
+_BLOCK = 1 << 17  # comparisons at a time: one megabyte, which fits the cache
+_HASH_BITS = 64
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images that a joined catalogue holds more than once, as pairs of files (later one, earlier one).
+    """Repeated images of a joined catalogue, as pairs of files (later, earlier).
 
     Attributes:
-        same_bytes: the two have the same checksum; both names are equal where two catalogues list one file.
-        near_same: their :func:`image_hash` differs in few bits; each image is paired with its nearest earlier one.
+        same_bytes: Pairs with the same checksum; both names are equal if two catalogues list one file.
+        near_same: Pairs whose :func:`image_hash` differs in few bits: each image and its nearest earlier image.
     """
 
     same_bytes: list[tuple[str, str]]
@@ -36,17 +36,16 @@ class Duplicates:
 
 
 def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
-    """Join catalogues and look for images that they repeat.
+    """Join catalogues and find repeated images.
 
-    Rows that say the same of the same file (product and box too) become one; every other row stays,
-    and the report says which repeat each other. Products of the same id become one product.
-    Near-same pairs are candidates for a person to look at: small objects on a plain ground hash alike.
+    Rows with the same file, product and box become one row; all other rows stay. Products with the same id become
+    one product. Near-duplicates need a manual check: small objects on a plain background have similar hashes.
 
     Args:
-        catalogs: at least one; every distinct image is decoded once.
+        catalogs: One or more catalogues; every distinct image is decoded once.
 
     Returns:
-        the joined catalogue, whose root is the folder that holds all of theirs, and the duplicates.
+        The joined catalogue, whose root is the common root, and its duplicates.
     """
     roots = [catalog.root.resolve() for catalog in catalogs]
     root = common_root(roots)
@@ -70,12 +69,12 @@ def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
         tables.append(table.take(pa.array(kept, pa.int64())))
     joined = Catalog(pa.concat_tables(tables).combine_chunks(), root)
     images = list(by_bytes.values())
-    pairs = near_pairs(_hashes([root / image for image in images]), NEAR_BITS)
+    pairs = find_near_pairs(_hash_files([root / image for image in images]), NEAR_BITS)
     return joined, Duplicates(same, [(images[later], images[earlier]) for later, earlier in pairs.tolist()])
 
 
 def concatenate(catalogs: list[Catalog]) -> Catalog:
-    """The rows of several catalogues as one, whose root is the folder that holds all of theirs."""
+    """Join catalogues without looking for duplicates; the root is their common root."""
     roots = [catalog.root.resolve() for catalog in catalogs]
     root = common_root(roots)
     tables = [_table_from(root, catalog, folder) for catalog, folder in zip(catalogs, roots, strict=True)]
@@ -83,48 +82,48 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
 
 
 def duplicates_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
-    """(n,) bool, which images of a catalogue are, or nearly are, some image of another one.
+    """Return an (n,) bool mask of the images that repeat, or nearly repeat, an image of another catalogue.
 
     Args:
-        catalog: n images.
-        others: the images that they are compared with.
+        catalog: Catalogue of n images.
+        others: Catalogue to compare with.
     """
     same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
-    mine, theirs = (_hashes([one.path(row) for row in range(len(one))]) for one in (catalog, others))
-    for start in range(0, len(mine), step := max(1, _BLOCK // max(1, len(theirs)))):
+    hashes, other_hashes = (_hash_files([part.path(row) for row in range(len(part))]) for part in (catalog, others))
+    for start in range(0, len(hashes), step := max(1, _BLOCK // max(1, len(other_hashes)))):
         block = slice(start, start + step)
-        distances = np.bitwise_count(mine[block, None] ^ theirs[None])
+        distances = np.bitwise_count(hashes[block, None] ^ other_hashes[None])
         same[block] |= (distances <= NEAR_BITS).any(axis=1)
     return same
 
 
 def common_root(folders: list[Path]) -> Path:
-    """The folder that holds all of these, links followed."""
+    """Return the deepest folder that contains all folders, with links resolved."""
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
 def image_hash(image: Image.Image) -> int:
-    """64-bit difference hash: is each of 8 x 8 places darker than its right neighbour (N. Krawetz, "dHash", 2013)."""
+    """Return the 64-bit difference hash of 8 x 8 left-right comparisons (N. Krawetz, "dHash", 2013)."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
 
-def near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """For each hash the nearest earlier one, if it differs in at most ``bits``; the earliest of equally near ones.
+def find_near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
+    """Find the nearest earlier hash of each hash, within ``bits``; the earliest one of equally near hashes.
 
     Multi-index hashing (Norouzi, Punjani & Fleet, "Fast Search in Hamming Space with Multi-Index Hashing",
-    CVPR 2012): of ``bits + 1`` bands of bits, two hashes within ``bits`` agree on one at least, so that only
-    hashes that share a band are compared. Equal hashes are compared once, and blocks bound the memory.
+    CVPR 2012): two hashes within ``bits`` agree on at least one of ``bits + 1`` bands of bits. So only hashes that
+    share a band are compared. Equal hashes are compared once, and blocks limit the memory.
 
     Args:
-        hashes: (n,) uint64.
-        bits: largest Hamming distance.
+        hashes: (n,) uint64 hashes.
+        bits: Largest Hamming distance.
 
     Returns:
-        (pairs, 2) int64, rows of (later, earlier).
+        (pairs, 2) int64 rows of (later, earlier).
     """
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    distinct = np.sort(first)  # the place of each value's first occurrence
+    distinct = np.sort(first)  # index of each value's first occurrence
     nearest = _nearest_distinct(hashes[distinct], bits)
     earlier = first[inverse]
     earlier[distinct] = np.where(nearest < 0, -1, distinct[nearest])
@@ -133,9 +132,9 @@ def near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
 
 
 def _nearest_distinct(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """(n,) the nearest earlier one of hashes that all differ, -1 where none is within ``bits``."""
+    """Return the (n,) index of the nearest earlier hash within ``bits``, or -1; all hashes differ."""
     count = len(hashes)
-    # Distance and place in one number, so that the smallest is the nearest and of those the earliest.
+    # Distance and index in one number: its minimum is the nearest hash, and the earliest of equally near ones.
     best = np.full(count, (bits + 1) * count, dtype=np.int64)
     for mask in _bands(hashes, bits + 1):
         keys = hashes & mask
@@ -145,22 +144,22 @@ def _nearest_distinct(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64
         shared = stops - starts > 1
         for start, stop in zip(starts[shared].tolist(), stops[shared].tolist(), strict=True):
             rows = order[start:stop]
-            distance, place = _nearest_earlier(hashes[rows])
-            best[rows[1:]] = np.minimum(best[rows[1:]], distance * count + rows[place])
-    found = best < (bits + 1) * count
-    return np.where(found, best % max(1, count), -1)
+            distance, index = _nearest_earlier(hashes[rows])
+            best[rows[1:]] = np.minimum(best[rows[1:]], distance * count + rows[index])
+    is_near = best < (bits + 1) * count
+    return np.where(is_near, best % max(1, count), -1)
 
 
 def _bands(hashes: NDArray[np.uint64], count: int) -> list[np.uint64]:
-    """Masks that deal the 64 bits to bands, the most even ones first: a bit that rarely differs tells little apart."""
-    ones = np.array([np.count_nonzero(hashes & np.uint64(1 << bit)) for bit in range(_BITS)])
+    """Return bit masks of the bands; each gets balanced bits first, as unbalanced bits discriminate poorly."""
+    ones = np.array([np.count_nonzero(hashes & np.uint64(1 << bit)) for bit in range(_HASH_BITS)])
     order = np.argsort(np.abs(2 * ones - len(hashes)), kind="stable").tolist()
     return [np.uint64(sum(1 << bit for bit in order[band::count])) for band in range(count)]
 
 
 def _nearest_earlier(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Distance to, and place of, the nearest earlier hash, of each but the first: two times (n - 1,) int64."""
-    distances, places = [], []
+    """Return distance and index of the nearest earlier hash, for all but the first: two (n - 1,) int64."""
+    distances, indices = [], []
     start = 1
     while start < len(hashes):
         stop = min(len(hashes), start + max(1, _BLOCK // len(hashes)))
@@ -169,22 +168,22 @@ def _nearest_earlier(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDA
         distance[np.arange(stop - 1)[None, :] >= later[:, None]] = 255
         nearest = distance.argmin(axis=1)
         distances.append(distance[later - start, nearest].astype(np.int64))
-        places.append(nearest)
+        indices.append(nearest)
         start = stop
-    return np.concatenate(distances), np.concatenate(places)
+    return np.concatenate(distances), np.concatenate(indices)
 
 
 def _table_from(root: Path, catalog: Catalog, folder: Path) -> pa.Table:
-    """A catalogue's table with the images' names from a root above ``folder``, its own."""
+    """Return a catalogue's table with image paths relative to ``root``, a parent of its ``folder``."""
     prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     names = catalog.table["image"].to_pylist()
-    odd = ("./", "//")  # spellings of a path that would hide that two rows are of one file
-    names = [prefix + (PurePosixPath(n).as_posix() if any(part in n for part in odd) else n) for n in names]
-    place, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
-    return catalog.table.set_column(place, field, pa.array(names, pa.string()))
+    redundant = ("./", "//")  # they would hide that two rows name the same file
+    names = [prefix + (PurePosixPath(n).as_posix() if any(part in n for part in redundant) else n) for n in names]
+    column, field = SCHEMA.get_field_index("image"), SCHEMA.field("image")
+    return catalog.table.set_column(column, field, pa.array(names, pa.string()))
 
 
-def _hashes(paths: list[Path]) -> NDArray[np.uint64]:
+def _hash_files(paths: list[Path]) -> NDArray[np.uint64]:
     with ThreadPoolExecutor(len(available_cpus())) as pool:
-        hashes = pool.map(lambda path: image_hash(decode(path, shortest=_CHECK_SIZE)), paths)
+        hashes = pool.map(lambda path: image_hash(decode(path, shortest=_DECODE_SIZE)), paths)
         return np.fromiter(hashes, dtype=np.uint64, count=len(paths))

@@ -1,4 +1,4 @@
-"""How images reach a training loop: decoded once or by workers, in an order that the seed alone decides."""
+"""Data loaders of the training loop: decoding once or by workers, in an order that only the seed decides."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from vpr.common.hardware import available_cpus
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
-_SILENCE = ("ignore", None, Warning, None, 0)  # what simplefilter("ignore") puts before all other filters
-_PREFETCH = 4  # batches a worker has ready; decoding is uneven
+_IGNORE_ALL = ("ignore", None, Warning, None, 0)  # the first filter after simplefilter("ignore")
+_PREFETCH = 4  # batches per worker; decoding times vary
+_DECODE_BLOCK = 64  # images per task of a decoding thread
 
 
 class ImageDataset(Dataset[dict[str, Tensor]]):
-    """Resized images of a catalogue, as uint8 pixels and their row.
+    """Resized images of a catalogue, as uint8 pixels with their row.
 
     Args:
-        catalog: n images.
-        preprocess: gives the size.
-        keep_in_memory: decode all of them now, with threads.
+        catalog: Catalogue of n images.
+        preprocess: Preprocessing that resizes the images.
+        keep_in_memory: Decode all images now, with threads.
 
     Attributes:
-        kept: their pixels (n, 3, size, size) uint8, if they are kept.
+        kept: Pixels of all images in memory, (n, 3, size, size) uint8, or None.
     """
 
     def __init__(self, catalog: Catalog, preprocess: Preprocess, keep_in_memory: bool = False) -> None:
@@ -50,7 +51,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         return len(self.catalog)
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        """A batch: ``rows`` (batch,) int64 and ``pixels`` (batch, 3, size, size) uint8."""
+        """Return a batch: ``rows`` (batch,) int64 and ``pixels`` (batch, 3, size, size) uint8."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         if self.kept is not None:
             return {"rows": index, "pixels": self.kept[index]}
@@ -59,72 +60,71 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
 
 class EpochSampler(Sampler[int]):
-    """Rows in an order that depends on the seed and the epoch alone, dealt to processes.
+    """Sample rows in an order that depends only on seed and epoch, shared between processes.
 
-    An epoch is cut into batches of ``world * batch_size`` rows, of which each process takes its part in
-    turn: two processes together see the very batches that one of twice their batch size sees. An
-    incomplete last batch is left out.
+    An epoch consists of batches of ``world * batch_size`` rows, which the processes share. So two processes
+    together see the batches that one process with twice the batch size sees. An incomplete last batch is dropped.
 
     Args:
         products: (n,) product of each row.
-        config: batch size of a process, and how many rows of a product an epoch has.
-        seed: of the order.
-        rank: of this process.
-        world: number of processes.
+        config: Batch size of a process, and limits on the rows of a product in an epoch.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        world: Number of processes.
     """
 
     def __init__(
         self, products: NDArray[np.str_], config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
     ) -> None:
         _, self._labels, counts = np.unique(products, return_inverse=True, return_counts=True)
-        wanted = np.minimum(counts, config.max_per_product) if config.max_per_product else counts
-        self._counts, self._wanted = counts, np.maximum(wanted, config.min_per_product)
+        targets = np.minimum(counts, config.max_per_product) if config.max_per_product else counts
+        self._counts, self._target_counts = counts, np.maximum(targets, config.min_per_product)
         self._batch, self._rank, self._world = config.batch_size, rank, world
         self.seed = seed
         self.epoch = 0
-        self.rows_of_all = int(self._wanted.sum())
+        self.rows_of_all = int(self._target_counts.sum())
         self.batches = self.rows_of_all // (world * config.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
+        """Set the epoch; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        dealt = self.order()[: self.batches * self._world * self._batch].reshape(-1, self._world, self._batch)
-        return iter(dealt[:, self._rank].ravel().tolist())
+        batches = self.order()[: self.batches * self._world * self._batch].reshape(-1, self._world, self._batch)
+        return iter(batches[:, self._rank].ravel().tolist())
 
     def __len__(self) -> int:
         return self.batches * self._batch
 
     def order(self) -> NDArray[np.int64]:
-        """The epoch's rows of all processes: (rows_of_all,) int64."""
+        """Return the epoch's rows of all processes, (rows_of_all,) int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self._labels), generator=generator).numpy()
-        if np.array_equal(self._wanted, self._counts):
+        if np.array_equal(self._target_counts, self._counts):
             return order
-        # By product, each product's rows still in random order: the first ones are the ones drawn.
+        # Group the rows by product. Each product's rows stay in random order; the first ones are sampled.
         order = order[np.argsort(self._labels[order], kind="stable")]
         labels = self._labels[order]
-        place = np.arange(len(order)) - (np.cumsum(self._counts) - self._counts)[labels]
-        whole, rest = np.divmod(self._wanted, self._counts)
-        drawn = np.repeat(order, whole[labels] + (place < rest[labels]))
-        return drawn[torch.randperm(len(drawn), generator=generator).numpy()]
+        rank_in_product = np.arange(len(order)) - (np.cumsum(self._counts) - self._counts)[labels]
+        repeats, remainder = np.divmod(self._target_counts, self._counts)
+        sampled = np.repeat(order, repeats[labels] + (rank_in_product < remainder[labels]))
+        return sampled[torch.randperm(len(sampled), generator=generator).numpy()]
 
 
 def training_loader(
     dataset: ImageDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
-    """Shuffled batches of this process; an incomplete last one is left out.
+    """Build the loader of this process's shuffled batches; an incomplete last batch is dropped.
 
     Raises:
-        UserError: an epoch has not one batch.
+        UserError: An epoch has fewer images than one batch.
     """
     sampler = EpochSampler(dataset.catalog.products, config, seed, rank, world)
     if not sampler.batches:
-        times = f" in each of {world} processes" if world > 1 else ""
+        processes = f" in each of {world} processes" if world > 1 else ""
         raise UserError(
-            f"loader.batch_size: {config.batch_size}{times} is more than the {sampler.rows_of_all} training images "
-            "of an epoch: lower it"
+            f"loader.batch_size: {config.batch_size}{processes} is more than the {sampler.rows_of_all} training "
+            "images of an epoch. Lower it."
         )
     return _loader(dataset, config, sampler)
 
@@ -132,10 +132,10 @@ def training_loader(
 def validation_loader(
     dataset: ImageDataset, config: LoaderConfig, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
-    """All images, in order; of several processes each takes every ``world``-th.
+    """Build the loader of all images in order, of which each process reads every ``world``-th.
 
-    All processes have equally many: where the images do not come out even the last one is read again. The
-    batches carry ``rows``, by which results are put in their place.
+    All processes read the same number of images; some may read the last image again. ``rows`` of each batch tell
+    which images it holds.
     """
     count = len(dataset)
     rows = np.arange(rank, -(-count // world) * world, world)
@@ -149,46 +149,46 @@ def _loader(dataset: ImageDataset, config: LoaderConfig, rows: Iterable[int]) ->
         batch_size=config.batch_size,
         sampler=rows,
         num_workers=workers,
-        collate_fn=_same,
+        collate_fn=_identity,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=_PREFETCH if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=partial(_begin_worker, warnings.filters[:1] == [_SILENCE]),
-        multiprocessing_context=_server() if workers else None,
+        worker_init_fn=partial(_init_worker, warnings.filters[:1] == [_IGNORE_ALL]),
+        multiprocessing_context=_forkserver() if workers else None,
     )
 
 
-def _server() -> BaseContext:
-    """Python's fork server, in which no other thread of Python runs.
+def _forkserver() -> BaseContext:
+    """Return the context of Python's fork server, in which no other Python thread runs.
 
-    A process that is forked from a training may find a lock taken for ever that one of the training's other threads
-    held at that moment, and the training waits for it as long (python/cpython#112275 is one such lock).
+    A worker forked from the training process may inherit a lock that another thread held, and deadlock the training
+    run (python/cpython#112275 is such a lock).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
 
 
-def _begin_worker(silent: bool, _: int) -> None:
-    """Let a worker be as silent as its training, and end where that is killed.
+def _init_worker(ignore_warnings: bool, _: int) -> None:
+    """Ignore warnings as the training process does, and exit when it is killed.
 
-    torch looks whether the worker's parent lives. That is the fork server, which itself waits for the last of its
-    workers: both would stay for ever.
+    torch only checks whether the worker's parent is alive. The parent is the fork server, which waits for its last
+    worker, so both would run forever.
     """
-    if silent:
+    if ignore_warnings:
         warnings.simplefilter("ignore")
-    training = multiprocessing.parent_process()
-    assert training is not None
+    training_process = multiprocessing.parent_process()
+    assert training_process is not None
 
-    def wait() -> None:
-        training.join()
+    def exit_with_training() -> None:
+        training_process.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=exit_with_training, daemon=True).start()
 
 
 class Normalise(nn.Module):
-    """Pixels 0…255 to the model's input, by the card's preprocessing."""
+    """Layer that normalises pixels 0…255 by the card's preprocessing."""
 
     scale: Tensor
     offset: Tensor
@@ -200,21 +200,21 @@ class Normalise(nn.Module):
         self.register_buffer("offset", torch.from_numpy(offset), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, size, size) uint8 or float to float32, channels last (faster convolutions)."""
+        """Normalise (batch, 3, size, size) uint8 or float to float32, channels last (faster convolutions)."""
         return (pixels.float() * self.scale + self.offset).contiguous(memory_format=torch.channels_last)
 
 
-def _same(batch: Any) -> Any:
-    return batch  # `__getitems__` has made the batch already
+def _identity(batch: Any) -> Any:
+    return batch  # `__getitems__` has collated the batch already
 
 
 def _decode_all(catalog: Catalog, preprocess: Preprocess) -> Tensor:
     kept = np.empty((len(catalog), 3, preprocess.size, preprocess.size), dtype=np.uint8)
 
     def decode_block(start: int) -> None:
-        rows = range(start, min(start + 64, len(catalog)))
+        rows = range(start, min(start + _DECODE_BLOCK, len(catalog)))
         kept[rows.start : rows.stop] = read_pixels(catalog, preprocess, rows)
 
     with ThreadPoolExecutor(len(available_cpus())) as pool:
-        list(pool.map(decode_block, range(0, len(catalog), 64)))
+        list(pool.map(decode_block, range(0, len(catalog), _DECODE_BLOCK)))
     return torch.from_numpy(kept)

@@ -1,9 +1,8 @@
-"""Seeded views: the augmented image `view k of image i`, the same for teacher and student.
+"""Seeded augmentation: view k of image i is the same image for teacher and student.
 
-A view is a pure function of ``(seed, index, view)``, whatever batch it is made in. That lets a
-teacher's embedding of a view be computed once, cached, and matched to the very pixels that the
-student sees later (Beyer et al., "Knowledge distillation: a good teacher is patient and
-consistent", CVPR 2022: teacher and student must see the same crop).
+A view is a pure function of ``(seed, index, view)``, whatever its batch. So a teacher's embedding of a view can be
+computed once and cached, and it matches the pixels that the student sees later (Beyer et al., "Knowledge
+distillation: a good teacher is patient and consistent", CVPR 2022: teacher and student must see the same crop).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from vpr.imaging.config import ViewConfig
 
-# Rec. 601 luma, the weights that "greyscale" means in Pillow and torchvision.
+# Rec. 601 luma, the greyscale weights of Pillow and torchvision.
 _LUMA = (0.299, 0.587, 0.114)
 _DRAWS = 16
 
@@ -24,13 +23,13 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
     """Draw the parameters of views.
 
     Args:
-        config: the ranges.
-        seed: of the run.
-        index: (batch,) int64, row of each image in its table.
-        view: (batch,) int64, number of the view.
+        config: Ranges of the parameters.
+        seed: Seed of the training run.
+        index: (batch,) int64 row of each image in its table.
+        view: (batch,) int64 number of each view.
 
     Returns:
-        (batch, 14) float32, to be given to :func:`apply_views`.
+        (batch, 14) float32 parameters for :func:`apply_views`.
     """
     rows = np.empty((len(index), _DRAWS), dtype=np.float32)
     for row, (i, v) in enumerate(zip(index.tolist(), view.tolist(), strict=True)):
@@ -60,16 +59,16 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
 
 
 def apply_views(pixels: Tensor, parameters: Tensor) -> Tensor:
-    """Make the views.
+    """Apply drawn parameters to images.
 
     Args:
         pixels: (batch, 3, height, width) uint8.
         parameters: (batch, 14) float32 from :func:`draw_views`, on any device.
 
     Returns:
-        (batch, 3, height, width) float32 in 0…255, on the device of ``pixels``; also under autocast, in whose 16
-        bits the sampling grid would be off by a fifth of a pixel.
+        (batch, 3, height, width) float32 in 0…255, on the device of ``pixels``.
     """
+    # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):
         return _apply(pixels, parameters)
 

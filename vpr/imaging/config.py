@@ -1,31 +1,31 @@
-"""Configuration of the augmentation. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the augmentation. Imports no heavy library, so help and argument errors are instant."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from vpr.common.errors import UserError
+from vpr.common.errors import UserError, check_numbers
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How far a view may depart from the image. All ranges are symmetric unless they are pairs.
+    """Ranges of the augmentation. A single number is a symmetric range.
 
     Attributes:
-        rotate: largest rotation, degrees.
-        scale: smallest and largest magnification of the content; above 1, with ``translate``, it is a random crop.
-        stretch: largest relative change of the aspect ratio.
-        translate: largest shift, as a fraction of the side.
-        flip: probability of a horizontal flip.
-        brightness: largest relative change of brightness.
-        contrast: largest relative change of contrast.
-        saturation: largest relative change of saturation.
-        tint: largest relative gain of each colour channel on its own (coloured light).
-        cutout: probability that a rectangle is replaced by grey.
-        cutout_size: largest side of that rectangle, as a fraction of the side.
-        jitter: probability that brightness, contrast, saturation and tint change at all.
-        grey: probability of an image without colour.
+        rotate: Largest rotation in degrees.
+        scale: Smallest and largest zoom. Above 1, ``translate`` makes it a random crop.
+        stretch: Largest relative change of the aspect ratio.
+        translate: Largest shift, as a fraction of the side.
+        flip: Probability of a horizontal flip.
+        brightness: Largest relative change of brightness.
+        contrast: Largest relative change of contrast.
+        saturation: Largest relative change of saturation.
+        tint: Largest relative gain of a colour channel, as from coloured light.
+        cutout: Probability that a grey square replaces part of the image.
+        cutout_size: Largest side of this square, as a fraction of the side.
+        jitter: Probability that brightness, contrast, saturation and tint change.
+        grey: Probability of an image without colour.
     """
 
     rotate: float = 15.0
@@ -43,11 +43,12 @@ class ViewConfig:
     grey: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("flip", "cutout", "cutout_size", "jitter", "grey"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"views.{name}: {getattr(self, name)}: give a share, 0 to 1")
+        share = (0, 1)
+        check_numbers(self, "views.", flip=share, cutout=share, cutout_size=share, jitter=share, grey=share)
         for name in ("rotate", "stretch", "translate", "brightness", "contrast", "saturation", "tint"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UserError(f"views.{name}: {getattr(self, name)}: give a range of 0 or more")
+                raise UserError(f"views.{name}: expected a finite number of 0 or more, got {getattr(self, name)}.")
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise UserError(f"views.scale: {list(self.scale)}: give the smallest and the largest, above 0")
+            raise UserError(
+                f"views.scale: expected the smallest and the largest zoom, above 0, got {list(self.scale)}."
+            )

@@ -1,7 +1,7 @@
-"""What an image's file may cost to read: bounds that are checked before Pillow parses or decodes it.
+"""Limits on the cost of reading an image file, checked before Pillow parses or decodes it.
 
-Pillow bounds the pixels it allocates. These bound what else a file can ask of it: parts that its parsers walk through
-one by one in Python, scans that are decoded one over the other, directories that are unpacked whole.
+Pillow limits only the pixels that it allocates. These limits cover other costs: parts that its parsers visit one by
+one in Python, progressive scans that are decoded repeatedly, and TIFF directories that are unpacked at once.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from threading import Condition
 from PIL import Image
 
 MAX_FILE_BYTES = 64 << 20
-MAX_PIXELS = 100_000_000  # of a JPEG, which is decoded at a reduced scale; others may have a share of it
-_SHARE = {"JPEG": 1, "MPO": 1, "WEBP": 4}  # half for all others; libwebp holds an image several times over
+MAX_PIXELS = 100_000_000  # of a JPEG, which is decoded at a reduced scale
+_PIXEL_DIVISORS = {"JPEG": 1, "MPO": 1, "WEBP": 4}  # of MAX_PIXELS; libwebp allocates several copies of an image
+_DEFAULT_PIXEL_DIVISOR = 2
 MAX_SIDE = 65_535
 MAX_EXIF_BYTES = 1 << 20
-_MOST_PARTS = 1 << 16  # chunks, segments, blocks
-_MOST_ENTRIES = 300_000  # strips or tiles of a TIFF
-_MOST_JUNK = 1 << 16  # bytes between segments
-_MOST_EXIF_SEGMENTS = 16
-_MOST_SCANNED = 20 * MAX_PIXELS  # pixels times scans
-_MOST_COEFFICIENTS = 3 * MAX_PIXELS  # of several scans all are held, of two bytes each
-_MOST_RUN_LENGTH = 4_000_000  # pixels, and bytes: Pillow decodes such a BMP in Python
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # but for stuffed bytes and restarts
+_MAX_PARTS = 1 << 16  # chunks, segments, blocks
+_MAX_TIFF_VALUES = 300_000  # strips or tiles
+_MAX_JUNK = 1 << 16  # bytes between segments
+_MAX_EXIF_SEGMENTS = 16
+_MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans
+_MAX_COEFFICIENTS = 3 * MAX_PIXELS  # of two bytes; libjpeg keeps all of them for several scans
+_MAX_RUN_LENGTH = 4_000_000  # pixels, and bytes: Pillow decodes a run-length coded BMP in Python
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # all markers except stuffed bytes and restarts
 _WITHOUT_LENGTH = b"\x01\xd8"
 _START_OF_SCAN, _END, _EXIF = b"\xda", b"\xd9", b"\xe1"
 _TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
-_SIZED = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # types whose values Pillow unpacks
+_UNPACKED_TYPES = frozenset({3, 4, 5, 8, 9, 10, 11, 12, 13, 16})  # TIFF types whose values Pillow unpacks
 
 
 class DecodeLimitExceeded(Exception):
-    """A file that asks for more than an image needs; the message says of what."""
+    """File that exceeds a limit; the message names it."""
 
 
 def check_file(data: bytes) -> int:
-    """Refuse a file whose parts alone would keep Pillow busy.
+    """Check the number of parts that Pillow's parsers would visit.
 
     Returns:
-        the number of its scans, for :func:`check_image`; 1 for all but JPEGs.
+        Number of scans, for :func:`check_image`; 1 for all formats except JPEG.
 
     Raises:
-        DecodeLimitExceeded: more parts than any real image has.
+        DecodeLimitExceeded: The file has more parts than any real image.
     """
     if data[:3] == b"\xff\xd8\xff":
         return _check_segments(data)
@@ -58,104 +59,106 @@ def check_file(data: bytes) -> int:
 
 
 def check_image(image: Image.Image, scans: int, size: int) -> None:
-    """Refuse an opened image, not decoded yet, of too many pixels, or whose pixels cost too much.
+    """Check the number of pixels, and the cost of decoding them.
 
     Args:
-        image: as Pillow opened it.
-        scans: from :func:`check_file`.
-        size: of its file, bytes.
+        image: Image opened by Pillow, not decoded yet.
+        scans: Number of scans from :func:`check_file`.
+        size: Size of its file in bytes.
 
     Raises:
-        DecodeLimitExceeded: saying of what.
+        DecodeLimitExceeded: The image exceeds a limit.
     """
     pixels = image.width * image.height
-    most = MAX_PIXELS // _SHARE.get(str(image.format), 2)
-    if pixels > most:
-        raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, more than {most}")
+    limit = MAX_PIXELS // _PIXEL_DIVISORS.get(str(image.format), _DEFAULT_PIXEL_DIVISOR)
+    if pixels > limit:
+        raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, more than {limit}")
     if max(image.size) > MAX_SIDE:
         raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, a side of more than {MAX_SIDE}")
-    if scans * pixels > _MOST_SCANNED:
+    if scans * pixels > _MAX_SCANNED:
         raise DecodeLimitExceeded(f"{scans} scans of {pixels} pixels")
-    if scans > 1 and pixels * len(image.getbands()) > _MOST_COEFFICIENTS:
+    if scans > 1 and pixels * len(image.getbands()) > _MAX_COEFFICIENTS:
         raise DecodeLimitExceeded(f"{pixels} pixels of {len(image.getbands())} colours in several scans")
     tiles = getattr(image, "tile", [])
-    if any(tile[0] == "bmp_rle" for tile in tiles) and max(pixels, size) > _MOST_RUN_LENGTH:
-        raise DecodeLimitExceeded(f"a run-length coded BMP of more than {_MOST_RUN_LENGTH} pixels or bytes")
+    if any(tile[0] == "bmp_rle" for tile in tiles) and max(pixels, size) > _MAX_RUN_LENGTH:
+        raise DecodeLimitExceeded(f"a run-length coded BMP of more than {_MAX_RUN_LENGTH} pixels or bytes")
     if image.mode in ("I", "F"):
-        raise DecodeLimitExceeded("numbers of 32 bits, which no screen shows")
+        raise DecodeLimitExceeded("32-bit pixels, which are not supported")
 
 
 def _check_segments(data: bytes) -> int:
-    """Walk through a JPEG's segments up to its end; the number of its scans."""
-    at = 2
+    """Check a JPEG's segments; return its number of scans."""
+    offset = 2
     scans = exif = junk = 0
-    for _ in range(_MOST_PARTS):
-        found = _MARKER.search(data, at)
-        if found is None or found[1] == _END:
+    for _ in range(_MAX_PARTS):
+        match = _MARKER.search(data, offset)
+        if match is None or match[1] == _END:
             return scans
-        if not scans:  # behind the first scan lies coded data
-            junk += found.end() - at - 2
-        exif += found[1] == _EXIF and data[found.end() + 2 : found.end() + 6] == b"Exif"
-        scans += found[1] == _START_OF_SCAN
-        at = found.end()
-        if found[1] not in _WITHOUT_LENGTH:
-            at += int.from_bytes(data[at : at + 2], "big")
-        if junk > _MOST_JUNK:
-            raise DecodeLimitExceeded(f"more than {_MOST_JUNK} bytes between its segments")
-        if exif > _MOST_EXIF_SEGMENTS:
-            raise DecodeLimitExceeded(f"more than {_MOST_EXIF_SEGMENTS} segments of EXIF")
-    raise DecodeLimitExceeded(f"more than {_MOST_PARTS} segments")
+        if not scans:  # coded data follows the first scan's header
+            junk += match.end() - offset - 2
+        exif += match[1] == _EXIF and data[match.end() + 2 : match.end() + 6] == b"Exif"
+        scans += match[1] == _START_OF_SCAN
+        offset = match.end()
+        if match[1] not in _WITHOUT_LENGTH:
+            offset += int.from_bytes(data[offset : offset + 2], "big")
+        if junk > _MAX_JUNK:
+            raise DecodeLimitExceeded(f"more than {_MAX_JUNK} bytes between its segments")
+        if exif > _MAX_EXIF_SEGMENTS:
+            raise DecodeLimitExceeded(f"more than {_MAX_EXIF_SEGMENTS} segments of EXIF")
+    raise DecodeLimitExceeded(f"more than {_MAX_PARTS} segments")
 
 
 def _check_chunks(data: bytes) -> None:
-    at = 8
-    for _ in range(_MOST_PARTS):
-        if at >= len(data):
+    offset = 8
+    for _ in range(_MAX_PARTS):
+        if offset >= len(data):
             return
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    raise DecodeLimitExceeded(f"more than {_MOST_PARTS} chunks")
+        offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
+    raise DecodeLimitExceeded(f"more than {_MAX_PARTS} chunks")
 
 
 def _check_blocks(data: bytes) -> None:
-    """Walk through what lies before a GIF's first frame: extensions, each of blocks up to an empty one."""
+    """Check the extensions before a GIF's first frame; an empty block ends each of them."""
     flags = data[10] if len(data) > 10 else 0
-    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    inside = False
-    for _ in range(_MOST_PARTS):
-        if at >= len(data) or (not inside and data[at] == ord(",")):
+    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    in_extension = False
+    for _ in range(_MAX_PARTS):
+        if offset >= len(data) or (not in_extension and data[offset] == ord(",")):
             return
-        if inside:
-            inside = data[at] != 0
-            at += 1 + data[at]
+        if in_extension:
+            in_extension = data[offset] != 0
+            offset += 1 + data[offset]
         else:
-            inside = data[at] == ord("!")
-            at += 2 if inside else 1
-    raise DecodeLimitExceeded(f"more than {_MOST_PARTS} blocks before its first frame")
+            in_extension = data[offset] == ord("!")
+            offset += 2 if in_extension else 1
+    raise DecodeLimitExceeded(f"more than {_MAX_PARTS} blocks before its first frame")
 
 
 def _check_directory(data: bytes) -> None:
-    """Look at the numbers of values in a TIFF's first directory, which Pillow unpacks."""
-    order, big = "<" if data[:1] == b"I" else ">", data[2] == ord("+")
-    start, number, entry = ("Q", "Q", "HHQ8x") if big else ("I", "H", "HHI4x")
+    """Check how many values Pillow would unpack from a TIFF's first directory."""
+    order, is_big_tiff = "<" if data[:1] == b"I" else ">", data[2] == ord("+")
+    start, number, entry = ("Q", "Q", "HHQ8x") if is_big_tiff else ("I", "H", "HHI4x")
     try:
-        (at,) = struct.unpack_from(order + start, data, 8 if big else 4)
-        (entries,) = struct.unpack_from(order + number, data, at)
-        if entries > _MOST_PARTS:
+        (offset,) = struct.unpack_from(order + start, data, 8 if is_big_tiff else 4)
+        (entries,) = struct.unpack_from(order + number, data, offset)
+        if entries > _MAX_PARTS:
             raise DecodeLimitExceeded(f"{entries} entries in its directory")
-        at += struct.calcsize(order + number)
-        for _, kind, count in struct.iter_unpack(order + entry, data[at : at + entries * (20 if big else 12)]):
-            if kind in _SIZED and count > _MOST_ENTRIES:
+        offset += struct.calcsize(order + number)
+        for _, dtype, count in struct.iter_unpack(
+            order + entry, data[offset : offset + entries * (20 if is_big_tiff else 12)]
+        ):
+            if dtype in _UNPACKED_TYPES and count > _MAX_TIFF_VALUES:
                 raise DecodeLimitExceeded(f"{count} values of one entry in its directory")
-    except struct.error:  # cut off: Pillow says so
+    except struct.error:  # truncated, which Pillow reports
         return
 
 
 class DecodeBudget:
-    """Pixels that may be decoded at once by all threads of a process; large images wait for each other.
+    """Limit of the pixels that all threads of a process decode at a time; large images wait for each other.
 
     Args:
-        pixels: in all.
-        small: images of no more than this do not wait.
+        pixels: Limit of all large images together.
+        small: Number of pixels up to which an image never waits.
     """
 
     def __init__(self, pixels: int, small: int) -> None:
@@ -164,7 +167,7 @@ class DecodeBudget:
 
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room for an image, and keep it."""
+        """Reserve the pixels of an image; wait until they are free."""
         if pixels <= self._small:
             yield
             return

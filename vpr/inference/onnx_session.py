@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions by execution provider, and the names of our graphs' ends. Needs neither torch nor onnx."""
+"""ONNX Runtime sessions by execution provider, and names of a graph's input and output. Imports no torch or onnx."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class ProviderMissing(UserError):
 
 
 def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool = False) -> Any:
-    """An ONNX Runtime session.
+    """Open an ONNX Runtime session.
 
     Args:
-        graph: serialised ONNX model without external data.
-        threads: of an operator on the CPU; 0 is one per core.
-        provider: ONNX Runtime's name of what runs it; what that cannot run is left to the CPU.
-        fp8: the graph has Q/DQ to FP8 for the CPU, on which ONNX Runtime 1.31 goes wrong: it moves them past a
-            Transpose that it does not have for FP8, and drops a Relu before them, as if FP8 began at its zero.
+        graph: Serialised ONNX model without external data.
+        threads: Number of CPU threads within an operator; 0 uses one per core.
+        provider: Name of the execution provider; the CPU runs operators that it does not support.
+        fp8: Whether the graph has FP8 Q/DQ and runs on the CPU. This disables two wrong optimisations of ONNX
+            Runtime 1.31: moving Q/DQ past a Transpose that lacks FP8, and dropping a Relu before FP8 Q/DQ.
 
     Raises:
-        ProviderMissing: the provider cannot be loaded. ONNX Runtime itself would go on with the CPU.
+        ProviderMissing: The provider cannot be loaded. ONNX Runtime would silently use the CPU.
     """
     import onnxruntime as ort
 
@@ -37,8 +37,8 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if lacks_vnni():
-        options.add_session_config_entry("session.x64quantprecision", "1")  # slower kernels, whose sums are exact
-    without = ["ReluQuantRewrite"] if fp8 else []
+        options.add_session_config_entry("session.x64quantprecision", "1")  # slower kernels with exact sums
+    disabled = ["ReluQuantRewrite"] if fp8 else []
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if provider == TENSORRT_RTX:
@@ -46,21 +46,21 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
         session = ort.InferenceSession(graph, options)
     else:
         if provider != CPU:
-            ort.preload_dlls()  # CUDA's libraries of the wheels that came with torch
-        session = ort.InferenceSession(graph, options, providers=[provider], disabled_optimizers=without)
+            ort.preload_dlls()  # CUDA libraries from the wheels that torch installs
+        session = ort.InferenceSession(graph, options, providers=[provider], disabled_optimizers=disabled)
     if provider not in session.get_providers():
-        instead = session.get_providers()[0]
+        fallback = session.get_providers()[0]
         raise ProviderMissing(
-            f"onnxruntime: {provider} cannot be loaded ({instead} would run instead): see 'vpr doctor'"
+            f"onnxruntime: {provider} cannot be loaded ({fallback} would run instead). See `vpr doctor`."
         )
     return session
 
 
 def rtx_devices() -> list[Any]:
-    """The GPUs that TensorRT-RTX's plugin finds; it is registered with ONNX Runtime once.
+    """Return the GPUs that the TensorRT-RTX plugin supports; register it with ONNX Runtime on the first call.
 
     Raises:
-        ImportError: the plugin's wheel is not installed.
+        ImportError: The plugin's wheel is not installed.
     """
     import onnxruntime as ort
 

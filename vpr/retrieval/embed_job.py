@@ -14,7 +14,7 @@ from vpr.artifacts.run_folder import run_folder
 from vpr.artifacts.store import Artifact, Parent, config_to_json
 from vpr.common.errors import UserError
 from vpr.data.catalog import load_catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import EmbedConfig
 from vpr.retrieval.embeddings import embed, torch_forward
 

@@ -17,7 +17,7 @@ from vpr.artifacts.store import Artifact, Embedding, Parent, load_artifact, rera
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]

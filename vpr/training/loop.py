@@ -26,7 +26,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler, Normalise
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import l2_normalize, score_split
 from vpr.training.callbacks import (
     MONITOR,

@@ -57,7 +57,7 @@ def test_every_backend_of_every_artifact_is_timed_or_gives_its_reason(
     [
         ({"models": ()}, "models: none given"),
         ({"batches": (0,)}, "batches:"),
-        ({"starts": -1}, "starts: -1"),
+        ({"starts": -1}, "starts: expected 0 or more, got -1"),
         ({"backends": ("tensorflow",)}, "backends: no 'tensorflow': choose from all, torch"),
     ],
 )

@@ -19,7 +19,7 @@ from tests.conftest import small_student
 from vpr.artifacts.store import Embedding, load_artifact, write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import l2_normalize
 

@@ -9,7 +9,8 @@ from experiments.teacher.input_pipeline import consumption, delivery
 from teacher.config import TowerConfig
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.imaging.decode import Preprocess, decode_bytes
+from vpr.imaging.decode import decode_bytes
+from vpr.imaging.preprocess import Preprocess
 
 
 def test_rates_count_images(catalog: Catalog) -> None:

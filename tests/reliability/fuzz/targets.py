@@ -42,7 +42,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog, rows_to_table
 from vpr.data.readers import READERS
 from vpr.data.splits import split_by_product
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.inference.int8 import Ranges, read_ranges
 from vpr.inference.onnx_graph import check_graph, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT

@@ -15,15 +15,22 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from vpr.common.locks import file_lock
-with locked(Path(sys.argv[1])):
+with file_lock(Path(sys.argv[1])):
     child = os.fork()
     if child:
         print(child, flush=True)
     time.sleep(600)
 """
+WAITER = """
+import sys
+from pathlib import Path
+from vpr.common.locks import file_lock
+with file_lock(Path(sys.argv[1])):
+    print(1)
+"""
 
 
-def test_a_lock_is_its_process_s_alone_and_ends_with_a_kill(tmp_path: Path) -> None:
+def test_lock_is_exclusive_and_ends_with_a_kill(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -32,18 +39,17 @@ def test_a_lock_is_its_process_s_alone_and_ends_with_a_kill(tmp_path: Path) -> N
             pass
         holder.kill()
         holder.wait()
-        with file_lock(lock, "in use: wait"):  # the forked child lives on
+        with file_lock(lock, "in use: wait"):  # the forked child is still running
             assert lock.exists()
         assert not lock.exists()
         os.kill(forked, signal.SIGKILL)
 
 
-def test_a_lock_file_that_was_removed_while_it_was_waited_for_is_not_taken_for_the_lock(tmp_path: Path) -> None:
+def test_lock_file_removed_during_the_wait_is_ignored(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    waiting = "import sys; from pathlib import Path; from vpr.common.locks import file_lock\nwith file_lock(Path(sys.argv[1])): print(1)"
     with file_lock(lock):
-        waiter = subprocess.Popen([sys.executable, "-c", waiting, str(lock)], stdout=subprocess.PIPE, text=True)
-        while len(list(Path(f"/proc/{waiter.pid}/fd").glob("*"))) < 4:  # it has the file open
+        waiter = subprocess.Popen([sys.executable, "-c", WAITER, str(lock)], stdout=subprocess.PIPE, text=True)
+        while len(list(Path(f"/proc/{waiter.pid}/fd").glob("*"))) < 4:  # until it has opened the file
             assert waiter.poll() is None
         lock.unlink()
     assert waiter.communicate(timeout=60)[0] == "1\n"

@@ -14,8 +14,8 @@ from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
 
 
-def test_reading_unchanged_images_again_keeps_the_artifact(texture_folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "photos"
+def test_unchanged_images_keep_the_artifact(texture_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
     shutil.copytree(texture_folder, root)
     config = CatalogConfig(reader="folder", root=str(root), output=str(tmp_path / "c"), test=0.5)
     first = load_artifact(build_catalog(config)).sha256
@@ -24,7 +24,7 @@ def test_reading_unchanged_images_again_keeps_the_artifact(texture_folder: Path,
     assert load_artifact(build_catalog(config)).sha256 != first
 
 
-def test_an_output_that_may_not_be_replaced_is_refused_before_images_are_read(
+def test_foreign_output_is_rejected_before_reading(
     texture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with write_artifact(tmp_path / "taken", "ranges", {}):
@@ -36,8 +36,8 @@ def test_an_output_that_may_not_be_replaced_is_refused_before_images_are_read(
             build_catalog(config)
 
 
-def test_unreadable_images_are_set_aside_with_a_reason(texture_folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "photos"
+def test_unreadable_images_are_listed_with_a_reason(texture_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
     for product in ("a", "b"):
         (root / product).mkdir(parents=True)
         (root / product / "1.jpg").write_bytes((texture_folder / "product-00" / "1.jpg").read_bytes())
@@ -48,10 +48,8 @@ def test_unreadable_images_are_set_aside_with_a_reason(texture_folder: Path, tmp
     assert built.file("set_aside.csv").read_text() == "image,reason\na/2.jpg,not an image\n"
 
 
-def test_files_that_are_no_images_by_name_are_listed_and_the_catalogue_itself_is_not(
-    texture_folder: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "photos"
+def test_files_without_image_suffix_are_listed(texture_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
     shutil.copytree(texture_folder / "product-00", root / "shoe")
     for name in ("shoe/notes.txt", "shoe/1.heic", "README"):
         (root / name).write_bytes(b"?")
@@ -65,9 +63,9 @@ def test_files_that_are_no_images_by_name_are_listed_and_the_catalogue_itself_is
 
 
 @pytest.mark.parametrize("reader", ["folder", "images", "webdataset"])
-def test_a_folder_that_is_a_link_is_listed(texture_folder: Path, tmp_path: Path, reader: str) -> None:
-    """It is not followed; its products must not be missing without a word."""
-    root = tmp_path / "photos"
+def test_links_to_folders_are_listed(texture_folder: Path, tmp_path: Path, reader: str) -> None:
+    """Links are not followed, so their products must not be missing silently."""
+    root = tmp_path / "images"
     shutil.copytree(texture_folder / "product-00", root / "shoe")
     with tarfile.open(root / "0.tar", "w") as tar:
         tar.add(root / "shoe" / "0.jpg", "0.jpg")
@@ -80,26 +78,26 @@ def test_a_folder_that_is_a_link_is_listed(texture_folder: Path, tmp_path: Path,
     assert listed.count("\n") == (4 if reader == "webdataset" else 5)
 
 
-def test_a_changed_box_is_not_taken_for_up_to_date(texture_folder: Path, tmp_path: Path) -> None:
+def test_changed_box_rebuilds_the_catalogue(texture_folder: Path, tmp_path: Path) -> None:
     shutil.copy(texture_folder / "product-00" / "0.jpg", tmp_path / "a.jpg")
     config = CatalogConfig(reader="csv", root=str(tmp_path / "t.csv"), output=str(tmp_path / "c"))
-    seen = []
+    catalogs = []
     for left in (1, 9):
         (tmp_path / "t.csv").write_text(f"image,product,box_x,box_y,box_w,box_h\na.jpg,shoe,{left},1,5,5\n")
-        seen.append(load_catalog(build_catalog(config)))
-    assert [catalog.box(0) for catalog in seen] == [(1, 1, 5, 5), (9, 1, 5, 5)]
-    assert seen[0].sha256 != seen[1].sha256
+        catalogs.append(load_catalog(build_catalog(config)))
+    assert [catalog.box(0) for catalog in catalogs] == [(1, 1, 5, 5), (9, 1, 5, 5)]
+    assert catalogs[0].sha256 != catalogs[1].sha256
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"validation": -1.0}, r"validation -1\.0 and test 0\.0: shares"),
-        ({"test": float("nan")}, r"validation 0\.0 and test nan: shares"),
-        ({"validation": float("inf")}, "validation inf"),
-        ({"seed": -1}, "seed: -1: give 0 or more"),
+        ({"validation": -1.0}, r"together less than 1, got -1\.0 and 0\.0"),
+        ({"test": float("nan")}, r"validation, test: expected shares .* got 0\.0 and nan"),
+        ({"validation": float("inf")}, "got inf and 0"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
+def test_values_out_of_range_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CatalogConfig(reader="folder", root="x", output="y", **values)

@@ -14,7 +14,7 @@ from vpr.data.readers import read_csv
 from vpr.data.splits import check_leaks, split_by_product
 
 
-def test_a_built_catalogue_is_read_back_and_selected(catalog: Catalog) -> None:
+def test_catalogue_is_loaded_and_selected(catalog: Catalog) -> None:
     assert catalog.table.schema.equals(SCHEMA)
     assert len(catalog) == 128
     assert {len(set(catalog.select(split=s).products)) for s in ("validation", "test")} == {4}
@@ -26,34 +26,34 @@ def test_a_built_catalogue_is_read_back_and_selected(catalog: Catalog) -> None:
 
 
 def test_checksum_ignores_the_order_of_rows(catalog: Catalog) -> None:
-    turned = Catalog(catalog.table.take(pa.array(np.arange(len(catalog))[::-1])), catalog.root)
-    assert turned.sha256 == catalog.sha256
+    reversed_rows = Catalog(catalog.table.take(pa.array(np.arange(len(catalog))[::-1])), catalog.root)
+    assert reversed_rows.sha256 == catalog.sha256
     assert catalog.select(split="test").sha256 != catalog.sha256
 
 
-def test_an_unknown_role_is_refused(catalog: Catalog) -> None:
+def test_unknown_role_is_rejected(catalog: Catalog) -> None:
     rows = catalog.table.to_pylist()[:1]
     rows[0]["role"] = "spectator"
     with pytest.raises(UserError, match="role 'spectator' is not known"):
         rows_to_table(rows)
 
 
-def test_two_hundred_thousand_rows_are_read_split_written_and_loaded_in_seconds(tmp_path: Path) -> None:
+def test_200k_rows_take_seconds(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open("w") as stream:
         stream.write("image,product\n")
         stream.writelines(f"shelf-{row % 50}/{row}.jpg,shop/{row // 20}\n" for row in range(200_000))
-    begun = time.monotonic()
+    start = time.monotonic()
     rows = [{**row, "sha256": f"{number:064x}"} for number, row in enumerate(read_csv(tmp_path / "t.csv"))]
-    made = Catalog(split_by_product(rows_to_table(rows), 0.1, 0.1, 0), tmp_path)
-    loaded = load_catalog(write_catalog(tmp_path / "catalog", made))
+    built = Catalog(split_by_product(rows_to_table(rows), 0.1, 0.1, 0), tmp_path)
+    loaded = load_catalog(write_catalog(tmp_path / "catalog", built))
     train, test = loaded.select(split="train"), loaded.select(split="test")
     assert check_leaks(train, test) == {}
     assert loaded.summary()["images"] == {"train": 160_000, "validation": 20_000, "test": 20_000}
-    assert loaded.summary()["sha256"] == made.sha256
-    assert time.monotonic() - begun < 60  # a bound against quadratic work and a call per row, not a benchmark
+    assert loaded.summary()["sha256"] == built.sha256
+    assert time.monotonic() - start < 60  # a bound against quadratic work and a call per row, not a benchmark
 
 
-def test_a_catalogue_of_another_form_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_table_with_other_columns_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     from vpr.artifacts.store import write_artifact
@@ -64,8 +64,8 @@ def test_a_catalogue_of_another_form_is_refused(catalog: Catalog, tmp_path: Path
         load_catalog(tmp_path / "c")
 
 
-@pytest.mark.parametrize("damage", ["piece", "text", "length"])
-def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["bytes", "text", "length"])
+def test_damaged_table_is_rejected(catalog: Catalog, tmp_path: Path, damage: str) -> None:
     import pyarrow.parquet as pq
 
     from vpr.artifacts.store import write_artifact
@@ -75,7 +75,7 @@ def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, t
         pq.write_table(catalog.table, path, use_dictionary=False, compression="none" if damage == "text" else "snappy")
         data, product = path.read_bytes(), catalog.table["product"][0].as_py().encode()
         broken = {
-            "piece": data[:200] + bytes(100) + data[300:],
+            "bytes": data[:200] + bytes(100) + data[300:],
             "text": data.replace(product, b"\xff" * len(product)),
             "length": data[:-8] + b"\xff\xff\xff\x7f" + data[-4:],
         }
@@ -85,15 +85,15 @@ def test_a_table_that_was_written_wrong_is_refused_in_a_line(catalog: Catalog, t
 
 
 @pytest.mark.parametrize("image", ["../a.png", "a/../../b.png", "/etc/a.png", ".."])
-def test_a_table_whose_images_lie_elsewhere_is_refused(catalog: Catalog, tmp_path: Path, image: str) -> None:
-    place = catalog.table.schema.get_field_index("image")
+def test_image_paths_outside_the_root_are_rejected(catalog: Catalog, tmp_path: Path, image: str) -> None:
+    column = catalog.table.schema.get_field_index("image")
     images = pa.array([image, *catalog.table["image"].to_pylist()[1:]], pa.string())
-    made = write_catalog(tmp_path / "c", Catalog(catalog.table.set_column(place, "image", images), catalog.root))
-    with pytest.raises(UserError, match="an image's path leads out of its root"):
-        load_catalog(made)
+    path = write_catalog(tmp_path / "c", Catalog(catalog.table.set_column(column, "image", images), catalog.root))
+    with pytest.raises(UserError, match="the path of an image leads out of its root"):
+        load_catalog(path)
 
 
-def test_a_card_that_does_not_say_where_the_images_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_card_without_root_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     from vpr.artifacts.store import write_artifact

@@ -16,10 +16,10 @@ from tests.catalogs import write_catalog
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog, rows_to_table
 from vpr.data.config import CatalogConfig
-from vpr.data.duplicates import merge, near_pairs
+from vpr.data.duplicates import find_near_pairs, merge
 
 
-def test_merging_a_catalogue_with_part_of_itself_adds_no_rows_and_says_which(catalog: Catalog) -> None:
+def test_merging_a_part_of_itself_adds_no_rows(catalog: Catalog) -> None:
     test = catalog.select(split="test")
     joined, duplicates = merge([catalog, test])
     assert joined.sha256 == catalog.sha256
@@ -27,9 +27,7 @@ def test_merging_a_catalogue_with_part_of_itself_adds_no_rows_and_says_which(cat
     assert all(later == earlier for later, earlier in duplicates.same_bytes)
 
 
-def test_merging_reports_copies_and_near_copies_of_another_source(
-    catalog: Catalog, texture_folder: Path, tmp_path: Path
-) -> None:
+def test_merging_reports_copies_and_near_duplicates(catalog: Catalog, texture_folder: Path, tmp_path: Path) -> None:
     shop = tmp_path / "shop" / "shoe"
     shop.mkdir(parents=True)
     shutil.copy(texture_folder / "product-03" / "2.jpg", shop / "copy.jpg")
@@ -50,7 +48,7 @@ def test_merging_reports_copies_and_near_copies_of_another_source(
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=12), st.integers(0, 64), st.integers(1, 40), st.randoms())
-def test_near_pairs_equal_a_plain_loop(values: list[int], bits: int, block: int, random: Random) -> None:
+def test_near_pairs_equal_a_simple_loop(values: list[int], bits: int, block: int, random: Random) -> None:
     values = [*values, *values[:3], *(value ^ 5 for value in values), *(value ^ (0b1011 << 20) for value in values)]
     random.shuffle(values)
     expected = []
@@ -60,22 +58,22 @@ def test_near_pairs_equal_a_plain_loop(values: list[int], bits: int, block: int,
             expected.append([later, distances.index(min(distances))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vpr.data.duplicates._BLOCK", block)
-        assert near_pairs(np.array(values, dtype=np.uint64), bits).tolist() == expected
+        assert find_near_pairs(np.array(values, dtype=np.uint64), bits).tolist() == expected
 
 
-@pytest.mark.parametrize("white", [0, 150_000])
-def test_two_hundred_thousand_hashes_are_compared_in_seconds(white: int) -> None:
+@pytest.mark.parametrize("zeros", [0, 150_000])
+def test_200k_hashes_are_compared_in_seconds(zeros: int) -> None:
     hashes = np.random.default_rng(0).integers(0, 2**64 - 1, 200_000, dtype=np.uint64)
-    hashes[:white] = 0
+    hashes[:zeros] = 0
     hashes[-1] = hashes[-2] ^ np.uint64(0b1001)
-    begun = time.monotonic()
-    pairs = near_pairs(hashes, 4)
-    assert time.monotonic() - begun < 60  # comparing all with all takes minutes
-    assert len(pairs) == max(0, white - 1) + 1
+    start = time.monotonic()
+    pairs = find_near_pairs(hashes, 4)
+    assert time.monotonic() - start < 60  # comparing all with all takes minutes
+    assert len(pairs) == max(0, zeros - 1) + 1
     assert pairs[-1].tolist() == [199_999, 199_998]
 
 
-def test_merged_names_are_those_of_the_common_folder_however_they_are_spelt(tmp_path: Path) -> None:
+def test_merged_paths_are_normalised(tmp_path: Path) -> None:
     def table(names: list[str], product: str) -> pa.Table:
         fixed = {"category": "", "role": "train", "split": "train", "box": None, "source": "made"}
         return rows_to_table([{**fixed, "image": name, "product": product, "sha256": name[-5:]} for name in names])

@@ -16,14 +16,14 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler, ImageDataset, training_loader, validation_loader
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=16)
 LOCK = threading.Lock()
 
 
 class LockedDataset(ImageDataset):
-    """It reads while nothing else holds the lock."""
+    """Dataset that needs a lock to read."""
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         assert LOCK.acquire(timeout=20)
@@ -32,12 +32,12 @@ class LockedDataset(ImageDataset):
 
 
 class WarningDataset(ImageDataset):
-    """It warns, as Pillow does of a broken tag, and says whether that was let through."""
+    """Dataset that warns, as Pillow does of a broken tag, and returns whether the warning was recorded."""
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as recorded:
             warnings.warn(f"a broken tag of {rows}", UserWarning, stacklevel=1)
-        return super().__getitems__(rows) | {"told": torch.tensor(len(told))}
+        return super().__getitems__(rows) | {"warnings": torch.tensor(len(recorded))}
 
 
 def _names(counts: list[int]) -> np.ndarray:
@@ -53,7 +53,7 @@ def _names(counts: list[int]) -> np.ndarray:
     seed=st.integers(0, 3),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_has_as_many_of_each_product_as_asked(
+def test_epoch_respects_limits_per_product(
     counts: list[int], max_per_product: int, min_per_product: int, seed: int, epoch: int
 ) -> None:
     min_per_product = min(min_per_product, max_per_product) if max_per_product else min_per_product
@@ -64,17 +64,17 @@ def test_an_epoch_has_as_many_of_each_product_as_asked(
     sampler.set_epoch(epoch)
     rows = list(sampler)
     assert len(rows) == len(sampler)
-    drawn = Counter(names[rows].tolist())
+    sampled = Counter(names[rows].tolist())
     for name, count in Counter(names.tolist()).items():
-        assert drawn[name] == max(min(count, max_per_product or count), min_per_product)
+        assert sampled[name] == max(min(count, max_per_product or count), min_per_product)
         times = [rows.count(row) for row in np.flatnonzero(names == name).tolist()]
-        assert max(times) - min(times) <= 1  # whole repeats and a rest, nothing drawn twice before all are drawn once
+        assert max(times) - min(times) <= 1  # no image is repeated before all are sampled
     again = EpochSampler(names, LoaderConfig(1, max_per_product=max_per_product, min_per_product=min_per_product), seed)
     again.set_epoch(epoch)
     assert list(again) == rows
 
 
-def test_each_epoch_draws_others_of_a_capped_product_and_all_come_round() -> None:
+def test_epochs_sample_different_images_of_a_product() -> None:
     sampler = EpochSampler(_names([200, 5]), LoaderConfig(1, max_per_product=40), 0)
     epochs = []
     for epoch in range(60):
@@ -85,7 +85,7 @@ def test_each_epoch_draws_others_of_a_capped_product_and_all_come_round() -> Non
     assert list(sampler) != sorted(sampler)
 
 
-def test_without_limits_the_order_is_the_permutation_of_seed_and_epoch() -> None:
+def test_order_is_the_permutation_of_seed_and_epoch() -> None:
     sampler = EpochSampler(_names([7, 9]), LoaderConfig(1), seed=3)
     sampler.set_epoch(2)
     assert list(sampler) == torch.randperm(16, generator=torch.Generator().manual_seed(3_000_011)).tolist()
@@ -93,63 +93,63 @@ def test_without_limits_the_order_is_the_permutation_of_seed_and_epoch() -> None
 
 @pytest.mark.parametrize("limits", [{}, {"max_per_product": 8, "min_per_product": 4}])
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_batches_of_one(world: int, limits: dict[str, int]) -> None:
+def test_processes_share_the_batches_of_one_process(world: int, limits: dict[str, int]) -> None:
     names = _names([1, 3, 9, 20, 14])
-    whole = EpochSampler(names, LoaderConfig(8, **limits), 0)
+    single = EpochSampler(names, LoaderConfig(8, **limits), 0)
     parts = [EpochSampler(names, LoaderConfig(8 // world, **limits), 0, rank, world) for rank in range(world)]
     for epoch in range(2):
-        for sampler in (whole, *parts):
+        for sampler in (single, *parts):
             sampler.set_epoch(epoch)
-        batches = np.array(list(whole)).reshape(-1, 8)
+        batches = np.array(list(single)).reshape(-1, 8)
         shares = [np.array(list(part)).reshape(len(batches), -1) for part in parts]
         np.testing.assert_array_equal(np.concatenate(shares, axis=1), batches)
 
 
-def test_two_hundred_thousand_rows_are_drawn_at_once() -> None:
+def test_200k_rows_are_sampled_in_seconds() -> None:
     names = np.array([f"products10k/{row % 9691}" for row in range(200_000)])
-    begun = time.monotonic()
+    start = time.monotonic()
     sampler = EpochSampler(names, LoaderConfig(64, max_per_product=18, min_per_product=15), 0)
     assert len(list(sampler)) == 9691 * 18 // 64 * 64
-    assert time.monotonic() - begun < 20  # a bound against a loop over rows, not a benchmark
+    assert time.monotonic() - start < 20  # a bound against a loop over rows, not a benchmark
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_give_images_with_their_rows(catalog: Catalog, workers: int) -> None:
+def test_loaders_return_images_with_their_rows(catalog: Catalog, workers: int) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS)
     kept = ImageDataset(dataset.catalog, PREPROCESS, keep_in_memory=True)
-    everything = kept.__getitems__(list(range(len(kept))))["pixels"]
+    expected = kept.__getitems__(list(range(len(kept))))["pixels"]
     config = LoaderConfig(5, workers)
     batches = list(validation_loader(dataset, config))
     assert torch.cat([batch["rows"] for batch in batches]).tolist() == list(range(32))
-    assert torch.equal(torch.cat([batch["pixels"] for batch in batches]), everything)
+    assert torch.equal(torch.cat([batch["pixels"] for batch in batches]), expected)
     rows = [batch["rows"] for batch in training_loader(dataset, config, 0)]
     assert [len(batch) for batch in rows] == [5] * 6
     assert len(set(torch.cat(rows).tolist())) == 30
 
 
-def test_workers_do_not_wait_for_what_a_thread_of_the_training_holds(catalog: Catalog) -> None:
-    """As the lock of Python's list of threads, which one may hold just when a worker is forked."""
+def test_workers_do_not_inherit_locks(catalog: Catalog) -> None:
+    """A forked worker would inherit a held lock, such as that of Python's list of threads."""
     dataset = LockedDataset(catalog.select(split="validation"), PREPROCESS)
     with LOCK:
         assert len(list(validation_loader(dataset, LoaderConfig(16, workers=1)))) == 2
 
 
-@pytest.mark.parametrize("silent", [True, False])
-def test_workers_are_as_silent_as_their_training(catalog: Catalog, silent: bool) -> None:
+@pytest.mark.parametrize("ignore", [True, False])
+def test_workers_inherit_ignored_warnings(catalog: Catalog, ignore: bool) -> None:
     dataset = WarningDataset(catalog.select(split="validation"), PREPROCESS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if silent else "always")
-        told = [batch["told"].item() for batch in validation_loader(dataset, LoaderConfig(16, workers=1))]
-    assert told == [0 if silent else 1] * 2
+        warnings.simplefilter("ignore" if ignore else "always")
+        counts = [batch["warnings"].item() for batch in validation_loader(dataset, LoaderConfig(16, workers=1))]
+    assert counts == [0 if ignore else 1] * 2
 
 
-def test_pixels_that_are_kept_are_not_copied_to_workers(catalog: Catalog) -> None:
+def test_pixels_in_memory_need_no_workers(catalog: Catalog) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
     assert training_loader(dataset, LoaderConfig(5, workers=2), 0).num_workers == 0
 
 
 @pytest.mark.parametrize("world", [1, 3, 5, 40])
-def test_processes_validate_every_image_in_batches_of_the_same_sizes(catalog: Catalog, world: int) -> None:
+def test_processes_validate_images_in_equal_batches(catalog: Catalog, world: int) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
     config = LoaderConfig(4)
     shares = [[b["rows"].tolist() for b in validation_loader(dataset, config, rank, world)] for rank in range(world)]
@@ -157,7 +157,7 @@ def test_processes_validate_every_image_in_batches_of_the_same_sizes(catalog: Ca
     assert {row for share in shares for batch in share for row in batch} == set(range(32))
 
 
-def test_too_few_images_for_a_batch_are_refused(catalog: Catalog) -> None:
+def test_too_few_images_for_a_batch_are_rejected(catalog: Catalog) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS)
     with pytest.raises(UserError, match=r"loader\.batch_size: 33 is more than the 32 training images of an epoch"):
         training_loader(dataset, LoaderConfig(33), 0)
@@ -170,16 +170,16 @@ def test_too_few_images_for_a_batch_are_refused(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 0}, r"loader\.batch_size: 0: give 1 or more"),
-        ({"workers": -1}, r"loader\.workers: -1: give 0 to 512"),
-        ({"max_per_product": -1}, r"loader\.max_per_product: -1"),
-        ({"min_per_product": -2}, r"loader\.min_per_product: -2"),
+        ({"batch_size": 0}, r"loader\.batch_size: expected 1 or more, got 0"),
+        ({"workers": -1}, r"loader\.workers: expected 0 to 512, got -1"),
+        ({"max_per_product": -1}, r"loader\.max_per_product: expected 0 to 1048576, got -1"),
+        ({"min_per_product": -2}, r"loader\.min_per_product: expected 0 to 10000, got -2"),
         (
             {"max_per_product": 5, "min_per_product": 6},
-            r"loader\.min_per_product: 6 is more than loader\.max_per_product 5: lower it",
+            r"loader\.min_per_product: expected at most loader\.max_per_product 5, got 6",
         ),
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, int], message: str) -> None:
+def test_values_out_of_range_are_rejected(values: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LoaderConfig(**values)

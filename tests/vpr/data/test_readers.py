@@ -53,7 +53,7 @@ def test_aicrowd_keeps_boxes_and_roles(tmp_path: Path, image: bytes) -> None:
     assert [row["product"] for row in read_aicrowd(tmp_path)] == ["aicrowd/5"] * 2
 
 
-def test_csv_with_everything(tmp_path: Path) -> None:
+def test_csv_with_all_columns(tmp_path: Path) -> None:
     header = "product,image,role,split,category,box_x,box_y,box_w,box_h"
     (tmp_path / "t.csv").write_text(f"{header}\nshoe,a/1.jpg,query,test,feet,1,2,3,4\nhat,2.jpg,,,,,,,\n")
     first, second = read_csv(tmp_path / "t.csv")
@@ -65,7 +65,7 @@ def test_csv_with_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,prod\na.jpg,1\n", "column 'product' is missing: it needs image, product"),
+        ("image,prod\na.jpg,1\n", "column 'product' is missing. It needs image, product"),
         ("", "column 'image' is missing"),
         ("image,product\na.jpg,\n", "line 2: no value for 'product'"),
         ("image,product\na.jpg\n", "line 2: no value for 'product'"),
@@ -78,11 +78,11 @@ def test_csv_with_everything(tmp_path: Path) -> None:
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,5,nan,3,4\n", "out of range"),
         ("image,product\na.jpg,Shoe, red\n", "line 2: more cells than columns"),
         ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,p3\n', "unexpected end of data"),
-        ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,"\n', "line 4: 'product' has a line break: look for a stray"),
+        ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,"\n', "line 4: 'product' has a line break. Look for a stray"),
         ('image,product\n"a' + "x" * (2 << 20) + '",1\n', "field larger than field limit"),
     ],
 )
-def test_broken_csv_names_file_line_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_csv_names_file_line_and_fix(tmp_path: Path, text: str, message: str) -> None:
     table = tmp_path / "t.csv"
     table.write_text(text)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -91,8 +91,8 @@ def test_broken_csv_names_file_line_and_remedy(tmp_path: Path, text: str, messag
     assert str(table) in str(caught.value)
 
 
-def test_a_zero_byte_is_refused(tmp_path: Path) -> None:
-    """NumPy drops zero bytes that end a text: two products would become one, and a held-out one would be trained on."""
+def test_zero_byte_is_rejected(tmp_path: Path) -> None:
+    """NumPy drops trailing zero bytes, so a held-out product could become equal to a training product."""
     (tmp_path / "t.csv").write_bytes(b"image,product,category\na.jpg,shoe,\nb.jpg,shoe\0,\n")
     with pytest.raises(UserError, match=r"t\.csv: line 3: a zero byte"):
         list(read_csv(tmp_path / "t.csv"))
@@ -103,7 +103,7 @@ _CELL = st.text(st.characters(exclude_characters="\0\r\n", exclude_categories=("
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.from_regex(r"[a-z0-9 ,;'\"]{1,9}\.jpg", fullmatch=True), _CELL, _CELL), min_size=1))
-def test_a_csv_of_another_writer_is_read_as_it_was_written(cells: list[tuple[str, str, str]]) -> None:
+def test_csv_written_by_pyarrow_is_read_exactly(cells: list[tuple[str, str, str]]) -> None:
     images, products, categories = zip(*cells, strict=True)
     table = pa.table({"category": categories, "product": products, "image": images})
     with tempfile.TemporaryDirectory() as folder:
@@ -112,49 +112,49 @@ def test_a_csv_of_another_writer_is_read_as_it_was_written(cells: list[tuple[str
     assert [(row["image"], row["product"], row["category"]) for row in rows] == cells
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"image,product\ncaf\xe9.jpg,1\n")
     with pytest.raises(UserError, match="UTF-8"):
         list(read_csv(tmp_path / "t.csv"))
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, image: bytes) -> None:
+def test_link_out_of_the_folder_is_rejected(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "secret.jpg").write_bytes(image)
-    (tmp_path / "photos" / "shoe").mkdir(parents=True)
-    (tmp_path / "photos" / "shoe" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "images" / "shoe").mkdir(parents=True)
+    (tmp_path / "images" / "shoe" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(UserError, match="leads out of"):
-        list(read_folder(tmp_path / "photos"))
+        list(read_folder(tmp_path / "images"))
 
 
-def test_names_are_followed_where_they_lead(tmp_path: Path, image: bytes) -> None:
+def test_links_are_resolved_before_the_check(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "s.jpg").write_bytes(image)
-    root = tmp_path / "photos"
+    root = tmp_path / "images"
     (root / "real").mkdir(parents=True)
     (root / "real" / "1.jpg").write_bytes(image)
     (root / "real" / "2.jpg").symlink_to("1.jpg")
     (root / "real" / "out.jpg").symlink_to(tmp_path / "elsewhere" / "s.jpg")
     (root / "inner").symlink_to("real")
     (root / "outer").symlink_to(tmp_path / "elsewhere")
-    inside = ["real/1.jpg", "real/2.jpg", "inner/1.jpg", "real/../real/1.jpg", "./real/1.jpg", "real/absent.jpg"]
-    (root / "t.csv").write_text("".join(["image,product\n", *(f"{name},1\n" for name in inside)]))
-    assert [row["image"] for row in read_csv(root / "t.csv")] == inside
-    for name in ("real/out.jpg", "inner/out.jpg", "outer/s.jpg", "outer/absent.jpg", "../photos2/1.jpg", ".."):
+    valid = ["real/1.jpg", "real/2.jpg", "inner/1.jpg", "real/../real/1.jpg", "./real/1.jpg", "real/absent.jpg"]
+    (root / "t.csv").write_text("".join(["image,product\n", *(f"{name},1\n" for name in valid)]))
+    assert [row["image"] for row in read_csv(root / "t.csv")] == valid
+    for name in ("real/out.jpg", "inner/out.jpg", "outer/s.jpg", "outer/absent.jpg", "../images2/1.jpg", ".."):
         (root / "t.csv").write_text(f"image,product\nreal/1.jpg,1\n{name},1\n")
         with pytest.raises(UserError, match="line 3: .* leads out of"):
             list(read_csv(root / "t.csv"))
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, image: bytes) -> None:
+def test_name_that_is_not_utf8_is_rejected(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "shoe").mkdir()
     (tmp_path / "shoe" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(image)
-    with pytest.raises(UserError, match="its name is not UTF-8: rename it"):
+    with pytest.raises(UserError, match=r"its name is not UTF-8\. Rename it"):
         list(read_folder(tmp_path))
 
 
-def test_a_image_outside_every_product_is_named(tmp_path: Path, image: bytes) -> None:
+def test_image_outside_product_folders_is_rejected(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "1.jpg").write_bytes(image)
-    with pytest.raises(UserError, match="lies in no product's folder"):
+    with pytest.raises(UserError, match="is in no product's folder"):
         list(read_folder(tmp_path))
 
 
@@ -165,51 +165,51 @@ def test_missing_tables_are_named(tmp_path: Path) -> None:
         list(read_aicrowd(tmp_path))
 
 
-def test_an_absolute_path_is_refused_even_inside_the_folder(tmp_path: Path) -> None:
+def test_absolute_path_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(f"image,product\n{tmp_path}/a.jpg,1\n")
     with pytest.raises(UserError, match="leads out of"):
         list(read_csv(tmp_path / "t.csv"))
 
 
-@pytest.mark.parametrize("alone", ["train", "test_kaggletest"])
-def test_either_products10k_table_may_be_alone(alone: str, tmp_path: Path) -> None:
-    (tmp_path / f"{alone}.csv").write_text("name,class\n1.jpg,7\n")
+@pytest.mark.parametrize("table", ["train", "test_kaggletest"])
+def test_one_products10k_table_is_enough(table: str, tmp_path: Path) -> None:
+    (tmp_path / f"{table}.csv").write_text("name,class\n1.jpg,7\n")
     (row,) = read_products10k(tmp_path)
-    assert row["image"] == ("train/1.jpg" if alone == "train" else "test/1.jpg")
+    assert row["image"] == ("train/1.jpg" if table == "train" else "test/1.jpg")
 
 
-def test_csv_paths_are_relative_to_its_folder_after_loading_too(tmp_path: Path, image: bytes) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_bytes(image)
-    (tmp_path / "photos" / "t.csv").write_text("image,product\na.jpg,1\n")
-    config = CatalogConfig(reader="csv", root=str(tmp_path / "photos" / "t.csv"), output=str(tmp_path / "catalog"))
+def test_csv_paths_stay_relative_after_loading(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(image)
+    (tmp_path / "images" / "t.csv").write_text("image,product\na.jpg,1\n")
+    config = CatalogConfig(reader="csv", root=str(tmp_path / "images" / "t.csv"), output=str(tmp_path / "catalog"))
     assert load_catalog(build_catalog(config)).path(0).read_bytes() == image
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,product\n0.png," + "x" * (5 << 20) + "\n", "line 2: a row of more than 4194304 letters"),
-        ("image,product\n0.png,a" + ',"\n"' * 1_200_000, "a row of more than 4194304 letters"),
+        ("image,product\n0.png," + "x" * (5 << 20) + "\n", "line 2: a row of more than 4194304 characters"),
+        ("image,product\n0.png,a" + ',"\n"' * 1_200_000, "a row of more than 4194304 characters"),
         ("image,product," + ",".join(map(str, range(1000))) + "\n0.png,a\n", "more than 1000 columns"),
     ],
 )
-def test_a_row_without_end_is_refused_as_it_is_read(tmp_path: Path, text: str, message: str) -> None:
+def test_too_long_rows_are_rejected(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         list(read_csv(tmp_path / "t.csv"))
 
 
-def test_a_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path: Path) -> None:
+def test_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open("wb") as stream:
         stream.write(b"image,product\n0.png,")
         stream.truncate(1 << 30)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="a row of more than 4194304 letters"):
+    with pytest.raises(UserError, match="a row of more than 4194304 characters"):
         list(read_csv(tmp_path / "t.csv"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
-def test_many_rows_and_blank_lines_are_no_long_row(tmp_path: Path) -> None:
+def test_blank_lines_do_not_count_as_a_long_row(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,product\n" + ("0.png," + "x" * 1000 + "\n\n") * 5000 + "\n" * (5 << 20))
     assert len(list(read_csv(tmp_path / "t.csv"))) == 5000

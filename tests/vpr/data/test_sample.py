@@ -42,7 +42,7 @@ def test_no_product_or_image_is_in_two_splits(sample: Catalog) -> None:
     check_leaks(validation, test)
 
 
-def test_the_split_is_the_documented_one(sample: Catalog) -> None:
+def test_split_is_the_documented_one(sample: Catalog) -> None:
     names = [product.removeprefix("home3d/") for product in set(sample.products.tolist())]
     documented = {f"home3d/{name}": split for name, split in split_products(names).items()}
     assert dict(zip(sample.products.tolist(), sample.table["split"].to_pylist(), strict=True)) == documented
@@ -63,7 +63,7 @@ def test_every_product_is_attributed(sample: Catalog) -> None:
     assert all(row["creator"] for row in rows.values())
 
 
-def test_packing_is_deterministic_and_takes_only_products_with_enough_views(tmp_path: Path) -> None:
+def test_packing_is_deterministic_and_filters_views(tmp_path: Path) -> None:
     folder, rng = tmp_path / "renders", np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     lines, credits = ["path,product,category,role,view"], ["product,name,creator,license"]

@@ -28,7 +28,7 @@ def _rows(counts: list[int]) -> list[dict[str, object]]:
     seed=st.integers(0, 5),
     shuffle=st.randoms(),
 )
-def test_splits_are_by_product_and_do_not_depend_on_the_order(
+def test_splits_are_by_product_in_any_row_order(
     counts: list[int], validation: float, test: float, seed: int, shuffle: object
 ) -> None:
     assume(round(test * len(counts)) and (validation == 0 or round(validation * len(counts))))
@@ -46,11 +46,11 @@ def test_splits_are_by_product_and_do_not_depend_on_the_order(
             roles = [row["role"] for row in group]
             assert "query" in roles
             assert "gallery" in roles
-    tests = {row["product"] for row in first if row["split"] == "test"}
-    assert len(tests) == round(test * len(counts))
+    test_products = {row["product"] for row in first if row["split"] == "test"}
+    assert len(test_products) == round(test * len(counts))
 
 
-def _split_by_a_plain_loop(
+def _split_by_a_simple_loop(
     rows: list[dict[str, object]], validation: float, test: float, seed: int
 ) -> list[dict[str, object]]:
     images: dict[object, list[dict[str, object]]] = {}
@@ -58,22 +58,22 @@ def _split_by_a_plain_loop(
         images.setdefault(row["product"], []).append(row)
     names = np.array([name for name, group in images.items() if len(group) > 1], dtype=np.str_)
     np.random.default_rng(seed).shuffle(names)
-    tests, validations = round(test * len(images)), round(validation * len(images))
-    split = dict.fromkeys(names.tolist()[:tests], "test")
-    split |= dict.fromkeys(names.tolist()[tests : tests + validations], "validation")
-    changed = {}
+    test_count, validation_count = round(test * len(images)), round(validation * len(images))
+    split = dict.fromkeys(names.tolist()[:test_count], "test")
+    split |= dict.fromkeys(names.tolist()[test_count : test_count + validation_count], "validation")
+    split_rows = {}
     for name, group in images.items():
         for number, row in enumerate(group):
             role = row["role"]
             if name in split and role == "train":
                 role = "gallery" if number < len(group) / 2 else "query"
-            changed[id(row)] = {**row, "split": split.get(name, "train"), "role": role}
-    return [changed[id(row)] for row in rows]
+            split_rows[id(row)] = {**row, "split": split.get(name, "train"), "role": role}
+    return [split_rows[id(row)] for row in rows]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    made=st.lists(
+    drawn_rows=st.lists(
         st.tuples(
             st.sampled_from(["", "a", "b", "c", "é", "aa", "B"]),
             st.sampled_from(["1", "10", "2", "é"]),
@@ -85,42 +85,42 @@ def _split_by_a_plain_loop(
     ),
     seed=st.integers(0, 3),
 )
-def test_splits_equal_a_plain_loop(made: list[tuple[str, str, str, float | None]], seed: int) -> None:
+def test_splits_equal_a_simple_loop(drawn_rows: list[tuple[str, str, str, float | None]], seed: int) -> None:
     fixed = {"category": "", "split": "train", "source": "made"}
     rows: list[dict[str, object]] = [
         {**fixed, "product": product, "image": image, "role": role, "sha256": str(number)}
         | {"box": None if left is None else {"x": left, "y": 0.0, "w": 1.0, "h": 1.0}}
-        for number, (product, image, role, left) in enumerate(made)
+        for number, (product, image, role, left) in enumerate(drawn_rows)
     ]
     products = [row["product"] for row in rows]
     assume(sum(products.count(name) > 1 for name in set(products)) >= 4)
     validation = test = 1.5 / len(set(products))
-    found = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
-    assert found == _split_by_a_plain_loop(rows, validation, test, seed)
+    result = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
+    assert result == _split_by_a_simple_loop(rows, validation, test, seed)
 
 
-def test_leaks_of_products_and_of_bytes_are_refused(catalog: Catalog) -> None:
+def test_leaks_of_products_and_images_are_rejected(catalog: Catalog) -> None:
     check_leaks(catalog.select(split="train"), catalog.select(split="test"))
     with pytest.raises(UserError, match="leak: 4 products are both trained and scored"):
         check_leaks(catalog, catalog.select(split="test"))
-    found = check_leaks(catalog, catalog.select(split="test"), allow=True)
-    assert {key: value["count"] for key, value in found.items()} == {"products": 4, "images": 32}
-    assert set(found["products"]["first"]) <= set(catalog.select(split="test").products)
-    assert all(catalog.root.joinpath(image).is_file() for image in found["images"]["first"])
+    leaks = check_leaks(catalog, catalog.select(split="test"), allow=True)
+    assert {key: value["count"] for key, value in leaks.items()} == {"products": 4, "images": 32}
+    assert set(leaks["products"]["first"]) <= set(catalog.select(split="test").products)
+    assert all(catalog.root.joinpath(image).is_file() for image in leaks["images"]["first"])
     renamed = [{**row, "product": "other"} for row in catalog.select(split="test").table.to_pylist()]
-    again = Catalog(pa.Table.from_pylist(renamed, schema=SCHEMA), catalog.root)
-    with pytest.raises(UserError, match=r"leak: 32 images \(same bytes\) are both"):
-        check_leaks(again, catalog.select(split="test"))
-    assert list(check_leaks(again, catalog.select(split="test"), allow=True)) == ["images"]
+    other_names = Catalog(pa.Table.from_pylist(renamed, schema=SCHEMA), catalog.root)
+    with pytest.raises(UserError, match=r"leak: 32 images \(same bytes\) are both trained and scored"):
+        check_leaks(other_names, catalog.select(split="test"))
+    assert list(check_leaks(other_names, catalog.select(split="test"), allow=True)) == ["images"]
 
 
-def test_shares_that_leave_no_training_are_refused() -> None:
+def test_shares_without_training_products_are_rejected() -> None:
     with pytest.raises(UserError, match="together less than 1"):
         split_by_product(rows_to_table(_rows([2, 2])), 0.5, 0.5, 0)
 
 
-def test_a_share_that_comes_to_no_product_is_refused() -> None:
-    with pytest.raises(UserError, match=r"validation 0\.1: is none of 2 products"):
+def test_share_without_a_product_is_rejected() -> None:
+    with pytest.raises(UserError, match=r"validation: 0\.1 selects none of 2 products"):
         split_by_product(rows_to_table(_rows([2, 2])), 0.1, 0, 0)
-    with pytest.raises(UserError, match=r"test 0\.5: is none of 4 products, 0 of which have the two images"):
+    with pytest.raises(UserError, match=r"test: 0\.5 selects none of 4 products\. 0 products have two images"):
         split_by_product(rows_to_table(_rows([1, 1, 1, 1])), 0, 0.5, 0)

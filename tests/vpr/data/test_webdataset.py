@@ -15,8 +15,9 @@ from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
 from vpr.data.pixels import read_pixels
-from vpr.imaging.decode import ImageRejected, Preprocess, read_image
+from vpr.imaging.decode import ImageRejected, read_image
 from vpr.imaging.limits import MAX_FILE_BYTES
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import load_embeddings
 
 Member = tuple[str, bytes]
@@ -36,24 +37,24 @@ def write_shard(path: Path, members: list[Member | tarfile.TarInfo], form: int =
 
 
 def write_shards(folder: Path, root: Path, per_shard: int) -> Path:
-    """The images of a folder per product as shards with ``.json`` labels, in the folder reader's order."""
+    """Write the images of a folder reader as shards with ``.json`` labels, in the same order."""
     files = sorted(root.rglob("*.jpg"))
     for number, start in enumerate(range(0, len(files), per_shard)):
         members: list[Member | tarfile.TarInfo] = []
-        for place, file in enumerate(files[start : start + per_shard]):
-            key = f"{start + place:06d}"
+        for offset, file in enumerate(files[start : start + per_shard]):
+            key = f"{start + offset:06d}"
             members += [(f"{key}.jpg", file.read_bytes())]
             members += [(f"{key}.json", json.dumps({"product": file.parent.name}).encode())]
         write_shard(folder / f"textures-{number:04d}.tar", members)
     return folder
 
 
-def build(root: Path, output: Path, reader: str = "webdataset", **more: object) -> Catalog:
-    config = CatalogConfig(reader=reader, root=str(root), output=str(output), **more)  # type: ignore[arg-type]
+def build(root: Path, output: Path, reader: str = "webdataset", **settings: object) -> Catalog:
+    config = CatalogConfig(reader=reader, root=str(root), output=str(output), **settings)  # type: ignore[arg-type]
     return load_catalog(build_catalog(config))
 
 
-def aside(catalog: Catalog) -> dict[str, str]:
+def read_rejected(catalog: Catalog) -> dict[str, str]:
     assert catalog.artifact is not None
     with catalog.artifact.file("set_aside.csv").open(newline="", encoding="utf-8") as stream:
         return {row["image"]: row["reason"] for row in csv.DictReader(stream)}
@@ -64,7 +65,7 @@ def image(texture_folder: Path) -> bytes:
     return (texture_folder / "product-00" / "0.jpg").read_bytes()
 
 
-def test_shards_say_and_show_what_the_folder_does(texture_folder: Path, student_artifact: Path, tmp_path: Path) -> None:
+def test_shards_equal_the_folder_reader(texture_folder: Path, student_artifact: Path, tmp_path: Path) -> None:
     shards = build(write_shards(tmp_path / "shards", texture_folder, 50), tmp_path / "a", validation=0.25, test=0.25)
     folder = build(texture_folder, tmp_path / "b", "folder", validation=0.25, test=0.25)
     for column in ("product", "split", "role", "sha256"):
@@ -77,10 +78,10 @@ def test_shards_say_and_show_what_the_folder_does(texture_folder: Path, student_
         config = EmbedConfig(str(student_artifact), str(tmp_path / name), str(tmp_path / f"{name}-vectors"))
         vectors.append(load_embeddings(embed_catalog(config)).vectors)
     assert np.array_equal(vectors[0], vectors[1])
-    assert len(list((tmp_path / "shards").iterdir())) == 3  # nothing was unpacked
+    assert len(list((tmp_path / "shards").iterdir())) == 3  # nothing is unpacked
 
 
-def test_a_sample_may_hold_several_images_and_say_everything(image: bytes, tmp_path: Path) -> None:
+def test_sample_with_several_images_and_all_labels(image: bytes, tmp_path: Path) -> None:
     label = {"product": 7, "category": "shoes", "role": "query", "split": "test", "box": [4, 5, 20, 30]}
     members: list[Member | tarfile.TarInfo] = [
         ("./a/1.left.jpg", image),
@@ -102,13 +103,13 @@ def test_a_sample_may_hold_several_images_and_say_everything(image: bytes, tmp_p
     assert {read_image(catalog.path(row)) for row in range(3)} == {image}
 
 
-def test_shards_without_labels_are_images_of_their_own(image: bytes, tmp_path: Path) -> None:
+def test_shards_without_labels_are_unlabelled_images(image: bytes, tmp_path: Path) -> None:
     write_shard(tmp_path / "s" / "0.tar", [("1.jpg", image), ("2.jpg", image)])
     catalog = build(tmp_path / "s", tmp_path / "c")
     assert len(set(catalog.products.tolist())) == 2
     assert catalog.table["source"].to_pylist() == ["unlabelled"] * 2
     write_shard(tmp_path / "s" / "1.tar", [("3.jpg", image), ("3.cls", b"shoe")])
-    with pytest.raises(UserError, match=r"1\.tar: sample '/3' has no product, or it alone has one: label all"):
+    with pytest.raises(UserError, match=r"1\.tar: sample '/3' has no product, or is the only one .*\. Label all"):
         build(tmp_path / "s", tmp_path / "c")
 
 
@@ -145,7 +146,7 @@ def test_hostile_members_are_set_aside_with_a_reason(image: bytes, tmp_path: Pat
         build(root, tmp_path / "c")
     catalog = build(root, tmp_path / "c", skip_unreadable=True)
     assert [image.split("/")[-1] for image in catalog.table["image"].to_pylist()] == ["good.jpg"]
-    reasons = {name.partition(".tar")[2]: reason for name, reason in aside(catalog).items()}
+    reasons = {name.partition(".tar")[2]: reason for name, reason in read_rejected(catalog).items()}
     assert reasons.pop(next(name for name in reasons if name.endswith("/text.jpg"))) == "not an image"
     assert reasons == {
         "/../out.jpg": "its name leads out of the shard",
@@ -153,18 +154,18 @@ def test_hostile_members_are_set_aside_with_a_reason(image: bytes, tmp_path: Pat
         "/in/../../out.jpg": "its name leads out of the shard",
         "/soft.jpg": "a link",
         "/hard.jpg": "a link",
-        "/pipe.jpg": "not a plain file",
-        "/device.jpg": "not a plain file",
-        "/new\\nline.jpg": "its name has letters that cannot be printed, or more than 1024",
-        "/not-utf8-\\udcff.jpg": "its name has letters that cannot be printed, or more than 1024",
-        f"/{long[:1024]}": "its name has letters that cannot be printed, or more than 1024",
-        "/._good.jpg": "its name begins with a dot",
+        "/pipe.jpg": "not a regular file",
+        "/device.jpg": "not a regular file",
+        "/new\\nline.jpg": "its name has unprintable characters, or more than 1024",
+        "/not-utf8-\\udcff.jpg": "its name has unprintable characters, or more than 1024",
+        f"/{long[:1024]}": "its name has unprintable characters, or more than 1024",
+        "/._good.jpg": "its name starts with a dot",
         "/letter.heic": "unknown suffix",
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s", "secret.jpg"]
 
 
-def test_members_larger_than_a_image_may_be_are_set_aside_unread(image: bytes, tmp_path: Path) -> None:
+def test_oversized_members_are_set_aside_unread(image: bytes, tmp_path: Path) -> None:
     large = tarfile.TarInfo("large.jpg")
     large.size = MAX_FILE_BYTES + 1
     label = tarfile.TarInfo("good.json")
@@ -181,11 +182,11 @@ def test_members_larger_than_a_image_may_be_are_set_aside_unread(image: bytes, t
     catalog = build(tmp_path / "s", tmp_path / "c")
     assert len(catalog) == 1
     sizes = f"{MAX_FILE_BYTES + 1} bytes, more than {MAX_FILE_BYTES}", f"{(1 << 20) + 1} bytes, more than {1 << 20}"
-    assert aside(catalog) == {"0.tar/large.jpg": sizes[0], "0.tar/good.json": sizes[1]}
+    assert read_rejected(catalog) == {"0.tar/large.jpg": sizes[0], "0.tar/good.json": sizes[1]}
 
 
 def _pax(records: bytes, image: bytes) -> bytes:
-    """An image behind an extended header."""
+    """Return a tar file of an image after an extended header."""
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, len(records)
     info = tarfile.TarInfo("a.jpg")
@@ -205,26 +206,26 @@ def _negative(image: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("cut in a member", "unexpected end of data"),
-        ("cut in a header", "no end mark behind its last member"),
-        ("cut behind a member", "no end mark behind its last member"),
-        ("header overwritten", "no end mark behind its last member"),
-        ("no tar", "truncated or broken tar"),
+        ("truncated in a member", "unexpected end of data"),
+        ("truncated in a header", "no end mark after its last member"),
+        ("truncated after a member", "no end mark after its last member"),
+        ("header overwritten", "no end mark after its last member"),
+        ("not a tar", "truncated or broken tar"),
         ("negative size", "truncated or broken tar"),
         ("negative size, extended", "truncated or broken tar"),
         ("huge extended header", "a header of 2097152 bytes"),
         ("endless extended header", "truncated or broken tar"),
     ],
 )
-def test_broken_shards_are_refused_by_name(image: bytes, tmp_path: Path, name: str, reason: str) -> None:
+def test_broken_shards_are_rejected_by_name(image: bytes, tmp_path: Path, name: str, reason: str) -> None:
     shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image), ("b.jpg", image)])
     data, member = shard.read_bytes(), 512 + -(-len(image) // 512) * 512
     broken = {
-        "cut in a member": data[: member + 600],
-        "cut in a header": data[: member + 100],
-        "cut behind a member": data[: 2 * member],
+        "truncated in a member": data[: member + 600],
+        "truncated in a header": data[: member + 100],
+        "truncated after a member": data[: 2 * member],
         "header overwritten": data[:member] + b"?" * 512 + data[member + 512 :],
-        "no tar": b"<html>" * 500,
+        "not a tar": b"<html>" * 500,
         "negative size": _negative(image),
         "negative size, extended": _pax(b"15 size=-10240\n", image),
         "huge extended header": _pax(b"2097152 comment=".ljust(2097151, b"x") + b"\n", image),
@@ -232,34 +233,34 @@ def test_broken_shards_are_refused_by_name(image: bytes, tmp_path: Path, name: s
     }
     shard.write_bytes(broken[name])
     with pytest.raises(
-        UserError, match=r"0\.tar: truncated or broken tar \(.*\): copy or write the shard again"
-    ) as told:
+        UserError, match=r"0\.tar: truncated or broken tar \(.*\)\. Copy or write the shard again"
+    ) as raised:
         build(tmp_path / "s", tmp_path / "c")
-    assert reason in str(told.value)
+    assert reason in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (b"[]", "is no object"),
-        (b"{", "is no object"),
-        (b"[" * 100_000, "is no object"),
-        (b'{"product": true}', "label True is no text or number"),
-        (b'{"product": "a\\nb"}', "label 'a\\\\nb' is no text"),
-        (b'{"product": "\\ud800"}', "is no text"),
-        (b'{"product": ""}', "is no text"),
+        (b"[]", "is not an object"),
+        (b"{", "is not an object"),
+        (b"[" * 100_000, "is not an object"),
+        (b'{"product": true}', "label True is not text or a number"),
+        (b'{"product": "a\\nb"}', "label 'a\\\\nb' is not text"),
+        (b'{"product": "\\ud800"}', "is not text"),
+        (b'{"product": ""}', "is not text"),
         (b'{"product": "p", "box": [1, 2, 3]}', "is not four numbers"),
-        (b'{"product": "p", "box": 4}', "is no object with text values, and a box of four numbers"),
+        (b'{"product": "p", "box": 4}', "is not an object with text values, and a box of four numbers"),
         (b'{"product": "p", "role": "gallry"}', "role 'gallry' is not known"),
     ],
 )
-def test_broken_labels(image: bytes, tmp_path: Path, label: bytes, message: str) -> None:
+def test_broken_labels_are_rejected(image: bytes, tmp_path: Path, label: bytes, message: str) -> None:
     write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image), ("a.json", label)])
     with pytest.raises(UserError, match=message):
         build(tmp_path / "s", tmp_path / "c")
 
 
-def test_compressed_shards_and_links_out_are_refused(image: bytes, tmp_path: Path) -> None:
+def test_compressed_shards_and_links_are_rejected(image: bytes, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "0.tar").symlink_to(write_shard(tmp_path / "elsewhere.tar", [("a.jpg", image)]))
     with pytest.raises(UserError, match=r"'0\.tar' leads out of"):
@@ -267,15 +268,17 @@ def test_compressed_shards_and_links_out_are_refused(image: bytes, tmp_path: Pat
     (tmp_path / "s" / "0.tar").rename(tmp_path / "s" / "0.tar.gz")
     (tmp_path / "s" / "0.tar.gz").unlink()
     (tmp_path / "s" / "0.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"0\.tar\.gz: images are read at their place in plain \.tar shards: gunzip"):
+    with pytest.raises(
+        UserError, match=r"0\.tar\.gz: images are only read from uncompressed \.tar shards\. Run gunzip"
+    ):
         build(tmp_path / "s", tmp_path / "c")
 
 
-def test_a_shard_cut_after_it_was_read_is_told(image: bytes, tmp_path: Path) -> None:
+def test_shard_truncated_after_the_build_is_rejected(image: bytes, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image)])
     catalog = build(tmp_path / "s", tmp_path / "c")
     shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(ImageRejected, match=r"a\.jpg: its file ends before it does"):
+    with pytest.raises(ImageRejected, match=r"a\.jpg: its file ends before the image does"):
         read_image(catalog.path(0))
     with pytest.raises(ImageRejected, match="more than"):
         read_image(Path(f"{shard}#512+{MAX_FILE_BYTES + 1}/a.jpg"))

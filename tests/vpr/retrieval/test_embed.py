@@ -16,7 +16,7 @@ from tests.vpr.data.test_webdataset import build, write_shards
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import load_catalog
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import embed, load_embeddings, read_batches, torch_forward
 
 KILLED = """
@@ -139,7 +139,7 @@ def test_threads_read_ahead_in_order(shards: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("threads", -1), ("part", 0), ("ray", -1)])
 def test_settings_out_of_range(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=f"^{name}: {value}: give"):
+    with pytest.raises(UserError, match=f"^{name}: expected .*, got {value}\\."):
         EmbedConfig("m", "c", "o", **{name: value})  # type: ignore[arg-type]
 
 

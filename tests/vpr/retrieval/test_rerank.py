@@ -192,8 +192,8 @@ def test_no_steps_score_as_the_embeddings_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qe": -1}, r"rerank\.qe: -1"),
-        ({"k1": 0}, r"rerank\.k1: 0"),
+        ({"qe": -1}, r"rerank\.qe: expected 0 or more, got -1"),
+        ({"k1": 0}, r"rerank\.k1: expected 1 or more, got 0"),
         ({"weight": 1.5}, r"rerank\.weight: 1\.5"),
         ({"alpha": float("nan")}, r"rerank\.alpha: nan"),
     ],

@@ -101,7 +101,12 @@ def test_a_small_gallery_has_no_submission(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "expected"), [(0, "k: 0: give 1 or more"), (-3, "k: -3"), (16, "search: k is 16, the gallery has 15")]
+    ("k", "expected"),
+    [
+        (0, "k: expected 1 or more, got 0"),
+        (-3, "k: expected 1 or more, got -3"),
+        (16, "search: k is 16, the gallery has 15"),
+    ],
 )
 def test_more_results_than_images_are_refused(k: int, expected: str, tmp_path: Path) -> None:
     path = embeddings(tmp_path / "e", unit(20, 4, 0), ["gallery"] * 15 + ["query"] * 5)

@@ -14,7 +14,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.callbacks import AtomicCheckpoint
 from vpr.training.config import RunConfig
 from vpr.training.loop import RecallModule, decay_groups, fit, warmup_cosine

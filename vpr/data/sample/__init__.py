@@ -1,4 +1,4 @@
-"""The embedded sample: renders of furniture models, see ``README.md`` in this folder."""
+"""Embedded sample of furniture renders; see ``README.md`` in this folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SHARDS = tuple(sorted(Path(__file__).parent.glob("shard-*.parquet")))
 
 
 def unpack(folder: Path) -> Iterator[dict[str, object]]:
-    """Write the sample's images below ``folder/images`` and give their catalogue rows.
+    """Write the sample's images to ``folder/images`` and yield their catalogue rows.
 
-    File names are numbers of this package's own, so no name in a shard can lead elsewhere.
+    File names are numbers, so no name in a shard can lead to another folder.
     """
     (folder / "images").mkdir(parents=True)
     number = 0

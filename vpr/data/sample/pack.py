@@ -1,6 +1,6 @@
-"""Makes the shards of the embedded sample from a folder of ``home3d`` renders.
+"""Pack the embedded sample from a folder of ``home3d`` renders.
 
-``python -m vpr.data.sample.pack FOLDER`` writes ``shard-*.parquet`` and ``ATTRIBUTION.csv`` beside this file.
+``python -m vpr.data.sample.pack FOLDER`` writes ``shard-*.parquet`` and ``ATTRIBUTION.csv`` next to this file.
 The same folder gives the same bytes.
 """
 
@@ -30,17 +30,17 @@ _HERE = Path(__file__).parent
 
 
 def pack(folder: Path, target: Path = _HERE) -> None:
-    """Write the shards and the attribution of all products with enough views.
+    """Write the shards and the attribution of all products that have enough views.
 
     Args:
-        folder: holds ``images.csv`` (path, product, category, role, view), ``ATTRIBUTION.csv`` and the images.
-        target: where the files are written.
+        folder: Folder of ``images.csv`` (path, product, category, role, view), ``ATTRIBUTION.csv`` and the images.
+        target: Folder of the files to write.
     """
     products: dict[str, list[dict[str, str]]] = defaultdict(list)
     with (folder / "images.csv").open(encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             products[row["product"]].append(row)
-    kept = sorted(name for name, rows in products.items() if _enough(rows))
+    kept = sorted(name for name, rows in products.items() if _has_enough_views(rows))
     splits = split_products(kept)
     with ProcessPoolExecutor() as pool:
         for shard in range(SHARDS):
@@ -53,7 +53,7 @@ def pack(folder: Path, target: Path = _HERE) -> None:
 
 
 def split_products(names: list[str]) -> dict[str, str]:
-    """The documented split: sorted names shuffled by a seed; 100 test, 50 validation, the rest train."""
+    """Split sorted names that a seed shuffles: 100 test, 50 validation, all others train."""
     order = sorted(names)
     random.Random(SPLIT_SEED).shuffle(order)
     splits = dict.fromkeys(order, "train")
@@ -62,7 +62,7 @@ def split_products(names: list[str]) -> dict[str, str]:
     return splits
 
 
-def _enough(rows: list[dict[str, str]]) -> bool:
+def _has_enough_views(rows: list[dict[str, str]]) -> bool:
     roles = [row["role"] for row in rows]
     return roles.count("gallery") >= GALLERY_VIEWS and roles.count("query") >= QUERY_VIEWS
 

@@ -14,8 +14,8 @@ from vpr.data.config import CatalogConfig
 pytestmark = pytest.mark.data
 
 
-def test_shop_photos_are_read_and_searched_by_the_plainest_means(data_folder: Path, tmp_path: Path) -> None:
-    """The Grocery Store photos through CSV: phone photos against one clean image of each product."""
+def test_grocery_images_are_searched_by_baselines(data_folder: Path, tmp_path: Path) -> None:
+    """Read Grocery Store by CSV: phone images as queries, one clean image per product as gallery."""
     table = tmp_path / "grocery" / "images.csv"
     table.parent.mkdir()
     roles = {"val": "query", "iconic": "gallery"}

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_processes.py: trains a small module on synthetic batches and writes what came of it."""
+"""Script that test_distributed.py runs by torchrun: train a small module on noise and write weights and losses."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vpr.common.distributed import all_gather_cat, destroy_process_group, is_fir
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.config import RunConfig
 from vpr.training.loop import RecallModule, fit
 
 BATCHES, BATCH, SIZE = 5, 16, 16
 
 
-def catalog() -> Catalog:
-    """24 images of 6 products, of which only the labels are used."""
+def make_catalog() -> Catalog:
+    """Return 24 rows of 6 products, without images."""
     rows = [
         {"image": f"{n}.jpg", "product": str(n % 6), "role": "gallery" if n < 12 else "query", "split": "validation"}
         for n in range(24)
@@ -34,12 +34,12 @@ def catalog() -> Catalog:
     return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), Path())
 
 
-class Pixels(Dataset[dict[str, Tensor]]):
+class NoiseDataset(Dataset[dict[str, Tensor]]):
     """Seeded noise."""
 
     def __init__(self, count: int, seed: int) -> None:
-        drawn = np.random.default_rng(seed).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
-        self.pixels = torch.from_numpy(drawn)
+        noise = np.random.default_rng(seed).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
+        self.pixels = torch.from_numpy(noise)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -48,25 +48,25 @@ class Pixels(Dataset[dict[str, Tensor]]):
         return {"rows": torch.tensor(rows), "pixels": self.pixels[rows]}
 
 
-def loaders() -> tuple[DataLoader[dict[str, Tensor]], DataLoader[dict[str, Tensor]]]:
-    """This process's share of the training and the validation batches of all."""
+def make_loaders() -> tuple[DataLoader[dict[str, Tensor]], DataLoader[dict[str, Tensor]]]:
+    """Return this process's share of the training and validation batches."""
     rank, world = rank_and_world()
     products = np.array([str(n % 6) for n in range(BATCHES * BATCH)])
     sampler = EpochSampler(products, LoaderConfig(batch_size=BATCH // world), 0, rank, world)
-    shared = catalog()
-    rows = range(rank * len(shared) // world, (rank + 1) * len(shared) // world)
+    validation = make_catalog()
+    rows = range(rank * len(validation) // world, (rank + 1) * len(validation) // world)
     return (
-        DataLoader(Pixels(len(products), 0), BATCH // world, sampler=sampler, collate_fn=_as_it_is),
-        DataLoader(Pixels(len(shared), 1), len(rows), sampler=rows, collate_fn=_as_it_is),
+        DataLoader(NoiseDataset(len(products), 0), BATCH // world, sampler=sampler, collate_fn=_identity),
+        DataLoader(NoiseDataset(len(validation), 1), len(rows), sampler=rows, collate_fn=_identity),
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 class Block(nn.Module):
-    """Large enough to be spread on its own."""
+    """Residual block large enough to be sharded separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-class Small(RecallModule):
-    """Two blocks and a loss."""
+class TwoBlockModule(RecallModule):
+    """Two blocks and a loss that pulls every output to 1."""
 
     def __init__(self) -> None:
-        super().__init__(Preprocess(size=SIZE), catalog(), sharded=("net",))
+        super().__init__(Preprocess(size=SIZE), make_catalog(), sharded=("net",))
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Flatten(), nn.Sequential(Block(), Block()), nn.Linear(768, 8))
         self.losses: list[float] = []
@@ -88,7 +88,7 @@ class Small(RecallModule):
     def embed(self, x: Tensor) -> Tensor:
         return self.net(x)
 
-    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         loss = (self.net(self.normalise(batch["pixels"])) - 1).square().mean()
         self.losses.append(float(all_gather_cat(loss.detach()[None]).mean()))
         return loss
@@ -98,12 +98,12 @@ class Small(RecallModule):
 
 
 def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
-    """Train, or go on with what is in ``folder``."""
-    module = Small()
-    fitted = fit(module, loaders(), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))
+    """Train, or resume the training run in ``folder``."""
+    module = TwoBlockModule()
+    result = fit(module, make_loaders(), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))
     if is_first():
-        save_file(fitted.last, folder / "last.safetensors")
-        (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": fitted.best}))
+        save_file(result.last, folder / "last.safetensors")
+        (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": result.best}))
 
 
 if __name__ == "__main__":
