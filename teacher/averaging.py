@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -71,8 +71,8 @@ def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer:
     rows: list[Row] = []
     best: tuple[float, RetrievalScores, Weights] | None = None
     for alpha in sorted(set(alphas)):
-        recalibrate: Literal["none", "head", "all"] = "none" if alpha == 1 else "head" if alpha == 0 else "all"
-        scores = scorer.evaluate(average([tuned, start], [alpha, 1 - alpha]), recalibrate_bn=recalibrate)
+        weights = average([tuned, start], [alpha, 1 - alpha])
+        scores = scorer.evaluate(weights, recalibrate_bn="none" if alpha == 1 else "head" if alpha == 0 else "all")
         rows.append({"alpha": alpha} | _log_scores(f"alpha {alpha:.3g}", scores))
         if best is None or (scores.recall_at_1, scores.map) > (best[1].recall_at_1, best[1].map):
             best = alpha, scores, scorer.weights()

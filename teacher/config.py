@@ -100,16 +100,6 @@ class TowerConfig:
             raise UserError(f"tower.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
-_STAGE_LIMITS = {  # exclusive
-    "lr_head": 100.0,
-    "lr_tower": 100.0,
-    "weight_decay": 100.0,
-    "image_size": MAX_IMAGE_SIZE + 1,
-    "patch_stride": MAX_IMAGE_SIZE + 1,
-    "batch_size": 1 << 20,
-}
-
-
 @dataclass(frozen=True)
 class StageConfig:
     """Training stage: a number of epochs with its own trainable parts, rates, image size and optimiser.
@@ -154,10 +144,9 @@ class StageConfig:
             )
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"stages.layer_decay: expected above 0, at most 1, got {self.layer_decay}.")
-        check_numbers(self, "stages.", warmup=(0, 1))
-        for name, limit in _STAGE_LIMITS.items():
-            if not 0 <= getattr(self, name) < limit:
-                raise UserError(f"stages.{name}: expected 0 or more, below {limit:g}, got {getattr(self, name)}.")
+        check_numbers(self, "stages.", warmup=(0, 1), lr_head=(0, 100), lr_tower=(0, 100), weight_decay=(0, 100))
+        sizes = (0, MAX_IMAGE_SIZE)
+        check_numbers(self, "stages.", image_size=sizes, patch_stride=sizes, batch_size=(0, (1 << 20) - 1))
 
     def tower(self, tower: TowerConfig) -> TowerConfig:
         """Return the tower of the training with this stage's image size and patch stride."""

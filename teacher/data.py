@@ -108,13 +108,9 @@ def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
 
 
 def list_repeats(merged: Catalog, joined: Catalog, duplicates: Duplicates, dropped: list[Repeat]) -> list[Repeat]:
-    """Return the rows of ``duplicates.csv``: dropped rows first, then repeated images.
+    """Return the rows of ``duplicates.csv``: dropped rows first, then the repeated images of all sources.
 
-    Args:
-        merged: All rows.
-        joined: Remaining rows, in which no two splits share an image.
-        duplicates: Duplicates among all rows.
-        dropped: Dropped rows.
+    In ``joined``, the remaining rows of ``merged``, no two splits share an image.
     """
     # Look splits up by bytes, because the copy that a pair names may have been dropped.
     sha256 = dict(zip(merged.table["image"].to_pylist(), merged.table["sha256"].to_pylist(), strict=True))

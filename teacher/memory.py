@@ -46,21 +46,14 @@ class Memory:
 
 
 def estimate(
-    teacher: Teacher,
-    head: nn.Module,
-    batch_size: int,
-    size: int,
-    optimizer: str,
-    has_ema: bool,
-    is_half: bool,
-    shards: int = 1,
+    teacher: Teacher, head: nn.Module, batch: int, size: int, optimizer: str, has_ema: bool, is_half: bool, shards: int
 ) -> Memory:
     """Estimate the memory of a training; frozen parts of the network keep no activations.
 
     Args:
         teacher: Network on any device, ``meta`` included; ``requires_grad`` marks the trainable parameters.
         head: Margin head.
-        batch_size: Images per device.
+        batch: Images per device.
         size: Side of the images in pixels.
         optimizer: Optimiser, ``adamw`` (two states) or ``sgd`` (one).
         has_ema: Whether a moving average of the weights is kept.
@@ -74,8 +67,8 @@ def estimate(
     classes = sum(p.shape[0] for p in head.parameters())
     # The head keeps its cosines, its softmax and its normalised directions.
     directions = _FLOAT_BYTES * sum(p.numel() for p in head.parameters())
-    activations = batch_size * activation_bytes(teacher, size, is_half)
-    activations += 2 * _FLOAT_BYTES * batch_size * classes + directions
+    activations = batch * activation_bytes(teacher, size, is_half)
+    activations += 2 * _FLOAT_BYTES * batch * classes + directions
     states = trainable * (2 if optimizer == "adamw" else 1)
     average = weights if has_ema else 0
     return Memory(weights // shards, trainable // shards, states // shards, average // shards, activations)
@@ -143,16 +136,7 @@ def _count_saved_bytes(shadow: Teacher, blocks: list[nn.Module], batch_size: int
 def suggest_changes(
     memory: Memory, available: int, batch_size: int, has_checkpointing: bool, is_half: bool, processes: int
 ) -> list[str]:
-    """Return changes that make a training fit, in the order to try them; empty if it fits.
-
-    Args:
-        memory: Estimated memory on one device.
-        available: Memory of the device in bytes.
-        batch_size: Images per device.
-        has_checkpointing: Whether gradient checkpointing is on.
-        is_half: Whether autocast computes in 16 bits.
-        processes: Number of processes.
-    """
+    """Return changes that make a training fit into ``available`` bytes, in the order to try them; empty if it fits."""
     if memory.total <= available:
         return []
     lines = [f"memory: {memory.total / _GIB:.1f} GiB needed, {available / _GIB:.1f} GiB available. Try in this order:"]

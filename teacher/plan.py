@@ -29,12 +29,6 @@ log = get_logger(__name__)
 def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, validation: Catalog) -> None:
     """Print the plan of a training; networks are built on the meta device, which allocates no weights.
 
-    Args:
-        config: Configuration of the training.
-        tower: Configuration of the tower in open_clip's form.
-        train: Training split.
-        validation: Validation split.
-
     Raises:
         UserError: A network cannot be built, or a batch has more images than the training split.
     """
@@ -68,18 +62,9 @@ def _print_stage(
         )
     steps = -(-batches // run.accumulate)
     is_half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
-    shards = world if run.strategy == "fsdp" else 1
     with _reraise_as_tower_error(f"tower.image_size: {preprocess.size} in stage {number}"):
-        memory = estimate(
-            teacher,
-            head,
-            batch_size,
-            preprocess.size,
-            stage.optimizer,
-            has_ema=run.ema > 0,
-            is_half=is_half,
-            shards=shards,
-        )
+        shards = world if run.strategy == "fsdp" else 1
+        memory = estimate(teacher, head, batch_size, preprocess.size, stage.optimizer, run.ema > 0, is_half, shards)
     log.info(
         f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
         f"{batch_size * world * run.accumulate} images of {preprocess.size} pixels, "

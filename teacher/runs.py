@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -224,8 +224,7 @@ def _print(run_list: list[Run]) -> None:
 
 
 def _write(run_list: list[Run], path: Path) -> None:
-    columns = [field.name for field in fields(Run)]
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([[getattr(run, column) for column in columns] for run in run_list])
+        writer.writerow([field.name for field in fields(Run)])
+        writer.writerows(map(astuple, run_list))

@@ -54,7 +54,9 @@ def train(config: TrainConfig) -> Path | None:
         return output
 
     training, validation = training_and_validation(catalog, config.catalog)
-    _check_output(config.output, init)
+    check_output(config.output, "teacher")
+    if isinstance(init, Artifact) and init.path.resolve() == output.resolve():
+        raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
     leaks = _leak_metadata(config, catalog, init)
     print_plan(config, tower, training, validation)
     if config.dry_run:
@@ -111,13 +113,6 @@ def _artifact_inputs(
     return values, parents
 
 
-def _check_output(output: str, init: Artifact | str) -> None:
-    """Raise :class:`UserError` if the output exists and may not be replaced."""
-    check_output(output, "teacher")
-    if isinstance(init, Artifact) and init.path.resolve() == Path(output).resolve():
-        raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
-
-
 def _leak_metadata(config: TrainConfig, catalog: Catalog, init: Artifact | str) -> dict[str, Any]:
     """Return leak metadata for the card, including leaks inherited from the initial teacher."""
     leak = find_leaks(catalog, config.allow_leak)
@@ -129,11 +124,7 @@ def _leak_metadata(config: TrainConfig, catalog: Catalog, init: Artifact | str) 
 def _run_stages(
     config: TrainConfig, tower: dict[str, Any], training: Catalog, validation: Catalog, folder: Path
 ) -> tuple[list[FitResult], Preprocess, int]:
-    """Train the stages in order; stages finished before a kill are restored from their checkpoints.
-
-    Returns:
-        Result of each stage, and preprocessing and embedding dimension of the teacher.
-    """
+    """Train the stages in order; return their results, and the teacher's preprocessing and embedding dimension."""
     results: list[FitResult] = []
     datasets: tuple[ImageDataset, ImageDataset] | None = None
     for number, scheduled in enumerate(config.schedule(), start=1):

@@ -124,10 +124,10 @@ def test_optimiser_states_equal_real_ones() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     expected = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.ndim)
-    memory = estimate(teacher, head, 2, 64, "adamw", has_ema=False, is_half=False)
+    memory = estimate(teacher, head, 2, 64, "adamw", has_ema=False, is_half=False, shards=1)
     assert memory.optimiser == expected
     assert memory.gradients == sum(p.nbytes for p in parameters)
-    assert estimate(teacher, head, 2, 64, "sgd", has_ema=False, is_half=False).optimiser == expected / 2
+    assert estimate(teacher, head, 2, 64, "sgd", has_ema=False, is_half=False, shards=1).optimiser == expected / 2
     sharded = estimate(teacher, head, 2, 64, "adamw", has_ema=True, is_half=False, shards=4)
     assert sharded.optimiser == expected // 4
     assert sharded.activations == memory.activations
@@ -136,7 +136,7 @@ def test_optimiser_states_equal_real_ones() -> None:
 def test_vit_h_14_is_estimated_without_weights() -> None:
     teacher = make_teacher("ViT-H-14", "meta")
     head = MarginHead(1024, torch.ones(10_300, dtype=torch.int64), HeadConfig()).to("meta")
-    memory = estimate(teacher, head, 32, 224, "adamw", has_ema=False, is_half=True)
+    memory = estimate(teacher, head, 32, 224, "adamw", has_ema=False, is_half=True, shards=1)
     assert memory.weights == pytest.approx((632.08e6 + 10_300 * 1024) * 4, rel=1e-3)
     assert memory.optimiser == pytest.approx(2 * (632.08e6 + 10_300 * 1024) * 4, rel=1e-3)
     assert memory.total == memory.weights + memory.gradients + memory.optimiser + memory.activations
