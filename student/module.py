@@ -74,11 +74,13 @@ class StudentModule(RecallModule):
             losses = self.objective(self.student(x), teacher, bank, rows, progress, epoch)
         spread = self.trainer.world_size > 1
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows), sync_dist=spread)
-        return self.of_step(self.objective.total(losses), number)
+        loss = self.objective.total(losses)
+        self.check_finite(loss, number)
+        return self.rescale_for_accumulation(loss, number)
 
     def configure_optimizers(self) -> Any:
         """AdamW with one warm-up and cosine."""
         config = self.config
         learning = list({id(p): p for p in (*self.student.parameters(), *self.objective.parameters())}.values())
         optimizer = torch.optim.AdamW(decay_groups(learning, config.lr, config.weight_decay))
-        return self.scheduled(optimizer, config.warmup)
+        return self.with_warmup_cosine(optimizer, config.warmup)

@@ -1,4 +1,4 @@
-"""Configuration of embedding, search and re-ranking. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of embedding, search and re-ranking. Imports no heavy library, so help and errors are instant."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vpr.common.hardware import MAX_THREADS
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """What to embed, with what.
+    """Embedding of a catalogue.
 
     Attributes:
-        model: artifact of the model.
-        catalog: catalogue artifact.
-        output: where the embeddings are written.
-        split: only this split; empty embeds all.
-        batch_size: images at a time.
-        threads: that decode images ahead in each process; 0 decodes in turn with the model.
-        part: images, rounded up to whole batches, that a run which was killed may have to embed again.
-        ray: workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
+        model: Model artifact.
+        catalog: Catalogue artifact.
+        output: Path of the embeddings artifact to write.
+        split: Split to embed; empty embeds all splits.
+        batch_size: Images per batch.
+        threads: Background decoding threads per process; 0 decodes in the calling thread.
+        images_per_part: Images per part, rounded up to full batches. A killed job repeats at most its unfinished parts.
+        ray: Workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
     """
 
     model: str
@@ -33,29 +33,30 @@ class EmbedConfig:
     split: str = ""
     batch_size: int = 64
     threads: int = 0
-    part: int = 4096
+    images_per_part: int = 4096
     ray: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MAX_THREADS), part=(1, 1 << 24), ray=(0, 4096))
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MAX_THREADS))
+        check_numbers(self, images_per_part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
-            raise UserError("ray: its job starts its own workers: start it without torchrun")
+            raise UserError("ray: a Ray job starts its own workers. Run the command without torchrun.")
 
 
 @dataclass(frozen=True)
 class RerankConfig:
-    """Steps after the embedding, in this order; by default there are none.
+    """Steps between the embeddings and the ranking, in this order; all are off by default.
 
     Attributes:
-        centre: subtract the gallery's mean.
-        whiten: keep this many principal directions of the gallery, each scaled to unit variance; 0 does not.
-        dba: database augmentation: neighbours that each gallery vector is joined with.
-        qe: query expansion: gallery neighbours that each query is joined with.
-        alpha: power of the similarity that weighs a neighbour in ``dba`` and ``qe``.
-        k_reciprocal: re-rank by the overlap of reciprocal neighbourhoods.
-        k1: size of those neighbourhoods.
-        k2: neighbours that their descriptions are averaged over; 1 does not.
-        weight: share of the original distance in the final one.
+        centre: Subtract the mean of the gallery.
+        whiten: Principal directions of the gallery to keep, each scaled to unit variance; 0 does not whiten.
+        dba: Neighbours that each gallery vector is averaged with (database augmentation); 0 does not augment.
+        qe: Gallery neighbours that each query is averaged with (query expansion); 0 does not expand.
+        alpha: Power of the similarity that weights a neighbour in ``dba`` and ``qe``.
+        k_reciprocal: Re-rank by the overlap of reciprocal neighbourhoods.
+        k1: Neighbours in a neighbourhood.
+        k2: Neighbours whose neighbourhood encodings are averaged; 1 does not average.
+        original_weight: Weight of the original distance in the final one, lambda in the paper.
     """
 
     centre: bool = False
@@ -66,28 +67,27 @@ class RerankConfig:
     k_reciprocal: bool = False
     k1: int = 20
     k2: int = 6
-    weight: float = 0.3
+    original_weight: float = 0.3
 
     def __post_init__(self) -> None:
         check_numbers(self, "rerank.", whiten=(0, None), dba=(0, None), qe=(0, None), k1=(1, None), k2=(1, None))
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"rerank.weight: {self.weight}: give a share from 0 to 1")
+        check_numbers(self, "rerank.", original_weight=(0, 1))
         if not 0 <= self.alpha < math.inf:
-            raise UserError(f"rerank.alpha: {self.alpha}: give 0 or more")
+            raise UserError(f"rerank.alpha: expected a finite number of 0 or more, got {self.alpha}.")
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What to look for, where.
+    """Search of queries in a gallery.
 
     Attributes:
-        queries: embeddings artifact whose ``query`` images are looked up (all of it, if it has none).
-        gallery: embeddings artifact of the same model whose ``gallery`` images are searched.
-        output: CSV file of the results; empty prints the first queries only.
-        k: results per query.
-        rerank: steps between the embeddings and the ranking.
-        submission: ``.npy`` file for the AIcrowd Visual Product Recognition challenge: (queries, 1000) int64
-            gallery indices, both in the order of their tables.
+        queries: Embeddings artifact with the ``query`` images; without that role, all its images are queries.
+        gallery: Embeddings artifact of the same model with the ``gallery`` images to search.
+        output: CSV file for the results; empty prints the first queries only.
+        k: Results per query.
+        rerank: Steps between the embeddings and the ranking.
+        submission: NumPy file (``.npy``) for the AIcrowd Visual Product Recognition challenge. Holds (queries, 1000)
+            int64 gallery indices; both are numbered in the order of their tables.
     """
 
     queries: str
@@ -102,4 +102,4 @@ class SearchConfig:
         check_file("output", self.output)
         check_file("submission", self.submission)
         if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
-            raise UserError(f"submission: {self.submission}: is the output too: name another file")
+            raise UserError(f"submission: {self.submission} is the output file too. Choose another file.")

@@ -1,8 +1,8 @@
-"""Embedding a catalogue of any size: in parts, each a file until all are there.
+"""Embedding of a catalogue of any size, in parts that are files until all are computed.
 
-A killed run goes on at the next part. Processes of torchrun, or the workers of a Ray Data job, share the parts. A part
-is a whole number of batches, so the vectors are the same bit for bit however the work was done, given the same device
-and number of threads per process.
+A killed job resumes at the next part. Processes of torchrun, or the workers of a Ray Data job, share the parts. A part
+is a whole number of batches. The vectors are therefore bit-equal however the parts were shared, on the same device and
+with the same number of threads per process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.retrieval.config import EmbedConfig
 from vpr.retrieval.embed_job import EmbedJob, Loader
-from vpr.retrieval.embeddings import write_embeddings
+from vpr.retrieval.embeddings import EMPTY_CATALOG, write_embeddings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,59 +29,60 @@ log = get_logger(__name__)
 
 
 def embed_with(config: EmbedConfig, load: Loader) -> Path:
-    """Embed a catalogue and write the artifact, unless it is there already.
+    """Embed a catalogue and write the artifact, unless it is up to date.
 
     Args:
-        config: what to embed.
-        load: gives the model of an artifact; a module's function, which workers can import too.
+        config: Configuration of the embedding.
+        load: Function that loads a model artifact. It must be importable by worker processes.
 
     Raises:
-        UserError: an empty split, an image that cannot be read, or Ray asked for where it is not installed.
+        UserError: The split is empty, an image cannot be read, or Ray is requested but not installed.
     """
     network, model = load(config.model)
     job = EmbedJob(config, model)
-    # Before the look at the output: a first process that has finished has removed the parts.
-    absent = [part for part in job.parts if not job.file(part).is_file()]
+    # Listed before the output is checked: a first process that has finished has removed the parts.
+    missing = [part for part in job.parts if not job.file(part).is_file()]
     if find_up_to_date(config.output, "embeddings", job.values, job.parents):
-        shutil.rmtree(job.folder, ignore_errors=True)  # of a run that was killed after its artifact was there
+        shutil.rmtree(job.folder, ignore_errors=True)  # left by a process killed after it wrote the artifact
         log.info(f"{config.output}: up to date")
         return Path(config.output)
     if not len(job.catalog):
-        raise UserError("embedding: the catalogue has no images of this split and role: choose another")
+        raise UserError(EMPTY_CATALOG)
     with run_lock(job.folder):
-        _run(job, absent, network, load)
+        _run(job, missing, network, load)
     return Path(config.output)
 
 
-def _run(job: EmbedJob, absent: list[int], network: nn.Module, load: Loader) -> None:
+def _run(job: EmbedJob, missing: list[int], network: nn.Module, load: Loader) -> None:
     config = job.config
-    if len(absent) < len(job.parts):
-        log.info(f"{config.output}: goes on, {len(job.parts) - len(absent)} of {len(job.parts)} parts are there")
+    if len(missing) < len(job.parts):
+        log.info(f"{config.output}: resuming, {len(job.parts) - len(missing)} of {len(job.parts)} parts are done")
     if config.ray:
         from vpr.retrieval.ray_job import compute_parts  # Ray is an optional package
 
-        compute_parts(job, absent, load)
+        compute_parts(job, missing, load)
     else:
-        _compute_local_parts(job, absent, network)
+        _compute_local_parts(job, missing, network)
     if is_first():
         _merge_parts(job)
     else:
         wait_until(lambda: is_written(config.output, job.values, job.parents))
 
 
-def _compute_local_parts(job: EmbedJob, absent: list[int], network: nn.Module) -> None:
-    """This process's parts: neighbours, so that it reads few shards."""
+def _compute_local_parts(job: EmbedJob, missing: list[int], network: nn.Module) -> None:
+    """Compute this process's parts, a contiguous range so that it reads few shards."""
     rank, world = rank_and_world()
     first, last = (len(job.parts) * edge // world for edge in (rank, rank + 1))
     network = network.to(compute_device())
-    for part in absent:
+    for part in missing:
         if first <= part < last:
             atomic_save_npy(job.file(part), job.compute(part, network))
             if len(job.parts) > 1:
-                log.info(f"  part {part + 1} of {len(job.parts)}")
+                log.info(f"  part {part + 1}/{len(job.parts)}")
 
 
 def _merge_parts(job: EmbedJob) -> None:
+    """Wait for all parts, write the artifact and remove the parts."""
     for part in job.parts:
         wait_until(job.file(part).is_file)
     vectors = np.concatenate([np.load(job.file(part), allow_pickle=False) for part in job.parts])

@@ -1,4 +1,4 @@
-"""The parts of an embedding, whichever process computes them."""
+"""Embedding job: a catalogue divided into parts that any process can compute."""
 
 from __future__ import annotations
 
@@ -22,42 +22,46 @@ if TYPE_CHECKING:
     from torch import nn
 
 Loader = Callable[[str], "tuple[nn.Module, Artifact]"]
-_RUNTIME_KEYS = ("part", "threads", "ray")  # how vectors are computed, not what they are
+_RUNTIME_KEYS = ("images_per_part", "threads", "ray")  # keys that do not change the vectors
 
 
 class EmbedJob:
-    """The parts of an embedding.
+    """Parts of a catalogue to embed, each stored in a file of its own until all are computed.
 
     Args:
-        config: what to embed.
-        model: artifact of the model.
+        config: Configuration of the embedding.
+        model: Model artifact.
+
+    Raises:
+        UserError: The model's card has no preprocessing.
     """
 
     def __init__(self, config: EmbedConfig, model: Artifact) -> None:
         if model.card.preprocess is None:
-            raise UserError(f"{config.model}: its card has no preprocessing: make the artifact again")
-        whole = load_catalog(config.catalog)
+            raise UserError(f"{config.model}: the card has no preprocessing. Create the artifact again.")
+        catalog = load_catalog(config.catalog)
         self.config, self.model = config, model
         self.preprocess: Preprocess = model.card.preprocess
-        self.parents: list[Parent] = [model.as_parent("model"), *whole.as_parents()]
+        self.parents: list[Parent] = [model.as_parent("model"), *catalog.as_parents()]
         self.values: dict[str, Any] = {
             name: value for name, value in config_to_json(config).items() if name not in _RUNTIME_KEYS
         }
-        self.catalog = whole.select(split=config.split or None)
-        self.size = -(-config.part // config.batch_size) * config.batch_size
-        self.folder = run_folder(config.output, {**self.values, "part": self.size}, self.parents)
+        self.catalog = catalog.select(split=config.split or None)
+        # Full batches only, so that the vectors do not depend on the size of the parts.
+        self.part_size = -(-config.images_per_part // config.batch_size) * config.batch_size
+        self.folder = run_folder(config.output, {**self.values, "images_per_part": self.part_size}, self.parents)
 
     @cached_property
     def parts(self) -> range:
-        """Numbers of the parts."""
-        return range(-(-len(self.catalog) // self.size))
+        """Indices of the parts."""
+        return range(-(-len(self.catalog) // self.part_size))
 
     def file(self, part: int) -> Path:
-        """Where the vectors of a part lie once they are computed."""
+        """Return the path of a part's vectors."""
         return self.folder / f"part-{part:06d}.npy"
 
     def compute(self, part: int, network: nn.Module) -> NDArray[np.float32]:
-        """(images of the part, dim) float32, L2-normalised."""
-        rows = np.arange(part * self.size, min((part + 1) * self.size, len(self.catalog)))
+        """Return the embeddings of a part: (images, dim) float32, L2-normalised."""
+        rows = np.arange(part * self.part_size, min((part + 1) * self.part_size, len(self.catalog)))
         images = self.catalog.take(rows)
         return embed(images, self.preprocess, torch_forward(network), self.config.batch_size, self.config.threads)

@@ -1,4 +1,4 @@
-"""Embedding a catalogue with any model, and the artifact that keeps the vectors."""
+"""Embedding with any model, and the artifact that stores the vectors."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+EMPTY_CATALOG = "embedding: the catalogue has no images of this split and role. Choose another."
 
 
 def read_batches(
     catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0
 ) -> Iterator[NDArray[np.float32]]:
-    """The catalogue as model inputs, (<= batch_size, 3, size, size) float32, in order.
+    """Yield model inputs in order: (up to batch_size, 3, size, size) float32.
 
-    ``threads`` decode the batches that come next while the caller is busy with one; 0 decodes when asked.
+    ``threads`` is the number of background decoding threads; 0 decodes in the calling thread.
     """
     blocks = [range(start, min(start + batch_size, len(catalog))) for start in range(0, len(catalog), batch_size)]
     if not threads:
         yield from (preprocess.normalise(read_pixels(catalog, preprocess, rows)) for rows in blocks)
         return
-    ahead: deque[Future[NDArray[np.uint8]]] = deque()
+    pending: deque[Future[NDArray[np.uint8]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for rows in blocks:
-            ahead.append(pool.submit(read_pixels, catalog, preprocess, rows))
-            if len(ahead) > threads:
-                yield preprocess.normalise(ahead.popleft().result())
-        while ahead:
-            yield preprocess.normalise(ahead.popleft().result())
+            pending.append(pool.submit(read_pixels, catalog, preprocess, rows))
+            if len(pending) > threads:
+                yield preprocess.normalise(pending.popleft().result())
+        while pending:
+            yield preprocess.normalise(pending.popleft().result())
 
 
 def embed(
@@ -50,49 +51,48 @@ def embed(
     """Embed every image of a catalogue.
 
     Args:
-        catalog: n images.
-        preprocess: the card's.
-        forward: (batch, 3, size, size) float32 to (batch, dim) float32.
-        batch_size: images at a time.
-        threads: that decode ahead.
+        catalog: Catalogue of n images.
+        preprocess: Preprocessing of the model's card.
+        forward: Function from (batch, 3, size, size) float32 to (batch, dim) float32.
+        batch_size: Images per batch.
+        threads: Background decoding threads.
 
     Returns:
         (n, dim) float32, L2-normalised.
 
     Raises:
-        UserError: an empty catalogue, an image that cannot be read, or a vector without direction.
+        UserError: The catalogue is empty, an image cannot be read, or a vector is zero or not finite.
     """
     if not len(catalog):
-        raise UserError("embedding: the catalogue has no images of this split and role: choose another")
-    return l2_normalize(
-        np.concatenate([forward(batch) for batch in read_batches(catalog, preprocess, batch_size, threads)])
-    )
+        raise UserError(EMPTY_CATALOG)
+    batches = read_batches(catalog, preprocess, batch_size, threads)
+    return l2_normalize(np.concatenate([forward(batch) for batch in batches]))
 
 
 def l2_normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale each row to length 1; :class:`UserError` where a row is zero or not finite."""
+    """Scale each row to length 1; raise :class:`UserError` if a row is zero or not finite."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths == 0).any():
-        raise UserError("embedding: the model gave a zero or non-finite vector: check its weights and preprocessing")
+        raise UserError("embedding: the model returned a zero or non-finite vector. Check weights and preprocessing.")
     return (vectors / lengths).astype(np.float32)
 
 
 def score_split(catalog: Catalog, vectors: NDArray[np.float32]) -> RetrievalScores:
-    """Recall of query images against gallery images of one split, whose vectors are given in order."""
+    """Score the query images of one split against its gallery images; ``vectors`` are in catalogue order."""
     query, gallery = catalog.roles == "query", catalog.roles == "gallery"
     return evaluate(vectors[query], catalog.products[query], vectors[gallery], catalog.products[gallery])
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Vectors with the catalogue rows they belong to.
+    """Embeddings and their catalogue rows.
 
     Attributes:
         vectors: (n, dim) float32, L2-normalised.
-        images: (n,) paths as in the catalogue.
+        images: (n,) image paths as in the catalogue.
         products: (n,) product ids.
         roles: (n,) roles.
-        artifact: where they come from.
+        artifact: Embeddings artifact.
     """
 
     vectors: NDArray[np.float32]
@@ -103,14 +103,14 @@ class Embeddings:
 
     @property
     def model(self) -> Parent:
-        """What they were computed with; :class:`UserError` if their card names nothing."""
+        """Model of the embeddings; raises :class:`UserError` if the card names none."""
         models = self.artifact.parents("model")
         if not models:
-            raise UserError(f"{self.artifact.path}: its card names no model: embed the catalogue again")
+            raise UserError(f"{self.artifact.path}: the card names no model. Embed the catalogue again.")
         return models[0]
 
     def rows_with_role(self, role: str) -> NDArray[np.int64]:
-        """Rows of a role; all of them, if none has it."""
+        """Return the rows with a role, or all rows if no row has it."""
         rows = np.flatnonzero(self.roles == role)
         return rows if len(rows) else np.arange(len(self.roles))
 
@@ -118,7 +118,7 @@ class Embeddings:
 def write_embeddings(
     path: str, vectors: NDArray[np.float32], catalog: Catalog, model: Artifact, config: dict[str, Any]
 ) -> Path:
-    """Write ``vectors.npy`` and ``rows.parquet`` as an artifact whose parents are the model and the catalogue."""
+    """Write ``vectors.npy`` and ``rows.parquet`` as an artifact; its parents are the model and the catalogue."""
     parents = [model.as_parent("model"), *catalog.as_parents()]
     with write_artifact(path, "embeddings", config, parents) as draft:
         np.save(draft.path / "vectors.npy", vectors, allow_pickle=False)
@@ -132,7 +132,7 @@ def write_embeddings(
 
 
 def load_embeddings(path: Path | str) -> Embeddings:
-    """Load an embeddings artifact; :class:`UserError` if its files do not fit its card."""
+    """Load an embeddings artifact; raise :class:`UserError` if its files contradict its card."""
     artifact = load_artifact(path, "embeddings")
     with reraise_as_artifact_error(artifact):
         vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
@@ -140,14 +140,14 @@ def load_embeddings(path: Path | str) -> Embeddings:
         columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]
     embedding = artifact.card.embedding
     if embedding is None or vectors.shape != (len(rows), embedding.dim):
-        raise UserError(f"{artifact.path}: vectors {vectors.shape} do not fit its rows and card: embed again")
+        raise UserError(f"{artifact.path}: vectors of shape {vectors.shape} do not match rows and card. Embed again.")
     if vectors.dtype != np.float32 or not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
-        raise UserError(f"{artifact.path}: its vectors are not float32 of length 1: embed again")
+        raise UserError(f"{artifact.path}: the vectors are not float32 of length 1. Embed again.")
     return Embeddings(vectors, columns[0], columns[1], columns[2], artifact)
 
 
 def torch_forward(model: Any) -> Forward:
-    """A PyTorch module as a function of arrays, without gradients, on the module's device."""
+    """Return a function that runs a PyTorch module on arrays, without gradients, on the module's device."""
     import torch
 
     device = next(model.parameters()).device

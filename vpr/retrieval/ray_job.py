@@ -1,4 +1,4 @@
-"""The parts of an embedding as a Ray Data job: each worker loads the model once and takes part after part."""
+"""Ray Data job that computes the parts of an embedding; each worker loads the model once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vpr.retrieval.embed_job import EmbedJob, Loader
 
 
 class Worker:
-    """Computes parts in a process of Ray's.
+    """Compute parts in a Ray process.
 
     Args:
-        config: what to embed.
-        load: gives the model.
+        config: Configuration of the embedding.
+        load: Function that loads a model artifact.
     """
 
     def __init__(self, config: EmbedConfig, load: Loader) -> None:
@@ -30,16 +30,16 @@ class Worker:
         self._job = EmbedJob(config, model)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """A batch of one ``part``, to which its ``vectors`` are added as bytes of float32."""
+        """Return a batch of one ``part`` with its ``vectors`` as float32 bytes."""
         vectors = [self._job.compute(int(part), self._network).tobytes() for part in batch["part"]]
         return {"part": batch["part"], "vectors": np.array(vectors, dtype=object)}
 
 
-def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
-    """Compute parts by ``job.config.ray`` workers and keep each as it comes.
+def compute_parts(job: EmbedJob, missing: list[int], load: Loader) -> None:
+    """Compute parts with ``job.config.ray`` workers and save each part as it arrives.
 
-    Ray starts on this machine, or joins the cluster that its own variable ``RAY_ADDRESS`` names, whose machines
-    must see model, catalogue and images under the same paths; the output is written by this process alone.
+    Ray starts on this machine, or joins the cluster of Ray's variable ``RAY_ADDRESS``. The machines of a cluster
+    must see model, catalogue and images under the same paths. Only this process writes the output.
 
     Raises:
         UserError: Ray is not installed, or a worker failed.
@@ -49,16 +49,16 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
         import ray
         import ray.data
     except ImportError:
-        raise UserError("ray: is not installed: pip install -r requirements-scale.txt, or leave --ray out") from None
-    if not absent:
+        raise UserError("ray: not installed. Run `pip install -r requirements-scale.txt`, or omit --ray.") from None
+    if not missing:
         return
     workers = job.config.ray
-    here: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
-    ray.init(log_to_driver=False, configure_logging=False, **here)
+    local: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
+    ray.init(log_to_driver=False, configure_logging=False, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     try:
-        parts = ray.data.from_items([{"part": part} for part in absent], override_num_blocks=len(absent))
+        parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
         computed = parts.map_batches(
             Worker,
             fn_constructor_args=(job.config, load),
@@ -71,6 +71,7 @@ def compute_parts(job: EmbedJob, absent: list[int], load: Loader) -> None:
             vectors = np.frombuffer(row["vectors"], dtype=np.float32).reshape(-1, dim)
             atomic_save_npy(job.file(int(row["part"])), vectors)
     except ray.exceptions.RayError as error:
-        raise UserError(f"ray: a worker failed: {str(error).strip().splitlines()[-1]}: run it without --ray") from None
+        reason = str(error).strip().splitlines()[-1].rstrip(".")
+        raise UserError(f"ray: a worker failed ({reason}). Run the command without --ray.") from None
     finally:
         ray.shutdown()

@@ -8,32 +8,37 @@ from numpy.typing import NDArray
 from vpr.common.errors import UserError
 
 
+def check_k(k: int, gallery_size: int) -> None:
+    """Raise :class:`UserError` if the gallery has fewer than ``k`` images."""
+    if not 1 <= k <= gallery_size:
+        raise UserError(f"k: expected 1 to {gallery_size} (the size of the gallery), got {k}.")
+
+
 def search(
     query_vectors: NDArray[np.float32], gallery_vectors: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The ``k`` gallery vectors of largest inner product with each query, best first.
+    """Return the ``k`` gallery vectors with the largest inner product for each query, best first.
 
     Args:
         query_vectors: (queries, dim) float32.
         gallery_vectors: (gallery, dim) float32.
-        k: results per query; at most the size of the gallery.
+        k: Results per query, at most the size of the gallery.
 
     Returns:
-        scores (queries, k) float32 and gallery rows (queries, k) int64.
+        Scores (queries, k) float32 and gallery rows (queries, k) int64.
 
     Raises:
-        UserError: ``k`` out of range or dimensions that differ.
+        UserError: ``k`` is out of range, or the dimensions differ.
     """
     import faiss
 
-    if not 1 <= k <= len(gallery_vectors):
-        raise UserError(f"search: k is {k}, the gallery has {len(gallery_vectors)} images: choose 1 to that many")
+    check_k(k, len(gallery_vectors))
     if query_vectors.shape[1] != gallery_vectors.shape[1]:
         raise UserError(
-            f"search: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}: "
-            "embed both with the same model"
+            f"search: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}. "
+            "Embed both with the same model."
         )
-    # Without an index the gallery is not copied, which for a million vectors takes as long as many a search.
-    query, gallery = (np.ascontiguousarray(some, dtype=np.float32) for some in (query_vectors, gallery_vectors))
+    # An index would copy the gallery, which costs as much as many searches at a million vectors.
+    query, gallery = (np.ascontiguousarray(vectors, dtype=np.float32) for vectors in (query_vectors, gallery_vectors))
     scores, rows = faiss.knn(query, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)
     return scores, rows

@@ -1,4 +1,4 @@
-"""``vpr search``: nearest gallery images of queries, both embedded before."""
+"""``vpr search``: nearest gallery images of queries, from two embeddings artifacts."""
 
 from __future__ import annotations
 
@@ -18,91 +18,84 @@ from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.rerank import rank
 
+Strings = NDArray[np.str_]
+Rows = NDArray[np.int64]
+Scores = NDArray[np.float32]
 log = get_logger(__name__)
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
-_SHOWN = 8
+_MAX_PRINTED = 8  # queries
 
 
 def search_gallery(config: SearchConfig) -> Path | None:
     """Search, print the first queries, and write all results as CSV (query, rank, image, product, score).
 
     Raises:
-        UserError: embeddings of two models, too small a gallery for ``k`` or a submission.
+        UserError: The embeddings are from two models, or the gallery is too small for ``k`` or a submission.
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
     _check_comparable(config, queries, gallery)
-    asked, shown = queries.rows_with_role("query"), gallery.rows_with_role("gallery")
+    query_rows, gallery_rows = queries.rows_with_role("query"), gallery.rows_with_role("gallery")
     if config.submission:
-        _check_complete(queries, gallery, len(shown))
-    wanted = max(config.k, SUBMITTED) if config.submission else config.k
-    scores, found = rank(queries.vectors[asked], gallery.vectors[shown], config.rerank, wanted)
-    _print(queries, gallery, asked, shown[found[:_SHOWN, : config.k]], scores)
+        _check_complete(queries, gallery, len(gallery_rows))
+    k = max(config.k, SUBMITTED) if config.submission else config.k
+    scores, ranking = rank(queries.vectors[query_rows], gallery.vectors[gallery_rows], config.rerank, k)
+    hits = gallery_rows[ranking[:, : config.k]]
+    _print(queries.products[query_rows], gallery, hits[:_MAX_PRINTED], scores)
     if config.submission:
-        atomic_save_npy(Path(config.submission), found[:, :SUBMITTED].astype(np.int64))
-        log.info(f"{config.submission}: {len(asked)} queries, {SUBMITTED} of {len(shown)} gallery images each")
+        atomic_save_npy(Path(config.submission), ranking[:, :SUBMITTED].astype(np.int64))
+        log.info(f"{config.submission}: {len(query_rows)} queries, {SUBMITTED} of {len(gallery_rows)} gallery images")
     if not config.output:
         return None
-    _write(Path(config.output), queries, gallery, asked, shown[found[:, : config.k]], scores)
-    log.info(f"{config.output}: {len(asked)} queries, {config.k} results each")
+    _write(Path(config.output), queries.images[query_rows], gallery, hits, scores)
+    log.info(f"{config.output}: {len(query_rows)} queries, {config.k} results each")
     return Path(config.output)
 
 
 def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embeddings) -> None:
-    """Refuse embeddings of two models."""
-    first, second = queries.model, gallery.model
-    if first.sha256 != second.sha256:
+    """Raise :class:`UserError` if queries and gallery are not from the same model."""
+    query_model, gallery_model = queries.model, gallery.model
+    if query_model.sha256 != gallery_model.sha256:
         raise UserError(
-            f"{config.queries}: embedded with '{first.name}', the gallery with '{second.name}': use one model"
+            f"{config.queries}: embedded with '{query_model.name}', the gallery with '{gallery_model.name}'. "
+            "Embed both with one model."
         )
     if queries.vectors.shape[1] != gallery.vectors.shape[1]:
         raise UserError(
-            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}: "
-            "embed both again"
+            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}. "
+            "Embed both again."
         )
 
 
-def _check_complete(queries: Embeddings, gallery: Embeddings, shown: int) -> None:
-    """Refuse a submission whose numbers would be those of other images, or too few."""
-    if shown < SUBMITTED:
+def _check_complete(queries: Embeddings, gallery: Embeddings, gallery_size: int) -> None:
+    """Raise :class:`UserError` if a submission would have too few images or shifted indices."""
+    if gallery_size < SUBMITTED:
         raise UserError(
-            f"submission: {SUBMITTED} different images are listed for each query, the gallery has {shown}: "
-            "use --output instead"
+            f"submission: expected a gallery of {SUBMITTED} images or more, got {gallery_size}. Use --output instead."
         )
     for embeddings in (queries, gallery):
         if embeddings.artifact.card.metrics.get("set_aside"):
             raise UserError(
-                f"submission: {embeddings.artifact.path} lacks images that could not be read (its catalogue's "
-                "set_aside.csv): mend them and embed again"
+                f"submission: {embeddings.artifact.path} lacks images that could not be read. Repair those in its "
+                "catalogue's set_aside.csv and embed again."
             )
 
 
-def _write(
-    path: Path,
-    queries: Embeddings,
-    gallery: Embeddings,
-    asked: NDArray[np.int64],
-    hits: NDArray[np.int64],
-    scores: NDArray[np.float32],
-) -> None:
+def _write(path: Path, query_images: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
-        for row, query in enumerate(asked):
-            for place, hit in enumerate(hits[row]):
-                values = [queries.images[query], place + 1, gallery.images[hit], gallery.products[hit]]
-                writer.writerow([*values, f"{scores[row, place]:.6f}"])
+        for row, query_image in enumerate(query_images):
+            for column, hit in enumerate(hits[row]):
+                values = [query_image, column + 1, gallery.images[hit], gallery.products[hit]]
+                writer.writerow([*values, f"{scores[row, column]:.6f}"])
 
 
-def _print(
-    queries: Embeddings,
-    gallery: Embeddings,
-    asked: NDArray[np.int64],
-    hits: NDArray[np.int64],
-    scores: NDArray[np.float32],
-) -> None:
-    table = Table("query", *[f"top {place + 1}" for place in range(hits.shape[1])])
-    for row, found in enumerate(hits):
-        names = [escape(printable(f"{gallery.products[i]} {s:.2f}")) for i, s in zip(found, scores[row], strict=False)]
-        table.add_row(escape(printable(queries.products[asked[row]])), *names)
+def _print(query_products: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:
+    """Print a table of the first queries; control characters and markup in names are neutralised."""
+    table = Table("query", *[f"top {column + 1}" for column in range(hits.shape[1])])
+    for row, hit_rows in enumerate(hits):
+        pairs = zip(hit_rows, scores[row], strict=False)
+        cells = [escape(printable(f"{gallery.products[hit]} {score:.2f}")) for hit, score in pairs]
+        table.add_row(escape(printable(query_products[row])), *cells)
     Console().print(table)

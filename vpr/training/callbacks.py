@@ -1,4 +1,4 @@
-"""What is kept while a training runs: its checkpoint, its best weights, its time; and the line of each epoch."""
+"""Lightning callbacks: best weights, training time, epoch log and a resumable sampler; atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from vpr.data.loaders import EpochSampler
 
 log = get_logger(__name__)
 
-MONITOR = "val_recall_at_1"  # what epochs are compared by
+MONITOR = "val_recall_at_1"  # metric that selects the best epoch
+_LOG_LABELS = {MONITOR: "recall@1"}
 
 
 class AtomicCheckpoint(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a kill leaves the one before."""
+    """Write a checkpoint next to its target and rename it, so that a kill leaves the previous one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Lightning's own goes through the system's temporary folder, which may be another file system."""
+        """Write the checkpoint in its folder; Lightning's version uses a temporary folder on another file system."""
         partial = Path(path).with_suffix(".partial")
         with partial.open("wb") as stream:
             torch.save(checkpoint, stream)
@@ -39,12 +40,14 @@ class AtomicCheckpoint(TorchCheckpointIO):
 
 
 class BestWeights(Callback):
-    """Keeps the weights of the epoch with the best validation recall@1 as safetensors.
+    """Keep the weights of the epoch with the best validation recall@1 as safetensors.
 
     Args:
-        module: what to keep of the Lightning module.
-        path: file, replaced atomically.
+        module: Part of the Lightning module to keep.
+        path: Target file, replaced atomically.
     """
+
+    state_key = "best_weights"
 
     def __init__(self, module: nn.Module, path: Path) -> None:
         self.module = module
@@ -53,7 +56,7 @@ class BestWeights(Callback):
         self.epoch = -1
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Compare and keep."""
+        """Write the weights if the recall is the best so far."""
         recall = float(trainer.callback_metrics.get(MONITOR, -1.0))
         if recall <= self.best:
             return
@@ -61,27 +64,29 @@ class BestWeights(Callback):
         self.best, self.epoch = recall, min(trainer.current_epoch + 1, trainer.max_epochs)
         weights = full_state_dict(self.module)
         if is_first():
-            # A folder, since safetensors writes to a hidden file beside the one that it is given.
+            # safetensors writes to a hidden file next to its target, hence the folder.
             new = self.path.with_suffix(".new")
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             save_file(weights, new / self.path.name)
             with (new / self.path.name).open("rb") as stream:
-                os.fsync(stream.fileno())  # the checkpoint that names it best may outlive it otherwise
+                os.fsync(stream.fileno())  # else a power failure could keep the checkpoint but lose these weights
             os.replace(new / self.path.name, self.path)
             new.rmdir()
 
     def state_dict(self) -> dict[str, Any]:
-        """Kept in the checkpoint, so that a resumed run remembers its best."""
+        """Return the best recall and its epoch for the checkpoint."""
         return {"best": self.best, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from a checkpoint."""
+        """Restore the best recall and its epoch from a checkpoint."""
         self.best, self.epoch = state_dict["best"], state_dict["epoch"]
 
 
 class TrainingTimer(Callback):
-    """Seconds spent, over all the times that a run was started (each up to its last checkpoint)."""
+    """Measure training time, summed over all starts (each up to its last checkpoint)."""
+
+    state_key = "training_timer"
 
     def __init__(self) -> None:
         self.before = 0.0
@@ -89,57 +94,57 @@ class TrainingTimer(Callback):
 
     @property
     def seconds(self) -> float:
-        """Until now."""
+        """Seconds of training until now."""
         return self.before + time.monotonic() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        """Kept in the checkpoint."""
+        """Return the training time for the checkpoint."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from a checkpoint."""
+        """Restore the training time of earlier starts from a checkpoint."""
         self.before = state_dict["seconds"]
 
 
 class EpochLogger(Callback):
-    """Prints one line of each epoch, for logs that are not terminals."""
+    """Log one line per epoch, for output that is not a terminal."""
 
     def __init__(self) -> None:
-        self.validated = False
+        self.is_validated = False
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Remember that this epoch has a recall of its own; print that of the last weights, which comes after."""
-        self.validated = trainer.state.fn == TrainerFn.FITTING
-        if not self.validated:
-            log.info(f"  the last weights  {MONITOR} {float(trainer.callback_metrics[MONITOR]):.3f}")
+        """Note that the epoch has a recall; log the recall of a validation after training."""
+        self.is_validated = trainer.state.fn == TrainerFn.FITTING
+        if not self.is_validated:
+            log.info(f"  last weights  {_LOG_LABELS[MONITOR]} {float(trainer.callback_metrics[MONITOR]):.3f}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Print mean losses and, after a validation, recall."""
-        hidden = ("_step", "_epoch", "_at_5", "map") + (() if self.validated else (MONITOR,))
-        shown = {k: v for k, v in trainer.callback_metrics.items() if not k.endswith(hidden)}
-        text = "  ".join(f"{name} {float(value):.3f}" for name, value in sorted(shown.items()))
-        log.info(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}")
-        self.validated = False
+        """Log mean losses and, after a validation, recall@1."""
+        hidden = ("_step", "_epoch", "_at_5", "map") + (() if self.is_validated else (MONITOR,))
+        metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if not k.endswith(hidden)}
+        columns = "  ".join(f"{_LOG_LABELS.get(name, name)} {value:.3f}" for name, value in metrics.items())
+        log.info(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {columns}")
+        self.is_validated = False
 
 
 class RestoreSamplerEpoch(Callback):
-    """Gives the first epoch after a resume its own order: Lightning starts the loader before it names the epoch.
+    """Set the sampler's epoch on resume, because Lightning starts the loader before it sets the epoch.
 
-    Workers read the order ahead as soon as they are started, and would read that of epoch 0.
+    Workers prefetch the order as soon as they start; without this they would read the order of epoch 0.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the epoch that comes next."""
+        """Set the sampler to the first epoch after the checkpoint."""
         self._sampler.set_epoch(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove a finished run's checkpoints and weights, which its artifact holds, and what a kill has left.
+    """Remove checkpoints, weights and leftovers of a finished training run; its logs stay.
 
-    Its logs stay. Of several processes the first does it.
+    The artifact holds the weights. With several processes, only the first removes files.
     """
     if not is_first():
         return

@@ -1,4 +1,4 @@
-"""Configuration of a training run. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the training loop. Imports no heavy library, so help and errors in arguments are instant."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a training is carried out.
+    """Settings of the training loop.
 
     Attributes:
-        precision: ``auto`` is bf16 where the hardware multiplies it.
-        strategy: of several processes; ``auto`` is DDP, ``fsdp`` spreads the weights over them.
-        accumulate: batches whose gradients make one step.
-        ema: decay of the moving average of the weights, which is then what is validated and kept; 0 keeps none.
-        clip: largest norm of the gradient; 0 does not clip.
-        validate_every: epochs between validations; the last epoch always has one.
-        tracker: logs to this service too, beside CSV and TensorBoard; its package must be installed.
+        precision: Numeric precision; ``auto`` is bf16 where the hardware multiplies it, else float32.
+        strategy: Strategy for several processes; ``auto`` is DDP, ``fsdp`` shards the weights.
+        accumulate: Batches whose gradients make one optimiser step.
+        ema: Decay of the moving average of the weights; 0 keeps no average. With an average, it is the one that is
+            validated and kept.
+        clip: Largest norm of the gradient; 0 does not clip.
+        validate_every: Epochs between validations; the last epoch is always validated.
+        tracker: Service to log to, in addition to CSV and TensorBoard; its package must be installed.
     """
 
     precision: Precision = "auto"
@@ -36,6 +37,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None))
         if not 0 <= self.ema < 1:
-            raise UserError(f"run.ema: {self.ema}: give a decay from 0 (none) to below 1, such as 0.999")
+            raise UserError(f"run.ema: expected 0 (no average) to below 1, got {self.ema}. Set a decay such as 0.999.")
         if not self.clip >= 0:
-            raise UserError(f"run.clip: {self.clip}: give a norm, or 0 for none")
+            raise UserError(f"run.clip: expected 0 (no clipping) or more, got {self.clip}. Set a gradient norm.")

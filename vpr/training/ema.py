@@ -12,14 +12,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Ema(Callback):
-    """Averages weights and floating-point buffers after every step, and validates the averaged ones.
+    """Average weights and floating-point buffers after every step, and validate the average.
 
     ``shadow = d * shadow + (1 - d) * weight`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
-    the first, random weights are soon forgotten (as in ``tf.train.ExponentialMovingAverage``).
+    the random initial weights are soon forgotten (as in ``tf.train.ExponentialMovingAverage``).
 
     Args:
-        decay: d, in 0…1.
+        decay: Decay d, 0 to 1.
     """
+
+    state_key = "ema"
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -27,12 +29,12 @@ class Ema(Callback):
         self.updates = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin from the weights as they are, unless a checkpoint brought the average back."""
+        """Start the average from the current weights unless a checkpoint restored it."""
         if not self.shadow:
             self.shadow = {name: value.clone() for name, value in module.state_dict().items()}
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        """Take the new weights in, once per optimiser step (not per accumulated batch)."""
+        """Update the average once per optimiser step, not per accumulated batch."""
         if trainer.global_step <= self.updates:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -44,39 +46,40 @@ class Ema(Callback):
                 average.copy_(value)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Put the average in the weights' place."""
+        """Swap the average into the module."""
         self._swap(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Put the weights back."""
+        """Swap the weights back into the module."""
         self._swap(module)
 
     def averaged(self, prefix: str) -> dict[str, Tensor]:
-        """The average of the part of the module under ``prefix``, on the CPU."""
+        """Return the averages of the parameters under ``prefix``, on the CPU, names without the prefix."""
         state = self.state_dict()["shadow"]
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Kept in the checkpoint; every process must call it."""
-        whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in self.shadow.items()}
-        return {"updates": self.updates, "shadow": {name: value.cpu() for name, value in whole.items()}}
+        """Return the average for the checkpoint; every process must call it."""
+        full = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in self.shadow.items()}
+        return {"updates": self.updates, "shadow": {name: value.cpu() for name, value in full.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from a checkpoint."""
+        """Restore the average from a checkpoint."""
         self.updates, self.shadow = state_dict["updates"], state_dict["shadow"]
 
     @torch.no_grad()
     def _swap(self, module: L.LightningModule) -> None:
         for value, average in self._pairs(module):
-            kept = value.clone()
+            weight = value.clone()
             value.copy_(average)
-            average.copy_(kept)
+            average.copy_(weight)
 
     def _pairs(self, module: L.LightningModule) -> list[tuple[Tensor, Tensor]]:
+        """Return each weight with its average, the average on the weight's device and sharded like it."""
         pairs = []
         for name, value in module.state_dict().items():
             average = self.shadow[name]
-            if isinstance(value, DTensor) and not isinstance(average, DTensor):  # as a checkpoint brings it
+            if isinstance(value, DTensor) and not isinstance(average, DTensor):  # restored from a checkpoint
                 average = distribute_tensor(average.to(value.device), value.device_mesh, value.placements)
             self.shadow[name] = average = average.to(value.device)
             pairs.append((value, average))

@@ -1,4 +1,4 @@
-"""Where a training logs to: CSV and TensorBoard, and a service that was asked for."""
+"""Loggers of a training run: CSV, TensorBoard and an optional tracking service."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vpr.common.errors import UserError
 
 
 def check_tracker(tracker: str) -> None:
-    """Refuse a tracker whose package is not installed."""
+    """Raise :class:`UserError` if the tracker's package is not installed."""
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"run.tracker: {tracker} is not installed: pip install {tracker}, or set it to none")
+        raise UserError(f"run.tracker: {tracker} is not installed. Run `pip install {tracker}` or set it to none.")
 
 
 def open_logs(folder: Path, tracker: str) -> list[Logger]:
-    """Loggers of a run in its folder; each time that it is started has a CSV of its own."""
+    """Return the loggers of a training run; each start and each resume has its own CSV."""
     check_tracker(tracker)
     folder.mkdir(parents=True, exist_ok=True)
     logs: list[Logger] = [
@@ -39,7 +39,7 @@ def open_logs(folder: Path, tracker: str) -> list[Logger]:
 
 
 def copy_logs(folder: Path, destination: Path, name: str = "metrics") -> None:
-    """Put a run's CSV logs into an artifact: ``<name>.csv``, and one more for each time it was resumed."""
+    """Copy CSV logs into an artifact as ``<name>.csv``, ``<name>-resumed-1.csv`` and so on."""
     for number, log in enumerate(_csv_logs(folder)):
         shutil.copyfile(log, destination / (f"{name}-resumed-{number}.csv" if number else f"{name}.csv"))
 

@@ -1,7 +1,7 @@
-"""What training the teacher and the student share: schedule, validation, and the loop.
+"""Training loop of teacher and student: schedule, validation and resuming.
 
-Batches, views and dropout depend on the seed and the step alone, and a checkpoint is written after
-every epoch, so a run that was killed goes on to the same result.
+Batches, views and dropout depend only on the seed and the step. A checkpoint is written after every epoch, so a
+killed training run resumes to the same result.
 """
 
 from __future__ import annotations
@@ -42,122 +42,125 @@ from vpr.training.loggers import open_logs
 
 log = get_logger(__name__)
 
-# Lightning's notices (devices, tips, adverts) hide the few lines that matter here.
+# Lightning's notices (devices, tips, adverts) would hide our log lines.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-_CHECKED = 10  # batches between looks at the loss
+_FINITE_CHECK_INTERVAL = 10  # batches; each check waits for the GPU
 
 
 def training_values(config: Any) -> dict[str, Any]:
-    """What decides a training's result, as JSON values: its configuration, and the processes that share a step."""
+    """Return the JSON values that determine the result: the configuration and the number of processes."""
     values = config_to_json(config)
     values.pop("dry_run")
-    if rank_and_world()[1] > 1:  # the batch of a step is that of all processes
+    if rank_and_world()[1] > 1:  # a step's batch is the sum over processes
         values["processes"] = rank_and_world()[1]
     return values
 
 
-def training_and_validation(catalog: Catalog, named: str) -> tuple[Catalog, Catalog]:
-    """The splits to train on and to choose the epoch by; :class:`UserError` where one is missing or has no queries."""
+def training_and_validation(catalog: Catalog, path: str) -> tuple[Catalog, Catalog]:
+    """Return the train and validation splits; raise :class:`UserError` if one is missing or cannot be scored."""
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     if not len(training) or not len(validation):
-        raise UserError(f"{named}: needs a train and a validation split: build it with --validation 0.1")
-    score_split(validation, np.ones((len(validation), 1), np.float32))  # refuses what no epoch could be chosen by
+        raise UserError(f"{path}: a train and a validation split are required. Build it with --validation 0.1.")
+    score_split(validation, np.ones((len(validation), 1), np.float32))  # raises before training, not after an epoch
     return training, validation
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor on a learning rate: linear over ``warmup`` steps, then half a cosine down to 0."""
+    """Return the learning-rate factor: linear over ``warmup`` steps, then half a cosine down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups of the parameters that train: no weight decay on biases, norms and other vectors."""
-    training = [p for p in parameters if p.requires_grad]
-    # By axes longer than 1: class tokens of shape (1, 1, dim) are vectors too.
-    matrices = [p for p in training if sum(side > 1 for side in p.shape) > 1]
-    vectors = [p for p in training if sum(side > 1 for side in p.shape) <= 1]
+    """Return optimiser groups of the trainable parameters; biases, norms and other vectors get no weight decay."""
+    trainable = [p for p in parameters if p.requires_grad]
+    # Count axes longer than 1, because class tokens of shape (1, 1, dim) are vectors too.
+    matrices = [p for p in trainable if sum(side > 1 for side in p.shape) > 1]
+    vectors = [p for p in trainable if sum(side > 1 for side in p.shape) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [{**group, "lr": lr} for group in groups if group["params"]]
 
 
 class RecallModule(L.LightningModule):
-    """A module that is validated by recall on products that no stage trains on.
+    """Base module, validated by recall on products that no stage trains on.
 
     Args:
-        preprocess: of the images.
-        validation: what is scored.
-        sharded: the child modules that FSDP spreads.
+        preprocess: Preprocessing of the images.
+        validation: Validation split.
+        sharded: Names of the child modules that FSDP shards.
     """
 
     def __init__(self, preprocess: Preprocess, validation: Catalog, sharded: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.normalise = Normalise(preprocess)
         self._validation = validation
-        self._found: list[tuple[Tensor, Tensor]] = []
+        self._val_embeddings: list[tuple[Tensor, Tensor]] = []
         self._sharded = sharded
 
     def embed(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) preprocessed to (batch, dim) of unit length."""
+        """Map preprocessed (batch, 3, size, size) to L2-normalised (batch, dim)."""
         raise NotImplementedError
 
     def configure_model(self) -> None:
-        """Spread the weights over the processes under FSDP; Lightning may call this again."""
+        """Shard the weights under FSDP, once; Lightning may call this again."""
         if self.device_mesh is not None and self._sharded:
             for name in self._sharded:
                 shard(getattr(self, name), self.device_mesh["data_parallel"])
             self._sharded = ()
 
     def seed_step(self, seed: int, epoch: int, step: int) -> None:
-        """Make dropout a function of seed, epoch, step and process, so that a resumed run draws the same."""
+        """Seed dropout from seed, epoch, step and rank, so that a resumed training run draws the same masks."""
         values = [seed, epoch, step, rank_and_world()[0]]
         torch.manual_seed(int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0]))
 
-    def of_step(self, loss: Tensor, number: int) -> Tensor:
-        """A batch's loss as its optimiser step takes it; a loss that is not finite stops the training.
+    def check_finite(self, loss: Tensor, batch_index: int) -> None:
+        """Raise :class:`UserError` if the loss is not finite; checks every tenth batch."""
+        if batch_index % _FINITE_CHECK_INTERVAL == 0 and not torch.isfinite(loss):
+            raise UserError(f"training: the loss is not finite at step {self.global_step}. Lower the learning rate.")
 
-        Lightning divides by the batches accumulated; an epoch's last step may have fewer, whose mean it shall be too.
+    def rescale_for_accumulation(self, loss: Tensor, batch_index: int) -> Tensor:
+        """Return the loss scaled so that a short last accumulation window of an epoch is a mean too.
+
+        Lightning always divides by ``accumulate_grad_batches``, also where fewer batches are left.
         """
         accumulate, batches = self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
-        if number % _CHECKED == 0 and not torch.isfinite(loss):  # now and then: looking waits for the GPU
-            raise UserError(f"training: the loss is not finite at step {self.global_step}: lower the learning rate")
         rest = batches % accumulate
-        return loss * (accumulate / rest) if rest and number >= batches - rest else loss
+        return loss * (accumulate / rest) if rest and batch_index >= batches - rest else loss
 
-    def scheduled(self, optimizer: torch.optim.Optimizer, warmup: float) -> dict[str, Any]:
-        """An optimiser with one warm-up, a share of the training, and cosine, as Lightning takes it."""
+    def with_warmup_cosine(self, optimizer: torch.optim.Optimizer, warmup: float) -> dict[str, Any]:
+        """Return Lightning's optimiser configuration; ``warmup`` is a share of all steps."""
         steps = int(self.trainer.estimated_stepping_batches)
-        rising = max(1, int(warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, rising))
+        warmup_steps = max(1, int(warmup * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Collect the embeddings of a batch."""
-        self._found.append((batch["rows"], self.embed(self.normalise(batch["pixels"])).float()))
+        self._val_embeddings.append((batch["rows"], self.embed(self.normalise(batch["pixels"])).float()))
 
     def on_validation_epoch_end(self) -> None:
-        """Score what all processes collected."""
-        rows, found = (torch.cat(parts) for parts in zip(*self._found, strict=True))
-        self._found = []
-        rows, found = all_gather_cat(rows), all_gather_cat(found)
-        vectors = np.zeros((len(self._validation), found.shape[1]), dtype=np.float32)
-        vectors[rows.cpu().numpy()] = found.cpu().numpy()
+        """Log the recall of the embeddings collected by all processes."""
+        rows, embeddings = (torch.cat(parts) for parts in zip(*self._val_embeddings, strict=True))
+        self._val_embeddings = []
+        rows, embeddings = all_gather_cat(rows), all_gather_cat(embeddings)
+        vectors = np.zeros((len(self._validation), embeddings.shape[1]), dtype=np.float32)
+        vectors[rows.cpu().numpy()] = embeddings.cpu().numpy()
         scores = score_split(self._validation, l2_normalize(vectors))
         self.log_dict({MONITOR: scores.recall_at_1, "val_recall_at_5": scores.recall_at_5, "val_map": scores.map})
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training came to.
+    """Result of :func:`fit`.
 
     Attributes:
-        best: best validation recall@1.
-        epoch: that reached it, from 1.
-        steps: of the optimiser.
-        seconds: of all the times it was started.
-        last: weights of the whole module after the last epoch (their moving average, if there is one).
+        best: Best validation recall@1.
+        epoch: Epoch of the best recall, from 1.
+        steps: Number of optimiser steps.
+        seconds: Training time over all starts.
+        last: Weights of the Lightning module after the last epoch, or their moving average if there is one.
     """
 
     best: float
@@ -170,41 +173,42 @@ class FitResult:
 def fit(
     module: RecallModule,
     loaders: tuple[DataLoader[dict[str, Tensor]], DataLoader[dict[str, Tensor]]],
-    kept: nn.Module,
+    best_part: nn.Module,
     folder: Path,
     epochs: int,
     run: RunConfig,
 ) -> FitResult:
     """Train with Lightning, resuming from the folder's checkpoint if there is one.
 
-    A training whose checkpoint is of its last epoch only takes its weights from it.
+    If the checkpoint is that of the last epoch, only restore the weights.
 
     Args:
-        module: losses and optimiser.
-        loaders: training batches, drawn by an :class:`~vpr.data.loaders.EpochSampler`, and validation batches.
-        kept: the part of ``module`` whose best weights are written to ``best.safetensors``.
-        folder: logs, checkpoint and best weights.
-        epochs: total.
-        run: how it is carried out.
+        module: Module with losses and optimiser.
+        loaders: Training loader with an :class:`~vpr.data.loaders.EpochSampler`, and validation loader.
+        best_part: Part of ``module`` whose best weights are written to ``best.safetensors``.
+        folder: Folder for logs, checkpoint and best weights.
+        epochs: Number of epochs in all.
+        run: Settings of the training loop.
     """
-    best, clock = BestWeights(kept, folder / "best.safetensors"), TrainingTimer()
+    best, timer = BestWeights(best_part, folder / "best.safetensors"), TrainingTimer()
     ema = Ema(run.ema) if run.ema else None
     sampler = loaders[0].sampler
     assert isinstance(sampler, EpochSampler)
-    # `best` comes before the average is taken out again, the checkpoint last of all (Lightning sees to that).
-    trainer = _trainer(folder, epochs, run, [best, *([ema] if ema else []), clock, RestoreSamplerEpoch(sampler)])
+    # `best` must run before `ema` swaps the average out again. Lightning runs checkpoint callbacks last.
+    callbacks: list[Callback] = [best, *([ema] if ema else []), timer, RestoreSamplerEpoch(sampler)]
+    trainer = _build_trainer(folder, epochs, run, callbacks)
     last = folder / "last.ckpt"
     if last.is_file():
-        log.info(f"  resuming from the checkpoint in {folder}")
+        log.info(f"  resuming from {last}")
     trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
     if epochs % run.validate_every:
         trainer.validate(module, loaders[1], verbose=False)
     state = ema.averaged("") if ema else full_state_dict(module)
-    return FitResult(best.best, best.epoch, int(trainer.global_step), round(clock.seconds, 1), state)
+    return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), state)
 
 
-def _trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
-    interactive = os.isatty(2)
+def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
+    is_interactive = os.isatty(2)
     checkpoint = ModelCheckpoint(
         folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
     )
@@ -214,8 +218,8 @@ def _trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback
         max_epochs=epochs,
         check_val_every_n_epoch=run.validate_every,
         logger=open_logs(folder, run.tracker),
-        callbacks=[*callbacks, TQDMProgressBar() if interactive else EpochLogger(), checkpoint],
-        enable_progress_bar=interactive,
+        callbacks=[*callbacks, TQDMProgressBar() if is_interactive else EpochLogger(), checkpoint],
+        enable_progress_bar=is_interactive,
         enable_model_summary=False,
         gradient_clip_val=run.clip or None,
         accumulate_grad_batches=run.accumulate,
@@ -228,7 +232,7 @@ def _trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback
 
 
 def best_precision() -> Literal["32-true", "bf16-mixed"]:
-    """bf16 where the processor multiplies it in hardware (slower than float32 elsewhere)."""
+    """Return bf16 if the hardware multiplies it, else float32 (emulated bf16 is slower)."""
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"

@@ -83,7 +83,7 @@ def test_steps_that_change_no_ranking_change_no_score(shop_catalog: Catalog, vec
     part = shop_catalog.select(split="test")
     assert reranked(part, vectors, RerankConfig(), 0) is None
     # k-reciprocal with the whole weight on the original distance ranks as the embeddings do, for each query.
-    same = reranked(part, vectors, RerankConfig(k_reciprocal=True, weight=1.0), 0)
+    same = reranked(part, vectors, RerankConfig(k_reciprocal=True, original_weight=1.0), 0)
     assert same is not None
     assert same["recall_at_1"] == pytest.approx(_first_right(part, vectors, vectors).mean())
     other = reranked(part, vectors, RerankConfig(qe=3), 0)

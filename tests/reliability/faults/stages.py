@@ -18,7 +18,7 @@ _TEACHER_STAGES = [
     {"train": "all", "epochs": 3, "lr_head": 1e-3, "lr_tower": 1e-3},
 ]
 _STUDENT = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "mlp_dim": 64}
-_EMBED = ("--model", "{student}", "--batch_size", "2", "--part", "2")
+_EMBED = ("--model", "{student}", "--batch_size", "2", "--images_per_part", "2")
 # What a run says of itself: another for each time that it was started, or at each time that it is run.
 _LOGS = ("metrics*.csv", "*/csv-*", "*/tb/*")
 _TIMES = ("seconds", "build_seconds")

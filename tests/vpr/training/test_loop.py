@@ -23,13 +23,13 @@ PREPROCESS = Preprocess(size=16)
 
 
 class Tiny(RecallModule):
-    """Pools an image and projects it; its loss pulls the vectors to one direction."""
+    """Pool an image and project it; the loss pulls all embeddings to one direction."""
 
     def __init__(self, validation: Catalog, dropout: float = 0.2) -> None:
         super().__init__(PREPROCESS, validation)
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 8), nn.Dropout(dropout))
-        self.seen: list[tuple[int, float]] = []
+        self.losses: list[tuple[int, float]] = []  # step, loss
         self.sizes: list[int] = []
         self.weights: list[Tensor] = []
         self.validated: list[Tensor] = []
@@ -37,13 +37,14 @@ class Tiny(RecallModule):
     def embed(self, x: Tensor) -> Tensor:
         return self.net(x)
 
-    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
-        self.seed_step(0, self.current_epoch, number)
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        self.seed_step(0, self.current_epoch, batch_index)
         loss = (self.net(self.normalise(batch["pixels"])) - 1).square().mean()
-        self.seen.append((self.global_step, loss.item()))
+        self.losses.append((self.global_step, loss.item()))
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(batch["rows"]))
         self.sizes.append(len(batch["rows"]))
-        return self.of_step(loss, number)
+        self.check_finite(loss, batch_index)
+        return self.rescale_for_accumulation(loss, batch_index)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.weights.append(self.net[2].weight.detach().clone())
@@ -56,7 +57,7 @@ class Tiny(RecallModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-def run(
+def train(
     catalog: Catalog, folder: Path, epochs: int, config: RunConfig, batch: int = 16, dropout: float = 0.2
 ) -> tuple[Tiny, Any]:
     training, validation = (ImageDataset(catalog.select(split=s), PREPROCESS, True) for s in ("train", "validation"))
@@ -66,8 +67,8 @@ def run(
     return module, fit(module, loaders, module.net, folder, epochs, config)
 
 
-def test_the_average_follows_its_formula_and_is_what_is_validated(catalog: Catalog, tmp_path: Path) -> None:
-    module, fitted = run(catalog, tmp_path, 2, RunConfig("32-true", ema=0.7))
+def test_validation_uses_the_moving_average(catalog: Catalog, tmp_path: Path) -> None:
+    module, fitted = train(catalog, tmp_path, 2, RunConfig("32-true", ema=0.7))
     torch.manual_seed(0)
     average = Tiny(catalog).net[2].weight.detach().double()
     after = []
@@ -78,62 +79,60 @@ def test_the_average_follows_its_formula_and_is_what_is_validated(catalog: Catal
     per_epoch = len(module.weights) // 2
     torch.testing.assert_close(module.validated, [after[per_epoch - 1], after[-1]], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(fitted.last["net.2.weight"], after[-1], rtol=1e-5, atol=1e-7)
-    # The training itself goes on from the plain weights.
+    # Training continues from the plain weights, not from the average.
     torch.testing.assert_close(module.net[2].weight.detach(), module.weights[-1])
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.7])
-def test_a_resumed_run_with_dropout_is_bit_equal(ema: float, catalog: Catalog, tmp_path: Path) -> None:
+def test_resumed_training_is_bit_equal(ema: float, catalog: Catalog, tmp_path: Path) -> None:
     config = RunConfig("32-true", ema=ema)
-    _, whole = run(catalog, tmp_path / "whole", 4, config)
-    run(catalog, tmp_path / "broken", 2, config)
-    module, resumed = run(catalog, tmp_path / "broken", 4, config)
-    assert module.seen[0][0] == 2 * 4
-    for name, value in whole.last.items():
+    _, expected = train(catalog, tmp_path / "uninterrupted", 4, config)
+    train(catalog, tmp_path / "interrupted", 2, config)
+    module, resumed = train(catalog, tmp_path / "interrupted", 4, config)
+    assert module.losses[0][0] == 2 * 4
+    for name, value in expected.last.items():
         assert torch.equal(value, resumed.last[name]), name
-    assert (whole.best, whole.epoch, whole.steps) == (resumed.best, resumed.epoch, resumed.steps)
+    assert (expected.best, expected.epoch, expected.steps) == (resumed.best, resumed.epoch, resumed.steps)
 
 
-def test_a_finished_run_gives_its_weights_without_training_again(catalog: Catalog, tmp_path: Path) -> None:
+def test_finished_training_is_not_repeated(catalog: Catalog, tmp_path: Path) -> None:
     config = RunConfig("32-true", ema=0.7)
-    _, first = run(catalog, tmp_path, 2, config)
-    module, second = run(catalog, tmp_path, 2, config)
-    assert module.seen == []
+    _, first = train(catalog, tmp_path, 2, config)
+    module, second = train(catalog, tmp_path, 2, config)
+    assert module.losses == []
     assert all(torch.equal(first.last[name], second.last[name]) for name in first.last)
     assert (first.best, first.epoch) == (second.best, second.epoch)
 
 
-def test_the_last_epoch_is_validated_whatever_the_interval(catalog: Catalog, tmp_path: Path) -> None:
-    module, fitted = run(catalog, tmp_path, 3, RunConfig("32-true", validate_every=2))
+def test_last_epoch_is_always_validated(catalog: Catalog, tmp_path: Path) -> None:
+    module, fitted = train(catalog, tmp_path, 3, RunConfig("32-true", validate_every=2))
     assert len(module.validated) == 2
     assert torch.equal(module.validated[-1], module.weights[-1])
     assert fitted.epoch in (2, 3)
     assert load_file(tmp_path / "best.safetensors")["2.weight"].shape == (8, 48)
 
 
-def test_the_printed_loss_is_the_epoch_s_mean(
-    catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module, _ = run(catalog, tmp_path, 3, RunConfig("32-true", validate_every=2))
+def test_logged_loss_is_the_epoch_mean(catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, _ = train(catalog, tmp_path, 3, RunConfig("32-true", validate_every=2))
     *lines, after = capsys.readouterr().err.splitlines()
-    per_epoch = len(module.seen) // 3
+    per_epoch = len(module.losses) // 3
     for number, line in enumerate(lines):
         part = slice(number * per_epoch, (number + 1) * per_epoch)
-        mean = np.average([loss for _, loss in module.seen[part]], weights=module.sizes[part])
+        mean = np.average([loss for _, loss in module.losses[part]], weights=module.sizes[part])
         assert line.startswith(f"  epoch {number + 1}/3  loss {mean:.3f}")
-    assert [("val_recall_at_1" in line) for line in lines] == [False, True, False]
-    assert "the last weights  val_recall_at_1 " in after
+    assert ["recall@1" in line for line in lines] == [False, True, False]
+    assert "last weights  recall@1 " in after
 
 
-def test_accumulated_batches_make_the_step_of_one_large_batch(catalog: Catalog, tmp_path: Path) -> None:
-    _, accumulated = run(catalog, tmp_path / "two", 2, RunConfig("32-true", accumulate=2), batch=16, dropout=0)
-    _, large = run(catalog, tmp_path / "one", 2, RunConfig("32-true"), batch=32, dropout=0)
+def test_accumulated_batches_equal_one_large_batch(catalog: Catalog, tmp_path: Path) -> None:
+    _, accumulated = train(catalog, tmp_path / "two", 2, RunConfig("32-true", accumulate=2), batch=16, dropout=0)
+    _, large = train(catalog, tmp_path / "one", 2, RunConfig("32-true"), batch=32, dropout=0)
     assert accumulated.steps == large.steps == 2 * 2
     torch.testing.assert_close(accumulated.last, large.last, rtol=1e-5, atol=1e-7)
 
 
-def test_the_last_step_of_an_epoch_takes_the_mean_of_what_is_left(catalog: Catalog, tmp_path: Path) -> None:
-    module, fitted = run(catalog, tmp_path, 1, RunConfig("32-true", accumulate=3, clip=0.0), dropout=0)
+def test_short_accumulation_window_is_a_mean(catalog: Catalog, tmp_path: Path) -> None:
+    module, fitted = train(catalog, tmp_path, 1, RunConfig("32-true", accumulate=3, clip=0.0), dropout=0)
     net = Tiny(catalog, 0).net
     training = ImageDataset(catalog.select(split="train"), PREPROCESS, True)
     batches = list(training_loader(training, LoaderConfig(batch_size=16), 0))
@@ -147,26 +146,26 @@ def test_the_last_step_of_an_epoch_takes_the_mean_of_what_is_left(catalog: Catal
     torch.testing.assert_close(fitted.last["net.2.weight"], net[2].weight.detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(catalog: Catalog, tmp_path: Path) -> None:
+def test_non_finite_loss_stops_training(catalog: Catalog, tmp_path: Path) -> None:
     training = ImageDataset(catalog.select(split="train"), PREPROCESS, True)
     module = Tiny(catalog.select(split="validation"))
     with torch.no_grad():
         module.net[2].bias.fill_(torch.inf)
     loader = training_loader(training, LoaderConfig(batch_size=16), 0)
-    with pytest.raises(UserError, match="not finite at step 0: lower the learning rate"):
+    with pytest.raises(UserError, match=r"not finite at step 0\. Lower the learning rate"):
         fit(module, (loader, loader), module.net, tmp_path, 1, RunConfig("32-true"))
 
 
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_checkpoint_write_is_atomic(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpoint().save_checkpoint({"step": 1}, path)
-    with pytest.raises(AttributeError):  # what cannot be written stands for a kill half way
+    with pytest.raises(AttributeError):  # an unpicklable object interrupts the write
         AtomicCheckpoint().save_checkpoint({"step": 2, "lost": lambda: 0}, path)
     assert AtomicCheckpoint().load_checkpoint(path, weights_only=True) == {"step": 1}
 
 
 class _Opener:
-    """What a pickle that runs code holds."""
+    """Object whose unpickling runs code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -175,21 +174,21 @@ class _Opener:
         return open, (str(self.path), "w")
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_checkpoint_with_code_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     torch.save({"epoch": _Opener(tmp_path / "owned")}, tmp_path / "last.ckpt")
     with pytest.raises(pickle.UnpicklingError, match=r"Weights only load failed"):
-        run(catalog, tmp_path, 2, RunConfig("32-true"))
+        train(catalog, tmp_path, 2, RunConfig("32-true"))
     assert not (tmp_path / "owned").exists()
 
 
-def test_rates_warm_up_and_fall_to_nothing() -> None:
+def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     rates = [warmup_cosine(step, 20, 5) for step in range(21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert np.diff(rates[5:]).max() < 0
     assert rates[20] == pytest.approx(0)
 
 
-def test_vectors_have_no_decay_and_frozen_parameters_no_group() -> None:
+def test_vectors_have_no_weight_decay() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     module[2].requires_grad_(False)
     matrices, vectors = decay_groups(list(module.parameters()), 0.1, 0.05)
@@ -200,18 +199,24 @@ def test_vectors_have_no_decay_and_frozen_parameters_no_group() -> None:
     assert [group["weight_decay"] for group in decay_groups([token], 0.1, 0.05)] == [0.0]
 
 
+def test_checkpoint_names_callbacks_by_state_key(catalog: Catalog, tmp_path: Path) -> None:
+    train(catalog, tmp_path, 1, RunConfig("32-true", ema=0.7))
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert {"best_weights", "ema", "training_timer"} <= states.keys()
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_named(
+def test_missing_tracker_is_reported(
     tracker: str, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"lightning.pytorch.loggers.{tracker}._{tracker.upper()}_AVAILABLE", False)
-    with pytest.raises(UserError, match=rf"run\.tracker: {tracker} is not installed: pip install {tracker}"):
-        run(catalog, tmp_path, 1, RunConfig("32-true", tracker=tracker))
+    with pytest.raises(UserError, match=rf"run\.tracker: {tracker} is not installed\. Run `pip install {tracker}`"):
+        train(catalog, tmp_path, 1, RunConfig("32-true", tracker=tracker))
 
 
-def test_csv_and_tensorboard_logs_are_always_there(catalog: Catalog, tmp_path: Path) -> None:
-    run(catalog, tmp_path, 1, RunConfig("32-true"))
-    run(catalog, tmp_path, 2, RunConfig("32-true"))
+def test_csv_and_tensorboard_logs_are_written(catalog: Catalog, tmp_path: Path) -> None:
+    train(catalog, tmp_path, 1, RunConfig("32-true"))
+    train(catalog, tmp_path, 2, RunConfig("32-true"))
     assert "val_recall_at_1" in (tmp_path / "csv-0" / "metrics.csv").read_text()
     assert "val_recall_at_1" in (tmp_path / "csv-1" / "metrics.csv").read_text()
     assert list((tmp_path / "tb").glob("events.out.tfevents*"))
