@@ -225,11 +225,11 @@ class TargetsConfig:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "signal.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
+        check_numbers(self, "targets.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
         if self.mixup and not 0.05 <= self.mixup <= 100:
-            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
+            raise UserError(f"targets.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
         if self.mixup and self.mode == "cached":
-            raise UserError("signal.mixup: a mixed image cannot be looked up: set signal.mode to online")
+            raise UserError("targets.mixup: a mixed image cannot be looked up: set targets.mode to online")
 
 
 @dataclass(frozen=True)
@@ -238,12 +238,12 @@ class QuantiseConfig:
 
     Attributes:
         ranges: ``ranges`` artifact of the graph of the student that ``start`` names; empty trains without Q/DQ.
-        keep: linears whose names begin with one of these are not quantised, and ``vpr export int8`` leaves them too;
+        exclude_layers: linears whose names begin with one of these are not quantised, and ``vpr export int8`` leaves them too;
             a convolutional stem has to be among them.
     """
 
     ranges: str = ""
-    keep: tuple[str, ...] = DEFAULT_EXCLUDED_LAYERS
+    exclude_layers: tuple[str, ...] = DEFAULT_EXCLUDED_LAYERS
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class DistillConfig:
         unlabelled: folders of further images (or catalogues of the reader ``images``), which need no labels.
         model: shape of the student.
         views: augmentation, the same for teacher and student.
-        signal: how the teacher's embeddings come.
+        targets: how the teacher's embeddings come.
         losses: what is made small.
         dimension: how the teacher's dimension becomes the student's.
         quantise: train under the Q/DQ of an INT8 graph.
@@ -286,7 +286,7 @@ class DistillConfig:
     unlabelled: tuple[str, ...] = ()
     model: StudentConfig = StudentConfig()
     views: ViewConfig = ViewConfig()
-    signal: TargetsConfig = TargetsConfig()
+    targets: TargetsConfig = TargetsConfig()
     losses: LossConfig = LossConfig()
     dimension: DimensionConfig = DimensionConfig()
     quantise: QuantiseConfig = QuantiseConfig()
@@ -311,11 +311,11 @@ class DistillConfig:
         if self.cache and Path(self.cache).resolve() == Path(self.output).resolve():
             raise UserError(f"cache: {self.cache} is the output: the signal needs a folder of its own")
         weights = self.losses.weights()
-        if self.signal.mixup and weights.keys() & {"margin", "logits"}:
-            raise UserError("signal.mixup: a mixed image has no one label: set losses.margin and logits to 0")
+        if self.targets.mixup and weights.keys() & {"margin", "logits"}:
+            raise UserError("targets.mixup: a mixed image has no one label: set losses.margin and logits to 0")
         if "logits" in weights:
-            if self.signal.mode == "online":
-                raise UserError("losses.logits: needs every product's mean embedding: set signal.mode to cached")
+            if self.targets.mode == "online":
+                raise UserError("losses.logits: needs every product's mean embedding: set targets.mode to cached")
             if self.dimension.method != "none":
                 raise UserError("losses.logits: compares in the teacher's dimension: set dimension.method to none")
             if self.unlabelled:

@@ -119,7 +119,7 @@ def _write_files(draft: ArtifactWriter, config: DistillConfig, folder: Path, pro
         save_file({"projection": projection.contiguous()}, draft.path / "projection.safetensors")
     draft.embedding = Embedding(dim=config.model.embedding_dim, normalised=True, dtype="float32")
     if config.quantise.ranges:
-        draft.metrics["quantise_keep"] = list(config.quantise.keep)
+        draft.metrics["quantise_exclude_layers"] = list(config.quantise.exclude_layers)
 
 
 def _metrics(student: Student, preprocess: Preprocess, fitted: FitResult, before: float) -> dict[str, Any]:
@@ -175,16 +175,16 @@ def _print_plan(config: DistillConfig, source: TeacherModel, training: Catalog, 
     )
     if not config.losses.needs_teacher:
         log.info("  from labels alone: the teacher is not asked")
-    elif config.signal.mode == "online":
-        log.info(f"  {source.artifact.card.name} runs beside the student, queue of {config.signal.bank}")
+    elif config.targets.mode == "online":
+        log.info(f"  {source.artifact.card.name} runs beside the student, queue of {config.targets.bank}")
     else:
-        size, asked = cache_bytes(len(training), source.dim, config.signal), config.signal.views * len(training)
+        size, asked = cache_bytes(len(training), source.dim, config.targets), config.targets.views * len(training)
         log.info(f"  {source.artifact.card.name} is asked {asked} times, then cached in {size} bytes")
 
 
 def _build_dataset(config: DistillConfig, training: Catalog, student: Preprocess, teacher: Preprocess) -> ImageDataset:
     keep = config.loader.keep_in_memory and not config.dry_run
-    if config.signal.mode == "online" and config.losses.needs_teacher:
+    if config.targets.mode == "online" and config.losses.needs_teacher:
         return TwoSizeDataset(training, student, teacher, keep)
     return ImageDataset(training, student, keep)
 
@@ -197,7 +197,7 @@ def _build_student(config: DistillConfig) -> Student:
         share = taken / count_parameters(student)
         log.info(f"  {share:.0%} of the student's parameters are selected from {artifact.card.name}")
     if config.quantise.ranges:
-        names = insert_fake_quant(student, read_thresholds(config.quantise.ranges), config.quantise.keep)
+        names = insert_fake_quant(student, read_thresholds(config.quantise.ranges), config.quantise.exclude_layers)
         log.info(f"  {len(names)} linears compute as they will in INT8")
     return student
 
@@ -223,10 +223,10 @@ def _validate_early(
 
 
 def _signal(config: DistillConfig, source: TeacherModel, training: Catalog) -> TeacherCache | None:
-    if not config.losses.needs_teacher or config.signal.mode == "online":
+    if not config.losses.needs_teacher or config.targets.mode == "online":
         return None
     path = config.cache or f"{Path(config.output)}-views"
-    return build_teacher_cache(path, source, training, config.views, config.signal, config.seed, config.loader)
+    return build_teacher_cache(path, source, training, config.views, config.targets, config.seed, config.loader)
 
 
 def _build_loss_and_targets(
@@ -242,9 +242,9 @@ def _build_loss_and_targets(
     classes = None if signal is None or not config.losses.logits else _class_means(signal, labels)
     targets: CachedTargets | OnlineTargets | None = None
     if signal is not None:
-        targets = CachedTargets(signal, config.signal, projection, config.seed)
+        targets = CachedTargets(signal, config.targets, projection, config.seed)
     elif config.losses.needs_teacher:
-        targets = OnlineTargets(source.network, source.preprocess, config.signal, width, projection)
+        targets = OnlineTargets(source.network, source.preprocess, config.targets, width, projection)
     L.seed_everything(config.seed, verbose=False)
     return DistillationLoss(config.losses, student, labels, width, classes), targets
 

@@ -59,7 +59,7 @@ class StudentModule(RecallModule):
         self.seed_step(config.seed, epoch, number)
         view = epoch if self.targets is None else self.targets.view(epoch)
         parameters = draw_views(config.views, config.seed, rows.cpu(), torch.full_like(rows.cpu(), view))
-        mix = Mixup(config.signal.mixup, len(rows)) if config.signal.mixup else None
+        mix = Mixup(config.targets.mixup, len(rows)) if config.targets.mixup else None
         pixels = apply_views(batch["pixels"], parameters)
         x = self.normalise(pixels if mix is None else mix(pixels))
         teacher = bank = None

@@ -62,10 +62,12 @@ def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], keep: tupl
     chosen = [name for name in thresholds if not name.startswith(keep)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not chosen:
-        raise UserError("quantise.keep: leaves nothing to quantise: name fewer layers")
+        raise UserError("quantise.exclude_layers: leaves nothing to quantise: name fewer layers")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not name.startswith(keep):
-            raise UserError(f"quantise.keep: '{name}' is a convolution, finishing is of linears alone: keep it too")
+            raise UserError(
+                f"quantise.exclude_layers: '{name}' is a convolution, finishing is of linears alone: keep it too"
+            )
     for name in chosen:
         parent_name, _, own = name.rpartition(".")
         try:

@@ -68,11 +68,11 @@ def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[L
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     source = load_teacher_model(config.teacher)
     path = config.cache or str(folder / "views")
-    signal = build_teacher_cache(path, source, training, config.views, config.signal, config.seed)
+    signal = build_teacher_cache(path, source, training, config.views, config.targets, config.seed)
     preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
     student = Student(config.model)
     objective = DistillationLoss(config.losses, student, Labels(training), source.dim)
-    targets = CachedTargets(signal, config.signal, None, config.seed)
+    targets = CachedTargets(signal, config.targets, None, config.seed)
     module = TimedModule(config, student, objective, targets, preprocess, validation)
     module.begun = []
     return module, (

@@ -32,7 +32,7 @@ from vpr.training.config import RunConfig
 
 LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
 ONLINE, MIXED = TargetsConfig(mode="online"), TargetsConfig(mode="online", mixup=0.5)
-SHORT: dict[str, Any] = {"epochs": 1, "signal": TargetsConfig(views=1, bank=32)}
+SHORT: dict[str, Any] = {"epochs": 1, "targets": TargetsConfig(views=1, bank=32)}
 
 
 def made(config: DistillConfig, folder: Path, **changes: Any) -> Artifact:
@@ -67,7 +67,7 @@ def test_every_loss_trains_and_is_logged(losses: LossConfig, config: DistillConf
 
 def test_online_with_mixup_and_average(config: DistillConfig, tmp_path: Path) -> None:
     run = RunConfig(precision="32-true", ema=0.8)
-    artifact = made(config, tmp_path, signal=TargetsConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run)
+    artifact = made(config, tmp_path, targets=TargetsConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run)
     losses = log(artifact, "cosine_epoch")
     assert losses[-1] < 0.8 * losses[0]
     assert not (tmp_path / "student-views").exists()
@@ -83,7 +83,7 @@ def test_a_smaller_dimension(
         tmp_path,
         model=replace(STUDENT, embedding_dim=24),
         dimension=DimensionConfig(method, steps=20),
-        signal=TargetsConfig(mode=mode, views=1, bank=32),
+        targets=TargetsConfig(mode=mode, views=1, bank=32),
     )
     assert artifact.card.embedding is not None
     assert artifact.card.embedding.dim == 24
@@ -156,7 +156,7 @@ def arguments(config: DistillConfig) -> list[str]:
 def test_a_killed_distillation_resumes_to_the_unbroken_result(
     asked: dict[str, Any], config: DistillConfig, tmp_path: Path
 ) -> None:
-    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16", "--signal", json.dumps(asked)]
+    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16", "--targets", json.dumps(asked)]
     both = interrupt("student distill", flags, tmp_path, epochs=8)
     assert both.resumed.card.metrics["steps"] == both.unbroken.card.metrics["steps"]
     assert both.resumed.card.files["model.safetensors"] == both.unbroken.card.files["model.safetensors"]  # bit-equal
@@ -180,8 +180,8 @@ def test_a_killed_distillation_resumes_to_the_unbroken_result(
         ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: a student fits on one device"),
         ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: finishes a trained student"),
         ({"cache": "a", "output": "./a"}, r"cache: a is the output"),
-        ({"signal": MIXED, "losses": LossConfig(margin=0.1)}, r"signal\.mixup: a mixed image has no one label"),
-        ({"signal": ONLINE, "losses": LOGITS}, r"losses\.logits: .* set signal\.mode to cached"),
+        ({"targets": MIXED, "losses": LossConfig(margin=0.1)}, r"targets\.mixup: a mixed image has no one label"),
+        ({"targets": ONLINE, "losses": LOGITS}, r"losses\.logits: .* set targets\.mode to cached"),
         ({"dimension": DimensionConfig("pca"), "losses": LOGITS}, r"losses\.logits: .* set dimension\.method to none"),
         ({"unlabelled": ("more",), "losses": LOGITS}, r"losses\.logits: .* leave unlabelled out"),
         ({"loader": LoaderConfig(1), "losses": LossConfig(affinity=1.0)}, r"loader\.batch_size: 1: affinity relates"),
@@ -195,9 +195,9 @@ def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TargetsConfig(mixup=0.2), r"signal\.mixup: a mixed image cannot be looked up: set signal\.mode"),
-        (lambda: TargetsConfig(mode="online", mixup=0.001), r"signal\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
-        (lambda: TargetsConfig(views=0), r"signal\.views: 0: give 1 to"),
+        (lambda: TargetsConfig(mixup=0.2), r"targets\.mixup: a mixed image cannot be looked up: set targets\.mode"),
+        (lambda: TargetsConfig(mode="online", mixup=0.001), r"targets\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
+        (lambda: TargetsConfig(views=0), r"targets\.views: 0: give 1 to"),
         (lambda: DimensionConfig(steps=0), r"dimension\.steps: 0: give 1 to"),
         (lambda: StudentConfig(preset="huge"), r"model\.preset: 'huge': choose from"),  # type: ignore[arg-type]
     ],

@@ -129,7 +129,7 @@ def test_wrong_ranges_are_refused(quantised: Path, config: DistillConfig, tmp_pa
     ranges = str(quantised.parent / "ranges")
     model, _ = load_student(quantised.parent / "student")
     thresholds = read_thresholds(ranges)
-    with pytest.raises(UserError, match=r"quantise\.keep: leaves nothing"):
+    with pytest.raises(UserError, match=r"quantise\.exclude_layers: leaves nothing"):
         insert_fake_quant(model, thresholds, ("vit",))
     with pytest.raises(UserError, match="is no linear of this student"):
         insert_fake_quant(model, {"vit.transformer.layers.9.0.to_qkv": 1.0}, DEFAULT_EXCLUDED_LAYERS)

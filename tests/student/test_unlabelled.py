@@ -54,7 +54,7 @@ def test_a_student_learns_from_them_without_labels(
         output=str(tmp_path / "s"),
         unlabelled=(str(more),),
         epochs=1,
-        signal=TargetsConfig(views=1),
+        targets=TargetsConfig(views=1),
         losses=losses,
     )
     artifact = load_artifact(distill(chosen))  # type: ignore[arg-type]
