@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from student.config import DistillConfig
-from student.projection import check_projection, resolve_dimensions
+from student.projection import check_directions, resolve_dimensions
 from student.qat import check_ranges
 from student.teacher_model import TeacherModel, load_teacher_model
 from student.unlabelled import add_unlabelled
@@ -63,7 +63,7 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
         training, scored, config.unlabelled, config.output, config.dry_run
     )
     if config.dimension.projects_teacher and student_dim != teacher.dim:
-        check_projection(config.dimension, student_dim, len(training))
+        check_directions(student_dim, min(config.dimension.images, len(training)))
     model_parents = [artifact.as_parent(role) for role, artifact in models.items()]
     parents = [*catalog.as_parents(), *model_parents, *unlabelled_parents]
     return DistillInputs(catalog, training, validation, teacher, models, parents, unlabelled, student_dim, target_dim)

@@ -50,12 +50,11 @@ def resolve_dimensions(config: DistillConfig, teacher_dim: int) -> tuple[int, in
     return student_dim, student_dim if method.projects_teacher else teacher_dim
 
 
-def check_projection(config: DimensionConfig, dim: int, images: int) -> None:
-    """Raise :class:`UserError` if there are fewer images than directions to fit."""
-    max_dim = min(config.images, images)
+def check_directions(dim: int, max_dim: int) -> None:
+    """Raise :class:`UserError` if the embeddings give fewer directions than the student has dimensions."""
     if dim > max_dim:
         raise UserError(
-            f"model.embedding_dim: {dim} directions need as many embeddings, got {max_dim}. Lower it, or raise "
+            f"model.embedding_dim: the embeddings give at most {max_dim} directions, got {dim}. Lower it, or raise "
             "dimension.images."
         )
 
@@ -127,12 +126,7 @@ def principal_directions(vectors: Vectors, dim: int) -> Tensor:
     Raises:
         UserError: d is more than D or n.
     """
-    max_dim = min(vectors.shape)
-    if dim > max_dim:
-        raise UserError(
-            f"model.embedding_dim: {len(vectors)} embeddings of width {vectors.shape[1]} give at most {max_dim} "
-            f"directions, got {dim}. Lower it, or raise dimension.images."
-        )
+    check_directions(dim, min(vectors.shape))
     moment = vectors.astype(np.float64).T @ vectors.astype(np.float64)
     _, directions = np.linalg.eigh(moment)
     return torch.from_numpy(directions[:, ::-1][:, :dim].astype(np.float32).copy())

@@ -29,21 +29,15 @@ class TeacherModel:
     preprocess: Preprocess
     dim: int
 
-    @classmethod
-    def from_artifact(cls, network: nn.Module, artifact: Artifact) -> TeacherModel:
-        """Wrap a loaded network.
-
-        Raises:
-            UserError: The card has no preprocessing or embedding.
-        """
-        card = artifact.card
-        if card.preprocess is None or card.embedding is None:
-            raise UserError(f"{artifact.path}: the card has no preprocessing or embedding. Train the model again.")
-        return cls(network, artifact, card.preprocess, card.embedding.dim)
-
 
 def load_teacher_model(artifact: Artifact) -> TeacherModel:
-    """Load the network of a ``teacher`` artifact, or of an assistant's ``student`` artifact."""
-    load = load_student if artifact.card.kind == "student" else load_teacher
+    """Load the network of a ``teacher`` artifact, or of an assistant's ``student`` artifact.
+
+    Raises:
+        UserError: The card has no preprocessing or embedding.
+    """
+    card, load = artifact.card, load_student if artifact.card.kind == "student" else load_teacher
     network, _ = load(artifact.path, artifact)
-    return TeacherModel.from_artifact(network.requires_grad_(False), artifact)
+    if card.preprocess is None or card.embedding is None:
+        raise UserError(f"{artifact.path}: the card has no preprocessing or embedding. Train the model again.")
+    return TeacherModel(network.requires_grad_(False), artifact, card.preprocess, card.embedding.dim)

@@ -12,12 +12,12 @@ from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import load_student
 from student.teacher_cache import build_teacher_cache, cache_bytes
-from student.teacher_model import TeacherModel, load_teacher_model
-from teacher.model import load_teacher
+from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
+from vpr.data.pixels import read_pixels
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
 from vpr.retrieval.config import SearchConfig
@@ -37,11 +37,11 @@ def test_student_approaches_its_teacher(student: Path, teacher: Path, catalog: C
 
 
 def test_cache_equals_the_teacher_on_the_views(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
-    model, artifact = load_teacher(teacher)
+    model = load_teacher_model(load_artifact(teacher))
     training, views = catalog.select(split="train"), ViewConfig()
     cache = build_teacher_cache(
         str(tmp_path / "views"),
-        TeacherModel.from_artifact(model, artifact),
+        model,
         training,
         views,
         TargetsConfig(views=2, shard=40),
@@ -50,15 +50,12 @@ def test_cache_equals_the_teacher_on_the_views(teacher: Path, catalog: Catalog, 
     assert [[shard.shape for shard in view] for view in cache.shards] == [[(40, 256), (24, 256)]] * 2
     sizes = [entry.size for entry in cache.artifact.card.files.values()]
     assert sum(sizes) == cache_bytes(64, 256, TargetsConfig(views=2, shard=40))
-    assert artifact.card.preprocess is not None
-    from vpr.data.pixels import read_pixels
-
     rows = torch.tensor([3, 40])
     pixels = torch.from_numpy(
-        np.concatenate([read_pixels(training, artifact.card.preprocess, range(r, r + 1)) for r in rows.tolist()])
+        np.concatenate([read_pixels(training, model.preprocess, range(r, r + 1)) for r in rows.tolist()])
     )
     viewed = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1))).numpy()
-    expected = torch_forward(model)(artifact.card.preprocess.normalise(viewed))
+    expected = torch_forward(model.network)(model.preprocess.normalise(viewed))
     cached = cache.lookup(rows.numpy(), 1)
     # The tolerance covers bf16 and the float16 storage.
     assert (cached * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from experiments.demo.interrupted import interrupt
 from experiments.student.epoch import epoch_figures
@@ -19,6 +20,7 @@ from student import teacher_cache
 from student.config import DimensionConfig, DistillConfig, LossConfig, QuantiseConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
+from student.module import StudentModule
 from student.teacher_cache import build_teacher_cache
 from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
@@ -228,7 +230,7 @@ def test_bad_input_keeps_the_finished_student(student: Path, config: DistillConf
         ({"run": RunConfig(tracker="wandb")}, r"run\.tracker: wandb is not installed"),
         (
             {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=200)},
-            r"model\.embedding_dim: 200 directions need as many embeddings, got 64",
+            r"model\.embedding_dim: the embeddings give at most 64 directions, got 200",
         ),
         ({"unlabelled": ("nowhere",)}, r"unlabelled: no catalogue of nowhere .*\. Use a folder of images"),
     ],
@@ -311,6 +313,34 @@ def test_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys: p
     err = capsys.readouterr().err
     assert "teacher cache: 192 forward passes" in err
     assert "dry run: one step taken, nothing written" in err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"losses": LOGITS},
+        {"losses": LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0)},
+        {"targets": MIXED, "model": replace(STUDENT, image_size=48)},
+        {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=24)},
+        {"dimension": DimensionConfig("projector"), "model": replace(STUDENT, embedding_dim=24)},
+    ],
+    ids=["logits", "labels", "online", "pca", "projector"],
+)
+def test_dry_run_takes_a_step_in_every_mode(
+    changes: dict[str, Any], config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    batches = []
+    step = StudentModule.training_step
+
+    def count_step(module: StudentModule, batch: dict[str, Tensor], number: int) -> Tensor:
+        batches.append(batch["rows"].tolist())
+        return step(module, batch, number)
+
+    monkeypatch.setattr(StudentModule, "training_step", count_step)
+    assert distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": True, **changes})) is None
+    assert batches == [[0, 63]]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_epoch_time_is_measured(config: DistillConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from student.distill import distill
 from student.model import Student, load_student
 from student.qat import FakeQuantLinear, insert_fake_quant, read_thresholds
 from tests.conftest import small_student
-from vpr.artifacts.store import load_artifact
+from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
@@ -115,6 +116,23 @@ def test_ranges_of_another_student_are_rejected(qat_student: Path, config: Disti
     deeper = Student(replace(load_student(qat_student)[0].config, depth=3))
     with pytest.raises(UserError, match=r"no range for the layer 'vit\.transformer\.layers\.2\.0\.to_qkv'"):
         insert_fake_quant(deeper, read_thresholds(load_artifact(ranges)), DEFAULT_EXCLUDED_LAYERS)
+
+
+def test_each_input_is_loaded_once(
+    qat_student: Path, student: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = []
+
+    def load(path: Path | str, *kind: Any) -> Artifact:
+        paths.append(str(path))
+        return load_artifact(path, *kind)
+
+    for module in ("student.inputs", "student.model", "teacher.model", "vpr.data.catalog"):
+        monkeypatch.setattr(f"{module}.load_artifact", load)
+    ranges = str(qat_student.parent / "ranges")
+    settings = {"start": str(student), "quantise": QuantiseConfig(ranges), "dry_run": True}
+    distill(replace(config, output=str(tmp_path / "s"), **settings))
+    assert sorted(paths) == sorted([config.catalog, config.teacher, str(student), ranges])
 
 
 def test_export_excludes_the_layers_of_qat(qat_student: Path, tmp_path: Path) -> None:
