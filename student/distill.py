@@ -138,9 +138,9 @@ def _build_targets(
     teacher, dim, cache_path = inputs.teacher, inputs.target_dim, config.cache or f"{Path(config.output)}-views"
     cache: TeacherCache | None = None
     recalls: dict[str, float] = {}
-    if config.targets.mode == "cached" and config.dry_run:
+    if config.targets.mode == "cached":
         check_output(cache_path, "views")
-    elif config.targets.mode == "cached":
+    if config.targets.mode == "cached" and not config.dry_run:
         cache = build_teacher_cache(
             cache_path, teacher, inputs.training, config.views, config.targets, config.seed, config.loader
         )
@@ -172,7 +172,8 @@ def _train_one_step(module: StudentModule, images: Any, run: RunConfig) -> None:
         use_distributed_sampler=False,
         **trainer_options(run.strategy),
     )
-    trainer.fit(module, [images.__getitems__([0, len(images) - 1])])
+    # `__getitems__` of the images returns a batch already.
+    trainer.fit(module, DataLoader(images, batch_sampler=[[0, len(images) - 1]], collate_fn=lambda batch: batch))
     log.info("dry run: one step taken, nothing written")
 
 
