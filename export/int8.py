@@ -164,4 +164,4 @@ def _finished_keep(model: Artifact, ranges: Artifact) -> tuple[str, ...] | None:
     """What the finishing of a student under these ranges left alone; None where there was none."""
     if ranges.as_parent("ranges") not in model.card.parents:
         return None
-    return model.names("quantise_keep")
+    return model.names("quantise_exclude_layers")

@@ -69,7 +69,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
-        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
+        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_exclude_layers"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": wide, "nodes": count_operators(graph)}
     log.info(
         f"{config.output}: {config.precision} graph, cosine to PyTorch {metrics['cosine_min']:.6f} at least, "

@@ -1,1 +1,1 @@
-"""Distils a teacher's embeddings into a small vit-pytorch ViT."""
+"""Distillation of a teacher's embeddings into a small vit-pytorch ViT."""

@@ -1,4 +1,4 @@
-"""What a distillation is asked for."""
+"""Configuration of a distillation. Imports no heavy library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpr.training.config import RunConfig
 Preset = Literal["sample", "tiny", "small", "base"]
 
 # Widths and depths of DeiT-Ti, -S and -B (Touvron et al., "Training data-efficient image transformers", ICML 2021,
-# table 1); "sample" is for images of 64 pixels.
+# table 1). "sample" is for images of 64 pixels.
 PRESETS: dict[Preset, dict[str, int]] = {
     "sample": {"image_size": 64, "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 384},
     "tiny": {"image_size": 224, "patch_size": 16, "dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
@@ -24,7 +24,7 @@ PRESETS: dict[Preset, dict[str, int]] = {
     "base": {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
 }
 
-# A shape comes from a card too: these bound what it can make a reader allocate.
+# A shape may come from an untrusted card: these bounds limit the memory that it can allocate.
 _BOUNDS = {
     "image_size": (1, 1024),
     "patch_size": (1, 64),
@@ -36,34 +36,34 @@ _BOUNDS = {
     "embedding_dim": (0, 8192),
 }
 
-_MOST_TOKENS, _MOST_REGISTERS = 4096, 64
+_MAX_TOKENS, _MAX_REGISTERS = 4096, 64
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Shape of the student. A number that is 0 is taken from the preset.
+    """Shape of the student. The preset replaces every size that is 0.
 
     Attributes:
-        preset: ``tiny``, ``small`` and ``base`` have DeiT's widths for images of 224 pixels.
-        image_size: side of the input, pixels; a multiple of the patch.
-        patch_size: side of a patch, pixels; a power of two with the convolutional stem.
-        dim: width of the tokens.
-        depth: number of blocks.
-        heads: attention heads.
-        dim_head: width of a head.
-        mlp_dim: width of the hidden layer of a block's MLP.
-        embedding_dim: width of the output; 0 is that of the signal it is distilled from.
-        pool: ``mean`` over the tokens, or the ``cls`` token.
-        stem: ``patch`` is vit-pytorch's own linear patch embedding; ``conv`` replaces it by
-            3x3 convolutions of stride 2 (Xiao et al., "Early Convolutions Help Transformers See
-            Better", NeurIPS 2021, section 4), which small data needs.
-        family: ``vit``, or vit-pytorch's ``vit_for_small_dataset``: shifted patches and attention that leaves
-            out a token itself, with a learned temperature (Lee et al., "Vision Transformer for Small-Size
-            Datasets", 2021).
-        registers: tokens that take part in attention and are dropped before pooling (Darcet et al., "Vision
+        preset: Base shape: ``tiny``, ``small`` and ``base`` are DeiT's for images of 224 pixels, ``sample`` is smaller.
+        image_size: Side of the input in pixels, a multiple of the patch.
+        patch_size: Side of a patch in pixels. The convolutional stem needs a power of two.
+        dim: Width of the tokens.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        dim_head: Width of an attention head.
+        mlp_dim: Width of the hidden layer of each MLP.
+        embedding_dim: Width of the embedding. 0 takes the teacher's.
+        pool: Pooling: the ``mean`` of the tokens, or the ``cls`` token.
+        stem: Layers from pixels to tokens. ``patch`` is vit-pytorch's linear patch embedding. ``conv`` replaces it by
+            3x3 convolutions of stride 2, which small data needs (Xiao et al., "Early Convolutions Help Transformers
+            See Better", NeurIPS 2021, section 4).
+        family: Network of vit-pytorch. ``vit`` is ``ViT``. ``small-data`` is ``vit_for_small_dataset``: shifted
+            patches, and attention with a learned temperature that excludes the token itself (Lee et al., "Vision
+            Transformer for Small-Size Datasets", 2021).
+        registers: Number of extra tokens that attend and are dropped before pooling (Darcet et al., "Vision
             Transformers Need Registers", ICLR 2024).
-        dropout: in attention and MLP.
-        gradient_checkpointing: compute each block again for its gradient, which needs less memory.
+        dropout: Dropout rate of attention and MLP.
+        gradient_checkpointing: Recompute each block for its gradient, which saves memory.
     """
 
     preset: Preset = "sample"
@@ -84,22 +84,28 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise UserError(f"model.preset: '{self.preset}': choose from {', '.join(PRESETS)}")
+            raise UserError(f"model.preset: expected one of {', '.join(PRESETS)}, got '{self.preset}'.")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
         check_numbers(self, "model.", **_BOUNDS)
         if self.image_size % self.patch_size:
-            raise UserError(f"model.image_size: {self.image_size} is no multiple of the patch of {self.patch_size}")
-        if (self.image_size // self.patch_size) ** 2 > _MOST_TOKENS:
-            raise UserError(f"model.patch_size: {self.patch_size} makes more than {_MOST_TOKENS} tokens: raise it")
+            raise UserError(
+                f"model.image_size: expected a multiple of the patch of {self.patch_size}, got {self.image_size}."
+            )
+        if (self.image_size // self.patch_size) ** 2 > _MAX_TOKENS:
+            raise UserError(
+                f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Use a larger patch."
+            )
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
-            raise UserError(f"model.patch_size: {self.patch_size}: the convolutional stem needs a power of two")
-        if not 0 <= self.registers <= _MOST_REGISTERS or not 0 <= self.dropout < 1:
-            raise UserError(f"model: give 0 to {_MOST_REGISTERS} registers, and dropout from 0 to below 1")
+            raise UserError(f"model.patch_size: the convolutional stem needs a power of two, got {self.patch_size}.")
+        if not 0 <= self.registers <= _MAX_REGISTERS:
+            raise UserError(f"model.registers: expected 0 to {_MAX_REGISTERS}, got {self.registers}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
-FROM_TEACHER = (
+TEACHER_LOSSES = (
     "cosine",
     "mse",
     "similarity_kl",
@@ -110,29 +116,31 @@ FROM_TEACHER = (
     "logits",
 )
 
-FROM_LABELS = ("margin", "logits")
+LABEL_LOSSES = ("margin", "logits")
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weight of each loss; 0 leaves it out. Relations and contrasts are those of one process's batch.
+    """Weight of each loss. A weight of 0 turns its loss off.
+
+    Losses that relate images see the batch of one process.
 
     Attributes:
-        cosine: 1 - cosine of student and teacher.
-        mse: squared distance of the unit vectors.
-        similarity_kl: KL of the similarities to a bank of teacher embeddings.
-        affinity: KL of the similarities within the batch.
-        rkd_distance: relative distances within the batch.
-        rkd_angle: angles of triples of the batch (of its first 128 images).
-        contrastive: finding an image's teacher embedding among the batch's.
-        margin: margin softmax over the products, from the labels and no teacher.
-        logits: vit-pytorch's ``DistillWrapper`` with the teacher's similarities to the products' mean embeddings as
-            its logits; a baseline, which goes with no other loss.
-        temperature: of the softened similarities.
-        contrastive_temperature: of the contrastive loss.
-        logits_alpha: share of the teacher in ``logits``; the rest is cross-entropy with the labels.
-        logits_temperature: of ``logits``.
-        head: of ``margin``; its scale is that of the teacher's logits too.
+        cosine: Weight of 1 - cosine of student and teacher.
+        mse: Weight of the squared distance of the unit vectors.
+        similarity_kl: Weight of the KL divergence of the similarities to a bank of teacher embeddings.
+        affinity: Weight of the KL divergence of the similarities within the batch.
+        rkd_distance: Weight of the relative distances within the batch.
+        rkd_angle: Weight of the angles of image triples, from the first 128 images of the batch.
+        contrastive: Weight of the contrastive loss between each image and the teacher's embeddings of the batch.
+        margin: Weight of a margin softmax over the products, from labels without the teacher.
+        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. The teacher's logits
+            are its similarities to the products' mean embeddings.
+        temperature: Temperature of the softened similarities.
+        contrastive_temperature: Temperature of the contrastive loss.
+        logits_alpha: Share of the teacher in ``logits``. The remainder is cross-entropy with the labels.
+        logits_temperature: Temperature of ``logits``.
+        head: Head of ``margin``. Its scale also scales the teacher's logits.
     """
 
     cosine: float = 1.0
@@ -154,36 +162,37 @@ class LossConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("temperature") and not 1e-3 <= value <= 100:
-                raise UserError(f"losses.{field.name}: {value}: give 0.001 to 100")
+                raise UserError(f"losses.{field.name}: expected 0.001 to 100, got {value}.")
             if isinstance(value, float) and not 0 <= value <= 1e6:
-                raise UserError(f"losses.{field.name}: {value}: give 0 or more")
+                raise UserError(f"losses.{field.name}: expected 0 or more, got {value}.")
         if not 0 <= self.logits_alpha <= 1:
-            raise UserError(f"losses.logits_alpha: {self.logits_alpha}: give a share, 0 to 1")
+            raise UserError(f"losses.logits_alpha: expected 0 to 1, got {self.logits_alpha}.")
         if not self.weights():
-            raise UserError("losses: all weights are 0: give one loss a weight, such as cosine: 1")
+            raise UserError("losses: all weights are 0. Set at least one, for example losses.cosine to 1.")
         if self.logits and len(self.weights()) > 1:
-            raise UserError("losses.logits: a baseline that goes with no other loss: set the others to 0")
+            raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
 
     def weights(self) -> dict[str, float]:
-        """The losses that are used."""
-        return {name: getattr(self, name) for name in (*FROM_TEACHER, "margin") if getattr(self, name) > 0}
+        """Return the weights above 0 by the name of the loss."""
+        return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "margin") if getattr(self, name) > 0}
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any loss looks at the teacher."""
-        return any(name in FROM_TEACHER for name in self.weights())
+        """Whether any loss compares the student with the teacher."""
+        return any(name in TEACHER_LOSSES for name in self.weights())
 
 
 @dataclass(frozen=True)
 class DimensionConfig:
-    """How embeddings of the teacher's D dimensions teach a student of d.
+    """Reduction from the teacher's embedding width D to the student's width d.
 
     Attributes:
-        method: ``pca`` projects the teacher to the directions of most energy, ``cosine`` learns the projection that
-            keeps cosines best (after Wang et al., "CosPress", TMLR 2025, with a linear map), ``projector`` keeps the
-            teacher whole and learns a projection of the student up to D, thrown away afterwards; ``none`` has d = D.
-        images: teacher embeddings that a projection is fitted on.
-        steps: of learning ``cosine``.
+        method: Method of the reduction. ``none`` requires d = D. ``pca`` projects the teacher to its principal
+            directions. ``cosine`` learns the projection that preserves cosines best (after Wang et al., "CosPress",
+            TMLR 2025, with a linear map). ``projector`` learns a projection of the student up to D and drops it
+            after training.
+        images: Number of teacher embeddings to fit the projection on.
+        steps: Number of optimiser steps of ``cosine``.
     """
 
     method: Literal["none", "pca", "cosine", "projector"] = "none"
@@ -195,27 +204,27 @@ class DimensionConfig:
 
     @property
     def projects_teacher(self) -> bool:
-        """Whether the student learns from projected embeddings."""
+        """Whether the method projects the teacher's embeddings."""
         return self.method in ("pca", "cosine")
 
 
-_MOST_VIEWS = 10_000
+_MAX_VIEWS = 10_000
 
 
 @dataclass(frozen=True)
 class TargetsConfig:
-    """Where the teacher's embeddings come from.
+    """Source of the teacher's embeddings.
 
     Attributes:
-        mode: ``cached`` embeds the views once, before training; ``online`` runs the teacher beside the student, on
-            new views in every epoch.
-        views: cached views of each image; epochs go round them.
-        shard: images in a file of the cache.
-        bank: teacher embeddings that similarities are taken to: drawn from the cache anew in each epoch, or the
-            latest ones online.
-        mixup: a of the Beta(a, a) by which pairs of images are mixed, teacher's and student's alike; online
-            alone, 0 mixes none (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
-            CVPR 2022, section 3).
+        mode: When the teacher runs. ``cached`` embeds all views once before training. ``online`` runs the teacher next
+            to the student, on new views in every epoch.
+        views: Number of cached views of each image. Epochs cycle through them.
+        shard: Number of images in a file of the cache.
+        bank: Number of teacher embeddings to compute similarities to. A cache samples them in each epoch; online they
+            are the latest ones.
+        mixup: Parameter a of the Beta(a, a) that mixes pairs of images for teacher and student alike. 0 turns it off;
+            it needs mode ``online`` (Beyer et al., "Knowledge distillation: a good teacher is patient and
+            consistent", CVPR 2022, section 3).
     """
 
     mode: Literal["cached", "online"] = "cached"
@@ -225,56 +234,56 @@ class TargetsConfig:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "signal.", views=(1, _MOST_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
+        check_numbers(self, "targets.", views=(1, _MAX_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
         if self.mixup and not 0.05 <= self.mixup <= 100:
-            raise UserError(f"signal.mixup: {self.mixup}: give 0 (none), or 0.05 to 100")
+            raise UserError(f"targets.mixup: expected 0 (off) or 0.05 to 100, got {self.mixup}.")
         if self.mixup and self.mode == "cached":
-            raise UserError("signal.mixup: a mixed image cannot be looked up: set signal.mode to online")
+            raise UserError("targets.mixup: the cache holds no mixed images. Set targets.mode to online.")
 
 
 @dataclass(frozen=True)
 class QuantiseConfig:
-    """Quantisation-aware finishing.
+    """Quantisation-aware training (QAT).
 
     Attributes:
-        ranges: ``ranges`` artifact of the graph of the student that ``start`` names; empty trains without Q/DQ.
-        keep: linears whose names begin with one of these are not quantised, and ``vpr export int8`` leaves them too;
-            a convolutional stem has to be among them.
+        ranges: ``ranges`` artifact of the graph of the student in ``start``. Empty trains without Q/DQ.
+        exclude_layers: Prefixes of the linear layers to leave in float, also in ``vpr export int8``. A convolutional
+            stem must be among them.
     """
 
     ranges: str = ""
-    keep: tuple[str, ...] = DEFAULT_EXCLUDED_LAYERS
+    exclude_layers: tuple[str, ...] = DEFAULT_EXCLUDED_LAYERS
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """A distillation.
+    """Configuration of ``vpr student distill``.
 
     Attributes:
-        teacher: teacher artifact.
-        catalog: catalogue artifact; its ``train`` split is used (labels by ``losses.margin`` and ``logits`` alone),
-            ``validation`` chooses the epoch.
-        output: where the student is written; the teacher's signal is kept beside it as ``<output>-views``.
-        cache: where the signal is kept instead, for students that share one.
-        assistant: student artifact that gives the signal in the teacher's place, as in teacher -> base -> small.
-        start: larger student, or teacher with a ViT of open_clip, whose weights are selected from; a student of the
-            same shape is taken over whole.
-        unlabelled: folders of further images (or catalogues of the reader ``images``), which need no labels.
-        model: shape of the student.
-        views: augmentation, the same for teacher and student.
-        signal: how the teacher's embeddings come.
-        losses: what is made small.
-        dimension: how the teacher's dimension becomes the student's.
-        quantise: train under the Q/DQ of an INT8 graph.
-        epochs: passes over the images.
-        lr: peak learning rate.
-        warmup: share of the training spent warming up.
-        weight_decay: of matrices; biases and norms have none.
-        loader: batches.
-        run: how it is carried out.
-        allow_leak: distil even if a scored product or image is inside; the card then says so.
-        dry_run: print the plan, take one step on two images, and stop.
-        seed: of weights, order and views.
+        teacher: Teacher artifact.
+        catalog: Catalogue artifact. ``train`` gives the images, ``validation`` selects the epoch. Only
+            ``losses.margin`` and ``losses.logits`` use the labels.
+        output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
+        cache: Folder of the cached teacher embeddings instead, for students that share it.
+        assistant: Student artifact that replaces the teacher, as in teacher -> base -> small.
+        start: Model to initialise from: a larger student, or a teacher with a ViT of open_clip. Its weights are
+            selected; a student of the same shape is copied.
+        unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``).
+        model: Shape of the student.
+        views: Augmentation, the same for teacher and student.
+        targets: Source of the teacher's embeddings.
+        losses: Weights of the losses.
+        dimension: Reduction from the teacher's embedding width to the student's.
+        quantise: Quantisation-aware training.
+        epochs: Number of passes over the images.
+        lr: Peak learning rate.
+        warmup: Share of the training for the warm-up of the learning rate.
+        weight_decay: Weight decay of matrices. Biases and norms have none.
+        loader: Batches and workers.
+        run: Precision, processes and logging of the training run.
+        allow_leak: Train even if validation or test share products or images with training. The card records the leak.
+        dry_run: Print the plan, train for one step on two images and stop.
+        seed: Seed of weights, order and views.
     """
 
     teacher: str
@@ -286,7 +295,7 @@ class DistillConfig:
     unlabelled: tuple[str, ...] = ()
     model: StudentConfig = StudentConfig()
     views: ViewConfig = ViewConfig()
-    signal: TargetsConfig = TargetsConfig()
+    targets: TargetsConfig = TargetsConfig()
     losses: LossConfig = LossConfig()
     dimension: DimensionConfig = DimensionConfig()
     quantise: QuantiseConfig = QuantiseConfig()
@@ -303,23 +312,29 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_numbers(self, epochs=(1, None), lr=(0, 10), weight_decay=(0, 100), warmup=(0, 1))
         if not 0 <= self.seed < 1 << 31:
-            raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
+            raise UserError(f"seed: expected 0 to below 2^31, got {self.seed}.")
         if self.run.strategy == "fsdp":
-            raise UserError("run.strategy: a student fits on one device: set it to ddp, or auto")
+            raise UserError("run.strategy: distillation does not support fsdp. Use ddp or auto.")
         if self.quantise.ranges and not self.start:
-            raise UserError("quantise.ranges: finishes a trained student: name it by start")
+            raise UserError("quantise.ranges: QAT fine-tunes a trained student. Set start to it.")
         if self.cache and Path(self.cache).resolve() == Path(self.output).resolve():
-            raise UserError(f"cache: {self.cache} is the output: the signal needs a folder of its own")
+            raise UserError(f"cache: {self.cache} is also the output. Choose another folder.")
+        self._check_losses()
+
+    def _check_losses(self) -> None:
+        """Raise :class:`UserError` if a loss does not work with the other settings."""
         weights = self.losses.weights()
-        if self.signal.mixup and weights.keys() & {"margin", "logits"}:
-            raise UserError("signal.mixup: a mixed image has no one label: set losses.margin and logits to 0")
+        if self.targets.mixup and weights.keys() & set(LABEL_LOSSES):
+            raise UserError(
+                "targets.mixup: a mixed image has no single label. Set losses.margin and losses.logits to 0."
+            )
         if "logits" in weights:
-            if self.signal.mode == "online":
-                raise UserError("losses.logits: needs every product's mean embedding: set signal.mode to cached")
+            if self.targets.mode == "online":
+                raise UserError("losses.logits: needs every product's mean embedding. Set targets.mode to cached.")
             if self.dimension.method != "none":
-                raise UserError("losses.logits: compares in the teacher's dimension: set dimension.method to none")
+                raise UserError("losses.logits: needs the teacher's full embeddings. Set dimension.method to none.")
             if self.unlabelled:
-                raise UserError("losses.logits: needs a label of every image: leave unlabelled out")
-        pairs = weights.keys() & {"affinity", "rkd_distance", "rkd_angle"}
-        if pairs and self.loader.batch_size < 2:
-            raise UserError(f"loader.batch_size: 1: {min(pairs)} relates the images of a batch: give 2 or more")
+                raise UserError("losses.logits: needs a label for every image. Remove unlabelled.")
+        relations = weights.keys() & {"affinity", "rkd_distance", "rkd_angle"}
+        if relations and self.loader.batch_size < 2:
+            raise UserError(f"loader.batch_size: losses.{min(relations)} needs at least 2 images in a batch, got 1.")

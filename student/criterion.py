@@ -1,4 +1,4 @@
-"""What a student is trained on: weighted losses by name, and the parts that only training needs."""
+"""Training criterion of a student: the weighted losses and their layers that are dropped after training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
-from student.config import FROM_LABELS, LossConfig
+from student.config import LABEL_LOSSES, LossConfig
 from student.losses import (
     affinity_loss,
     cosine_loss,
@@ -25,131 +25,157 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.readers import UNLABELLED
 
-_TRIPLES = 128  # images of a batch whose triples are compared: their angles are 8 MiB
+_MAX_TRIPLE_IMAGES = 128  # The angles of their triples take 8 MiB.
 
 
 class Labels:
-    """Products of the training rows as numbers; images without labels have -1."""
+    """Product numbers of the training rows.
+
+    Args:
+        training: Training images.
+
+    Attributes:
+        by_row: (n,) int64 product number of each row, -1 for images without a label.
+        counts: (products,) int64 number of images of each product.
+    """
 
     def __init__(self, training: Catalog) -> None:
         labelled = np.array(training.table["source"].to_pylist()) != UNLABELLED
         _, numbers, counts = np.unique(training.products[labelled], return_inverse=True, return_counts=True)
         self.counts: NDArray[np.int64] = counts
-        of_rows = np.full(len(training), -1, dtype=np.int64)
-        of_rows[labelled] = numbers
-        self.of_rows = torch.from_numpy(of_rows)
+        by_row = np.full(len(training), -1, dtype=np.int64)
+        by_row[labelled] = numbers
+        self.by_row = torch.from_numpy(by_row)
 
 
 class DistillationLoss(nn.Module):
-    """The losses of a batch by name, and their weighted sum.
+    """Named losses of a batch and their weighted sum.
 
     Args:
-        config: weights.
-        student: the network; ``logits`` trains its parts inside vit-pytorch's wrapper.
-        labels: of the training images.
-        dim: of the teacher's embeddings; another one than the student's is reached by a learned projection.
-        classes: (products, dim) the products' mean teacher embeddings, for ``logits``.
+        config: Weights of the losses.
+        student: Network to train. ``logits`` trains its layers inside vit-pytorch's wrapper.
+        labels: Labels of the training images.
+        dim: Width of the target embeddings. A learned projection leads to it from another student width.
+
+    Raises:
+        UserError: Fewer than two products for a loss of labels, or a family that ``logits`` does not support.
     """
 
-    def __init__(
-        self, config: LossConfig, student: Student, labels: Labels, dim: int, classes: Tensor | None = None
-    ) -> None:
+    def __init__(self, config: LossConfig, student: Student, labels: Labels, dim: int) -> None:
         super().__init__()
         self.config = config
         self.labels = labels
-        own = student.config.embedding_dim
-        self.project = nn.Linear(own, dim, bias=False) if config.needs_teacher and own != dim else None
-        if config.weights().keys() & set(FROM_LABELS) and len(labels.counts) < 2:
-            raise UserError("losses: margin and logits need the labels of at least two products: use other losses")
+        student_dim = student.config.embedding_dim
+        needs_projector = config.needs_teacher and student_dim != dim
+        self.project = nn.Linear(student_dim, dim, bias=False) if needs_projector else None
+        if config.weights().keys() & set(LABEL_LOSSES) and len(labels.counts) < 2:
+            raise UserError("losses: margin and logits need at least two labelled products. Use other losses.")
         counts = torch.from_numpy(labels.counts)
-        self.head = MarginHead(own, counts, config.head) if config.margin else None
-        self.logits = None
-        if config.logits:
-            assert classes is not None
-            self.logits = LogitDistillation(config, student, classes)
+        self.head = MarginHead(student_dim, counts, config.head) if config.margin else None
+        self.logits = LogitDistillation(config, student, torch.zeros(len(counts), dim)) if config.logits else None
 
     def forward(
         self, student: Tensor, teacher: Tensor | None, bank: Tensor | None, rows: Tensor, progress: float, epoch: int
     ) -> dict[str, Tensor]:
-        """The unweighted losses, in float32 also under autocast.
+        """Return the unweighted losses by name, in float32 also under autocast.
 
         Args:
-            student: (batch, own dim) of unit length.
-            teacher: (batch, dim) of unit length, of the same views.
-            bank: (size, dim) of unit length.
-            rows: (batch,) of the training catalogue.
-            progress: share of the training that is done.
-            epoch: from 0.
+            student: (batch, student dim) embeddings of unit length.
+            teacher: (batch, dim) embeddings of unit length, of the same views. None computes the losses of labels only.
+            bank: (size, dim) teacher embeddings of unit length. Only ``similarity_kl`` needs them.
+            rows: (batch,) rows of the training catalogue.
+            progress: Completed share of the training, 0 to 1.
+            epoch: Epoch from 0.
         """
-        config, found = self.config, {}
         with torch.autocast(student.device.type, enabled=False):
+            losses = {}
             if self.head is not None:
-                labels = self.labels.of_rows[rows.cpu()].to(student.device)
-                known = labels >= 0
-                if known.any():
-                    found["margin"] = self.head(student[known], labels[known], progress, epoch)
-                else:  # the head takes part in every step, which DDP relies on
-                    found["margin"] = 0.0 * self.head.weight.sum()
-            if teacher is None:
-                return found
-            if self.project is not None:
-                student = F.normalize(self.project(student), dim=1)
-            first = slice(_TRIPLES)
-            losses = {
-                "cosine": lambda: cosine_loss(student, teacher),
-                "mse": lambda: mse_loss(student, teacher),
-                "similarity_kl": lambda: similarity_kl(student, teacher, _some(bank), config.temperature),
-                "affinity": lambda: affinity_loss(student, teacher, config.temperature),
-                "rkd_distance": lambda: rkd_distance(student, teacher),
-                "rkd_angle": lambda: rkd_angle(student[first], teacher[first]),
-                "contrastive": lambda: interactive_contrastive(student, teacher, config.contrastive_temperature),
-            }
-            return found | {name: loss() for name, loss in losses.items() if config.weights().get(name)}
+                losses["margin"] = self._margin_loss(self.head, student, rows, progress, epoch)
+            return losses if teacher is None else losses | self._teacher_losses(student, teacher, bank)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """Their weighted sum."""
+        """Return the weighted sum of named losses."""
         return torch.stack([self.config.weights()[name] * value for name, value in losses.items()]).sum()
+
+    def _margin_loss(self, head: MarginHead, student: Tensor, rows: Tensor, progress: float, epoch: int) -> Tensor:
+        labels = self.labels.by_row[rows.cpu()].to(student.device)
+        known = labels >= 0
+        if known.any():
+            return head(student[known], labels[known], progress, epoch)
+        return 0.0 * head.weight.sum()  # DDP needs the head in the graph of every step.
+
+    def _teacher_losses(self, student: Tensor, teacher: Tensor, bank: Tensor | None) -> dict[str, Tensor]:
+        config = self.config
+        if self.project is not None:
+            student = F.normalize(self.project(student), dim=1)
+        triples = slice(_MAX_TRIPLE_IMAGES)
+        losses = {
+            "cosine": lambda: cosine_loss(student, teacher),
+            "mse": lambda: mse_loss(student, teacher),
+            "similarity_kl": lambda: similarity_kl(student, teacher, bank, config.temperature),  # type: ignore[arg-type]
+            "affinity": lambda: affinity_loss(student, teacher, config.temperature),
+            "rkd_distance": lambda: rkd_distance(student, teacher),
+            "rkd_angle": lambda: rkd_angle(student[triples], teacher[triples]),
+            "contrastive": lambda: interactive_contrastive(student, teacher, config.contrastive_temperature),
+        }
+        return {name: loss() for name, loss in losses.items() if config.weights().get(name)}
 
 
 class LogitDistillation(nn.Module):
-    """vit-pytorch's ``DistillWrapper`` around the student's own parts.
+    """vit-pytorch's ``DistillWrapper`` around the layers of the student.
 
-    The embedding head is followed by a classifier that is thrown away with the distillation token. The
-    wrapper runs its teacher itself; here that is a look-up of the batch's embeddings.
+    A classifier follows the embedding. Classifier and distillation token are dropped after training. The wrapper calls
+    its teacher itself; here the teacher looks up the embeddings of the batch.
 
     Args:
-        config: share, temperature and scale.
-        student: whose parts are trained.
+        config: Share, temperature and scale.
+        student: Network whose layers are trained.
         classes: (products, dim) mean teacher embeddings.
+
+    Raises:
+        UserError: The wrapper does not support the student's family.
     """
 
     def __init__(self, config: LossConfig, student: Student, classes: Tensor) -> None:
         super().__init__()
         if student.config.family != "vit":
-            raise UserError("losses.logits: DistillWrapper knows the family 'vit' alone: set model.family to vit")
+            raise UserError("losses.logits: DistillWrapper supports the family 'vit' only. Set model.family to vit.")
         vit = build_vit(DistillableViT, student.config)
-        # Everything but the class is the student's own.
         for name in ("to_patch_embedding", "pos_embedding", "cls_token", "transformer"):
             setattr(vit, name, getattr(student.vit, name))
         vit.mlp_head = nn.Sequential(student.vit.mlp_head, nn.Linear(student.config.embedding_dim, len(classes)))
         vit.num_classes = len(classes)
-        teacher = ClassLogits(classes, config.head.scale)
-        self.teacher = teacher
+        self.teacher = ClassLogits(classes, config.head.scale)
         self.wrapper = DistillWrapper(
-            teacher=teacher,
+            teacher=self.teacher,
             student=vit,
             temperature=config.logits_temperature,
             alpha=config.logits_alpha,
         )
 
+    def set_classes(self, classes: Tensor) -> None:
+        """Set the (products, dim) mean teacher embeddings."""
+        self.teacher.classes = F.normalize(classes, dim=1)
+
     def forward(self, x: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        """The wrapper's loss of (batch, 3, size, size) images, (batch,) labels and (batch, dim) embeddings."""
+        """Return the wrapper's loss.
+
+        Args:
+            x: (batch, 3, size, size) preprocessed images.
+            labels: (batch,) product numbers.
+            teacher: (batch, dim) teacher embeddings.
+        """
         self.teacher.embeddings = teacher
         return self.wrapper(x, labels)
 
 
 class ClassLogits(nn.Module):
-    """A teacher of logits made of cached embeddings: scaled cosines with the products' mean embeddings."""
+    """Teacher of the wrapper: scaled cosines to the products' mean embeddings.
+
+    Args:
+        classes: (products, dim) mean teacher embeddings.
+        scale: Factor on the cosines.
+    """
 
     classes: Tensor
     embeddings: Tensor
@@ -160,18 +186,18 @@ class ClassLogits(nn.Module):
         self.scale = scale
 
     def forward(self, _: Tensor) -> Tensor:
-        """(batch, products) logits of the batch whose ``embeddings`` were set."""
+        """Return (batch, products) logits of the embeddings in ``embeddings``."""
         return self.scale * self.embeddings @ self.classes.T
 
 
-def class_means(vectors: NDArray[np.float32], labels: Labels) -> Tensor:
-    """(products, dim) float32 mean of each product's embeddings, given those of all rows."""
+def compute_class_means(vectors: NDArray[np.float32], labels: Labels) -> Tensor:
+    """Return the (products, dim) float32 mean embedding of each product.
+
+    Args:
+        vectors: (n, dim) embeddings of all training rows.
+        labels: Labels of these rows.
+    """
     total = torch.zeros(len(labels.counts), vectors.shape[1])
-    known = labels.of_rows >= 0
-    total.index_add_(0, labels.of_rows[known], torch.from_numpy(vectors)[known])
+    known = labels.by_row >= 0
+    total.index_add_(0, labels.by_row[known], torch.from_numpy(vectors)[known])
     return total / torch.from_numpy(labels.counts)[:, None]
-
-
-def _some(bank: Tensor | None) -> Tensor:
-    assert bank is not None
-    return bank

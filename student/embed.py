@@ -1,4 +1,4 @@
-"""``vpr student embed``: a catalogue's embeddings by a student."""
+"""``vpr student embed``: embed a catalogue with a student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The student: a ViT of vit-pytorch with scaled-dot-product attention and an L2-normalised output."""
+"""Student network: a ViT of vit-pytorch with scaled-dot-product attention and L2-normalised output."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vpr.common.errors import UserError
 class SdpaAttention(nn.Module):
     """vit-pytorch's ``Attention`` or ``LSA`` computed by ``scaled_dot_product_attention``.
 
-    It has the same parameters under the same names and gives the same output. The scale is applied
-    before the product, the form that TensorRT fuses, and it exports as one operator.
+    Parameters, their names and the output are the same. The scale is applied before the product, the form that
+    TensorRT fuses, and the attention exports as one operator.
 
     Args:
-        attention: the original; its layers are taken over.
-        tokens: how many it will see; ``LSA`` hides each from itself.
+        attention: Original attention. Its layers are reused.
+        tokens: Number of input tokens. ``LSA`` hides each token from itself.
     """
 
     others: Tensor | None
@@ -45,7 +45,7 @@ class SdpaAttention(nn.Module):
         self.register_buffer("others", others, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, dim) to the same shape."""
+        """Map (batch, tokens, dim) to the same shape."""
         batch, tokens, _ = x.shape
         qkv = self.to_qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, scale = qkv[0], None
@@ -56,19 +56,18 @@ class SdpaAttention(nn.Module):
         return self.to_out(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
-class Blocks(nn.Module):
-    """A vit-pytorch ``Transformer`` under its own names, with register tokens and gradient checkpointing.
+class TransformerBlocks(nn.Module):
+    """vit-pytorch's ``Transformer`` with register tokens and gradient checkpointing, under the same names.
 
     Args:
-        transformer: the original; its layers are taken over.
-        tokens: how many it will see, without registers.
-        dim: width of the tokens.
-        registers: tokens added before the first block and dropped after the last.
-        checkpointing: compute each block again for its gradient.
+        transformer: Original transformer. Its layers are reused.
+        tokens: Number of input tokens without registers.
+        dim: Width of the tokens.
+        registers: Number of tokens to add before the first block and drop after the last.
+        checkpointing: Recompute each block for its gradient.
     """
 
     registers: nn.Parameter | None
-
     layers: nn.ModuleList
 
     def __init__(self, transformer: Any, tokens: int, dim: int, registers: int, checkpointing: bool) -> None:
@@ -81,67 +80,78 @@ class Blocks(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, dim) to the same shape."""
+        """Map (batch, tokens, dim) to the same shape."""
         tokens = x.shape[1]
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
             if self.checkpointing and self.training:
-                x = checkpoint(_block, layer, x, use_reentrant=False)
+                x = checkpoint(_apply_block, layer, x, use_reentrant=False)
             else:
-                x = _block(layer, x)
+                x = _apply_block(layer, x)
         return self.norm(x[:, :tokens] if self.registers is not None else x)
 
 
-def _block(layer: Any, x: Tensor) -> Tensor:
+def _apply_block(layer: Any, x: Tensor) -> Tensor:
     attention, mlp = layer
     x = attention(x) + x
     return mlp(x) + x
 
 
 class ConvStem(nn.Module):
-    """Convolutions of stride 2 from pixels to tokens, in place of the linear patch embedding."""
+    """Convolutions of stride 2 from pixels to tokens, in place of the linear patch embedding.
+
+    Args:
+        patch_size: Pixels a token covers along each side, a power of two.
+        dim: Width of the tokens.
+    """
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
         halvings = patch_size.bit_length() - 1
         widths = [3] + [max(dim >> (halvings - 1 - i), 24) for i in range(halvings)]
         layers: list[nn.Module] = []
-        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+            conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.project = nn.Conv2d(widths[-1], dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) to (batch, tokens, dim)."""
+        """Map (batch, 3, size, size) to (batch, tokens, dim)."""
         return self.project(self.layers(x)).flatten(2).transpose(1, 2)
 
 
 class Student(nn.Module):
-    """Images to L2-normalised embeddings.
+    """Network from images to L2-normalised embeddings.
 
     Args:
-        config: shape of the network, with its ``embedding_dim``.
+        config: Shape of the network.
+
+    Raises:
+        UserError: ``embedding_dim`` is 0.
     """
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         if not config.embedding_dim:
-            raise UserError("model.embedding_dim: 0: a student needs one: give the width of the signal")
+            raise UserError(
+                "model.embedding_dim: expected 1 or more, got 0. Set it to the width of the teacher's embeddings."
+            )
         self.config = config
         self.vit = build_vit(SmallDataViT if config.family == "small-data" else ViT, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) float, preprocessed, to (batch, embedding_dim) of unit length."""
+        """Map (batch, 3, size, size) preprocessed images to (batch, embedding_dim) of unit length."""
         return F.normalize(self.vit(x).float(), dim=1)
 
 
 def build_vit(kind: Any, config: StudentConfig) -> Any:
-    """A network of one of vit-pytorch's classes, with our attention, blocks and stem in their places.
+    """Build a vit-pytorch network and replace its attention, blocks and stem.
 
     Args:
-        kind: ``ViT``, ``DistillableViT``, or ``ViT`` of ``vit_for_small_dataset``.
-        config: shape of the network.
+        kind: Class of the network: ``ViT``, ``DistillableViT``, or ``ViT`` of ``vit_for_small_dataset``.
+        config: Shape of the network.
     """
     vit = kind(
         image_size=config.image_size,
@@ -155,48 +165,55 @@ def build_vit(kind: Any, config: StudentConfig) -> Any:
         dim_head=config.dim_head,
         dropout=config.dropout,
     )
-    # vit-pytorch draws positions with a standard deviation of 1, which drowns the pixels at first.
+    # vit-pytorch draws positions with a standard deviation of 1, which hides the pixels at first.
     nn.init.trunc_normal_(vit.pos_embedding, std=0.02)
     if config.stem == "conv":
         vit.to_patch_embedding = ConvStem(config.patch_size, config.dim)
     tokens = vit.pos_embedding.shape[-2]
-    vit.transformer = Blocks(vit.transformer, tokens, config.dim, config.registers, config.gradient_checkpointing)
+    vit.transformer = TransformerBlocks(
+        vit.transformer, tokens, config.dim, config.registers, config.gradient_checkpointing
+    )
     return vit
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Multiply-adds of one image's forward pass, by PyTorch's own FLOP counter (two FLOPs each)."""
+    """Return the multiply-adds of one image, by PyTorch's FLOP counter (two FLOPs each)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    training = model.training
+    was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    # The counter knows the products of the plain attention, not the fused CPU kernel.
+    # The counter supports the plain attention, not the fused CPU kernel.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size, device=device))
-    model.train(training)
+    model.train(was_training)
     return counter.get_total_flops() // 2
 
 
-def load_student(path: Path | str) -> tuple[Student, Artifact]:
-    """Load a student artifact: the network in evaluation mode, and the artifact."""
-    artifact = load_artifact(path, "student")
+def load_student(path: Path | str, artifact: Artifact | None = None) -> tuple[Student, Artifact]:
+    """Load a student artifact: the network in evaluation mode, and the artifact.
+
+    Args:
+        path: Folder of the artifact.
+        artifact: The artifact, if it is loaded already.
+    """
+    artifact = artifact or load_artifact(path, "student")
     with reraise_as_artifact_error(artifact):
         config = StudentConfig(**artifact.card.config["model"])
         weights = load_file(artifact.file("model.safetensors"))
-        # A card may describe a network of any size: none is allocated that its weights do not fill.
+        # A card may describe a network of any size, so the shapes are compared before memory is allocated.
         with torch.device("meta"):
-            described = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
-        if described != {name: tensor.shape for name, tensor in weights.items()}:
-            raise UserError("its weights are not those of the network that its card describes")
+            shapes = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+            raise UserError("the weights do not fit the network of the card")
         if artifact.card.embedding is None or artifact.card.embedding.dim != config.embedding_dim:
-            raise UserError(f"its card does not say the {config.embedding_dim} dimensions of its network")
+            raise UserError(f"the card does not name the {config.embedding_dim} dimensions of the network")
         model = Student(config)
         model.load_state_dict(weights)
     return model.eval(), artifact

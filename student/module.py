@@ -1,4 +1,4 @@
-"""The student in training: views, targets and losses of a step."""
+"""Lightning module of a student: views, targets and losses of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from student.config import DistillConfig
 from student.criterion import DistillationLoss
 from student.model import Student
-from student.targets import CachedTargets, Mixup, OnlineTargets
+from student.targets import Mixup, Targets
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.preprocess import Preprocess
@@ -18,69 +18,67 @@ from vpr.training.loop import RecallModule, decay_groups
 
 
 class StudentModule(RecallModule):
-    """Student and losses; the teacher is present only through its targets.
+    """Student and criterion. The teacher is present only through its targets.
 
     Args:
-        config: the distillation.
-        student: the network.
-        objective: its losses.
-        targets: what it is compared with; None for losses of labels alone.
-        preprocess: the student's.
-        validation: what is scored.
+        config: Configuration of the distillation.
+        student: Network to train.
+        criterion: Losses of the student.
+        targets: Teacher embeddings to learn from. None for losses of labels only.
+        preprocess: Preprocessing of the student.
+        validation: Images that select the epoch.
     """
 
     def __init__(
         self,
         config: DistillConfig,
         student: Student,
-        objective: DistillationLoss,
-        targets: CachedTargets | OnlineTargets | None,
+        criterion: DistillationLoss,
+        targets: Targets | None,
         preprocess: Preprocess,
         validation: Catalog,
     ) -> None:
         super().__init__(preprocess, validation)
         self.config = config
         self.student = student
-        self.objective = objective
+        self.criterion = criterion
         self.targets = targets
 
     def embed(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) preprocessed to (batch, dim) of unit length."""
+        """Map (batch, 3, size, size) preprocessed images to (batch, dim) of unit length."""
         return self.student(x)
 
     def on_train_epoch_start(self) -> None:
-        """Draw this epoch's bank."""
+        """Sample the bank of the epoch."""
         if self.targets is not None:
             self.targets.start_epoch(self.current_epoch, self.device)
 
     def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
-        """Weighted sum of the losses of one batch of views."""
+        """Return the weighted sum of the losses of one batch of views."""
         config, epoch, rows = self.config, self.current_epoch, batch["rows"]
         self.seed_step(config.seed, epoch, number)
-        view = epoch if self.targets is None else self.targets.view(epoch)
+        view = epoch if self.targets is None else self.targets.choose_view(epoch)
         parameters = draw_views(config.views, config.seed, rows.cpu(), torch.full_like(rows.cpu(), view))
-        mix = Mixup(config.signal.mixup, len(rows)) if config.signal.mixup else None
+        mixup = Mixup(config.targets.mixup, len(rows)) if config.targets.mixup else None
         pixels = apply_views(batch["pixels"], parameters)
-        x = self.normalise(pixels if mix is None else mix(pixels))
+        x = self.normalise(pixels if mixup is None else mixup(pixels))
         teacher = bank = None
         if self.targets is not None:
-            teacher, bank = self.targets.of(batch, parameters, epoch, mix)
-        if self.objective.logits is not None:
-            assert teacher is not None
-            labels = self.objective.labels.of_rows[rows.cpu()].to(x.device)
-            losses = {"logits": self.objective.logits(x, labels, teacher)}
+            teacher, bank = self.targets.targets_for(batch, parameters, epoch, mixup)
+        if self.criterion.logits is not None:
+            labels = self.criterion.labels.by_row[rows.cpu()].to(x.device)
+            losses = {"logits": self.criterion.logits(x, labels, teacher)}
         else:
             progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
-            losses = self.objective(self.student(x), teacher, bank, rows, progress, epoch)
-        spread = self.trainer.world_size > 1
-        self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows), sync_dist=spread)
-        loss = self.objective.total(losses)
-        self.check_finite(loss, number)
-        return self.rescale_for_accumulation(loss, number)
+            losses = self.criterion(self.student(x), teacher, bank, rows, progress, epoch)
+        is_distributed = self.trainer.world_size > 1
+        self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows), sync_dist=is_distributed)
+        return self.of_step(self.criterion.total(losses), number)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with one warm-up and cosine."""
+        """Return AdamW with one warm-up and a cosine schedule."""
         config = self.config
-        learning = list({id(p): p for p in (*self.student.parameters(), *self.objective.parameters())}.values())
-        optimizer = torch.optim.AdamW(decay_groups(learning, config.lr, config.weight_decay))
-        return self.with_warmup_cosine(optimizer, config.warmup)
+        # Student and criterion share layers for the loss ``logits``.
+        parameters = list({id(p): p for p in (*self.student.parameters(), *self.criterion.parameters())}.values())
+        optimizer = torch.optim.AdamW(decay_groups(parameters, config.lr, config.weight_decay))
+        return self.scheduled(optimizer, config.warmup)

@@ -1,27 +1,25 @@
-"""Quantisation-aware finishing: a student's linears computed as the INT8 graph will compute them."""
+"""Quantisation-aware training: linear layers compute as they do in the INT8 graph."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpr.artifacts.store import load_artifact
+from vpr.artifacts.store import Artifact
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, read_ranges, weight_scales
 
 
 class FakeQuantLinear(nn.Module):
-    """A linear whose input and weight pass through the export's Q/DQ, gradients straight through.
+    """Linear layer whose input and weight pass through the export's Q/DQ, with straight-through gradients.
 
-    The scale of the input is the calibrated one; those of the weight follow the weight as it learns. A
-    value beyond its range has no gradient (Esser et al., "LSQ", ICLR 2020, eq. 3 for the data).
+    The scale of the input is calibrated; the scales of the weight follow the weight during training. Values outside
+    their range have no gradient (Esser et al., "LSQ", ICLR 2020, eq. 3 for the data).
 
     Args:
-        linear: its parameters are taken over, under their own names.
-        threshold: magnitude of the input that maps to 127.
+        linear: Original layer. Its parameters are reused under their names.
+        threshold: Magnitude of the input that maps to 127.
     """
 
     scale: Tensor
@@ -32,75 +30,73 @@ class FakeQuantLinear(nn.Module):
         self.register_buffer("scale", torch.tensor(float(activation_scale(threshold))), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out), in float32 also under autocast."""
+        """Map (…, in) to (…, out), in float32 also under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             scales = torch.from_numpy(weight_scales(self.weight.detach().float().cpu().numpy(), axis=0))
-            weight = _fake(self.weight.float(), scales.to(x.device)[:, None], LEVELS)
+            weight = _fake_quantise(self.weight.float(), scales.to(x.device)[:, None], LEVELS)
             bias = None if self.bias is None else self.bias.float()
-            return F.linear(_fake(x.float(), self.scale, LEVELS + 1), weight, bias)
+            return F.linear(_fake_quantise(x.float(), self.scale, LEVELS + 1), weight, bias)
 
 
-def _fake(x: Tensor, scale: Tensor, least: int) -> Tensor:
-    """Rounded to multiples of the scale from -least to 127; straight through where it rounds to one of them."""
-    steps = torch.clamp(torch.round(x / scale), -least, LEVELS) * scale
-    inside = torch.maximum(torch.minimum(x, scale * (LEVELS + 0.5)), -scale * (least + 0.5))
-    return inside + (steps - inside).detach()
+def _fake_quantise(x: Tensor, scale: Tensor, negative_levels: int) -> Tensor:
+    """Round to multiples of the scale from ``-negative_levels`` to 127, with straight-through gradients."""
+    rounded = torch.clamp(torch.round(x / scale), -negative_levels, LEVELS) * scale
+    clipped = torch.maximum(torch.minimum(x, scale * (LEVELS + 0.5)), -scale * (negative_levels + 0.5))
+    return clipped + (rounded - clipped).detach()
 
 
-def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], keep: tuple[str, ...]) -> list[str]:
-    """Put Q/DQ around a network's linears in place; names of those that have it.
+def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], exclude_layers: tuple[str, ...]) -> list[str]:
+    """Replace a network's linear layers by :class:`FakeQuantLinear` in place and return their names.
 
     Args:
-        model: the network.
-        thresholds: magnitude that maps to 127, by the name of a linear.
-        keep: beginnings of names of linears to leave alone.
+        model: Network to change.
+        thresholds: Magnitude of the input that maps to 127, by the name of the layer.
+        exclude_layers: Prefixes of the layers to leave unchanged.
 
     Raises:
-        UserError: a range of no linear, a linear without a range, a convolution that is not kept, or nothing left
+        UserError: A range without a layer, a layer without a range, a convolution that is not excluded, or no layer
             to quantise.
     """
-    chosen = [name for name in thresholds if not name.startswith(keep)]
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not chosen:
-        raise UserError("quantise.keep: leaves nothing to quantise: name fewer layers")
+    names = [name for name in thresholds if not name.startswith(exclude_layers)]
+    if not names:
+        raise UserError("quantise.exclude_layers: excludes all layers. Exclude fewer.")
+    linears = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and not name.startswith(keep):
-            raise UserError(f"quantise.keep: '{name}' is a convolution, finishing is of linears alone: keep it too")
-    for name in chosen:
-        parent_name, _, own = name.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-            linear = parent.get_submodule(own)
-        except AttributeError:
-            linear = parent = nn.Identity()
-        if not isinstance(linear, nn.Linear):
-            raise UserError(f"quantise.ranges: '{name}' is no linear of this student: calibrate its own graph")
-        setattr(parent, own, FakeQuantLinear(linear, thresholds[name]))
-    absent = [name for name in linears if name not in thresholds and not name.startswith(keep)]
-    if absent:
-        raise UserError(f"quantise.ranges: no range for '{absent[0]}': calibrate this student's own graph")
-    return chosen
+        if isinstance(module, nn.Linear):
+            linears.append(name)
+        if isinstance(module, nn.Conv2d) and not name.startswith(exclude_layers):
+            raise UserError(f"quantise.exclude_layers: QAT does not support the convolution '{name}'. Exclude it too.")
+    for name in names:
+        if name not in linears:
+            raise UserError(f"quantise.ranges: this student has no linear layer '{name}'. Calibrate its own graph.")
+        parent_name, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, attribute, FakeQuantLinear(parent.get_submodule(attribute), thresholds[name]))  # type: ignore[arg-type]
+    for name in linears:
+        if name not in thresholds and not name.startswith(exclude_layers):
+            raise UserError(f"quantise.ranges: no range for the layer '{name}'. Calibrate this student's own graph.")
+    return names
 
 
-def check_ranges(ranges: Path | str, start: Path | str) -> None:
-    """Refuse ranges that were not measured on the graph of the student that is to be finished."""
-    student = load_artifact(start).as_parent("student")
-    if student.sha256 not in {parent.sha256 for parent in load_artifact(ranges, "ranges").card.parents}:
+def check_ranges(ranges: Artifact, start: Artifact) -> None:
+    """Raise :class:`UserError` if the ranges were not measured on a graph of the student ``start``."""
+    if start.sha256 not in {parent.sha256 for parent in ranges.card.parents}:
         raise UserError(
-            f"quantise.ranges: {ranges} is not of a graph of {start}: run 'vpr export onnx' and 'vpr calibrate' on it"
+            f"quantise.ranges: {ranges.path} was not measured on a graph of {start.path}. Run `vpr export onnx` and "
+            "`vpr calibrate` on that student."
         )
 
 
-def read_thresholds(path: Path | str) -> dict[str, float]:
-    """Ranges by the name of each linear, from a ``ranges`` artifact.
+def read_thresholds(artifact: Artifact) -> dict[str, float]:
+    """Return the threshold of each linear layer from a ``ranges`` artifact.
 
     Raises:
-        UserError: ranges that do not name their linears, or of a smoothed graph.
+        UserError: The ranges do not name their layers, or come from a smoothed graph.
     """
-    ranges = read_ranges(load_artifact(path, "ranges"))
-    found = {name: ranges.thresholds[tensor] for tensor, names in ranges.linears.items() for name in names}
+    ranges = read_ranges(artifact)
+    thresholds = {name: ranges.thresholds[tensor] for tensor, names in ranges.linears.items() for name in names}
     if ranges.smoothing:
-        raise UserError(f"{path}: of a smoothed graph: calibrate with --smooth false to finish a student")
-    if not found:
-        raise UserError(f"{path}: does not say which linears its ranges are of: calibrate again with this version")
-    return found
+        raise UserError(f"{artifact.path}: the graph was smoothed. Calibrate with --no-smooth for QAT.")
+    if not thresholds:
+        raise UserError(f"{artifact.path}: the ranges do not name their layers. Rerun `vpr calibrate`.")
+    return thresholds

@@ -1,4 +1,4 @@
-"""What a batch's student is compared with: looked up in the cache, or computed by the teacher beside it."""
+"""Teacher embeddings that the student is compared with: read from the cache, or computed in each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from student.config import TargetsConfig
-from student.dimension import project
+from student.projection import project
 from student.teacher_cache import TeacherCache, embed_pixels
 from vpr.common.distributed import all_gather_cat
 from vpr.data.catalog import Catalog
@@ -19,51 +19,53 @@ from vpr.imaging.preprocess import Preprocess
 
 
 class CachedTargets(nn.Module):
-    """Embeddings from the cache, and a bank that is drawn from it anew in each epoch.
+    """Embeddings from the cache, and a bank sampled from it in each epoch.
 
     Args:
-        signal: the cache.
-        config: number of views and size of the bank.
-        projection: (D, d) from the teacher's dimension, or None.
-        seed: of the bank.
+        cache: Cached teacher embeddings.
+        config: Number of views and size of the bank.
+        projection: (D, d) projection from the teacher's width, or None.
+        seed: Seed of the bank.
     """
 
     projection: Tensor | None
     bank: Tensor
 
-    def __init__(self, signal: TeacherCache, config: TargetsConfig, projection: Tensor | None, seed: int) -> None:
+    def __init__(self, cache: TeacherCache, config: TargetsConfig, projection: Tensor | None, seed: int) -> None:
         super().__init__()
-        self.signal, self.config, self.seed = signal, config, seed
+        self.cache, self.config, self.seed = cache, config, seed
         self.register_buffer("projection", projection, persistent=False)
         self.register_buffer("bank", torch.empty(0), persistent=False)
 
-    def view(self, epoch: int) -> int:
-        """The view that every image of an epoch is seen in."""
+    def choose_view(self, epoch: int) -> int:
+        """Return the view of all images in an epoch."""
         return epoch % self.config.views
 
     def start_epoch(self, epoch: int, device: torch.device) -> None:
-        """Draw the epoch's bank, by seed and epoch alone."""
-        drawn = self.signal.draw(self.config.bank, self.seed * 1_000_003 + epoch)
-        self.bank = self._short(torch.from_numpy(drawn).to(device))
+        """Sample the bank of the epoch. It depends on seed and epoch only."""
+        vectors = self.cache.sample(self.config.bank, self.seed * 1_000_003 + epoch)
+        self.bank = self._project(torch.from_numpy(vectors).to(device))
 
-    def of(self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mix: Mixup | None) -> tuple[Tensor, Tensor]:
-        """(batch, d) embeddings of the views, and the bank."""
-        found = torch.from_numpy(self.signal.lookup(batch["rows"].cpu().numpy(), self.view(epoch)))
-        return self._short(F.normalize(found.to(self.bank.device), dim=1)), self.bank
+    def targets_for(
+        self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the (batch, d) embeddings of the views, and the (size, d) bank."""
+        vectors = torch.from_numpy(self.cache.lookup(batch["rows"].cpu().numpy(), self.choose_view(epoch)))
+        return self._project(F.normalize(vectors.to(self.bank.device), dim=1)), self.bank
 
-    def _short(self, vectors: Tensor) -> Tensor:
+    def _project(self, vectors: Tensor) -> Tensor:
         return vectors if self.projection is None else project(vectors, self.projection)
 
 
 class OnlineTargets(nn.Module):
-    """The teacher run on the very views of each step, and a queue of its latest embeddings.
+    """The teacher on the views of each step, and a queue of its latest embeddings.
 
     Args:
-        teacher: in evaluation mode; it is no part of what trains or is checkpointed.
-        preprocess: the teacher's.
-        config: size of the queue.
-        dim: of the embeddings as the student sees them.
-        projection: (D, d) from the teacher's dimension, or None.
+        teacher: Network in evaluation mode. It is neither trained nor stored in checkpoints.
+        preprocess: Preprocessing of the teacher.
+        config: Size of the queue.
+        dim: Width d of the targets.
+        projection: (D, d) projection from the teacher's width, or None.
     """
 
     projection: Tensor | None
@@ -74,71 +76,78 @@ class OnlineTargets(nn.Module):
         self, teacher: nn.Module, preprocess: Preprocess, config: TargetsConfig, dim: int, projection: Tensor | None
     ) -> None:
         super().__init__()
-        self._teacher = [teacher]  # hidden in a list from checkpoints and DDP
+        self._teacher = [teacher]  # The list hides it from checkpoints and DDP.
         self.normalise = Normalise(preprocess)
         self.register_buffer("projection", projection, persistent=False)
         self.register_buffer("queue", torch.zeros(config.bank, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
-    def view(self, epoch: int) -> int:
-        """Views never come twice."""
+    def choose_view(self, epoch: int) -> int:
+        """Return a new view for every epoch."""
         return epoch
 
     def start_epoch(self, epoch: int, device: torch.device) -> None:
-        """Bring the teacher to the student's device."""
+        """Move the teacher to the student's device."""
         self._teacher[0].to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def of(self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mix: Mixup | None) -> tuple[Tensor, Tensor]:
-        """(batch, d) embeddings of the views, and the bank: these and the ones before them."""
+    def targets_for(
+        self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the (batch, d) embeddings of the views, and the bank: these and earlier ones."""
         pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters)
-        found = embed_pixels(self._teacher[0], self.normalise, pixels if mix is None else mix(pixels)).clone()
-        found = F.normalize(found if self.projection is None else found @ self.projection, dim=1)
-        self._enqueue(all_gather_cat(found))
-        return found, self.queue[: int(self.filled)]
+        vectors = embed_pixels(self._teacher[0], self.normalise, pixels if mixup is None else mixup(pixels)).clone()
+        vectors = F.normalize(vectors if self.projection is None else vectors @ self.projection, dim=1)
+        self._enqueue(all_gather_cat(vectors))
+        return vectors, self.queue[: int(self.filled)]
 
     def _enqueue(self, vectors: Tensor) -> None:
-        """The latest first; the oldest fall out."""
+        """Put vectors at the front of the queue and drop the oldest."""
         self.queue = torch.cat([vectors, self.queue])[: len(self.queue)]
         self.filled = torch.clamp(self.filled + len(vectors), max=len(self.queue))
 
 
+Targets = CachedTargets | OnlineTargets
+
+
 class Mixup:
-    """Each image mixed with another of its batch: share * x + (1 - share) * x[partner].
+    """Mix each image with another of its batch: share * x + (1 - share) * x[partner].
 
     Args:
-        a: of the Beta(a, a) that the batch's share is drawn from.
-        batch: number of images.
+        alpha: Parameter a of the Beta(a, a) that the share of the batch is drawn from.
+        batch_size: Number of images.
     """
 
-    def __init__(self, a: float, batch: int) -> None:
-        gamma = torch._standard_gamma(torch.full((2,), a))  # a Beta is a ratio of Gammas; drawn from torch's generator
+    def __init__(self, alpha: float, batch_size: int) -> None:
+        # A Beta is a ratio of Gammas. Gammas come from torch's seeded generator.
+        gamma = torch._standard_gamma(torch.full((2,), alpha))
         self.share = float(gamma[0] / gamma.sum())
-        self.partner = torch.randperm(batch)
+        self.partner = torch.randperm(batch_size)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, size, size) float to the same."""
+        """Map (batch, 3, size, size) float pixels to the same shape."""
         return self.share * pixels + (1 - self.share) * pixels[self.partner.to(pixels.device)]
 
 
 class TwoSizeDataset(ImageDataset):
-    """Images in the student's size and, where it differs, in the teacher's too.
+    """Images in the student's size and, if it differs, in the teacher's size too.
 
     Args:
         catalog: n images.
-        student: its preprocessing.
-        teacher: its preprocessing.
-        keep_in_memory: decode all of them now.
+        student: Preprocessing of the student.
+        teacher: Preprocessing of the teacher.
+        keep_in_memory: Decode all images now.
     """
 
     def __init__(
         self, catalog: Catalog, student: Preprocess, teacher: Preprocess, keep_in_memory: bool = False
     ) -> None:
         super().__init__(catalog, student, keep_in_memory)
-        self.of_teacher = ImageDataset(catalog, teacher, keep_in_memory) if teacher.size != student.size else None
+        is_same_size = teacher.size == student.size
+        self.teacher_images = None if is_same_size else ImageDataset(catalog, teacher, keep_in_memory)
 
     def __getitems__(self, rows: list[int]) -> dict[str, Any]:
-        """A batch with ``teacher_pixels`` where the sizes differ."""
+        """Return a batch, with ``teacher_pixels`` if the sizes differ."""
         batch = super().__getitems__(rows)
-        if self.of_teacher is not None:
-            batch["teacher_pixels"] = self.of_teacher.__getitems__(rows)["pixels"]
+        if self.teacher_images is not None:
+            batch["teacher_pixels"] = self.teacher_images.__getitems__(rows)["pixels"]
         return batch

@@ -1,7 +1,7 @@
-"""The teacher's signal: its embeddings of the very views that the student sees, cached or computed beside it.
+"""Cache of teacher embeddings of the seeded views that the student trains on.
 
-Cached embeddings are an artifact: a file per view and shard of images, so that a run that was killed goes on at the
-next file, and a set of any size is looked up from disk.
+The cache is an artifact with one file per view and shard of images. A killed process resumes at the next file.
+Files are memory-mapped, so a cache may exceed the memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vpr.training.loop import best_precision
 log = get_logger(__name__)
 
 _BATCH = 256
-_KEPT = 2 << 30  # bytes of a shard's pixels that are kept for its next view
+_MAX_KEPT_BYTES = 2 << 30  # Pixels of a shard that stay in memory for its next view.
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,40 @@ class TeacherCache:
     """Cached teacher embeddings.
 
     Attributes:
-        shards: of each view, (images, dim) float16 arrays, memory-mapped, L2-normalised.
-        size: images in each shard but the last.
-        artifact: where they are.
+        shards: Arrays by view and shard: (images, dim) float16, memory-mapped, L2-normalised.
+        shard_size: Number of images in each shard but the last.
+        artifact: Artifact of kind ``views`` that holds them.
     """
 
     shards: list[list[NDArray[np.float16]]]
-    size: int
+    shard_size: int
     artifact: Artifact
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards[0])
 
     def lookup(self, rows: NDArray[np.int64], view: int | NDArray[np.int64]) -> NDArray[np.float32]:
-        """(batch,) rows, and one view or that of each, to (batch, dim) float32."""
+        """Return (batch, dim) float32 embeddings.
+
+        Args:
+            rows: (batch,) rows of the training catalogue.
+            view: View of all rows, or (batch,) views.
+        """
         out = np.empty((len(rows), self.shards[0][0].shape[1]), dtype=np.float32)
-        places = np.broadcast_to(view, rows.shape) * len(self.shards[0]) + rows // self.size
-        for place in np.unique(places):
-            here = places == place
-            of_view, shard = divmod(int(place), len(self.shards[0]))
-            out[here] = self.shards[of_view][shard][rows[here] - shard * self.size]
+        files = np.broadcast_to(view, rows.shape) * len(self.shards[0]) + rows // self.shard_size
+        for file in np.unique(files):
+            selected = files == file
+            file_view, shard = divmod(int(file), len(self.shards[0]))
+            out[selected] = self.shards[file_view][shard][rows[selected] - shard * self.shard_size]
         return out
 
-    def draw(self, size: int, seed: int) -> NDArray[np.float32]:
-        """A seeded draw of at most ``size`` images, each in a random view: (size, dim) float32, of unit length."""
+    def sample(self, size: int, seed: int) -> NDArray[np.float32]:
+        """Return (size, dim) float32 embeddings of random images, each in a random view.
+
+        Args:
+            size: Maximum number of images.
+            seed: Seed of images and views.
+        """
         rng = np.random.default_rng(seed)
         images = rng.permutation(len(self))[:size]
         return l2_normalize(self.lookup(images, rng.integers(0, len(self.shards), len(images))))
@@ -82,25 +92,25 @@ class TeacherCache:
 
 def build_teacher_cache(
     path: str,
-    source: TeacherModel,
+    teacher: TeacherModel,
     catalog: Catalog,
     views: ViewConfig,
     config: TargetsConfig,
     seed: int,
     loader: LoaderConfig | None = None,
 ) -> TeacherCache:
-    """Embed seeded views of every image, or load them if that was done.
+    """Embed seeded views of every image, or load the cache if it is up to date.
 
-    Every finished file is kept when the process is killed, and not computed again. Several processes share the files.
+    A killed process keeps every finished file. Several processes share the work.
 
     Args:
-        path: where the artifact is written.
-        source: the network.
-        catalog: the training images.
-        views: augmentation.
-        config: how many views, and images in a file.
-        seed: of the views.
-        loader: workers that decode, and whether pixels are kept in memory.
+        path: Folder of the artifact.
+        teacher: Network that gives the embeddings.
+        catalog: Training images.
+        views: Augmentation.
+        config: Number of views, and images in a file.
+        seed: Seed of the views.
+        loader: Workers that decode, and whether pixels stay in memory.
     """
     values = {
         "views": asdict(views),
@@ -109,36 +119,36 @@ def build_teacher_cache(
         "seed": seed,
         "images": _ordered_sha256(catalog),
     }
-    parents = [source.artifact.as_parent("teacher")]
+    parents = [teacher.artifact.as_parent("teacher")]
     folder = run_folder(path, values, parents)
-    if find_up_to_date(path, "views", values, parents):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its artifact was there
+    if artifact := find_up_to_date(path, "views", values, parents):
+        shutil.rmtree(folder, ignore_errors=True)  # A process killed after writing the artifact leaves it.
         log.info(f"{path}: up to date")
-        return _load(path)
+        return _open_cache(artifact)
     log.info(
-        f"views: {config.views} of each of {len(catalog)} images, {source.dim} dimensions, "
-        f"{cache_bytes(len(catalog), source.dim, config) / 1e6:.1f} MB"
+        f"views: {config.views} of each of {len(catalog)} images, {teacher.dim} dimensions, "
+        f"{cache_bytes(len(catalog), teacher.dim, config) / 1e6:.1f} MB"
     )
-    files = list(_files(len(catalog), config))
+    files = list(_cache_files(len(catalog), config))
     with run_lock(folder):
-        _embed_files(files, folder, source, catalog, views, seed, loader or LoaderConfig())
+        _embed_files(files, folder, teacher, catalog, views, seed, loader or LoaderConfig())
         if is_first():
             for file in files:
-                wait_until(partial(_is_complete, folder / file.name, file, source.dim))
+                wait_until(partial(_is_complete, folder / file.name, file, teacher.dim))
             with write_artifact(path, "views", values, parents) as draft:
                 for file in files:
                     _link(folder / file.name, draft.path / file.name)
-                draft.preprocess, draft.embedding = source.preprocess, source.artifact.card.embedding
+                draft.preprocess, draft.embedding = teacher.preprocess, teacher.artifact.card.embedding
                 draft.catalog = catalog.summary()
             shutil.rmtree(folder)
         else:
             wait_until(lambda: is_written(path, values, parents))
-    return _load(path)
+    return _open_cache(load_artifact(path, "views"))
 
 
 def cache_bytes(images: int, dim: int, config: TargetsConfig) -> int:
-    """Exact size of the cache's files."""
-    return sum(_npy_bytes(file.stop - file.start, dim) for file in _files(images, config))
+    """Return the exact size of the files of a cache in bytes."""
+    return sum(_npy_bytes(file.stop - file.start, dim) for file in _cache_files(images, config))
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ class _CacheFile:
         return f"view-{self.view:04d}-shard-{self.shard:05d}.npy"
 
 
-def _files(images: int, config: TargetsConfig) -> Iterator[_CacheFile]:
+def _cache_files(images: int, config: TargetsConfig) -> Iterator[_CacheFile]:
     for view in range(config.views):
         for shard, start in enumerate(range(0, images, config.shard)):
             yield _CacheFile(view, shard, start, min(images, start + config.shard))
@@ -162,51 +172,57 @@ def _files(images: int, config: TargetsConfig) -> Iterator[_CacheFile]:
 def _embed_files(
     files: list[_CacheFile],
     folder: Path,
-    source: TeacherModel,
+    teacher: TeacherModel,
     catalog: Catalog,
     views: ViewConfig,
     seed: int,
     loader: LoaderConfig,
 ) -> None:
-    """Compute this process's part of the files that are not there: all views of its shards, one after the other."""
+    """Compute the missing files of this process, shard by shard with all views of a shard."""
     rank, world = rank_and_world()
-    # A process decodes its shards once for all their views; where there are fewer shards, each takes views.
+    # A process decodes a shard once for all its views. With fewer shards than processes, each process takes views.
     by_shard = files[-1].shard + 1 >= world
-    mine_of = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
-    absent = [file for file in mine_of if not _is_complete(folder / file.name, file, source.dim)]
-    settings = LoaderConfig(_BATCH, workers=loader.workers)
-    source.network.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for shard in sorted({file.shard for file in absent}):
-        mine = [file for file in absent if file.shard == shard]
-        part = catalog.take(np.arange(mine[0].start, mine[0].stop))
-        keep = loader.keep_in_memory or 3 * source.preprocess.size**2 * len(part) <= _KEPT
-        images = ImageDataset(part, source.preprocess, keep)
-        for file in mine:
-            atomic_save_npy(folder / file.name, _embed_view(source, images, settings, views, file, seed))
+    local_files = [file for file in files if (file.shard if by_shard else file.view) % world == rank]
+    missing = [file for file in local_files if not _is_complete(folder / file.name, file, teacher.dim)]
+    batches = LoaderConfig(_BATCH, workers=loader.workers)
+    teacher.network.to(device=compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for shard in sorted({file.shard for file in missing}):
+        shard_files = [file for file in missing if file.shard == shard]
+        part = catalog.take(np.arange(shard_files[0].start, shard_files[0].stop))
+        keep = loader.keep_in_memory or 3 * teacher.preprocess.size**2 * len(part) <= _MAX_KEPT_BYTES
+        images = ImageDataset(part, teacher.preprocess, keep)
+        for file in shard_files:
+            atomic_save_npy(folder / file.name, _embed_view(teacher, images, batches, views, file, seed))
 
 
 def _embed_view(
-    source: TeacherModel, images: ImageDataset, loader: LoaderConfig, views: ViewConfig, file: _CacheFile, seed: int
+    teacher: TeacherModel, images: ImageDataset, loader: LoaderConfig, views: ViewConfig, file: _CacheFile, seed: int
 ) -> NDArray[np.float16]:
-    normalise, device = Normalise(source.preprocess), next(source.network.parameters()).device
+    normalise, device = Normalise(teacher.preprocess), next(teacher.network.parameters()).device
     parts = []
     for batch in validation_loader(images, loader):
         rows = batch["rows"] + file.start
         parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
         pixels = apply_views(batch["pixels"].to(device), parameters)
-        parts.append(embed_pixels(source.network, normalise, pixels).cpu().numpy())
+        parts.append(embed_pixels(teacher.network, normalise, pixels).cpu().numpy())
     return l2_normalize(np.concatenate(parts)).astype(np.float16)
 
 
 def embed_pixels(teacher: nn.Module, normalise: Normalise, pixels: Tensor) -> Tensor:
-    """The teacher's (batch, dim) float32 embeddings of (batch, 3, size, size) pixels 0…255, without gradients."""
-    half = best_precision() == "bf16-mixed"
-    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+    """Return the teacher's (batch, dim) float32 embeddings without gradients.
+
+    Args:
+        teacher: Network in evaluation mode.
+        normalise: Normalisation of the teacher.
+        pixels: (batch, 3, size, size) pixels from 0 to 255.
+    """
+    is_bf16 = best_precision() == "bf16-mixed"
+    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=is_bf16):
         return teacher(normalise.to(pixels.device)(pixels)).float()
 
 
 def _ordered_sha256(catalog: Catalog) -> str:
-    """Checksum of the images in their order: cached rows are looked up by position."""
+    """Return the checksum of the images in their order, since the cache is read by position."""
     columns = (catalog.table[name].to_pylist() for name in ("image", "sha256", "box"))
     return hashlib.sha256(repr(list(zip(*columns, strict=True))).encode()).hexdigest()
 
@@ -218,7 +234,7 @@ def _npy_bytes(rows: int, dim: int) -> int:
 
 
 def _link(source: Path, destination: Path) -> None:
-    """The same file under a second name, or a copy where the file system has no links."""
+    """Link a file, or copy it if the file system has no links."""
     try:
         os.link(source, destination)
     except OSError:
@@ -229,8 +245,7 @@ def _is_complete(path: Path, file: _CacheFile, dim: int) -> bool:
     return path.is_file() and path.stat().st_size == _npy_bytes(file.stop - file.start, dim)
 
 
-def _load(path: str) -> TeacherCache:
-    artifact = load_artifact(path, "views")
+def _open_cache(artifact: Artifact) -> TeacherCache:
     shards: dict[str, list[NDArray[np.float16]]] = {}
     with reraise_as_artifact_error(artifact):
         for name in sorted(artifact.card.files):

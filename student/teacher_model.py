@@ -1,9 +1,8 @@
-"""Who gives the signal: the teacher, or an assistant that was distilled from it."""
+"""Network that a student learns from: the teacher, or an assistant that was distilled from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -16,13 +15,13 @@ from vpr.imaging.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A network whose embeddings a student learns from.
+    """Network of the targets.
 
     Attributes:
-        network: in evaluation mode.
-        artifact: its own.
-        preprocess: of its images.
-        dim: of its embeddings.
+        network: Network in evaluation mode.
+        artifact: Artifact of the network.
+        preprocess: Preprocessing of its images.
+        dim: Width of its embeddings.
     """
 
     network: nn.Module
@@ -30,16 +29,15 @@ class TeacherModel:
     preprocess: Preprocess
     dim: int
 
-    @classmethod
-    def of(cls, network: nn.Module, artifact: Artifact) -> TeacherModel:
-        """A loaded network; :class:`UserError` if its card lacks preprocessing or embedding."""
-        card = artifact.card
-        if card.preprocess is None or card.embedding is None:
-            raise UserError(f"{artifact.path}: its card has no preprocessing or embedding: train it again")
-        return cls(network, artifact, card.preprocess, card.embedding.dim)
 
+def load_teacher_model(artifact: Artifact) -> TeacherModel:
+    """Load the network of a ``teacher`` artifact, or of an assistant's ``student`` artifact.
 
-def load_teacher_model(teacher: Path | str, assistant: Path | str = "") -> TeacherModel:
-    """The assistant, where one is named, else the teacher."""
-    model, artifact = load_student(assistant) if assistant else load_teacher(teacher)
-    return TeacherModel.of(model.requires_grad_(False), artifact)
+    Raises:
+        UserError: The card has no preprocessing or embedding.
+    """
+    card, load = artifact.card, load_student if artifact.card.kind == "student" else load_teacher
+    network, _ = load(artifact.path, artifact)
+    if card.preprocess is None or card.embedding is None:
+        raise UserError(f"{artifact.path}: the card has no preprocessing or embedding. Train the model again.")
+    return TeacherModel(network.requires_grad_(False), artifact, card.preprocess, card.embedding.dim)

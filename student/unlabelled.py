@@ -1,4 +1,4 @@
-"""Images that nobody has labelled: distillation learns from the teacher's embeddings of them."""
+"""Images without labels for distillation, which learns from the teacher's embeddings of them."""
 
 from __future__ import annotations
 
@@ -22,46 +22,47 @@ log = get_logger(__name__)
 def add_unlabelled(
     training: Catalog, scored: list[Catalog], folders: tuple[str, ...], output: str, dry_run: bool = False
 ) -> tuple[Catalog, dict[str, Any], list[Parent]]:
-    """Add the images of folders to the training ones, but for those that are scored.
+    """Append unlabelled images to the training images.
 
     Args:
-        training: labelled images; they come first.
-        scored: images that no stage may see; one that is, or nearly is, among them is left out.
-        folders: of images, or catalogues of the reader ``images``.
-        output: a folder's catalogue is written beside it, as ``<output>-unlabelled-<number>``.
-        dry_run: leave nothing there.
+        training: Labelled images. They come first.
+        scored: Validation and test images. Unlabelled duplicates and near-duplicates of them are left out.
+        folders: Folders of images, or catalogues of the reader ``images``.
+        output: Prefix of the folders' catalogues, ``<output>-unlabelled-<number>``.
+        dry_run: Write the catalogues to a temporary folder.
 
     Returns:
-        the images, what the card says of them, and the catalogues that they come from.
+        The images, the entry for the card, and the parents for the card.
     """
     if not folders:
         return training, {}, []
-    with tempfile.TemporaryDirectory() as passing:
-        place = Path(passing) / "student" if dry_run else Path(output)
-        found = [_catalog(folder, f"{place}-unlabelled-{number}") for number, folder in enumerate(folders)]
-    extra = concatenate(found)
-    seen = duplicates_of(extra, concatenate(scored))
-    kept = extra.where(~seen)
-    log.info(f"unlabelled: {len(kept)} images, and {int(seen.sum())} left out that are (nearly) scored ones")
-    parents = [parent for one in found for parent in one.as_parents("unlabelled")]
-    summary = {"unlabelled": {"images": len(kept), "left_out": int(seen.sum()), "sha256": kept.sha256}}
+    with tempfile.TemporaryDirectory() as temporary:
+        prefix = Path(temporary) / "student" if dry_run else Path(output)
+        catalogs = [_open_catalog(folder, f"{prefix}-unlabelled-{number}") for number, folder in enumerate(folders)]
+    images = concatenate(catalogs)
+    is_duplicate = duplicates_of(images, concatenate(scored))
+    kept, left_out = images.where(~is_duplicate), int(is_duplicate.sum())
+    log.info(f"unlabelled: {len(kept)} images, {left_out} duplicates of validation or test images left out")
+    parents = [parent for catalog in catalogs for parent in catalog.as_parents("unlabelled")]
+    summary = {"unlabelled": {"images": len(kept), "left_out": left_out, "sha256": kept.sha256}}
     return concatenate([training, kept]), summary, parents
 
 
-def _catalog(folder: str, output: str) -> Catalog:
+def _open_catalog(folder: str, output: str) -> Catalog:
+    """Load a catalogue, or build it from a folder of images."""
     if not (Path(folder) / CARD_NAME).is_file():
         if rank_and_world()[1] > 1:
             raise UserError(
-                f"unlabelled: {folder}: several processes need its catalogue first: run 'vpr catalog --reader images "
-                f"--root {folder} --output {output}' and name that"
+                f"unlabelled: {folder} has no catalogue, which several processes need first. Run `vpr catalog --reader "
+                f"images --root {folder} --output {output}` and pass {output}."
             )
         try:
             build_catalog(CatalogConfig("images", output, folder, skip_unreadable=True))
         except UserError as error:
-            reason = str(error).partition(". Check ")[0]
-            raise UserError(f"unlabelled: {folder}: {reason}: name a folder of images") from None
+            reason = str(error).rstrip(".")
+            raise UserError(f"unlabelled: no catalogue of {folder} ({reason}). Use a folder of images.") from None
         folder = output
     catalog = load_catalog(folder)
     if catalog.artifact is None or catalog.artifact.card.config.get("reader") != "images":
-        raise UserError(f"unlabelled: {folder}: is a catalogue of products: build one with --reader images")
+        raise UserError(f"unlabelled: {folder} is a catalogue of products. Build one with `--reader images`.")
     return catalog

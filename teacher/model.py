@@ -140,9 +140,9 @@ def build_teacher(
     return teacher, preprocess
 
 
-def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
+def load_teacher(path: Path | str, artifact: Artifact | None = None) -> tuple[Teacher, Artifact]:
     """Load a teacher artifact: the network in evaluation mode, and the artifact."""
-    artifact = load_artifact(path, "teacher")
+    artifact = artifact or load_artifact(path, "teacher")
     with reraise_as_artifact_error(artifact):
         config = TowerConfig(**artifact.card.config["network"])
         # Initial weights and checkpointing matter in training only.

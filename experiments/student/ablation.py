@@ -164,7 +164,7 @@ def distillation(setting: Setting, output: Path, model: StudentConfig, seed: int
         output=str(output),
         cache=str(setting.folder / f"views-{seed}"),
         model=model,
-        signal=TargetsConfig(views=setting.views),
+        targets=TargetsConfig(views=setting.views),
         epochs=setting.epochs,
         loader=LoaderConfig(batch_size=setting.batch, keep_in_memory=True),
         run=RunConfig(validate_every=4),

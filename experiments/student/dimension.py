@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
 from student.config import DimensionConfig
-from student.dimension import fit_projection, project
+from student.projection import fit_projection, project
 from vpr.retrieval.embeddings import l2_normalize
 from vpr.retrieval.metrics import bootstrap_interval, evaluate
 

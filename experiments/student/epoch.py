@@ -18,6 +18,7 @@ from student.module import StudentModule
 from student.targets import CachedTargets
 from student.teacher_cache import build_teacher_cache
 from student.teacher_model import load_teacher_model
+from vpr.artifacts.store import load_artifact
 from vpr.data.catalog import load_catalog
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.training.config import RunConfig
@@ -66,13 +67,13 @@ def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[L
     """A new student's module, and its loaders of the training and the validation split; caches the signal first."""
     catalog = load_catalog(config.catalog)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    source = load_teacher_model(config.teacher)
+    source = load_teacher_model(load_artifact(config.teacher, "teacher"))
     path = config.cache or str(folder / "views")
-    signal = build_teacher_cache(path, source, training, config.views, config.signal, config.seed)
+    signal = build_teacher_cache(path, source, training, config.views, config.targets, config.seed)
     preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
     student = Student(config.model)
     objective = DistillationLoss(config.losses, student, Labels(training), source.dim)
-    targets = CachedTargets(signal, config.signal, None, config.seed)
+    targets = CachedTargets(signal, config.targets, None, config.seed)
     module = TimedModule(config, student, objective, targets, preprocess, validation)
     module.begun = []
     return module, (

@@ -29,7 +29,7 @@ from student.config import StudentConfig
 from student.embed import embed_catalog
 from student.model import load_student
 from student.qat import insert_fake_quant, read_thresholds
-from vpr.artifacts.store import reraise_as_artifact_error
+from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
@@ -183,7 +183,7 @@ def _fit(folder: Path) -> object:
 def _finish(folder: Path) -> object:
     """What finishing a student in INT8 does with ranges before it trains."""
     model, _ = load_student(folder / "student")
-    return insert_fake_quant(model, read_thresholds(folder / "plain"), DEFAULT_EXCLUDED_LAYERS)
+    return insert_fake_quant(model, read_thresholds(load_artifact(folder / "plain", "ranges")), DEFAULT_EXCLUDED_LAYERS)
 
 
 def _search(folder: Path) -> object:

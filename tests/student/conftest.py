@@ -42,7 +42,7 @@ def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFac
         catalog=str(catalog.artifact.path),
         output=str(tmp_path_factory.mktemp("s") / "student"),
         model=STUDENT,
-        signal=TargetsConfig(views=3, bank=32, shard=40),
+        targets=TargetsConfig(views=3, bank=32, shard=40),
         epochs=12,
         loader=LoaderConfig(batch_size=16, keep_in_memory=True),
         run=RunConfig(precision="32-true", validate_every=2),

@@ -12,12 +12,12 @@ from student.distill import distill
 from student.embed import EmbedConfig, embed_catalog
 from student.model import load_student
 from student.teacher_cache import build_teacher_cache, cache_bytes
-from student.teacher_model import TeacherModel, load_teacher_model
-from teacher.model import load_teacher
+from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
+from vpr.data.pixels import read_pixels
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
 from vpr.retrieval.config import SearchConfig
@@ -25,7 +25,7 @@ from vpr.retrieval.embeddings import load_embeddings, torch_forward
 from vpr.retrieval.search_command import search_gallery
 
 
-def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:
+def test_student_approaches_its_teacher(student: Path, teacher: Path, catalog: Catalog) -> None:
     import csv
 
     artifact = load_artifact(student, "student")
@@ -36,79 +36,72 @@ def test_the_student_comes_close_to_its_teacher(student: Path, teacher: Path, ca
     assert artifact.card.metrics["parameters"] < load_artifact(teacher).card.metrics["parameters"]
 
 
-def test_cached_signal_is_the_teacher_on_the_very_views(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
-    model, artifact = load_teacher(teacher)
+def test_cache_equals_the_teacher_on_the_views(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    model = load_teacher_model(load_artifact(teacher))
     training, views = catalog.select(split="train"), ViewConfig()
-    signal = build_teacher_cache(
+    cache = build_teacher_cache(
         str(tmp_path / "views"),
-        TeacherModel.of(model, artifact),
+        model,
         training,
         views,
         TargetsConfig(views=2, shard=40),
         seed=9,
     )
-    assert [[shard.shape for shard in view] for view in signal.shards] == [[(40, 256), (24, 256)]] * 2
-    sizes = [entry.size for entry in signal.artifact.card.files.values()]
+    assert [[shard.shape for shard in view] for view in cache.shards] == [[(40, 256), (24, 256)]] * 2
+    sizes = [entry.size for entry in cache.artifact.card.files.values()]
     assert sum(sizes) == cache_bytes(64, 256, TargetsConfig(views=2, shard=40))
-    assert artifact.card.preprocess is not None
-    from vpr.data.pixels import read_pixels
-
     rows = torch.tensor([3, 40])
     pixels = torch.from_numpy(
-        np.concatenate([read_pixels(training, artifact.card.preprocess, range(r, r + 1)) for r in rows.tolist()])
+        np.concatenate([read_pixels(training, model.preprocess, range(r, r + 1)) for r in rows.tolist()])
     )
-    seen = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1))).numpy()
-    expected = torch_forward(model)(artifact.card.preprocess.normalise(seen))
-    found = signal.lookup(rows.numpy(), 1)
-    # bf16, where the hardware has it, and float16 storage.
-    assert (found * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)
+    viewed = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1))).numpy()
+    expected = torch_forward(model.network)(model.preprocess.normalise(viewed))
+    cached = cache.lookup(rows.numpy(), 1)
+    # The tolerance covers bf16 and the float16 storage.
+    assert (cached * expected).sum(axis=1) == pytest.approx(1, abs=5e-3)
 
 
-def test_cached_signal_is_not_reused_for_another_order_of_the_images(
-    teacher: Path, catalog: Catalog, tmp_path: Path
-) -> None:
-    source, training = load_teacher_model(teacher), catalog.select(split="train")
-    turned = Catalog(training.table.take(pa.array(np.arange(len(training))[::-1])), training.root)
-    one = TargetsConfig(views=1)
-    first = build_teacher_cache(str(tmp_path / "v"), source, training, ViewConfig(), one, seed=0).artifact.sha256
-    again = build_teacher_cache(str(tmp_path / "v"), source, turned, ViewConfig(), one, seed=0).artifact.sha256
+def test_cache_depends_on_the_order_of_the_images(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    model, training = load_teacher_model(load_artifact(teacher)), catalog.select(split="train")
+    reversed_ = Catalog(training.table.take(pa.array(np.arange(len(training))[::-1])), training.root)
+    config = TargetsConfig(views=1)
+    first = build_teacher_cache(str(tmp_path / "v"), model, training, ViewConfig(), config, seed=0).artifact.sha256
+    again = build_teacher_cache(str(tmp_path / "v"), model, reversed_, ViewConfig(), config, seed=0).artifact.sha256
     assert first != again
 
 
-def test_the_bank_is_drawn_by_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
-    source, training = load_teacher_model(teacher), catalog.select(split="train")
-    signal = build_teacher_cache(
-        str(tmp_path / "views"), source, training, ViewConfig(), TargetsConfig(views=2), seed=0
-    )
-    assert np.array_equal(signal.draw(20, 4), signal.draw(20, 4))
-    assert not np.array_equal(signal.draw(20, 4), signal.draw(20, 5))
-    assert signal.draw(1000, 0).shape == (64, 256)
+def test_bank_depends_on_its_seed(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    model, training = load_teacher_model(load_artifact(teacher)), catalog.select(split="train")
+    cache = build_teacher_cache(str(tmp_path / "views"), model, training, ViewConfig(), TargetsConfig(views=2), seed=0)
+    assert np.array_equal(cache.sample(20, 4), cache.sample(20, 4))
+    assert not np.array_equal(cache.sample(20, 4), cache.sample(20, 5))
+    assert cache.sample(1000, 0).shape == (64, 256)
 
 
-def test_another_dimension_is_refused_by_key(config: DistillConfig, tmp_path: Path) -> None:
+def test_another_dimension_is_rejected_by_key(config: DistillConfig, tmp_path: Path) -> None:
     from dataclasses import replace
 
     wrong = replace(config, model=replace(STUDENT, embedding_dim=64), output=str(tmp_path / "s"))
-    with pytest.raises(UserError, match=r"model\.embedding_dim: 64, the teacher's embeddings have 256: set it to 256"):
+    with pytest.raises(UserError, match=r"model\.embedding_dim: 64 differs from the teacher's 256\. Set it to 256"):
         distill(wrong)
 
 
-def test_embeddings_are_kept_with_their_rows_and_searched(student: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_embeddings_of_a_student_are_searchable(student: Path, catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     config = EmbedConfig(str(student), str(catalog.artifact.path), str(tmp_path / "e"), split="test")
     embeddings = load_embeddings(embed_catalog(config))
     assert embeddings.vectors.shape == (32, 256)
     assert embeddings.products.tolist() == catalog.select(split="test").products.tolist()
     model, _ = load_student(student)
-    alone = embed_catalog(EmbedConfig(str(student), str(catalog.artifact.path), str(tmp_path / "b"), "test", 1))
-    np.testing.assert_allclose(load_embeddings(alone).vectors, embeddings.vectors, atol=1e-5)
+    one_by_one = embed_catalog(EmbedConfig(str(student), str(catalog.artifact.path), str(tmp_path / "b"), "test", 1))
+    np.testing.assert_allclose(load_embeddings(one_by_one).vectors, embeddings.vectors, atol=1e-5)
     assert model.config == STUDENT
     csv_path = search_gallery(SearchConfig(str(tmp_path / "e"), str(tmp_path / "e"), str(tmp_path / "hits.csv"), k=3))
     assert csv_path is not None
     assert len(csv_path.read_text().splitlines()) == 1 + 16 * 3
 
 
-def test_two_models_embeddings_are_not_compared(
+def test_embeddings_of_two_models_are_rejected(
     student: Path, student_artifact: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
     assert catalog.artifact is not None

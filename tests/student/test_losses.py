@@ -96,24 +96,24 @@ LOOPS = [_cosine, _mse, _similarity_kl, _affinity, _rkd_distance, _rkd_angle, _c
 
 
 @pytest.mark.parametrize(("name", "loop"), zip(LOSSES, LOOPS, strict=True), ids=list(LOSSES))
-def test_every_loss_equals_a_float64_loop(name: str, loop: Callable[..., float]) -> None:
+def test_loss_equals_a_float64_loop(name: str, loop: Callable[..., float]) -> None:
     student, teacher = _vectors(7, 0), _vectors(7, 1)
     expected = loop(list(student.double().numpy()), list(teacher.double().numpy()))
     assert LOSSES[name](student, teacher).item() == pytest.approx(expected, rel=2e-4)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_is_smallest_at_the_teacher(name: str) -> None:
+def test_loss_is_smallest_at_the_teacher(name: str) -> None:
     teacher = _vectors(8, 0)
-    least = LOSSES[name](teacher, teacher).item()
+    minimum = LOSSES[name](teacher, teacher).item()
     if name != "interactive_contrastive":
-        assert least == pytest.approx(0, abs=1e-5)
+        assert minimum == pytest.approx(0, abs=1e-5)
     for seed in range(1, 6):
-        assert LOSSES[name](F.normalize(teacher + 0.3 * _vectors(8, seed), dim=1), teacher).item() > least
+        assert LOSSES[name](F.normalize(teacher + 0.3 * _vectors(8, seed), dim=1), teacher).item() > minimum
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_equal_differences(name: str) -> None:
+def test_gradients_equal_finite_differences(name: str) -> None:
     student = F.normalize(_vectors(5, 0).double() + 1e-3, dim=1).requires_grad_()
     teacher = _vectors(5, 1).double()
     assert torch.autograd.gradcheck(lambda s: LOSSES[name](s, teacher), student)
@@ -128,12 +128,12 @@ def test_gradients_are_finite_for_equal_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["affinity", "rkd_distance", "rkd_angle"])
-def test_relations_do_not_see_a_rotation(name: str) -> None:
+def test_relations_are_invariant_to_rotation(name: str) -> None:
     teacher = _vectors(6, 0)
     rotation = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(3)))[0]
     assert LOSSES[name](teacher @ rotation, teacher).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_relations_of_one_image_are_refused() -> None:
+def test_relations_of_one_image_are_rejected() -> None:
     with pytest.raises(ValueError, match="at least two"):
         affinity_loss(_vectors(1, 0), _vectors(1, 1), T)

@@ -18,7 +18,7 @@ from vpr.common.errors import UserError
 
 
 def published(config: StudentConfig) -> torch.nn.Module:
-    """vit-pytorch's own network, untouched."""
+    """Build vit-pytorch's original network."""
     kind = SmallDataViT if config.family == "small-data" else ViT
     names = ("image_size", "patch_size", "dim", "depth", "heads", "mlp_dim", "pool", "dim_head", "dropout")
     return kind(num_classes=config.embedding_dim, **{name: getattr(config, name) for name in names})
@@ -27,9 +27,7 @@ def published(config: StudentConfig) -> torch.nn.Module:
 @pytest.mark.parametrize("family", ["vit", "small-data"])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize(("dim", "heads", "dim_head"), [(64, 2, 32), (64, 1, 64), (48, 3, 24)])
-def test_sdpa_keeps_weights_and_outputs_of_vit_pytorch(
-    family: str, pool: str, dim: int, heads: int, dim_head: int
-) -> None:
+def test_sdpa_equals_vit_pytorch(family: str, pool: str, dim: int, heads: int, dim_head: int) -> None:
     torch.manual_seed(0)
     shape = {"dim": dim, "depth": 3, "heads": heads, "dim_head": dim_head, "mlp_dim": 96, "embedding_dim": 10}
     config = StudentConfig(image_size=32, pool=pool, family=family, **shape)
@@ -42,7 +40,7 @@ def test_sdpa_keeps_weights_and_outputs_of_vit_pytorch(
 
 @pytest.mark.parametrize("size", [96, 224, 336])
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "base"])
-def test_presets_give_what_vit_pytorch_does(preset: str, size: int) -> None:
+def test_presets_equal_vit_pytorch(preset: str, size: int) -> None:
     torch.manual_seed(0)
     config = StudentConfig(preset, image_size=size, embedding_dim=64)
     original, student = published(config).eval(), Student(config).eval()
@@ -54,19 +52,19 @@ def test_presets_give_what_vit_pytorch_does(preset: str, size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [96, 224, 336])
-def test_the_base_preset_gives_what_vit_pytorch_does(size: int) -> None:
-    test_presets_give_what_vit_pytorch_does("base", size)
+def test_base_preset_equals_vit_pytorch(size: int) -> None:
+    test_presets_equal_vit_pytorch("base", size)
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 5.7), ("small", 22.1), ("base", 86.6)])
 def test_presets_have_the_sizes_of_deit(preset: str, millions: float) -> None:
-    """DeiT's table counts a classifier of 1,000 classes; these have an embedding of 1,000."""
+    """DeiT's table counts a classifier of 1,000 classes, so the embedding has 1,000 dimensions."""
     with torch.device("meta"):
         student = Student(StudentConfig(preset, embedding_dim=1000))
     assert count_parameters(student) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-def test_registers_attend_and_leave_no_token_behind() -> None:
+def test_registers_attend_and_are_dropped() -> None:
     torch.manual_seed(0)
     shape = {"image_size": 32, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 96, "embedding_dim": 16}
     student = Student(StudentConfig(registers=4, **shape)).eval()
@@ -83,7 +81,7 @@ def test_registers_attend_and_leave_no_token_behind() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "small-data"])
-def test_checkpointing_changes_no_gradient(family: str) -> None:
+def test_checkpointing_keeps_the_gradients(family: str) -> None:
     shape = {"image_size": 32, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 96, "embedding_dim": 16}
     gradients = []
     for checkpointing in (False, True):
@@ -101,23 +99,23 @@ def test_checkpointing_changes_no_gradient(family: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"preset": "huge"}, "model.preset: 'huge': choose from sample, tiny"),
-        ({"image_size": 100}, "model.image_size: 100 is no multiple of the patch of 8"),
-        ({"depth": -1}, "model.depth: expected 1 to 64, got -1"),
-        ({"dim": 1 << 20}, "model.dim: expected 1 to 4096, got 1048576"),
-        ({"image_size": 1024, "patch_size": 4}, "makes more than 4096 tokens"),
+        ({"preset": "huge"}, "model.preset: expected one of sample, tiny, small, base, got 'huge'"),
+        ({"image_size": 100}, "model.image_size: expected a multiple of the patch of 8, got 100"),
+        ({"depth": -1}, "model.depth: .*-1"),
+        ({"dim": 1 << 20}, "model.dim: .*1048576"),
+        ({"image_size": 1024, "patch_size": 4}, "gives more than 4096 tokens"),
         ({"image_size": 48, "patch_size": 12, "stem": "conv"}, "needs a power of two"),
-        ({"registers": 65}, "0 to 64 registers"),
-        ({"dropout": 1.0}, "dropout from 0 to below 1"),
+        ({"registers": 65}, "model.registers: expected 0 to 64, got 65"),
+        ({"dropout": 1.0}, "model.dropout: expected 0 to below 1, got 1.0"),
     ],
 )
-def test_wrong_shapes_are_refused_by_key(values: dict[str, Any], message: str) -> None:
+def test_wrong_shapes_are_rejected_by_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         StudentConfig(**values)
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
-def test_output_has_unit_length_and_does_not_depend_on_the_batch(stem: str) -> None:
+def test_output_is_normalised_for_any_batch(stem: str) -> None:
     torch.manual_seed(0)
     shape = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "embedding_dim": 24}
     student = Student(StudentConfig(image_size=32, stem=stem, **shape)).eval()
@@ -127,11 +125,11 @@ def test_output_has_unit_length_and_does_not_depend_on_the_batch(stem: str) -> N
     torch.testing.assert_close(student(x[2:3]), out[2:3], atol=1e-6, rtol=1e-5)
 
 
-def test_the_convolutional_stem_gives_as_many_tokens_as_patches() -> None:
+def test_conv_stem_gives_one_token_per_patch() -> None:
     assert ConvStem(8, 64)(torch.zeros(2, 3, 48, 48)).shape == (2, 36, 64)
 
 
-def test_counts_agree_with_arithmetic() -> None:
+def test_counts_equal_arithmetic() -> None:
     config = StudentConfig(
         image_size=32, patch_size=8, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=128, embedding_dim=256
     )
@@ -142,19 +140,19 @@ def test_counts_agree_with_arithmetic() -> None:
     assert count_parameters(student) == sum(v.numel() for v in student.state_dict().values())
 
 
-def test_a_card_that_describes_a_larger_network_allocates_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each number is within its limit; together they are 100 GB of weights."""
+def test_huge_network_in_card_is_not_allocated(tmp_path: Path) -> None:
+    """Each size is within its limit, but the network would have 100 GB of weights."""
     shape = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "mlp_dim": 64, "embedding_dim": 16}
     config = StudentConfig(image_size=32, **shape)
     huge = replace(config, dim=4096, depth=64, heads=64, dim_head=256, mlp_dim=16384)
     with write_artifact(tmp_path / "student", "student", {"model": asdict(huge)}) as draft:
         save_file(Student(config).state_dict(), draft.path / "model.safetensors")
-    with pytest.raises(UserError, match="its weights are not those of the network that its card describes"):
+    with pytest.raises(UserError, match="the weights do not fit the network of the card"):
         load_student(tmp_path / "student")
 
 
 @pytest.mark.parametrize("dim", [None, 15, 2**40])
-def test_a_card_that_says_other_dimensions_is_refused(tmp_path: Path, dim: int | None) -> None:
+def test_wrong_dimension_in_card_is_rejected(tmp_path: Path, dim: int | None) -> None:
     shape = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "mlp_dim": 64, "embedding_dim": 16}
     config = StudentConfig(image_size=32, **shape)
     with write_artifact(tmp_path / "student", "student", {"model": asdict(config)}) as draft:
@@ -164,5 +162,5 @@ def test_a_card_that_says_other_dimensions_is_refused(tmp_path: Path, dim: int |
     card = json.loads((tmp_path / "student" / "card.json").read_bytes())
     card["embedding"] = dim and {**card["embedding"], "dim": dim}
     (tmp_path / "student" / "card.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match=r"does not say the 16 dimensions|key 'embedding\.dim'"):
+    with pytest.raises(UserError, match=r"does not name the 16 dimensions|key 'embedding\.dim'"):
         load_student(tmp_path / "student")

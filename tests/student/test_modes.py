@@ -1,4 +1,4 @@
-"""Whole distillations: every mode, resumed, in two processes, and what is refused."""
+"""Complete distillations: every mode, resumed, and rejected settings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from experiments.demo.interrupted import interrupt
 from experiments.student.epoch import epoch_figures
-from student import teacher_cache as signal
+from student import teacher_cache
 from student.config import DimensionConfig, DistillConfig, LossConfig, QuantiseConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
+from student.module import StudentModule
 from student.teacher_cache import build_teacher_cache
 from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
@@ -32,16 +34,16 @@ from vpr.training.config import RunConfig
 
 LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
 ONLINE, MIXED = TargetsConfig(mode="online"), TargetsConfig(mode="online", mixup=0.5)
-SHORT: dict[str, Any] = {"epochs": 1, "signal": TargetsConfig(views=1, bank=32)}
+SHORT: dict[str, Any] = {"epochs": 1, "targets": TargetsConfig(views=1, bank=32)}
 
 
-def made(config: DistillConfig, folder: Path, **changes: Any) -> Artifact:
+def distill_artifact(config: DistillConfig, folder: Path, **changes: Any) -> Artifact:
     path = distill(replace(config, **{**SHORT, **changes, "output": str(folder / "student")}))
     assert path is not None
     return load_artifact(path, "student")
 
 
-def log(artifact: Artifact, name: str) -> list[float]:
+def read_log(artifact: Artifact, name: str) -> list[float]:
     with artifact.file("metrics.csv").open() as stream:
         return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
 
@@ -55,93 +57,93 @@ def log(artifact: Artifact, name: str) -> list[float]:
     ],
     ids=["all", "logits", "labels"],
 )
-def test_every_loss_trains_and_is_logged(losses: LossConfig, config: DistillConfig, tmp_path: Path) -> None:
-    artifact = made(config, tmp_path, losses=losses, epochs=3)
+def test_losses_train_and_are_logged(losses: LossConfig, config: DistillConfig, tmp_path: Path) -> None:
+    artifact = distill_artifact(config, tmp_path, losses=losses, epochs=3)
     for name in losses.weights():
-        values = log(artifact, f"{name}_epoch")
+        values = read_log(artifact, f"{name}_epoch")
         assert len(values) == 3
-        assert values[-1] < values[0] or name == "margin", name  # the margin grows
+        assert values[-1] < values[0] or name == "margin", name  # The margin grows.
     assert (tmp_path / "student-views").exists() == losses.needs_teacher
-    load_student(tmp_path / "student")  # heads and wrappers are no part of it
+    load_student(tmp_path / "student")  # Heads and wrappers are dropped.
 
 
-def test_online_with_mixup_and_average(config: DistillConfig, tmp_path: Path) -> None:
+def test_online_with_mixup_and_ema(config: DistillConfig, tmp_path: Path) -> None:
     run = RunConfig(precision="32-true", ema=0.8)
-    artifact = made(config, tmp_path, signal=TargetsConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run)
-    losses = log(artifact, "cosine_epoch")
+    artifact = distill_artifact(
+        config, tmp_path, targets=TargetsConfig(mode="online", bank=32, mixup=0.4), epochs=6, run=run
+    )
+    losses = read_log(artifact, "cosine_epoch")
     assert losses[-1] < 0.8 * losses[0]
     assert not (tmp_path / "student-views").exists()
 
 
 @pytest.mark.parametrize("method", ["pca", "cosine", "projector"])
 @pytest.mark.parametrize("mode", ["cached", "online"])
-def test_a_smaller_dimension(
+def test_smaller_dimension(
     method: Any, mode: Any, config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    artifact = made(
+    artifact = distill_artifact(
         config,
         tmp_path,
         model=replace(STUDENT, embedding_dim=24),
         dimension=DimensionConfig(method, steps=20),
-        signal=TargetsConfig(mode=mode, views=1, bank=32),
+        targets=TargetsConfig(mode=mode, views=1, bank=32),
     )
     assert artifact.card.embedding is not None
     assert artifact.card.embedding.dim == 24
     assert "dimension:" in capsys.readouterr().err
     assert ("projection.safetensors" in artifact.card.files) == (method != "projector")
     if method != "projector":
-        loss = artifact.card.metrics["projected_teacher_val_recall_at_1"]
-        assert 0 <= loss <= artifact.card.metrics["teacher_val_recall_at_1"] + 0.1
+        recall = artifact.card.metrics["projected_teacher_val_recall_at_1"]
+        assert 0 <= recall <= artifact.card.metrics["teacher_val_recall_at_1"] + 0.1
         assert load_file(artifact.file("projection.safetensors"))["projection"].shape == (256, 24)
     model, _ = load_student(tmp_path / "student")
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 24)
 
 
-def test_an_assistant_gives_the_signal(student: Path, config: DistillConfig, tmp_path: Path) -> None:
+def test_assistant_gives_the_targets(student: Path, config: DistillConfig, tmp_path: Path) -> None:
     small = replace(STUDENT, dim=32, heads=1, mlp_dim=48, embedding_dim=0)
-    artifact = made(config, tmp_path, assistant=str(student), model=small)
+    artifact = distill_artifact(config, tmp_path, assistant=str(student), model=small)
     assert {parent.role for parent in artifact.card.parents} == {"teacher", "assistant", "catalog"}
-    signal = load_artifact(tmp_path / "student-views")
-    assert signal.card.parents[0].sha256 == load_artifact(student).sha256
+    cache = load_artifact(tmp_path / "student-views")
+    assert cache.card.parents[0].sha256 == load_artifact(student).sha256
 
 
-def test_a_start_from_a_larger_student(
+def test_start_from_a_larger_student(
     student: Path, config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    artifact = made(config, tmp_path, start=str(student), model=replace(STUDENT, dim=32, heads=1, mlp_dim=64))
+    artifact = distill_artifact(
+        config, tmp_path, start=str(student), model=replace(STUDENT, dim=32, heads=1, mlp_dim=64)
+    )
     assert {parent.role for parent in artifact.card.parents} == {"teacher", "start", "catalog"}
-    # The stem's first convolutions have a least width, which both reach.
+    # Both stems have the minimum width.
     share = int(capsys.readouterr().err.split("% of the student's parameters are selected")[0].split()[-1])
     assert share > 90
 
 
-def test_a_cache_goes_on_where_it_was_left(
-    teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import student.teacher_cache as signal
-
-    source = load_teacher_model(teacher)
+def test_killed_cache_resumes(teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_teacher_model(load_artifact(teacher))
     training, config = catalog.select(split="train"), TargetsConfig(views=2, shard=24)
-    path, embed = str(tmp_path / "views"), signal._embed_view
+    path, embed = str(tmp_path / "views"), teacher_cache._embed_view
     calls = []
 
-    def counted(*arguments: Any) -> np.ndarray:
+    def embed_four(*arguments: Any) -> np.ndarray:
         if len(calls) == 4:
             raise KeyboardInterrupt
         calls.append(arguments[4].name)
         return embed(*arguments)
 
-    monkeypatch.setattr(signal, "_embed_view", counted)
+    monkeypatch.setattr(teacher_cache, "_embed_view", embed_four)
     with pytest.raises(KeyboardInterrupt):
-        build_teacher_cache(path, source, training, ViewConfig(), config, 0)
+        build_teacher_cache(path, model, training, ViewConfig(), config, 0)
     assert not (tmp_path / "views").exists()
     first, calls = calls, []
-    broken = build_teacher_cache(path, source, training, ViewConfig(), config, 0)
-    assert sorted(first + calls) == sorted({*first, *calls})  # no file twice
+    resumed = build_teacher_cache(path, model, training, ViewConfig(), config, 0)
+    assert sorted(first + calls) == sorted({*first, *calls})  # No file is computed twice.
     assert len(first + calls) == 6
-    monkeypatch.setattr(signal, "_embed_view", embed)
-    whole = build_teacher_cache(str(tmp_path / "whole"), source, training, ViewConfig(), config, 0)
-    assert broken.artifact.card.files == whole.artifact.card.files
+    monkeypatch.setattr(teacher_cache, "_embed_view", embed)
+    unbroken = build_teacher_cache(str(tmp_path / "unbroken"), model, training, ViewConfig(), config, 0)
+    assert resumed.artifact.card.files == unbroken.artifact.card.files
     assert not list(tmp_path.glob("*.run-*"))
 
 
@@ -152,42 +154,43 @@ def arguments(config: DistillConfig) -> list[str]:
     return [*flags, "--run.validate_every", "2", "--run.ema", "0.8"]
 
 
-@pytest.mark.parametrize("asked", [{"views": 2, "bank": 32}, {"mode": "online", "bank": 32, "mixup": 0.5}])
-def test_a_killed_distillation_resumes_to_the_unbroken_result(
-    asked: dict[str, Any], config: DistillConfig, tmp_path: Path
-) -> None:
-    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16", "--signal", json.dumps(asked)]
-    both = interrupt("student distill", flags, tmp_path, epochs=8)
-    assert both.resumed.card.metrics["steps"] == both.unbroken.card.metrics["steps"]
-    assert both.resumed.card.files["model.safetensors"] == both.unbroken.card.files["model.safetensors"]  # bit-equal
-    # The best epoch may have come before the kill: what was trained after it shows in the logs, digit for digit.
+@pytest.mark.parametrize("targets", [{"views": 2, "bank": 32}, {"mode": "online", "bank": 32, "mixup": 0.5}])
+def test_killed_distillation_resumes_bit_equal(targets: dict[str, Any], config: DistillConfig, tmp_path: Path) -> None:
+    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16", "--targets", json.dumps(targets)]
+    runs = interrupt("student distill", flags, tmp_path, epochs=8)
+    assert runs.resumed.card.metrics["steps"] == runs.unbroken.card.metrics["steps"]
+    assert runs.resumed.card.files["model.safetensors"] == runs.unbroken.card.files["model.safetensors"]
+    # The best epoch may precede the kill, so the logs of later epochs are compared too.
     names = ("epoch", "step", "cosine_epoch", "similarity_kl_epoch", "val_recall_at_1", "val_map")
-    with both.unbroken.file("metrics.csv").open() as stream:
-        whole = {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
-    with both.resumed.file("metrics-resumed-1.csv").open() as stream:
-        rest = {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
-    assert {row[0] for row in rest} >= {"6", "7"}
-    assert any(row[2] for row in rest)
-    assert rest <= whole
+    with runs.unbroken.file("metrics.csv").open() as stream:
+        unbroken = {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
+    with runs.resumed.file("metrics-resumed-1.csv").open() as stream:
+        resumed = {tuple(row[name] for name in names) for row in csv.DictReader(stream)}
+    assert {row[0] for row in resumed} >= {"6", "7"}
+    assert any(row[2] for row in resumed)
+    assert resumed <= unbroken
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs: expected 1 or more, got 0"),
-        ({"lr": float("nan")}, "lr: expected 0 to 10, got nan"),
-        ({"seed": -1}, r"seed: -1: give 0 or more"),
-        ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: a student fits on one device"),
-        ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: finishes a trained student"),
-        ({"cache": "a", "output": "./a"}, r"cache: a is the output"),
-        ({"signal": MIXED, "losses": LossConfig(margin=0.1)}, r"signal\.mixup: a mixed image has no one label"),
-        ({"signal": ONLINE, "losses": LOGITS}, r"losses\.logits: .* set signal\.mode to cached"),
-        ({"dimension": DimensionConfig("pca"), "losses": LOGITS}, r"losses\.logits: .* set dimension\.method to none"),
-        ({"unlabelled": ("more",), "losses": LOGITS}, r"losses\.logits: .* leave unlabelled out"),
-        ({"loader": LoaderConfig(1), "losses": LossConfig(affinity=1.0)}, r"loader\.batch_size: 1: affinity relates"),
+        ({"epochs": 0}, r"^epochs: .*0"),
+        ({"lr": float("nan")}, r"^lr: .*nan"),
+        ({"seed": -1}, r"^seed: expected 0 to below 2\^31, got -1"),
+        ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: distillation does not support fsdp"),
+        ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: QAT fine-tunes a trained student"),
+        ({"cache": "a", "output": "./a"}, r"cache: a is also the output"),
+        ({"targets": MIXED, "losses": LossConfig(margin=0.1)}, r"targets\.mixup: a mixed image has no single label"),
+        ({"targets": ONLINE, "losses": LOGITS}, r"losses\.logits: .* Set targets\.mode to cached"),
+        ({"dimension": DimensionConfig("pca"), "losses": LOGITS}, r"losses\.logits: .* Set dimension\.method to none"),
+        ({"unlabelled": ("more",), "losses": LOGITS}, r"losses\.logits: .* Remove unlabelled"),
+        (
+            {"loader": LoaderConfig(1), "losses": LossConfig(affinity=1.0)},
+            r"loader\.batch_size: losses\.affinity needs at least 2",
+        ),
     ],
 )
-def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, config: DistillConfig) -> None:
+def test_wrong_values_are_rejected_by_key(changes: dict[str, Any], message: str, config: DistillConfig) -> None:
     with pytest.raises(UserError, match=message):
         replace(config, **changes)
 
@@ -195,21 +198,24 @@ def test_wrong_values_are_refused_by_key(changes: dict[str, Any], message: str, 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TargetsConfig(mixup=0.2), r"signal\.mixup: a mixed image cannot be looked up: set signal\.mode"),
-        (lambda: TargetsConfig(mode="online", mixup=0.001), r"signal\.mixup: 0\.001: give 0 \(none\), or 0\.05 to"),
-        (lambda: TargetsConfig(views=0), r"signal\.views: expected 1 to"),
-        (lambda: DimensionConfig(steps=0), r"dimension\.steps: expected 1 to"),
-        (lambda: StudentConfig(preset="huge"), r"model\.preset: 'huge': choose from"),  # type: ignore[arg-type]
+        (lambda: TargetsConfig(mixup=0.2), r"targets\.mixup: the cache holds no mixed images"),
+        (
+            lambda: TargetsConfig(mode="online", mixup=0.001),
+            r"targets\.mixup: expected 0 \(off\) or 0\.05 to 100, got 0\.001",
+        ),
+        (lambda: TargetsConfig(views=0), r"^targets\.views: .*0"),
+        (lambda: DimensionConfig(steps=0), r"^dimension\.steps: .*0"),
+        (lambda: StudentConfig(preset="huge"), r"model\.preset: expected one of .*, got 'huge'"),  # type: ignore[arg-type]
     ],
 )
-def test_wrong_parts_are_refused_by_key(make: Any, message: str) -> None:
+def test_wrong_sections_are_rejected_by_key(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_nothing_finished_is_harmed(student: Path, config: DistillConfig, teacher: Path) -> None:
+def test_bad_input_keeps_the_finished_student(student: Path, config: DistillConfig, teacher: Path) -> None:
     before = load_artifact(student).sha256
-    with pytest.raises(UserError, match="is the start and would be replaced"):
+    with pytest.raises(UserError, match="is also the start"):
         distill(replace(config, output=str(student), start=str(student), epochs=1))
     with pytest.raises(UserError, match="model.embedding_dim: 300 is more than the teacher's 256"):
         distill(replace(config, model=replace(STUDENT, embedding_dim=300), dimension=DimensionConfig("pca"), epochs=1))
@@ -224,14 +230,14 @@ def test_nothing_finished_is_harmed(student: Path, config: DistillConfig, teache
         ({"run": RunConfig(tracker="wandb")}, r"run\.tracker: wandb is not installed"),
         (
             {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=200)},
-            r"model\.embedding_dim: 200 directions cannot be fitted on 64",
+            r"model\.embedding_dim: the embeddings give at most 64 directions, got 200",
         ),
-        ({"unlabelled": ("nowhere",)}, r"unlabelled: nowhere: .*: name a folder of images"),
+        ({"unlabelled": ("nowhere",)}, r"unlabelled: no catalogue of nowhere .*\. Use a folder of images"),
     ],
 )
-@pytest.mark.parametrize("dry", [False, True])
-def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked(
-    dry: bool,
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_bad_settings_are_rejected_before_caching(
+    dry_run: bool,
     changes: dict[str, Any],
     message: str,
     config: DistillConfig,
@@ -240,78 +246,106 @@ def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked(
 ) -> None:
     monkeypatch.setattr("vpr.training.loggers.importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
-        distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": dry, **changes}))
+        distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": dry_run, **changes}))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_that_is_something_else_is_refused_at_once(config: DistillConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds a teacher artifact, a views would replace it"):
+def test_cache_of_another_kind_is_rejected(config: DistillConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a teacher artifact"):
         distill(replace(config, output=str(tmp_path / "s"), cache=config.teacher))
 
 
-def test_a_file_that_was_cut_short_is_made_again(
+def test_truncated_cache_file_is_recomputed(
     teacher: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = load_teacher_model(teacher)
-    training, chosen = catalog.select(split="train"), TargetsConfig(views=2)
-    embed, calls = signal._embed_view, []
+    model = load_teacher_model(load_artifact(teacher))
+    training, config = catalog.select(split="train"), TargetsConfig(views=2)
+    embed, calls = teacher_cache._embed_view, []
 
-    def once(*arguments: Any) -> np.ndarray:
+    def embed_once(*arguments: Any) -> np.ndarray:
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
         return embed(*arguments)
 
-    monkeypatch.setattr(signal, "_embed_view", once)
+    monkeypatch.setattr(teacher_cache, "_embed_view", embed_once)
     with pytest.raises(KeyboardInterrupt):
-        build_teacher_cache(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
+        build_teacher_cache(str(tmp_path / "views"), model, training, ViewConfig(), config, 0)
     (finished,) = tmp_path.glob("views.run-*/view-*.npy")
     finished.write_bytes(finished.read_bytes()[:5000])
-    monkeypatch.setattr(signal, "_embed_view", embed)
-    again = build_teacher_cache(str(tmp_path / "views"), source, training, ViewConfig(), chosen, 0)
-    whole = build_teacher_cache(str(tmp_path / "whole"), source, training, ViewConfig(), chosen, 0)
-    assert again.artifact.card.files == whole.artifact.card.files
+    monkeypatch.setattr(teacher_cache, "_embed_view", embed)
+    repaired = build_teacher_cache(str(tmp_path / "views"), model, training, ViewConfig(), config, 0)
+    unbroken = build_teacher_cache(str(tmp_path / "unbroken"), model, training, ViewConfig(), config, 0)
+    assert repaired.artifact.card.files == unbroken.artifact.card.files
 
 
-def test_other_processes_wait_for_the_very_cache(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
-    """They go by configuration and parents: a stale cache of another teacher may lie there still."""
-    source = load_teacher_model(teacher)
+def test_cache_is_identified_by_config_and_parents(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    """Processes wait for their cache; the folder may hold a stale cache of another teacher."""
+    model = load_teacher_model(load_artifact(teacher))
     training, path = catalog.select(split="train"), str(tmp_path / "views")
-    found = build_teacher_cache(path, source, training, ViewConfig(), TargetsConfig(views=1), 0).artifact
-    config = {**found.card.config, "views": asdict(ViewConfig())}  # tuples, which the card has as lists
-    assert is_written(path, config, found.card.parents)
-    assert not is_written(path, {**config, "seed": 1}, found.card.parents)
-    assert not is_written(path, config, [source.artifact.as_parent("other")])
-    assert not is_written(str(tmp_path / "none"), config, found.card.parents)
+    artifact = build_teacher_cache(path, model, training, ViewConfig(), TargetsConfig(views=1), 0).artifact
+    config = {**artifact.card.config, "views": asdict(ViewConfig())}  # The card has lists instead of tuples.
+    assert is_written(path, config, artifact.card.parents)
+    assert not is_written(path, {**config, "seed": 1}, artifact.card.parents)
+    assert not is_written(path, config, [model.artifact.as_parent("other")])
+    assert not is_written(str(tmp_path / "none"), config, artifact.card.parents)
     (tmp_path / "none").mkdir()
-    for half in ("[]", "{}", "[" * 100_000):
-        (tmp_path / "none" / "card.json").write_text(half)
-        assert not is_written(str(tmp_path / "none"), config, found.card.parents)
+    for broken in ("[]", "{}", "[" * 100_000):
+        (tmp_path / "none" / "card.json").write_text(broken)
+        assert not is_written(str(tmp_path / "none"), config, artifact.card.parents)
 
 
-def test_an_unknown_start_is_passed_on(config: DistillConfig, teacher: Path, tmp_path: Path) -> None:
+def test_unverified_init_is_inherited(config: DistillConfig, teacher: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(teacher, tmp_path / "teacher")
     card = json.loads((tmp_path / "teacher" / "card.json").read_text())
     card["catalog"]["start"] = "pretrained may have seen what is scored"
     (tmp_path / "teacher" / "card.json").write_text(json.dumps(card))
-    artifact = made(replace(config, teacher=str(tmp_path / "teacher")), tmp_path)
+    artifact = distill_artifact(replace(config, teacher=str(tmp_path / "teacher")), tmp_path)
     assert artifact.card.catalog is not None
     assert artifact.card.catalog["start"] == "pretrained may have seen what is scored"
 
 
-def test_a_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert distill(replace(config, output=str(tmp_path / "s"), dry_run=True)) is None
     assert list(tmp_path.iterdir()) == []
     err = capsys.readouterr().err
-    assert "is asked 192 times, then cached in" in err
+    assert "teacher cache: 192 forward passes" in err
     assert "dry run: one step taken, nothing written" in err
 
 
-def test_an_epoch_is_measured_as_it_is_trained(config: DistillConfig, tmp_path: Path) -> None:
-    epoch, own, ratio = (figure.value for figure in epoch_figures(config, tmp_path, "command"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"losses": LOGITS},
+        {"losses": LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0)},
+        {"targets": MIXED, "model": replace(STUDENT, image_size=48)},
+        {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=24)},
+        {"dimension": DimensionConfig("projector"), "model": replace(STUDENT, embedding_dim=24)},
+    ],
+    ids=["logits", "labels", "online", "pca", "projector"],
+)
+def test_dry_run_takes_a_step_in_every_mode(
+    changes: dict[str, Any], config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    batches = []
+    step = StudentModule.training_step
+
+    def count_step(module: StudentModule, batch: dict[str, Tensor], number: int) -> Tensor:
+        batches.append(batch["rows"].tolist())
+        return step(module, batch, number)
+
+    monkeypatch.setattr(StudentModule, "training_step", count_step)
+    assert distill(replace(config, **{"output": str(tmp_path / "s"), "dry_run": True, **changes})) is None
+    assert batches == [[0, 63]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_epoch_time_is_measured(config: DistillConfig, tmp_path: Path) -> None:
+    epoch, passes, ratio = (figure.value for figure in epoch_figures(config, tmp_path, "command"))
     assert epoch is not None
-    assert own is not None
-    assert ratio == pytest.approx(epoch / own)
-    assert min(epoch, own) > 0
+    assert passes is not None
+    assert ratio == pytest.approx(epoch / passes)
+    assert min(epoch, passes) > 0

@@ -20,14 +20,14 @@ RECIPES = Path(__file__).parents[2] / "student/recipes"
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
-def test_every_recipe_is_read(recipe: str) -> None:
+def test_recipe_is_read(recipe: str) -> None:
     arguments = ["--config", str(RECIPES / recipe), "--teacher", "t", "--catalog", "c", "--output", "o"]
     assert isinstance(read_config(DistillConfig, "student distill", arguments), DistillConfig)
 
 
 @pytest.fixture(scope="module")
 def vit_h_14(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher artifact of the real tower with random weights."""
+    """Write a teacher artifact of the full tower with random weights."""
     config = TowerConfig("ViT-H-14", "")
     tower = read_tower(config.name)
     model, preprocess = build_teacher(config, tower, load_pretrained=False)
@@ -41,28 +41,29 @@ def vit_h_14(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More training images than the recipes' students have dimensions."""
+    """Build a catalogue with more training images than the students have dimensions."""
     return build_catalog(CatalogConfig("sample", str(tmp_path_factory.mktemp("sample") / "catalog")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "told"), [("small-from-h14", "256 dim"), ("tiny-from-h14", "128 dim")])
-def test_the_h14_recipes_take_a_step(
+@pytest.mark.parametrize(("recipe", "dim"), [("small-from-h14", 256), ("tiny-from-h14", 128)])
+def test_h14_recipe_takes_a_step(
     recipe: str,
-    told: str,
+    dim: int,
     vit_h_14: Path,
     sample: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In dry mode: the whole teacher, the student, one forward and backward pass."""
+    """Train for one step in a dry run, with the full teacher and student."""
     arguments = ["--config", str(RECIPES / f"{recipe}.yaml"), "--teacher", str(vit_h_14), "--dry_run", "true"]
     arguments += ["--catalog", str(sample), "--output", str(tmp_path / "student")]
     assert distill(read_config(DistillConfig, "student distill", arguments)) is None
     lines = capsys.readouterr().err
-    assert told in lines
-    # 12 views: each file is a header of 128 bytes and 1024 float16 of each image.
+    assert f"{dim} dimensions" in lines
+    # Each of 12 views is a file with a header of 128 bytes and 1024 float16 for each image.
     images = len(load_catalog(sample).select(split="train"))
-    assert f"is asked {12 * images} times, then cached in {12 * (128 + images * 1024 * 2)} bytes" in lines
+    megabytes = 12 * (128 + images * 1024 * 2) / 1e6
+    assert f"teacher cache: {12 * images} forward passes of teacher, {megabytes:.1f} MB" in lines
     assert "one step taken, nothing written" in lines
     assert list(tmp_path.iterdir()) == []

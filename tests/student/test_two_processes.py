@@ -13,13 +13,13 @@ from tests.student.conftest import STUDENT
 
 
 @pytest.mark.slow
-def test_the_command_distils_the_same_in_two_processes(config: DistillConfig, tmp_path: Path) -> None:
-    """``vpr student distill`` under torchrun, the cache shared, against one process."""
-    # Without the stem's batch norms, which see a process's own batch.
+def test_two_processes_train_the_same_student(config: DistillConfig, tmp_path: Path) -> None:
+    """Compare ``vpr student distill`` under torchrun, with a shared cache, to one process."""
+    # The convolutional stem has batch norms, which see the batch of one process only.
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
     arguments = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
     arguments += ["--model", json.dumps({**shape, "stem": "patch"}), "--epochs", "6", "--run.ema", "0.8"]
-    arguments += ["--signal.views", "2", "--signal.bank", "32", "--signal.shard", "24"]
+    arguments += ["--targets.views", "2", "--targets.bank", "32", "--targets.shard", "24"]
     one = train_spread(arguments, tmp_path / "one", 1, 16, verb="student distill")
     two = train_spread(arguments, tmp_path / "two", 2, 16, "ddp", verb="student distill")
     assert len(one.losses) >= 2

@@ -19,8 +19,8 @@ from vpr.data.config import CatalogConfig
 
 
 @pytest.fixture
-def more(catalog: Catalog, tmp_path: Path) -> Path:
-    """Six new images, a scored one, and a scored one saved again a little smaller."""
+def image_folder(catalog: Catalog, tmp_path: Path) -> Path:
+    """Write six new images, a scored one, and a smaller copy of another scored one."""
     folder, rng = tmp_path / "more", np.random.default_rng(7)
     folder.mkdir()
     for number in range(6):
@@ -33,10 +33,10 @@ def more(catalog: Catalog, tmp_path: Path) -> Path:
     return folder
 
 
-def test_scored_images_are_left_out(catalog: Catalog, more: Path, tmp_path: Path) -> None:
+def test_scored_images_are_left_out(catalog: Catalog, image_folder: Path, tmp_path: Path) -> None:
     training = catalog.select(split="train")
     scored = [catalog.select(split="validation"), catalog.select(split="test")]
-    joined, summary, parents = add_unlabelled(training, scored, (str(more),), str(tmp_path / "student"))
+    joined, summary, parents = add_unlabelled(training, scored, (str(image_folder),), str(tmp_path / "student"))
     assert len(joined) == len(training) + 6
     assert summary["unlabelled"]["left_out"] == 2
     assert joined.products[: len(training)].tolist() == training.products.tolist()
@@ -45,44 +45,42 @@ def test_scored_images_are_left_out(catalog: Catalog, more: Path, tmp_path: Path
     assert [parent.role for parent in parents] == ["unlabelled"]
 
 
-def test_a_student_learns_from_them_without_labels(
-    config: DistillConfig, catalog: Catalog, more: Path, tmp_path: Path
+def test_student_learns_from_unlabelled_images(
+    config: DistillConfig, catalog: Catalog, image_folder: Path, tmp_path: Path
 ) -> None:
     losses = replace(config.losses, margin=0.1)
-    chosen = replace(
+    config = replace(
         config,
         output=str(tmp_path / "s"),
-        unlabelled=(str(more),),
+        unlabelled=(str(image_folder),),
         epochs=1,
-        signal=TargetsConfig(views=1),
+        targets=TargetsConfig(views=1),
         losses=losses,
     )
-    artifact = load_artifact(distill(chosen))  # type: ignore[arg-type]
+    artifact = load_artifact(distill(config))  # type: ignore[arg-type]
     assert artifact.card.catalog is not None
     assert artifact.card.catalog["unlabelled"]["images"] == 6
     assert {parent.role for parent in artifact.card.parents} == {"teacher", "catalog", "unlabelled"}
-    signal = load_artifact(tmp_path / "s-views")
-    assert np.load(signal.file("view-0000-shard-00000.npy")).shape == (64 + 6, 256)
+    cache = load_artifact(tmp_path / "s-views")
+    assert np.load(cache.file("view-0000-shard-00000.npy")).shape == (64 + 6, 256)
 
 
-def test_folders_and_catalogues_of_products_are_told_apart(
-    catalog: Catalog, more: Path, tmp_path: Path, texture_folder: Path
-) -> None:
+def test_other_inputs_are_rejected(catalog: Catalog, image_folder: Path, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     training = catalog.select(split="train")
-    with pytest.raises(UserError, match="is a catalogue of products: build one with --reader images"):
+    with pytest.raises(UserError, match="is a catalogue of products. Build one with `--reader images`"):
         add_unlabelled(training, [], (str(catalog.artifact.path),), str(tmp_path / "s"))
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match="unlabelled: no catalogue of .*nowhere"):
         add_unlabelled(training, [], (str(tmp_path / "nowhere"),), str(tmp_path / "s"))
 
 
-def test_the_reader_takes_images_of_all_folders(more: Path, tmp_path: Path) -> None:
-    (more / "deeper").mkdir()
-    shutil.copyfile(more / "0.png", more / "deeper" / "another.png")
-    (more / "notes.txt").write_text("no image")
-    path = build_catalog(CatalogConfig("images", str(tmp_path / "c"), str(more)))
+def test_images_reader_takes_all_folders(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "deeper").mkdir()
+    shutil.copyfile(image_folder / "0.png", image_folder / "deeper" / "another.png")
+    (image_folder / "notes.txt").write_text("no image")
+    path = build_catalog(CatalogConfig("images", str(tmp_path / "c"), str(image_folder)))
     catalog = load_catalog(path)
     names = catalog.table["image"].to_pylist()
-    assert len(names) in (8, 9)  # the repeated one may be set aside
+    assert len(names) in (8, 9)  # A repeated image may be set aside.
     assert set(catalog.table["source"].to_pylist()) == {"unlabelled"}
     assert set(catalog.table["split"].to_pylist()) == {"train"}

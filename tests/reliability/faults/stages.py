@@ -65,7 +65,7 @@ STAGES = (
         "student",
         "student distill",
         (*_TRAINING, "--teacher", "{teacher}", "--model", json.dumps(_STUDENT), "--model.embedding_dim", "16")
-        + ("--signal.views", "2", "--signal.shard", "8", "--dimension.method", "pca", "--epochs", "5"),
+        + ("--targets.views", "2", "--targets.shard", "8", "--dimension.method", "pca", "--epochs", "5"),
     ),
     Stage("embeddings", "student embed", ("--catalog", "{catalog}", *_EMBED)),
     Stage("shard-embeddings", "student embed", ("--catalog", "{shards}", *_EMBED)),

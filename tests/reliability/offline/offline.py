@@ -47,7 +47,7 @@ ROAD = (
     "teacher soup --models [teacher,other] --catalog catalog --output soup",
     "teacher embed --model teacher --catalog catalog --output teacher-embeddings",
     "teacher runs --folder .",
-    f"student distill --model {_VIT} --epochs 1 --signal.views 1 {_LOADER} --teacher teacher --catalog catalog"
+    f"student distill --model {_VIT} --epochs 1 --targets.views 1 {_LOADER} --teacher teacher --catalog catalog"
     " --output student",
     "student embed --model student --catalog catalog --split test --output embeddings",
     "export onnx --student student --images 8 --output fp32",

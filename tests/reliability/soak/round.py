@@ -76,7 +76,7 @@ def _write_part(sample: Path) -> None:
 
 
 def _distil(made: Path, output: Path) -> None:
-    model, signal = StudentConfig("sample", stem="conv"), TargetsConfig(views=1)
+    model, targets = StudentConfig("sample", stem="conv"), TargetsConfig(views=1)
     teacher, catalog = str(made / "teacher"), str(made / "catalog")
     loader = LoaderConfig(_BATCH, keep_in_memory=True)
-    distill(DistillConfig(teacher, catalog, str(output), model=model, signal=signal, epochs=1, loader=loader))
+    distill(DistillConfig(teacher, catalog, str(output), model=model, targets=targets, epochs=1, loader=loader))
