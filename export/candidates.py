@@ -12,7 +12,7 @@ from typing import Literal
 import onnx
 
 from export.backends.openvino_session import openvino_forward
-from export.config import TARGETS, EngineConfig, TimedBy
+from export.config import TARGETS, EngineConfig, TimingBackend
 from export.fp16 import to_fp16
 from export.tensorrt.bindings import Backend, choose_backend, this_gpu
 from export.tensorrt.build import build_engine
@@ -82,7 +82,7 @@ class CandidateRunner:
         )
 
 
-def resolve_timing_backend(by: TimedBy) -> Literal["openvino"] | Backend:
+def resolve_timing_backend(by: TimingBackend) -> Literal["openvino"] | Backend:
     """``auto`` is an engine where there is an NVIDIA GPU, by the builder that is installed, else OpenVINO."""
     if by == "auto":
         return choose_backend("auto") if read_gpus()[0] else "openvino"

@@ -65,9 +65,9 @@ class OnnxConfig:
 
 Recipe = Literal["linear", "full-mha", "full"]
 
-Format = Literal["int8", "fp8"]
+QuantDtype = Literal["int8", "fp8"]
 
-TimedBy = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
+TimingBackend = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class Int8Config:
         base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
             computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
             slower than without quantisation over ``fp16``.
-        keep: layers whose names begin with one of these stay in the base precision. None keeps the first and the
+        exclude_layers: layers whose names begin with one of these stay in the base precision. None keeps the first and the
             last product with weights, or what a student's finishing kept.
         recipe: ``linear`` leaves attention and convolutions in the base precision, ``full-mha`` quantises attention's
             products too, ``full`` also a stem's convolutions. None is ``linear``, and ``full`` where a budget decides.
-        number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
+        dtype: ``int8``, or ``fp8`` (E4M3) is for Ada and Hopper GPUs.
         max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
-            that ``keep`` does not name.
+            that ``exclude_layers`` does not name.
         catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
         timing_backend: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
             else OpenVINO on this CPU.
@@ -100,12 +100,12 @@ class Int8Config:
     ranges: str
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
-    keep: tuple[str, ...] | None = None
+    exclude_layers: tuple[str, ...] | None = None
     recipe: Recipe | None = None
-    number: Format = "int8"
+    dtype: QuantDtype = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""
-    timing_backend: TimedBy = "auto"
+    timing_backend: TimingBackend = "auto"
     batch: int = 1
     seconds: float = 2.0
     threads: int = 0

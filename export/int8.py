@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from calibration.onnx_layers import linear_nodes, weighted_nodes
 from calibration.smoothquant import smooth
 from export.candidates import CandidateRunner, resolve_timing_backend
-from export.config import Format, Int8Config, Recipe
+from export.config import QuantDtype, Int8Config, Recipe
 from export.fp16 import to_fp16
 from export.mixed_precision import Budget, search_mixed_precision
 from export.qdq import quantise, quantised_nodes
@@ -47,9 +47,9 @@ class Calibrated:
     thresholds: dict[str, float]
     corrections: dict[str, NDArray[np.float32]]
 
-    def quantise(self, layers: Collection[str], number: Format) -> onnx.ModelProto:
+    def quantise(self, layers: Collection[str], dtype: QuantDtype) -> onnx.ModelProto:
         """The FP32 graph with these layers quantised; itself with none."""
-        return quantise(self.graph, self.thresholds, layers, number, self.corrections) if layers else self.graph
+        return quantise(self.graph, self.thresholds, layers, dtype, self.corrections) if layers else self.graph
 
 
 def export_int8(config: Int8Config) -> Path:
@@ -66,19 +66,19 @@ def export_int8(config: Int8Config) -> Path:
     parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
     validation = load_catalog(config.catalog).select(split="validation") if config.catalog else None
     parents += [] if validation is None else validation.as_parents()
-    values = {**config_to_json(config), "precision": config.number}
+    values = {**config_to_json(config), "precision": config.dtype}
     if find_up_to_date(config.output, "onnx", values, parents):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
     finished = _finished_keep(model, ranges)
     recipe: Recipe = config.recipe or ("linear" if validation is None else "full")
-    layers = _allowed(calibrated.graph, finished if config.keep is None else config.keep, recipe)
+    layers = _allowed(calibrated.graph, finished if config.exclude_layers is None else config.exclude_layers, recipe)
     wide = model.names("fp32_nodes")
     decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)
     if decision is not None:
         layers = decision["quantised"]
-    quantised = calibrated.quantise(layers, config.number)
+    quantised = calibrated.quantise(layers, config.dtype)
     if config.base == "fp16":
         quantised = to_fp16(quantised, wide)
     left = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
@@ -87,7 +87,7 @@ def export_int8(config: Int8Config) -> Path:
         onnx.save(quantised, draft.path / "model.onnx")
         fill_graph_card(draft, model, quantised)
         draft.metrics = {
-            "precision": config.number if set(usual) <= set(layers) else f"{config.number}-mixed",
+            "precision": config.dtype if set(usual) <= set(layers) else f"{config.dtype}-mixed",
             "quantised": layers,
             "kept": left,
             "fp32_nodes": list(wide),
@@ -96,7 +96,7 @@ def export_int8(config: Int8Config) -> Path:
         if decision is not None:
             (draft.path / "decision.json").write_text(json.dumps(decision, indent=1), encoding="utf-8")
             draft.metrics |= {key: decision[key] for key in ("met", "drop", "drop_interval", "latency_ms")}
-    kind = f"{config.number.upper()} over {config.base.upper()}"
+    kind = f"{config.dtype.upper()} over {config.base.upper()}"
     log.info(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
     return Path(config.output)
 
@@ -126,7 +126,7 @@ def _decide(
     )
     return search_mixed_precision(
         calibrated.graph,
-        partial(calibrated.quantise, number=config.number),
+        partial(calibrated.quantise, dtype=config.dtype),
         layers,
         [[node.name for node in some(calibrated.graph)] for some in (weighted_nodes, linear_nodes)],
         validation,
@@ -156,7 +156,7 @@ def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> Non
             f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
         )
     finished = _finished_keep(model, ranges)
-    if finished is not None and config.keep not in (None, finished):
+    if finished is not None and config.exclude_layers not in (None, finished):
         raise UserError(f"keep: the student was finished with [{', '.join(finished)}] kept: give the same or none")
 
 

@@ -24,7 +24,7 @@ from calibration.onnx_layers import (
     replace_constant,
     weighted_nodes,
 )
-from export.config import Format, Recipe
+from export.config import QuantDtype, Recipe
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
 from vpr.inference.onnx_graph import reraise_as_graph_error
@@ -38,7 +38,7 @@ def quantise(
     graph: onnx.ModelProto,
     thresholds: Mapping[str, float],
     layers: Collection[str],
-    number: Format = "int8",
+    dtype: QuantDtype = "int8",
     corrections: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
     """A copy of an FP32 graph with Q/DQ before each of some layers.
@@ -47,7 +47,7 @@ def quantise(
         graph: FP32.
         thresholds: magnitude that maps to the largest number, by the name of a tensor.
         layers: nodes to quantise, of :func:`quantised_nodes`.
-        number: of eight bits: ``fp8`` is E4M3, for Ada and Hopper GPUs.
+        dtype: ``int8``, or ``fp8``: E4M3, for Ada and Hopper GPUs.
         corrections: by the module of a linear, what is taken from its bias where it is quantised.
 
     Raises:
@@ -68,12 +68,12 @@ def quantise(
             if name not in thresholds:
                 raise UserError(f"ranges: no range for '{name}', an input of '{node.name}': calibrate this graph again")
             if name not in done:
-                done[name] = _quantise_activation(body, name, thresholds[name], pairs, number)
+                done[name] = _quantise_activation(body, name, thresholds[name], pairs, dtype)
             node.input[position] = done[name]
         if node.name in weighted:
             weight = node.input[1]
             if weight not in done:
-                done[weight] = _quantise_weight(body, weights[weight], channel_axis(node), pairs, number)
+                done[weight] = _quantise_weight(body, weights[weight], channel_axis(node), pairs, dtype)
             node.input[1] = done[weight]
     _put_before(body, before)
     onnx.checker.check_model(model)
@@ -148,10 +148,10 @@ def _correct(model: onnx.ModelProto, corrections: Mapping[str, NDArray[np.float3
 
 
 def _quantise_activation(
-    body: onnx.GraphProto, name: str, limit: float, pairs: list[onnx.NodeProto], number: Format
+    body: onnx.GraphProto, name: str, limit: float, pairs: list[onnx.NodeProto], dtype: QuantDtype
 ) -> str:
-    scale = activation_scale(limit, LEVELS if number == "int8" else _FP8_LARGEST)
-    zero = np.array(0, np.int8 if number == "int8" else _FP8)
+    scale = activation_scale(limit, LEVELS if dtype == "int8" else _FP8_LARGEST)
+    zero = np.array(0, np.int8 if dtype == "int8" else _FP8)
     body.initializer.append(numpy_helper.from_array(np.array(scale), f"{name}_scale"))
     body.initializer.append(numpy_helper.from_array(zero, f"{name}_zero"))
     quantisation = [f"{name}_scale", f"{name}_zero"]
@@ -161,18 +161,18 @@ def _quantise_activation(
 
 
 def _quantise_weight(
-    body: onnx.GraphProto, tensor: onnx.TensorProto, axis: int, pairs: list[onnx.NodeProto], number: Format
+    body: onnx.GraphProto, tensor: onnx.TensorProto, axis: int, pairs: list[onnx.NodeProto], dtype: QuantDtype
 ) -> str:
     name, matrix = tensor.name, numpy_helper.to_array(tensor)
-    if number == "int8":
+    if dtype == "int8":
         values, scale = quantise_per_channel(matrix, axis)
     else:
         scale = weight_scales(matrix, axis, _FP8_LARGEST)
         steps = matrix / _along(scale, axis, matrix.ndim)
         values = np.clip(steps, -_FP8_LARGEST, _FP8_LARGEST).astype(_FP8)
-    body.initializer.append(numpy_helper.from_array(values, f"{name}_{number}"))
+    body.initializer.append(numpy_helper.from_array(values, f"{name}_{dtype}"))
     body.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
     body.initializer.append(numpy_helper.from_array(np.zeros(len(scale), values.dtype), f"{name}_zero"))
-    inputs = [f"{name}_{number}", f"{name}_scale", f"{name}_zero"]
+    inputs = [f"{name}_{dtype}", f"{name}_scale", f"{name}_zero"]
     pairs.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}/DQ", axis=axis))
     return f"{name}_dq"

@@ -51,7 +51,7 @@ def export_graphs(student: TrainedStudent) -> dict[str, Path]:
         "fp16-opset20": plain("fp16-opset20", "fp16", 20),
         "int8": eight("int8"),
         "int8-full-mha": eight("int8-full-mha", recipe="full-mha"),
-        "fp8": eight("fp8", number="fp8"),
+        "fp8": eight("fp8", dtype="fp8"),
     }
 
 

@@ -19,7 +19,7 @@ from calibration.activation_stats import measure_activations
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from calibration.onnx_layers import attention_nodes
-from export.config import EngineConfig, Format, Int8Config, Recipe
+from export.config import EngineConfig, QuantDtype, Int8Config, Recipe
 from export.fp16 import to_fp16
 from export.int8 import export_int8
 from export.parity import parity
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small data": {"family": "small-data"},
     "registers and mean": {"registers": 4, "pool": "mean"},
 }
-# Largest drop of the smallest cosine, by the recipe and the number of eight bits.
+# Largest drop of the smallest cosine, by the recipe and the dtype of eight bits.
 QUANTISED = {
     ("linear", "int8"): 0.01,
     ("full-mha", "int8"): 0.02,
@@ -98,39 +98,39 @@ def test_float_graphs_build_and_compute_what_pytorch_does(shape: str, opset: int
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize(("recipe", "number"), QUANTISED)
-def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, number: Format) -> None:
+@pytest.mark.parametrize(("recipe", "dtype"), QUANTISED)
+def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, dtype: QuantDtype) -> None:
     traced = _traced(shape, opset)
     layers = quantised_nodes(traced.graph, (), recipe)
-    quantised = quantise(traced.graph, traced.thresholds, layers, number)
+    quantised = quantise(traced.graph, traced.thresholds, layers, dtype)
     tensors = len({name for names in layers.values() for name in names})
     for made in (quantised, to_fp16(quantised)):
-        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < QUANTISED[recipe, number]
-        assert _build(made, CONFIG if number == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
+        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < QUANTISED[recipe, dtype]
+        assert _build(made, CONFIG if dtype == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
 
 
-@pytest.mark.parametrize("number", ["int8", "fp8"])
-def test_what_a_budget_may_choose_builds(number: Format) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_what_a_budget_may_choose_builds(dtype: QuantDtype) -> None:
     """One linear alone, one attention alone, all but the first block."""
     traced = _traced("patches", 23)
     every = quantised_nodes(traced.graph, (), "full-mha")
     alone = [[next(name for name in every if name.endswith(kind))] for kind in ("MatMul", "Attention")]
     later = [name for name in every if not name.startswith("vit.transformer.layers.0")]
     for some in (*alone, later):
-        made = to_fp16(quantise(traced.graph, traced.thresholds, some, number))
-        layers = _build(made, CONFIG if number == "int8" else FP8_CONFIG)
+        made = to_fp16(quantise(traced.graph, traced.thresholds, some, dtype))
+        layers = _build(made, CONFIG if dtype == "int8" else FP8_CONFIG)
         assert layers["QUANTIZE"] == len({name for one in some for name in every[one]})
 
 
-@pytest.mark.parametrize("number", ["int8", "fp8"])
-def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, number: Format, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, dtype: QuantDtype, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     config = CalibrateConfig(str(fp32), str(catalog.artifact.path), str(tmp_path / "ranges"), count=16)
     ranges = calibrate(replace(config, smooth=True, correct=True))
     written = load_file(ranges / "adjustments.safetensors")
     assert {name.partition(":")[0] for name in written} == {"smooth", "bias"}
-    made = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"), number=number))
-    layers = _build(load_onnx(made)[0], CONFIG if number == "int8" else FP8_CONFIG)
+    made = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"), dtype=dtype))
+    layers = _build(load_onnx(made)[0], CONFIG if dtype == "int8" else FP8_CONFIG)
     assert layers["QUANTIZE"] == len(quantised_nodes(load_onnx(fp32)[0]))
 
 
@@ -145,6 +145,6 @@ def test_every_preset_builds(preset: Preset, family: Literal["vit", "small-data"
     graph = trace(model, size, 23)
     thresholds, linears = _thresholds(graph, size), quantised_nodes(graph)
     assert _build(to_fp16(graph))["ATTENTION_INPUT"] == model.config.depth
-    for number, config in (("int8", CONFIG), ("fp8", FP8_CONFIG)):
-        made = to_fp16(quantise(graph, thresholds, linears, number))
+    for dtype, config in (("int8", CONFIG), ("fp8", FP8_CONFIG)):
+        made = to_fp16(quantise(graph, thresholds, linears, dtype))
         assert _build(made, config)["QUANTIZE"] == len({names[0] for names in linears.values()})

@@ -258,7 +258,7 @@ def test_ranges_of_another_graph_are_refused(student_artifact: Path, ranges: Pat
 
 def test_nothing_left_to_quantise_is_refused(graph: onnx.ModelProto, fp32: Path, ranges: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leaves nothing to quantise"):
-        export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), keep=("vit",)))
+        export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), exclude_layers=("vit",)))
     assert not (tmp_path / "int8").exists()
     with pytest.raises(UserError, match="calibrate this graph again"):
         quantise(graph, {}, quantised_nodes(graph))

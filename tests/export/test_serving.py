@@ -224,7 +224,7 @@ def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> 
 
 
 def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
-    mixed = Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", keep=("vit.transformer.layers.0",))
+    mixed = Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", exclude_layers=("vit.transformer.layers.0",))
     int8 = export_int8(mixed)
     assert load_artifact(int8).card.metrics["precision"] == "int8-mixed"
     output = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving")))
@@ -299,7 +299,7 @@ def test_a_real_tensorrt_rtx_engine_is_refused(graph: Path, ranges: Path, galler
 def test_a_graph_that_onnx_runtime_does_not_load_is_refused(
     graph: Path, ranges: Path, gallery: Path, tmp_path: Path
 ) -> None:
-    fp8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "fp8"), base="fp32", number="fp8"))
+    fp8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "fp8"), base="fp32", dtype="fp8"))
     with pytest.raises(UserError, match=r"fp8: ONNX Runtime does not load it .*: build an engine from it"):
         export_serving(ServingConfig(str(fp8), str(gallery), str(tmp_path / "serving")))
 

@@ -122,7 +122,7 @@ def test_the_export_keeps_what_the_finishing_kept(finished: Path, tmp_path: Path
     with pytest.raises(
         UserError, match=r"keep: the student was finished with \[vit\.to_patch_embedding, vit\.mlp_head\]"
     ):
-        export_int8(Int8Config(str(finished.parent / "after"), ranges, str(tmp_path / "int8"), keep=more))
+        export_int8(Int8Config(str(finished.parent / "after"), ranges, str(tmp_path / "int8"), exclude_layers=more))
 
 
 def test_wrong_ranges_are_refused(quantised: Path, config: DistillConfig, tmp_path: Path) -> None:
