@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from export.backends.registry import BACKENDS, NAMES, BackendUnavailable, choose_backends, models_of
-from export.config import OnnxConfig
+from export.backends.registry import BACKENDS, BackendUnavailable, choose_backends, models_of
+from export.config import BACKEND_NAMES, OnnxConfig
 from export.to_onnx import export_onnx
 from vpr.common.errors import UserError
 from vpr.inference import onnx_session as runtime
@@ -46,13 +46,13 @@ def test_a_provider_that_the_build_lacks_is_a_reason(monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_wanting_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: GPU)
+    monkeypatch.setattr("export.backends.base.read_gpus", lambda: GPU)
     monkeypatch.setitem(sys.modules, "pycuda", None)
     reason = BY_NAME["tensorrt-rtx"].missing()
     assert reason is not None
     assert "pycuda" in reason
     assert "requirements-gpu.txt" in reason
-    monkeypatch.setattr("export.backends.runtimes.rtx_devices", list)
+    monkeypatch.setattr("export.backends.onnx_runtime.rtx_devices", list)
     assert BY_NAME["onnxruntime-tensorrt-rtx"].missing() == (
         "TensorRT-RTX finds no GPU that it supports: see 'nvidia-smi'"
     )
@@ -136,7 +136,7 @@ def test_every_named_backend_of_an_artifact_is_listed(student_artifact: Path, tm
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="no 'tensorflow': choose from all, torch, "):
         choose_backends(["torch", "tensorflow"])
-    assert [backend.name for backend in choose_backends(["all"])] == list(NAMES)
+    assert [backend.name for backend in choose_backends(["all"])] == list(BACKEND_NAMES)
 
 
 @pytest.mark.slow
