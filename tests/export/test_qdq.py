@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.onnx_layers import attention_nodes, weighted_nodes
-from export.backends import openvino_session as cpu
+from export.backends import openvino_runtime as cpu
 from export.config import Int8Config, OnnxConfig, Recipe
 from export.int8 import export_int8
 from export.parity import parity
@@ -150,7 +150,7 @@ def test_what_openvino_computes_without_vnni_is_told_once(
     graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu, "lacks_vnni", lambda: True)
-    cpu._say_that_they_overflow.cache_clear()
+    cpu._warn_saturation.cache_clear()
     cpu.openvino_forward(graph)
     assert "VNNI" not in capsys.readouterr().err
     for _ in range(2):

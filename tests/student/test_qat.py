@@ -120,7 +120,7 @@ def test_ranges_of_another_student_are_refused(finished: Path, config: DistillCo
 def test_the_export_keeps_what_the_finishing_kept(finished: Path, tmp_path: Path) -> None:
     ranges, more = str(finished.parent / "ranges"), (*DEFAULT_EXCLUDED_LAYERS, "vit.transformer.layers.0")
     with pytest.raises(
-        UserError, match=r"keep: the student was finished with \[vit\.to_patch_embedding, vit\.mlp_head\]"
+        UserError, match=r"exclude_layers: QAT fine-tuned the student without \[vit\.to_patch_embedding, vit\.mlp_head\]"
     ):
         export_int8(Int8Config(str(finished.parent / "after"), ranges, str(tmp_path / "int8"), exclude_layers=more))
 
