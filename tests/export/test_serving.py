@@ -224,7 +224,9 @@ def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> 
 
 
 def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
-    mixed = Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", exclude_layers=("vit.transformer.layers.0",))
+    mixed = Int8Config(
+        str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", exclude_layers=("vit.transformer.layers.0",)
+    )
     int8 = export_int8(mixed)
     assert load_artifact(int8).card.metrics["precision"] == "int8-mixed"
     output = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving")))
