@@ -137,7 +137,7 @@ def divergence(histogram: MagnitudeHistogram) -> NDArray[np.float64]:
     every threshold would be the largest value.
 
     Returns:
-        (2048,) float64 nats; infinite for fewer than 128 bins, which need no more than one bin per level.
+        (2048,) float64 nats; infinite for fewer than 128 bins, where no level has more than one bin.
     """
     counts = histogram.counts.astype(np.float64)
     beyond = counts.sum() - np.cumsum(counts)

@@ -170,7 +170,7 @@ def test_centre_crop_is_documented(
     expected = cropped.normalise(cropped.pixels(image)[None])[0]
     actual = preprocess_by(read_config(output, "cropped"), tmp_path / "wide.png")
     np.testing.assert_allclose(actual, expected, atol=2.5 / 255 / 0.26)  # two of 255 levels
-    assert "Resize the shorter side to 32 pixels, bicubic" in (output / "README.md").read_text()
+    assert "Resize the shorter side to 32 pixels: bicubic" in (output / "README.md").read_text()
 
 
 def test_approximate_index_records_its_overlap(graph: Path, gallery: Path, tmp_path: Path) -> None:
