@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from export.config import USUAL_BACKENDS, check_backends
+from export.config import DEFAULT_BACKENDS, check_backends
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
 from vpr.retrieval.config import RerankConfig
@@ -61,7 +61,7 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1, 8)
     seconds: float = 1.5
     threads: int = 0
-    backends: tuple[str, ...] = USUAL_BACKENDS
+    backends: tuple[str, ...] = DEFAULT_BACKENDS
     starts: int = 1
     catalog: str = ""
     arrivals: Literal["none", "poisson", "fixed"] = "none"

@@ -1,1 +1,1 @@
-"""Decides what INT8 means for a model: which images, which ranges."""
+"""Calibration for INT8: choice of images, activation ranges, SmoothQuant and the search for sensitive layers."""

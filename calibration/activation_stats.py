@@ -1,4 +1,4 @@
-"""What training images leave at the inputs of a graph's layers and of attention, gathered in one pass."""
+"""Statistics of the activations at the inputs of linears, convolutions and attention, gathered in one pass."""
 
 from __future__ import annotations
 
@@ -20,66 +20,66 @@ ROWS = 512
 
 @dataclass
 class Activations:
-    """What is known of a tensor; memory does not grow with the number of images.
+    """Statistics of one tensor. Memory does not grow with the number of images.
 
     Attributes:
-        histogram: of magnitudes, over all values.
-        largest: (channels,) float32, the largest |x| of each channel.
-        rows: (at most 512, channels) float32, tokens drawn evenly from all that were seen.
-        seen: number of tokens.
+        histogram: Histogram of the magnitudes of all values.
+        channel_max: (channels,) float32, the largest |x| of each channel.
+        rows: (at most 512, channels) float32, a uniform sample of all tokens.
+        seen: Number of tokens.
     """
 
     histogram: MagnitudeHistogram = field(default_factory=MagnitudeHistogram)
-    largest: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    channel_max: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     rows: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     seen: int = 0
 
     def add(self, values: NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Take in a batch, (..., channels); of an image or feature map, whose channels are not last, only magnitudes.
+        """Add a batch, (..., channels). For images and feature maps only the magnitudes are meaningful.
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: A value is not finite.
         """
         tokens = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
         self.histogram.add(tokens)
-        top = np.abs(tokens).max(axis=0)
-        self.largest = top if not self.seen else np.maximum(self.largest, top)
+        batch_max = np.abs(tokens).max(axis=0)
+        self.channel_max = batch_max if not self.seen else np.maximum(self.channel_max, batch_max)
         free = min(ROWS - len(self.rows), len(tokens))
-        kept = tokens[:free] if not self.seen else np.concatenate([self.rows, tokens[:free]])
-        kept = np.array(kept)  # its own memory: a view would keep the whole batch alive
-        # Vitter's reservoir, algorithm R: the t-th token takes the place of a random one with probability ROWS / t.
-        rest = tokens[free:]
-        turns = rng.integers(0, self.seen + free + 1 + np.arange(len(rest)))
-        for row in np.flatnonzero(turns < ROWS).tolist():
-            kept[turns[row]] = rest[row]
-        self.rows = kept
+        sample = tokens[:free] if not self.seen else np.concatenate([self.rows, tokens[:free]])
+        sample = np.array(sample)  # a view would keep the batch in memory
+        # Vitter's reservoir sampling, algorithm R: the t-th token replaces a random row with probability ROWS / t.
+        remaining = tokens[free:]
+        targets = rng.integers(0, self.seen + free + 1 + np.arange(len(remaining)))
+        for row in np.flatnonzero(targets < ROWS).tolist():
+            sample[targets[row]] = remaining[row]
+        self.rows = sample
         self.seen += len(tokens)
 
 
 def measure_activations(
     graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed: int = 0
 ) -> dict[str, Activations]:
-    """Run images through an FP32 graph.
+    """Run images through an FP32 graph and gather statistics of its activations.
 
     Args:
-        graph: FP32.
-        batches: its inputs, (n, 3, size, size) float32 each.
-        seed: of the draw of tokens.
+        graph: FP32 graph.
+        batches: Inputs of the graph, (n, 3, size, size) float32 each.
+        seed: Seed of the sample of tokens.
 
     Returns:
-        by the name of the tensor, the inputs of all linears, convolutions and products of attention.
+        Statistics of the inputs of all linears, convolutions and attention products, by tensor.
 
     Raises:
-        UserError: a tensor that is not finite, by name.
+        UserError: A tensor is not finite. The message names it.
     """
     names = [*dict.fromkeys([*(node.input[0] for node in weighted_nodes(graph)), *attention_inputs(graph)])]
     session = session_with_outputs(graph, names)
-    found = {name: Activations() for name in names}
+    activations = {name: Activations() for name in names}
     rng = np.random.default_rng(seed)
     for batch in batches:
         for name, values in zip(names, session.run(names, {INPUT: batch}), strict=True):
             try:
-                found[name].add(np.asarray(values), rng)
+                activations[name].add(np.asarray(values), rng)
             except ValueError:
-                raise UserError(f"calibration: tensor '{name}' is not finite: check the student's weights") from None
-    return found
+                raise UserError(f"calibration: tensor '{name}' is not finite. Check the student's weights.") from None
+    return activations

@@ -1,4 +1,4 @@
-"""``vpr calibrate``: run training images through the FP32 graph and record what INT8 needs to know."""
+"""``vpr calibrate``: run training images through the FP32 graph and write ranges for INT8."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from vpr.retrieval.embeddings import read_batches
 log = get_logger(__name__)
 
 _BATCH = 16
-_EXACT = 1e-5
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Range:
-    """How a tensor that linears, convolutions or attention read is quantised.
+    """Range of a tensor that linears, convolutions or attention read.
 
     Attributes:
-        threshold: magnitude that maps to 127.
-        method: that chose it.
-        thresholds: of every method.
-        largest: magnitude seen.
-        linears: modules of linears that read the tensor; none where a convolution or attention does.
+        threshold: Magnitude that maps to 127.
+        method: Method that chose the threshold.
+        thresholds: Threshold of every method.
+        largest: Largest magnitude seen.
+        linears: Modules of the linears that read the tensor; empty if only a convolution or attention reads it.
     """
 
     threshold: float
@@ -61,12 +61,11 @@ class Range:
 def calibrate(config: CalibrateConfig) -> Path:
     """Measure the inputs of every linear, convolution and attention and write an artifact of kind ``ranges``."""
     model, catalog = load_artifact(config.onnx, "onnx"), load_catalog(config.catalog)
-    if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
-        raise UserError(f"{config.onnx}: ranges are measured on the FP32 graph: export it with --precision fp32")
-    # The student too: its finishing asks whether the ranges are its own.
-    parents = [model.as_parent("onnx"), *model.parents("student")]
-    parents += catalog.as_parents()
     evaluation = load_catalog(config.evaluation) if config.evaluation else None
+    if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
+        raise UserError(f"{config.onnx}: expected an FP32 graph to measure ranges on. Export with --precision fp32.")
+    # The student is a parent too, because QAT checks that the ranges belong to it.
+    parents = [model.as_parent("onnx"), *model.parents("student"), *catalog.as_parents()]
     parents += [] if evaluation is None else evaluation.as_parents("evaluation")
     if find_up_to_date(config.output, "ranges", config_to_json(config), parents):
         log.info(f"{config.output}: up to date")
@@ -74,60 +73,61 @@ def calibrate(config: CalibrateConfig) -> Path:
     graph, preprocess = load_graph(model), model.card.preprocess
     images = _select(config, graph, preprocess, catalog, evaluation)
 
-    def seen_in(one: onnx.ModelProto) -> dict[str, Activations]:
-        return measure_activations(one, read_batches(images, preprocess, _BATCH), config.seed)
+    def measure(measured: onnx.ModelProto) -> dict[str, Activations]:
+        return measure_activations(measured, read_batches(images, preprocess, _BATCH), config.seed)
 
     smoothings: list[Smoothing] = []
     with reraise_as_artifact_error(model):
-        seen = seen_in(graph)
+        activations = measure(graph)
     if config.smooth:
-        smoothings = search_smoothing(graph, seen)
+        smoothings = search_smoothing(graph, activations)
         smoothed = smooth(graph, smoothing_by_module(smoothings))
         check_unchanged(graph, smoothed, next(read_batches(images, preprocess, _BATCH)))
-        graph, seen = smoothed, seen_in(smoothed)
+        graph, activations = smoothed, measure(smoothed)
     linears = find_linears(graph)
-    ranges = {name: choose_range(name, one, linears, config) for name, one in seen.items()}
-    arrays = {f"smooth:{linear}": values for linear, values in smoothing_by_module(smoothings).items()}
+    ranges = {name: choose_range(name, tensor, linears, config) for name, tensor in activations.items()}
+    adjustments = {f"smooth:{module}": factors for module, factors in smoothing_by_module(smoothings).items()}
     if config.correct:
-        arrays |= _corrections(linears, seen, ranges)
+        adjustments |= _bias_corrections(linears, activations, ranges)
     with write_artifact(config.output, "ranges", config_to_json(config), parents) as draft:
-        written = {name: vars(one) for name, one in ranges.items()}
-        (draft.path / "ranges.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+        entries = {name: vars(range_) for name, range_ in ranges.items()}
+        (draft.path / "ranges.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
         pq.write_table(images.table.select(["image", "product", "sha256"]), draft.path / "images.parquet")
-        save_file(arrays, draft.path / "adjustments.safetensors")
+        save_file(adjustments, draft.path / "adjustments.safetensors")
         draft.catalog = catalog.summary()
         draft.metrics = {
             "images": len(images),
             "tensors": len(ranges),
-            "smoothing": [_described(one) for one in smoothings],
-            "methods": {method: sum(one.method == method for one in ranges.values()) for method in METHODS},
+            "smoothing": [_smoothing_entry(smoothing) for smoothing in smoothings],
+            "methods": {method: sum(range_.method == method for range_ in ranges.values()) for method in METHODS},
         }
-    log.info(f"{config.output}: ranges of {len(ranges)} tensors from {len(images)} training images, by {config.method}")
+    log.info(f"{config.output}: ranges of {len(ranges)} tensors from {len(images)} images, method {config.method}")
     return Path(config.output)
 
 
-def choose_range(name: str, seen: Activations, linears: list[Linear], config: CalibrateConfig) -> Range:
-    """The range of one tensor by the configuration's method."""
-    found = {method: threshold(seen.histogram, method, config.percentile) for method in METHODS}
+def choose_range(name: str, activations: Activations, linears: list[Linear], config: CalibrateConfig) -> Range:
+    """Choose the range of one tensor by the configured method."""
+    thresholds = {method: threshold(activations.histogram, method, config.percentile) for method in METHODS}
     readers = [linear for linear in linears if linear.input == name]
     if config.method == "auto" and readers:
         errors = {
-            method: sum(output_error(seen.rows, linear.weight, limit) for linear in readers)
-            for method, limit in found.items()
+            method: sum(output_error(activations.rows, linear.weight, limit) for linear in readers)
+            for method, limit in thresholds.items()
         }
-        method: Method = min(METHODS, key=lambda one: errors[one])
+        method: Method = min(METHODS, key=lambda candidate: errors[candidate])
     else:
         method = "mse" if config.method == "auto" else config.method
-    return Range(found[method], method, found, seen.histogram.largest, [linear.module for linear in readers])
+    modules = [linear.module for linear in readers]
+    return Range(thresholds[method], method, thresholds, activations.histogram.largest, modules)
 
 
 def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: NDArray[np.float32]) -> None:
-    """Refuse a fold that changes the float graph's embeddings by more than 1e-5."""
-    before, after = (GraphSession(one).embed(batch) for one in (graph, smoothed))
-    largest = float(np.abs(before - after).max())
-    if not largest <= _EXACT:
+    """Raise :class:`UserError` if smoothing changes the float graph's embeddings by more than 1e-5."""
+    before, after = (GraphSession(version).embed(batch) for version in (graph, smoothed))
+    difference = float(np.abs(before - after).max())
+    if not difference <= _TOLERANCE:
         raise UserError(
-            f"smooth: folding changes the embeddings by {largest:.1e} (limit {_EXACT}): calibrate with --smooth false"
+            f"smooth: smoothing changes the embeddings by {difference:.1e} (limit {_TOLERANCE}). Remove --smooth."
         )
 
 
@@ -138,7 +138,7 @@ def _select(
     catalog: Catalog,
     evaluation: Catalog | None,
 ) -> Catalog:
-    """The training images that ranges are measured on, none of which is scored."""
+    """Return the calibration images: training images, none of them scored."""
     training = catalog.select(split="train")
     scored = catalog if evaluation is None else evaluation
     scored = scored.where(scored.table["split"].to_numpy() != "train")
@@ -151,15 +151,23 @@ def _select(
     return training.take(select_images(training, config.count, config.seed, config.selection, embed, scored))
 
 
-def _corrections(
-    linears: list[Linear], seen: dict[str, Activations], ranges: dict[str, Range]
+def _bias_corrections(
+    linears: list[Linear], activations: dict[str, Activations], ranges: dict[str, Range]
 ) -> dict[str, NDArray[np.float32]]:
     return {
-        f"bias:{linear.module}": correct_bias(seen[linear.input].rows, linear.weight, ranges[linear.input].threshold)
+        f"bias:{linear.module}": correct_bias(
+            activations[linear.input].rows, linear.weight, ranges[linear.input].threshold
+        )
         for linear in linears
         if linear.bias is not None
     }
 
 
-def _described(one: Smoothing) -> dict[str, Any]:
-    return {"linear": one.linear, "source": one.source, "alpha": one.alpha, "error": round(one.gain, 4)}
+def _smoothing_entry(smoothing: Smoothing) -> dict[str, Any]:
+    """Return the entry of the card for one linear."""
+    return {
+        "linear": smoothing.linear,
+        "source": smoothing.source,
+        "alpha": smoothing.alpha,
+        "error": round(smoothing.error_ratio, 4),
+    }

@@ -1,4 +1,4 @@
-"""Configuration of the calibration. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the calibration. Imports no heavy library, so help and errors in arguments are instant."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ Selection = Literal["stratified", "random", "k-centre"]
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """A calibration.
+    """Options of ``vpr calibrate``.
 
     Attributes:
         onnx: FP32 ``onnx`` artifact.
-        catalog: catalogue artifact; only its ``train`` split is used.
-        output: where the ranges are written.
-        count: images.
-        selection: how they are drawn, see :func:`calibration.sampling.select_images`.
-        method: how a range is chosen from what was seen; ``auto`` takes for each tensor the method whose
-            range leaves the least error at the output of its linear.
-        percentile: in percent, for the method of that name.
-        smooth: move the difficulty of activations with outlying channels into the weights (SmoothQuant).
-        correct: take the mean error of each quantised linear from its bias.
-        evaluation: catalogue artifact that is scored, if another: images and products of all but its ``train``
-            split are refused.
-        seed: of the draw of images.
+        catalog: Catalogue. Only its ``train`` split is used.
+        output: Output folder of the ranges.
+        count: Number of calibration images.
+        selection: Rule that selects the images. ``stratified`` takes products in turn, ``random`` draws uniformly,
+            and ``k-centre`` covers the embedding space.
+        method: Method that chooses a range. ``auto`` takes, for each tensor, the method with the smallest error at
+            the output of its linears.
+        percentile: Percentile of the method ``percentile``, in percent.
+        smooth: Move outlying activation channels into the weights (SmoothQuant).
+        correct: Correct the bias of each quantised linear by its mean error.
+        evaluation: Catalogue that is scored, if it is another one. Images and products outside its ``train`` split
+            are rejected.
+        seed: Seed of the image selection.
     """
 
     onnx: str
@@ -47,4 +48,4 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         check_numbers(self, seed=(0, None))
         if not 0 < self.percentile <= 100:
-            raise UserError(f"percentile: {self.percentile}: give more than 0 and at most 100")
+            raise UserError(f"percentile: expected more than 0 and at most 100, got {self.percentile}.")

@@ -1,4 +1,4 @@
-"""The linears, convolutions and attentions of an exported graph: what INT8 is about in a ViT."""
+"""The layers of an exported graph that INT8 quantises: linears, convolutions and attention."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vpr.inference.onnx_graph import reraise_as_graph_error
 
 @dataclass(frozen=True)
 class Linear:
-    """A product with a constant matrix, and the constant that is added to it.
+    """A product with a constant matrix, and the bias that is added to it.
 
     Attributes:
-        node: name of the MatMul or Gemm.
-        module: the PyTorch module it comes from, such as ``vit.transformer.layers.0.0.to_qkv``.
-        input: tensor that is multiplied.
-        matrix: initialiser of the weight.
-        axis: of the output channels in that initialiser.
+        node: Name of the MatMul or Gemm node.
+        module: PyTorch module of the node, such as ``vit.transformer.layers.0.0.to_qkv``.
+        input: Name of the input tensor.
+        matrix: Name of the weight's initialiser.
+        axis: Axis of the output channels in that initialiser.
         weight: (in, out) float32.
-        adder: name of the node that adds the bias, the Gemm itself or an Add; empty without a bias.
+        adder: Name of the node that adds the bias, the Gemm itself or an Add; empty without a bias.
         bias: (out,) float32, or None.
     """
 
@@ -38,82 +38,94 @@ class Linear:
 
 
 def linear_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The products with a constant matrix."""
-    constants = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 2}
-    return [n for n in graph.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
+    """Return the products with a constant matrix, in order."""
+    matrices = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 2}
+    return [node for node in graph.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in matrices]
 
 
 def weighted_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The products with constant weights, linears and the convolutions of a stem, in order."""
+    """Return the products with constant weights, linears and the convolutions of a stem, in order."""
     kernels = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 4}
     linears = {node.name for node in linear_nodes(graph)}
-    return [n for n in graph.graph.node if n.name in linears or (n.op_type == "Conv" and n.input[1] in kernels)]
+    return [
+        node
+        for node in graph.graph.node
+        if node.name in linears or (node.op_type == "Conv" and node.input[1] in kernels)
+    ]
 
 
 def attention_nodes(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """Nodes that multiply two activations, attention's, by name: the tensors that ``full-mha`` quantises there."""
+    """Return the nodes that multiply two activations, with the tensors that ``full-mha`` quantises, by name."""
     constants = {tensor.name for tensor in graph.graph.initializer}
-    found = {}
+    nodes = {}
     for node in graph.graph.node:
         if node.op_type == "Attention":
-            found[node.name] = tuple(node.input[:3])
+            nodes[node.name] = tuple(node.input[:3])
         elif node.op_type == "MatMul" and not constants & set(node.input):
-            found[node.name] = tuple(node.input)
-    return found
+            nodes[node.name] = tuple(node.input)
+    return nodes
 
 
 def attention_inputs(graph: onnx.ModelProto) -> list[str]:
-    """Tensors read by :func:`attention_nodes`, each once."""
+    """Return the tensors that :func:`attention_nodes` read, without duplicates."""
     return list(dict.fromkeys(name for names in attention_nodes(graph).values() for name in names))
 
 
 def module_name(node: onnx.NodeProto) -> str:
-    """The PyTorch module that a node of our export comes from, such as ``vit.transformer.layers.0.0.to_qkv``."""
+    """Return the PyTorch module of a node of our export, such as ``vit.transformer.layers.0.0.to_qkv``."""
     return node.name.rpartition("/")[0]
 
 
 def channel_axis(node: onnx.NodeProto) -> int:
-    """Axis of the output channels in the weight: the first of a kernel or a transposed Gemm weight, else columns."""
-    return 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else 1
+    """Return the axis of the output channels in the weight: 0 of a kernel or transposed Gemm weight, else 1."""
+    is_transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 0 if node.op_type == "Conv" or is_transposed else 1
 
 
 @reraise_as_graph_error("linears")
 def find_linears(graph: onnx.ModelProto) -> list[Linear]:
-    """All linears of a graph, in order."""
+    """Return all linears of a graph, in order."""
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found = []
+    linears = []
     for node in linear_nodes(graph):
         axis = channel_axis(node)
         matrix = numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
-        adder, bias = "", None
-        added = [node.input[2]] if len(node.input) > 2 else []
-        if added:
-            adder = node.name
-        elif [reader.op_type for reader in readers.get(node.output[0], [])] == ["Add"]:
-            add = readers[node.output[0]][0]
-            added = [name for name in add.input if name in constants]
-            adder = add.name if added else ""
-        if adder:
-            bias = numpy_helper.to_array(constants[added[0]]).astype(np.float32)
         weight = matrix.T if axis == 0 else matrix
+        adder, bias = _find_bias(node, readers, constants)
         if bias is not None and bias.shape != (weight.shape[1],):
             adder, bias = "", None
-        found.append(Linear(node.name, module_name(node), node.input[0], node.input[1], axis, weight, adder, bias))
-    return found
+        linears.append(Linear(node.name, module_name(node), node.input[0], node.input[1], axis, weight, adder, bias))
+    return linears
 
 
 def replace_constant(graph: onnx.ModelProto, node: str, old: str, values: NDArray[np.float32]) -> None:
-    """Give one node its own constant in another's place; others that read the old one keep it."""
+    """Give one node a private constant in place of another; other readers keep the old constant."""
     body = graph.graph
-    reader = next(one for one in body.node if one.name == node)
+    reader = next(candidate for candidate in body.node if candidate.name == node)
     name = f"{node}:{old}"
-    for position, read in enumerate(reader.input):
-        if read == old:
+    for position, tensor_name in enumerate(reader.input):
+        if tensor_name == old:
             reader.input[position] = name
     body.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
-    if not any(old in one.input for one in body.node):
+    if not any(old in other.input for other in body.node):
         body.initializer.remove(next(tensor for tensor in body.initializer if tensor.name == old))
+
+
+def _find_bias(
+    node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: dict[str, onnx.TensorProto]
+) -> tuple[str, NDArray[np.float32] | None]:
+    """Return the node that adds the bias of a linear, and the bias; an empty name and None without one."""
+    if len(node.input) > 2:
+        adder, biases = node.name, [node.input[2]]
+    elif [reader.op_type for reader in readers.get(node.output[0], [])] == ["Add"]:
+        add = readers[node.output[0]][0]
+        adder, biases = add.name, [name for name in add.input if name in constants]
+    else:
+        return "", None
+    if not biases or not adder:
+        return "", None
+    return adder, numpy_helper.to_array(constants[biases[0]]).astype(np.float32)

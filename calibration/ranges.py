@@ -12,7 +12,7 @@ from calibration.config import Method
 from vpr.inference.int8 import LEVELS
 
 BINS = 2048
-_BLOCK = 128  # thresholds tried at a time: bounds the memory of a search over all of them
+_BLOCK = 128  # thresholds per step, which bounds the memory of a search over all of them
 _AVERAGING = 0.1
 _SMOOTHING = 1e-4
 _NEWTON_STEPS = 100
@@ -21,17 +21,17 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass
 class MagnitudeHistogram:
-    """What every method needs of one tensor, in one pass and in memory that does not grow with the data.
+    """Streaming histogram of the magnitudes of one tensor, in constant memory.
 
-    Counts of |x| lie in equal bins from 0 to ``limit``. When a larger value comes, neighbouring bins are
-    merged until it fits, so no value is ever clipped.
+    Counts of |x| are in equal bins from 0 to ``limit``. If a larger value arrives, neighbouring bins are merged until
+    it fits, so no value is ever clipped.
 
     Attributes:
         counts: (2048,) int64.
-        limit: upper edge of the last bin; 0 before any non-zero value.
-        largest: largest |x| seen.
-        average: moving average of the largest |x| of each batch.
-        zeros: number of values that are 0.
+        limit: Upper edge of the last bin; 0 before the first non-zero value.
+        largest: Largest |x| seen.
+        average: Moving average of the largest |x| of each batch.
+        zeros: Number of values that are 0.
     """
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
@@ -41,24 +41,24 @@ class MagnitudeHistogram:
     zeros: int = 0
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Count a batch of values of any shape.
+        """Add a batch of values of any shape.
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: A value is not finite.
         """
         magnitudes = np.abs(values, dtype=np.float64).ravel()
-        top = float(magnitudes.max(initial=0.0))
-        if not np.isfinite(top):
+        batch_max = float(magnitudes.max(initial=0.0))
+        if not np.isfinite(batch_max):
             raise ValueError("activation is not finite")
-        self.largest = max(self.largest, top)
-        self.average = top if self.average is None else self.average + _AVERAGING * (top - self.average)
+        self.largest = max(self.largest, batch_max)
+        self.average = batch_max if self.average is None else self.average + _AVERAGING * (batch_max - self.average)
         self.zeros += int(np.count_nonzero(magnitudes == 0))
         if self.limit == 0.0:
-            self.limit = top
+            self.limit = batch_max
         if self.limit == 0.0:
             self.counts[0] += magnitudes.size
             return
-        while top > self.limit:
+        while batch_max > self.limit:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
             self.limit *= 2
         index = np.minimum((magnitudes * (BINS / self.limit)).astype(np.int64), BINS - 1)
@@ -66,55 +66,56 @@ class MagnitudeHistogram:
 
     @property
     def edges(self) -> NDArray[np.float64]:
-        """(2048,) upper edge of each bin."""
+        """Upper edge of each bin, (2048,)."""
         return np.arange(1, BINS + 1, dtype=np.float64) * (self.limit / BINS)
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """(2048,) middle of each bin."""
+        """Middle of each bin, (2048,)."""
         return self.edges - 0.5 * self.limit / BINS
 
 
 def threshold(histogram: MagnitudeHistogram, method: Method, percentile: float = 99.99) -> float:
-    """The magnitude that maps to 127.
+    """Return the magnitude that maps to 127.
 
     Args:
-        histogram: of one tensor.
-        method: ``minmax`` takes the largest value seen, ``moving-average`` that of the batches,
-            ``percentile`` that of |x|, ``entropy`` the one of least Kullback-Leibler divergence, ``mse`` the
-            one of least expected squared error, ``octav`` the fixed point of that error's derivative.
-        percentile: in percent, for ``percentile``.
+        histogram: Histogram of one tensor.
+        method: Method that chooses the threshold. ``minmax`` takes the largest value, ``moving-average`` the moving
+            average of the batches' largest values, and ``percentile`` a percentile of |x|. ``entropy`` minimises
+            the Kullback-Leibler divergence, ``mse`` the expected squared error. ``octav`` takes the fixed point of
+            that error's derivative.
+        percentile: Percentile of the method ``percentile``, in percent.
 
     Returns:
-        a positive number, never above the largest value seen (1.0 for a tensor of zeros).
+        A positive number, at most the largest value seen (1.0 for a tensor of zeros).
     """
     if histogram.largest == 0.0:
         return 1.0
     match method:
         case "minmax":
-            found = histogram.largest
+            limit = histogram.largest
         case "moving-average":
-            found = histogram.average or histogram.largest
+            limit = histogram.average or histogram.largest
         case "percentile":
             share = np.cumsum(histogram.counts) / histogram.counts.sum()
-            found = float(histogram.edges[int(np.searchsorted(share, percentile / 100))])
+            limit = float(histogram.edges[int(np.searchsorted(share, percentile / 100))])
         case "entropy":
-            found = _least(histogram, divergence(histogram))
+            limit = _best_edge(histogram, divergence(histogram))
         case "mse":
-            found = _least(histogram, expected_error(histogram))
+            limit = _best_edge(histogram, expected_error(histogram))
         case "octav":
-            found = clipping_fixed_point(histogram)
-    return min(found, histogram.largest)
+            limit = clipping_fixed_point(histogram)
+    return min(limit, histogram.largest)
 
 
 def expected_error(histogram: MagnitudeHistogram) -> NDArray[np.float64]:
-    """Squared error of symmetric INT8 for every bin edge taken as threshold, every bin at its centre.
+    """Compute the squared error of symmetric INT8 with each bin edge as threshold.
 
-    Rounding is computed, not modelled as uniform noise: half of GELU's outputs lie within a step or
-    two of zero, where that model is off by a tenth.
+    Every value counts at the centre of its bin. Rounding is computed, not modelled as uniform noise: half of GELU's
+    outputs are within one or two steps of zero, where that model is wrong by 10 %.
 
     Returns:
-        (2048,) float64, a mean over values.
+        (2048,) float64, mean over values.
     """
     edges, centres = histogram.edges, histogram.centres
     weights = histogram.counts / histogram.counts.sum()
@@ -127,35 +128,35 @@ def expected_error(histogram: MagnitudeHistogram) -> NDArray[np.float64]:
 
 
 def divergence(histogram: MagnitudeHistogram) -> NDArray[np.float64]:
-    """KL divergence of the distribution from its quantised self, for every bin edge taken as threshold.
+    """Compute the KL divergence of the quantised distribution with each bin edge as threshold.
 
-    P is the histogram up to the threshold, what lies beyond added to its last bin; Q is the histogram in
-    128 levels, each level's count spread evenly over its bins that hold anything (S. Migacz, "8-bit
-    Inference with TensorRT", GTC 2017). As in MXNet, bins that only one of the two has get a count of 1e-4,
-    taken from the others. There is one level for each magnitude of INT8, and 2,048 bins: with the 128 bins
-    over both signs of ONNX Runtime's default every threshold is the largest value.
+    P is the histogram up to the threshold, with all larger values in its last bin. Q is the histogram in 128 levels;
+    the count of each level is spread evenly over its non-empty bins (S. Migacz, "8-bit Inference with TensorRT",
+    GTC 2017). As in MXNet, a bin that is empty in P or Q gets a count of 1e-4 there, taken from the other bins.
+    There is one level per magnitude of INT8, and 2,048 bins. With ONNX Runtime's default of 128 bins over both signs,
+    every threshold would be the largest value.
 
     Returns:
-        (2048,) float64 nats; infinite below 128 bins, which hold no more than a level each.
+        (2048,) float64 nats; infinite for fewer than 128 bins, where no level has more than one bin.
     """
     counts = histogram.counts.astype(np.float64)
     beyond = counts.sum() - np.cumsum(counts)
-    levels, found = LEVELS + 1, np.full(BINS, np.inf)
+    levels, divergences = LEVELS + 1, np.full(BINS, np.inf)
     for size in range(levels, BINS + 1):
         inside = counts[:size]
         reference = inside.copy()
         reference[-1] += beyond[size - 1]
         starts = -(-np.arange(levels) * size // levels)  # the first bin j with j * levels // size == level
-        held = np.add.reduceat((inside > 0).astype(np.float64), starts)
-        mean = np.add.reduceat(inside, starts) / np.maximum(held, 1)
+        non_empty = np.add.reduceat((inside > 0).astype(np.float64), starts)
+        mean = np.add.reduceat(inside, starts) / np.maximum(non_empty, 1)
         quantised = np.repeat(mean, np.diff(np.append(starts, size))) * (inside > 0)
         if quantised.any():
-            found[size - 1] = _kullback_leibler(_smooth(reference), _smooth(quantised))
-    return found
+            divergences[size - 1] = _kullback_leibler(_smooth(reference), _smooth(quantised))
+    return divergences
 
 
 def clipping_fixed_point(histogram: MagnitudeHistogram) -> float:
-    """OCTAV: Newton's iteration for the clipping of least squared error, rounding modelled as uniform noise.
+    """Compute the threshold of least squared error by Newton's iteration (OCTAV), with uniform rounding noise.
 
     ``s <- sum(|x|; |x| > s) / (n(0 < |x| <= s) / (12 * 127^2) + n(|x| > s))`` (Sakr et al., "Optimal Clipping
     and Magnitude-aware Differentiation", ICML 2022, eq. 6, with the step of 127 levels per sign).
@@ -167,19 +168,19 @@ def clipping_fixed_point(histogram: MagnitudeHistogram) -> float:
     for _ in range(_NEWTON_STEPS):
         above = centres > s
         noise = inside[~above].sum() / (12.0 * LEVELS**2)
-        after = float(centres[above] @ counts[above] / (noise + counts[above].sum())) if above.any() else s
-        if abs(after - s) <= 1e-6 * s:
+        updated = float(centres[above] @ counts[above] / (noise + counts[above].sum())) if above.any() else s
+        if abs(updated - s) <= 1e-6 * s:
             break
-        s = after
+        s = updated
     return s
 
 
-def _least(histogram: MagnitudeHistogram, cost: NDArray[np.float64]) -> float:
+def _best_edge(histogram: MagnitudeHistogram, cost: NDArray[np.float64]) -> float:
     return float(histogram.edges[int(np.argmin(cost))])
 
 
 def _smooth(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A distribution whose empty bins hold a little, taken evenly from the others."""
+    """Return a distribution whose empty bins get a small count, taken evenly from the others."""
     empty = counts == 0
     share = _SMOOTHING * empty.sum() / max((~empty).sum(), 1)
     smoothed = np.where(empty, _SMOOTHING, counts - share)

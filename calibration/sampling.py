@@ -1,4 +1,4 @@
-"""Which images ranges are measured on: a seeded draw from the training split, by one of three rules."""
+"""Seeded selection of calibration images from the training split, by one of three rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.splits import check_leaks
 
-# k-centre embeds at most so many images for each one it chooses.
+# Candidates that k-centre embeds per selected image.
 POOL = 8
 
 
@@ -24,39 +24,39 @@ def select_images(
     embed: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
     evaluation: Catalog | None = None,
 ) -> NDArray[np.int64]:
-    """Rows for calibration.
+    """Select rows for calibration.
 
     Args:
-        catalog: training images only.
-        count: images wanted.
-        seed: of the draw.
-        selection: ``stratified`` lets products take turns, ``random`` draws evenly, ``k-centre`` takes the
-            images that leave none of a larger stratified draw far from all chosen ones.
-        embed: rows to (rows, dim) float32 vectors of unit length; for ``k-centre``.
-        evaluation: images that are scored and must not be among those calibrated on.
+        catalog: Training images only.
+        count: Number of images to select.
+        seed: Seed of the selection.
+        selection: ``stratified`` takes products in turn, and ``random`` draws uniformly. ``k-centre`` selects from a
+            larger stratified sample, so that every image of the sample is near a selected one.
+        embed: Function from rows to (rows, dim) float32 vectors of unit length, for ``k-centre``.
+        evaluation: Images that are scored and must not be selected.
 
     Returns:
         (count,) int64 rows, sorted.
 
     Raises:
-        UserError: too few images, or one that is not of the training split or is scored.
+        UserError: There are too few images, or an image is scored or outside the training split.
     """
-    strangers = set(catalog.table["split"].to_pylist()) - {"train"}
-    if strangers:
+    scored_splits = set(catalog.table["split"].to_pylist()) - {"train"}
+    if scored_splits:
         raise UserError(
-            f"calibration: images of the {sorted(strangers)[0]} split are scored later: give the train split"
+            f"calibration: images of the {sorted(scored_splits)[0]} split are scored later. Use the train split."
         )
     if not 1 <= count <= len(catalog):
-        raise UserError(f"count: {count} images wanted, the training split has {len(catalog)}: choose 1 to that many")
+        raise UserError(f"count: expected 1 to {len(catalog)}, the size of the training split, got {count}.")
     rng = np.random.default_rng(seed)
     if selection == "random":
         rows = rng.permutation(len(catalog))[:count]
     elif selection == "stratified":
-        rows = _by_turns(catalog, rng)[:count]
+        rows = _order_by_turns(catalog, rng)[:count]
     else:
         if embed is None:
             raise ValueError("k-centre needs embeddings")
-        pool = _by_turns(catalog, rng)[: POOL * count]
+        pool = _order_by_turns(catalog, rng)[: POOL * count]
         rows = pool[k_centre(embed(pool), count)]
     rows = np.sort(rows)
     if evaluation is not None:
@@ -65,31 +65,31 @@ def select_images(
 
 
 def k_centre(vectors: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Greedy k-centre: each choice is the vector farthest from all before it (Gonzalez, 1985).
+    """Select vectors greedily, each the farthest from all selected before it (Gonzalez, 1985).
 
     Args:
         vectors: (n, dim) float32.
-        count: of vectors chosen, at most n.
+        count: Number of vectors to select, at most n.
 
     Returns:
-        (count,) int64 rows in the order of choice; the first is nearest to the mean.
+        (count,) int64 rows in the order of selection; the first is the one nearest to the mean.
     """
     mean = vectors.mean(axis=0)
-    chosen = [int(np.argmin(((vectors - mean) ** 2).sum(axis=1)))]
-    distance = ((vectors - vectors[chosen[0]]) ** 2).sum(axis=1)
-    while len(chosen) < count:
-        distance[chosen] = -1.0
-        chosen.append(int(np.argmax(distance)))
-        distance = np.minimum(distance, ((vectors - vectors[chosen[-1]]) ** 2).sum(axis=1))
-    return np.array(chosen, dtype=np.int64)
+    selected = [int(np.argmin(((vectors - mean) ** 2).sum(axis=1)))]
+    distance = ((vectors - vectors[selected[0]]) ** 2).sum(axis=1)
+    while len(selected) < count:
+        distance[selected] = -1.0
+        selected.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, ((vectors - vectors[selected[-1]]) ** 2).sum(axis=1))
+    return np.array(selected, dtype=np.int64)
 
 
-def _by_turns(catalog: Catalog, rng: np.random.Generator) -> NDArray[np.int64]:
-    """All rows: the n-th image of every product comes before any product's (n+1)-th."""
+def _order_by_turns(catalog: Catalog, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return all rows in an order in which every product's n-th image comes before any (n+1)-th image."""
     order = rng.permutation(len(catalog))
     products = catalog.products[order]
     turn = np.empty(len(order), dtype=np.int64)
     for product in np.unique(products):
-        at = np.flatnonzero(products == product)
-        turn[at] = np.arange(len(at))
+        positions = np.flatnonzero(products == product)
+        turn[positions] = np.arange(len(positions))
     return order[np.argsort(turn, kind="stable")]

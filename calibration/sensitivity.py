@@ -1,4 +1,4 @@
-"""Which layers INT8 hurts, and how many of them it may have within a budget of recall."""
+"""Search for the largest set of quantised layers within a recall budget."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Layers = frozenset[str]
 
 @dataclass(frozen=True)
 class LayerSetScore:
-    """What a set of quantised layers does to the embeddings.
+    """Score of the embeddings that a set of quantised layers gives.
 
     Attributes:
-        hits: (queries,) bool, whether the first result is right.
-        cosine: mean cosine to the float model's embeddings.
+        hits: (queries,) bool, whether the first result is correct.
+        cosine: Mean cosine to the float model's embeddings.
     """
 
     hits: NDArray[np.bool_]
@@ -28,14 +28,14 @@ class LayerSetScore:
 
 @dataclass(frozen=True)
 class Trial:
-    """A set of layers that was tried.
+    """A set of layers that was quantised and scored.
 
     Attributes:
-        quantised: the layers.
-        recall: recall@1.
-        drop: of recall@1 from the float model's.
-        interval: 95 % of the drop, paired over the queries.
-        cosine: mean, to the float model.
+        quantised: Names of the quantised layers.
+        recall: Recall@1.
+        drop: Drop of recall@1 from the float model's.
+        interval: 95 % interval of the drop, paired over the queries.
+        cosine: Mean cosine to the float model's embeddings.
     """
 
     quantised: Layers
@@ -47,14 +47,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to quantise, and the evidence.
+    """The chosen set of layers, and the evidence.
 
     Attributes:
-        chosen: the trial taken.
-        met: whether its drop is within the budget.
-        single_layer_trials: each layer quantised alone, the most harmful first.
-        trials: every set that was tried, in order.
-        reasons: by layer, why it is what it is.
+        chosen: Trial of the chosen set.
+        within_budget: Whether its drop is within the budget.
+        single_layer_trials: Trials of each layer alone, most harmful first.
+        trials: Trials of every scored set, in order.
+        reasons: Reason for each layer's precision, by layer.
     """
 
     chosen: Trial
@@ -70,80 +70,79 @@ def search_quantised_layers(
     budget: float,
     reduced_sets: Sequence[Collection[str]] = (),
 ) -> Decision:
-    """The largest set of quantised layers found whose recall@1 drops by no more than the budget.
+    """Find the largest set of quantised layers whose recall@1 drops by no more than the budget.
 
-    All layers are tried first. Where that costs too much, each is tried alone, and the fewest of the most
-    harmful (by cosine alone, ties by recall) are kept that bring the rest within the budget, found by
-    bisection; then each kept layer is given back that the budget bears, the least harmful first. When no set
-    is within the budget, the one of least drop is chosen and ``met`` is False.
+    The search first tries all layers. If they cost too much, it tries each layer alone and ranks the layers by harm
+    (cosine, ties by recall). Bisection finds the fewest most harmful layers to leave in float. Then each of these
+    layers is quantised after all if the budget allows it, least harmful first. If no set is within the budget, the
+    set with the smallest drop is chosen and ``within_budget`` is False.
 
     Args:
-        layers: that may be quantised, one or more.
-        evaluate: scores a set of quantised layers; the empty set is the float model.
-        budget: of recall@1, such as 0.005.
-        reduced_sets: kinds of layers; what is chosen is tried cut down to each too, for a caller who asks what is faster.
+        layers: Names of the layers that may be quantised, one or more.
+        evaluate: Function that scores a set of quantised layers. The empty set is the float model.
+        budget: Largest drop of recall@1, such as 0.005.
+        reduced_sets: Kinds of layers. The chosen set is also tried reduced to each kind, because a smaller set may
+            be faster.
     """
-    floats = evaluate(frozenset())
-    tried = {frozenset[str](): _trial(frozenset(), floats, floats)}
+    float_score = evaluate(frozenset())
+    tried = {frozenset[str](): _trial(frozenset(), float_score, float_score)}
 
     def attempt(quantised: Layers) -> Trial:
         if quantised not in tried:
-            tried[quantised] = _trial(quantised, evaluate(quantised), floats)
+            tried[quantised] = _trial(quantised, evaluate(quantised), float_score)
         return tried[quantised]
 
-    whole = attempt(frozenset(layers))
-    if whole.drop <= budget:
+    def is_within_budget(quantised: Layers) -> bool:
+        return attempt(quantised).drop <= budget
+
+    every_layer = attempt(frozenset(layers))
+    if every_layer.drop <= budget:
         for kind in reduced_sets:
-            attempt(whole.quantised & frozenset(kind))
+            attempt(every_layer.quantised & frozenset(kind))
         reasons = dict.fromkeys(layers, "quantised: all layers together are within the budget")
-        return Decision(whole, True, [], list(tried.values()), reasons)
+        return Decision(every_layer, True, [], list(tried.values()), reasons)
     single_layer_trials = sorted(
         (attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop)
     )
     harmful = [next(iter(trial.quantised)) for trial in single_layer_trials]
-    kept = _fewest_kept(harmful, lambda quantised: attempt(quantised).drop <= budget)
-    chosen = attempt(frozenset(harmful[kept:]))
-    for layer in reversed(harmful[:kept]):
-        more = attempt(chosen.quantised | {layer})
-        if more.drop <= budget:
-            chosen = more
+    excluded = _count_excluded(harmful, is_within_budget)
+    chosen = attempt(frozenset(harmful[excluded:]))
+    for layer in reversed(harmful[:excluded]):
+        extended = chosen.quantised | {layer}
+        if is_within_budget(extended):
+            chosen = attempt(extended)
     if not chosen.quantised:
         chosen = min(tried.values(), key=lambda trial: (not trial.quantised, trial.drop, -len(trial.quantised)))
     for kind in reduced_sets:
         attempt(chosen.quantised & frozenset(kind))
-    return Decision(
-        chosen,
-        chosen.drop <= budget,
-        single_layer_trials,
-        list(tried.values()),
-        _reasons(chosen, single_layer_trials, budget),
-    )
+    reasons = _explain_layers(chosen, single_layer_trials, budget)
+    return Decision(chosen, chosen.drop <= budget, single_layer_trials, list(tried.values()), reasons)
 
 
-def _fewest_kept(harmful: list[str], within: Callable[[Layers], bool]) -> int:
-    """How many of the most harmful layers must stay for the rest to be within the budget, by bisection."""
-    low, high = 1, len(harmful)  # with all of them nothing is quantised, which is always within the budget
+def _count_excluded(harmful: list[str], is_within_budget: Callable[[Layers], bool]) -> int:
+    """Return by bisection how many of the most harmful layers must stay in float."""
+    low, high = 1, len(harmful)  # excluding all layers quantises nothing, which is within every budget
     while low < high:
         middle = (low + high) // 2
-        if within(frozenset(harmful[middle:])):
+        if is_within_budget(frozenset(harmful[middle:])):
             high = middle
         else:
             low = middle + 1
     return high
 
 
-def _trial(quantised: Layers, score: LayerSetScore, floats: LayerSetScore) -> Trial:
-    lost = floats.hits.astype(np.float64) - score.hits
+def _trial(quantised: Layers, score: LayerSetScore, float_score: LayerSetScore) -> Trial:
+    lost = float_score.hits.astype(np.float64) - score.hits
     return Trial(quantised, float(score.hits.mean()), float(lost.mean()), bootstrap_interval(lost), score.cosine)
 
 
-def _reasons(chosen: Trial, single_layer_trials: list[Trial], budget: float) -> dict[str, str]:
-    found = {}
-    for place, trial in enumerate(single_layer_trials, 1):
+def _explain_layers(chosen: Trial, single_layer_trials: list[Trial], budget: float) -> dict[str, str]:
+    reasons = {}
+    for rank, trial in enumerate(single_layer_trials, 1):
         layer = next(iter(trial.quantised))
-        what = f"alone it costs {trial.drop:+.4f} recall@1 and {1 - trial.cosine:.1e} cosine, number {place} in harm"
+        cost = f"alone it costs {trial.drop:+.4f} recall@1 and {1 - trial.cosine:.1e} cosine (harm rank {rank})"
         if layer in chosen.quantised:
-            found[layer] = f"quantised: {what}"
+            reasons[layer] = f"quantised: {cost}"
         else:
-            found[layer] = f"kept: {what}; with it the drop passes {budget:g}"
-    return found
+            reasons[layer] = f"not quantised: {cost}; with it the drop exceeds {budget:g}"
+    return reasons

@@ -1,7 +1,8 @@
-"""SmoothQuant and bias correction: what changes in the float weights before they are quantised."""
+"""SmoothQuant and bias correction: changes of the float weights before quantisation."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,165 +19,169 @@ from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
 from vpr.inference.onnx_graph import reraise_as_graph_error
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
-_SMALLEST = 1e-5
+_MIN_MAGNITUDE = 1e-5
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """One fold: channels of a linear's input are divided, its rows multiplied by the same.
+    """Smoothing of one linear: the channels of its input are divided, its weight rows multiplied by the same factors.
 
     Attributes:
-        linear: module whose input is smoothed.
-        source: what takes the division: node of a LayerNormalization, or of the linear that makes values of
-            attention.
-        alpha: share of the difficulty that moves from activations to weights; None where nothing was gained.
-        gain: error of the linear's output after, over before.
+        linear: Module whose input is smoothed.
+        source: Node that absorbs the division: a LayerNormalization, or the linear that computes attention's values.
+        alpha: Migration strength from activations to weights; None if no strength lowers the error.
+        error_ratio: Error of the linear's output after smoothing, divided by the error before.
         factors: (channels,) float32.
     """
 
     linear: str
     source: str
     alpha: float | None
-    gain: float
+    error_ratio: float
     factors: NDArray[np.float32]
 
 
-def search_smoothing(graph: onnx.ModelProto, seen: dict[str, Activations]) -> list[Smoothing]:
-    """For each linear whose input can be scaled without a trace, the alpha of least error at its output.
+def search_smoothing(graph: onnx.ModelProto, activations: dict[str, Activations]) -> list[Smoothing]:
+    """Find the alpha of least output error for each linear whose input scale another node can absorb.
 
-    ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (Xiao et al., "SmoothQuant", ICML 2023, eq. 4). The input of a
-    linear after LayerNormalization is scaled there; that of attention's output projection in the columns of
-    the linear that makes the values, since attention mixes tokens and leaves channels apart.
+    ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (Xiao et al., "SmoothQuant", ICML 2023, eq. 4). A
+    LayerNormalization absorbs the scale of the linear after it. The linear that computes attention's values absorbs
+    that of the output projection, because attention mixes tokens and not channels.
 
     Args:
-        graph: FP32.
-        seen: its activations.
+        graph: FP32 graph.
+        activations: Statistics of its activations, by tensor.
     """
-    found = []
-    for linear, source in _foldable(graph):
-        inputs = seen[linear.input]
-        plain = output_error(inputs.rows, linear.weight, octav_threshold(inputs.rows))
+    smoothings = []
+    for linear, source in find_foldable(graph):
+        inputs = activations[linear.input]
+        unsmoothed = output_error(inputs.rows, linear.weight, octav_threshold(inputs.rows))
         best = Smoothing(linear.module, source, None, 1.0, np.ones(len(linear.weight), np.float32))
         for alpha in ALPHAS:
-            divisors = smoothing_factors(inputs.largest, linear.weight, alpha)
+            divisors = smoothing_factors(inputs.channel_max, linear.weight, alpha)
             rows, weight = inputs.rows / divisors, linear.weight * divisors[:, None]
-            gain = output_error(rows, weight, octav_threshold(rows)) / max(plain, 1e-30)
-            if gain < best.gain:
-                best = Smoothing(linear.module, source, alpha, gain, divisors)
-        found.append(best)
-    return found
+            error_ratio = output_error(rows, weight, octav_threshold(rows)) / max(unsmoothed, 1e-30)
+            if error_ratio < best.error_ratio:
+                best = Smoothing(linear.module, source, alpha, error_ratio, divisors)
+        smoothings.append(best)
+    return smoothings
 
 
 def smoothing_by_module(smoothings: list[Smoothing]) -> dict[str, NDArray[np.float32]]:
-    """Those that gain, by the module of their linear."""
-    return {one.linear: one.factors for one in smoothings if one.alpha is not None}
+    """Return the factors that lower the error, by the module of their linear."""
+    return {smoothing.linear: smoothing.factors for smoothing in smoothings if smoothing.alpha is not None}
 
 
-def smoothing_factors(largest: NDArray[np.float32], weight: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
-    """(channels,) float32 s of equation 4 from the largest |x| of each channel and the (channels, out) weight.
+def smoothing_factors(
+    channel_max: NDArray[np.float32], weight: NDArray[np.float32], alpha: float
+) -> NDArray[np.float32]:
+    """Compute s of equation 4 as (channels,) float32.
 
-    Scaled so that their geometric mean is 1, which changes no quantised value and keeps FP16's range.
+    The factors are scaled to a geometric mean of 1, which changes no quantised value and stays in FP16's range.
+
+    Args:
+        channel_max: (channels,) float32, largest |x| of each channel.
+        weight: (channels, out) float32.
+        alpha: Migration strength.
     """
-    tops = np.maximum(np.abs(weight).max(axis=1), _SMALLEST).astype(np.float64)
-    factors = np.maximum(largest, _SMALLEST).astype(np.float64) ** alpha / tops ** (1 - alpha)
+    weight_max = np.maximum(np.abs(weight).max(axis=1), _MIN_MAGNITUDE).astype(np.float64)
+    factors = np.maximum(channel_max, _MIN_MAGNITUDE).astype(np.float64) ** alpha / weight_max ** (1 - alpha)
     return (factors / np.exp(np.log(factors).mean())).astype(np.float32)
 
 
 @reraise_as_graph_error("smoothing")
 def smooth(graph: onnx.ModelProto, factors: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
-    """A copy of an FP32 graph with factors folded in; it computes the same embeddings.
+    """Return a copy of an FP32 graph with smoothing factors folded in; it computes the same embeddings.
 
     Args:
-        graph: FP32.
-        factors: (channels,) float32 by the module of the linear whose input they divide.
+        graph: FP32 graph.
+        factors: (channels,) float32 that divide the input of a linear, by the linear's module.
 
     Raises:
-        UserError: factors that do not belong to this graph.
+        UserError: The factors do not fit this graph.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    places = {linear.module: (linear, source) for linear, source in _foldable(graph)}
+    foldable = {linear.module: (linear, source) for linear, source in find_foldable(graph)}
     for module, divisors in factors.items():
-        if module not in places or divisors.shape != (len(places[module][0].weight),):
-            raise UserError(f"ranges: smoothing of '{module}' does not fit this graph: calibrate it again")
+        if module not in foldable or divisors.shape != (len(foldable[module][0].weight),):
+            raise UserError(f"ranges: the smoothing of '{module}' does not fit this graph. Run `vpr calibrate` on it.")
         linears = {linear.module: linear for linear in find_linears(model)}
         linear = linears[module]
         scaled = linear.weight * divisors[:, None]
         replace_constant(model, linear.node, linear.matrix, scaled.T if linear.axis == 0 else scaled)
-        source = next(node for node in model.graph.node if node.name == places[module][1])
+        source = next(node for node in model.graph.node if node.name == foldable[module][1])
         if source.op_type == "LayerNormalization":
             constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
             for name in list(source.input)[1:]:
                 replace_constant(model, source.name, name, (constants[name] / divisors).astype(np.float32))
         else:
-            values = next(each for each in linears.values() if each.node == source.name)
-            shrunk = values.weight.copy()
-            shrunk[:, -len(divisors) :] /= divisors
-            replace_constant(model, values.node, values.matrix, shrunk.T if values.axis == 0 else shrunk)
+            values = next(other for other in linears.values() if other.node == source.name)
+            divided = values.weight.copy()
+            divided[:, -len(divisors) :] /= divisors
+            replace_constant(model, values.node, values.matrix, divided.T if values.axis == 0 else divided)
     return model
 
 
 def output_error(rows: NDArray[np.float32], weight: NDArray[np.float32], limit: float) -> float:
-    """Mean squared difference of a linear's output in INT8 from that in FP32.
+    """Compute the mean squared difference between a linear's output in INT8 and in FP32.
 
     Args:
         rows: (n, in) float32 inputs.
         weight: (in, out) float32.
-        limit: magnitude of the input that maps to 127.
+        limit: Input magnitude that maps to 127.
     """
-    return float(((fake_quantize_activation(rows, limit) @ fake_quantise_weight(weight) - rows @ weight) ** 2).mean())
+    quantised = fake_quantise_activation(rows, limit) @ fake_quantise_weight(weight)
+    return float(((quantised - rows @ weight) ** 2).mean())
 
 
 def correct_bias(rows: NDArray[np.float32], weight: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
-    """(out,) float32 to take from the bias, so that the output's mean is that of FP32.
+    """Compute the (out,) float32 to subtract from a bias, so that the mean output equals that of FP32.
 
     ``E[Q(x)] Q(W) - E[x] W`` (Nagel et al., "Data-free quantization", ICCV 2019, eq. 17, measured).
     """
     expected = rows.mean(axis=0, dtype=np.float64) @ weight.astype(np.float64)
-    found = fake_quantize_activation(rows, limit).mean(axis=0, dtype=np.float64) @ fake_quantise_weight(weight).astype(
-        np.float64
-    )
-    return (found - expected).astype(np.float32)
+    mean_input = fake_quantise_activation(rows, limit).mean(axis=0, dtype=np.float64)
+    actual = mean_input @ fake_quantise_weight(weight).astype(np.float64)
+    return (actual - expected).astype(np.float32)
 
 
-def fake_quantize_activation(values: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
-    """Activations through Q/DQ, as the graph's."""
+def fake_quantise_activation(values: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
+    """Quantise and dequantise activations as the graph does."""
     scale = activation_scale(limit)
     return (np.clip(np.rint(values / scale), -LEVELS - 1, LEVELS) * scale).astype(np.float32)
 
 
 def fake_quantise_weight(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """An (in, out) weight through Q/DQ, one scale per output, as the graph's."""
+    """Quantise and dequantise an (in, out) weight as the graph does, with one scale per output channel."""
     scales = weight_scales(weight, axis=1)
     return (np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales).astype(np.float32)
 
 
 def octav_threshold(rows: NDArray[np.float32]) -> float:
-    """The threshold by which smoothed inputs are compared: quick to find, and near the best."""
+    """Compute the threshold that smoothed inputs are compared with: fast, and close to the optimum."""
     histogram = MagnitudeHistogram()
     histogram.add(rows)
     return threshold(histogram, "octav")
 
 
-def _foldable(graph: onnx.ModelProto) -> list[tuple[Linear, str]]:
-    """Linears whose input can be scaled, each with the node that takes the division."""
+def find_foldable(graph: onnx.ModelProto) -> list[tuple[Linear, str]]:
+    """Return the linears whose input scale another node can absorb, each with the name of that node."""
     linears = find_linears(graph)
-    makers = {output: node for node in graph.graph.node for output in node.output}
-    readers: dict[str, int] = {}
-    for node in graph.graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    readers = Counter(name for node in graph.graph.node for name in node.input)
     modules = {linear.module: linear for linear in linears}
-    found = []
+    foldable = []
     for linear in linears:
-        maker = makers.get(linear.input)
+        producer = producers.get(linear.input)
         block = linear.module.removesuffix(".to_out.0")
         values = modules.get(f"{block}.to_qkv")
-        if maker is not None and maker.op_type == "LayerNormalization" and readers[linear.input] == 1:
-            found.append((linear, maker.name))
+        if producer is not None and producer.op_type == "LayerNormalization" and readers[linear.input] == 1:
+            foldable.append((linear, producer.name))
             continue
-        # The last third of to_qkv makes the values, in the order in which to_out reads them.
-        thirds = values is not None and values.bias is None and values.weight.shape[1] == 3 * len(linear.weight)
-        if values is not None and thirds and block != linear.module:
-            found.append((linear, values.node))
-    return found
+        if values is None or block == linear.module or values.bias is not None:
+            continue
+        # The last third of to_qkv computes the values, in the order in which to_out reads them.
+        if values.weight.shape[1] == 3 * len(linear.weight):
+            foldable.append((linear, values.node))
+    return foldable

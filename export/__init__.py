@@ -1,1 +1,1 @@
-"""Turns a student into what runs: ONNX graphs in FP32, FP16 and INT8, and TensorRT engines."""
+"""Export of students: ONNX graphs in FP32, FP16, INT8 and FP8, TensorRT engines, and serving with Triton."""

@@ -1,4 +1,4 @@
-"""Candidate graphs made ready to be timed side by side: on the CPU by OpenVINO, on a GPU as the engines they become."""
+"""Candidate graphs, loaded for timing next to each other: as TensorRT engines on a GPU, by OpenVINO on a CPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Literal
 
 import onnx
 
-from export.backends.openvino_session import openvino_forward
-from export.config import TARGETS, EngineConfig, TimedBy
+from export.backends.openvino_runtime import openvino_forward
+from export.config import TARGETS, EngineConfig, TimingBackend
 from export.fp16 import to_fp16
-from export.tensorrt.bindings import Backend, choose_backend, this_gpu
+from export.tensorrt.bindings import Builder, choose_builder, this_gpu
 from export.tensorrt.build import build_engine
 from export.tensorrt.runner import open_engine
 from export.to_onnx import fill_graph_card
@@ -28,43 +28,43 @@ OpenEngine = Callable[[Path], AbstractContextManager[Forward]]
 
 @dataclass(frozen=True)
 class CandidateRunner:
-    """How candidates are run.
+    """Loads candidate graphs on one backend.
 
     Attributes:
-        model: the FP32 ``onnx`` artifact that they come from.
-        by: what runs them, as :func:`resolve_timing_backend` gives it.
-        batch: images per call, which engines are built for.
-        threads: of OpenVINO; 0 leaves their number to it.
-        wide: nodes that FP16 cannot hold.
-        open_engine: loads an engine onto the GPU.
+        model: FP32 ``onnx`` artifact that the candidates come from.
+        backend: Backend from :func:`resolve_timing_backend`.
+        batch: Images per call. Engines are built for this batch only.
+        threads: CPU threads of OpenVINO; 0 lets OpenVINO choose.
+        fp32_nodes: Nodes whose values FP16 cannot represent.
+        open_engine: Function that loads an engine onto the GPU.
     """
 
     model: Artifact
-    by: Literal["openvino"] | Backend
+    backend: Literal["openvino"] | Builder
     batch: int
     threads: int = 0
-    wide: tuple[str, ...] = ()
+    fp32_nodes: tuple[str, ...] = ()
     open_engine: OpenEngine = open_engine
 
     @contextmanager
-    def opened(self, graphs: Graphs) -> Iterator[dict[str, Forward]]:
-        """Graphs, FP32 with or without Q/DQ, as functions of images; engines are built over FP16.
+    def load(self, graphs: Graphs) -> Iterator[dict[str, Forward]]:
+        """Load FP32 graphs, with or without Q/DQ, as functions of images; engines are built over FP16.
 
         Raises:
-            UserError: what :func:`export.tensorrt.build.build_engine` or :func:`export.tensorrt.runner.open_engine` finds wrong.
+            UserError: An engine cannot be built or opened.
         """
-        if self.by == "openvino":
+        if self.backend == "openvino":
             yield {name: openvino_forward(graph, self.threads) for name, graph in graphs.items()}
             return
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            found = {}
-            for number, (name, graph) in enumerate(graphs.items()):
-                engine = self._build(graph, self.by, Path(folder) / str(number))
-                found[name] = stack.enter_context(self.open_engine(engine))
-            yield found
+            forwards = {}
+            for index, (name, graph) in enumerate(graphs.items()):
+                engine = self._build(graph, self.backend, Path(folder) / str(index))
+                forwards[name] = stack.enter_context(self.open_engine(engine))
+            yield forwards
 
-    def _build(self, graph: onnx.ModelProto, backend: Backend, folder: Path) -> Path:
-        half = to_fp16(graph, self.wide)
+    def _build(self, graph: onnx.ModelProto, builder: Builder, folder: Path) -> Path:
+        half = to_fp16(graph, self.fp32_nodes)
         with write_artifact(folder / "graph", "onnx", {"precision": "candidate"}) as draft:
             onnx.save(half, draft.path / "model.onnx")
             fill_graph_card(draft, self.model, half)
@@ -73,7 +73,7 @@ class CandidateRunner:
             EngineConfig(
                 str(folder / "graph"),
                 str(folder / "engine"),
-                backend,
+                builder,
                 target=gpu if gpu in TARGETS else EngineConfig.target,
                 min_batch=self.batch,
                 opt_batch=self.batch,
@@ -82,8 +82,8 @@ class CandidateRunner:
         )
 
 
-def resolve_timing_backend(by: TimedBy) -> Literal["openvino"] | Backend:
-    """``auto`` is an engine where there is an NVIDIA GPU, by the builder that is installed, else OpenVINO."""
-    if by == "auto":
-        return choose_backend("auto") if read_gpus()[0] else "openvino"
-    return by
+def resolve_timing_backend(backend: TimingBackend) -> Literal["openvino"] | Builder:
+    """Resolve ``auto`` to the installed engine builder if there is an NVIDIA GPU, else to OpenVINO."""
+    if backend == "auto":
+        return choose_builder("auto") if read_gpus()[0] else "openvino"
+    return backend

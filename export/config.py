@@ -1,4 +1,4 @@
-"""Configuration of the export commands. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the export commands. Imports no heavy library, so help and errors in arguments are instant."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ BACKEND_NAMES = (
     "tensorrt",
     "tensorrt-rtx",
 )
-# What models are compared on unless others are named: torch.compile takes minutes at the first call, and the
-# providers of ONNX Runtime on a GPU build engines of their own.
-USUAL_BACKENDS = ("torch", "onnxruntime-cpu", "openvino", "tensorrt", "tensorrt-rtx")
+# The others are slow to start: torch.compile takes minutes at the first call, and ONNX Runtime's GPU providers build
+# engines of their own.
+DEFAULT_BACKENDS = ("torch", "onnxruntime-cpu", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 def check_backends(names: Sequence[str]) -> None:
-    """Raise :class:`UserError` if a backend of this name does not exist; ``all`` stands for every one."""
+    """Raise :class:`UserError` if a name is neither a backend nor ``all``."""
     if unknown := [name for name in names if name not in (*BACKEND_NAMES, "all")]:
-        raise UserError(f"backends: no '{unknown[0]}': choose from all, {', '.join(BACKEND_NAMES)}")
+        raise UserError(f"backends: unknown backend '{unknown[0]}'. Choose from all, {', '.join(BACKEND_NAMES)}.")
 
 
 MAX_BATCH = 1024
@@ -41,17 +41,18 @@ MAX_BATCH = 1024
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """An export.
+    """Options of ``vpr export onnx``.
 
     Attributes:
-        student: student artifact.
-        output: where the graph is written.
-        precision: ``fp16`` computes in half precision between FP32 input and output.
-        opset: 23 has one ``Attention`` per layer, which TensorRT fuses since 10.14; 20 spells it out
-            for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both rightly and equally fast.
-        catalog: catalogue whose first images the graph is checked on; random pixels if empty.
-        split: of that catalogue; checking trains nothing, so the test images may be used.
-        images: how many images are checked.
+        student: Student artifact.
+        output: Output folder of the graph.
+        precision: Precision of the arithmetic. ``fp16`` keeps an FP32 input and output.
+        opset: ONNX opset. 23 has one ``Attention`` node per layer, which TensorRT fuses since 10.14. 20 spells
+            attention out for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both correctly and equally
+            fast.
+        catalog: Catalogue whose images the graph is checked on. Random pixels if empty.
+        split: Split of that catalogue. The check trains nothing, so the test images are allowed.
+        images: Number of images to check.
     """
 
     student: str
@@ -65,85 +66,89 @@ class OnnxConfig:
 
 Recipe = Literal["linear", "full-mha", "full"]
 
-Format = Literal["int8", "fp8"]
+QuantDtype = Literal["int8", "fp8"]
 
-TimedBy = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
+TimingBackend = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
 
 
 @dataclass(frozen=True)
 class Int8Config:
-    """A graph of eight-bit products.
+    """Options of ``vpr export int8``.
 
     Attributes:
         onnx: FP32 ``onnx`` artifact.
-        ranges: ``ranges`` artifact measured on it.
-        output: where the graph is written.
-        base: precision of what is not quantised; ``fp16`` for TensorRT, ``fp32`` for CPU engines: OpenVINO
-            computes the linears in INT8 over either, ONNX Runtime fuses them over ``fp32`` alone and is
-            slower than without quantisation over ``fp16``.
-        keep: layers whose names begin with one of these stay in the base precision. None keeps the first and the
-            last product with weights, or what a student's finishing kept.
-        recipe: ``linear`` leaves attention and convolutions in the base precision, ``full-mha`` quantises attention's
-            products too, ``full`` also a stem's convolutions. None is ``linear``, and ``full`` where a budget decides.
-        number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
-        max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
-            that ``keep`` does not name.
-        catalog: catalogue artifact for ``max_recall_drop``; its ``test`` split is never looked at.
-        timing_backend: what candidates are timed by: ``auto`` is the engine they become where there is an NVIDIA GPU,
-            else OpenVINO on this CPU.
-        batch: images per call when candidates are timed.
-        seconds: of timing each candidate.
-        threads: of OpenVINO when it times; 0 leaves their number to it.
+        ranges: ``ranges`` artifact that was measured on this graph.
+        output: Output folder of the quantised graph.
+        base: Precision of the layers that are not quantised. Use ``fp16`` for TensorRT and ``fp32`` for CPUs.
+            OpenVINO computes the linears in INT8 over either. ONNX Runtime fuses them over ``fp32`` only, and over
+            ``fp16`` it is slower than without quantisation.
+        exclude_layers: Name prefixes of layers to leave in the base precision. None excludes the first and the last
+            layer with weights, or the layers that QAT fine-tuning excluded.
+        recipe: Kinds of layers to quantise. ``linear`` means linears only, ``full-mha`` adds the products of
+            attention, ``full`` also adds the convolutions of a stem. None means ``full`` with ``max_recall_drop``,
+            else ``linear``.
+        dtype: Eight-bit type. ``fp8`` (E4M3) needs an Ada or Hopper GPU.
+        max_recall_drop: Largest drop of recall@1 on the validation split, such as 0.005. None quantises every layer
+            that ``exclude_layers`` does not name.
+        catalog: Catalogue for ``max_recall_drop``. Its test split is never read.
+        timing_backend: Backend that times the candidates. ``auto`` means TensorRT engines if there is an NVIDIA
+            GPU, else OpenVINO.
+        batch: Images per call when candidates are timed.
+        seconds: Seconds of timing per candidate.
+        threads: CPU threads of OpenVINO when it times. 0 lets OpenVINO choose.
     """
 
     onnx: str
     ranges: str
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
-    keep: tuple[str, ...] | None = None
+    exclude_layers: tuple[str, ...] | None = None
     recipe: Recipe | None = None
-    number: Format = "int8"
+    dtype: QuantDtype = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""
-    timing_backend: TimedBy = "auto"
+    timing_backend: TimingBackend = "auto"
     batch: int = 1
     seconds: float = 2.0
     threads: int = 0
 
     def __post_init__(self) -> None:
         if self.max_recall_drop is not None and not -1 <= self.max_recall_drop <= 1:
-            raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.005")
+            raise UserError(
+                f"max_recall_drop: expected a share of queries from -1 to 1, such as 0.005, got {self.max_recall_drop}."
+            )
         if (self.max_recall_drop is None) != (not self.catalog):
-            raise UserError("max_recall_drop: give it together with catalog, whose validation split decides")
-        if not (1 <= self.batch <= MAX_BATCH and 0 < self.seconds <= 600 and 0 <= self.threads <= MAX_THREADS):
-            raise UserError(f"batch: 1 to {MAX_BATCH}; seconds: above 0, at most 600; threads: 0 to {MAX_THREADS}")
+            raise UserError("max_recall_drop: needs catalog, and catalog needs it. Set both or neither.")
+        check_numbers(self, batch=(1, MAX_BATCH), threads=(0, MAX_THREADS))
+        if not 0 < self.seconds <= 600:
+            raise UserError(f"seconds: expected more than 0 and at most 600, got {self.seconds}.")
 
 
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
-_MOST_WORKSPACE = 1 << 20
+_MAX_WORKSPACE_MB = 1 << 20
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """A build.
+    """Options of ``vpr export engine``.
 
     Attributes:
-        onnx: ``onnx`` artifact; its precision is the engine's.
-        output: where the engine is written.
-        backend: ``auto`` takes TensorRT where it is installed, else TensorRT-RTX.
-        target: GPU architectures of a TensorRT-RTX build, with commas between; one engine runs on all of them,
-            and is the smaller the fewer they are (TensorRT builds for the GPU at hand).
-        min_batch: smallest batch of the optimisation profile.
-        opt_batch: batch it is tuned for.
-        max_batch: largest batch.
-        optimisation_level: 0 (quick build) to 5 (fast engine); None leaves it to the builder.
-        workspace_mb: most memory of a layer's scratch space; None is all there is.
-        timing_cache: file of TensorRT's measured kernels, read where it exists and written after the build; a
-            cache belongs to one GPU and TensorRT version. TensorRT-RTX measures nothing and has none.
-        version_compatible: the engine runs on later versions too, by the lean runtime it carries.
-        weight_stripped: the engine has no weights; they are put in from the graph where it runs. Needs a GPU.
+        onnx: ``onnx`` artifact. Its precision is the engine's.
+        output: Output folder of the engine.
+        backend: Builder of the engine. ``auto`` means TensorRT if it is installed, else TensorRT-RTX.
+        target: GPU architectures of a TensorRT-RTX build, separated by commas. One engine runs on all of them, and
+            fewer targets make it smaller. TensorRT ignores this and builds for the GPU of this machine.
+        min_batch: Smallest batch of the optimisation profile.
+        opt_batch: Batch size that the engine is tuned for.
+        max_batch: Largest batch of the optimisation profile.
+        optimisation_level: Builder effort from 0 (quick build) to 5 (fast engine). None uses the builder's default.
+        workspace_mb: Largest scratch memory of a layer, in MiB. None sets no limit.
+        timing_cache: File of kernel timings, read if it exists and written after the build. It belongs to one GPU
+            and one TensorRT version. TensorRT-RTX has none.
+        version_compatible: Build an engine that later TensorRT versions load too. It contains a lean runtime.
+        weight_stripped: Build an engine without weights, to be refitted from the graph where it runs. Needs a GPU.
     """
 
     onnx: str
@@ -161,47 +166,56 @@ class EngineConfig:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The architectures one by one."""
+        """Architectures of ``target`` as a tuple."""
         return tuple(name for name in self.target.split(",") if name)
 
     def __post_init__(self) -> None:
         check_file("timing_cache", self.timing_cache)
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
-            raise UserError(f"target: {', '.join(unknown) or 'none, or one twice'}: choose from {', '.join(TARGETS)}")
+        is_known = bool(self.targets) and all(name in TARGETS for name in self.targets)
+        if not is_known or len(set(self.targets)) != len(self.targets):
+            raise UserError(f"target: expected different names out of {', '.join(TARGETS)}, got '{self.target}'.")
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch <= MAX_BATCH:
             raise UserError(
-                f"min_batch {self.min_batch}, opt_batch {self.opt_batch}, max_batch {self.max_batch}: "
-                f"they must rise from at least 1 to at most {MAX_BATCH}"
+                f"min_batch, opt_batch, max_batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, "
+                f"got {self.min_batch}, {self.opt_batch}, {self.max_batch}."
             )
-        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
-            raise UserError(f"optimisation_level: {self.optimisation_level}: give 0 (quick build) to 5 (fast engine)")
+        if self.optimisation_level is not None:
+            check_numbers(self, optimisation_level=(0, 5))
         if self.workspace_mb is not None:
-            check_numbers(self, workspace_mb=(1, _MOST_WORKSPACE))
+            check_numbers(self, workspace_mb=(1, _MAX_WORKSPACE_MB))
 
 
-# Of what Triton takes: a folder's name, a part of its URLs, and no hidden file.
+# Triton uses the name as a folder and in URLs; a leading dot would hide the folder.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+def check_model_name(name: str) -> None:
+    """Raise :class:`UserError` if Triton does not accept a model of this name."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"name: expected 1 to 128 letters, digits, '_', '-' and '.', starting with a letter, digit or '_', "
+            f"got {name!r}. Set --name."
+        )
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """A hand-off.
+    """Options of ``vpr export serving``.
 
     Attributes:
-        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs with VNNI
-            give an INT8 graph of ``--base fp32``; on GPUs INT8 is for the engine.
-        gallery: embeddings artifact of the same student; its ``gallery`` images are searched (all of it, if it
-            has none).
-        output: where the repository, the gallery and their README are written.
-        name: of the model in Triton; empty is that of the artifact.
-        max_batch: most images at once; None is the most of the engine's profile, or 32 for a graph.
-        preferred_batches: sizes sent off before the delay is over; None is the batch that an engine is tuned for
-            and ``max_batch``, and none for a graph, which has no such sizes.
-        queue_delay_us: longest wait for a fuller batch, microseconds.
-        instances: of the model on each device.
-        device: that computes; engines need ``gpu``.
-        index: ``flat`` is exact; ``hnsw`` is not, and stays quick for millions of images.
+        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs with VNNI,
+            use an INT8 graph of ``--base fp32``. On GPUs, use an engine for INT8.
+        gallery: Embeddings artifact of the same student. Its ``gallery`` images are searched, or all of its images
+            if none has that role.
+        output: Output folder of the model repository, the gallery and their README.
+        name: Name of the model in Triton. Empty uses the artifact's name.
+        max_batch: Largest batch. None uses the engine's largest batch, or 32 for a graph.
+        preferred_batches: Batch sizes that Triton runs without further delay. None uses the engine's tuned batch
+            and ``max_batch``, and no size for a graph.
+        queue_delay_us: Longest wait for a fuller batch, in microseconds.
+        instances: Model instances per device.
+        device: Device that runs the model. Engines need ``gpu``.
+        index: Search index. ``flat`` is exact, ``hnsw`` is approximate and stays fast for millions of images.
     """
 
     model: str
@@ -216,27 +230,25 @@ class ServingConfig:
     index: Literal["flat", "hnsw"] = "flat"
 
     def __post_init__(self) -> None:
-        if self.name and not _NAME.fullmatch(self.name):
-            raise UserError(f"name: {self.name!r}: give letters, digits, '_', '-' and '.', the first no '-' or '.'")
+        if self.name:
+            check_model_name(self.name)
         if self.max_batch is not None:
             check_numbers(self, max_batch=(1, MAX_BATCH))
-        if not 0 <= self.queue_delay_us <= 1_000_000:
-            raise UserError(f"queue_delay_us: {self.queue_delay_us}: give 0 to 1000000 microseconds")
-        check_numbers(self, instances=(1, 64))
+        check_numbers(self, queue_delay_us=(0, 1_000_000), instances=(1, 64))
 
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """A comparison.
+    """Options of ``vpr export parity``.
 
     Attributes:
-        student: student artifact, computed by PyTorch.
-        models: ``onnx`` artifacts, computed by ONNX Runtime on the CPU.
-        catalog: catalogue artifact; its images are compared on, nothing is trained.
-        output: where the table is written.
-        split: of the catalogue.
-        layers: compare the output of every layer too, on 8 of the images.
-        departs: cosine of a layer below which it is said to depart.
+        student: Student artifact. PyTorch computes its embeddings.
+        models: ``onnx`` artifacts. ONNX Runtime computes their embeddings on the CPU.
+        catalog: Catalogue of the images to compare. Nothing is trained on them.
+        output: Output folder of the comparison.
+        split: Split of that catalogue.
+        layers: Compare the output of every layer too, on 8 of the images.
+        min_layer_cosine: Cosine below which a layer counts as departing from PyTorch.
     """
 
     student: str
@@ -249,4 +261,4 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_layer_cosine <= 1:
-            raise UserError(f"departs: {self.min_layer_cosine}: it is a cosine, above 0 and at most 1")
+            raise UserError(f"min_layer_cosine: expected more than 0 and at most 1, got {self.min_layer_cosine}.")

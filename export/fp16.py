@@ -1,6 +1,6 @@
-"""FP16 graphs: half precision inside, FP32 at the input, the output and wherever FP16 cannot hold the values.
+"""FP16 graphs: half precision inside, FP32 at the input and output and where FP16 cannot represent the values.
 
-Precision lives in the graph: TensorRT 11 has no FP16 flag, it builds what the graph says.
+The graph sets the precision: TensorRT 11 has no FP16 flag and builds the types that the graph contains.
 """
 
 from __future__ import annotations
@@ -16,128 +16,133 @@ from vpr.common.errors import UserError
 from vpr.inference.onnx_graph import reraise_as_graph_error, session_with_outputs
 from vpr.inference.onnx_session import INPUT
 
-_FP16_MAX = float(np.finfo(np.float16).max)
-# Other images than those looked at may reach further.
-_LIMIT = _FP16_MAX / 2
+_MAX_FP16 = float(np.finfo(np.float16).max)
+# The margin covers images other than those examined.
+_MAX_MAGNITUDE = _MAX_FP16 / 2
 _BATCH = 8
 
 
 @reraise_as_graph_error("FP16")
-def to_fp16(graph: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy of an FP32 graph that computes in FP16.
+def to_fp16(graph: onnx.ModelProto, fp32_nodes: Collection[str] = ()) -> onnx.ModelProto:
+    """Return a copy of an FP32 graph that computes in FP16.
 
-    The nodes from the last ``ReduceL2`` on (the L2 normalisation) keep FP32, and so do those named.
+    The nodes from the last ``ReduceL2`` on (the L2 normalisation) stay FP32, as do the named nodes.
 
     Args:
-        graph: FP32, from the dynamo exporter.
-        keep: names of nodes to leave in FP32, those of :func:`find_overflow`.
+        graph: FP32 graph from the dynamo exporter.
+        fp32_nodes: Names of nodes to leave in FP32, from :func:`find_overflow`.
 
     Raises:
-        UserError: a weight beyond FP16's range.
+        UserError: A weight exceeds FP16's range.
     """
     model = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     body = model.graph
-    kept = _kept(body, set(keep))
+    fp32 = _fp32_positions(body, set(fp32_nodes))
     floats = _float_tensors(body)
     del body.value_info[:]
-    _convert_initialisers(body, kept)
-    _cast_edges(body, kept, floats)
+    _convert_initialisers(body, fp32)
+    _cast_edges(body, fp32, floats)
     onnx.checker.check_model(model)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
 def find_overflow(graph: onnx.ModelProto, inputs: NDArray[np.float32]) -> list[str]:
-    """Names of the nodes whose values come within a factor of two of FP16's largest.
+    """Return the names of nodes whose values exceed half of FP16's largest value.
 
-    These are nodes that read or write such a tensor, and LayerNormalizations whose sum of squared
-    deviations does. The products inside ``Attention`` are not seen from outside.
+    These are nodes that read or write such a tensor, and LayerNormalizations whose sum of squared deviations is that
+    large. The products inside ``Attention`` are not visible from outside.
 
-    It must be asked of the FP32 graph: on a CPU, ONNX Runtime and OpenVINO compute FP16 graphs in FP32,
-    so that an overflowing one looks perfect there.
+    The graph must be FP32: on a CPU, ONNX Runtime and OpenVINO compute FP16 graphs in FP32, so an overflow would not
+    show.
 
     Args:
-        graph: FP32.
+        graph: FP32 graph.
         inputs: (n, 3, size, size) float32.
     """
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     floats = _float_tensors(inferred.graph)
-    made = [name for node in graph.graph.node for name in node.output if name in floats]
-    session = session_with_outputs(inferred, made)
-    found: set[str] = set()
+    inner = [name for node in graph.graph.node for name in node.output if name in floats]
+    session = session_with_outputs(inferred, inner)
+    overflowing: set[str] = set()
     for start in range(0, len(inputs), _BATCH):
         batch = inputs[start : start + _BATCH]
-        found |= _too_large(graph, {INPUT: batch, **dict(zip(made, session.run(made, {INPUT: batch}), strict=True))})
-    return [node.name for node in graph.graph.node if node.name in found]
+        tensors = dict(zip(inner, session.run(inner, {INPUT: batch}), strict=True))
+        overflowing |= _overflowing_nodes(graph, {INPUT: batch, **tensors})
+    return [node.name for node in graph.graph.node if node.name in overflowing]
 
 
-def _too_large(graph: onnx.ModelProto, seen: dict[str, NDArray[np.float32]]) -> set[str]:
-    """Names of the nodes that the tensors of one batch put beyond the limit; NaN is beyond it."""
-    large = {name for name, values in seen.items() if not np.abs(values).max(initial=0) <= _LIMIT}
-    found = {node.name for node in graph.graph.node if large & {*node.input, *node.output}}
+def _overflowing_nodes(graph: onnx.ModelProto, tensors: dict[str, NDArray[np.float32]]) -> set[str]:
+    """Return the names of the nodes that exceed the limit in one batch; NaN counts as exceeding."""
+    large = {name for name, values in tensors.items() if not np.abs(values).max(initial=0) <= _MAX_MAGNITUDE}
+    nodes = {node.name for node in graph.graph.node if large & {*node.input, *node.output}}
     for node in graph.graph.node:
         if node.op_type == "LayerNormalization":
-            tokens = seen[node.input[0]].astype(np.float64)
+            tokens = tensors[node.input[0]].astype(np.float64)
             squares = ((tokens - tokens.mean(-1, keepdims=True)) ** 2).sum(-1)
-            if not squares.max(initial=0) <= _LIMIT:
-                found.add(node.name)
-    return found
+            if not squares.max(initial=0) <= _MAX_MAGNITUDE:
+                nodes.add(node.name)
+    return nodes
 
 
-def _kept(body: onnx.GraphProto, names: set[str]) -> set[int]:
-    """Positions of the nodes that stay FP32: those named, the final normalisation, and what dequantises for them."""
-    kept = {i for i, node in enumerate(body.node) if node.name in names} | _tail(body)
+def _fp32_positions(body: onnx.GraphProto, names: set[str]) -> set[int]:
+    """Return the positions of FP32 nodes: named ones, the final normalisation, and their DequantizeLinears."""
+    fp32 = {i for i, node in enumerate(body.node) if node.name in names} | _normalisation_positions(body)
     for i, node in enumerate(body.node):
         if node.op_type == "DequantizeLinear":
-            users = {j for j, other in enumerate(body.node) if node.output[0] in other.input}
-            if users and users <= kept:
-                kept.add(i)
-    return kept
+            readers = {j for j, other in enumerate(body.node) if node.output[0] in other.input}
+            if readers and readers <= fp32:
+                fp32.add(i)
+    return fp32
 
 
-def _tail(body: onnx.GraphProto) -> set[int]:
-    """Positions of the last ReduceL2 and of everything computed from it."""
+def _normalisation_positions(body: onnx.GraphProto) -> set[int]:
+    """Return the positions of the last ReduceL2 and of every node that depends on it."""
     starts = [i for i, node in enumerate(body.node) if node.op_type == "ReduceL2"]
     if not starts:
         return set()
     reached = {body.node[starts[-1]].output[0]}
-    kept = {starts[-1]}
+    positions = {starts[-1]}
     for i, node in enumerate(body.node):
         if i > starts[-1] and reached & set(node.input):
             reached |= set(node.output)
-            kept.add(i)
-    return kept
+            positions.add(i)
+    return positions
 
 
 def _float_tensors(body: onnx.GraphProto) -> set[str]:
-    """Names of the FP32 tensors of a graph whose shapes are inferred."""
+    """Return the names of the FP32 tensors of a graph with inferred shapes."""
     values = [*body.input, *body.output, *body.value_info]
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
 
 
-def _convert_initialisers(body: onnx.GraphProto, kept: set[int]) -> None:
-    """Halve the weights of FP16 nodes; one that an FP32 node reads too is there twice."""
+def _convert_initialisers(body: onnx.GraphProto, fp32: set[int]) -> None:
+    """Convert the weights of FP16 nodes; a weight that an FP32 node also reads is stored in both types."""
     weights = {tensor.name: tensor for tensor in body.initializer if tensor.data_type == TensorProto.FLOAT}
-    wide = {name for i in kept for name in body.node[i].input if name in weights}
-    narrow: set[str] = set()
+    read_by_fp32 = {name for i in fp32 for name in body.node[i].input if name in weights}
+    read_by_fp16: set[str] = set()
     for i, node in enumerate(body.node):
-        if i in kept:
+        if i in fp32:
             continue
         _convert_attributes(node)
         for j, name in enumerate(node.input):
             if name in weights:
-                narrow.add(name)
-                node.input[j] = f"{name}_fp16" if name in wide else name
-    for name in sorted(narrow):
-        values = numpy_helper.to_array(weights[name])
-        # The largest number of FP32 stands for infinity in the exporter's masks; FP16's does as well.
-        endless = np.abs(values) >= np.finfo(np.float32).max
-        values = np.where(endless, np.copysign(_FP16_MAX, values), values)
-        if np.abs(values).max(initial=0) > _FP16_MAX:
-            raise UserError(f"fp16: weight '{name}' is beyond FP16's range: serve this student in FP32 or BF16")
-        if name in wide:
-            body.initializer.append(numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
+                read_by_fp16.add(name)
+                node.input[j] = f"{name}_fp16" if name in read_by_fp32 else name
+    for name in sorted(read_by_fp16):
+        values = _to_half(name, numpy_helper.to_array(weights[name]))
+        if name in read_by_fp32:
+            body.initializer.append(numpy_helper.from_array(values, f"{name}_fp16"))
         else:
-            weights[name].CopyFrom(numpy_helper.from_array(values.astype(np.float16), name))
+            weights[name].CopyFrom(numpy_helper.from_array(values, name))
+
+
+def _to_half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
+    # The exporter's masks use FP32's largest number as infinity; FP16's largest number serves as well.
+    is_infinite = np.abs(values) >= np.finfo(np.float32).max
+    values = np.where(is_infinite, np.copysign(_MAX_FP16, values), values)
+    if np.abs(values).max(initial=0) > _MAX_FP16:
+        raise UserError(f"fp16: weight '{name}' exceeds FP16's range. Serve this student in FP32 or BF16.")
+    return values.astype(np.float16)
 
 
 def _convert_attributes(node: onnx.NodeProto) -> None:
@@ -149,30 +154,30 @@ def _convert_attributes(node: onnx.NodeProto) -> None:
             attribute.i = TensorProto.FLOAT16
 
 
-def _cast_edges(body: onnx.GraphProto, kept: set[int], floats: set[str]) -> None:
-    """Put a Cast on every edge between FP32 and FP16; inputs and outputs of the graph are FP32."""
-    wide = {value.name for value in body.input} | {name for i in kept for name in body.node[i].output}
+def _cast_edges(body: onnx.GraphProto, fp32: set[int], floats: set[str]) -> None:
+    """Insert a Cast on every edge between FP32 and FP16 nodes; the graph's inputs and outputs are FP32."""
+    fp32_tensors = {value.name for value in body.input} | {name for i in fp32 for name in body.node[i].output}
     nodes: list[onnx.NodeProto] = []
     done: set[str] = set()
 
-    def cast(name: str, target: str, kind: int) -> None:
+    def cast(name: str, target: str, dtype: int) -> None:
         if target not in done:
             done.add(target)
-            nodes.append(helper.make_node("Cast", [name], [target], name=f"cast_{target}", to=kind))
+            nodes.append(helper.make_node("Cast", [name], [target], name=f"cast_{target}", to=dtype))
 
     outputs = {value.name for value in body.output} & floats
     for i, node in enumerate(body.node):
         for j, name in enumerate(node.input):
-            if name in floats and node.op_type != "Shape" and (name in wide) != (i in kept):
-                node.input[j] = f"{name}_fp32" if i in kept else f"{name}_fp16"
-                cast(name, node.input[j], TensorProto.FLOAT if i in kept else TensorProto.FLOAT16)
+            if name in floats and node.op_type != "Shape" and (name in fp32_tensors) != (i in fp32):
+                node.input[j] = f"{name}_fp32" if i in fp32 else f"{name}_fp16"
+                cast(name, node.input[j], TensorProto.FLOAT if i in fp32 else TensorProto.FLOAT16)
         copy = onnx.NodeProto.FromString(node.SerializeToString())
         nodes.append(copy)
         for j, name in enumerate(node.output):
-            if name in outputs and i not in kept:
+            if name in outputs and i not in fp32:
                 copy.output[j] = f"{name}_fp16"
                 done.add(f"{name}_fp16")
-                wide.add(name)
+                fp32_tensors.add(name)
                 cast(f"{name}_fp16", name, TensorProto.FLOAT)
     del body.node[:]
     body.node.extend(nodes)

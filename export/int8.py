@@ -1,4 +1,4 @@
-"""``vpr export int8``: FP32 graph and ranges -> an INT8 or FP8 graph, within a budget of recall if one is given."""
+"""``vpr export int8``: quantise an FP32 graph by its ranges, within a recall budget if one is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from calibration.onnx_layers import linear_nodes, weighted_nodes
 from calibration.smoothquant import smooth
 from export.candidates import CandidateRunner, resolve_timing_backend
-from export.config import Format, Int8Config, Recipe
+from export.config import Int8Config, QuantDtype, Recipe
 from export.fp16 import to_fp16
 from export.mixed_precision import Budget, search_mixed_precision
 from export.qdq import quantise, quantised_nodes
@@ -30,138 +30,143 @@ from vpr.retrieval.embeddings import read_batches
 
 log = get_logger(__name__)
 
-_READ_BY = 16
+_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A float graph as calibration left it, and what quantises it.
+    """A float graph after calibration, and the values that quantise it.
 
     Attributes:
-        graph: FP32, smoothed where the ranges say so.
-        thresholds: by tensor.
-        corrections: of biases, by the module of a linear.
+        graph: FP32 graph, smoothed if the ranges contain smoothing factors.
+        thresholds: Magnitude that maps to the largest quantised value, by tensor.
+        corrections: (out,) float32 to subtract from the bias of a linear, by module.
     """
 
     graph: onnx.ModelProto
     thresholds: dict[str, float]
     corrections: dict[str, NDArray[np.float32]]
 
-    def quantise(self, layers: Collection[str], number: Format) -> onnx.ModelProto:
-        """The FP32 graph with these layers quantised; itself with none."""
-        return quantise(self.graph, self.thresholds, layers, number, self.corrections) if layers else self.graph
+    def quantise(self, layers: Collection[str], dtype: QuantDtype) -> onnx.ModelProto:
+        """Return the FP32 graph with these layers quantised; the graph itself if there are none."""
+        return quantise(self.graph, self.thresholds, layers, dtype, self.corrections) if layers else self.graph
 
 
 def export_int8(config: Int8Config) -> Path:
     """Insert Q/DQ and write an artifact of kind ``onnx``.
 
-    With ``max_recall_drop`` the artifact also holds ``decision.json``: why every layer is what it is.
+    With ``max_recall_drop`` the artifact also has a ``decision.json``: the reason for each layer's precision.
 
     Raises:
-        UserError: ranges of another graph, a layer without a range, or nothing left to quantise.
+        UserError: The ranges are of another graph, a layer has no range, or no layer is left to quantise.
     """
     graph, model = load_onnx(config.onnx)
     ranges = load_artifact(config.ranges, "ranges")
-    _check_parents(config, model, ranges)
-    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
+    qat_excluded = _check_parents(config, model, ranges)
     validation = load_catalog(config.catalog).select(split="validation") if config.catalog else None
+    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
     parents += [] if validation is None else validation.as_parents()
-    values = {**config_to_json(config), "precision": config.number}
+    values = {**config_to_json(config), "precision": config.dtype}
     if find_up_to_date(config.output, "onnx", values, parents):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
+
     calibrated = read_calibrated(graph, model, ranges)
-    finished = _finished_keep(model, ranges)
     recipe: Recipe = config.recipe or ("linear" if validation is None else "full")
-    layers = _allowed(calibrated.graph, finished if config.keep is None else config.keep, recipe)
-    wide = model.names("fp32_nodes")
-    decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)
+    excluded = qat_excluded if config.exclude_layers is None else config.exclude_layers
+    layers = _select_layers(calibrated.graph, excluded, recipe)
+    decision = None if validation is None else _search_layers(config, model, calibrated, layers, validation)
     if decision is not None:
         layers = decision["quantised"]
-    quantised = calibrated.quantise(layers, config.number)
+    fp32_nodes = model.names("fp32_nodes")
+    quantised = calibrated.quantise(layers, config.dtype)
     if config.base == "fp16":
-        quantised = to_fp16(quantised, wide)
-    left = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
-    usual = quantised_nodes(calibrated.graph, finished)
+        quantised = to_fp16(quantised, fp32_nodes)
+
+    unquantised = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
+    is_mixed = not set(quantised_nodes(calibrated.graph, qat_excluded)) <= set(layers)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         fill_graph_card(draft, model, quantised)
         draft.metrics = {
-            "precision": config.number if set(usual) <= set(layers) else f"{config.number}-mixed",
+            "precision": f"{config.dtype}-mixed" if is_mixed else config.dtype,
             "quantised": layers,
-            "kept": left,
-            "fp32_nodes": list(wide),
+            "unquantised": unquantised,
+            "fp32_nodes": list(fp32_nodes),
             "nodes": count_operators(quantised),
         }
         if decision is not None:
             (draft.path / "decision.json").write_text(json.dumps(decision, indent=1), encoding="utf-8")
-            draft.metrics |= {key: decision[key] for key in ("met", "drop", "drop_interval", "latency_ms")}
-    kind = f"{config.number.upper()} over {config.base.upper()}"
-    log.info(f"{config.output}: {kind}, {len(layers)} layers quantised, {len(left)} kept")
+            draft.metrics |= {key: decision[key] for key in ("within_budget", "drop", "drop_interval", "latency_ms")}
+    precision = f"{config.dtype.upper()} over {config.base.upper()}"
+    log.info(f"{config.output}: {precision}, {len(layers)} layers quantised, {len(unquantised)} not")
     return Path(config.output)
 
 
-def _allowed(graph: onnx.ModelProto, keep: tuple[str, ...] | None, recipe: Recipe) -> list[str]:
-    """The layers that may be quantised; :class:`UserError` where there is none."""
-    layers = list(quantised_nodes(graph, keep, recipe))
-    if not layers:
-        raise UserError(f"keep: {', '.join(keep or ())} leaves nothing to quantise: name fewer layers")
-    return layers
-
-
-def _decide(
-    config: Int8Config,
-    model: Artifact,
-    calibrated: Calibrated,
-    layers: list[str],
-    validation: Catalog,
-    wide: tuple[str, ...],
-) -> dict[str, Any]:
-    """Which of the layers are worth their recall on the validation split; ``wide`` nodes stay FP32 in an engine."""
-    assert config.max_recall_drop is not None
-    if model.card.preprocess is None or not len(validation):
-        raise UserError(f"{config.catalog}: its validation split is empty: build it with --validation above 0")
-    candidates = CandidateRunner(
-        model, resolve_timing_backend(config.timing_backend), config.batch, config.threads, wide
-    )
-    return search_mixed_precision(
-        calibrated.graph,
-        partial(calibrated.quantise, number=config.number),
-        layers,
-        [[node.name for node in some(calibrated.graph)] for some in (weighted_nodes, linear_nodes)],
-        validation,
-        list(read_batches(validation, model.card.preprocess, _READ_BY)),
-        Budget(config.max_recall_drop, config.seconds, candidates),
-    )
-
-
 def read_calibrated(graph: onnx.ModelProto, model: Artifact, ranges: Artifact) -> Calibrated:
-    """An FP32 graph with what its ranges say of it.
+    """Apply the ranges' smoothing to an FP32 graph.
 
-    A student that was fine-tuned under the ranges has learned its own weights for them: of those only the
-    thresholds are taken.
+    A student that was fine-tuned with QAT under these ranges has adapted its own weights. Only the thresholds apply
+    to it.
     """
     measured = read_ranges(ranges)
-    if ranges.as_parent("ranges") in model.card.parents:
+    if _is_qat_of(model, ranges):
         return Calibrated(graph, measured.thresholds, {})
     return Calibrated(smooth(graph, measured.smoothing), measured.thresholds, measured.corrections)
 
 
-def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> None:
+def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> tuple[str, ...] | None:
+    """Check that graph and ranges belong together; return the layers that QAT excluded, None without QAT."""
     if model.card.config.get("precision") != "fp32":
-        raise UserError(f"{config.onnx}: Q/DQ is inserted into the FP32 graph: give that one, --base sets the rest")
-    # A student that was fine-tuned under these very ranges keeps them.
-    if model.as_parent("onnx") not in ranges.card.parents and ranges.as_parent("ranges") not in model.card.parents:
-        raise UserError(
-            f"{config.ranges}: measured on another graph than {config.onnx}: run 'vpr calibrate' on this one"
-        )
-    finished = _finished_keep(model, ranges)
-    if finished is not None and config.keep not in (None, finished):
-        raise UserError(f"keep: the student was finished with [{', '.join(finished)}] kept: give the same or none")
-
-
-def _finished_keep(model: Artifact, ranges: Artifact) -> tuple[str, ...] | None:
-    """What the finishing of a student under these ranges left alone; None where there was none."""
-    if ranges.as_parent("ranges") not in model.card.parents:
+        raise UserError(f"{config.onnx}: expected an FP32 graph. Export with --precision fp32; --base sets the rest.")
+    if not _is_qat_of(model, ranges):
+        if model.as_parent("onnx") not in ranges.card.parents:
+            raise UserError(
+                f"{config.ranges}: the ranges were measured on another graph than {config.onnx}. "
+                "Run `vpr calibrate` on this graph."
+            )
         return None
-    return model.names("quantise_exclude_layers")
+    excluded = model.names("quantise_keep")
+    if config.exclude_layers not in (None, excluded):
+        raise UserError(
+            f"exclude_layers: QAT fine-tuned the student without [{', '.join(excluded)}]. "
+            "Remove --exclude-layers, or name the same layers."
+        )
+    return excluded
+
+
+def _is_qat_of(model: Artifact, ranges: Artifact) -> bool:
+    """Return whether the student of a graph was fine-tuned with QAT under these ranges."""
+    return ranges.as_parent("ranges") in model.card.parents
+
+
+def _select_layers(graph: onnx.ModelProto, excluded: tuple[str, ...] | None, recipe: Recipe) -> list[str]:
+    """Return the layers that may be quantised; :class:`UserError` if there are none."""
+    layers = list(quantised_nodes(graph, excluded, recipe))
+    if not layers:
+        raise UserError(
+            f"exclude_layers: {', '.join(excluded or ())} leaves nothing to quantise. Exclude fewer layers."
+        )
+    return layers
+
+
+def _search_layers(
+    config: Int8Config, model: Artifact, calibrated: Calibrated, layers: list[str], validation: Catalog
+) -> dict[str, Any]:
+    """Return the record of the search for the layers that stay within the budget on the validation split."""
+    assert config.max_recall_drop is not None
+    if model.card.preprocess is None or not len(validation):
+        raise UserError(
+            f"{config.catalog}: the validation split is empty. Rebuild the catalogue with --validation above 0."
+        )
+    backend = resolve_timing_backend(config.timing_backend)
+    candidates = CandidateRunner(model, backend, config.batch, config.threads, model.names("fp32_nodes"))
+    return search_mixed_precision(
+        calibrated.graph,
+        partial(calibrated.quantise, dtype=config.dtype),
+        layers,
+        [[node.name for node in nodes_of(calibrated.graph)] for nodes_of in (weighted_nodes, linear_nodes)],
+        validation,
+        list(read_batches(validation, model.card.preprocess, _BATCH)),
+        Budget(config.max_recall_drop, config.seconds, candidates),
+    )

@@ -1,4 +1,4 @@
-"""The fastest quantised graph within a budget of recall, with the evidence."""
+"""Search for the fastest quantised graph within a recall budget, with a record of the evidence."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vpr.retrieval.embeddings import l2_normalize, score_split
 log = get_logger(__name__)
 
 _BASE = "nothing quantised"
-# Sets of layers within the budget that are timed beside the one found, those of most layers; and how much faster than
-# it another must be to be taken: less is noise.
-_TIMED = 3
+# Number of sets within the budget that are timed next to the chosen one, largest sets first.
+_MAX_ALTERNATIVES = 3
+# An alternative must take less than this share of the chosen set's time; a smaller gain is noise.
 _FASTER = 0.98
 
 Quantise = Callable[[list[str]], onnx.ModelProto]
@@ -33,12 +33,12 @@ Quantise = Callable[[list[str]], onnx.ModelProto]
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost, and how speed is measured.
+    """Recall budget, and how candidates are timed.
 
     Attributes:
-        drop: of recall@1.
-        seconds: of timing each candidate.
-        candidates: how they are run.
+        drop: Largest drop of recall@1.
+        seconds: Seconds of timing per candidate.
+        candidates: Loader of the candidates.
     """
 
     drop: float
@@ -50,108 +50,119 @@ def search_mixed_precision(
     graph: onnx.ModelProto,
     quantise: Quantise,
     layers: list[str],
-    fewer: Sequence[Collection[str]],
+    reduced_sets: Sequence[Collection[str]],
     validation: Catalog,
     batches: list[NDArray[np.float32]],
     budget: Budget,
 ) -> dict[str, Any]:
-    """Search the layers to quantise on recall, and time what is found side by side with the float graph.
+    """Choose the layers to quantise by recall, then by the time next to the float graph.
 
     Args:
-        graph: FP32.
-        quantise: names of layers to the FP32 graph with those quantised.
-        layers: that may be.
-        fewer: kinds of layers; others in eight bits may cost time, so what is found is timed cut down to each too.
-        validation: images with roles ``query`` and ``gallery`` that no score is reported on.
-        batches: those images as inputs.
-        budget: what may be lost.
+        graph: FP32 graph.
+        quantise: Function from names of layers to the FP32 graph with these layers quantised.
+        layers: Names of the layers that may be quantised.
+        reduced_sets: Kinds of layers. Eight bits may slow down the other kinds, so the chosen set is also timed
+            reduced to each kind.
+        validation: Images with roles ``query`` and ``gallery`` that no score is reported on.
+        batches: The same images as inputs.
+        budget: Recall budget.
 
     Returns:
-        the record that becomes ``decision.json``: ``quantised`` layers, ``met`` by the ``drop`` and ``certain`` by the
-        upper end of its interval, ``latency_ms`` of the candidates, a reason for each layer, and every trial.
+        The content of ``decision.json``: ``quantised`` layers; ``within_budget`` by the ``drop`` and ``certain`` by
+        the upper end of its interval; ``latency_ms`` of the candidates; a reason for each layer; and every trial.
     """
-    floats = _embed(graph, batches)
+    float_vectors = _embed(graph, batches)
 
     def evaluate(quantised: Layers) -> LayerSetScore:
-        vectors = _embed(quantise(sorted(quantised)), batches) if quantised else floats
-        score = LayerSetScore(score_split(validation, vectors).hits, parity(floats, vectors)["cosine_mean"])
-        log.info(f"  {_name(quantised)}: recall@1 {score.hits.mean():.4f}, cosine {score.cosine:.6f}")
+        vectors = _embed(quantise(sorted(quantised)), batches) if quantised else float_vectors
+        score = LayerSetScore(score_split(validation, vectors).hits, parity(float_vectors, vectors)["cosine_mean"])
+        log.info(f"  recall@1 {score.hits.mean():.4f}  cosine {score.cosine:.6f}  {_set_name(quantised)}")
         return score
 
-    found = search_quantised_layers(layers, evaluate, budget.drop, fewer)
-    names = _names(found)
-    timed = {names[one]: one.quantised for one in _candidates(found, budget.drop)}
-    times = _time(graph, quantise, timed, batches, budget)
-    chosen = _fastest(found, names, times)
+    decision = search_quantised_layers(layers, evaluate, budget.drop, reduced_sets)
+    names = _name_trials(decision)
+    candidates = {names[trial]: trial.quantised for trial in _select_candidates(decision, budget.drop)}
+    times = _time_candidates(graph, quantise, candidates, batches, budget)
+    fastest = _pick_fastest(decision, names, times)
     queries = int((validation.roles == "query").sum())
-    _say_chosen(names[chosen], chosen, found.within_budget, queries, budget.drop)
-    if times[names[chosen]] >= times[_BASE]:
-        log.info("  on this machine it is no faster than the graph without it")
+    _log_choice(names[fastest], fastest, decision.within_budget, queries, budget.drop)
+    if times[names[fastest]] >= times[_BASE]:
+        log.warning("quantisation does not make this graph faster on this machine")
     return {
         "max_recall_drop": budget.drop,
-        "met": found.within_budget,
-        "certain": chosen.interval[1] <= budget.drop,
+        "within_budget": decision.within_budget,
+        "certain": fastest.interval[1] <= budget.drop,
         "split": "validation",
         "queries": queries,
-        "recall_at_1": chosen.recall,
-        "drop": chosen.drop,
-        "drop_interval": list(chosen.interval),
+        "recall_at_1": fastest.recall,
+        "drop": fastest.drop,
+        "drop_interval": list(fastest.interval),
         "latency_ms": times,
-        "latency_by": f"{budget.candidates.by}, batch {budget.candidates.batch}",
-        "quantised": [name for name in layers if name in chosen.quantised],
-        "layers": found.reasons | _slower(found, chosen, names, times),
-        "alone": [_record(trial) for trial in found.single_layer_trials],
-        "trials": [{"name": names[trial], **_record(trial)} for trial in found.trials],
+        "latency_by": f"{budget.candidates.backend}, batch {budget.candidates.batch}",
+        "quantised": [name for name in layers if name in fastest.quantised],
+        "layers": decision.reasons | _explain_faster(decision, fastest, names, times),
+        "single_layer_trials": [_record(trial) for trial in decision.single_layer_trials],
+        "trials": [{"name": names[trial], **_record(trial)} for trial in decision.trials],
     }
 
 
-def _say_chosen(name: str, chosen: Trial, met: bool, queries: int, budget: float) -> None:
-    low, high = chosen.interval
-    log.info(f"  {name}: recall@1 drops by {chosen.drop:.4f} [{low:.4f}, {high:.4f}] of {budget:g}")
-    if met and high > budget:
-        log.info(f"  the interval of {queries} validation queries reaches beyond that: more of them tell it better")
-    if not met:
-        log.info(f"  no set of layers stays within a drop of {budget:g}: this one is the nearest")
+def _log_choice(name: str, trial: Trial, within_budget: bool, queries: int, budget: float) -> None:
+    low, high = trial.interval
+    log.info(f"  {name}: drop of recall@1 {trial.drop:.4f} [{low:.4f}, {high:.4f}], budget {budget:g}")
+    if not within_budget:
+        log.warning(f"no set of layers stays within a drop of {budget:g}; took the set with the smallest drop")
+    elif high > budget:
+        log.warning(
+            f"95 % interval on {queries} queries exceeds the budget ({high:.4f} > {budget:g}). "
+            "Use more validation queries."
+        )
 
 
-def _candidates(found: Decision, budget: float) -> list[Trial]:
-    """What is timed: what was found, and those within the budget that quantise most."""
-    within = [one for one in found.trials if one.quantised and one.drop <= budget and one != found.chosen]
-    return [found.chosen, *sorted(within, key=lambda one: -len(one.quantised))[:_TIMED]]
+def _select_candidates(decision: Decision, budget: float) -> list[Trial]:
+    """Return the trials to time: the chosen one, and the largest others within the budget."""
+    others = [
+        trial for trial in decision.trials if trial.quantised and trial.drop <= budget and trial != decision.chosen
+    ]
+    return [decision.chosen, *sorted(others, key=lambda trial: -len(trial.quantised))[:_MAX_ALTERNATIVES]]
 
 
-def _time(
+def _time_candidates(
     graph: onnx.ModelProto,
     quantise: Quantise,
     candidates: dict[str, Layers],
     batches: list[NDArray[np.float32]],
     budget: Budget,
 ) -> dict[str, float]:
-    """p50 milliseconds of the candidates and of the float graph, side by side."""
-    graphs = {_BASE: graph, **{name: quantise(sorted(one)) for name, one in candidates.items()}}
+    """Return the p50 of the candidates and of the float graph in ms, timed in turns."""
+    graphs = {_BASE: graph, **{name: quantise(sorted(layers)) for name, layers in candidates.items()}}
     batch = budget.candidates.batch
     pixels = np.concatenate([batches[0]] * -(-batch // len(batches[0])))[:batch]
-    with budget.candidates.opened(graphs) as forwards:
+    with budget.candidates.load(graphs) as forwards:
         calls = {name: partial(forward, pixels) for name, forward in forwards.items()}
-        return {name: summarise(seen)["p50"] for name, seen in measure(calls, budget.seconds).items()}
+        return {name: summarise(times)["p50"] for name, times in measure(calls, budget.seconds).items()}
 
 
-def _fastest(found: Decision, names: dict[Trial, str], times: dict[str, float]) -> Trial:
-    """What was found, or another that was timed and is plainly faster."""
-    best = min(
-        (one for one in found.trials if names[one] in times and one.quantised), key=lambda one: times[names[one]]
+def _pick_fastest(decision: Decision, names: dict[Trial, str], times: dict[str, float]) -> Trial:
+    """Return the chosen trial, or another timed trial that is clearly faster."""
+    timed = [trial for trial in decision.trials if names[trial] in times and trial.quantised]
+    best = min(timed, key=lambda trial: times[names[trial]])
+    return best if times[names[best]] < _FASTER * times[names[decision.chosen]] else decision.chosen
+
+
+def _explain_faster(
+    decision: Decision, fastest: Trial, names: dict[Trial, str], times: dict[str, float]
+) -> dict[str, str]:
+    """Return the reasons of the layers in which the fastest set differs from the largest set."""
+    largest = decision.chosen
+    gain = f"{times[names[fastest]]:.2f} ms, against {times[names[largest]]:.2f} ms of the largest set"
+    removed = dict.fromkeys(
+        largest.quantised - fastest.quantised,
+        f"not quantised: the budget allows it, but the graph is faster without it: {gain}",
     )
-    return best if times[names[best]] < _FASTER * times[names[found.chosen]] else found.chosen
-
-
-def _slower(found: Decision, chosen: Trial, names: dict[Trial, str], times: dict[str, float]) -> dict[str, str]:
-    """Reasons of the layers in which what is fastest departs from the largest set within the budget."""
-    what = f"{times[names[chosen]]:.2f} ms, against {times[names[found.chosen]]:.2f} ms of the largest set"
-    kept = dict.fromkeys(
-        found.chosen.quantised, f"kept: the budget bears it, but what is fastest is without it: {what}"
+    added = dict.fromkeys(
+        fastest.quantised - largest.quantised, f"quantised: in the fastest set within the budget: {gain}"
     )
-    taken = dict.fromkeys(chosen.quantised, f"quantised: in the fastest set within the budget: {what}")
-    return {name: why for name, why in (kept | taken).items() if (name in kept) != (name in taken)}
+    return removed | added
 
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -159,20 +170,20 @@ def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArra
     return l2_normalize(np.concatenate([session.embed(batch) for batch in batches]))
 
 
-def _name(quantised: Layers) -> str:
+def _set_name(quantised: Layers) -> str:
     if len(quantised) == 1:
         return f"only {next(iter(quantised))}"
     return f"{len(quantised)} layers quantised" if quantised else _BASE
 
 
-def _names(found: Decision) -> dict[Trial, str]:
-    """A name of each set that was tried; those of one size are numbered."""
+def _name_trials(decision: Decision) -> dict[Trial, str]:
+    """Return a unique name for each trial; sets of one size are numbered."""
     names: dict[Trial, str] = {}
-    for trial in found.trials:
-        name, number = _name(trial.quantised), 1
+    for trial in decision.trials:
+        name, number = _set_name(trial.quantised), 1
         while name in names.values():
             number += 1
-            name = f"{_name(trial.quantised)} ({number})"
+            name = f"{_set_name(trial.quantised)} ({number})"
         names[trial] = name
     return names
 

@@ -1,4 +1,4 @@
-"""``vpr export parity``: how far each export departs from the student, and at which layer it begins."""
+"""``vpr export parity``: compare exports with the student, and find the first layer that differs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LAYER_IMAGES = 8
 
 
 def compare_exports(config: ParityConfig) -> Path:
-    """Compare and write an artifact of kind ``report`` with ``parity.json``.
+    """Compare exports with their student and write an artifact of kind ``report`` with ``parity.json``.
 
-    On CPUs FP16 graphs are computed in FP32: what half precision cannot hold is found at the export, not here.
+    On CPUs FP16 graphs are computed in FP32: ``vpr export onnx`` finds FP16 overflow, this command does not.
     """
     model, student = load_student(config.student)
     catalog = load_catalog(config.catalog)
-    graphs = [load_onnx(path) for path in config.models]
-    parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in graphs)]
+    exports = [load_onnx(path) for path in config.models]
+    parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in exports)]
     parents += catalog.as_parents()
     if find_up_to_date(config.output, "report", config_to_json(config), parents, "parity.json"):
         log.info(f"{config.output}: up to date")
@@ -46,101 +46,102 @@ def compare_exports(config: ParityConfig) -> Path:
     part = catalog.select(split=config.split)
     preprocess = student.card.preprocess
     if preprocess is None or not len(part):
-        raise UserError(f"{config.catalog}: no images of the {config.split} split: choose another")
-    strangers = [artifact for _, artifact in graphs if artifact.card.preprocess != preprocess]
-    if strangers:
-        raise UserError(f"{strangers[0].path}: not preprocessed as {config.student}: give exports of this student")
+        raise UserError(f"{config.catalog}: no images in the {config.split} split. Choose another --split.")
+    for _, artifact in exports:
+        if artifact.card.preprocess != preprocess:
+            raise UserError(
+                f"{artifact.path}: preprocessing differs from {config.student}. Use exports of this student."
+            )
     pixels = np.concatenate(list(read_batches(part, preprocess, _BATCH)))
     expected = l2_normalize(_run_student(model, pixels))
     query, gallery = part.roles == "query", part.roles == "gallery"
     rows = []
-    for graph, artifact in graphs:
+    for graph, artifact in exports:
         with reraise_as_artifact_error(artifact):
-            found = l2_normalize(run_graph(graph, pixels, _BATCH))
-        row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, found)}
+            actual = l2_normalize(run_graph(graph, pixels, _BATCH))
+        row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, actual)}
         if query.any() and gallery.any():
-            row |= rank_changes(expected[query] @ expected[gallery].T, found[query] @ found[gallery].T)
+            row |= rank_changes(expected[query] @ expected[gallery].T, actual[query] @ actual[gallery].T)
         if config.layers:
-            row |= compare_layers(
-                model, graph, pixels[:: max(len(pixels) // _LAYER_IMAGES, 1)], config.min_layer_cosine
-            )
-        _say(artifact, row)
+            spread = pixels[:: max(len(pixels) // _LAYER_IMAGES, 1)]
+            row |= compare_layers(model, graph, spread, config.min_layer_cosine)
+        _log_row(artifact, row)
         rows.append(row)
     with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         draft.catalog = catalog.summary()
         (draft.path / "parity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    log.info(f"{config.output}: {len(rows)} models against {config.student}")
+    log.info(f"{config.output}: {len(rows)} models compared with {config.student}")
     return Path(config.output)
 
 
 def compare_layers(
     model: Student, graph: onnx.ModelProto, pixels: NDArray[np.float32], min_layer_cosine: float
 ) -> dict[str, Any]:
-    """Outputs of the modules that PyTorch and the graph have in common.
+    """Compare the outputs of the modules that PyTorch and a graph have in common.
 
     Args:
-        model: in evaluation mode.
-        graph: its export in any precision.
+        model: Student in evaluation mode.
+        graph: Its export in any precision.
         pixels: (n, 3, size, size) float32.
-        departs: cosine below which a layer departs.
+        min_layer_cosine: Cosine below which a layer counts as departing.
 
     Returns:
-        ``layers``: for each module in order its ``cosine`` over all values and its ``max_abs``, and
-        ``first_departing``: the first whose cosine is below, or None.
+        ``layers``: the ``cosine`` over all values and the ``max_abs`` of each module in order; and
+        ``first_departing``: the first module below the limit, or None.
     """
-    theirs = graph_layers(graph, pixels)
-    ours = model_layers(model, pixels, set(theirs))
-    found: list[dict[str, Any]] = []
-    for name, values in theirs.items():
-        if name in ours and ours[name].size == values.size:
-            result = parity(ours[name].reshape(1, -1), values.reshape(1, -1))
-            found.append({"layer": name, "cosine": result["cosine_mean"], "max_abs": result["max_abs"]})
-    first = next((one["layer"] for one in found if not one["cosine"] >= min_layer_cosine), None)
-    return {"layers": found, "first_departing": first}
+    exported = graph_layers(graph, pixels)
+    original = model_layers(model, pixels, set(exported))
+    layers: list[dict[str, Any]] = []
+    for name, values in exported.items():
+        if name in original and original[name].size == values.size:
+            metrics = parity(original[name].reshape(1, -1), values.reshape(1, -1))
+            layers.append({"layer": name, "cosine": metrics["cosine_mean"], "max_abs": metrics["max_abs"]})
+    first = next((layer["layer"] for layer in layers if not layer["cosine"] >= min_layer_cosine), None)
+    return {"layers": layers, "first_departing": first}
 
 
 def model_layers(model: nn.Module, pixels: NDArray[np.float32], names: set[str]) -> dict[str, NDArray[np.float32]]:
-    """Outputs of some of PyTorch's modules, by name; of those without children, which a graph has whole."""
-    found: dict[str, NDArray[np.float32]] = {}
+    """Return the outputs of the named PyTorch modules that have no children."""
+    outputs: dict[str, NDArray[np.float32]] = {}
     hooks = []
     for name, module in model.named_modules():
         if name in names and not list(module.children()):
 
-            def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                found[name] = output.detach().float().numpy()
+            def record(_: nn.Module, __: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                outputs[name] = output.detach().float().numpy()
 
-            hooks.append(module.register_forward_hook(keep))
+            hooks.append(module.register_forward_hook(record))
     try:
         _run_student(model, pixels)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return outputs
 
 
 def graph_layers(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Outputs of the modules of an export, by name: of the last node that carries the module's name."""
+    """Return the outputs of the modules of an export: of the last node that is named after the module."""
     last: dict[str, str] = {}
     for node in graph.graph.node:
-        module, _, kind = node.name.rpartition("/")
-        if module and not kind.startswith(("Q", "DQ")) and node.op_type not in ("Shape", "Cast"):
+        module, _, operator = node.name.rpartition("/")
+        if module and not operator.startswith(("Q", "DQ")) and node.op_type not in ("Shape", "Cast"):
             last.pop(module, None)
             last[module] = node.output[0]
     names = list(dict.fromkeys(last.values()))
-    found = dict(zip(names, session_with_outputs(graph, names).run(names, {INPUT: pixels}), strict=True))
-    return {module: np.asarray(found[name], dtype=np.float32) for module, name in last.items()}
+    outputs = dict(zip(names, session_with_outputs(graph, names).run(names, {INPUT: pixels}), strict=True))
+    return {module: np.asarray(outputs[name], dtype=np.float32) for module, name in last.items()}
 
 
 def _run_student(model: nn.Module, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     with torch.inference_mode():
-        pieces = [model(torch.from_numpy(pixels[i : i + _BATCH])).numpy() for i in range(0, len(pixels), _BATCH)]
-    return np.concatenate(pieces)
+        chunks = [model(torch.from_numpy(pixels[i : i + _BATCH])).numpy() for i in range(0, len(pixels), _BATCH)]
+    return np.concatenate(chunks)
 
 
-def _say(artifact: Artifact, row: dict[str, Any]) -> None:
-    line = f"  {artifact.card.name}: cosine {row['cosine_mean']:.6f}, at least {row['cosine_min']:.6f}"
+def _log_row(artifact: Artifact, row: dict[str, Any]) -> None:
+    line = f"  {artifact.card.name}: mean cosine {row['cosine_mean']:.6f}  min {row['cosine_min']:.6f}"
     if "first_changed" in row:
-        line += f", {row['first_changed']:.2%} of the first results changed"
+        line += f"  first results changed {row['first_changed']:.2%}"
     if row.get("first_departing"):
-        line += f", departs first at {row['first_departing']}"
+        line += f"  first departing layer {row['first_departing']}"
     log.info(line)

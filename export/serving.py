@@ -1,4 +1,4 @@
-"""``vpr export serving``: a graph or an engine, and its gallery -> what Triton and a faiss search load."""
+"""``vpr export serving``: write a model repository for Triton and a gallery with a faiss index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from export.config import _NAME, MAX_BATCH, ServingConfig
+from export.config import MAX_BATCH, ServingConfig, check_model_name
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, model_config, to_text
 from vpr.artifacts.store import (
@@ -32,10 +32,10 @@ from vpr.retrieval.search import search
 
 log = get_logger(__name__)
 
-_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
+_MODEL_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 _GRAPH_BATCH = 32
 _HNSW_LINKS = 32
-_ASKED = 256
+_MAX_QUERIES = 256
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -43,12 +43,12 @@ def export_serving(config: ServingConfig) -> Path:
     """Write a Triton model repository, the gallery and its index as an artifact of kind ``serving``.
 
     Raises:
-        UserError: a model that Triton does not load, a gallery of another model or preprocessing, a wrong name.
+        UserError: Triton cannot load the model, the name is invalid, or the gallery is of another model or
+            preprocessing.
     """
     model, gallery = load_artifact(config.model, ("onnx", "engine")), load_embeddings(config.gallery)
     name = config.name or model.card.name
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{config.model}: Triton takes no model of the name {name!r}: give --name")
+    check_model_name(name)
     check_output(config.output, "serving")
     _check_model(model, config)
     preprocess = _check_gallery(model, gallery)
@@ -58,50 +58,52 @@ def export_serving(config: ServingConfig) -> Path:
         log.info(f"{config.output}: up to date")
         return Path(config.output)
     with reraise_as_artifact_error(model):
-        scheduling = _scheduling(model, config)
+        scheduling = _choose_scheduling(model, config)
         fields = model_config(name, model, preprocess, scheduling)
     with write_artifact(config.output, "serving", values, parents) as draft:
         _write_repository(draft.path / "model_repository" / name, model, fields)
         images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
-        text = _read_me(name, model, preprocess, scheduling, images, config.index)
+        text = _render_readme(name, model, preprocess, scheduling, images, config.index)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
         draft.preprocess, draft.embedding = preprocess, model.card.embedding
         draft.catalog = gallery.artifact.card.catalog
         draft.inputs, draft.outputs = model.card.inputs, model.card.outputs
         draft.metrics = {"max_batch": scheduling.max_batch, "gallery": images, "index_top10_overlap": overlap}
-    exact = "exact" if overlap is None else f"finds {overlap:.3f} of the exact top 10"
-    log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches to {scheduling.max_batch}")
-    log.info(f"{config.output}: {images} gallery images, {config.index} index, {exact}")
+    quality = "exact" if overlap is None else f"top-10 overlap with exact search {overlap:.3f}"
+    log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches up to {scheduling.max_batch}")
+    log.info(f"{config.output}: {images} gallery images, {config.index} index, {quality}")
     return Path(config.output)
 
 
 def _check_model(model: Artifact, config: ServingConfig) -> None:
-    """Refuse what Triton would not load, or could not ask for a single image."""
-    ends = [model.card.inputs, model.card.outputs]
-    if any(len(specs) != 1 or not specs[0].shape or not isinstance(specs[0].shape[0], str) for specs in ends):
-        raise UserError(f"{model.path}: its card tells no input and output for batches of any size: export it again")
+    """Raise :class:`UserError` if Triton cannot load the model, or cannot run it on a single image."""
+    for specs in (model.card.inputs, model.card.outputs):
+        if len(specs) != 1 or not specs[0].shape or not isinstance(specs[0].shape[0], str):
+            raise UserError(f"{model.path}: the card lists no input and output of any batch size. Export it again.")
     if model.card.kind == "onnx":
         _check_graph(model)
         return
     with reraise_as_artifact_error(model):
-        built, least = model.card.config, int(model.card.metrics["profile"][0])
-        elsewhere = rebuild_command(model, backend="tensorrt", min_batch=1, weight_stripped=False)
+        built, min_batch = model.card.config, int(model.card.metrics["profile"][0])
+        rebuild = rebuild_command(model, backend="tensorrt", min_batch=1, weight_stripped=False)
         graph = built["onnx"]
     if built["backend"] != "tensorrt":
         raise UserError(
-            f"{model.path}: is of {built['backend']}, Triton loads engines of TensorRT alone: give the graph {graph}, "
-            f"or where TensorRT is installed build: {elsewhere}"
+            f"{model.path}: built by {built['backend']}, but Triton loads TensorRT engines only. "
+            f"Use the graph {graph}, or rebuild where TensorRT is installed: {rebuild}"
         )
     if built.get("weight_stripped"):
-        raise UserError(f"{model.path}: has no weights, and Triton puts none in: {elsewhere}")
-    if least > 1:
-        raise UserError(f"{model.path}: takes no fewer than {least} images, requests may have one: {elsewhere}")
+        raise UserError(f"{model.path}: the engine has no weights, and Triton adds none. Rebuild: {rebuild}")
+    if min_batch > 1:
+        raise UserError(
+            f"{model.path}: the smallest batch is {min_batch}, but a request may have one image. Rebuild: {rebuild}"
+        )
     if config.device == "cpu":
-        raise UserError(f"device: cpu: an engine needs a GPU: give the graph {graph}")
+        raise UserError(f"device: an engine needs a GPU, got cpu. Use the graph {graph}.")
 
 
 def _check_graph(model: Artifact) -> None:
-    """Load a graph as Triton's backend does, with ONNX Runtime's own settings."""
+    """Load a graph with ONNX Runtime's default settings, as Triton's backend does."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -109,53 +111,53 @@ def _check_graph(model: Artifact) -> None:
     content = load_graph(model).SerializeToString()
     try:
         ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no base of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{model.path}: ONNX Runtime does not load it ({reason}): build an engine from it") from None
+        raise UserError(f"{model.path}: ONNX Runtime cannot load it ({reason}). Build an engine from it.") from None
 
 
 def _check_gallery(model: Artifact, gallery: Embeddings) -> Preprocess:
-    """Refuse a gallery that the model's embeddings cannot be compared with; the preprocessing they share."""
-    where, students = gallery.artifact.path, model.parents("student")
+    """Return the common preprocessing; raise :class:`UserError` if model and gallery are not comparable."""
+    path, students = gallery.artifact.path, model.parents("student")
     if not students:
-        raise UserError(f"{model.path}: its card names no student: export it again from the student's graph")
+        raise UserError(f"{model.path}: the card names no student. Export it again from the student's graph.")
     if gallery.model.sha256 not in {model.sha256, students[0].sha256}:
         raise UserError(
-            f"{where}: embedded with '{gallery.model.name}', the model is of student '{students[0].name}': "
-            "embed the gallery with that student ('vpr student embed')"
+            f"{path}: embedded with '{gallery.model.name}', but the model is of student '{students[0].name}'. "
+            "Embed the gallery with that student (`vpr student embed`)."
         )
-    card, theirs = model.card, gallery.artifact.card
-    if card.preprocess is None or card.preprocess != theirs.preprocess:
-        raise UserError(f"{where}: not preprocessed as {model.path}: embed the gallery again")
-    if card.embedding is None or theirs.embedding is None or card.embedding.dim != theirs.embedding.dim:
-        raise UserError(f"{where}: its vectors are not of the dimension of {model.path}: embed the gallery again")
+    card, gallery_card = model.card, gallery.artifact.card
+    if card.preprocess is None or card.preprocess != gallery_card.preprocess:
+        raise UserError(f"{path}: preprocessing differs from {model.path}. Embed the gallery again.")
+    if card.embedding is None or gallery_card.embedding is None or card.embedding.dim != gallery_card.embedding.dim:
+        raise UserError(f"{path}: embedding dimension differs from {model.path}. Embed the gallery again.")
     return card.preprocess
 
 
-def _scheduling(model: Artifact, config: ServingConfig) -> Scheduling:
-    """The batch sizes that the configuration leaves open come from the engine's profile."""
-    engine = model.card.kind == "engine"
-    _, tuned, most = model.card.metrics["profile"] if engine else (1, 0, MAX_BATCH)
-    chosen = config.max_batch or (most if engine else _GRAPH_BATCH)
-    if chosen > most:
-        raise UserError(f"max_batch: {chosen}: {model.path} takes at most {most}: give that or less")
+def _choose_scheduling(model: Artifact, config: ServingConfig) -> Scheduling:
+    """Return the scheduling; the engine's profile sets the batch sizes that the configuration leaves open."""
+    is_engine = model.card.kind == "engine"
+    _, opt_batch, limit = model.card.metrics["profile"] if is_engine else (1, 0, MAX_BATCH)
+    max_batch = config.max_batch or (limit if is_engine else _GRAPH_BATCH)
+    if max_batch > limit:
+        raise UserError(f"max_batch: expected 1 to {limit} for {model.path}, got {max_batch}.")
     preferred = config.preferred_batches
     if preferred is None:
-        preferred = tuple(sorted({min(tuned, chosen), chosen})) if engine else ()
-    if any(not 1 <= size <= chosen for size in preferred):
-        raise UserError(f"preferred_batches: {preferred} for {model.path}: give sizes of 1 to {chosen}")
-    return Scheduling(chosen, preferred, config.queue_delay_us, config.instances, config.device)
+        preferred = tuple(sorted({min(opt_batch, max_batch), max_batch})) if is_engine else ()
+    if any(not 1 <= size <= max_batch for size in preferred):
+        raise UserError(f"preferred_batches: expected sizes from 1 to {max_batch} for {model.path}, got {preferred}.")
+    return Scheduling(max_batch, preferred, config.queue_delay_us, config.instances, config.device)
 
 
 def _write_repository(folder: Path, model: Artifact, fields: dict[str, Any]) -> None:
     source = model.file("engine.plan" if model.card.kind == "engine" else "model.onnx")
     (folder / "1").mkdir(parents=True)
-    shutil.copyfile(source, folder / "1" / _FILES[model.card.kind])
+    shutil.copyfile(source, folder / "1" / _MODEL_FILES[model.card.kind])
     (folder / "config.pbtxt").write_text(to_text(fields), encoding="utf-8")
 
 
 def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, float | None]:
-    """Write vectors, rows and index; the number of images, and what share of the exact top 10 ``hnsw`` finds."""
+    """Write vectors, rows and index; return the number of images, and for ``hnsw`` the overlap with exact search."""
     import faiss
 
     rows = gallery.rows_with_role("gallery")
@@ -173,19 +175,20 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
     faiss.write_index(index, str(folder / "index.faiss"))
     if kind == "flat":
         return len(rows), None
-    asked = gallery.rows_with_role("query")
-    asked = asked[np.linspace(0, len(asked) - 1, min(len(asked), _ASKED)).astype(int)]
-    return len(rows), _overlap(index, gallery.vectors[asked], vectors)
+    queries = gallery.rows_with_role("query")
+    queries = queries[np.linspace(0, len(queries) - 1, min(len(queries), _MAX_QUERIES)).astype(int)]
+    return len(rows), _top10_overlap(index, gallery.vectors[queries], vectors)
 
 
-def _overlap(index: Any, queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> float:
-    """Share of the exact first ten that the index finds."""
+def _top10_overlap(index: Any, queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> float:
+    """Return the share of the exact ten nearest vectors that the index finds."""
     count = min(10, len(vectors))
-    exact, found = search(queries, vectors, count)[1], index.search(queries, count)[1]
-    return float(np.mean([len(set(a) & set(b)) / count for a, b in zip(exact.tolist(), found.tolist(), strict=True)]))
+    exact, approximate = search(queries, vectors, count)[1], index.search(queries, count)[1]
+    pairs = zip(exact.tolist(), approximate.tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / count for a, b in pairs]))
 
 
-def _read_me(
+def _render_readme(
     name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, images: int, index: str
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -200,7 +203,7 @@ def _read_me(
     compatible = model.card.config.get("version_compatible")
     return templates.get_template("serving.md").render(
         name=name,
-        file=_FILES[model.card.kind],
+        file=_MODEL_FILES[model.card.kind],
         input=model.card.inputs[0].name,
         output=model.card.outputs[0].name,
         preprocess=preprocess,
@@ -208,7 +211,7 @@ def _read_me(
         gallery=images,
         index="an exact" if index == "flat" else "an approximate",
         max_batch=scheduling.max_batch,
-        overflows=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),
+        saturates=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),
         builder=model.card.metrics.get("builder"),
         targets=", ".join(model.card.metrics.get("targets", ())),
         flags=" --backend-config=tensorrt,version-compatible=true" if compatible else "",

@@ -1,4 +1,4 @@
-"""``vpr export onnx``: student -> ONNX by the dynamo exporter, checked against PyTorch."""
+"""``vpr export onnx``: export a student as ONNX with the dynamo exporter, and compare it with PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vpr.artifacts.store import (
 )
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.catalog import load_catalog
+from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.pixels import read_pixels
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
@@ -40,17 +40,17 @@ _TOLERANCE = 1e-4
 
 
 def export_onnx(config: OnnxConfig) -> Path:
-    """Export, compare with PyTorch, and write an artifact of kind ``onnx``.
+    """Export a student, compare it with PyTorch, and write an artifact of kind ``onnx``.
 
-    The card's ``fp32_nodes`` are those that FP16 cannot hold, found on training images.
+    The card's ``fp32_nodes`` lists the nodes whose values FP16 cannot represent, measured on training images.
 
     Raises:
-        UserError: the FP32 graph departs from PyTorch by more than 1e-4 anywhere.
+        UserError: The FP32 graph differs from PyTorch by more than 1e-4 in any value.
     """
     from student.model import load_student
 
     model, student = load_student(config.student)
-    # The ranges that a student was fine-tuned under are those of its INT8 graph.
+    # The ranges of a student's QAT are also the ranges of its INT8 graph.
     parents = [student.as_parent("student"), *student.parents("ranges")]
     values = config_to_json(config)
     if find_up_to_date(config.output, "onnx", values, parents):
@@ -58,32 +58,33 @@ def export_onnx(config: OnnxConfig) -> Path:
         return Path(config.output)
     preprocess = student.card.preprocess
     if preprocess is None:
-        raise UserError(f"{config.student}: its card has no preprocessing: distil it again")
+        raise UserError(f"{config.student}: the card has no preprocessing. Distil the student again.")
+    catalog = load_catalog(config.catalog) if config.catalog else None
     graph = trace(model, preprocess.size, config.opset)
-    wide = find_overflow(graph, _inputs(config, preprocess, "train"))
-    if wide:
-        log.info(f"{config.output}: {len(wide)} nodes are beyond FP16's range and stay FP32, the first is {wide[0]}")
+    fp32_nodes = find_overflow(graph, _read_inputs(catalog, config, preprocess, "train"))
+    if fp32_nodes:
+        log.info(f"{config.output}: {len(fp32_nodes)} nodes exceed FP16's range and stay FP32, first {fp32_nodes[0]}")
     if config.precision == "fp16":
-        graph = to_fp16(graph, wide)
-    metrics = _compare(model, graph, _inputs(config, preprocess, config.split), config)
+        graph = to_fp16(graph, fp32_nodes)
+    metrics = _compare(model, graph, _read_inputs(catalog, config, preprocess, config.split), config)
     with write_artifact(config.output, "onnx", values, parents) as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
-        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_exclude_layers"}
-        draft.metrics = {**metrics, **kept, "fp32_nodes": wide, "nodes": count_operators(graph)}
+        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
+        draft.metrics = {**metrics, **kept, "fp32_nodes": fp32_nodes, "nodes": count_operators(graph)}
     log.info(
-        f"{config.output}: {config.precision} graph, cosine to PyTorch {metrics['cosine_min']:.6f} at least, "
-        f"max abs {metrics['max_abs']:.1e}"
+        f"{config.output}: {config.precision} graph, min cosine to PyTorch {metrics['cosine_min']:.6f}, "
+        f"max abs difference {metrics['max_abs']:.1e}"
     )
     return Path(config.output)
 
 
 def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
-    """A student as an FP32 graph with dynamic batch, the L2 normalisation inside.
+    """Export a student as an FP32 graph with dynamic batch, including the L2 normalisation.
 
     Args:
-        model: in evaluation mode.
-        size: side of the input, pixels.
+        model: Student in evaluation mode.
+        size: Side of the input in pixels.
         opset: ONNX opset version.
     """
     import torch
@@ -100,7 +101,7 @@ def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
         verbose=False,
     )
     if program is None:
-        raise UserError("export: the exporter gave no program: report this with the versions of 'vpr doctor'")
+        raise UserError("export: the exporter returned no program. Report this with the versions from `vpr doctor`.")
     graph = program.model_proto
     _name_by_module(graph)
     onnx.checker.check_model(graph, full_check=True)
@@ -108,49 +109,52 @@ def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
 
 
 def fill_graph_card(draft: ArtifactWriter, model: Artifact, graph: onnx.ModelProto) -> None:
-    """Fill the card's description of a graph that computes what ``model`` does."""
+    """Fill the card of a graph that computes the same embeddings as ``model``."""
     draft.preprocess, draft.embedding, draft.catalog = model.card.preprocess, model.card.embedding, model.card.catalog
-    draft.inputs = [_spec(value) for value in graph.graph.input]
-    draft.outputs = [_spec(value) for value in graph.graph.output]
+    draft.inputs = [_tensor_spec(value) for value in graph.graph.input]
+    draft.outputs = [_tensor_spec(value) for value in graph.graph.output]
 
 
 def load_onnx(path: Path | str) -> tuple[onnx.ModelProto, Artifact]:
-    """Load an ``onnx`` artifact: the graph, checked, and the artifact."""
+    """Load an ``onnx`` artifact and its checked graph."""
     artifact = load_artifact(path, "onnx")
     return load_graph(artifact), artifact
 
 
 def run_graph(graph: onnx.ModelProto, inputs: NDArray[np.float32], batch_size: int = 8) -> NDArray[np.float32]:
-    """(n, 3, size, size) to (n, dim) by ONNX Runtime on the CPU."""
+    """Embed (n, 3, size, size) as (n, dim) with ONNX Runtime on the CPU."""
     session = GraphSession(graph)
     starts = range(0, len(inputs), batch_size)
-    return np.concatenate([session.embed(inputs[s : s + batch_size]) for s in starts])
+    return np.concatenate([session.embed(inputs[start : start + batch_size]) for start in starts])
 
 
 def count_operators(graph: onnx.ModelProto) -> dict[str, int]:
-    """Number of nodes by operator."""
+    """Count the nodes by operator."""
     names = [node.op_type for node in graph.graph.node]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
 def _name_by_module(graph: onnx.ModelProto) -> None:
-    """Name each node after the PyTorch module it comes from, and drop the exporter's stack traces."""
-    seen: dict[str, int] = {}
+    """Name each node after its PyTorch module, and drop the exporter's stack traces."""
+    counts: dict[str, int] = {}
     for node in graph.graph.node:
         scopes = [entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
         module = ast.literal_eval(scopes[0])[-2] if scopes else ""
         name = f"{module or 'student'}/{node.op_type}"
-        seen[name] = seen.get(name, 0) + 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
         del node.metadata_props[:]
 
 
-def _inputs(config: OnnxConfig, preprocess: Preprocess, split: str) -> NDArray[np.float32]:
-    if config.catalog:
-        part = load_catalog(config.catalog).select(split=split)
+def _read_inputs(
+    catalog: Catalog | None, config: OnnxConfig, preprocess: Preprocess, split: str
+) -> NDArray[np.float32]:
+    """Return images of a split as (n, 3, size, size) float32; random pixels without a catalogue."""
+    if catalog is not None:
+        part = catalog.select(split=split)
         if not len(part):
-            raise UserError(f"{config.catalog}: no images of the {split} split: give another catalogue, or none")
-        # Spread over the split: neighbours are views of one product.
+            raise UserError(f"{config.catalog}: no images in the {split} split. Choose another --catalog or --split.")
+        # Neighbouring rows are views of one product, so the rows are spread over the split.
         rows = np.linspace(0, len(part) - 1, min(config.images, len(part))).astype(int)
         pixels = np.concatenate([read_pixels(part, preprocess, range(row, row + 1)) for row in rows.tolist()])
     else:
@@ -162,23 +166,27 @@ def _inputs(config: OnnxConfig, preprocess: Preprocess, split: str) -> NDArray[n
 def _compare(
     model: Student, graph: onnx.ModelProto, inputs: NDArray[np.float32], config: OnnxConfig
 ) -> dict[str, float]:
+    """Return the worst parity with PyTorch over several batch sizes."""
     import torch
 
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
     worst: dict[str, float] = {}
     for batch in _BATCHES:
-        found = parity(expected, run_graph(graph, inputs, batch))
-        worst = {k: (max if k == "max_abs" else min)(v, worst.get(k, v)) for k, v in found.items()}
+        metrics = parity(expected, run_graph(graph, inputs, batch))
+        worst = {
+            key: (max if key == "max_abs" else min)(value, worst.get(key, value)) for key, value in metrics.items()
+        }
     if config.precision == "fp32" and worst["max_abs"] > _TOLERANCE:
         raise UserError(
-            f"export: the graph departs from PyTorch by {worst['max_abs']:.2e} (limit {_TOLERANCE}): "
-            "try --opset 20, and report this with the versions of 'vpr doctor'"
+            f"export: the graph differs from PyTorch by {worst['max_abs']:.2e} (limit {_TOLERANCE}). "
+            "Try --opset 20, and report this with the versions from `vpr doctor`."
         )
     return {**worst, "images": float(len(inputs))}
 
 
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorSpec(name=value.name, dtype=dtype, shape=[d.dim_param or d.dim_value for d in tensor.shape.dim])
+    shape = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
+    return TensorSpec(name=value.name, dtype=dtype, shape=shape)

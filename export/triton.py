@@ -1,4 +1,4 @@
-"""What Triton reads of a model: ``config.pbtxt``, in protobuf's text form of its ``ModelConfig``."""
+"""Triton's ``config.pbtxt`` of a model, in the text format of its protobuf message ``ModelConfig``."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from vpr.artifacts.store import Artifact, TensorSpec
 from vpr.imaging.preprocess import Preprocess
 
-_TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 at both ends
+_TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 inputs and outputs
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "engine": ("tensorrt_plan", "tensorrt")}
 
 
 class Enumerator(str):
-    """A value of an enumeration: text form has no quotes around it."""
+    """An enumeration value, which the text format writes without quotes."""
 
 
 @dataclass(frozen=True)
 class Scheduling:
-    """How Triton batches requests and spreads them.
+    """How Triton batches requests and distributes them.
 
     Attributes:
-        max_batch: most images at once.
-        preferred: batch sizes that are sent off as soon as they are full.
-        queue_delay_us: longest wait for a fuller batch, microseconds.
-        instances: of the model on each device.
+        max_batch: Largest batch.
+        preferred: Batch sizes that run without further delay.
+        queue_delay_us: Longest wait for a fuller batch, in microseconds.
+        instances: Model instances per device.
         device: ``gpu`` or ``cpu``.
     """
 
@@ -38,15 +38,15 @@ class Scheduling:
 
 
 def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling) -> dict[str, Any]:
-    """The fields of Triton's ``ModelConfig`` for an ``onnx`` or ``engine`` artifact.
+    """Return the fields of Triton's ``ModelConfig`` for an ``onnx`` or ``engine`` artifact.
 
-    Both batch sizes that matter are run once when the model is loaded: memory that is too small shows then.
+    Warm-up runs the smallest and the largest batch when the model loads, so too little memory shows at once.
 
     Args:
-        name: of the model.
-        model: whose inputs and outputs have the batch as their first dimension.
-        preprocess: the card's, written down among the parameters.
-        scheduling: batching and instances.
+        name: Name of the model.
+        model: Artifact whose inputs and outputs have the batch as their first dimension.
+        preprocess: Preprocessing of the card, written as parameters.
+        scheduling: Batching and instances.
     """
     platform, backend = _PLATFORMS[model.card.kind]
     batching: dict[str, Any] = {"max_queue_delay_microseconds": scheduling.queue_delay_us}
@@ -65,19 +65,20 @@ def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling:
         "dynamic_batching": batching,
         "model_warmup": [_warm_up(model.card.inputs, batch) for batch in sorted({1, scheduling.max_batch})],
         "parameters": [
-            {"key": key, "value": {"string_value": value}} for key, value in parameters(model, preprocess).items()
+            {"key": key, "value": {"string_value": value}}
+            for key, value in _client_parameters(model, preprocess).items()
         ],
     }
     if model.card.kind == "engine":
-        # Captured for batches of 1, of the preferred sizes and of the largest; others run without.
+        # Triton captures graphs for batches of 1, the preferred sizes and the largest size only.
         fields["optimization"] = {"cuda": {"graphs": True}}
     return fields
 
 
-def parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
-    """What a client must know and Triton does not: preprocessing, embedding, and what an engine was built for.
+def _client_parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
+    """Return the values that a client needs: preprocessing, embedding, and an engine's builder and targets.
 
-    Text stands as it is, numbers and lists as JSON.
+    Strings are written as they are, numbers and lists as JSON.
     """
     values: dict[str, Any] = {f"preprocess.{key}": value for key, value in preprocess.model_dump(mode="json").items()}
     values |= {"preprocess.colour": "RGB", "preprocess.value": "(pixel / 255 - mean) / std"}
@@ -93,11 +94,11 @@ def parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
 
 
 def to_text(fields: Mapping[str, Any], indent: int = 0) -> str:
-    """Protobuf's text form of a message.
+    """Return a message in protobuf's text format.
 
     Args:
-        fields: strings, numbers, truth values, :class:`Enumerator`, mappings (messages), and lists of these.
-        indent: levels.
+        fields: Strings, numbers, booleans, :class:`Enumerator`, mappings (messages), and lists of these.
+        indent: Indentation in levels.
     """
     margin, lines = "  " * indent, []
     for key, value in fields.items():

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from export.backends.pytorch import load_module
 from export.backends.registry import Model
-from export.backends.runtimes import load_module
 from vpr.inference.timing import summarise
 
 _WARMUP, _REPLAYS = 5, 100

@@ -18,7 +18,7 @@ from benchmarks.latency.open_loop import Load, answer_load
 from benchmarks.latency.preprocessing import image_source
 from benchmarks.latency.roofline import Roofline, arithmetic, count_work, measure_roofline, roofline_ms
 from benchmarks.latency.statistics import summarize_latency
-from export.backends.registry import USUAL, BackendUnavailable, Model, default_threads, models_of
+from export.backends.registry import DEFAULT_BACKENDS, BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import check_output, config_to_json, load_artifact, write_artifact
 from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
@@ -54,7 +54,7 @@ def time_models(
     batches: Sequence[int],
     seconds: float,
     threads: int,
-    backends: Sequence[str] = USUAL,
+    backends: Sequence[str] = DEFAULT_BACKENDS,
     starts: int = 1,
     catalog: str = "",
     load: Load | None = None,
@@ -90,7 +90,7 @@ def time_models(
 
 
 def open_models(
-    paths: Sequence[str], threads: int, backends: Sequence[str] = USUAL
+    paths: Sequence[str], threads: int, backends: Sequence[str] = DEFAULT_BACKENDS
 ) -> tuple[dict[str, tuple[Model, Forward]], dict[str, Row]]:
     """Load what can run here; by name the loaded models, and rows of which those that cannot run hold the reason."""
     opened: dict[str, tuple[Model, Forward]] = {}

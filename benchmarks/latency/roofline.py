@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from export.backends.pytorch import load_module
 from export.backends.registry import Model
-from export.backends.runtimes import load_module
 from vpr.artifacts.store import Artifact
 from vpr.common.hardware import lacks_vnni
 

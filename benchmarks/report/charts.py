@@ -106,7 +106,7 @@ def calibration(found: Row) -> str:
 @mpl.rc_context(_STYLE)
 def sensitivity(decision: Row) -> str:
     """What each layer costs when it alone is quantised; empty where no layer had to be tried alone."""
-    alone = decision["alone"]
+    alone = decision["single_layer_trials"]
     if not alone:
         return ""
     figure, axes = _figure(1.0 + 0.17 * len(alone))

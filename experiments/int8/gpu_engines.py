@@ -15,7 +15,7 @@ from experiments.intervals import recall_text
 from export.backends.registry import Model, default_threads, models_of
 from export.config import EngineConfig, Int8Config, OnnxConfig
 from export.int8 import export_int8
-from export.tensorrt.bindings import Backend, import_tensorrt
+from export.tensorrt.bindings import Builder, import_tensorrt
 from export.tensorrt.build import build_engine
 from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
@@ -29,7 +29,7 @@ log = get_logger(__name__)
 BATCHES = (1, 8, 32, 128)
 BACKENDS = ("torch-cuda", "torch-compile-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 GRAPHS = ("fp16", "fp16-opset20", "int8", "int8-full-mha", "fp8")
-BUILDERS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+BUILDERS: tuple[Builder, ...] = ("tensorrt", "tensorrt-rtx")
 _SECONDS = 2.0
 
 
@@ -51,7 +51,7 @@ def export_graphs(student: TrainedStudent) -> dict[str, Path]:
         "fp16-opset20": plain("fp16-opset20", "fp16", 20),
         "int8": eight("int8"),
         "int8-full-mha": eight("int8-full-mha", recipe="full-mha"),
-        "fp8": eight("fp8", number="fp8"),
+        "fp8": eight("fp8", dtype="fp8"),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from calibration.activation_stats import measure_activations as observe
 from experiments.figures import Figure, Row
-from export.backends.openvino_session import openvino_forward
+from export.backends.openvino_runtime import openvino_forward
 from export.backends.registry import default_threads
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import trace

@@ -14,7 +14,7 @@ from calibration.ranges import METHODS
 from experiments.figures import Row
 from experiments.int8.tools import TrainedStudent
 from experiments.intervals import mean_text
-from export.backends.openvino_session import openvino_forward
+from export.backends.openvino_runtime import openvino_forward
 from export.config import Int8Config, OnnxConfig
 from export.int8 import export_int8
 from export.parity import parity

@@ -20,7 +20,7 @@ from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row
 from experiments.intervals import drop_text, recall_text
 from experiments.venv_runner import run_in_venv
-from export.backends.openvino_session import openvino_forward
+from export.backends.openvino_runtime import openvino_forward
 from export.config import Int8Config, OnnxConfig
 from export.int8 import export_int8
 from export.parity import parity

@@ -1,4 +1,4 @@
-"""The backends by name, and which of them an artifact has."""
+"""The backends by name, and every way to run an artifact."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.backends.runtimes import (
-    Backend,
-    BackendUnavailable,
-    EngineBackend,
-    OnnxRuntimeBackend,
-    OpenVinoBackend,
-    TorchBackend,
-)
-from export.config import BACKEND_NAMES as NAMES
-from export.config import USUAL_BACKENDS as USUAL
-from export.config import check_backends
+from export.backends.base import Backend, BackendUnavailable
+from export.backends.onnx_runtime import OnnxRuntimeBackend
+from export.backends.openvino_runtime import OpenVinoBackend
+from export.backends.pytorch import TorchBackend
+from export.backends.tensorrt_engine import EngineBackend
+from export.config import BACKEND_NAMES, DEFAULT_BACKENDS, check_backends
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
@@ -44,11 +39,11 @@ BACKENDS: tuple[Backend, ...] = (
 
 @dataclass(frozen=True)
 class Model:
-    """One way to run one artifact.
+    """One artifact on one backend.
 
     Attributes:
-        artifact: what is run.
-        runner: what runs it.
+        artifact: Artifact to run.
+        runner: Backend that runs it.
     """
 
     artifact: Artifact
@@ -56,29 +51,29 @@ class Model:
 
     @property
     def stage(self) -> str:
-        """Teacher, student, onnx or engine."""
+        """Artifact kind: teacher, student, onnx or engine."""
         return self.artifact.card.kind
 
     @property
     def backend(self) -> str:
-        """What runs it, by the names of ``report.json``."""
+        """Name of the backend in ``report.json``."""
         return self.runner.name
 
     @property
     def precision(self) -> str:
-        """Of its arithmetic."""
+        """Precision of the arithmetic."""
         return self.runner.precision(self.artifact)
 
     @property
     def name(self) -> str:
-        """Artifact and backend."""
+        """Names of the artifact and the backend."""
         return f"{self.artifact.card.name} ({self.backend})"
 
     def open(self, threads: int) -> Forward:
-        """Load it for a number of threads.
+        """Load the artifact for a number of threads.
 
         Raises:
-            BackendUnavailable: it cannot run here.
+            BackendUnavailable: The backend cannot run here.
         """
         if reason := self.runner.missing():
             targets = self.artifact.card.metrics.get("targets")
@@ -86,43 +81,43 @@ class Model:
         return self.runner.open(self.artifact, threads)
 
     def random_input(self, batch: int) -> NDArray[np.float32]:
-        """(batch, 3, size, size) float32 in the range of preprocessed images."""
+        """Return (batch, 3, size, size) float32 in the range of preprocessed images."""
         size = self.preprocess.size
         return np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
 
     @property
     def preprocess(self) -> Preprocess:
-        """The card's; :class:`UserError` where it has none."""
+        """Preprocessing of the card; :class:`UserError` if the card has none."""
         if self.artifact.card.preprocess is None:
-            raise UserError(f"{self.artifact.path}: its card has no preprocessing: make the artifact again")
+            raise UserError(f"{self.artifact.path}: the card has no preprocessing. Make the artifact again.")
         return self.artifact.card.preprocess
 
 
-def models_of(path: Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
-    """Every way to run an artifact, whether or not it can be run here.
+def models_of(path: Path | str, backends: Sequence[str] = DEFAULT_BACKENDS) -> list[Model]:
+    """List the ways to run an artifact, including those that this machine cannot run.
 
     Args:
-        path: teacher, student, ``onnx`` or engine artifact. An engine is run by its own builder's runtime.
-        backends: names of those considered; ``all`` is every one.
+        path: Teacher, student, ``onnx`` or engine artifact. Only the builder's own runtime runs an engine.
+        backends: Names of the backends to consider; ``all`` means every one.
 
     Raises:
-        UserError: there is no backend of that name.
+        UserError: No backend has one of these names.
     """
-    chosen = choose_backends(backends)
+    selected = choose_backends(backends)
     artifact = load_artifact(path, ("teacher", "student", "onnx", "engine"))
-    fitting = [backend for backend in chosen if artifact.card.kind in backend.kinds]
+    fitting = [backend for backend in selected if artifact.card.kind in backend.kinds]
     if artifact.card.kind == "engine":
         fitting = [backend for backend in fitting if backend.name == artifact.card.config["backend"]]
     return [Model(artifact, backend) for backend in fitting]
 
 
 def choose_backends(names: Sequence[str]) -> list[Backend]:
-    """Backends by name, in the order of the list."""
+    """Return the backends of these names, in the order of the report."""
     check_backends(names)
-    wanted = NAMES if "all" in names else names
-    return [backend for backend in BACKENDS if backend.name in wanted]
+    selected = BACKEND_NAMES if "all" in names else names
+    return [backend for backend in BACKENDS if backend.name in selected]
 
 
 def default_threads() -> int:
-    """One per processor this process may use."""
+    """Return the number of processors that this process may use."""
     return len(available_cpus())

@@ -1,1 +1,1 @@
-"""TensorRT engines: build, inspect, run."""
+"""TensorRT engines: building and running them."""

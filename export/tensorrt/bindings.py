@@ -1,7 +1,4 @@
-"""TensorRT and TensorRT-RTX as Python modules: which is there, for which GPU, and what they log.
-
-Building an engine and running one both begin here.
-"""
+"""Python modules of TensorRT and TensorRT-RTX: choice, import, target GPU and error log."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ from vpr.common.errors import UserError
 from vpr.common.hardware import read_gpus
 from vpr.inference.onnx_session import RTX_WHEEL
 
-Backend = Literal["tensorrt", "tensorrt-rtx"]
+Builder = Literal["tensorrt", "tensorrt-rtx"]
 _RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
-_REMEDY = {
-    "tensorrt-rtx": "pip install -r requirements.txt",
-    "tensorrt": "pip install -r requirements-gpu.txt, on a machine with an NVIDIA GPU",
+_INSTALL = {
+    "tensorrt-rtx": "Run `pip install -r requirements.txt`.",
+    "tensorrt": "Run `pip install -r requirements-gpu.txt` on a machine with an NVIDIA GPU.",
 }
 
 
-def choose_backend(wanted: Literal["auto", "tensorrt", "tensorrt-rtx"]) -> Backend:
-    """``auto`` is TensorRT where it imports, else TensorRT-RTX."""
-    if wanted != "auto":
-        return wanted
+def choose_builder(backend: Literal["auto", "tensorrt", "tensorrt-rtx"]) -> Builder:
+    """Resolve ``auto`` to TensorRT if it imports, else to TensorRT-RTX."""
+    if backend != "auto":
+        return backend
     try:
         importlib.import_module("tensorrt")
     except ImportError:
@@ -34,45 +31,45 @@ def choose_backend(wanted: Literal["auto", "tensorrt", "tensorrt-rtx"]) -> Backe
     return "tensorrt"
 
 
-def import_tensorrt(backend: Backend) -> ModuleType:
-    """The builder's Python module.
+def import_tensorrt(backend: Builder) -> ModuleType:
+    """Import the Python module of a builder.
 
-    TensorRT-RTX's bindings carry no libraries; those lie in ONNX Runtime's provider wheel, whose import
-    makes the links that the loader asks for.
+    TensorRT-RTX's bindings contain no libraries. ONNX Runtime's provider wheel contains them, and importing that
+    wheel creates the links that the loader needs.
 
     Raises:
-        UserError: it is not installed, with the line that installs it.
+        UserError: The builder is not installed. The message gives the command that installs it.
     """
     try:
         if backend == "tensorrt":
             return importlib.import_module("tensorrt")
-        carrier = importlib.import_module(RTX_WHEEL)
-        folder = Path(str(carrier.__file__)).parent
+        wheel = importlib.import_module(RTX_WHEEL)
+        folder = Path(str(wheel.__file__)).parent
         for name in _RTX_LIBRARIES:
             ctypes.CDLL(str(next(folder.rglob(name))), mode=ctypes.RTLD_GLOBAL)
         return importlib.import_module("tensorrt_rtx_bindings")
     except (ImportError, OSError, StopIteration) as error:
-        raise UserError(f"{backend}: cannot be loaded ({error}): {_REMEDY[backend]}") from None
+        raise UserError(f"{backend}: cannot be loaded ({error}). {_INSTALL[backend]}") from None
 
 
 def this_gpu() -> str:
-    """Architecture of the GPU that TensorRT builds for, where all of the machine are alike."""
-    found = {str(gpu["compute_capability"]).replace(".", "") for gpu in read_gpus()[0]}
-    return f"sm{found.pop()}" if len(found) == 1 else "this GPU"
+    """Return the architecture of this machine's GPUs, or ``this GPU`` if they differ or are unknown."""
+    architectures = {str(gpu["compute_capability"]).replace(".", "") for gpu in read_gpus()[0]}
+    return f"sm{architectures.pop()}" if len(architectures) == 1 else "this GPU"
 
 
 def error_logger(trt: ModuleType, errors: list[str]) -> Any:
-    """A logger that appends TensorRT's errors to a list."""
+    """Return a logger that appends TensorRT's errors to a list."""
 
-    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps errors for the message; everything else is the builder's own business."""
+    class ErrorLogger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Collect errors; ignore warnings and progress."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by the builder, from any of its threads."""
+            """Append an error. TensorRT calls this from any of its threads."""
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 errors.append(message)
 
-    return Collector()
+    return ErrorLogger()

@@ -1,8 +1,8 @@
-"""``vpr export engine``: ONNX graph -> TensorRT engine, by TensorRT or TensorRT-RTX.
+"""``vpr export engine``: build an ONNX graph as an engine with TensorRT or TensorRT-RTX.
 
-Both have the same Python API; one function drives either. TensorRT-RTX builds ahead of time on
-machines without a GPU, from wheels that PyPI carries; TensorRT builds for the GPU it runs on. Networks
-are strongly typed: precision is what the graph says, in TensorRT 10.12+ and 11 alike.
+Both builders have the same Python API. TensorRT-RTX builds ahead of time on machines without a GPU, from wheels on
+PyPI. TensorRT builds for the GPU of the machine. Networks are strongly typed: the graph alone sets the precision, in
+TensorRT 10.12+ and in 11.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import onnx
 
 from export.config import EngineConfig
 from export.multiply_adds import multiply_adds
-from export.tensorrt.bindings import Backend, choose_backend, error_logger, import_tensorrt, this_gpu
-from export.tensorrt.inspector import count_layers, inspect
+from export.tensorrt.bindings import Builder, choose_builder, error_logger, import_tensorrt, this_gpu
+from export.tensorrt.inspector import count_layers, inspect_engine
 from export.to_onnx import fill_graph_card, load_onnx
 from vpr.artifacts.run_folder import atomic_write
 from vpr.artifacts.store import config_to_json, find_up_to_date, write_artifact
@@ -27,86 +27,88 @@ from vpr.inference.onnx_session import INPUT
 
 log = get_logger(__name__)
 
-_MOST_CACHE = 1 << 28
+_MAX_CACHE_BYTES = 1 << 28
 
 
 def build_engine(config: EngineConfig) -> Path:
     """Build an engine and write it as an artifact of kind ``engine``.
 
     Raises:
-        UserError: no builder, an unknown target, or a graph the builder refuses (with the layer's name).
+        UserError: The builder is not installed, or it rejects the graph (the message names the layer).
     """
     graph, artifact = load_onnx(config.onnx)
-    backend = choose_backend(config.backend)
+    backend = choose_builder(config.backend)
     trt = import_tensorrt(backend)
     values = {**config_to_json(config), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
     if find_up_to_date(config.output, "engine", values, parents):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
-    log.info(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(config.targets)}")
-    started = time.monotonic()
+    targets = list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()]
+    log.info(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(targets)}")
+    start = time.monotonic()
     plan, layers = build_plan(trt, backend, graph, config)
-    seconds = round(time.monotonic() - started, 2)
+    seconds = round(time.monotonic() - start, 2)
     with write_artifact(config.output, "engine", values, parents) as draft:
         (draft.path / "engine.plan").write_bytes(plan)
         fill_graph_card(draft, artifact, graph)
         draft.metrics = {
             "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
             "builder": f"{backend} {trt.__version__}",
-            "targets": list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()],
+            "targets": targets,
             "profile": [config.min_batch, config.opt_batch, config.max_batch],
             "size_bytes": len(plan),
             "build_seconds": seconds,
             "multiply_adds": multiply_adds(graph),
             **layers,
         }
-    log.info(f"{config.output}: {len(plan) / 1e6:.1f} MB engine, built in {seconds:.1f} s")
+    log.info(f"{config.output}: engine {len(plan) / 1e6:.1f} MB, built in {seconds:.1f} s")
     return Path(config.output)
 
 
 def build_plan(
-    trt: ModuleType, backend: Backend, graph: onnx.ModelProto, config: EngineConfig
+    trt: ModuleType, backend: Builder, graph: onnx.ModelProto, config: EngineConfig
 ) -> tuple[bytes, dict[str, Any]]:
-    """Parse and build a graph.
+    """Parse a graph and build it.
 
     Returns:
-        the serialised engine, and counts of the network's layers by type and of tensors by precision.
+        The serialised engine, and counts of the network's layers by type and by precision.
     """
     errors: list[str] = []
     logger = error_logger(trt, errors)
     builder = trt.Builder(logger)
-    flags = trt.NetworkDefinitionCreationFlag
-    # TensorRT 11 has strongly typed networks only and no flag for it.
-    strongly = getattr(flags, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strongly is None else 1 << int(strongly))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph.SerializeToString()):
-        raise UserError(f"engine: the graph is refused: {_parser_error(parser)}: export the student again")
-    _decompose_wide_attention(trt, network)
+    network = _parse(trt, builder, logger, graph)
     build = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     shape = tuple(network.get_input(0).shape)[1:]
     batches = (config.min_batch, config.opt_batch, config.max_batch)
     profile.set_shape(INPUT, *[(batch, *shape) for batch in batches])
     build.add_optimization_profile(profile)
-    if backend == "tensorrt-rtx":
-        build.num_compute_capabilities = len(config.targets)
-        for index, target in enumerate(config.targets):
-            build.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
     _set_options(trt, backend, build, config)
     plan = builder.build_serialized_network(network, build)
     if plan is None:
         reason = " ".join(errors[0][:400].split()) if errors else "no reason given"
-        raise UserError(f"engine: the build failed: {reason}: {_remedy(config)}")
+        raise UserError(f"engine: the build failed ({reason}). {_remedy(config)}")
     if config.timing_cache:
         _write_cache(build, Path(config.timing_cache))
     plan = bytes(plan)
-    return plan, count_layers(network) | inspect(trt, plan, logger)
+    return plan, count_layers(network) | inspect_engine(trt, plan, logger)
 
 
-def _decompose_wide_attention(trt: ModuleType, network: Any) -> None:
-    """Let attention in FP32, which has no fused kernel on any GPU, be computed in parts; the rest stays whole."""
+def _parse(trt: ModuleType, builder: Any, logger: Any, graph: onnx.ModelProto) -> Any:
+    """Return a graph as a strongly typed network."""
+    # TensorRT 11 has only strongly typed networks, and no flag for them.
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph.SerializeToString()):
+        raise UserError(f"engine: the parser rejects the graph ({_parser_error(parser)}). Export the student again.")
+    _decompose_fp32_attention(trt, network)
+    return network
+
+
+def _decompose_fp32_attention(trt: ModuleType, network: Any) -> None:
+    """Allow TensorRT to split FP32 attention, which has no fused kernel on any GPU."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT" and layer.get_input(0).dtype.name == "FLOAT":
@@ -114,7 +116,11 @@ def _decompose_wide_attention(trt: ModuleType, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineConfig) -> None:
+def _set_options(trt: ModuleType, backend: Builder, build: Any, config: EngineConfig) -> None:
+    if backend == "tensorrt-rtx":
+        build.num_compute_capabilities = len(config.targets)
+        for index, target in enumerate(config.targets):
+            build.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
     build.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if config.optimisation_level is not None:
         build.builder_optimization_level = config.optimisation_level
@@ -125,15 +131,18 @@ def _set_options(trt: ModuleType, backend: Backend, build: Any, config: EngineCo
     if config.weight_stripped:
         build.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if config.timing_cache:
-        if backend == "tensorrt-rtx":
-            raise UserError("timing_cache: TensorRT-RTX measures nothing when it builds: leave it out")
-        path = Path(config.timing_cache)
-        held = path.read_bytes() if path.is_file() else b""
-        if len(held) > _MOST_CACHE:
-            raise UserError(f"{path}: too large for a timing cache: name another file")
-        cache = build.create_timing_cache(held)
-        if cache is None or not build.set_timing_cache(cache, False):
-            raise UserError(f"{path}: no timing cache of this GPU and version: name another file")
+        _read_cache(backend, build, Path(config.timing_cache))
+
+
+def _read_cache(backend: Builder, build: Any, path: Path) -> None:
+    if backend == "tensorrt-rtx":
+        raise UserError("timing_cache: TensorRT-RTX times no kernels at build time. Remove --timing-cache.")
+    content = path.read_bytes() if path.is_file() else b""
+    if len(content) > _MAX_CACHE_BYTES:
+        raise UserError(f"{path}: the file is too large for a timing cache. Name another file.")
+    cache = build.create_timing_cache(content)
+    if cache is None or not build.set_timing_cache(cache, False):
+        raise UserError(f"{path}: not a timing cache of this GPU and TensorRT version. Name another file.")
 
 
 def _write_cache(build: Any, path: Path) -> None:
@@ -144,10 +153,10 @@ def _write_cache(build: Any, path: Path) -> None:
 
 def _remedy(config: EngineConfig) -> str:
     if config.workspace_mb is not None:
-        return "raise --workspace_mb or leave it out"
+        return "Raise or remove --workspace-mb."
     if config.version_compatible or config.weight_stripped:
-        return "leave --version_compatible and --weight_stripped out, or build with TensorRT beside its GPU"
-    return "build from the FP16 or INT8 graph, or export with --opset 20"
+        return "Remove --version-compatible and --weight-stripped, or build with TensorRT on a machine with a GPU."
+    return "Build from the FP16 or INT8 graph, or export with --opset 20."
 
 
 def _parser_error(parser: Any) -> str:

@@ -1,4 +1,4 @@
-"""Whether an engine fits the machine that is to run it, and the command that builds one that does."""
+"""Whether an engine runs on this machine, and the command that rebuilds it if not."""
 
 from __future__ import annotations
 
@@ -15,76 +15,86 @@ from vpr.common.errors import UserError
 
 
 def load_engine(path: Path | str) -> Artifact:
-    """Load an ``engine`` artifact; :class:`UserError` where it is none, is damaged or truncated."""
+    """Load an ``engine`` artifact; :class:`UserError` if it is missing, damaged or of another kind."""
     try:
         return load_artifact(path, "engine")
     except CorruptCard:
         raise
     except CorruptArtifact as error:
         card = Card.model_validate_json((Path(path) / CARD_NAME).read_bytes())
-        raise UserError(f"{error}: {rebuild_command(Artifact(Path(path), card, ''))}") from None
+        raise UserError(f"{str(error).rstrip('.')}. {_rebuild(Artifact(Path(path), card, ''))}") from None
 
 
 def rebuild_command(artifact: Artifact, **changes: Any) -> str:
-    """The command line that built an engine, with some of its options changed."""
+    """Return the command line that built an engine, with changed options."""
     values = {**artifact.card.config, "output": str(artifact.path), **changes}
     words = ["vpr", "export", "engine"]
     for option in fields(EngineConfig):
         value = values.get(option.name, option.default)
         if value != option.default:
-            words += [f"--{option.name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            flag = f"--{option.name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
 
 
 def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
-    """Compare what an engine's card says with the machine, before anything is loaded.
+    """Compare an engine's card with the machine, before anything is loaded.
 
     Args:
-        artifact: an engine.
-        version: of the installed TensorRT or TensorRT-RTX.
-        gpu: to run on.
+        artifact: Engine.
+        version: Version of the installed TensorRT or TensorRT-RTX.
+        gpu: GPU that shall run the engine.
 
     Raises:
-        UserError: another GPU architecture, another version, or an engine without weights.
+        UserError: The GPU architecture or the version differs, or the engine has no weights.
     """
     config, targets = artifact.card.config, list(artifact.card.metrics["targets"])
     backend, built = str(config["backend"]), str(config["builder_version"])
-    # Engines that TensorRT built where nvidia-smi did not tell the GPU say "this GPU".
+    # The card says "this GPU" if nvidia-smi did not report the GPU of the build.
     if gpu.architecture not in targets and targets != ["this GPU"]:
-        command = rebuild_command(artifact, **_built_for(backend, gpu))
         raise UserError(
-            f"{artifact.path}: built for {', '.join(targets)}, this GPU is {gpu.name} ({gpu.architecture}): {command}"
+            f"{artifact.path}: built for {', '.join(targets)}, but this GPU is {gpu.name} ({gpu.architecture}). "
+            f"{_rebuild(artifact, **_options_for(backend, gpu))}"
         )
-    if not _runs_on(built, version, bool(config.get("version_compatible"))):
+    if not _can_load(built, version, bool(config.get("version_compatible"))):
         raise UserError(
-            f"{artifact.path}: built with {backend} {built}, this machine has {version}: {rebuild_command(artifact)}"
+            f"{artifact.path}: built with {backend} {built}, but this machine has {version}. {_rebuild(artifact)}"
         )
     if config.get("weight_stripped"):
-        command = rebuild_command(artifact, weight_stripped=False)
-        raise UserError(f"{artifact.path}: has no weights, which only TensorRT's refitter puts in: {command}")
+        raise UserError(
+            f"{artifact.path}: the engine has no weights, and only TensorRT's refitter adds them. "
+            f"{_rebuild(artifact, weight_stripped=False)}"
+        )
 
 
 def engine_load_error(artifact: Artifact, version: str, cuda: str, errors: list[str]) -> UserError:
-    """Why TensorRT does not load a plan that the card fits.
+    """Return the error for a plan that TensorRT does not load although the card is compatible.
 
     Args:
-        artifact: an engine.
-        version: of the installed TensorRT or TensorRT-RTX.
-        cuda: what the driver supports, as ``CUDA 12.4``.
-        errors: that TensorRT logged.
+        artifact: Engine.
+        version: Version of the installed TensorRT or TensorRT-RTX.
+        cuda: CUDA version that the driver supports, as ``CUDA 12.4``.
+        errors: Errors that TensorRT logged.
     """
-    command, backend = rebuild_command(artifact), artifact.card.config["backend"]
+    backend = artifact.card.config["backend"]
     if any("driver version is insufficient" in error or "error: 35" in error for error in errors):
         return UserError(
-            f"{backend} {version} needs a newer driver than this machine's, which is of {cuda}: "
-            f"update the driver, or install a {backend} for {cuda} and rebuild: {command}"
+            f"{artifact.path}: {backend} {version} needs a newer driver; this machine's driver supports {cuda}. "
+            f"Update the driver, or install a {backend} for {cuda}. {_rebuild(artifact)}"
         )
     reason = " ".join(errors[0].split())[:200] if errors else "no reason given"
-    return UserError(f"{artifact.file('engine.plan')}: {backend} {version} refuses it ({reason}): {command}")
+    return UserError(
+        f"{artifact.file('engine.plan')}: {backend} {version} cannot load it ({reason}). {_rebuild(artifact)}"
+    )
 
 
-def _built_for(backend: str, gpu: Gpu) -> dict[str, str]:
-    """Options of a build for a GPU; TensorRT-RTX has no ahead-of-time target for some."""
+def _rebuild(artifact: Artifact, **changes: Any) -> str:
+    """Return the last part of an error message: how to rebuild the engine."""
+    return f"Rebuild: {rebuild_command(artifact, **changes)}"
+
+
+def _options_for(backend: str, gpu: Gpu) -> dict[str, str]:
+    """Return the build options for a GPU; TensorRT-RTX lacks an ahead-of-time target for some GPUs."""
     if backend == "tensorrt":
         return {}
     if gpu.architecture in TARGETS:
@@ -92,8 +102,9 @@ def _built_for(backend: str, gpu: Gpu) -> dict[str, str]:
     return {"backend": "tensorrt", "target": EngineConfig.target}
 
 
-def _runs_on(built: str, version: str, compatible: bool) -> bool:
-    if not compatible:
+def _can_load(built: str, version: str, version_compatible: bool) -> bool:
+    """Return whether a TensorRT version loads an engine that another version built."""
+    if not version_compatible:
         return built == version
-    older, newer = ([int(part) for part in text.split(".") if part.isdigit()] for text in (built, version))
-    return older[:1] == newer[:1] and older <= newer
+    old, new = ([int(part) for part in text.split(".") if part.isdigit()] for text in (built, version))
+    return old[:1] == new[:1] and old <= new

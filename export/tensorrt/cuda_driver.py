@@ -1,7 +1,7 @@
-"""What running an engine needs of CUDA, and its implementation by PyCUDA.
+"""The CUDA driver calls that an engine needs, as a protocol and its implementation by PyCUDA.
 
-PyCUDA aborts the process when a thread ends with a context still on its stack, and frees nothing while no
-context is current. So the context is current only inside ``with driver.current()``, and all else happens there.
+PyCUDA aborts the process if a thread ends with a context on its stack, and it frees memory only while a context
+is current. So the context is current only inside ``with driver.current()``, and every other call happens there.
 """
 
 from __future__ import annotations
@@ -17,100 +17,100 @@ from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work on the legacy default stream neither waits nor breaks a capture
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work on the legacy default stream neither blocks nor breaks a capture
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
-_REMEDY = "pip install -r requirements-gpu.txt, on a machine with an NVIDIA GPU"
+_INSTALL = "Run `pip install -r requirements-gpu.txt` on a machine with an NVIDIA GPU."
 
 
 class DriverError(Exception):
-    """CUDA or TensorRT refused a call; the message says which."""
+    """A call of CUDA or TensorRT failed. The message names it."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its name, and its architecture as ``sm89``."""
+    """Name and architecture (as ``sm89``) of a GPU."""
 
     name: str
     architecture: str
 
 
 class Stream(Protocol):
-    """A CUDA stream: work in the order it was given."""
+    """A CUDA stream, which runs its work in order."""
 
     @property
     def handle(self) -> int:
-        """The driver's ``CUstream``."""
+        """Address of the driver's ``CUstream``."""
 
 
 class Driver(Protocol):
     """One GPU.
 
-    Every method but ``current`` is called inside ``with driver.current()``, which raises :class:`DriverError`
-    and, where the GPU's memory does not suffice, :class:`MemoryError` for what fails there.
+    Call every method except ``current`` inside ``with driver.current()``. That block raises :class:`MemoryError`
+    if the GPU has too little memory, and :class:`DriverError` for every other failure.
     """
 
     gpu: Gpu
     cuda: str
 
     def current(self) -> AbstractContextManager[None]:
-        """Make the GPU the calling thread's, for the length of the block."""
+        """Make the GPU current in the calling thread for the length of the block."""
 
     def stream(self) -> Stream:
-        """A new stream."""
+        """Create a stream."""
 
     def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Page-locked host memory."""
+        """Allocate page-locked host memory."""
 
     def allocate(self, size: int) -> Any:
-        """Device memory of ``size`` bytes; its ``int`` is the address."""
+        """Allocate ``size`` bytes of device memory; ``int()`` of the result is the address."""
 
     def free(self, memory: Any) -> None:
-        """Give back what ``pinned`` or ``allocate`` gave."""
+        """Free memory of ``pinned`` or ``allocate``."""
 
     def copy_in(self, device: Any, host: NDArray[np.float32], stream: Stream) -> None:
-        """Copy to the device, without waiting."""
+        """Copy to the device asynchronously."""
 
     def copy_out(self, host: NDArray[np.float32], device: Any, stream: Stream) -> None:
-        """Copy from the device, without waiting."""
+        """Copy from the device asynchronously."""
 
     def synchronise(self, stream: Stream) -> None:
-        """Wait for all work of a stream."""
+        """Wait until a stream has finished its work."""
 
     def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> Any:
-        """The work that ``enqueue`` puts on a stream as a CUDA graph; nothing is run."""
+        """Capture the work that ``enqueue`` puts on a stream as a CUDA graph, without running it."""
 
     def launch(self, graph: Any, stream: Stream) -> None:
-        """Put a graph on a stream."""
+        """Enqueue a graph on a stream."""
 
     def discard(self, graph: Any) -> None:
-        """Give back a graph."""
+        """Destroy a graph."""
 
 
 class PyCudaDriver:
-    """One GPU by PyCUDA, in its primary context, which other libraries of the process share.
+    """One GPU by PyCUDA, in the primary context that it shares with other libraries of the process.
 
     Args:
-        device: number of the GPU, by CUDA's order.
+        device: Index of the GPU in CUDA's order.
 
     Raises:
-        UserError: PyCUDA is not installed, or there is no such GPU or no driver for it.
+        UserError: PyCUDA is not installed, the GPU does not exist, or it has no driver.
     """
 
     def __init__(self, device: int = 0) -> None:
         try:
             import pycuda.driver as cuda
         except ImportError as error:
-            raise UserError(f"pycuda: cannot be loaded ({error}): {_REMEDY}") from None
+            raise UserError(f"pycuda: cannot be loaded ({error}). {_INSTALL}") from None
         try:
             cuda.init()
             count = cuda.Device.count()
             if not 0 <= device < count:
-                raise UserError(f"device {device}: this machine has GPUs 0 to {count - 1}: choose one of them")
-            chosen = cuda.Device(device)
-            self._context = chosen.retain_primary_context()
+                raise UserError(f"device: expected 0 to {count - 1} on this machine, got {device}.")
+            gpu = cuda.Device(device)
+            self._context = gpu.retain_primary_context()
         except cuda.Error as error:
-            raise UserError(f"device {device}: CUDA cannot use it ({error}): see 'nvidia-smi' and the driver") from None
-        self.gpu = Gpu(chosen.name(), "sm{}{}".format(*chosen.compute_capability()))
+            raise UserError(f"device: CUDA cannot use GPU {device} ({error}). Check `nvidia-smi`.") from None
+        self.gpu = Gpu(gpu.name(), "sm{}{}".format(*gpu.compute_capability()))
         version = cuda.get_driver_version()
         self.cuda = f"CUDA {version // 1000}.{version % 1000 // 10}"
         self._cuda = cuda
@@ -172,32 +172,32 @@ class PyCudaDriver:
 
 
 class GraphCalls:
-    """CUDA graphs by the driver's own calls, which PyCUDA (2026.1) does not have.
+    """CUDA graphs through the driver API, which PyCUDA 2026.1 does not wrap.
 
     Args:
-        library: ``libcuda.so.1``.
+        library: The loaded ``libcuda.so.1``.
     """
 
     def __init__(self, library: Any) -> None:
         self._library = library
 
     def capture(self, stream: int, enqueue: Callable[[], bool]) -> int:
-        """Capture what ``enqueue`` puts on a stream; the handle of the executable graph.
+        """Capture the work that ``enqueue`` puts on a stream and return the executable graph's handle.
 
         Raises:
-            DriverError: ``enqueue`` returned False, or the driver refuses the capture.
+            DriverError: ``enqueue`` returned False, or the driver rejected the capture.
         """
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), _THREAD_LOCAL)
-        accepted = False
+        is_enqueued = False
         try:
-            accepted = enqueue()
+            is_enqueued = enqueue()
         finally:
-            # A stream that is left capturing runs nothing any more.
-            ended = self._library.cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
-        if not accepted:
-            raise DriverError("the engine refuses to be captured")
-        self._check("cuStreamEndCapture", ended)
+            # A stream that stays in capture mode runs no further work.
+            status = self._library.cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
+        if not is_enqueued:
+            raise DriverError("the engine cannot be captured")
+        self._check("cuStreamEndCapture", status)
         try:
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         finally:
@@ -205,7 +205,7 @@ class GraphCalls:
         return int(executable.value or 0)
 
     def launch(self, graph: int, stream: int) -> None:
-        """Put a graph on a stream."""
+        """Enqueue a graph on a stream."""
         self._call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
 
     def discard(self, graph: int) -> None:

@@ -1,4 +1,4 @@
-"""What a built engine is made of: the builder's layers, and the inspector's where there is a GPU."""
+"""Layer counts of a network before the build, and of a built engine where there is a GPU."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from vpr.common.hardware import read_gpus
 
 
 def count_layers(network: Any) -> dict[str, Any]:
-    """Layers by type, and by the precision of their first output, as the builder sees them."""
+    """Count the layers of a parsed network by type and by the precision of their first output."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     types = Counter(layer.type.name for layer in layers)
     precisions = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
     return {"layers": dict(sorted(types.items())), "precisions": dict(sorted(precisions.items()))}
 
 
-def inspect(trt: ModuleType, plan: bytes, logger: Any) -> dict[str, Any]:
-    """What the engine's inspector says, where there is a GPU to load it on: ``inspector`` of the card, else nothing."""
+def inspect_engine(trt: ModuleType, plan: bytes, logger: Any) -> dict[str, Any]:
+    """Return the card's ``inspector`` entry; empty without a GPU to load the engine on."""
     gpus, _ = read_gpus()
     if not gpus:
         return {}
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         return {}
-    found = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return {"inspector": summarise_inspection(found)}
+    report = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return {"inspector": summarise_inspection(report)}
 
 
-def summarise_inspection(found: str) -> dict[str, Any]:
-    """Layers of a built engine by type and by the format of their first output, and whether attention is fused.
+def summarise_inspection(report: str) -> dict[str, Any]:
+    """Count the layers of a built engine by type and output format, and those with fused attention.
 
     Args:
-        found: JSON of TensorRT's engine inspector, with detailed verbosity.
+        report: JSON of TensorRT's engine inspector, with detailed verbosity.
 
     Returns:
-        ``layers``, ``formats`` (counts) and ``fused_attention`` (the number of such layers).
+        ``layers`` and ``formats`` (counts), and ``fused_attention`` (number of such layers).
     """
-    layers = [layer for layer in json.loads(found)["Layers"] if isinstance(layer, dict)]
+    layers = [layer for layer in json.loads(report)["Layers"] if isinstance(layer, dict)]
     outputs = [layer["Outputs"][0] for layer in layers if layer.get("Outputs")]
     names = [f"{layer.get('Name', '')} {layer.get('TacticName', '')}".lower() for layer in layers]
     return {

@@ -1,4 +1,4 @@
-"""How a batch of any size is run by an engine that takes certain sizes: which pieces, under which profile."""
+"""Optimisation profiles, and how a batch of any size is split to fit them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimisation profile: batches from ``least`` to ``most`` images, tuned for ``best``."""
+    """An optimisation profile: batches from ``min_batch`` to ``max_batch`` images, tuned for ``opt_batch``."""
 
     index: int
-    least: int
-    best: int
-    most: int
+    min_batch: int
+    opt_batch: int
+    max_batch: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images ``start`` to ``stop`` of a batch, run as ``size`` images: the last is repeated where that is more."""
+    """Images ``start`` to ``stop`` of a batch, padded to ``size`` images with copies of the last."""
 
     start: int
     stop: int
@@ -27,19 +27,22 @@ class Chunk:
 
 
 def split_batch(count: int, profiles: Sequence[Profile]) -> Iterator[Chunk]:
-    """The fewest pieces that hold ``count`` images, in order; none for 0.
+    """Split ``count`` images into as few chunks as possible, in order; 0 images give none.
 
-    All but the last are as large as the engine takes. The last is as large as what is left, or the next larger
-    size that a profile takes.
+    Every chunk but the last has the largest batch of the engine. The last has the size of the remainder, or the
+    next larger size that a profile accepts.
     """
-    most = max(profile.most for profile in profiles)
-    for start in range(0, count, most):
-        rows = min(most, count - start)
+    max_batch = max(profile.max_batch for profile in profiles)
+    for start in range(0, count, max_batch):
+        rows = min(max_batch, count - start)
         profile = pick_profile(rows, profiles)
-        yield Chunk(start, start + rows, max(rows, profile.least), profile.index)
+        yield Chunk(start, start + rows, max(rows, profile.min_batch), profile.index)
 
 
 def pick_profile(rows: int, profiles: Sequence[Profile]) -> Profile:
-    """The profile that ``rows`` images need the least padding for; of several, the one tuned nearest to them."""
-    wide_enough = [profile for profile in profiles if rows <= profile.most]
-    return min(wide_enough, key=lambda profile: (max(rows, profile.least), abs(profile.best - rows), profile.index))
+    """Return the profile that needs the least padding for ``rows`` images; of several, the one tuned closest."""
+
+    def cost(profile: Profile) -> tuple[int, int, int]:
+        return max(rows, profile.min_batch), abs(profile.opt_batch - rows), profile.index
+
+    return min((profile for profile in profiles if rows <= profile.max_batch), key=cost)

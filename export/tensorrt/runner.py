@@ -1,6 +1,6 @@
-"""Running an engine: ``with open_engine("runs/engine") as engine: embeddings = engine(batch)``.
+"""Engines on a GPU: ``with open_engine("runs/engine") as engine: embeddings = engine(batch)``.
 
-PyCUDA and the engine's own builder are all it needs; there is no torch in it.
+Needs PyCUDA and the engine's builder, but no torch.
 """
 
 from __future__ import annotations
@@ -29,37 +29,43 @@ def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_ho
     """Load an ``engine`` artifact onto a GPU.
 
     Args:
-        path: the artifact.
-        device: number of the GPU, by CUDA's order.
-        graphs: replay CUDA graphs, one per batch size.
-        allow_host_code: load engines built with ``--version_compatible true`` too. They carry a library that
-            runs on the CPU: allow it for what you built yourself.
+        path: Engine artifact.
+        device: Index of the GPU in CUDA's order.
+        graphs: Replay CUDA graphs, one per batch size.
+        allow_host_code: Also load engines built with ``--version-compatible``. They contain a library that runs
+            on the CPU, so allow this only for engines that you built.
 
     Raises:
-        UserError: PyCUDA, the builder or a GPU is missing; the engine is damaged, or is of another GPU
-            architecture, version or driver. The line ends with the command that rebuilds it.
+        UserError: PyCUDA, the builder or a GPU is missing; the engine is damaged; or it was built for another GPU
+            architecture, version or driver. The message ends with the command that rebuilds the engine.
     """
-    artifact = load_engine(path)
+    return start_engine(load_engine(path), device, graphs, allow_host_code)
+
+
+def start_engine(
+    artifact: Artifact, device: int = 0, graphs: bool = True, allow_host_code: bool = False
+) -> EngineRunner:
+    """Load an ``engine`` artifact that was read already; otherwise as :func:`open_engine`."""
     with reraise_as_artifact_error(artifact):
         backend = artifact.card.config["backend"]
     return EngineRunner(artifact, import_tensorrt(backend), PyCudaDriver(device), graphs, allow_host_code)
 
 
 class EngineRunner:
-    """An engine on a GPU: a function of batches, for any number of threads.
+    """An engine on a GPU: a function of batches that any number of threads may call.
 
-    Each thread has execution contexts, a stream and buffers of its own, made at its first call; a thread that
-    has ended leaves them to the next. Everything is freed by ``close``, at the latest when the process ends.
+    Each thread has its own execution contexts, stream and buffers, created at its first call. The next new thread
+    takes over those of a thread that has ended. ``close`` frees everything, at the latest when the process ends.
 
     Args:
-        artifact: of kind ``engine``.
-        trt: the module of its backend.
-        driver: the GPU.
-        graphs: replay CUDA graphs, one per batch size.
-        allow_host_code: as :func:`open_engine` has it.
+        artifact: Artifact of kind ``engine``.
+        trt: Python module of its builder.
+        driver: GPU that runs the engine.
+        graphs: Replay CUDA graphs, one per batch size.
+        allow_host_code: As in :func:`open_engine`.
 
     Raises:
-        UserError: as :func:`open_engine` does.
+        UserError: As in :func:`open_engine`.
     """
 
     def __init__(
@@ -67,39 +73,42 @@ class EngineRunner:
     ) -> None:
         self.artifact = artifact
         self._driver, self._graphs = driver, graphs
-        self._lanes: dict[threading.Thread, ThreadContext] = {}
+        self._contexts: dict[threading.Thread, ThreadContext] = {}
         self._lock = threading.Lock()
         with reraise_as_artifact_error(artifact):
             check_compatible(artifact, trt.__version__, driver.gpu)
             if artifact.card.config.get("version_compatible") and not allow_host_code:
-                raise UserError(f"{artifact.path}: carries a library: open it with allow_host_code=True if it is yours")
-        with self._calling():
-            self._plan = load_plan(artifact, trt, driver)
-        self._release = weakref.finalize(self, _release, driver, self._plan, self._lanes, self._lock)
+                raise UserError(
+                    f"{artifact.path}: the engine contains a library that would run on this machine. "
+                    "If you built the engine, open it with allow_host_code=True."
+                )
+        with self._gpu_current():
+            self._engine = deserialise_engine(artifact, trt, driver)
+        self._release = weakref.finalize(self, _release, driver, self._engine, self._contexts, self._lock)
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed images.
 
         Args:
-            batch: (n, 3, size, size) float32, preprocessed as the card says, any n from 1; more than the engine takes
-                at once are run in pieces.
+            batch: (n, 3, size, size) float32 with n of 1 or more, preprocessed as the card says. Larger batches
+                than the engine's are split.
 
         Returns:
             (n, dim) float32.
 
         Raises:
-            UserError: another shape or dtype, a closed engine, too little GPU memory, or a GPU that fails.
+            UserError: Wrong shape or dtype, a closed engine, too little GPU memory, or a GPU that fails.
         """
-        self._check(batch)
-        with self._calling():
-            lane = self._lane()
-            with lane.busy:
+        self._check_batch(batch)
+        with self._gpu_current():
+            context = self._thread_context()
+            with context.lock:
                 self._check_open()
-                return lane.run(batch)
+                return context.run(batch)
 
     def close(self) -> None:
-        """Free the engine once the calls under way have ended; again is harmless."""
-        with self._calling():
+        """Free the engine after the calls in progress; a second call does nothing."""
+        with self._gpu_current():
             self._release()
 
     def __enter__(self) -> EngineRunner:
@@ -110,61 +119,65 @@ class EngineRunner:
     ) -> None:
         self.close()
 
-    def _check(self, batch: NDArray[np.float32]) -> None:
+    def _check_batch(self, batch: NDArray[np.float32]) -> None:
         self._check_open()
-        found = f"{getattr(batch, 'shape', None)} {getattr(batch, 'dtype', type(batch).__name__)}"
-        good = isinstance(batch, np.ndarray) and batch.ndim == 4 and batch.shape[1:] == self._plan.image
-        if not good or not len(batch) or batch.dtype != np.float32:
-            wanted = ", ".join(map(str, self._plan.image))
-            raise UserError(f"{INPUT}: {found}: give (n, {wanted}) float32, n at least 1")
+        is_images = isinstance(batch, np.ndarray) and batch.ndim == 4 and batch.shape[1:] == self._engine.image
+        if not is_images or not len(batch) or batch.dtype != np.float32:
+            actual = f"{getattr(batch, 'shape', None)} {getattr(batch, 'dtype', type(batch).__name__)}"
+            shape = ", ".join(map(str, self._engine.image))
+            raise UserError(f"{INPUT}: expected (n, {shape}) float32 with n of 1 or more, got {actual}.")
 
     def _check_open(self) -> None:
         if not self._release.alive:
-            raise UserError(f"{self.artifact.path}: the engine is closed: open it again")
+            raise UserError(f"{self.artifact.path}: the engine is closed. Open it again.")
 
-    def _lane(self) -> ThreadContext:
-        me = threading.current_thread()
+    def _thread_context(self) -> ThreadContext:
+        """Return the calling thread's context; take over that of an ended thread, or create one."""
+        thread = threading.current_thread()
         with self._lock:
-            if me not in self._lanes:
+            if thread not in self._contexts:
                 self._check_open()
-                ended = next((thread for thread in self._lanes if not thread.is_alive()), None)
-                own = ThreadContext(self._plan, self._driver, self._graphs) if ended is None else self._lanes.pop(ended)
-                self._lanes[me] = own
-            return self._lanes[me]
+                ended = next((other for other in self._contexts if not other.is_alive()), None)
+                if ended is None:
+                    self._contexts[thread] = ThreadContext(self._engine, self._driver, self._graphs)
+                else:
+                    self._contexts[thread] = self._contexts.pop(ended)
+            return self._contexts[thread]
 
     @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """Inside it the GPU is this thread's; what it refuses becomes one line."""
+    def _gpu_current(self) -> Iterator[None]:
+        """Make the GPU current in this thread; raise its failures as :class:`UserError`."""
         try:
             with self._driver.current():
                 yield
         except MemoryError as error:
-            most = int(self.artifact.card.config["max_batch"])
-            smaller = {"max_batch": max(1, most // 2)}
+            config = self.artifact.card.config
+            max_batch = int(config["max_batch"])
+            smaller = {"max_batch": max(1, max_batch // 2)}
             for key in ("opt_batch", "min_batch"):
-                smaller[key] = min(int(self.artifact.card.config[key]), smaller["max_batch"])
-            command = rebuild_command(self.artifact, **smaller)
+                smaller[key] = min(int(config[key]), smaller["max_batch"])
             raise UserError(
-                f"{self.artifact.path}: {self._driver.gpu.name} has too little free memory for batches of {most} "
-                f"({error}): end what else uses it, or rebuild for smaller batches: {command}"
+                f"{self.artifact.path}: {self._driver.gpu.name} has too little free memory for batches of {max_batch} "
+                f"({error}). Free GPU memory, or rebuild for smaller batches: "
+                f"{rebuild_command(self.artifact, **smaller)}"
             ) from None
         except DriverError as error:
             raise UserError(
-                f"{self.artifact.path}: {error}: run it again, and if it stays so rebuild it: "
+                f"{self.artifact.path}: {error}. Run the command again. If it fails again, rebuild: "
                 f"{rebuild_command(self.artifact)}"
             ) from None
 
 
-def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngine:
+def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngine:
     """Deserialise an engine, inside ``with driver.current()``.
 
     Raises:
-        UserError: TensorRT refuses it, or its tensors are not those of our exports.
+        UserError: TensorRT cannot load it, or its tensors are not those of our exports.
     """
     errors: list[str] = []
     try:
         runtime = trt.Runtime(error_logger(trt, errors))
-    except TypeError as error:  # the bindings' word for a runtime that could not be made
+    except TypeError as error:  # the bindings raise it if TensorRT cannot create a runtime
         raise engine_load_error(artifact, trt.__version__, driver.cuda, errors or [str(error)]) from None
     runtime.engine_host_code_allowed = bool(artifact.card.config.get("version_compatible"))
     engine = runtime.deserialize_cuda_engine(artifact.file("engine.plan").read_bytes())
@@ -173,8 +186,8 @@ def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngi
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     if names != {INPUT, OUTPUT}:
         raise UserError(
-            f"{artifact.path}: has tensors {', '.join(sorted(names))} where {INPUT}, {OUTPUT} are needed: "
-            f"{rebuild_command(artifact)}"
+            f"{artifact.path}: expected the tensors {INPUT} and {OUTPUT}, got {', '.join(sorted(names))}. "
+            f"Rebuild: {rebuild_command(artifact)}"
         )
     ranges = [engine.get_tensor_profile_shape(INPUT, index) for index in range(engine.num_optimization_profiles)]
     return LoadedEngine(
@@ -190,11 +203,11 @@ def load_plan(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngi
 
 
 def _release(
-    driver: Driver, plan: LoadedEngine, lanes: dict[threading.Thread, ThreadContext], lock: threading.Lock
+    driver: Driver, engine: LoadedEngine, contexts: dict[threading.Thread, ThreadContext], lock: threading.Lock
 ) -> None:
     with driver.current(), lock:
-        for lane in list(lanes.values()):
-            with lane.busy:
-                lane.close()
-        lanes.clear()
-        plan.engine = plan.runtime = None
+        for context in list(contexts.values()):
+            with context.lock:
+                context.close()
+        contexts.clear()
+        engine.engine = engine.runtime = None

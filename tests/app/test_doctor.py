@@ -6,19 +6,19 @@ import pytest
 
 from app.config import DoctorConfig
 from app.doctor import doctor, examine
-from export.backends.registry import NAMES
+from export.config import BACKEND_NAMES
 from vpr.common.hardware import environment, package_versions, parse_gpus
 
 
 def test_every_backend_is_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: ([], None))
+    monkeypatch.setattr("export.backends.base.read_gpus", lambda: ([], None))
     findings = {finding.name: finding for finding in examine()}
-    assert set(NAMES) <= set(findings)
+    assert set(BACKEND_NAMES) <= set(findings)
     for name in ("torch", "onnxruntime-cpu", "openvino", "build TensorRT-RTX engines"):
         assert findings[name].works, findings[name].detail
     for name in ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt-rtx"):
         assert not findings[name].works
-        assert findings[name].detail == "needs an NVIDIA GPU, this machine has none"
+        assert findings[name].detail == "needs an NVIDIA GPU; this machine has none"
 
 
 def test_a_missing_package_is_a_line_and_not_a_traceback(

@@ -41,22 +41,22 @@ def ranges(config: CalibrateConfig) -> Path:
     return calibrate(config)
 
 
-def test_ranges_are_what_pytorch_s_linears_see(ranges: Path, fp32: Path, catalog: Catalog) -> None:
+def test_ranges_equal_pytorch_forward_hooks(ranges: Path, fp32: Path, catalog: Catalog) -> None:
     """Forward hooks on the PyTorch student over the recorded images give the same largest values."""
     model, artifact = load_student(fp32.parent / "student")
-    seen: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
-    def watch(name: str) -> object:
+    def record(name: str) -> object:
         def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            seen[name] = max(seen.get(name, 0.0), inputs[0].abs().max().item())
+            largest[name] = max(largest.get(name, 0.0), inputs[0].abs().max().item())
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(watch(name))
-    drawn = set(pq.read_table(ranges / "images.parquet")["image"].to_pylist())
-    rows = [i for i, image in enumerate(catalog.table["image"].to_pylist()) if image in drawn]
+            module.register_forward_pre_hook(record(name))
+    selected = set(pq.read_table(ranges / "images.parquet")["image"].to_pylist())
+    rows = [i for i, image in enumerate(catalog.table["image"].to_pylist()) if image in selected]
     assert len(rows) == 40
     assert artifact.card.preprocess is not None
     images = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
@@ -66,10 +66,10 @@ def test_ranges_are_what_pytorch_s_linears_see(ranges: Path, fp32: Path, catalog
     measured = json.loads((ranges / "ranges.json").read_text())
     for node in linear_nodes(load_onnx(fp32)[0]):
         layer = node.name.rsplit("/", 1)[0]
-        assert measured[node.input[0]]["threshold"] == pytest.approx(seen[layer], rel=1e-4), layer
+        assert measured[node.input[0]]["threshold"] == pytest.approx(largest[layer], rel=1e-4), layer
 
 
-def test_images_are_recorded_and_of_training_products(ranges: Path, catalog: Catalog) -> None:
+def test_recorded_images_are_training_images(ranges: Path, catalog: Catalog) -> None:
     recorded = pq.read_table(ranges / "images.parquet")
     assert recorded.column_names == ["image", "product", "sha256"]
     assert set(recorded["product"].to_pylist()) <= set(catalog.select(split="train").products.tolist())
@@ -80,13 +80,13 @@ def test_images_are_recorded_and_of_training_products(ranges: Path, catalog: Cat
     assert [parent.role for parent in card.parents] == ["onnx", "student", "catalog"]
 
 
-def test_an_unchanged_calibration_is_not_made_again(config: CalibrateConfig, ranges: Path) -> None:
+def test_unchanged_calibration_is_skipped(config: CalibrateConfig, ranges: Path) -> None:
     before = (ranges / "card.json").stat().st_mtime_ns
     calibrate(config)
     assert (ranges / "card.json").stat().st_mtime_ns == before
 
 
-def test_methods_order_as_they_should(config: CalibrateConfig, ranges: Path, tmp_path: Path) -> None:
+def test_thresholds_of_methods_are_ordered(config: CalibrateConfig, ranges: Path, tmp_path: Path) -> None:
     tables = {"minmax": json.loads((ranges / "ranges.json").read_text())}
     for method in ("mse", "percentile"):
         made = calibrate(replace(config, output=str(tmp_path / method), method=method, percentile=99.0))
@@ -96,20 +96,20 @@ def test_methods_order_as_they_should(config: CalibrateConfig, ranges: Path, tmp
         assert 0 < tables["mse"][name]["threshold"] <= entry["threshold"]
 
 
-def test_scored_images_do_not_make_up_for_missing_training_ones(config: CalibrateConfig, tmp_path: Path) -> None:
+def test_too_few_training_images_are_an_error(config: CalibrateConfig, tmp_path: Path) -> None:
     """The catalogue has 128 images, half of them of training products."""
-    with pytest.raises(UserError, match="the training split has 64"):
+    with pytest.raises(UserError, match="count: expected 1 to 64, the size of the training split, got 65"):
         calibrate(replace(config, count=65, output=str(tmp_path / "ranges")))
     assert not (tmp_path / "ranges").exists()
 
 
-def test_a_graph_of_another_precision_is_refused(config: CalibrateConfig, tmp_path: Path, fp32: Path) -> None:
+def test_fp16_graph_is_rejected(config: CalibrateConfig, tmp_path: Path, fp32: Path) -> None:
     half = export_onnx(OnnxConfig(str(fp32.parent / "student"), str(tmp_path / "fp16"), precision="fp16"))
-    with pytest.raises(UserError, match="measured on the FP32 graph"):
+    with pytest.raises(UserError, match="expected an FP32 graph"):
         calibrate(replace(config, onnx=str(half), output=str(tmp_path / "ranges")))
 
 
-def test_a_tensor_that_is_not_finite_is_named(fp32: Path, catalog: Catalog) -> None:
+def test_non_finite_tensor_is_named(fp32: Path, catalog: Catalog) -> None:
     graph, artifact = load_onnx(fp32)
     broken = onnx.ModelProto()
     broken.CopyFrom(graph)

@@ -33,15 +33,15 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mse_threshold_is_as_good_as_trying_them_all(shape: str) -> None:
+def test_mse_threshold_matches_exhaustive_search(shape: str) -> None:
     values = SHAPES[shape](np.random.default_rng(0))
-    found = threshold(_histogram(values), "mse")
+    limit = threshold(_histogram(values), "mse")
     best = min(_quantisation_error(values, t) for t in np.linspace(0.02, 1, 150) * np.abs(values).max())
-    assert _quantisation_error(values, found) <= 1.02 * best
-    assert _quantisation_error(values, found) <= 1.001 * _quantisation_error(values, np.abs(values).max())
+    assert _quantisation_error(values, limit) <= 1.02 * best
+    assert _quantisation_error(values, limit) <= 1.001 * _quantisation_error(values, np.abs(values).max())
 
 
-def test_expected_error_follows_the_real_one() -> None:
+def test_expected_error_matches_the_real_error() -> None:
     values = np.random.default_rng(1).standard_t(4, size=200_000).astype(np.float32)
     histogram = _histogram(values)
     expected = expected_error(histogram)
@@ -52,7 +52,7 @@ def test_expected_error_follows_the_real_one() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=50), min_size=1, max_size=6))
-def test_streaming_loses_no_value_and_min_max_is_exact(batches: list[list[float]]) -> None:
+def test_streaming_keeps_counts_and_maximum(batches: list[list[float]]) -> None:
     arrays = [np.array(batch, dtype=np.float32) for batch in batches]
     histogram = _histogram(*arrays)
     values = np.abs(np.concatenate(arrays).astype(np.float64))
@@ -61,20 +61,20 @@ def test_streaming_loses_no_value_and_min_max_is_exact(batches: list[list[float]
     assert histogram.limit >= values.max()
 
 
-def test_percentile_is_numpy_s_within_a_bin() -> None:
+def test_percentile_equals_numpy_within_a_bin() -> None:
     values = np.abs(np.random.default_rng(2).normal(size=(10, 30_000)))
     histogram = _histogram(*values)
-    found = threshold(histogram, "percentile", 99.9)
-    assert found == pytest.approx(np.percentile(values, 99.9), abs=1.5 * histogram.limit / BINS)
+    limit = threshold(histogram, "percentile", 99.9)
+    assert limit == pytest.approx(np.percentile(values, 99.9), abs=1.5 * histogram.limit / BINS)
 
 
-def test_batches_and_one_array_give_the_same_counts() -> None:
+def test_batching_does_not_change_counts() -> None:
     values = np.random.default_rng(3).normal(size=(4, 1000)).astype(np.float32)
-    values[0, 0] = 50  # the largest first, so no bins are merged
+    values[0, 0] = 50  # the largest value first, so that no bins are merged
     np.testing.assert_array_equal(_histogram(*values).counts, _histogram(values).counts)
 
 
-def test_zeros_and_what_is_not_finite() -> None:
+def test_zeros_give_one_and_non_finite_raises() -> None:
     assert threshold(_histogram(np.zeros(10)), "mse") == 1.0
     with pytest.raises(ValueError, match="not finite"):
         _histogram(np.array([1.0, np.inf]))
@@ -88,31 +88,31 @@ def _naive_divergence(counts: list[int], size: int) -> float:
     q = [0.0] * size
     for level in range(128):
         bins = [j for j in range(size) if j * 128 // size == level]
-        held = [j for j in bins if counts[j]]
-        for j in held:
-            q[j] = sum(counts[i] for i in bins) / len(held)
+        non_empty = [j for j in bins if counts[j]]
+        for j in non_empty:
+            q[j] = sum(counts[i] for i in bins) / len(non_empty)
     p[-1] += sum(counts[size:])
 
     def smoothed(values: list[float]) -> list[float]:
         empty = sum(v == 0 for v in values)
-        taken = 1e-4 * empty / max(len(values) - empty, 1)
-        values = [max(v - taken, 1e-4) if v else 1e-4 for v in values]
+        share = 1e-4 * empty / max(len(values) - empty, 1)
+        values = [max(v - share, 1e-4) if v else 1e-4 for v in values]
         return [v / sum(values) for v in values]
 
     return sum(a * np.log(a / b) for a, b in zip(smoothed(p), smoothed(q), strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_divergence_is_the_naive_loop_s(shape: str) -> None:
+def test_divergence_equals_naive_loop(shape: str) -> None:
     histogram = _histogram(SHAPES[shape](np.random.default_rng(4))[:5000])
-    found, counts = divergence(histogram), histogram.counts.tolist()
-    assert np.isinf(found[:127]).all()
+    divergences, counts = divergence(histogram), histogram.counts.tolist()
+    assert np.isinf(divergences[:127]).all()
     for size in (128, 129, 200, 1000, 1791, 2047, 2048):
-        assert found[size - 1] == pytest.approx(_naive_divergence(counts, size), rel=1e-9)
+        assert divergences[size - 1] == pytest.approx(_naive_divergence(counts, size), rel=1e-9)
 
 
-def test_entropy_clips_a_heavy_tail_that_onnx_runtime_s_default_keeps() -> None:
-    """With its 128 bins, ONNX Runtime's entropy is the largest value: nothing is decided."""
+def test_entropy_clips_tail_that_onnxruntime_keeps() -> None:
+    """With its 128 bins, ONNX Runtime's entropy method always returns the largest value."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     values = np.random.default_rng(5).standard_t(3, size=200_000).astype(np.float32)
@@ -124,7 +124,7 @@ def test_entropy_clips_a_heavy_tail_that_onnx_runtime_s_default_keeps() -> None:
 
 
 @pytest.mark.parametrize("percentile", [99.0, 99.9, 99.99])
-def test_percentile_and_min_max_are_onnx_runtime_s(percentile: float) -> None:
+def test_percentile_and_minmax_equal_onnxruntime(percentile: float) -> None:
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     values = np.random.default_rng(6).normal(size=300_000).astype(np.float32)
@@ -132,13 +132,13 @@ def test_percentile_and_min_max_are_onnx_runtime_s(percentile: float) -> None:
     collector.collect({"x": [values]})
     low, high = (float(v) for v in collector.compute_collection_result()["x"][:2])
     histogram = _histogram(values)
-    width = 2 * histogram.limit / BINS  # theirs has as many bins for both signs
+    width = 2 * histogram.limit / BINS  # ONNX Runtime spreads as many bins over both signs
     assert -low == pytest.approx(high)
     assert threshold(histogram, "percentile", percentile) == pytest.approx(high, abs=1.5 * width)
     assert threshold(histogram, "minmax") == np.abs(values).max()
 
 
-def test_moving_average_is_pytorch_s_observer() -> None:
+def test_moving_average_equals_pytorch_observer() -> None:
     from torch.ao.quantization import MovingAverageMinMaxObserver
 
     batches = np.abs(np.random.default_rng(7).standard_t(3, size=(12, 5000))).astype(np.float32)
@@ -149,21 +149,21 @@ def test_moving_average_is_pytorch_s_observer() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_octav_is_the_least_of_its_model_of_the_error(shape: str) -> None:
+def test_octav_minimises_its_error_model(shape: str) -> None:
     values = np.abs(SHAPES[shape](np.random.default_rng(8)).astype(np.float64))
 
     def error(s: float) -> float:
         noise = s**2 / (12 * 127**2) * np.mean((values > 0) & (values <= s))
         return float(noise + np.mean(np.maximum(values - s, 0) ** 2))
 
-    found = threshold(_histogram(values), "octav")
+    limit = threshold(_histogram(values), "octav")
     best = min(error(s) for s in np.linspace(0.01, 1, 400) * values.max())
-    assert error(found) <= 1.01 * best
+    assert error(limit) <= 1.01 * best
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=200))
-def test_every_method_gives_a_positive_threshold_within_what_was_seen(values: list[float]) -> None:
+def test_thresholds_are_positive_and_within_maximum(values: list[float]) -> None:
     histogram = _histogram(np.array(values, dtype=np.float32))
     for method in METHODS:
         assert 0 < threshold(histogram, method) <= (histogram.largest or 1.0)

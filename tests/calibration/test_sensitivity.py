@@ -13,7 +13,7 @@ QUERIES = 1000
 
 
 def _additive(costs: dict[str, int]) -> object:
-    """Each layer loses its own number of queries, one after the other."""
+    """Each layer loses a number of queries, and the losses add up."""
 
     def evaluate(quantised: Layers) -> LayerSetScore:
         lost = sum(costs[layer] for layer in quantised)
@@ -24,61 +24,61 @@ def _additive(costs: dict[str, int]) -> object:
     return evaluate
 
 
-def test_all_are_quantised_where_the_budget_bears_it() -> None:
-    found = search_quantised_layers(["a", "b"], _additive({"a": 1, "b": 2}), 0.005)
-    assert found.met
-    assert found.chosen.quantised == {"a", "b"}
-    assert found.chosen.drop == pytest.approx(0.003)
-    assert not found.alone  # nothing had to be tried alone
-    assert all("within the budget" in reason for reason in found.reasons.values())
+def test_all_layers_within_budget_are_quantised() -> None:
+    decision = search_quantised_layers(["a", "b"], _additive({"a": 1, "b": 2}), 0.005)
+    assert decision.within_budget
+    assert decision.chosen.quantised == {"a", "b"}
+    assert decision.chosen.drop == pytest.approx(0.003)
+    assert not decision.single_layer_trials
+    assert all("within the budget" in reason for reason in decision.reasons.values())
 
 
-def test_the_harmful_layer_is_kept_and_the_reason_says_so() -> None:
-    found = search_quantised_layers(["a", "b", "c"], _additive({"a": 1, "b": 40, "c": 2}), 0.005)
-    assert found.met
-    assert found.chosen.quantised == {"a", "c"}
-    assert found.reasons["b"].startswith("kept: alone it costs +0.0400 recall@1")
-    assert found.reasons["a"].startswith("quantised: alone it costs +0.0010")
-    assert next(iter(found.alone[0].quantised)) == "b"
-    low, high = found.chosen.interval
+def test_harmful_layer_stays_float_with_reason() -> None:
+    decision = search_quantised_layers(["a", "b", "c"], _additive({"a": 1, "b": 40, "c": 2}), 0.005)
+    assert decision.within_budget
+    assert decision.chosen.quantised == {"a", "c"}
+    assert decision.reasons["b"].startswith("not quantised: alone it costs +0.0400 recall@1")
+    assert decision.reasons["a"].startswith("quantised: alone it costs +0.0010")
+    assert next(iter(decision.single_layer_trials[0].quantised)) == "b"
+    low, high = decision.chosen.interval
     assert low <= 0.003 <= high
 
 
-def test_nothing_within_the_budget_is_said_and_the_nearest_is_given() -> None:
-    found = search_quantised_layers(["a", "b"], _additive({"a": 30, "b": 20}), 0.005)
-    assert not found.met
-    assert found.chosen.quantised == {"b"}
+def test_smallest_drop_wins_if_nothing_fits() -> None:
+    decision = search_quantised_layers(["a", "b"], _additive({"a": 30, "b": 20}), 0.005)
+    assert not decision.within_budget
+    assert decision.chosen.quantised == {"b"}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=7), st.integers(0, 40))
-def test_where_harm_adds_up_the_set_is_the_largest_there_is(costs: list[int], budget: int) -> None:
+def test_additive_harm_gives_the_largest_set(costs: list[int], budget: int) -> None:
     layers = {f"layer{i}": cost for i, cost in enumerate(costs)}
-    found = search_quantised_layers(list(layers), _additive(layers), budget / QUERIES + 1e-9)
+    decision = search_quantised_layers(list(layers), _additive(layers), budget / QUERIES + 1e-9)
     fits = [
-        some
-        for n in range(1, len(layers) + 1)
-        for some in combinations(layers, n)
-        if sum(layers[x] for x in some) <= budget
+        subset
+        for size in range(1, len(layers) + 1)
+        for subset in combinations(layers, size)
+        if sum(layers[name] for name in subset) <= budget
     ]
-    assert found.met == bool(fits)
+    assert decision.within_budget == bool(fits)
     if fits:
-        assert len(found.chosen.quantised) == max(len(some) for some in fits)
-        assert sum(layers[x] for x in found.chosen.quantised) <= budget
+        assert len(decision.chosen.quantised) == max(len(subset) for subset in fits)
+        assert sum(layers[name] for name in decision.chosen.quantised) <= budget
     else:
         assert (
-            found.chosen.quantised == {min(layers, key=lambda x: layers[x])}
-            or found.chosen.drop == min(costs) / QUERIES
+            decision.chosen.quantised == {min(layers, key=lambda name: layers[name])}
+            or decision.chosen.drop == min(costs) / QUERIES
         )
 
 
 def test_no_set_is_scored_twice() -> None:
-    asked: list[Layers] = []
+    scored: list[Layers] = []
     score = _additive({"a": 9, "b": 1, "c": 8, "d": 0, "e": 3})
 
     def evaluate(quantised: Layers) -> LayerSetScore:
-        asked.append(quantised)
+        scored.append(quantised)
         return score(quantised)
 
     search_quantised_layers(["a", "b", "c", "d", "e"], evaluate, 0.004)
-    assert len(asked) == len(set(asked))
+    assert len(scored) == len(set(scored))

@@ -11,8 +11,8 @@ from calibration.activation_stats import ROWS, Activations, measure_activations
 from calibration.onnx_layers import find_linears
 from calibration.ranges import MagnitudeHistogram
 from calibration.smoothquant import (
-    _foldable,
     correct_bias,
+    find_foldable,
     output_error,
     search_smoothing,
     smooth,
@@ -31,7 +31,7 @@ def _inputs(n: int) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=[20, 23])
 def uneven(request: pytest.FixtureRequest) -> onnx.ModelProto:
-    """A student some of whose channels are fifty times the others, as in trained towers."""
+    """A student with some channels fifty times as large as the others, as in trained towers."""
     torch.manual_seed(0)
     model = Student(small_student("conv")).eval()
     with torch.no_grad():
@@ -43,103 +43,104 @@ def uneven(request: pytest.FixtureRequest) -> onnx.ModelProto:
     return trace(model, 32, request.param)
 
 
-def test_factors_are_the_paper_s_up_to_their_mean() -> None:
+def test_factors_follow_the_paper_up_to_their_mean() -> None:
     rng = np.random.default_rng(0)
-    tops, weight = rng.uniform(0.1, 9, 12).astype(np.float32), rng.normal(size=(12, 7)).astype(np.float32)
-    found = smoothing_factors(tops, weight, 0.3)
-    expected = [float(tops[j]) ** 0.3 / max(abs(float(w)) for w in weight[j]) ** 0.7 for j in range(12)]
-    np.testing.assert_allclose(found / found[0], np.array(expected) / expected[0], rtol=1e-5)
-    assert np.log(found.astype(np.float64)).mean() == pytest.approx(0, abs=1e-6)
+    channel_max, weight = rng.uniform(0.1, 9, 12).astype(np.float32), rng.normal(size=(12, 7)).astype(np.float32)
+    factors = smoothing_factors(channel_max, weight, 0.3)
+    expected = [float(channel_max[j]) ** 0.3 / max(abs(float(w)) for w in weight[j]) ** 0.7 for j in range(12)]
+    np.testing.assert_allclose(factors / factors[0], np.array(expected) / expected[0], rtol=1e-5)
+    assert np.log(factors.astype(np.float64)).mean() == pytest.approx(0, abs=1e-6)
 
 
-def test_folding_changes_no_embedding_and_lessens_every_error_it_claims_to(uneven: onnx.ModelProto) -> None:
+def test_smoothing_keeps_embeddings_and_lowers_errors(uneven: onnx.ModelProto) -> None:
     pixels = _inputs(12)
-    seen = measure_activations(uneven, [pixels])
-    found = search_smoothing(uneven, seen)
-    # Of each block: queries-keys-values, attention's output, the first of the MLP.
+    activations = measure_activations(uneven, [pixels])
+    smoothings = search_smoothing(uneven, activations)
+    # In each block: queries, keys and values; attention's output; the first linear of the MLP.
     ends = ["0.to_qkv", "0.to_out.0", "1.net.1"]
-    assert [one.linear for one in found] == [f"vit.transformer.layers.{i}.{end}" for i in range(2) for end in ends]
-    smoothed = smooth(uneven, smoothing_by_module(found))
+    assert [smoothing.linear for smoothing in smoothings] == [
+        f"vit.transformer.layers.{i}.{end}" for i in range(2) for end in ends
+    ]
+    smoothed = smooth(uneven, smoothing_by_module(smoothings))
     np.testing.assert_allclose(run_graph(smoothed, pixels), run_graph(uneven, pixels), atol=1e-5)
-    again, linears = measure_activations(smoothed, [pixels]), {one.module: one for one in find_linears(smoothed)}
-    gained = [one for one in found if one.alpha is not None]
-    assert len(gained) >= 5
-    assert all(one.gain < 1 for one in gained)
-    assert min(one.gain for one in gained) < 0.2
-    for one in gained:
-        linear = linears[one.linear]
-        before = next(each for each in find_linears(uneven) if each.module == one.linear)
-        limit = float(np.abs(again[linear.input].rows).max())
-        plain = float(np.abs(seen[before.input].rows).max())
-        after = output_error(again[linear.input].rows, linear.weight, limit)
-        # The thresholds differ from the search's: the largest values, which favour neither.
-        assert after <= 1.1 * output_error(seen[before.input].rows, before.weight, plain)
+    remeasured = measure_activations(smoothed, [pixels])
+    linears = {linear.module: linear for linear in find_linears(smoothed)}
+    improved = [smoothing for smoothing in smoothings if smoothing.alpha is not None]
+    assert len(improved) >= 5
+    assert all(smoothing.error_ratio < 1 for smoothing in improved)
+    assert min(smoothing.error_ratio for smoothing in improved) < 0.2
+    for smoothing in improved:
+        linear = linears[smoothing.linear]
+        before = next(other for other in find_linears(uneven) if other.module == smoothing.linear)
+        limit = float(np.abs(remeasured[linear.input].rows).max())
+        unsmoothed = float(np.abs(activations[before.input].rows).max())
+        after = output_error(remeasured[linear.input].rows, linear.weight, limit)
+        # Unlike the search, both thresholds are the largest values, which favour neither graph.
+        assert after <= 1.1 * output_error(activations[before.input].rows, before.weight, unsmoothed)
 
 
-def test_initialisers_that_several_nodes_share_are_not_changed_for_others(uneven: onnx.ModelProto) -> None:
+def test_shared_initialiser_changes_for_one_node_only(uneven: onnx.ModelProto) -> None:
     """Norms of equal weights may be one constant in the graph."""
     shared = onnx.ModelProto()
     shared.CopyFrom(uneven)
     norms = [node for node in shared.graph.node if node.op_type == "LayerNormalization"]
     for norm in norms[1:]:
         norm.input[1], norm.input[2] = norms[0].input[1], norms[0].input[2]
-    module = next(linear.module for linear, source in _foldable(shared) if source == norms[0].name)
+    module = next(linear.module for linear, source in find_foldable(shared) if source == norms[0].name)
     divisors = np.linspace(0.5, 2, 64).astype(np.float32)
     pixels = _inputs(4)
-    found = run_graph(smooth(shared, {module: divisors}), pixels)
-    np.testing.assert_allclose(found, run_graph(shared, pixels), atol=1e-5)
+    embeddings = run_graph(smooth(shared, {module: divisors}), pixels)
+    np.testing.assert_allclose(embeddings, run_graph(shared, pixels), atol=1e-5)
 
 
-def test_factors_of_another_graph_are_refused(uneven: onnx.ModelProto) -> None:
-    with pytest.raises(UserError, match=r"smoothing of 'vit\.nothing' does not fit this graph"):
+def test_factors_of_another_graph_are_rejected(uneven: onnx.ModelProto) -> None:
+    with pytest.raises(UserError, match=r"the smoothing of 'vit\.nothing' does not fit this graph"):
         smooth(uneven, {"vit.nothing": np.ones(64, np.float32)})
-    module = _foldable(uneven)[0][0].module
+    module = find_foldable(uneven)[0][0].module
     with pytest.raises(UserError, match="does not fit this graph"):
         smooth(uneven, {module: np.ones(63, np.float32)})
 
 
-def test_correction_makes_the_mean_output_that_of_fp32() -> None:
+def test_correction_restores_the_fp32_mean_output() -> None:
     rng = np.random.default_rng(1)
     rows = F.gelu(torch.from_numpy(rng.normal(size=(4000, 32)))).numpy().astype(np.float32)
     weight = rng.normal(size=(32, 16)).astype(np.float32)
     scale = np.float32(np.float16(1.5 / 127))  # clips the tail, so that the mean moves
     steps = torch.fake_quantize_per_tensor_affine(torch.from_numpy(rows), float(scale), 0, -128, 127).double()
     channel = np.float16(np.abs(weight).max(axis=0).astype(np.float64) / 127).astype(np.float32)
-    narrow = torch.fake_quantize_per_channel_affine(
+    quantised_weight = torch.fake_quantize_per_channel_affine(
         torch.from_numpy(weight), torch.from_numpy(channel), torch.zeros(16, dtype=torch.int32), 1, -127, 127
     ).double()
-    moved = (steps @ narrow).mean(0).numpy() - (rows.astype(np.float64) @ weight).mean(0)
+    moved = (steps @ quantised_weight).mean(0).numpy() - (rows.astype(np.float64) @ weight).mean(0)
     assert np.abs(moved).max() > 0.05
     np.testing.assert_allclose(correct_bias(rows, weight, 1.5), moved, atol=1e-5)
 
 
-def test_the_sample_of_tokens_is_even_and_bounded() -> None:
+def test_token_sample_is_uniform_and_bounded() -> None:
     """Each of 4,096 tokens stays with the same probability, an eighth."""
-    kept = np.zeros(4096)
+    sampled = np.zeros(4096)
     for seed in range(60):
         activations, rng = Activations(), np.random.default_rng(seed)
         for batch in np.arange(4096, dtype=np.float32).reshape(16, 8, 32, 1):
             activations.add(batch + 1, rng)
         assert activations.rows.shape == (ROWS, 1)
         assert activations.seen == 4096
-        assert activations.largest.tolist() == [4096.0]
-        kept[activations.rows[:, 0].astype(int) - 1] += 1
-    quarters = kept.reshape(4, -1).mean(axis=1) / 60
+        assert activations.channel_max.tolist() == [4096.0]
+        sampled[activations.rows[:, 0].astype(int) - 1] += 1
+    quarters = sampled.reshape(4, -1).mean(axis=1) / 60
     np.testing.assert_allclose(quarters, ROWS / 4096, rtol=0.06)
 
 
-def test_channels_and_all_values_agree(uneven: onnx.ModelProto) -> None:
+def test_channel_maxima_agree_with_histogram(uneven: onnx.ModelProto) -> None:
     for activations in measure_activations(uneven, [_inputs(3), _inputs(5)]).values():
         histogram: MagnitudeHistogram = activations.histogram
-        assert activations.largest.max() == np.float32(histogram.largest)
-        assert histogram.counts.sum() == activations.seen * len(activations.largest)
+        assert activations.channel_max.max() == np.float32(histogram.largest)
+        assert histogram.counts.sum() == activations.seen * len(activations.channel_max)
 
 
-def test_linears_are_read_with_their_biases(uneven: onnx.ModelProto) -> None:
+def test_linears_have_their_biases(uneven: onnx.ModelProto) -> None:
     linears = find_linears(uneven)
-    assert [linear.bias is None for linear in linears] == [
-        name.endswith("to_qkv") for name in (x.module for x in linears)
-    ]
+    assert [linear.bias is None for linear in linears] == [linear.module.endswith("to_qkv") for linear in linears]
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in uneven.graph.initializer}
     for linear in linears:
         if linear.bias is not None:

@@ -1,4 +1,4 @@
-"""Every graph that the tool can write is taken by the TensorRT-RTX builder for every target."""
+"""The TensorRT-RTX builder accepts every kind of graph that the toolkit writes, for every target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calibration.activation_stats import measure_activations
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from calibration.onnx_layers import attention_nodes
-from export.config import EngineConfig, Format, Int8Config, Recipe
+from export.config import EngineConfig, Int8Config, QuantDtype, Recipe
 from export.fp16 import to_fp16
 from export.int8 import export_int8
 from export.parity import parity
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small data": {"family": "small-data"},
     "registers and mean": {"registers": 4, "pool": "mean"},
 }
-# Largest drop of the smallest cosine, by the recipe and the number of eight bits.
+# Largest drop of the smallest cosine, by recipe and dtype.
 QUANTISED = {
     ("linear", "int8"): 0.01,
     ("full-mha", "int8"): 0.02,
@@ -57,7 +57,7 @@ def _pixels(size: int = 32) -> NDArray[np.float32]:
 
 
 def _thresholds(graph: onnx.ModelProto, size: int = 32) -> dict[str, float]:
-    return {name: one.histogram.largest for name, one in measure_activations(graph, [_pixels(size)]).items()}
+    return {name: tensor.histogram.largest for name, tensor in measure_activations(graph, [_pixels(size)]).items()}
 
 
 @dataclass(frozen=True)
@@ -79,58 +79,58 @@ def _traced(shape: str, opset: int) -> Traced:
 
 
 def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, int]:
-    """Layers of a build, by type."""
+    """Build a graph and return its layer counts by type."""
     plan, counted = build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", graph, config)
     assert len(plan) > 10_000
     return counted["layers"]
 
 
 @pytest.mark.parametrize(("shape", "opset"), list(product(SHAPES, [20, 23])))
-def test_float_graphs_build_and_compute_what_pytorch_does(shape: str, opset: int) -> None:
+def test_float_graphs_build_and_equal_pytorch(shape: str, opset: int) -> None:
     traced = _traced(shape, opset)
     graph = traced.graph
-    # The third has an attention that stays FP32, as one whose values FP16 cannot hold does.
+    # In the third graph an attention stays FP32, as if FP16 could not represent its values.
     attention = next(iter(attention_nodes(graph)))
-    for made, most in ((graph, 1e-6), (to_fp16(graph), 1e-4), (to_fp16(graph, [attention]), 1e-4)):
-        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < most
-        assert "QUANTIZE" not in _build(made)
+    for exported, max_distance in ((graph, 1e-6), (to_fp16(graph), 1e-4), (to_fp16(graph, [attention]), 1e-4)):
+        assert 1 - parity(traced.expected, run_graph(exported, _pixels()))["cosine_min"] < max_distance
+        assert "QUANTIZE" not in _build(exported)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize(("recipe", "number"), QUANTISED)
-def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, number: Format) -> None:
+@pytest.mark.parametrize(("recipe", "dtype"), QUANTISED)
+def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, dtype: QuantDtype) -> None:
     traced = _traced(shape, opset)
     layers = quantised_nodes(traced.graph, (), recipe)
-    quantised = quantise(traced.graph, traced.thresholds, layers, number)
+    quantised = quantise(traced.graph, traced.thresholds, layers, dtype)
     tensors = len({name for names in layers.values() for name in names})
-    for made in (quantised, to_fp16(quantised)):
-        assert 1 - parity(traced.expected, run_graph(made, _pixels()))["cosine_min"] < QUANTISED[recipe, number]
-        assert _build(made, CONFIG if number == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
+    for exported in (quantised, to_fp16(quantised)):
+        assert 1 - parity(traced.expected, run_graph(exported, _pixels()))["cosine_min"] < QUANTISED[recipe, dtype]
+        assert _build(exported, CONFIG if dtype == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
 
 
-@pytest.mark.parametrize("number", ["int8", "fp8"])
-def test_what_a_budget_may_choose_builds(number: Format) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_partly_quantised_graphs_build(dtype: QuantDtype) -> None:
     """One linear alone, one attention alone, all but the first block."""
     traced = _traced("patches", 23)
     every = quantised_nodes(traced.graph, (), "full-mha")
     alone = [[next(name for name in every if name.endswith(kind))] for kind in ("MatMul", "Attention")]
     later = [name for name in every if not name.startswith("vit.transformer.layers.0")]
-    for some in (*alone, later):
-        made = to_fp16(quantise(traced.graph, traced.thresholds, some, number))
-        layers = _build(made, CONFIG if number == "int8" else FP8_CONFIG)
-        assert layers["QUANTIZE"] == len({name for one in some for name in every[one]})
+    for subset in (*alone, later):
+        exported = to_fp16(quantise(traced.graph, traced.thresholds, subset, dtype))
+        layers = _build(exported, CONFIG if dtype == "int8" else FP8_CONFIG)
+        assert layers["QUANTIZE"] == len({name for layer in subset for name in every[layer]})
 
 
-@pytest.mark.parametrize("number", ["int8", "fp8"])
-def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, number: Format, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, dtype: QuantDtype, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     config = CalibrateConfig(str(fp32), str(catalog.artifact.path), str(tmp_path / "ranges"), count=16)
     ranges = calibrate(replace(config, smooth=True, correct=True))
     written = load_file(ranges / "adjustments.safetensors")
     assert {name.partition(":")[0] for name in written} == {"smooth", "bias"}
-    made = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"), number=number))
-    layers = _build(load_onnx(made)[0], CONFIG if number == "int8" else FP8_CONFIG)
+    exported = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"), dtype=dtype))
+    layers = _build(load_onnx(exported)[0], CONFIG if dtype == "int8" else FP8_CONFIG)
     assert layers["QUANTIZE"] == len(quantised_nodes(load_onnx(fp32)[0]))
 
 
@@ -138,13 +138,13 @@ def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, numbe
 @pytest.mark.parametrize("family", ["vit", "small-data"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_builds(preset: Preset, family: Literal["vit", "small-data"]) -> None:
-    """Of the published depths and widths, in what is served: FP16, INT8 over it, FP8 over it."""
+    """Published depths and widths, in FP16, INT8 over FP16 and FP8 over FP16."""
     torch.manual_seed(0)
     model = Student(StudentConfig(preset=preset, family=family, embedding_dim=256)).eval()
     size = model.config.image_size
     graph = trace(model, size, 23)
     thresholds, linears = _thresholds(graph, size), quantised_nodes(graph)
     assert _build(to_fp16(graph))["ATTENTION_INPUT"] == model.config.depth
-    for number, config in (("int8", CONFIG), ("fp8", FP8_CONFIG)):
-        made = to_fp16(quantise(graph, thresholds, linears, number))
-        assert _build(made, config)["QUANTIZE"] == len({names[0] for names in linears.values()})
+    for dtype, config in (("int8", CONFIG), ("fp8", FP8_CONFIG)):
+        exported = to_fp16(quantise(graph, thresholds, linears, dtype))
+        assert _build(exported, config)["QUANTIZE"] == len({names[0] for names in linears.values()})

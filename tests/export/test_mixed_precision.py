@@ -1,4 +1,4 @@
-"""``vpr export int8 --max_recall_drop``: the decision, its record, and what times it."""
+"""``vpr export int8 --max-recall-drop``: the decision, its record, and the timing backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export import candidates as candidates_module
 from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Int8Config
 from export.int8 import export_int8
-from export.mixed_precision import _fastest, _names, _slower
+from export.mixed_precision import _explain_faster, _name_trials, _pick_fastest
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import load_onnx, run_graph
 from vpr.artifacts.store import load_artifact
@@ -43,26 +43,24 @@ def decided(fp32: Path, ranges: Path, catalog: Catalog, tmp_path_factory: pytest
     )
 
 
-def test_the_graph_is_what_the_decision_says(decided: Path, graph: onnx.ModelProto) -> None:
+def test_graph_matches_decision(decided: Path, graph: onnx.ModelProto) -> None:
     decision = json.loads((decided / "decision.json").read_text(encoding="utf-8"))
     written, artifact = load_onnx(decided)
-    assert decision["met"]
+    assert decision["within_budget"]
     assert decision["drop"] <= 0.05
     assert decision["certain"] is (decision["drop_interval"][1] <= 0.05)
     products = {node.name for node in weighted_nodes(graph)} | set(attention_nodes(graph))
     inputs = {node.name: node.input for node in written.graph.node}
-    in_eight_bits = {name for name in products if inputs[name][0].endswith("_dq")}
-    assert in_eight_bits == set(decision["quantised"])
+    quantised = {name for name in products if inputs[name][0].endswith("_dq")}
+    assert quantised == set(decision["quantised"])
     assert artifact.card.metrics["quantised"] == decision["quantised"]
     for name, why in decision["layers"].items():
-        assert why.startswith("quantised" if name in in_eight_bits else "kept"), name
+        assert why.startswith("quantised" if name in quantised else "not quantised"), name
     assert {"nothing quantised"} < set(decision["latency_ms"])
     assert decision["latency_by"] == "openvino, batch 1"
 
 
-def test_every_trial_is_named_once_and_what_is_found_is_tried_without_attention(
-    decided: Path, graph: onnx.ModelProto
-) -> None:
+def test_trials_have_unique_names_and_skip_attention(decided: Path, graph: onnx.ModelProto) -> None:
     decision = json.loads((decided / "decision.json").read_text(encoding="utf-8"))
     names = [trial["name"] for trial in decision["trials"]]
     assert len(set(names)) == len(names)
@@ -70,7 +68,7 @@ def test_every_trial_is_named_once_and_what_is_found_is_tried_without_attention(
     assert any(trial["quantised"] and not attention & set(trial["quantised"]) for trial in decision["trials"])
 
 
-def test_validation_alone_decides(decided: Path, catalog: Catalog) -> None:
+def test_only_validation_decides(decided: Path, catalog: Catalog) -> None:
     decision = json.loads((decided / "decision.json").read_text(encoding="utf-8"))
     queries = catalog.select(split="validation").roles == "query"
     assert decision["queries"] == int(queries.sum())
@@ -81,34 +79,37 @@ def _trial(layers: str, drop: float = 0.0) -> Trial:
     return Trial(frozenset(layers), 0.5, drop, (drop, drop), 0.99)
 
 
-def test_a_smaller_set_that_is_plainly_faster_is_taken_and_says_why() -> None:
-    whole, less, same = _trial("abc"), _trial("ab"), _trial("ac")
-    found = Decision(whole, True, [], [_trial(""), whole, less, same], dict.fromkeys("abc", "quantised: all"))
-    names = _names(found)
+def test_clearly_faster_smaller_set_is_chosen() -> None:
+    largest, faster, slower = _trial("abc"), _trial("ab"), _trial("ac")
+    decision = Decision(
+        largest, True, [], [_trial(""), largest, faster, slower], dict.fromkeys("abc", "quantised: all")
+    )
+    names = _name_trials(decision)
     assert len(set(names.values())) == 4
-    times = {names[whole]: 2.0, names[less]: 1.99, names[same]: 2.5, "nothing quantised": 1.0}
-    assert _fastest(found, names, times) is whole  # half a percent is noise
-    assert _slower(found, whole, names, times) == {}
-    times[names[less]] = 1.5
-    assert _fastest(found, names, times) is less
-    reasons = _slower(found, less, names, times)
+    times = {names[largest]: 2.0, names[faster]: 1.99, names[slower]: 2.5, "nothing quantised": 1.0}
+    assert _pick_fastest(decision, names, times) is largest  # half a percent is noise
+    assert _explain_faster(decision, largest, names, times) == {}
+    times[names[faster]] = 1.5
+    assert _pick_fastest(decision, names, times) is faster
+    reasons = _explain_faster(decision, faster, names, times)
     assert set(reasons) == {"c"}
-    assert reasons["c"].startswith("kept: the budget bears it")
+    assert reasons["c"].startswith("not quantised: the budget allows it")
     assert "1.50 ms, against 2.00 ms" in reasons["c"]
 
 
-def test_on_a_gpu_candidates_are_timed_as_the_engines_they_become(
+def test_gpu_candidates_are_timed_as_engines(
     fp32: Path, graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real builds; only the loading onto the GPU is replaced."""
+    """The builds are real; only the loading onto the GPU is replaced."""
     pixels = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
-    thresholds = {name: seen.histogram.largest for name, seen in measure_activations(graph, [pixels]).items()}
-    graphs = {"floats": graph, "eight": quantise(graph, thresholds, quantised_nodes(graph))}
+    activations = measure_activations(graph, [pixels])
+    thresholds = {name: tensor.histogram.largest for name, tensor in activations.items()}
+    graphs = {"float": graph, "int8": quantise(graph, thresholds, quantised_nodes(graph))}
     events: list[str] = []
     cards = []
 
     @contextmanager
-    def opened(path: Path) -> Iterator[Forward]:
+    def open_recorded(path: Path) -> Iterator[Forward]:
         artifact = load_artifact(path, "engine")
         cards.append(artifact.card)
         built = load_onnx(artifact.path.parent / "graph")[0]
@@ -117,7 +118,9 @@ def test_on_a_gpu_candidates_are_timed_as_the_engines_they_become(
         events.append("close")
 
     monkeypatch.setattr(candidates_module, "this_gpu", lambda: "sm89")
-    with CandidateRunner(load_artifact(fp32, "onnx"), "tensorrt-rtx", 4, open_engine=opened).opened(graphs) as forwards:
+    with CandidateRunner(load_artifact(fp32, "onnx"), "tensorrt-rtx", 4, open_engine=open_recorded).load(
+        graphs
+    ) as forwards:
         assert events == ["open", "open"]
         expected = run_graph(graph, pixels)
         for name, forward in forwards.items():
@@ -129,7 +132,7 @@ def test_on_a_gpu_candidates_are_timed_as_the_engines_they_become(
     assert cards[1].metrics["layers"]["QUANTIZE"] == len(quantised_nodes(graph))
 
 
-def test_without_a_gpu_openvino_times_unless_an_engine_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_timing_backend_follows_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "NVIDIA Test", "memory_mib": 1, "compute_capability": "8.9"}
     monkeypatch.setattr(candidates_module, "read_gpus", lambda: ([], None))
     assert resolve_timing_backend("auto") == "openvino"
@@ -139,7 +142,7 @@ def test_without_a_gpu_openvino_times_unless_an_engine_is_asked_for(monkeypatch:
     assert resolve_timing_backend("openvino") == "openvino"
 
 
-def test_an_engine_without_a_gpu_is_refused_in_one_line(
+def test_timing_engines_without_pycuda_is_an_error(
     fp32: Path, ranges: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert catalog.artifact is not None

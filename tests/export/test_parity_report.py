@@ -24,12 +24,12 @@ def _pixels(n: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(n, 3, 32, 32)).astype(np.float32)
 
 
-def test_an_export_agrees_layer_by_layer(each_student: Path, graph: onnx.ModelProto) -> None:
+def test_export_agrees_in_every_layer(each_student: Path, graph: onnx.ModelProto) -> None:
     model, _ = load_student(each_student)
-    for precision, least in ((graph, 1 - 1e-9), (to_fp16(graph), 0.9999)):
-        found = compare_layers(model, precision, _pixels(4), least)
-        names = [one["layer"] for one in found["layers"]]
-        assert found["first_departing"] is None
+    for exported, min_cosine in ((graph, 1 - 1e-9), (to_fp16(graph), 0.9999)):
+        report = compare_layers(model, exported, _pixels(4), min_cosine)
+        names = [layer["layer"] for layer in report["layers"]]
+        assert report["first_departing"] is None
         for block in range(2):
             for end in ("0.norm", "0.to_qkv", "0.to_out.0", "1.net.0", "1.net.1", "1.net.2", "1.net.4"):
                 assert f"vit.transformer.layers.{block}.{end}" in names
@@ -37,7 +37,7 @@ def test_an_export_agrees_layer_by_layer(each_student: Path, graph: onnx.ModelPr
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_first_layer_that_departs_is_named(each_student: Path, graph: onnx.ModelProto, half: bool) -> None:
+def test_first_departing_layer_is_named(each_student: Path, graph: onnx.ModelProto, half: bool) -> None:
     victim = "vit.transformer.layers.1.0.to_out.0"
     broken = onnx.ModelProto()
     broken.CopyFrom(graph)
@@ -45,21 +45,21 @@ def test_the_first_layer_that_departs_is_named(each_student: Path, graph: onnx.M
     noise = np.random.default_rng(1).normal(size=64).astype(np.float32)
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + noise, bias.name))
     model, _ = load_student(each_student)
-    found = compare_layers(model, to_fp16(broken) if half else broken, _pixels(4), 0.99)
-    assert found["first_departing"] == victim
+    report = compare_layers(model, to_fp16(broken) if half else broken, _pixels(4), 0.99)
+    assert report["first_departing"] == victim
 
 
-def test_the_verb_compares_every_export_and_does_nothing_twice(
+def test_command_compares_exports_and_skips_when_done(
     each_student: Path, fp32: Path, ranges: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
     assert catalog.artifact is not None
     half = export_onnx(OnnxConfig(str(each_student), str(tmp_path / "fp16"), precision="fp16"))
-    eight = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
-    models, at = (str(fp32), str(half), str(eight)), str(catalog.artifact.path)
-    config = ParityConfig(str(each_student), models, at, str(tmp_path / "parity"), layers=True)
+    int8 = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8")))
+    models, path = (str(fp32), str(half), str(int8)), str(catalog.artifact.path)
+    config = ParityConfig(str(each_student), models, path, str(tmp_path / "parity"), layers=True)
     rows = json.loads((compare_exports(config) / "parity.json").read_text())
     assert [row["model"] for row in rows] == ["fp32", "fp16", "int8"]
-    assert [row["cosine_min"] > least for row, least in zip(rows, (1 - 1e-6, 0.9999, 0.99), strict=True)] == [True] * 3
+    assert all(row["cosine_min"] > limit for row, limit in zip(rows, (1 - 1e-6, 0.9999, 0.99), strict=True))
     assert rows[0]["first_changed"] == 0
     assert rows[0]["cosine_mean"] >= rows[1]["cosine_mean"] >= rows[2]["cosine_mean"]
     before = (tmp_path / "parity" / "card.json").stat().st_mtime_ns
@@ -67,12 +67,12 @@ def test_the_verb_compares_every_export_and_does_nothing_twice(
     assert (tmp_path / "parity" / "card.json").stat().st_mtime_ns == before
 
 
-def test_an_export_of_another_student_is_refused(fp32: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_export_of_another_student_is_rejected(fp32: Path, catalog: Catalog, tmp_path: Path) -> None:
     from dataclasses import replace
 
     assert catalog.artifact is not None
     other = write_random_student(tmp_path / "other", replace(small_student("patch"), image_size=48))
     config = ParityConfig(str(other), (str(fp32),), str(catalog.artifact.path), str(tmp_path / "parity"))
-    with pytest.raises(UserError, match="give exports of this student"):
+    with pytest.raises(UserError, match="Use exports of this student"):
         compare_exports(config)
     assert not (tmp_path / "parity").exists()

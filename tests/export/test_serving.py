@@ -1,4 +1,4 @@
-"""What is handed to Triton, read as Triton and a client without this toolkit would."""
+"""The serving artifact, read as Triton and a client without this toolkit read it."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def gallery(student_artifact: Path, catalog: Catalog) -> Path:
 
 @pytest.fixture
 def write_engine(graph: Path, tmp_path: Path) -> Callable[..., Artifact]:
-    """An engine artifact as TensorRT's builder would leave it, with bytes for a plan."""
+    """Write an engine artifact as TensorRT's builder does, with arbitrary bytes as its plan."""
     source = load_artifact(graph)
 
     def make(profile: tuple[int, int, int] = (1, 8, 64), **config: Any) -> Artifact:
-        low, best, most = profile
+        min_batch, opt_batch, max_batch = profile
         values = {"onnx": str(graph), "backend": "tensorrt", "builder_version": VERSION}
-        values |= {"min_batch": low, "opt_batch": best, "max_batch": most, **config}
+        values |= {"min_batch": min_batch, "opt_batch": opt_batch, "max_batch": max_batch, **config}
         parents = [source.as_parent("onnx"), *source.parents("student")]
         with write_artifact(tmp_path / "engine", "engine", values, parents) as draft:
             (draft.path / "engine.plan").write_bytes(b"plan" * 100)
@@ -88,26 +88,26 @@ def write_engine(graph: Path, tmp_path: Path) -> Callable[..., Artifact]:
 
 
 def read_config(path: Path, name: str) -> ModelConfig:
-    """Parsed by Triton's schema, which refuses what it does not know."""
+    """Parse the configuration by Triton's schema, which rejects unknown fields."""
     return text_format.Parse((path / "model_repository" / name / "config.pbtxt").read_text(), ModelConfig())
 
 
 def preprocess_by(config: ModelConfig, path: Path) -> NDArray[np.float32]:
-    """An image as the configuration's parameters say, by torchvision."""
-    told = {key: value.string_value for key, value in config.parameters.items()}
-    assert (told["preprocess.colour"], told["preprocess.value"]) == ("RGB", "(pixel / 255 - mean) / std")
-    assert (told["preprocess.layout"], told["preprocess.dtype"]) == ("NCHW", "float32")
-    size, filter = int(told["preprocess.size"]), v2.InterpolationMode(told["preprocess.interpolation"])
+    """Preprocess an image with torchvision by the configuration's parameters."""
+    values = {key: value.string_value for key, value in config.parameters.items()}
+    assert (values["preprocess.colour"], values["preprocess.value"]) == ("RGB", "(pixel / 255 - mean) / std")
+    assert (values["preprocess.layout"], values["preprocess.dtype"]) == ("NCHW", "float32")
+    size, filter = int(values["preprocess.size"]), v2.InterpolationMode(values["preprocess.interpolation"])
     resize = {
         ("squash", "none"): [v2.Resize((size, size), filter)],
         ("shortest", "center"): [v2.Resize(size, filter), v2.CenterCrop(size)],
-    }[told["preprocess.resize"], told["preprocess.crop"]]
+    }[values["preprocess.resize"], values["preprocess.crop"]]
     image = np.asarray(v2.Compose(resize)(Image.open(path).convert("RGB")), dtype=np.float64)
-    mean, std = json.loads(told["preprocess.mean"]), json.loads(told["preprocess.std"])
+    mean, std = json.loads(values["preprocess.mean"]), json.loads(values["preprocess.std"])
     return ((image / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
 
 
-def test_a_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
     output = export_serving(ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"), name="student"))
     config = read_config(output, "student")
     part = catalog.select(split="test")
@@ -116,8 +116,8 @@ def test_a_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalo
     assert batch.shape[1:] == tuple(config.input[0].dims)
     model = ort.InferenceSession(output / "model_repository" / "student" / "1" / "model.onnx")
     (vectors,) = model.run([config.output[0].name], {config.input[0].name: batch})
-    scores, found = faiss.read_index(str(output / "gallery" / "index.faiss")).search(vectors, 5)
-    images = np.array(pq.read_table(output / "gallery" / "rows.parquet")["image"].to_pylist())[found]
+    scores, ids = faiss.read_index(str(output / "gallery" / "index.faiss")).search(vectors, 5)
+    images = np.array(pq.read_table(output / "gallery" / "rows.parquet")["image"].to_pylist())[ids]
 
     search_gallery(SearchConfig(str(gallery), str(gallery), output=str(tmp_path / "results.csv"), k=5))
     with (tmp_path / "results.csv").open(newline="") as stream:
@@ -125,33 +125,33 @@ def test_a_client_finds_what_vpr_search_finds(graph: Path, gallery: Path, catalo
     expected = np.array([float(row["score"]) for row in rows]).reshape(-1, 5)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     names = np.array([row["image"] for row in rows]).reshape(-1, 5)
-    # Neighbours nearer to each other than rounding may change places.
-    apart = np.abs(np.diff(expected, axis=1, prepend=2, append=-2)) > 2e-5
-    clear = apart[:, :-1] & apart[:, 1:]
-    clear[:, -1] = False  # the sixth is unknown
-    assert clear.mean() > 0.5
-    np.testing.assert_array_equal(images[clear], names[clear])
+    # Rounding may swap neighbours with almost equal scores.
+    is_apart = np.abs(np.diff(expected, axis=1, prepend=2, append=-2)) > 2e-5
+    is_clear = is_apart[:, :-1] & is_apart[:, 1:]
+    is_clear[:, -1] = False  # the sixth is unknown
+    assert is_clear.mean() > 0.5
+    np.testing.assert_array_equal(images[is_clear], names[is_clear])
 
 
-def test_the_gallery_is_whole_and_in_the_index_s_order(graph: Path, gallery: Path, tmp_path: Path) -> None:
+def test_gallery_is_complete_and_ordered_as_index(graph: Path, gallery: Path, tmp_path: Path) -> None:
     output = export_serving(ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"))) / "gallery"
     embeddings = load_embeddings(gallery)
-    shown = embeddings.roles == "gallery"
-    assert 0 < shown.sum() < len(shown)
+    is_gallery = embeddings.roles == "gallery"
+    assert 0 < is_gallery.sum() < len(is_gallery)
     vectors = np.load(output / "vectors.npy", allow_pickle=False)
     assert vectors.dtype == np.float32
-    np.testing.assert_array_equal(vectors, embeddings.vectors[shown])
+    np.testing.assert_array_equal(vectors, embeddings.vectors[is_gallery])
     table = pq.read_table(output / "rows.parquet")
     assert table.column_names == ["id", "image", "product", "category"]
     assert table["id"].to_pylist() == list(range(len(vectors)))
-    assert table["image"].to_pylist() == embeddings.images[shown].tolist()
-    assert table["product"].to_pylist() == embeddings.products[shown].tolist()
+    assert table["image"].to_pylist() == embeddings.images[is_gallery].tolist()
+    assert table["product"].to_pylist() == embeddings.products[is_gallery].tolist()
     index = faiss.read_index(str(output / "index.faiss"))
     assert (index.ntotal, index.metric_type) == (len(vectors), faiss.METRIC_INNER_PRODUCT)
     np.testing.assert_array_equal(index.reconstruct_n(0, index.ntotal), vectors)
 
 
-def test_a_centre_crop_is_written_down(
+def test_centre_crop_is_documented(
     graph: Path, student_artifact: Path, gallery: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
     source, student = load_artifact(graph), load_artifact(student_artifact)
@@ -160,35 +160,35 @@ def test_a_centre_crop_is_written_down(
         (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
         draft.preprocess, draft.embedding = cropped, source.card.embedding
         draft.inputs, draft.outputs = source.card.inputs, source.card.outputs
-    told = Artifact(student.path, student.card.model_copy(update={"preprocess": cropped}), student.sha256)
+    changed = Artifact(student.path, student.card.model_copy(update={"preprocess": cropped}), student.sha256)
     vectors = load_embeddings(gallery).vectors
-    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), told, {})
+    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), changed, {})
     output = export_serving(ServingConfig(str(tmp_path / "cropped"), str(written), str(tmp_path / "serving")))
     noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((140, 90), Image.Resampling.BICUBIC)
     image.save(tmp_path / "wide.png")
     expected = cropped.normalise(cropped.pixels(image)[None])[0]
-    found = preprocess_by(read_config(output, "cropped"), tmp_path / "wide.png")
-    np.testing.assert_allclose(found, expected, atol=2.5 / 255 / 0.26)  # two of 255 levels
-    assert "Resize the shorter side to 32 pixels, bicubic" in (output / "README.md").read_text()
+    actual = preprocess_by(read_config(output, "cropped"), tmp_path / "wide.png")
+    np.testing.assert_allclose(actual, expected, atol=2.5 / 255 / 0.26)  # two of 255 levels
+    assert "Resize the shorter side to 32 pixels: bicubic" in (output / "README.md").read_text()
 
 
-def test_an_approximate_index_says_what_it_finds(graph: Path, gallery: Path, tmp_path: Path) -> None:
+def test_approximate_index_records_its_overlap(graph: Path, gallery: Path, tmp_path: Path) -> None:
     config = ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"), index="hnsw")
     output = export_serving(config)
     index = faiss.read_index(str(output / "gallery" / "index.faiss"))
     assert isinstance(index, faiss.IndexHNSW)
     vectors = np.load(output / "gallery" / "vectors.npy")
     embeddings = load_embeddings(gallery)
-    asked = embeddings.vectors[embeddings.roles == "query"]
-    exact = np.argsort(-asked.astype(np.float64) @ vectors.T, axis=1, kind="stable")[:, :10]
-    found = index.search(asked, 10)[1]
-    share = np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)])
+    queries = embeddings.vectors[embeddings.roles == "query"]
+    exact = np.argsort(-queries.astype(np.float64) @ vectors.T, axis=1, kind="stable")[:, :10]
+    approximate = index.search(queries, 10)[1]
+    share = np.mean([np.isin(a, b).mean() for a, b in zip(exact, approximate, strict=True)])
     assert load_artifact(output, "serving").card.metrics["index_top10_overlap"] == pytest.approx(share, abs=0.02)
     assert share > 0.8
 
 
-def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> None:
+def test_graph_configuration(graph: Path, gallery: Path, tmp_path: Path) -> None:
     output = export_serving(
         ServingConfig(
             *(str(graph), str(gallery), str(tmp_path / "serving")),
@@ -207,11 +207,11 @@ def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> 
     assert [(group.kind, group.count) for group in config.instance_group] == [(ModelInstanceGroup.KIND_CPU, 2)]
     assert config.input[0].format == ModelInput.FORMAT_NCHW
     session = ort.InferenceSession(output / "model_repository" / "fp32" / "1" / "model.onnx")
-    for told, real in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
-        assert [(one.name, list(one.dims)) for one in told] == [(one.name, one.shape[1:]) for one in real]
-        assert {one.type for one in real} == {"tensor(float)"}
-        assert {one.data_type for one in told} == {11}  # TYPE_FP32
-    assert [(one.batch_size, one.inputs["pixels"].dims) for one in config.model_warmup] == [
+    for written, real in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(spec.name, list(spec.dims)) for spec in written] == [(spec.name, spec.shape[1:]) for spec in real]
+        assert {spec.type for spec in real} == {"tensor(float)"}
+        assert {spec.data_type for spec in written} == {11}  # TYPE_FP32
+    assert [(request.batch_size, request.inputs["pixels"].dims) for request in config.model_warmup] == [
         (1, config.input[0].dims),
         (16, config.input[0].dims),
     ]
@@ -219,24 +219,26 @@ def test_a_graph_s_configuration(graph: Path, gallery: Path, tmp_path: Path) -> 
     assert config.parameters["embedding.dim"].string_value == "32"
     assert config.parameters["artifact.card_sha256"].string_value == load_artifact(graph).sha256
     text = (output / "README.md").read_text()
-    assert "Resize to 32 x 32 pixels whatever the shape, bicubic" in text
+    assert "Resize to 32 x 32 pixels, ignoring the aspect ratio: bicubic" in text
     assert "{{" not in text
 
 
 def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
-    mixed = Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", keep=("vit.transformer.layers.0",))
+    mixed = Int8Config(
+        str(graph), str(ranges), str(tmp_path / "int8"), base="fp32", exclude_layers=("vit.transformer.layers.0",)
+    )
     int8 = export_int8(mixed)
     assert load_artifact(int8).card.metrics["precision"] == "int8-mixed"
     output = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving")))
     assert "VNNI" not in (output / "README.md").read_text()
     cpu = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "cpu"), device="cpu"))
-    assert "Serve it on processors with VNNI" in (cpu / "README.md").read_text()
+    assert "Serve this model on processors with VNNI" in (cpu / "README.md").read_text()
     assert read_config(output, "int8").max_batch_size == 32
     stored = output / "model_repository" / "int8" / "1" / "model.onnx"
     assert stored.read_bytes() == (int8 / "model.onnx").read_bytes()
 
 
-def test_an_engine_s_configuration(write_engine: Callable[..., Artifact], gallery: Path, tmp_path: Path) -> None:
+def test_engine_configuration(write_engine: Callable[..., Artifact], gallery: Path, tmp_path: Path) -> None:
     engine = write_engine()
     output = export_serving(ServingConfig(str(engine.path), str(gallery), str(tmp_path / "serving")))
     config = read_config(output, "engine")
@@ -252,7 +254,7 @@ def test_an_engine_s_configuration(write_engine: Callable[..., Artifact], galler
     assert "--backend-config" not in (output / "README.md").read_text()
 
 
-def test_smaller_batches_than_the_profile_s_are_preferred_alone(
+def test_smaller_max_batch_is_the_preferred_batch(
     write_engine: Callable[..., Artifact], gallery: Path, tmp_path: Path
 ) -> None:
     engine = write_engine(version_compatible=True)
@@ -264,16 +266,16 @@ def test_smaller_batches_than_the_profile_s_are_preferred_alone(
 @pytest.mark.parametrize(
     ("engine", "changes", "message"),
     [
-        ({"backend": "tensorrt-rtx"}, {}, r"Triton loads engines of TensorRT alone: give the graph .*fp32, or"),
-        ({"backend": "tensorrt-rtx"}, {}, r"or where TensorRT is installed build: vpr .* --backend tensorrt"),
-        ({"weight_stripped": True}, {}, r"has no weights, and Triton puts none in: vpr export engine"),
-        ({"profile": (4, 8, 8)}, {}, r"takes no fewer than 4 images, .*: vpr export engine"),
-        ({}, {"device": "cpu"}, r"device: cpu: an engine needs a GPU"),
-        ({}, {"max_batch": 65}, r"max_batch: 65: .*engine takes at most 64"),
-        ({}, {"preferred_batches": (8, 65)}, r"preferred_batches: \(8, 65\) .* sizes of 1 to 64"),
+        ({"backend": "tensorrt-rtx"}, {}, r"Triton loads TensorRT engines only\. Use the graph .*fp32, or"),
+        ({"backend": "tensorrt-rtx"}, {}, r"rebuild where TensorRT is installed: vpr .* --backend tensorrt"),
+        ({"weight_stripped": True}, {}, r"has no weights, and Triton adds none\. Rebuild: vpr export engine"),
+        ({"profile": (4, 8, 8)}, {}, r"smallest batch is 4, .*\. Rebuild: vpr export engine"),
+        ({}, {"device": "cpu"}, r"device: an engine needs a GPU, got cpu\. Use the graph"),
+        ({}, {"max_batch": 65}, r"max_batch: expected 1 to 64 for .*engine, got 65"),
+        ({}, {"preferred_batches": (8, 65)}, r"preferred_batches: expected sizes from 1 to 64 .*, got \(8, 65\)"),
     ],
 )
-def test_what_triton_would_not_run_is_refused(
+def test_engine_that_triton_cannot_run_is_rejected(
     write_engine: Callable[..., Artifact],
     gallery: Path,
     engine: dict[str, Any],
@@ -288,46 +290,44 @@ def test_what_triton_would_not_run_is_refused(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_real_tensorrt_rtx_engine_is_refused(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
+def test_real_tensorrt_rtx_engine_is_rejected(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
     int8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "int8")))
     engine = build_engine(EngineConfig(str(int8), str(tmp_path / "engine"), backend="tensorrt-rtx"))
     assert load_artifact(engine).parents("student") == load_artifact(graph).parents("student")
-    with pytest.raises(UserError, match=rf"is of tensorrt-rtx, .*: give the graph {int8}"):
+    with pytest.raises(UserError, match=rf"built by tensorrt-rtx, .*\. Use the graph {int8}"):
         export_serving(ServingConfig(str(engine), str(gallery), str(tmp_path / "serving")))
 
 
-def test_a_graph_that_onnx_runtime_does_not_load_is_refused(
-    graph: Path, ranges: Path, gallery: Path, tmp_path: Path
-) -> None:
-    fp8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "fp8"), base="fp32", number="fp8"))
-    with pytest.raises(UserError, match=r"fp8: ONNX Runtime does not load it .*: build an engine from it"):
+def test_graph_that_onnxruntime_rejects_is_an_error(graph: Path, ranges: Path, gallery: Path, tmp_path: Path) -> None:
+    fp8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "fp8"), base="fp32", dtype="fp8"))
+    with pytest.raises(UserError, match=r"fp8: ONNX Runtime cannot load it .*\. Build an engine from it"):
         export_serving(ServingConfig(str(fp8), str(gallery), str(tmp_path / "serving")))
 
 
-def test_a_gallery_of_another_model_is_refused(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_gallery_of_another_model_is_rejected(graph: Path, gallery: Path, catalog: Catalog, tmp_path: Path) -> None:
     config = small_student("patch")
     other = write_random_student(tmp_path / "other", config)
     assert catalog.artifact is not None
-    strange = embed_catalog(EmbedConfig(str(other), str(catalog.artifact.path), str(tmp_path / "e"), split="test"))
-    with pytest.raises(UserError, match="embedded with 'other', the model is of student 'student'"):
-        export_serving(ServingConfig(str(graph), str(strange), str(tmp_path / "serving")))
+    foreign = embed_catalog(EmbedConfig(str(other), str(catalog.artifact.path), str(tmp_path / "e"), split="test"))
+    with pytest.raises(UserError, match="embedded with 'other', but the model is of student 'student'"):
+        export_serving(ServingConfig(str(graph), str(foreign), str(tmp_path / "serving")))
 
 
 @pytest.mark.parametrize("change", ["preprocess", "dimension"])
-def test_a_gallery_that_does_not_fit_its_model_is_refused(
+def test_mismatching_gallery_card_is_rejected(
     graph: Path, student_artifact: Path, gallery: Path, catalog: Catalog, change: str, tmp_path: Path
 ) -> None:
-    """Cards that name the right student and say something else: by hand, or by an older version."""
+    """Cards that name the right student but have other values, written by hand or by an older version."""
     student, embeddings = load_artifact(student_artifact), load_embeddings(gallery)
     vectors, preprocess = embeddings.vectors, student.card.preprocess
     if change == "preprocess":
         preprocess = Preprocess(size=32, interpolation="bilinear")
     else:
         vectors = vectors[:, :16] / np.linalg.norm(vectors[:, :16], axis=1, keepdims=True)
-    told = Artifact(student.path, student.card.model_copy(update={"preprocess": preprocess}), student.sha256)
-    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), told, {})
+    changed = Artifact(student.path, student.card.model_copy(update={"preprocess": preprocess}), student.sha256)
+    written = write_embeddings(str(tmp_path / "e"), vectors, catalog.select(split="test"), changed, {})
     with pytest.raises(
-        UserError, match={"preprocess": "not preprocessed as", "dimension": "not of the dimension"}[change]
+        UserError, match={"preprocess": "preprocessing differs", "dimension": "embedding dimension differs"}[change]
     ):
         export_serving(ServingConfig(str(graph), str(written), str(tmp_path / "serving")))
 
@@ -335,20 +335,20 @@ def test_a_gallery_that_does_not_fit_its_model_is_refused(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--name", "a/b"], "name: 'a/b': give letters"),
-        (["--name", ".."], "name: '..': give letters"),
-        (["--name", "a\nb"], "name: 'a\\nb': give letters"),
-        (["--max_batch", "0"], "max_batch: expected 1 to 1024, got 0"),
-        (["--queue_delay_us", "-1"], "queue_delay_us: -1: give 0"),
-        (["--instances", "0"], "instances: expected 1 to 64, got 0"),
-        (["--preferred_batches", "[0]"], "preferred_batches: (0,)"),
+        (["--name", "a/b"], "got 'a/b'. Set --name."),
+        (["--name", ".."], "got '..'. Set --name."),
+        (["--name", "a\nb"], "got 'a\\nb'. Set --name."),
+        (["--max_batch", "0"], "max_batch: "),
+        (["--queue_delay_us", "-1"], "queue_delay_us: "),
+        (["--instances", "0"], "instances: "),
+        (["--preferred_batches", "[0]"], "preferred_batches: expected sizes from 1 to 32"),
         (["--index", "ivf"], "vpr export serving --help"),
         (["--model", "GALLERY"], "is a embeddings artifact, a onnx or engine is needed"),
         (["--gallery", "MODEL"], "is a onnx artifact, a embeddings is needed"),
         (["--output", "MODEL"], "holds a onnx artifact, a serving would replace it"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_bad_input_is_one_line_without_output(
     flags: list[str],
     message: str,
     graph: Path,
@@ -356,10 +356,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"MODEL": str(graph), "GALLERY": str(gallery)}
-    given = ["--model", str(graph), "--gallery", str(gallery), "--output", str(tmp_path / "serving")]
+    paths = {"MODEL": str(graph), "GALLERY": str(gallery)}
+    valid = ["--model", str(graph), "--gallery", str(gallery), "--output", str(tmp_path / "serving")]
     with pytest.raises(SystemExit) as caught:
-        main(["export", "serving", *given, *[places.get(flag, flag) for flag in flags]])
+        main(["export", "serving", *valid, *[paths.get(flag, flag) for flag in flags]])
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
@@ -367,25 +367,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_artifact_s_name_that_triton_does_not_take_is_said(graph: Path, gallery: Path, tmp_path: Path) -> None:
+def test_invalid_artifact_name_asks_for_name(graph: Path, gallery: Path, tmp_path: Path) -> None:
     artifact = load_artifact(graph)
     with write_artifact(tmp_path / "my model", "onnx", artifact.card.config, artifact.card.parents) as draft:
         (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
         draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
-    with pytest.raises(UserError, match="no model of the name 'my model': give --name"):
+    with pytest.raises(UserError, match="got 'my model'. Set --name"):
         export_serving(ServingConfig(str(tmp_path / "my model"), str(gallery), str(tmp_path / "serving")))
 
 
-def test_a_card_without_inputs_is_said(graph: Path, gallery: Path, tmp_path: Path) -> None:
+def test_card_without_inputs_is_rejected(graph: Path, gallery: Path, tmp_path: Path) -> None:
     artifact = load_artifact(graph)
     with write_artifact(tmp_path / "bare", "onnx", artifact.card.config, artifact.card.parents) as draft:
         (draft.path / "model.onnx").write_bytes((graph / "model.onnx").read_bytes())
         draft.preprocess, draft.embedding = artifact.card.preprocess, artifact.card.embedding
-    with pytest.raises(UserError, match="bare: its card tells no input and output for batches of any size"):
+    with pytest.raises(UserError, match="bare: the card lists no input and output of any batch size"):
         export_serving(ServingConfig(str(tmp_path / "bare"), str(gallery), str(tmp_path / "serving")))
 
 
-def test_the_same_hand_off_is_not_repeated(
+def test_unchanged_export_is_skipped(
     graph: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ServingConfig(str(graph), str(gallery), str(tmp_path / "serving"))
@@ -395,7 +395,7 @@ def test_the_same_hand_off_is_not_repeated(
     assert [parent.role for parent in first.card.parents] == ["onnx", "embeddings"]
 
 
-def test_text_is_read_back_as_it_was() -> None:
+def test_text_format_round_trip() -> None:
     fields = {
         "name": 'quotes " and \\ and\nlines',
         "max_batch_size": 3,

@@ -28,12 +28,12 @@ def test_graph_equals_pytorch_at_every_batch(each_student: Path, opset: int, bat
     inputs = _inputs(9)
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
-    found = run_graph(trace(model, 32, opset), inputs, batch)
-    assert np.abs(found - expected).max() <= 1e-5
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    actual = run_graph(trace(model, 32, opset), inputs, batch)
+    assert np.abs(actual - expected).max() <= 1e-5
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), 1, atol=1e-5)
 
 
-def test_attention_is_one_node_per_layer_and_nodes_bear_module_names(graph: onnx.ModelProto) -> None:
+def test_nodes_have_module_names(graph: onnx.ModelProto) -> None:
     operators = [node.op_type for node in graph.graph.node]
     assert operators.count("Attention") == 2
     names = [node.name for node in graph.graph.node]
@@ -42,28 +42,30 @@ def test_attention_is_one_node_per_layer_and_nodes_bear_module_names(graph: onnx
     assert not any(node.metadata_props for node in graph.graph.node)
 
 
-def test_card_says_what_goes_in_and_out(fp32: Path, each_student: Path) -> None:
+def test_card_lists_inputs_and_outputs(fp32: Path, each_student: Path) -> None:
     card = load_artifact(fp32).card
     student = load_artifact(each_student)
-    assert [(s.name, s.dtype, s.shape) for s in card.inputs] == [("pixels", "float32", ["batch", 3, 32, 32])]
-    assert [(s.name, s.dtype, s.shape) for s in card.outputs] == [("embedding", "float32", ["batch", 32])]
+    assert [(spec.name, spec.dtype, spec.shape) for spec in card.inputs] == [
+        ("pixels", "float32", ["batch", 3, 32, 32])
+    ]
+    assert [(spec.name, spec.dtype, spec.shape) for spec in card.outputs] == [("embedding", "float32", ["batch", 32])]
     assert (card.preprocess, card.embedding) == (student.card.preprocess, student.card.embedding)
     assert [parent.sha256 for parent in card.parents] == [student.sha256]
 
 
 def test_fp16_graph_is_half_as_large_and_close(graph: onnx.ModelProto) -> None:
     half = to_fp16(graph)
-    kinds = {tensor.data_type for tensor in half.graph.initializer if len(tensor.dims) == 2}
-    assert kinds == {onnx.TensorProto.FLOAT16}
+    dtypes = {tensor.data_type for tensor in half.graph.initializer if len(tensor.dims) == 2}
+    assert dtypes == {onnx.TensorProto.FLOAT16}
     assert half.ByteSize() < 0.65 * graph.ByteSize()
     inputs = _inputs(16)
-    found = parity(run_graph(graph, inputs), run_graph(half, inputs))
-    assert found["cosine_min"] > 0.99999
+    metrics = parity(run_graph(graph, inputs), run_graph(half, inputs))
+    assert metrics["cosine_min"] > 0.99999
     types = [value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)]
     assert types == [onnx.TensorProto.FLOAT] * 2
 
 
-def test_the_normalisation_stays_fp32_so_large_embeddings_do_not_overflow(graph: onnx.ModelProto) -> None:
+def test_fp32_normalisation_prevents_overflow(graph: onnx.ModelProto) -> None:
     scaled = onnx.ModelProto()
     scaled.CopyFrom(graph)
     head = next(node for node in scaled.graph.node if node.name.startswith("vit.mlp_head"))
@@ -71,22 +73,22 @@ def test_the_normalisation_stays_fp32_so_large_embeddings_do_not_overflow(graph:
     values = onnx.numpy_helper.to_array(weight) * 2000
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     inputs = _inputs(4)
-    found = run_graph(to_fp16(scaled), inputs)
-    # The squares of these outputs are beyond 65,504.
-    assert parity(run_graph(scaled, inputs), found)["cosine_min"] > 0.9999
+    actual = run_graph(to_fp16(scaled), inputs)
+    # The squares of these outputs exceed 65,504.
+    assert parity(run_graph(scaled, inputs), actual)["cosine_min"] > 0.9999
 
 
-def test_a_weight_that_fp16_cannot_hold_is_named(graph: onnx.ModelProto) -> None:
+def test_weight_beyond_fp16_is_named(graph: onnx.ModelProto) -> None:
     large = onnx.ModelProto()
     large.CopyFrom(graph)
     tensor = next(t for t in large.graph.initializer if len(t.dims) == 2)
     values = onnx.numpy_helper.to_array(tensor) * 1e9
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(UserError, match="beyond FP16's range"):
+    with pytest.raises(UserError, match="exceeds FP16's range"):
         to_fp16(large)
 
 
-def test_real_images_are_compared_and_recorded(each_student: Path, catalog: Catalog, tmp_path: Path) -> None:
+def test_catalogue_images_are_compared(each_student: Path, catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     config = OnnxConfig(str(each_student), str(tmp_path / "o"), catalog=str(catalog.artifact.path), images=20)
     metrics = load_artifact(export_onnx(config)).card.metrics
@@ -94,11 +96,11 @@ def test_real_images_are_compared_and_recorded(each_student: Path, catalog: Cata
     assert metrics["max_abs"] <= 1e-4
 
 
-def test_an_unchanged_export_is_not_made_again(each_student: Path, fp32: Path) -> None:
+def test_unchanged_export_is_skipped(each_student: Path, fp32: Path) -> None:
     before = (fp32 / "card.json").stat().st_mtime_ns
     export_onnx(OnnxConfig(student=str(each_student), output=str(fp32)))
     assert (fp32 / "card.json").stat().st_mtime_ns == before
 
 
-def test_only_the_graph_file_is_read(fp32: Path) -> None:
+def test_artifact_has_one_file(fp32: Path) -> None:
     assert load_onnx(fp32)[1].card.files.keys() == {"model.onnx"}

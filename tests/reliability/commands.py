@@ -138,7 +138,7 @@ def _quantise(folder: Path) -> object:
 
 def _fp8(folder: Path) -> object:
     fp32, ranges = str(folder / "fp32"), str(folder / "ranges")
-    return export_int8(Int8Config(fp32, ranges, str(folder / RESULT), base="fp32", number="fp8"))
+    return export_int8(Int8Config(fp32, ranges, str(folder / RESULT), base="fp32", dtype="fp8"))
 
 
 def _parity(folder: Path) -> object:
@@ -202,7 +202,7 @@ def _export(folder: Path) -> object:
 COMMAND_CASES = {
     "calibrate": CommandCase(_calibrate, "ranges"),
     "export int8": CommandCase(_quantise, "int8"),
-    "export int8 --number fp8": CommandCase(_fp8, "int8"),
+    "export int8 --dtype fp8": CommandCase(_fp8, "int8"),
     "export parity": CommandCase(_parity, "report"),
     "bench recall": CommandCase(_recall, "recall"),
     "export engine": CommandCase(_build, "engine"),
@@ -222,7 +222,7 @@ ROUTES = (
     *(Route("int8", "model.onnx", verb) for verb in ("export engine", "export engine", "export parity", *_RUN)),
     *(Route("fp32", "card.json", verb) for verb in _READ),
     *(Route("int8", "card.json", verb) for verb in ("export engine", *_RUN)),
-    *(Route("ranges", "ranges.json", verb) for verb in ("export int8", "export int8 --number fp8")),
+    *(Route("ranges", "ranges.json", verb) for verb in ("export int8", "export int8 --dtype fp8")),
     *(Route("ranges", file, "export int8") for file in ("adjustments.safetensors", "card.json")),
     *(Route("plain", file, "finish a student") for file in ("ranges.json", "adjustments.safetensors", "card.json")),
     *(Route("engine", file, verb) for file in ("engine.plan", "card.json") for verb in _OPENED),

@@ -64,6 +64,6 @@ def test_what_is_said_on_the_way_is_no_reason() -> None:
 
 
 def test_running_a_graph_or_an_engine_imports_no_torch() -> None:
-    code = "import benchmarks.latency.cold_start, export.tensorrt.runner, export.backends.openvino_session, sys; print('torch' in sys.modules)"
+    code = "import benchmarks.latency.cold_start, export.tensorrt.runner, export.backends.openvino_runtime, sys; print('torch' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "False"

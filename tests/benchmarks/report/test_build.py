@@ -96,7 +96,7 @@ def test_changed_queries_are_listed_as_they_are_counted(made: Path, measured: di
 def test_the_decision_and_the_ranges_are_in_the_report(measured: dict[str, Any]) -> None:
     (decision,), (calibration,) = measured["decisions"], measured["calibrations"]
     assert decision["name"] == "int8"
-    assert len(decision["alone"]) == len(decision["layers"])
+    assert len(decision["single_layer_trials"]) == len(decision["layers"])
     assert calibration["name"] == "ranges"
     assert all(one["thresholds"][one["method"]] == one["threshold"] for one in calibration["tensors"])
 

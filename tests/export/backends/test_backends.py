@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from export.backends.registry import BACKENDS, NAMES, BackendUnavailable, choose_backends, models_of
-from export.config import OnnxConfig
+from export.backends.registry import BACKENDS, BackendUnavailable, choose_backends, models_of
+from export.config import BACKEND_NAMES, OnnxConfig
 from export.to_onnx import export_onnx
 from vpr.common.errors import UserError
 from vpr.inference import onnx_session as runtime
@@ -29,7 +29,7 @@ GPU = ([{"name": "NVIDIA L4", "memory_mib": 23034, "compute_capability": "8.9"}]
         ("tensorrt_rtx_bindings", "tensorrt-rtx"),
     ],
 )
-def test_an_absent_package_is_a_reason(package: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_package_is_a_reason(package: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     reason = BY_NAME[backend].missing()
     assert reason is not None
@@ -37,38 +37,38 @@ def test_an_absent_package_is_a_reason(package: str, backend: str, monkeypatch: 
     assert "pip install -r requirements" in reason
 
 
-def test_a_provider_that_the_build_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_provider_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     build = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"], __version__="1")
     monkeypatch.setitem(sys.modules, "onnxruntime", build)
     reason = BY_NAME["onnxruntime-cuda"].missing()
-    assert reason == f"this build of ONNX Runtime has no {CUDA}: pip install -r requirements.txt"
+    assert reason == f"this build of ONNX Runtime has no {CUDA}. Run `pip install -r requirements.txt`."
     assert BY_NAME["onnxruntime-cpu"].missing() is None
 
 
-def test_what_is_wanting_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: GPU)
+def test_missing_package_next_to_a_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.backends.base.read_gpus", lambda: GPU)
     monkeypatch.setitem(sys.modules, "pycuda", None)
     reason = BY_NAME["tensorrt-rtx"].missing()
     assert reason is not None
     assert "pycuda" in reason
     assert "requirements-gpu.txt" in reason
-    monkeypatch.setattr("export.backends.runtimes.rtx_devices", list)
+    monkeypatch.setattr("export.backends.onnx_runtime.rtx_devices", list)
     assert BY_NAME["onnxruntime-tensorrt-rtx"].missing() == (
-        "TensorRT-RTX finds no GPU that it supports: see 'nvidia-smi'"
+        "TensorRT-RTX finds no GPU that it supports. See `nvidia-smi`."
     )
 
 
 def test_torch_compile_without_a_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert BY_NAME["torch-compile"].missing() == "needs a C++ compiler: install g++, or name one in CXX"
+    assert BY_NAME["torch-compile"].missing() == "needs a C++ compiler. Install g++, or name a compiler in CXX."
     assert BY_NAME["torch"].missing() is None
 
 
 class _Session:
-    """A session of a runtime that could not load what it was asked for."""
+    """A session that fell back to the CPU provider."""
 
     def __init__(self, graph: bytes, options: object, providers: list[str] | None = None, **others: object) -> None:
-        self.asked = providers
+        self.providers = providers
 
     def get_providers(self) -> list[str]:
         return ["CPUExecutionProvider"]
@@ -95,28 +95,28 @@ def _runtime(monkeypatch: pytest.MonkeyPatch, devices: list[SimpleNamespace]) ->
 
 
 @pytest.mark.parametrize("provider", [CUDA, TENSORRT_RTX])
-def test_the_cpu_never_stands_in_for_a_gpu_provider(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_fallback_of_gpu_provider_is_an_error(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _runtime(monkeypatch, [])
-    with pytest.raises(UserError, match=rf"{provider} cannot be loaded \(CPUExecutionProvider would run instead\)"):
+    with pytest.raises(UserError, match=rf"{provider} cannot be loaded"):
         open_session(b"", provider=provider)
 
 
 @pytest.mark.parametrize("overflow", [False, True])
-def test_exact_sums_are_asked_for_where_they_would_overflow(overflow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _runtime(monkeypatch, [])
+def test_exact_sums_are_requested_without_vnni(overflow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = _runtime(monkeypatch, [])
     monkeypatch.setattr(runtime, "lacks_vnni", lambda: overflow)
     open_session(b"")
-    assert asked == ["session.x64quantprecision"] * overflow
+    assert entries == ["session.x64quantprecision"] * overflow
 
 
-def test_the_plugin_is_registered_once_and_gives_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, other = SimpleNamespace(ep_name=TENSORRT_RTX), SimpleNamespace(ep_name="CPUExecutionProvider")
-    registered = _runtime(monkeypatch, [other, ours])
-    assert rtx_devices() == rtx_devices() == [ours]
+def test_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx, cpu = SimpleNamespace(ep_name=TENSORRT_RTX), SimpleNamespace(ep_name="CPUExecutionProvider")
+    registered = _runtime(monkeypatch, [cpu, rtx])
+    assert rtx_devices() == rtx_devices() == [rtx]
     assert registered == ["plugin.so"]
 
 
-def test_every_named_backend_of_an_artifact_is_listed(student_artifact: Path, tmp_path: Path) -> None:
+def test_models_of_lists_every_backend(student_artifact: Path, tmp_path: Path) -> None:
     assert [model.backend for model in models_of(student_artifact, ["all"])] == [
         "torch",
         "torch-compile",
@@ -133,14 +133,14 @@ def test_every_named_backend_of_an_artifact_is_listed(student_artifact: Path, tm
             on_cuda.open(1)
 
 
-def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="no 'tensorflow': choose from all, torch, "):
+def test_unknown_backend_is_named() -> None:
+    with pytest.raises(UserError, match="unknown backend 'tensorflow'. Choose from all, torch, "):
         choose_backends(["torch", "tensorflow"])
-    assert [backend.name for backend in choose_backends(["all"])] == list(NAMES)
+    assert [backend.name for backend in choose_backends(["all"])] == list(BACKEND_NAMES)
 
 
 @pytest.mark.slow
-def test_torch_compile_computes_what_torch_does(student_artifact: Path) -> None:
+def test_torch_compile_equals_torch(student_artifact: Path) -> None:
     eager, compiled = (models_of(student_artifact, [name])[0] for name in ("torch", "torch-compile"))
     pixels = eager.random_input(3)
     np.testing.assert_allclose(compiled.open(1)(pixels), eager.open(1)(pixels), atol=2e-5)

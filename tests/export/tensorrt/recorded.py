@@ -1,6 +1,6 @@
-"""A double of the driver and of TensorRT: records the calls, and moves real memory in stream order.
+"""Test doubles of the driver and of TensorRT, which record calls and move real memory in stream order.
 
-Work on a stream is done when it is synchronised, not before; what is read too early is wrong.
+The work of a stream runs when it is synchronised, so a result that is read too early is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IMAGE, DIM = (3, 4, 4), 5
 
 
 def expected(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the engine of the double computes: the mean of each image, times 1 to 5."""
+    """Return the embeddings of the test engine: the mean of each image, times 1 to 5."""
     return (batch.mean(axis=(1, 2, 3))[:, None] * np.arange(1, DIM + 1)).astype(np.float32)
 
 
@@ -52,12 +52,12 @@ class RecordedDriver:
         self.memory: dict[int, Memory] = {}
         self.pinned_arrays: list[NDArray[np.float32]] = []
         self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.refuses_capture = False
-        self._here = threading.local()
+        self.rejects_capture = False
+        self._thread = threading.local()
         self._next = 0
 
     def note(self, *call: Any) -> None:
-        assert getattr(self._here, "current", False), f"{call}: no context is current in this thread"
+        assert getattr(self._thread, "current", False), f"{call}: no context is current in this thread"
         self.calls.append((threading.get_ident(), *call))
 
     def names(self) -> list[str]:
@@ -65,11 +65,11 @@ class RecordedDriver:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        self._here.current = True
+        self._thread.current = True
         try:
             yield
         finally:
-            self._here.current = False
+            self._thread.current = False
 
     def number(self) -> int:
         self._next += 1
@@ -120,7 +120,7 @@ class RecordedDriver:
 
     def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> int:
         self.note("capture", stream.handle)
-        if self.refuses_capture:
+        if self.rejects_capture:
             raise DriverError("cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (901)")
         stream.captured = []
         assert enqueue()
@@ -138,7 +138,7 @@ class RecordedDriver:
 
 
 class Context:
-    """An execution context that, as TensorRT's, must not be captured right after its shape has changed."""
+    """An execution context that, like TensorRT's, must not be captured right after its shape has changed."""
 
     def __init__(self, engine: Engine, settings: Any) -> None:
         self.engine, self.settings = engine, settings
@@ -184,8 +184,8 @@ class Context:
 
         def compute() -> None:
             pixels = np.frombuffer(bytes(source.bytes), np.float32, int(np.prod(shape))).reshape(shape)
-            found = expected(pixels).tobytes()
-            target.bytes[: len(found)] = found
+            result = expected(pixels).tobytes()
+            target.bytes[: len(result)] = result
 
         stream.put(compute)
         return True
@@ -226,9 +226,11 @@ class Engine:
 
 
 class Trt(SimpleNamespace):
-    """Stands for ``tensorrt`` and ``tensorrt_rtx_bindings``; ``refuses`` is what a refused plan logs."""
+    """Double of ``tensorrt`` and ``tensorrt_rtx_bindings``; ``load_error`` is logged for a plan that does not load."""
 
-    def __init__(self, driver: RecordedDriver, version: str = "11.4.0.106", refuses: str = "", **settings: Any) -> None:
+    def __init__(
+        self, driver: RecordedDriver, version: str = "11.4.0.106", load_error: str = "", **settings: Any
+    ) -> None:
         class ILogger:
             INTERNAL_ERROR, ERROR = "INTERNAL_ERROR", "ERROR"
 
@@ -244,8 +246,8 @@ class Trt(SimpleNamespace):
 
             def deserialize_cuda_engine(runtime, plan: bytes) -> Engine | None:  # noqa: N805
                 driver.note("deserialise", len(plan), runtime.engine_host_code_allowed)
-                if refuses:
-                    runtime.logger.log("ERROR", refuses)
+                if load_error:
+                    runtime.logger.log("ERROR", load_error)
                     return None
                 self.engines.append(Engine(driver, runtime.logger, **settings))
                 return self.engines[-1]

@@ -24,7 +24,7 @@ CONFIG = EngineConfig(onnx="", output="", target="sm86")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_every_graph_of_the_demo_builds_without_a_gpu(
+def test_demo_graphs_build_without_a_gpu(
     each_student: Path, fp32: Path, ranges: Path, precision: str, tmp_path: Path
 ) -> None:
     if precision == "fp16":
@@ -44,7 +44,7 @@ def test_every_graph_of_the_demo_builds_without_a_gpu(
     assert metrics["precisions"]["HALF"] > 50
 
 
-def test_opset_20_builds_too(each_student: Path, tmp_path: Path) -> None:
+def test_opset_20_builds(each_student: Path, tmp_path: Path) -> None:
     from export.to_onnx import trace
     from student.model import load_student
 
@@ -54,7 +54,7 @@ def test_opset_20_builds_too(each_student: Path, tmp_path: Path) -> None:
     assert "SOFTMAX" in layers["layers"]
 
 
-def test_a_graph_the_parser_does_not_know_is_refused_by_name(graph: onnx.ModelProto) -> None:
+def test_unknown_operator_is_named(graph: onnx.ModelProto) -> None:
     broken = onnx.ModelProto()
     broken.CopyFrom(to_fp16(graph))
     victim = next(node for node in broken.graph.node if node.op_type == "Gelu")
@@ -63,8 +63,8 @@ def test_a_graph_the_parser_does_not_know_is_refused_by_name(graph: onnx.ModelPr
         build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", broken, CONFIG)
 
 
-def test_quantised_int32_biases_are_refused(graph: onnx.ModelProto) -> None:
-    """The fault of common quantisers that our graphs must never have."""
+def test_quantised_int32_biases_are_rejected(graph: onnx.ModelProto) -> None:
+    """Common quantisers write such biases; our graphs must not contain them."""
     broken = onnx.ModelProto()
     broken.CopyFrom(to_fp16(graph))
     add = next(node for node in broken.graph.node if node.name.endswith("to_out.0/Add"))
@@ -87,17 +87,17 @@ def test_quantised_int32_biases_are_refused(graph: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "sm90"}, "target: sm90: choose from"),
-        ({"target": ""}, "target: none"),
-        ({"target": "sm86,sm86"}, "target: none, or one twice"),
-        ({"max_batch": 4096}, "at most 1024"),
-        ({"optimisation_level": 6}, "optimisation_level: 6: give 0"),
-        ({"workspace_mb": 0}, "workspace_mb: expected 1 to "),
-        ({"min_batch": 8, "opt_batch": 4}, "must rise"),
-        ({"backend": "tensorrt"}, r"tensorrt: cannot be loaded .* pip install -r requirements-gpu\.txt"),
+        ({"target": "sm90"}, "target: expected .*, got 'sm90'"),
+        ({"target": ""}, "target: expected .*, got ''"),
+        ({"target": "sm86,sm86"}, "target: expected different names .*, got 'sm86,sm86'"),
+        ({"max_batch": 4096}, "max <= 1024, got 1, 8, 4096"),
+        ({"optimisation_level": 6}, "optimisation_level: "),
+        ({"workspace_mb": 0}, "workspace_mb: "),
+        ({"min_batch": 8, "opt_batch": 4}, "expected 1 <= min <= opt <= max <= 1024, got 8, 4, 32"),
+        ({"backend": "tensorrt"}, r"tensorrt: cannot be loaded .*pip install -r requirements-gpu\.txt"),
     ],
 )
-def test_wrong_choices_name_the_key(fp32: Path, changes: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_wrong_value_names_the_key(fp32: Path, changes: dict[str, object], message: str, tmp_path: Path) -> None:
     if changes.get("backend") == "tensorrt" and "tensorrt" in sys.modules:
         pytest.skip("TensorRT is installed")
     with pytest.raises(UserError, match=message):
@@ -105,44 +105,44 @@ def test_wrong_choices_name_the_key(fp32: Path, changes: dict[str, object], mess
     assert not (tmp_path / "e").exists()
 
 
-def test_a_missing_builder_names_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+def test_missing_builder_gives_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
 
-    def without(name: str, *rest: object, **more: object) -> object:
+    def import_without_wheel(name: str, *rest: object, **more: object) -> object:
         if name == "onnxruntime_ep_nv_tensorrt_rtx":
             raise ImportError(name)
-        return real(name, *rest, **more)
+        return original(name, *rest, **more)
 
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", import_without_wheel)
     with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
         import_tensorrt("tensorrt-rtx")
 
 
-def test_each_option_reaches_the_builder(fp32: Path, ranges: Path, tmp_path: Path) -> None:
-    """A megabyte of workspace is too little, a version-compatible engine needs a library that is not here."""
+def test_options_reach_the_builder(fp32: Path, ranges: Path, tmp_path: Path) -> None:
+    """One MiB of workspace is too little, and a version-compatible engine needs a library that is not installed."""
     graph = str(export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "graph"))))
-    one = build_engine(
-        EngineConfig(graph, str(tmp_path / "one"), target="sm89", optimisation_level=5, workspace_mb=512)
+    single = build_engine(
+        EngineConfig(graph, str(tmp_path / "single"), target="sm89", optimisation_level=5, workspace_mb=512)
     )
     four = build_engine(EngineConfig(graph, str(tmp_path / "four")))
-    sizes = [load_artifact(path).card.metrics["size_bytes"] for path in (one, four)]
+    sizes = [load_artifact(path).card.metrics["size_bytes"] for path in (single, four)]
     assert sizes[0] < sizes[1]
-    assert load_artifact(one).card.config["optimisation_level"] == 5
+    assert load_artifact(single).card.config["optimisation_level"] == 5
     for options, message in (
-        ({"workspace_mb": 1}, "no tactics .* within workspace limit.*: raise --workspace_mb"),
-        ({"version_compatible": True}, "the build failed: .*: leave --version_compatible"),
-        ({"weight_stripped": True}, "the build failed: .*: leave --version_compatible and --weight_stripped"),
-        ({"timing_cache": str(tmp_path / "cache")}, "timing_cache: TensorRT-RTX measures nothing"),
+        ({"workspace_mb": 1}, "no tactics .* within workspace limit.*Raise or remove --workspace-mb"),
+        ({"version_compatible": True}, "the build failed .*Remove --version-compatible"),
+        ({"weight_stripped": True}, "the build failed .*Remove --version-compatible and --weight-stripped"),
+        ({"timing_cache": str(tmp_path / "cache")}, "timing_cache: TensorRT-RTX times no kernels"),
     ):
         with pytest.raises(UserError, match=message):
             build_engine(EngineConfig(graph, str(tmp_path / "none"), backend="tensorrt-rtx", **options))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "graph", "one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "graph", "single"]
 
 
-def test_the_inspector_s_layers_are_counted() -> None:
-    """In the form that TensorRT's documentation of ``IEngineInspector`` shows."""
-    found = {
+def test_inspector_layers_are_counted() -> None:
+    """Input as in TensorRT's documentation of ``IEngineInspector``."""
+    report = {
         "Layers": [
             {"Name": "conv", "LayerType": "CaskConvolution", "Outputs": [{"Format/Datatype": "Half"}]},
             {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Outputs": [{"Format/Datatype": "Half"}]},
@@ -150,7 +150,7 @@ def test_the_inspector_s_layers_are_counted() -> None:
             "a layer of little verbosity",
         ]
     }
-    assert summarise_inspection(json.dumps(found)) == {
+    assert summarise_inspection(json.dumps(report)) == {
         "layers": {"CaskConvolution": 1, "Myelin": 1, "kgen": 1},
         "formats": {"Half": 2, "Int8": 1},
         "fused_attention": 1,

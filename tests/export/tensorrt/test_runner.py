@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.backends import registry as backends
+from export.backends.base import BackendUnavailable
+from export.backends.registry import models_of
+from export.backends.tensorrt_engine import EngineBackend
 from export.tensorrt import cuda_driver as driver_module
 from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.compatibility import load_engine
@@ -29,7 +31,7 @@ VERSION = "11.4.0.106"
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Artifact]:
-    """An engine artifact whose plan is bytes of no meaning; the double makes of it what it likes."""
+    """Write an engine artifact with arbitrary bytes as its plan; the double ignores them."""
 
     def make(targets: tuple[str, ...] = ("sm86",), **config: Any) -> Artifact:
         values = {"onnx": "runs/fp16", "backend": "tensorrt", "builder_version": VERSION, "target": "sm86"}
@@ -52,22 +54,20 @@ def images(count: int, seed: int = 0) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_batches_of_any_size_come_back_whole_and_in_order(
-    write: Callable[..., Artifact], backend: str, graphs: bool
-) -> None:
+def test_batches_of_any_size_stay_in_order(write: Callable[..., Artifact], backend: str, graphs: bool) -> None:
     driver = RecordedDriver()
     with runner(write(backend=backend), driver, graphs, needs_scratch=backend == "tensorrt") as engine:
         for turn in range(4):
             for count in (1, 3, 8, 13, 24):
                 batch = images(count, turn)
-                found = engine(batch)
-                assert found.shape == (count, DIM)
-                assert found.dtype == np.float32
-                np.testing.assert_allclose(found, expected(batch), rtol=1e-6)
+                embeddings = engine(batch)
+                assert embeddings.shape == (count, DIM)
+                assert embeddings.dtype == np.float32
+                np.testing.assert_allclose(embeddings, expected(batch), rtol=1e-6)
     assert ("launch" in driver.names()) == (graphs and backend == "tensorrt")
 
 
-def test_too_few_images_are_padded_by_the_last(write: Callable[..., Artifact]) -> None:
+def test_too_few_images_are_padded_with_the_last(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver, ranges=[(4, 8, 8)])
     batch = images(10)
@@ -76,7 +76,7 @@ def test_too_few_images_are_padded_by_the_last(write: Callable[..., Artifact]) -
     np.testing.assert_array_equal(driver.pinned_arrays[0][:4], batch[[8, 9, 9, 9]])
 
 
-def test_calls_are_in_order_and_on_one_stream(write: Callable[..., Artifact]) -> None:
+def test_calls_are_ordered_on_one_stream(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver, graphs=False)
     engine(images(11))
@@ -92,7 +92,7 @@ def test_calls_are_in_order_and_on_one_stream(write: Callable[..., Artifact]) ->
     assert driver.names() == ["copy_in", "enqueue", "copy_out", "synchronise"]  # the shape is set already
 
 
-def test_a_graph_is_captured_once_for_each_batch_size_and_replayed(write: Callable[..., Artifact]) -> None:
+def test_graph_is_captured_once_per_batch_size(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     artifact = write()
     engine = runner(artifact, driver)
@@ -111,7 +111,7 @@ def test_a_graph_is_captured_once_for_each_batch_size_and_replayed(write: Callab
     assert not driver.graphs
 
 
-def test_graphs_are_kept_for_so_many_batch_sizes(write: Callable[..., Artifact]) -> None:
+def test_number_of_graphs_is_limited(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(max_batch=32), driver, ranges=[(1, 8, 32)])
     for count in list(range(1, 25)) * 3:
@@ -120,7 +120,7 @@ def test_graphs_are_kept_for_so_many_batch_sizes(write: Callable[..., Artifact])
     assert len(driver.graphs) == 16
 
 
-def test_the_contexts_of_a_thread_share_their_scratch_memory(write: Callable[..., Artifact]) -> None:
+def test_contexts_of_a_thread_share_scratch_memory(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     trt = Trt(driver)
     engine = EngineRunner(write(), trt, driver)
@@ -130,21 +130,21 @@ def test_the_contexts_of_a_thread_share_their_scratch_memory(write: Callable[...
     assert first.scratch == second.scratch is not None
 
 
-def test_a_refused_capture_is_said_and_costs_only_the_graph(
+def test_failed_capture_only_disables_graphs(
     write: Callable[..., Artifact], capsys: pytest.CaptureFixture[str]
 ) -> None:
     driver = RecordedDriver()
-    driver.refuses_capture = True
+    driver.rejects_capture = True
     engine = runner(write(), driver)
     for turn in range(4):
         batch = images(2, turn)
         np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
     assert driver.names().count("capture") == 1
-    assert "runs without CUDA graphs from here on: cuStreamEndCapture" in capsys.readouterr().err
+    assert "warning: engine: continues without CUDA graphs (cuStreamEndCapture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("graphs", "strategy"), [(True, "WHOLE_GRAPH_CAPTURE"), (False, "DISABLED")])
-def test_tensorrt_rtx_captures_its_graphs_itself(write: Callable[..., Artifact], graphs: bool, strategy: str) -> None:
+def test_tensorrt_rtx_captures_graphs_itself(write: Callable[..., Artifact], graphs: bool, strategy: str) -> None:
     driver = RecordedDriver()
     trt = Trt(driver, needs_scratch=False)
     engine = EngineRunner(write(backend="tensorrt-rtx"), trt, driver, graphs)
@@ -155,7 +155,7 @@ def test_tensorrt_rtx_captures_its_graphs_itself(write: Callable[..., Artifact],
     assert "capture" not in driver.names()
 
 
-def test_each_profile_has_a_context_and_takes_what_fits_it(write: Callable[..., Artifact]) -> None:
+def test_each_profile_has_its_own_context(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     trt = Trt(driver, ranges=[(1, 1, 2), (4, 8, 8)])
     engine = EngineRunner(write(), trt, driver, graphs=False)
@@ -166,7 +166,7 @@ def test_each_profile_has_a_context_and_takes_what_fits_it(write: Callable[..., 
     assert driver.names().count("profile") == 1
 
 
-def test_threads_share_neither_contexts_nor_streams_nor_buffers(write: Callable[..., Artifact]) -> None:
+def test_threads_share_no_state(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver)
     barrier = threading.Barrier(3)
@@ -186,15 +186,15 @@ def test_threads_share_neither_contexts_nor_streams_nor_buffers(write: Callable[
         thread.join()
     assert not wrong
     assert len(driver.streams) == 3
-    for kind, place in (("enqueue", 3), ("copy_in", 2), ("launch", 2)):
+    for kind, position in (("enqueue", 3), ("copy_in", 2), ("launch", 2)):
         users: dict[int, set[int]] = {}
         for call in driver.calls:
             if call[1] == kind:
-                users.setdefault(call[place], set()).add(call[0])
+                users.setdefault(call[position], set()).add(call[0])
         assert all(len(threads) == 1 for threads in users.values())
 
 
-def test_a_thread_that_ended_leaves_its_buffers_to_the_next(write: Callable[..., Artifact]) -> None:
+def test_new_thread_reuses_buffers_of_ended_thread(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver)
     for _ in range(5):
@@ -204,7 +204,7 @@ def test_a_thread_that_ended_leaves_its_buffers_to_the_next(write: Callable[...,
     assert len(driver.streams) == 1
 
 
-def test_close_frees_what_every_thread_has(write: Callable[..., Artifact]) -> None:
+def test_close_frees_the_buffers_of_every_thread(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     before = driver.free_bytes
     engine = runner(write(), driver)
@@ -217,39 +217,39 @@ def test_close_frees_what_every_thread_has(write: Callable[..., Artifact]) -> No
     engine.close()
     assert driver.free_bytes == before
     assert not driver.pinned_arrays
-    with pytest.raises(UserError, match="engine: the engine is closed: open it again"):
+    with pytest.raises(UserError, match="engine: the engine is closed. Open it again."):
         engine(images(1))
 
 
-def test_close_waits_for_the_calls_under_way(write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_waits_for_calls_in_progress(write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver)
-    begun, go_on = threading.Event(), threading.Event()
-    real, found = driver.synchronise, []
+    started, may_continue = threading.Event(), threading.Event()
+    original, results = driver.synchronise, []
 
     def slow(stream: Any) -> None:
-        begun.set()
-        assert go_on.wait(10)
-        real(stream)
+        started.set()
+        assert may_continue.wait(10)
+        original(stream)
 
     monkeypatch.setattr(driver, "synchronise", slow)
     batch = images(2)
-    call = threading.Thread(target=lambda: found.append(engine(batch)))
+    call = threading.Thread(target=lambda: results.append(engine(batch)))
     call.start()
-    assert begun.wait(10)
+    assert started.wait(10)
     closing = threading.Thread(target=engine.close)
     closing.start()
     closing.join(0.1)
     assert closing.is_alive()
     assert driver.memory
-    go_on.set()
+    may_continue.set()
     call.join()
     closing.join()
-    np.testing.assert_allclose(found[0], expected(batch), rtol=1e-6)
+    np.testing.assert_allclose(results[0], expected(batch), rtol=1e-6)
     assert not driver.memory
 
 
-def test_an_engine_that_is_forgotten_is_freed(write: Callable[..., Artifact]) -> None:
+def test_unreferenced_engine_is_freed(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver)
     engine(images(2))
@@ -259,7 +259,7 @@ def test_an_engine_that_is_forgotten_is_freed(write: Callable[..., Artifact]) ->
 
 
 @pytest.mark.parametrize(
-    ("batch", "found"),
+    ("batch", "actual"),
     [
         (np.zeros((2, 3, 5, 4), np.float32), r"\(2, 3, 5, 4\) float32"),
         (np.zeros((3, 4, 4), np.float32), r"\(3, 4, 4\) float32"),
@@ -268,13 +268,15 @@ def test_an_engine_that_is_forgotten_is_freed(write: Callable[..., Artifact]) ->
         ([[1.0]], "None list"),
     ],
 )
-def test_other_input_is_refused_with_what_is_expected(write: Callable[..., Artifact], batch: Any, found: str) -> None:
+def test_wrong_input_is_rejected(write: Callable[..., Artifact], batch: Any, actual: str) -> None:
     engine = runner(write(), RecordedDriver())
-    with pytest.raises(UserError, match=rf"^pixels: {found}: give \(n, 3, 4, 4\) float32, n at least 1$"):
+    with pytest.raises(
+        UserError, match=rf"^pixels: expected \(n, 3, 4, 4\) float32 with n of 1 or more, got {actual}\.$"
+    ):
         engine(batch)
 
 
-REBUILD = r"vpr export engine --onnx runs/fp16 --output \S*engine --backend"
+REBUILD = r"Rebuild: vpr export engine --onnx runs/fp16 --output \S*engine --backend"
 
 
 @pytest.mark.parametrize(
@@ -284,142 +286,150 @@ REBUILD = r"vpr export engine --onnx runs/fp16 --output \S*engine --backend"
             {"backend": "tensorrt-rtx"},
             ("sm86",),
             "sm89",
-            rf"built for sm86, this GPU is NVIDIA Test \(sm89\): {REBUILD} tensorrt-rtx --target sm89 --opt_batch 4",
+            rf"built for sm86, but .* NVIDIA Test \(sm89\)\. {REBUILD} tensorrt-rtx --target sm89 --opt-batch 4",
         ),
-        ({"backend": "tensorrt-rtx"}, ("sm80", "sm86"), "sm90", rf"sm80, sm86, .* \(sm90\): {REBUILD} tensorrt --opt"),
-        ({"target": "sm80,sm86,sm89,sm120"}, ("sm90",), "sm86", rf"built for sm90, .*: {REBUILD} tensorrt --opt_batch"),
+        ({"backend": "tensorrt-rtx"}, ("sm80", "sm86"), "sm90", rf"sm80, sm86, .* \(sm90\)\. {REBUILD} tensorrt --opt"),
+        (
+            {"target": "sm80,sm86,sm89,sm120"},
+            ("sm90",),
+            "sm86",
+            rf"built for sm90, .*\. {REBUILD} tensorrt --opt-batch",
+        ),
         (
             {"builder_version": "11.3.0"},
             ("sm86",),
             "sm86",
-            rf"tensorrt 11\.3\.0, this machine has {VERSION}: {REBUILD}",
+            rf"tensorrt 11\.3\.0, but this machine has {VERSION}\. {REBUILD}",
         ),
         (
             {"builder_version": "11.5.0.1", "version_compatible": True},
             ("sm86",),
             "sm86",
-            rf"tensorrt 11\.5\.0\.1, this machine has {VERSION}: {REBUILD} .* --version_compatible true$",
+            rf"tensorrt 11\.5\.0\.1, but this machine has {VERSION}\. {REBUILD} .* --version-compatible$",
         ),
         ({"builder_version": "10.12.0", "version_compatible": True}, ("sm86",), "sm86", "built with tensorrt 10"),
         ({"builder_version": "11.3.0", "version_compatible": True}, ("sm86",), "sm86", "allow_host_code=True"),
-        ({"weight_stripped": True}, ("sm86",), "sm86", rf"has no weights, .*: {REBUILD} tensorrt .* --max_batch 8$"),
+        ({"weight_stripped": True}, ("sm86",), "sm86", rf"has no weights, .*\. {REBUILD} tensorrt .* --max-batch 8$"),
     ],
 )
-def test_what_the_card_rules_out_is_refused_before_anything_is_loaded(
+def test_incompatible_card_is_rejected_before_loading(
     write: Callable[..., Artifact], config: dict[str, Any], targets: tuple[str, ...], architecture: str, message: str
 ) -> None:
     driver = RecordedDriver(architecture)
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as raised:
         runner(write(targets, **config), driver)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
     assert not driver.calls
 
 
-def test_host_code_is_loaded_where_it_is_allowed(write: Callable[..., Artifact]) -> None:
+def test_host_code_is_loaded_if_allowed(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     artifact = write(builder_version="11.3.0", version_compatible=True)
     EngineRunner(artifact, Trt(driver), driver, allow_host_code=True)
     assert driver.calls[0][1:] == ("deserialise", 400, True)
 
 
-def test_an_engine_built_where_the_gpu_is_not_told_is_tried(write: Callable[..., Artifact]) -> None:
+def test_engine_for_an_unknown_gpu_is_tried(write: Callable[..., Artifact]) -> None:
     runner(write(("this GPU",)), RecordedDriver("sm90")).close()
 
 
-@pytest.mark.parametrize("key", ["refuses", "no_runtime"])
+@pytest.mark.parametrize("key", ["load_error", "no_runtime"])
 @pytest.mark.parametrize(
     ("logged", "message"),
     [
         (
             "Serialization assertion header.magicTag failed",
-            rf"engine\.plan: tensorrt {VERSION} refuses it \(Seri.*\): ",
+            rf"engine\.plan: tensorrt {VERSION} cannot load it \(Seri.*\)\. ",
         ),
         (
             "(cudaError 35: CUDA driver version is insufficient for CUDA runtime version)",
-            r"needs a newer driver than this machine's, which is of CUDA 13\.0: update the driver, or .* rebuild: ",
+            r"needs a newer driver; this machine's driver supports CUDA 13\.0\. Update the driver, or .*\. ",
         ),
     ],
 )
-def test_a_plan_that_does_not_load_gives_tensorrt_s_reason(
+def test_load_failure_gives_tensorrt_reason(
     write: Callable[..., Artifact], logged: str, message: str, key: str
 ) -> None:
     with pytest.raises(UserError, match=message + REBUILD):
         runner(write(), RecordedDriver(), **{key: logged})
 
 
-def test_the_real_runtime_s_refusal_is_one_line(write: Callable[..., Artifact]) -> None:
+def test_real_runtime_error_is_one_line(write: Callable[..., Artifact]) -> None:
     trt = import_tensorrt("tensorrt-rtx")
     artifact = write(backend="tensorrt-rtx", builder_version=trt.__version__)
-    with pytest.raises(UserError, match=rf"(refuses it|needs a newer driver) .*: {REBUILD} tensorrt-rtx") as refused:
+    with pytest.raises(UserError, match=rf"(cannot load it|needs a newer driver).*\. {REBUILD} tensorrt-rtx") as raised:
         EngineRunner(artifact, trt, RecordedDriver())
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_truncated_plan_gives_the_command(write: Callable[..., Artifact]) -> None:
+def test_damaged_plan_gives_rebuild_command(write: Callable[..., Artifact]) -> None:
     plan = write().path / "engine.plan"
     plan.write_bytes(plan.read_bytes()[:100])
-    with pytest.raises(UserError, match=rf"engine\.plan: changed since .*: {REBUILD} tensorrt"):
+    with pytest.raises(UserError, match=rf"engine\.plan: .*\. {REBUILD} tensorrt"):
         load_engine(plan.parent)
     plan.unlink()
-    with pytest.raises(UserError, match=rf"engine\.plan: missing: .*: {REBUILD} tensorrt"):
+    with pytest.raises(UserError, match=rf"engine\.plan: .*\. {REBUILD} tensorrt"):
         open_engine(plan.parent)
 
 
-def test_paths_in_the_command_are_quoted(write: Callable[..., Artifact]) -> None:
+def test_rebuild_command_quotes_paths(write: Callable[..., Artifact]) -> None:
     with pytest.raises(UserError, match="--onnx 'my runs/fp16' --output"):
         runner(write(onnx="my runs/fp16", builder_version="1"), RecordedDriver())
 
 
-def test_an_engine_of_another_model_is_refused(write: Callable[..., Artifact]) -> None:
-    with pytest.raises(UserError, match="has tensors image, logits where pixels, embedding are needed"):
+def test_engine_of_another_model_is_rejected(write: Callable[..., Artifact]) -> None:
+    with pytest.raises(UserError, match="expected the tensors pixels and embedding, got image, logits"):
         runner(write(), RecordedDriver(), tensors=("image", "logits"))
 
 
-def test_a_card_without_what_is_needed_is_said(tmp_path: Path) -> None:
+def test_card_without_targets_is_rejected(tmp_path: Path) -> None:
     with write_artifact(tmp_path / "engine", "engine", {"backend": "tensorrt"}) as draft:
         (draft.path / "engine.plan").write_bytes(b"plan")
-    with pytest.raises(UserError, match=r"is no usable engine \(KeyError: 'targets'\): make it again"):
+    with pytest.raises(UserError, match=r"KeyError: 'targets'"):
         runner(load_artifact(tmp_path / "engine"), RecordedDriver())
 
 
-def test_too_little_gpu_memory_suggests_smaller_batches_and_leaves_nothing(write: Callable[..., Artifact]) -> None:
+def test_out_of_memory_suggests_smaller_batches(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver(free_bytes=1000)
     engine = runner(write(max_batch=32, opt_batch=32), driver, ranges=[(1, 32, 32)])
-    with pytest.raises(UserError, match=r"too little free memory for batches of 32 .*--opt_batch 16 --max_batch 16$"):
+    with pytest.raises(UserError, match=r"too little free memory for batches of 32 .*--opt-batch 16 --max-batch 16$"):
         engine(images(1))
     assert driver.free_bytes == 1000
     assert not driver.pinned_arrays
 
 
-def test_memory_that_tensorrt_runs_out_of_is_told_alike(write: Callable[..., Artifact]) -> None:
+def test_tensorrt_out_of_memory_has_the_same_message(write: Callable[..., Artifact]) -> None:
     engine = runner(write(), RecordedDriver(), fails="Error Code 1: Cuda Runtime (out of memory)")
-    with pytest.raises(UserError, match=r"too little free memory for batches of 8 .*--max_batch 4$"):
+    with pytest.raises(UserError, match=r"too little free memory for batches of 8 .*--max-batch 4$"):
         engine(images(1))
 
 
-def test_a_failing_engine_gives_tensorrt_s_reason(write: Callable[..., Artifact]) -> None:
+def test_failing_engine_gives_tensorrt_reason(write: Callable[..., Artifact]) -> None:
     engine = runner(write(), RecordedDriver(), fails="Error Code 1: Myelin ([exec_instruction.cpp] failed)")
-    with pytest.raises(UserError, match=rf"cannot be run \(Error Code 1: Myelin .*\): run it again, .*: {REBUILD}"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot run the engine \(Error Code 1: Myelin .*\)\. Run .* again\. .*rebuild: vpr export engine",
+    ):
         engine(images(1))
 
 
-def test_without_pycuda_it_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+def test_missing_pycuda_gives_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
 
-    def without(name: str, *rest: Any, **more: Any) -> Any:
+    def import_without_pycuda(name: str, *rest: Any, **more: Any) -> Any:
         if name.startswith("pycuda"):
             raise ImportError("libcuda.so.1: cannot open shared object file")
-        return real(name, *rest, **more)
+        return original(name, *rest, **more)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", import_without_pycuda)
     with pytest.raises(
-        UserError, match=r"^pycuda: cannot be loaded \(libcuda.*\): pip install -r requirements-gpu\.txt"
+        UserError, match=r"^pycuda: cannot be loaded \(libcuda.*\)\. Run `pip install -r requirements-gpu\.txt`"
     ):
         PyCudaDriver()
 
 
 class FakeCuda(ModuleType):
-    """The part of ``pycuda.driver`` that is used, with its hierarchy of errors."""
+    """The used part of ``pycuda.driver``, with its exception classes."""
 
     class Error(Exception):
         pass
@@ -428,7 +438,7 @@ class FakeCuda(ModuleType):
         pass
 
     class Device:
-        def __init__(self, number: int) -> None:
+        def __init__(self, index: int) -> None:
             pass
 
         count = staticmethod(lambda: 2)
@@ -464,29 +474,29 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return cuda
 
 
-def test_pycuda_s_errors_and_context_are_confined_to_the_block(fake_cuda: FakeCuda) -> None:
+def test_pycuda_errors_stay_inside_the_block(fake_cuda: FakeCuda) -> None:
     driver = PyCudaDriver(1)
     assert (driver.gpu.name, driver.gpu.architecture, driver.cuda) == ("NVIDIA L4", "sm89", "CUDA 12.4")
-    for raised, seen in ((FakeCuda.MemoryError("full"), MemoryError), (FakeCuda.Error("lost"), DriverError)):
-        with pytest.raises(seen, match=str(raised)), driver.current():
-            _fail(raised)
+    for error, kind in ((FakeCuda.MemoryError("full"), MemoryError), (FakeCuda.Error("lost"), DriverError)):
+        with pytest.raises(kind, match=str(error)), driver.current():
+            _fail(error)
         assert not STACK
 
 
-def test_a_missing_gpu_or_driver_is_told(fake_cuda: FakeCuda) -> None:
-    with pytest.raises(UserError, match="device 2: this machine has GPUs 0 to 1: choose one of them"):
+def test_missing_gpu_or_driver_is_an_error(fake_cuda: FakeCuda) -> None:
+    with pytest.raises(UserError, match="device: expected 0 to 1 on this machine, got 2"):
         PyCudaDriver(2)
 
-    def refuse() -> None:
+    def fail() -> None:
         raise FakeCuda.Error("cuInit failed: no CUDA-capable device is detected")
 
-    fake_cuda.init = refuse  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"device 0: CUDA cannot use it \(cuInit failed: no CUDA-capable"):
+    fake_cuda.init = fail  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"device: CUDA cannot use GPU 0 \(cuInit failed: no CUDA-capable"):
         PyCudaDriver()
 
 
 class Library:
-    """The calls of ``libcuda`` that graphs need; ``fails`` names the one that returns an error."""
+    """The graph calls of ``libcuda``; ``fails`` names the call that returns an error."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails, self.calls = fails, []
@@ -503,7 +513,7 @@ class Library:
         return call
 
 
-def test_the_driver_s_graph_calls_are_made_in_order() -> None:
+def test_driver_graph_calls_are_ordered() -> None:
     library = Library()
     calls = GraphCalls(library)
     graph = calls.capture(5, lambda: library.calls.append("enqueue") is None)
@@ -516,9 +526,9 @@ def test_the_driver_s_graph_calls_are_made_in_order() -> None:
     ]
 
 
-def test_a_failed_capture_is_always_ended() -> None:
+def test_failed_capture_is_ended() -> None:
     for library, enqueue, message in (
-        (Library(), lambda: False, "refuses to be captured"),
+        (Library(), lambda: False, "the engine cannot be captured"),
         (Library("cuStreamEndCapture"), lambda: True, r"cuStreamEndCapture: CUDA_ERROR_STREAM_\w+ \(901\)"),
     ):
         with pytest.raises(DriverError, match=message):
@@ -527,17 +537,17 @@ def test_a_failed_capture_is_always_ended() -> None:
         assert "cuGraphInstantiateWithFlags" not in library.calls
 
 
-def test_a_benchmark_notes_why_an_engine_does_not_run(
+def test_unusable_engine_raises_backend_unavailable(
     write: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (model,) = backends.models_of(write().path)
-    monkeypatch.setattr(backends.EngineBackend, "missing", lambda self: None)
+    (model,) = models_of(write().path)
+    monkeypatch.setattr(EngineBackend, "missing", lambda self: None)
 
-    def refuse(path: Path) -> None:
-        raise UserError(f"{path}: built for sm86")
+    def fail(artifact: Artifact) -> None:
+        raise UserError(f"{artifact.path}: built for sm86")
 
-    monkeypatch.setattr("export.tensorrt.runner.open_engine", refuse)
-    with pytest.raises(backends.BackendUnavailable, match="engine: built for sm86"):
+    monkeypatch.setattr("export.tensorrt.runner.start_engine", fail)
+    with pytest.raises(BackendUnavailable, match="engine: built for sm86"):
         model.open(1)
-    monkeypatch.setattr("export.tensorrt.runner.open_engine", lambda path: expected)
+    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda artifact: expected)
     assert model.open(1) is expected

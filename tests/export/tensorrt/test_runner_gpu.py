@@ -1,4 +1,4 @@
-"""Engines on a real GPU: ``make test-gpu``, or ``python -m pytest -m gpu`` where all is installed."""
+"""Engines on a real GPU: ``make test-gpu``, or ``python -m pytest -m gpu`` with all packages installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export.to_onnx import export_onnx, load_onnx, run_graph
 from vpr.common.errors import UserError
 
 pytestmark = pytest.mark.gpu
-MOST = 8
+MAX_BATCH = 8
 
 
 def _architecture() -> str:
@@ -32,7 +32,7 @@ def _architecture() -> str:
 def built(
     request: pytest.FixtureRequest, student_artifact: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """An FP16 graph and its engine for the GPU at hand, by each backend that has one for it."""
+    """An FP16 graph and its engine for this machine's GPU, by each builder that supports the GPU."""
     architecture, backend = _architecture(), request.param
     if backend == "tensorrt":
         try:
@@ -44,7 +44,7 @@ def built(
     folder = tmp_path_factory.mktemp(backend)
     graph = export_onnx(OnnxConfig(str(student_artifact), str(folder / "fp16"), precision="fp16"))
     options = {"target": architecture} if backend == "tensorrt-rtx" else {}
-    config = EngineConfig(str(graph), str(folder / "engine"), backend=backend, max_batch=MOST, **options)
+    config = EngineConfig(str(graph), str(folder / "engine"), backend=backend, max_batch=MAX_BATCH, **options)
     return graph, build_engine(config)
 
 
@@ -52,33 +52,33 @@ def _images(count: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=(count, 3, 32, 32)).astype(np.float32)
 
 
-def _least_cosine(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-    return float(((found * wanted).sum(axis=1) / lengths).min())
+def _min_cosine(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((actual * expected).sum(axis=1) / lengths).min())
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_the_engine_embeds_as_the_graph_does(built: tuple[Path, Path], graphs: bool) -> None:
+def test_engine_embeds_like_the_graph(built: tuple[Path, Path], graphs: bool) -> None:
     graph = load_onnx(built[0])[0]
     with open_engine(built[1], graphs=graphs) as engine:
         for turn in range(4):  # plain, captured, replayed, replayed
-            for count in (1, 3, MOST, MOST + 5):
+            for count in (1, 3, MAX_BATCH, MAX_BATCH + 5):
                 batch = _images(count, turn)
-                found = engine(batch)
-                assert found.shape == (count, 32)
-                assert _least_cosine(found, run_graph(graph, batch)) > 0.999
+                embeddings = engine(batch)
+                assert embeddings.shape == (count, 32)
+                assert _min_cosine(embeddings, run_graph(graph, batch)) > 0.999
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_two_threads_get_what_one_gets(built: tuple[Path, Path], graphs: bool) -> None:
+def test_two_threads_get_correct_results(built: tuple[Path, Path], graphs: bool) -> None:
     graph = load_onnx(built[0])[0]
-    batches = [_images(MOST + 5, seed) for seed in range(2)]
-    wanted = [run_graph(graph, batch) for batch in batches]
+    batches = [_images(MAX_BATCH + 5, seed) for seed in range(2)]
+    expected = [run_graph(graph, batch) for batch in batches]
     worst = [0.0, 0.0]
     with open_engine(built[1], graphs=graphs) as engine:
 
         def work(index: int) -> None:
-            worst[index] = min(_least_cosine(engine(batches[index]), wanted[index]) for _ in range(50))
+            worst[index] = min(_min_cosine(engine(batches[index]), expected[index]) for _ in range(50))
 
         threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
         for thread in threads:
@@ -88,14 +88,14 @@ def test_two_threads_get_what_one_gets(built: tuple[Path, Path], graphs: bool) -
     assert min(worst) > 0.999
 
 
-def test_graphs_are_captured_without_complaint(built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_graphs_are_captured_without_warning(built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with open_engine(built[1]) as engine:
         for _ in range(3):
             engine(_images(2))
-    assert "runs without CUDA graphs" not in capsys.readouterr().err
+    assert "without CUDA graphs" not in capsys.readouterr().err
 
 
-def test_memory_is_given_back(built: tuple[Path, Path]) -> None:
+def test_memory_is_freed(built: tuple[Path, Path]) -> None:
     import pycuda.driver as cuda
 
     driver = PyCudaDriver()
@@ -103,7 +103,7 @@ def test_memory_is_given_back(built: tuple[Path, Path]) -> None:
     for _ in range(6):
         with open_engine(built[1]) as engine:
             for _ in range(3):
-                engine(_images(MOST))
+                engine(_images(MAX_BATCH))
         with driver.current():
             free.append(cuda.mem_get_info()[0])
     assert free[1] - free[-1] < 16 << 20

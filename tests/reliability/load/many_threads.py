@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
-from export.backends.openvino_session import openvino_forward
+from export.backends.openvino_runtime import openvino_forward
 from export.config import ServingConfig
 from export.serving import export_serving
 from vpr.artifacts.store import load_artifact

@@ -1,0 +1,76 @@
+"""ONNX graphs run by ONNX Runtime, on the CPU or by one of its GPU execution providers."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from export.backends.base import (
+    INSTALL,
+    BackendUnavailable,
+    explain_no_gpu,
+    graph_precision,
+    import_or_explain,
+    name_artifact_in_errors,
+    single_line,
+)
+from vpr.artifacts.store import Artifact
+from vpr.common.errors import UserError
+from vpr.inference.onnx_session import CPU, RTX_WHEEL, TENSORRT_RTX, ProviderMissing, rtx_devices
+from vpr.retrieval.embeddings import Forward
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend:
+    """Graphs by one execution provider of ONNX Runtime.
+
+    Attributes:
+        name: Name in ``report.json``.
+        provider: ONNX Runtime's name of the execution provider.
+    """
+
+    name: str
+    provider: str
+    kinds: tuple[str, ...] = ("onnx",)
+
+    def missing(self) -> str | None:
+        """See :class:`export.backends.base.Backend`."""
+        runtime, reason = import_or_explain("onnxruntime", INSTALL)
+        if runtime is None or self.provider == CPU:
+            return reason
+        if self.provider == TENSORRT_RTX:
+            wheel, reason = import_or_explain(RTX_WHEEL, INSTALL)
+            if wheel is None:
+                return reason
+        elif self.provider not in runtime.get_available_providers():
+            return f"this build of ONNX Runtime has no {self.provider}. {INSTALL}"
+        return explain_no_gpu() or (_explain_no_rtx_gpu() if self.provider == TENSORRT_RTX else None)
+
+    def version(self) -> str:
+        """See :class:`export.backends.base.Backend`."""
+        return str(importlib.import_module("onnxruntime").__version__)
+
+    def precision(self, artifact: Artifact) -> str:
+        """See :class:`export.backends.base.Backend`."""
+        return graph_precision(artifact)
+
+    def open(self, artifact: Artifact, threads: int) -> Forward:
+        """See :class:`export.backends.base.Backend`."""
+        from vpr.inference.onnx_graph import GraphSession, load_graph
+
+        graph = load_graph(artifact)
+        try:
+            session = GraphSession(graph, threads, self.provider)
+        except ProviderMissing as error:
+            raise BackendUnavailable(str(error)) from None
+        except UserError as error:
+            raise UserError(f"{artifact.path}: {error}") from None
+        return name_artifact_in_errors(artifact, session.embed)
+
+
+def _explain_no_rtx_gpu() -> str | None:
+    """Return the reason if TensorRT-RTX's plugin does not load or finds no GPU, else None."""
+    try:
+        return None if rtx_devices() else "TensorRT-RTX finds no GPU that it supports. See `nvidia-smi`."
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        return f"TensorRT-RTX's plugin cannot be loaded ({single_line(error)}). {INSTALL}"
