@@ -30,7 +30,7 @@ from vpr.artifacts.store import ArtifactWriter, Embedding, check_output, find_up
 from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
-from vpr.imaging.decode import Preprocess
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.config import RunConfig
 from vpr.training.loggers import check_tracker, copy_logs

@@ -73,7 +73,9 @@ class StudentModule(RecallModule):
             losses = self.criterion(self.student(x), teacher, bank, rows, progress, epoch)
         is_distributed = self.trainer.world_size > 1
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows), sync_dist=is_distributed)
-        return self.of_step(self.criterion.total(losses), number)
+        loss = self.criterion.total(losses)
+        self.check_finite(loss, number)
+        return self.rescale_for_accumulation(loss, number)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with one warm-up and a cosine schedule."""
@@ -81,4 +83,4 @@ class StudentModule(RecallModule):
         # Student and criterion share layers for the loss ``logits``.
         parameters = list({id(p): p for p in (*self.student.parameters(), *self.criterion.parameters())}.values())
         optimizer = torch.optim.AdamW(decay_groups(parameters, config.lr, config.weight_decay))
-        return self.scheduled(optimizer, config.warmup)
+        return self.with_warmup_cosine(optimizer, config.warmup)

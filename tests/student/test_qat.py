@@ -140,7 +140,7 @@ def test_export_excludes_the_layers_of_qat(qat_student: Path, tmp_path: Path) ->
     with pytest.raises(
         UserError, match=r"exclude_layers: QAT fine-tuned the student without \[vit\.to_patch_embedding, vit\.mlp_head\]"
     ):
-        export_int8(Int8Config(str(finished.parent / "after"), ranges, str(tmp_path / "int8"), exclude_layers=more))
+        export_int8(Int8Config(str(qat_student.parent / "after"), ranges, str(tmp_path / "int8"), exclude_layers=more))
 
 
 def test_wrong_ranges_are_rejected(quantised: Path, config: DistillConfig, tmp_path: Path) -> None:

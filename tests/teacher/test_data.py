@@ -199,7 +199,7 @@ def test_catalog_is_rebuilt_only_if_a_table_changes(sources_copy: Path, tmp_path
 
 
 def test_training_loader_reads_the_catalogue(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vpr.imaging.decode import Preprocess
+    from vpr.imaging.preprocess import Preprocess
 
     arguments = ["--products10k", str(sources / "p10k"), "--aicrowd", str(sources / "aicrowd"), "--validation", "0.25"]
     main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
