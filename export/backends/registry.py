@@ -20,13 +20,14 @@ from export.backends.runtimes import (
 from export.config import BACKEND_NAMES as NAMES
 from export.config import USUAL_BACKENDS as USUAL
 from export.config import check_backends
-from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.store import Artifact, Kind, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.imaging.decode import Preprocess
 from vpr.inference.onnx_session import CPU, CUDA, TENSORRT, TENSORRT_RTX
 from vpr.retrieval.embeddings import Forward
 
+MODEL_KINDS: tuple[Kind, ...] = ("teacher", "student", "onnx", "engine")
 BACKENDS: tuple[Backend, ...] = (
     TorchBackend("torch", "cpu", compiled=False),
     TorchBackend("torch-compile", "cpu", compiled=True),
@@ -98,18 +99,18 @@ class Model:
         return self.artifact.card.preprocess
 
 
-def models_of(path: Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
+def models_of(source: Artifact | Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
     """Every way to run an artifact, whether or not it can be run here.
 
     Args:
-        path: teacher, student, ``onnx`` or engine artifact. An engine is run by its own builder's runtime.
+        source: Artifact of :data:`MODEL_KINDS`, or its path. An engine is run by its own builder's runtime.
         backends: names of those considered; ``all`` is every one.
 
     Raises:
         UserError: there is no backend of that name.
     """
     chosen = choose_backends(backends)
-    artifact = load_artifact(path, ("teacher", "student", "onnx", "engine"))
+    artifact = source if isinstance(source, Artifact) else load_artifact(source, MODEL_KINDS)
     fitting = [backend for backend in chosen if artifact.card.kind in backend.kinds]
     if artifact.card.kind == "engine":
         fitting = [backend for backend in fitting if backend.name == artifact.card.config["backend"]]
