@@ -60,7 +60,7 @@ def instability_reason(timed: Measurement) -> str | None:
     first, second = (float(np.median(np.concatenate(part))) for part in (timed.rounds[:half], timed.rounds[half:]))
     centre = float(np.median(medians))
     reasons = []
-    if not timed.settled:
+    if not timed.warmed_up:
         reasons.append("warm-up did not become steady")
     if abs(second - first) > HALVES * first:
         reasons.append(f"second half {second / first - 1:+.0%} against the first")

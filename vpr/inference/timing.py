@@ -22,11 +22,11 @@ class Measurement:
 
     Attributes:
         rounds: milliseconds of the timed calls of each round.
-        settled: whether it was steady when its warm-up ended.
+        warmed_up: Whether the call was steady when its warm-up ended.
     """
 
     rounds: tuple[NDArray[np.float64], ...]
-    settled: bool
+    warmed_up: bool
 
     @property
     def milliseconds(self) -> NDArray[np.float64]:

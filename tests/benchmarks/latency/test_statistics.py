@@ -51,8 +51,8 @@ def test_the_interval_holds_the_true_quantile_as_often_as_it_says() -> None:
         assert 0.94 <= held <= 0.985
 
 
-def _timed(medians: list[float], settled: bool = True) -> Measurement:
-    return Measurement(tuple(np.full(9, median) for median in medians), settled)
+def _timed(medians: list[float], warmed_up: bool = True) -> Measurement:
+    return Measurement(tuple(np.full(9, median) for median in medians), warmed_up)
 
 
 def test_a_steady_run_is_not_marked() -> None:
@@ -66,7 +66,7 @@ def test_what_is_unsteady_is_marked_with_the_reason() -> None:
     shaken = instability_reason(_timed([10.0] * 9 + [12.0]))
     assert shaken == "rounds' medians +0% to +20% around theirs; rounds' medians tell the p50 to 4.0% only"
     assert instability_reason(_timed([9.4, 10.6, 10.0, 10.6, 9.4] * 2)) == "rounds' medians tell the p50 to 3.6% only"
-    assert instability_reason(_timed([10.0] * 10, settled=False)) == "warm-up did not become steady"
+    assert instability_reason(_timed([10.0] * 10, warmed_up=False)) == "warm-up did not become steady"
 
 
 def test_a_row_has_its_quantiles_and_their_intervals() -> None:
