@@ -1,4 +1,4 @@
-"""Configuration of the demo, the machine check and the search page. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the demo, the machine check and the search page, without heavy imports: help is quick."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vpr.common.errors import UserError
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Where and how long.
+    """Settings of ``vpr demo``.
 
     Attributes:
-        output: folder of all artifacts; empty is ``runs/demo``, or ``runs/demo-full`` with ``full``.
-        full: the longer recipes (up to an hour) instead of those for minutes.
+        output: Folder of all artifacts; empty is ``runs/demo``, or ``runs/demo-full`` with ``full``.
+        full: Use the longer recipes, up to an hour, instead of those for minutes.
     """
 
     output: str = ""
@@ -22,10 +22,10 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Nothing to choose.
+    """Settings of ``vpr doctor``.
 
     Attributes:
-        verbose: list the version of every package, not only of the main ones.
+        verbose: List the versions of all packages, not only of the main ones.
     """
 
     verbose: bool = False
@@ -33,17 +33,16 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What the page searches, with what.
+    """Settings of ``vpr search serve``.
 
     Attributes:
-        models: one or two artifacts: teacher, student, ONNX graph or engine; each runs on its backend that is fastest
-            here.
-        catalog: catalogue artifact.
-        split: whose gallery images are searched; empty takes every split's.
-        embeddings: for each model the artifact that keeps the catalogue's embeddings, made where it is not there yet;
-            left out, the gallery is embedded at every start.
-        top: results shown.
-        port: on 127.0.0.1; 0 takes a free one.
+        models: One or two artifacts: teacher, student, ONNX graph or engine. Each runs on its fastest backend here.
+        catalog: Catalogue artifact.
+        split: Split whose gallery images are searched; empty searches all splits.
+        embeddings: Embeddings artifact of each model, written if it does not exist. Without it, the gallery is embedded
+            at every start.
+        top: Number of results to show, 1 to 100.
+        port: Port on 127.0.0.1; 0 takes a free one.
     """
 
     models: tuple[str, ...]
@@ -55,10 +54,13 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         if len(self.models) not in (1, 2):
-            raise UserError(f"models: {len(self.models)} given: give one, or two to compare")
+            raise UserError(f"models: expected one artifact, or two to compare, got {len(self.models)}.")
         if self.embeddings and len(self.embeddings) != len(self.models):
-            raise UserError(f"embeddings: {len(self.embeddings)} given: give one for each model, in their order")
+            raise UserError(
+                f"embeddings: expected {len(self.models)}, one for each model in the same order, got "
+                f"{len(self.embeddings)}."
+            )
         if not 1 <= self.top <= 100:
-            raise UserError(f"top: {self.top}: give 1 to 100")
+            raise UserError(f"top: expected 1 to 100, got {self.top}.")
         if not 0 <= self.port <= 65535:
-            raise UserError(f"port: {self.port}: give 1 to 65535, or 0 for a free one")
+            raise UserError(f"port: expected 1 to 65535, or 0 for a free one, got {self.port}.")

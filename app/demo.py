@@ -1,4 +1,4 @@
-"""``vpr demo``: the whole road on the embedded sample, one command after the other, each timed."""
+"""``vpr demo``: the full pipeline on the embedded sample, one command after another, each timed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from app.config import DemoConfig
+from benchmarks.report.schema import Row, read_report
 from vpr.cli import run
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
 _ROOT = Path(__file__).parent.parent
-_BUDGET = "0.01"  # of recall@1, which the INT8 graph for TensorRT is decided on
+_BUDGET = "0.01"  # largest drop of recall@1 of the INT8 graph for TensorRT
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the road, and the artifact it makes."""
+    """One command of the pipeline, and the artifact that it writes."""
 
     name: str
     arguments: tuple[str, ...]
@@ -32,7 +33,7 @@ class Step:
 
 
 def steps(folder: str, full: bool) -> list[Step]:
-    """The commands of the demo, exactly as they could be typed."""
+    """Return the commands of the demo, as a user would type them."""
     recipe = "sample-full.yaml" if full else "sample.yaml"
 
     def at(name: str) -> str:
@@ -67,31 +68,36 @@ def steps(folder: str, full: bool) -> list[Step]:
 
 
 def demo(config: DemoConfig) -> Path:
-    """Run every step that is not up to date, show the report's table and say where the page is."""
+    """Run every step that is not up to date, and print the report's table and the address of its page."""
     folder = Path(config.output or ("runs/demo-full" if config.full else "runs/demo"))
-    started = time.monotonic()
+    start = time.monotonic()
     seconds = read_times(folder)["steps"]
-    road = steps(str(folder), config.full)
-    worked = 0
-    for number, step in enumerate(road, start=1):
-        log.info(f"\n[{number}/{len(road)}] vpr {' '.join(step.arguments)}")
-        before, begun = _card_time(step), time.monotonic()
+    pipeline = steps(str(folder), config.full)
+    executed = 0
+    for number, step in enumerate(pipeline, start=1):
+        log.info(f"\n[{number}/{len(pipeline)}] vpr {' '.join(step.arguments)}")
+        card_time, step_start = _card_time(step), time.monotonic()
         run(step.arguments)
-        if _card_time(step) != before:
-            worked += 1
-            seconds[step.name] = round(time.monotonic() - begun, 1)
+        if _card_time(step) != card_time:
+            executed += 1
+            seconds[step.name] = round(time.monotonic() - step_start, 1)
             _write_times(folder, seconds, None)
-    total = time.monotonic() - started
-    if worked == len(road):
+    total = time.monotonic() - start
+    if executed == len(pipeline):
         _write_times(folder, seconds, round(total, 1))
-    report = Path(road[-1].output)
-    _show(report, seconds)
-    log.info(f"{report}/report.html: open it in a browser ({total:.0f} s for this run)")
+    report = Path(pipeline[-1].output)
+    _print_table(read_report(report).rows, seconds)
+    log.info(f"{report}/report.html: open it in a browser ({total:.0f} s in all)")
     return report
 
 
 def read_times(folder: Path) -> dict[str, Any]:
-    """``steps``: seconds of each step when it last worked; ``total``: of a run that did them all, or None."""
+    """Read the times of a demo folder.
+
+    Returns:
+        ``steps``: seconds of each step when it last ran; ``total``: seconds of the last demo that ran all steps, or
+        None.
+    """
     path = folder / "times.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"steps": {}, "total": None}
 
@@ -107,23 +113,23 @@ def _write_times(folder: Path, seconds: dict[str, float], total: float | None) -
     os.replace(partial, folder / "times.json")
 
 
-def _show(report: Path, seconds: dict[str, float]) -> None:
-    rows = json.loads((report / "report.json").read_text(encoding="utf-8"))["rows"]
+def _print_table(rows: list[Row], seconds: dict[str, float]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("model", "backend", "precision", "recall@1 [95 %]", "retention", "ms, batch 1", "MB"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        recall, latency = row["recall_at_1"], (row["latency_ms"] or {}).get("1")
+        low, high = row.ci95 or (0.0, 0.0)
+        milliseconds = row.milliseconds("1")
         table.add_row(
-            row["name"],
-            row["backend"] or "",
-            row["precision"] or "",
-            "-" if recall is None else f"{recall:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]",
-            "-" if row["retention"] is None else f"{row['retention']:.2f}",
-            "-" if not latency else f"{latency['p50']:.2f}",
-            "-" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.1f}",
+            row.name,
+            row.backend or "",
+            row.precision or "",
+            "-" if row.recall_at_1 is None else f"{row.recall_at_1:.3f} [{low:.3f}, {high:.3f}]",
+            "-" if row.retention is None else f"{row.retention:.2f}",
+            "-" if milliseconds is None else f"{milliseconds:.2f}",
+            "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f}",
         )
     console = Console(width=max(110, Console().width))
     console.print(table)
-    steps_line = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    console.print(f"time of each step: {steps_line}", soft_wrap=True, highlight=False)
+    step_times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"time of each step: {step_times}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""``vpr doctor``: what this machine can run, and what is missing, in one screen."""
+"""``vpr doctor``: backends and builders that run on this machine, and what the others lack."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from vpr.common.errors import UserError
 from vpr.common.hardware import environment
 from vpr.training.loop import best_precision
 
+_MAIN_PACKAGES = 8
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that runs here or does not.
+    """Result of one check.
 
     Attributes:
-        name: of the backend, or of what is built.
-        works: whether nothing is missing.
-        detail: version and devices, or what is missing and the remedy.
+        name: Name of the backend or of the builder.
+        works: Whether it runs on this machine.
+        detail: Version and devices, or the reason and the remedy.
     """
 
     name: str
@@ -32,30 +34,30 @@ class Finding:
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Print the findings."""
-    found = environment()
-    cpu = found["cpu"]
+    """Print the machine, its packages and the result of every check."""
+    machine = environment()
+    cpu = machine["cpu"]
     console = Console(width=max(100, Console().width))
-    gpus = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in found["gpus"]) or "none"
-    console.print(f"Python {found['python']} on {found['os']}; {cpu['model']}, {cpu['threads']} processors")
-    console.print(f"instructions: {' '.join(cpu['features']) or 'none that matter here'}", highlight=False)
-    console.print(f"GPU: {gpus}; driver: {found['driver'] or 'none'}; training precision: {best_precision()}")
+    gpus = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in machine["gpus"]) or "none"
+    console.print(f"Python {machine['python']} on {machine['os']}; {cpu['model']}, {cpu['threads']} processors")
+    console.print(f"instructions: {' '.join(cpu['features']) or 'none of note'}", highlight=False)
+    console.print(f"GPU: {gpus}; driver: {machine['driver'] or 'none'}; training precision: {best_precision()}")
     table = Table("", "what", "detail", box=None, pad_edge=False)
-    for finding in examine():
+    for finding in run_checks():
         mark = "[green]yes[/]" if finding.works else "[red]no[/]"
         table.add_row(mark, finding.name, finding.detail)
     console.print(table)
-    packages = found["packages"].items() if config.verbose else list(found["packages"].items())[:8]
-    console.print("packages: " + ", ".join(f"{name} {version}" for name, version in packages), highlight=False)
+    versions = list(machine["packages"].items())[: None if config.verbose else _MAIN_PACKAGES]
+    console.print("packages: " + ", ".join(f"{name} {version}" for name, version in versions), highlight=False)
 
 
-def examine() -> list[Finding]:
-    """Ask every backend and load the engine builders; a failure becomes a finding, never a traceback."""
+def run_checks() -> list[Finding]:
+    """Check every backend and every engine builder; a failure becomes a finding instead of a traceback."""
     findings = []
     for backend in BACKENDS:
         reason = backend.missing()
         findings.append(Finding(backend.name, reason is None, backend.version() if reason is None else reason))
-    for name, check in (("build TensorRT-RTX engines", _rtx), ("build TensorRT engines", _tensorrt)):
+    for name, check in (("build TensorRT-RTX engines", _check_rtx), ("build TensorRT engines", _check_tensorrt)):
         try:
             findings.append(Finding(name, True, check()))
         except UserError as error:
@@ -63,9 +65,9 @@ def examine() -> list[Finding]:
     return findings
 
 
-def _rtx() -> str:
+def _check_rtx() -> str:
     return f"{import_tensorrt('tensorrt-rtx').__version__}; builds for {', '.join(TARGETS)} without a GPU"
 
 
-def _tensorrt() -> str:
+def _check_tensorrt() -> str:
     return str(import_tensorrt("tensorrt").__version__)

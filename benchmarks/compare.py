@@ -1,4 +1,4 @@
-"""``vpr bench compare``: what changed from one report to another, what is beyond noise, which budgets are broken."""
+"""``vpr bench compare``: changes from one report to another, their significance, and the budgets they break."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.config import CompareConfig
-from benchmarks.recall.paired_bootstrap import recall_drop
-from benchmarks.report.recommendation import (
-    Row,
-    batches,
-    milliseconds,
-    milliseconds_ci95,
-    recommend,
-    signed,
-    title,
-    unstable,
-)
-from benchmarks.report.schema import read_report
+from benchmarks.recall.paired_bootstrap import compute_recall_drop
+from benchmarks.report.recommendation import format_signed, recommend, timed_batches
+from benchmarks.report.schema import Interval, Report, Row, read_report
 from vpr.common.errors import BudgetExceeded, UserError
 from vpr.common.log import get_logger
 
@@ -29,164 +20,171 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Change:
-    """What changed of one model on one backend.
+    """Change of one model on one backend.
 
     Attributes:
-        name: model and backend.
-        drop: of recall@1 on the same queries.
-        interval: 95 %, of the paired bootstrap.
-        ratios: p50 after over before, by batch.
-        apart: batches whose p50 moved beyond noise.
-        untimed: batches timed before, not now.
-        size: bytes after over before; None where one is not known.
-        doubt: why a latency is not to be relied on; empty if there is no reason.
+        name: Model and backend.
+        drop: Recall@1 lost on the same queries.
+        interval: 95 % interval of the drop, paired bootstrap.
+        ratios: p50 after divided by p50 before, by batch.
+        significant_batches: Batches whose p50 moved beyond noise.
+        untimed: Batches that only the first report timed.
+        size: Bytes after divided by bytes before; None if one size is unknown.
+        instability: Reason not to rely on a latency; empty if there is none.
     """
 
     name: str
     drop: float
-    interval: tuple[float, float]
+    interval: Interval
     ratios: dict[str, float]
-    apart: tuple[str, ...]
+    significant_batches: tuple[str, ...]
     untimed: tuple[str, ...]
     size: float | None
-    doubt: str
+    instability: str
 
     @property
-    def recall_beyond_noise(self) -> bool:
-        """Whether the interval of the drop leaves out 0."""
+    def is_recall_significant(self) -> bool:
+        """Whether the interval of the drop excludes 0."""
         return not self.interval[0] <= 0 <= self.interval[1]
 
 
 def compare_reports(config: CompareConfig) -> list[Change]:
-    """Print what changed, and return it.
+    """Print and return the changes.
 
     Raises:
-        UserError: no report, reports of other queries, or a latency budget for two machines.
-        BudgetExceeded: a budget is broken. A model that was measured before and is not now breaks every budget.
+        UserError: A report is missing, the queries differ, or a latency budget is set for two machines.
+        BudgetExceeded: A budget is exceeded. A model that is missing from the second report exceeds every budget.
     """
     before, after = read_report(config.before), read_report(config.after)
     _check_same_queries(before, after)
-    machine = _other_machine(before, after)
+    machine = _machine_difference(before, after)
     if machine and config.max_latency_ratio is not None:
-        raise UserError(f"max_latency_ratio: {machine}: measure both on one machine, or leave this budget out")
-    old, new = _scored(before, config.before), _scored(after, config.after)
-    changes = [_change(name, old[name], new[name], config) for name in old if name in new]
+        raise UserError(
+            f"max_latency_ratio: the reports are of different machines: {machine}. Measure both on one machine, or "
+            "leave out --max-latency-ratio."
+        )
+    old, new = _rows_by_title(before, config.before), _rows_by_title(after, config.after)
+    changes = [_compare_rows(title, old[title], new[title], config) for title in old if title in new]
     _print(changes, after)
     if machine:
-        log.info(f"latencies are not comparable: {machine}")
-    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
-    for names, where in ((gone, "before"), (added, "after")):
-        if names:
-            log.info(f"measured only {where}: {', '.join(names)}")
-    _say_recommended(before, after)
-    broken = [line for change in changes for line in _broken(change, config)]
+        log.warning(f"latencies are not comparable: {machine}")
+    removed, added = [title for title in old if title not in new], [title for title in new if title not in old]
+    for titles, report in ((removed, "before"), (added, "after")):
+        if titles:
+            log.info(f"only in the report {report}: {', '.join(titles)}")
+    _log_recommended(before, after)
+    exceeded = [message for change in changes for message in _exceeded_budgets(change, config)]
     if (config.max_recall_drop, config.max_latency_ratio, config.max_size_ratio) != (None, None, None):
-        broken += [f"{name}: measured before, not now" for name in gone]
-    if broken:
-        raise BudgetExceeded("budget broken: " + "; ".join(broken))
+        exceeded += [f"{title}: missing from the report after" for title in removed]
+    if exceeded:
+        raise BudgetExceeded("budget exceeded: " + "; ".join(exceeded))
     return changes
 
 
-def _check_same_queries(before: Row, after: Row) -> None:
-    first, second = ((one["catalog"]["sha256"], one["catalog"]["split"]) for one in (before, after))
+def _check_same_queries(before: Report, after: Report) -> None:
+    first, second = ((report.catalog.sha256, report.catalog.split) for report in (before, after))
     if first != second:
-        raise UserError("compare: the reports are of other catalogues or splits: score both on the same queries")
+        raise UserError("after: the reports are of different catalogues or splits. Score both on the same queries.")
 
 
-def _other_machine(before: Row, after: Row) -> str:
-    """How the machines or their use differ; empty if they do not."""
+def _machine_difference(before: Report, after: Report) -> str:
+    """Return the differences between the machines or their use; empty if there are none."""
     first, second = (
-        (
-            one["environment"]["cpu"].get("model"),
-            [gpu.get("name") for gpu in one["environment"]["gpus"]],
-            one["threads"],
-        )
-        for one in (before, after)
+        (report.environment.cpu.get("model"), [gpu.get("name") for gpu in report.environment.gpus], report.threads)
+        for report in (before, after)
     )
-    found = zip(("processors", "GPUs", "threads"), first, second, strict=True)
-    return ", ".join(f"other {what} ({a} and {b})" for what, a, b in found if a != b)
+    values = zip(("processors", "GPUs", "threads"), first, second, strict=True)
+    return ", ".join(f"different {name} ({a} and {b})" for name, a, b in values if a != b)
 
 
-def _scored(report: Row, path: str) -> dict[str, Row]:
-    """Rows with recall, by model and backend."""
-    found: dict[str, Row] = {}
-    for row in report["rows"]:
-        if row["hits"] is None:
+def _rows_by_title(report: Report, path: str) -> dict[str, Row]:
+    """Return the rows with recall by model and backend."""
+    rows: dict[str, Row] = {}
+    for row in report.rows:
+        if row.hits is None:
             continue
-        if title(row) in found:
-            raise UserError(f"{path}: two rows are named '{title(row)}': make the report with one name for each model")
-        found[title(row)] = row
-    return found
+        if row.title in rows:
+            raise UserError(f"{path}: two rows are named '{row.title}'. Rerun `vpr bench report`.")
+        rows[row.title] = row
+    return rows
 
 
-def _change(name: str, old: Row, new: Row, config: CompareConfig) -> Change:
-    if len(old["hits"]) != len(new["hits"]):
-        raise UserError(f"compare: '{name}' has {len(old['hits'])} and {len(new['hits'])} queries: make both again")
-    found = recall_drop(old["hits"], new["hits"], config.seed)
+def _compare_rows(title: str, old: Row, new: Row, config: CompareConfig) -> Change:
+    if old.hits is None or new.hits is None or len(old.hits) != len(new.hits):
+        raise UserError(f"after: the numbers of queries of '{title}' differ. Rerun `vpr bench report`.")
+    drop = compute_recall_drop(old.hits, new.hits, config.seed)
     ratios = {}
-    for batch in batches([old, new]):
-        first, second = milliseconds(old, batch), milliseconds(new, batch)
+    for batch in timed_batches([old]):
+        first, second = old.milliseconds(batch), new.milliseconds(batch)
         if first is not None and second is not None:
             ratios[batch] = second / first
-    low, high = found["recall_drop_ci95"]
     return Change(
-        name,
-        found["recall_drop"],
-        (low, high),
+        title,
+        drop.mean,
+        drop.ci95,
         ratios,
-        tuple(batch for batch, ratio in ratios.items() if _apart(old, new, batch, ratio, config.latency_noise)),
-        tuple(batch for batch in old["latency_ms"] or {} if batch not in ratios),
-        new["size_bytes"] / old["size_bytes"] if old["size_bytes"] and new["size_bytes"] else None,
-        "; ".join(dict.fromkeys([*unstable(old).values(), *unstable(new).values()])),
+        tuple(
+            batch for batch, ratio in ratios.items() if _is_significant(old, new, batch, ratio, config.latency_noise)
+        ),
+        tuple(batch for batch in old.latency_ms or {} if batch not in ratios),
+        new.size_bytes / old.size_bytes if old.size_bytes and new.size_bytes else None,
+        "; ".join(dict.fromkeys([*old.instabilities.values(), *new.instabilities.values()])),
     )
 
 
-def _apart(old: Row, new: Row, batch: str, ratio: float, noise: float) -> bool:
-    """Whether p50 moved by more than the stated noise, and its intervals (where there are any) do not overlap."""
-    first, second = milliseconds_ci95(old, batch), milliseconds_ci95(new, batch)
+def _is_significant(old: Row, new: Row, batch: str, ratio: float, noise: float) -> bool:
+    """Return whether p50 moved by more than the noise and its intervals, if known, do not overlap."""
+    first, second = old.milliseconds_ci95(batch), new.milliseconds_ci95(batch)
     overlap = first is not None and second is not None and first[0] <= second[1] and second[0] <= first[1]
     return abs(ratio - 1) > noise and not overlap
 
 
-def _broken(change: Change, config: CompareConfig) -> list[str]:
-    found = []
+def _exceeded_budgets(change: Change, config: CompareConfig) -> list[str]:
+    messages = []
     if config.max_recall_drop is not None and change.drop > config.max_recall_drop:
-        found.append(f"{change.name}: recall@1 drops by {change.drop:.4f}, allowed {config.max_recall_drop:g}")
+        messages.append(f"{change.name}: recall@1 drops by {change.drop:.4f}, budget {config.max_recall_drop:g}")
     if config.max_latency_ratio is not None:
-        slow = {batch: ratio for batch, ratio in change.ratios.items() if ratio > config.max_latency_ratio}
-        found += [
-            f"{change.name}: p50 at batch {batch} is {ratio:.3f} times that before, allowed "
-            f"{config.max_latency_ratio:g}{' (not stable: ' + change.doubt + ')' if change.doubt else ''}"
-            for batch, ratio in slow.items()
+        unstable = f" (unstable: {change.instability})" if change.instability else ""
+        messages += [
+            f"{change.name}: p50 at batch {batch} is {ratio:.3f} times the p50 before, budget "
+            f"{config.max_latency_ratio:g}{unstable}"
+            for batch, ratio in change.ratios.items()
+            if ratio > config.max_latency_ratio
         ]
-        found += [f"{change.name}: p50 at batch {batch} measured before, not now" for batch in change.untimed]
+        messages += [
+            f"{change.name}: p50 at batch {batch} is missing from the report after" for batch in change.untimed
+        ]
     if config.max_size_ratio is not None and change.size is not None and change.size > config.max_size_ratio:
-        found.append(f"{change.name}: {change.size:.3f} times the bytes before, allowed {config.max_size_ratio:g}")
-    return found
+        messages.append(f"{change.name}: {change.size:.3f} times the bytes before, budget {config.max_size_ratio:g}")
+    return messages
 
 
-def _print(changes: list[Change], after: Row) -> None:
-    """A table; a star marks what is beyond noise."""
-    sizes = sorted({batch for change in changes for batch in change.ratios}, key=int)
-    table = Table("model", "drop of recall@1 [95 %]", *[f"p50, batch {size}" for size in sizes], "bytes", box=None)
+def _print(changes: list[Change], after: Report) -> None:
+    """Print a table; a star marks a change beyond noise."""
+    batches = sorted({batch for change in changes for batch in change.ratios}, key=int)
+    table = Table("model", "drop of recall@1 [95 %]", *[f"p50, batch {batch}" for batch in batches], "bytes", box=None)
     for change in changes:
-        low, high = change.interval
-        drop = f"{signed(change.drop)} [{signed(low)}, {signed(high)}]" + (" *" if change.recall_beyond_noise else "")
-        cells = [_ratio(change.ratios.get(size)) + (" *" if size in change.apart else "") for size in sizes]
-        mark = " (latency not stable)" if change.doubt else ""
-        table.add_row(escape(change.name + mark), escape(drop), *cells, _ratio(change.size))
+        low, high = map(format_signed, change.interval)
+        star = " *" if change.is_recall_significant else ""
+        cells = [
+            _format_ratio(change.ratios.get(batch)) + (" *" if batch in change.significant_batches else "")
+            for batch in batches
+        ]
+        mark = " (unstable latency)" if change.instability else ""
+        drop = f"{format_signed(change.drop)} [{low}, {high}]{star}"
+        table.add_row(escape(change.name + mark), escape(drop), *cells, _format_ratio(change.size))
     console = Console()
     console.width = max(110, console.width)
     console.print(table)
-    beyond = sum(change.recall_beyond_noise or bool(change.apart) for change in changes)
-    queries = next((row["queries"] for row in after["rows"] if row["queries"]), 0)
-    log.info(f"{len(changes)} models on {queries} queries, {beyond} changed beyond noise (*)")
+    count = sum(change.is_recall_significant or bool(change.significant_batches) for change in changes)
+    queries = next((row.queries for row in after.rows if row.queries), 0)
+    log.info(f"{len(changes)} models on {queries} queries, {count} changed beyond noise (*)")
 
 
-def _ratio(value: float | None) -> str:
+def _format_ratio(value: float | None) -> str:
     return "–" if value is None else f"x {value:.3f}"
 
 
-def _say_recommended(before: Row, after: Row) -> None:
-    first, second = (title(row) if row else "nothing" for row in (recommend(before), recommend(after)))
+def _log_recommended(before: Report, after: Report) -> None:
+    first, second = (row.title if row else "nothing" for row in (recommend(before), recommend(after)))
     log.info(f"recommended: {second}" + ("" if first == second else f", before: {first}"))

@@ -1,4 +1,4 @@
-"""Configuration of the benchmark commands. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the benchmark commands. It imports no heavy library, so that help and argument errors are quick."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
 from vpr.retrieval.config import RerankConfig
 
-# Those of the steps whose cost grows as search does; k-reciprocal re-ranking takes minutes on a large gallery.
+# Steps whose cost grows as search does; k-reciprocal re-ranking takes minutes on a large gallery.
 RERANK = RerankConfig(centre=True, dba=5, qe=5)
 
 
 @dataclass(frozen=True)
 class RecallConfig:
-    """What is scored.
+    """Settings of ``vpr bench recall``.
 
     Attributes:
-        catalog: catalogue artifact with query and gallery images.
-        models: artifacts.
-        output: where the table is written.
-        split: the scored split.
-        rerank: steps after the embedding that every model is scored with as well, besides being scored without.
-        seed: of the bootstrap.
+        catalog: Catalogue artifact with query and gallery images.
+        models: Artifacts to score: teachers, students, ONNX graphs, engines.
+        output: Folder of the recall table.
+        split: Split to score.
+        rerank: Re-ranking steps. Every model is scored with and without them.
+        seed: Seed of the bootstrap.
     """
 
     catalog: str
@@ -40,20 +40,20 @@ class RecallConfig:
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """What is timed.
+    """Settings of ``vpr bench latency``.
 
     Attributes:
-        models: artifacts; each is timed with every backend that can run it here.
-        output: where the table is written.
-        batches: images per call.
-        seconds: time spent on each model and batch, after warm-up.
-        threads: of every backend alike; 0 is one per processor.
-        backends: names of those tried, or ``all``; what cannot run here is listed with the reason.
-        starts: processes in which each model is started alone, for cold start and memory; 0 leaves that out.
-        catalog: whose images are decoded and resized, alone and before the model; empty leaves that out.
-        arrivals: times each model on requests that come at a given rate, at random (``poisson``) or evenly (``fixed``).
-        rate: of them, requests per second; 0 is 80 % of what the model answers one after another.
-        seed: of the arrivals.
+        models: Artifacts to time, each on every backend that can run it on this machine.
+        output: Folder of the latency table.
+        batches: Batch sizes: images per call.
+        seconds: Seconds for each model and batch, after warm-up.
+        threads: Threads of every backend; 0 is one per processor.
+        backends: Backends to try, or ``all``. Backends that cannot run here are listed with the reason.
+        starts: Cold starts of each model, for start-up time and memory; 0 skips them.
+        catalog: Catalogue whose images are decoded and resized, alone and before the model; empty skips this.
+        arrivals: Arrivals of an open-loop load, random (``poisson``) or even (``fixed``); ``none`` skips it.
+        rate: Requests per second of the open-loop load; 0 is 80 % of the closed-loop rate.
+        seed: Seed of the arrivals.
     """
 
     models: tuple[str, ...]
@@ -70,11 +70,11 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise UserError("models: none given: name at least one artifact")
-        if not self.batches or min(self.batches) < 1:
-            raise UserError(f"batches: {list(self.batches)}: give one or more, each of 1 or more images")
-        least = (0, None)
-        check_numbers(self, threads=(0, MAX_THREADS), seconds=least, starts=least, rate=least, seed=least)
+            raise UserError("models: expected one or more artifacts, got none. Pass --models PATH.")
+        _check_batches(self.batches)
+        at_least_0 = (0, None)
+        check_numbers(self, seconds=at_least_0, starts=at_least_0, rate=at_least_0, seed=at_least_0)
+        check_numbers(self, threads=(0, MAX_THREADS))
         check_backends(self.backends)
 
 
@@ -85,20 +85,20 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """What is searched, how.
+    """Settings of ``vpr bench scale``.
 
     Attributes:
-        embeddings: artifact with ``query`` images; all others are the real part of the gallery.
-        output: where the table is written.
-        sizes: of the galleries, rising.
-        kinds: of index; ``flat`` is exact, and the others are compared with it.
-        queries: at most this many of the artifact's.
-        batch: queries in a call, beside single ones.
-        probes: lists that an IVF index looks through for a query.
-        ef: candidates that HNSW keeps for a query.
-        seconds: that each way of searching is timed for, at least one call.
-        build_seconds: an index that would take longer, by its filling at the size before, is left out.
-        seed: of the synthetic vectors and of the choice of queries.
+        embeddings: Embeddings artifact with ``query`` images; its other images are the real part of the gallery.
+        output: Folder of the table.
+        sizes: Sizes of the galleries, rising.
+        kinds: Kinds of index. ``flat`` is exact; the others are compared with it.
+        queries: Maximum number of queries.
+        batch: Queries per call; single queries are timed too.
+        nprobe: Lists that an IVF index searches for a query.
+        ef_search: Candidates that HNSW keeps for a query.
+        seconds: Seconds of timing for each way of searching; at least one call is timed.
+        build_seconds: Longest expected build of an index; slower indexes are left out.
+        seed: Seed of the synthetic vectors and of the choice of queries.
     """
 
     embeddings: str
@@ -107,36 +107,38 @@ class ScaleConfig:
     kinds: tuple[Kind, ...] = KINDS
     queries: int = 1000
     batch: int = 100
-    probes: int = 16
-    ef: int = 128
+    nprobe: int = 16
+    ef_search: int = 128
     seconds: float = 3.0
     build_seconds: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = (1, None)
-        check_numbers(self, queries=least, batch=least, probes=least, ef=least, seed=(0, None))
+        at_least_1 = (1, None)
+        check_numbers(
+            self, queries=at_least_1, batch=at_least_1, nprobe=at_least_1, ef_search=at_least_1, seed=(0, None)
+        )
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
-            raise UserError(f"sizes: {list(self.sizes)}: give rising numbers of vectors")
+            raise UserError(f"sizes: expected rising numbers of vectors, got {list(self.sizes)}. Change --sizes.")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What is compared.
+    """Settings of ``vpr bench report``.
 
     Attributes:
-        catalog: catalogue artifact with query and gallery images.
-        models: artifacts: teacher, assistants, student, ONNX graphs, engines.
-        output: where the report is written.
-        split: the scored split.
-        batches: images per call, for latency.
-        seconds: time spent on each model and batch.
-        threads: of every backend alike; 0 is one per processor.
-        drop: recall@1 that the recommended model may lose against the FP32 student.
-        rerank: steps after the embedding that every model is scored with as well, besides being scored without.
-        ranges: artifacts of ``vpr calibrate`` to draw.
-        sheet_queries: queries shown with their top five.
-        seed: of the bootstrap and of the queries shown.
+        catalog: Catalogue artifact with query and gallery images.
+        models: Artifacts to compare: teacher, assistants, student, ONNX graphs, engines.
+        output: Folder of the report.
+        split: Split to score.
+        batches: Batch sizes of the latency: images per call.
+        seconds: Seconds for each model and batch, after warm-up.
+        threads: Threads of every backend; 0 is one per processor.
+        drop: Recall@1 that the recommended model may lose against the FP32 student.
+        rerank: Re-ranking steps. Every model is scored with and without them.
+        ranges: Artifacts of ``vpr calibrate`` to draw.
+        sheet_queries: Number of example queries with their top five.
+        seed: Seed of the bootstrap and of the example queries.
     """
 
     catalog: str
@@ -154,24 +156,22 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))
-        if not -1 <= self.drop <= 1:
-            raise UserError(f"drop: {self.drop}: it is a share of queries, such as 0.02")
-        if not self.batches or min(self.batches) < 1:
-            raise UserError(f"batches: {list(self.batches)}: give at least one number of images, 1 or more")
+        _check_drop("drop", self.drop)
+        _check_batches(self.batches)
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Two reports of the same queries, and what may not get worse by more. Without a budget nothing is broken.
+    """Settings of ``vpr bench compare``: two reports of the same queries, and optional budgets.
 
     Attributes:
-        before: report.json, or the folder that it lies in.
-        after: the other one.
-        max_recall_drop: of recall@1, of any model, such as 0.01.
-        max_latency_ratio: p50 over that before, of any model and batch, such as 1.1.
-        max_size_ratio: bytes over those before, of any model.
-        latency_noise: p50s whose ratio departs from 1 by no more than this are equal.
-        seed: of the bootstrap.
+        before: First report: a report.json or the folder that contains it.
+        after: Second report: a report.json or the folder that contains it.
+        max_recall_drop: Largest drop of recall@1 of any model, such as 0.01.
+        max_latency_ratio: Largest ratio of p50 after to p50 before, of any model and batch, such as 1.1.
+        max_size_ratio: Largest ratio of bytes after to bytes before, of any model.
+        latency_noise: Relative difference of p50 that counts as noise.
+        seed: Seed of the bootstrap.
     """
 
     before: str
@@ -183,9 +183,20 @@ class CompareConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_recall_drop is not None and not -1 <= self.max_recall_drop <= 1:
-            raise UserError(f"max_recall_drop: {self.max_recall_drop}: it is a share of queries, such as 0.01")
+        if self.max_recall_drop is not None:
+            _check_drop("max_recall_drop", self.max_recall_drop)
         for name in ("max_latency_ratio", "max_size_ratio"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name}: {getattr(self, name)}: give a ratio above 0, such as 1.1")
+            ratio = getattr(self, name)
+            if ratio is not None and not ratio > 0:
+                raise UserError(f"{name}: expected a ratio above 0, such as 1.1, got {ratio}.")
         check_numbers(self, latency_noise=(0, None), seed=(0, None))
+
+
+def _check_batches(batches: tuple[int, ...]) -> None:
+    if not batches or min(batches) < 1:
+        raise UserError(f"batches: expected batch sizes of 1 or more, got {list(batches)}. Change --batches.")
+
+
+def _check_drop(name: str, drop: float) -> None:
+    if not -1 <= drop <= 1:
+        raise UserError(f"{name}: expected -1 to 1, a share of queries such as 0.01, got {drop}.")

@@ -1,4 +1,4 @@
-"""``vpr bench scale``: what exact and approximate search cost, and lose, as the gallery grows to a million vectors."""
+"""``vpr bench scale``: cost and recall of exact and approximate search in galleries of up to a million vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.config import Kind, ScaleConfig
-from benchmarks.synthetic_gallery import Gallery, grow, real_gallery
+from benchmarks.synthetic_gallery import Gallery, build_real_gallery, grow_gallery
 from export.backends.registry import default_threads
 from vpr.artifacts.store import check_output, config_to_json, write_artifact
 from vpr.common.log import get_logger
@@ -22,7 +22,7 @@ from vpr.retrieval.search import search
 
 log = get_logger(__name__)
 
-# Of faiss's index factory; an IVF index has about the root of the gallery's size of lists, PQ a byte for 4 dimensions.
+# Strings of faiss.index_factory. IVF has about sqrt(n) lists; PQ has one byte for 4 dimensions.
 _FACTORY = {
     "flat": "Flat",
     "flat-fp16": "SQfp16",
@@ -33,25 +33,25 @@ _FACTORY = {
     "hnsw": "HNSW32,Flat",
 }
 _TOP = 10
-_TIE = 1e-5  # inner products nearer than this are the same to float32 sums of another order
+_TIE = 1e-5  # float32 sums in a different order differ by less than this
 
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """One index of one gallery. What was not measured is None, and ``notes`` say why.
+    """One index of one gallery. Unmeasured values are None, with the reason in ``notes``.
 
     Attributes:
-        size: vectors in the gallery.
-        kind: of index.
-        train_seconds: training it, by all threads.
-        fill_seconds: filling it, by all threads.
-        index_bytes: of the index when it is written, which is what it holds in memory but for its bookkeeping.
-        single_ms: median time of a query on its own, one thread.
-        batch_ms: median time of a query in a batch, by number of threads.
-        recall_at_1: share of queries whose first result is as near as the exact one.
-        recall_at_10: share of the exact ten that are found.
-        product_recall_at_1: share of queries whose first result is of their product.
-        notes: what is missing, and why.
+        size: Number of vectors in the gallery.
+        kind: Kind of the index.
+        train_seconds: Seconds to train the index, with all threads.
+        fill_seconds: Seconds to fill the index, with all threads.
+        index_bytes: Bytes of the written index; its memory apart from bookkeeping.
+        single_ms: Median milliseconds of a single query, with one thread.
+        batch_ms: Median milliseconds of a query in a batch, by number of threads.
+        recall_at_1: Share of queries whose first result is as near as the exact one.
+        recall_at_10: Share of the exact ten nearest that the index finds.
+        product_recall_at_1: Share of queries whose first result is of their product.
+        notes: Reasons for missing values.
     """
 
     size: int
@@ -68,10 +68,10 @@ class ScaleRow:
 
 
 def measure_scale_table(config: ScaleConfig) -> Path:
-    """Measure every index of every size and write an artifact of kind ``report`` with ``scale.json``."""
+    """Measure every index at every size and write an artifact of kind ``report`` with ``scale.json``."""
     check_output(config.output, "report", "scale.json")
     embeddings = load_embeddings(config.embeddings)
-    real = real_gallery(embeddings, config.queries, config.seed)
+    real = build_real_gallery(embeddings, config.queries, config.seed)
     rows = list(measure_scale(config, real))
     with write_artifact(
         config.output, "report", config_to_json(config), [embeddings.artifact.as_parent("embeddings")]
@@ -82,109 +82,116 @@ def measure_scale_table(config: ScaleConfig) -> Path:
 
 
 def measure_scale(config: ScaleConfig, real: Gallery) -> Iterator[ScaleRow]:
-    """A row for each size and kind, as they are measured."""
-    built: dict[Kind, ScaleRow] = {}
+    """Yield a row for each size and kind as soon as it is measured."""
+    measured: dict[Kind, ScaleRow] = {}
     for size in config.sizes:
-        gallery = grow(real, size, config.seed)
+        gallery = grow_gallery(real, size, config.seed)
         exact = search(gallery.queries, gallery.vectors, _TOP)[0]
         for kind in config.kinds:
-            expected = _expected_seconds(built.get(kind), size)
+            expected = _expected_seconds(measured.get(kind), size)
             if expected > config.build_seconds:
-                row = ScaleRow(size, kind, notes=f"not built: it would take about {expected:.0f} s")
+                row = ScaleRow(size, kind, notes=f"not built: expected {expected:.0f} s, above --build-seconds")
             else:
-                row = built[kind] = measure_index(kind, gallery, exact, config)
-            _say_row(row)
+                row = measured[kind] = measure_index(kind, gallery, exact, config)
+            _log_row(row)
             yield row
 
 
 def measure_index(kind: Kind, gallery: Gallery, exact: NDArray[np.float32], config: ScaleConfig) -> ScaleRow:
-    """Build an index, time it and compare what it finds.
+    """Build an index, time it and compare its results with exact search.
 
     Args:
-        kind: of index.
-        gallery: what is searched.
+        kind: Kind of the index.
+        gallery: Gallery to index.
         exact: (queries, 10) float32, inner products of the exact search, largest first.
-        config: how.
+        config: Settings of the index and of the timing.
     """
     import faiss
 
     threads = default_threads()
     faiss.omp_set_num_threads(threads)
-    index, trained, filled = _build(kind, gallery.vectors, config)
-    found, per_batch = _search(index, gallery.queries, config.batch, None)
-    first, ten = found_share(gallery, found, exact)
+    index, train_seconds, fill_seconds = _build(kind, gallery.vectors, config)
+    rows, batch_times = _search(index, gallery.queries, config.batch, None)
+    recall_at_1, recall_at_10 = neighbour_recall(gallery, rows, exact)
     faiss.omp_set_num_threads(1)
-    single = _search(index, gallery.queries, 1, config.seconds)[1]
-    alone = _search(index, gallery.queries, config.batch, config.seconds)[1]
+    single_times = _search(index, gallery.queries, 1, config.seconds)[1]
+    one_thread_times = _search(index, gallery.queries, config.batch, config.seconds)[1]
     faiss.omp_set_num_threads(threads)
-    right = (gallery.products[found[:, 0]] == gallery.asked) & (found[:, 0] >= 0)
-    by_threads = {1: float(np.median(alone)), threads: float(np.median(per_batch))}
+    right = (gallery.products[rows[:, 0]] == gallery.query_products) & (rows[:, 0] >= 0)
     return ScaleRow(
         len(gallery.vectors),
         kind,
-        trained,
-        filled,
+        train_seconds,
+        fill_seconds,
         _index_bytes(index),
-        float(np.median(single)),
-        by_threads,
-        first,
-        ten,
+        float(np.median(single_times)),
+        {1: float(np.median(one_thread_times)), threads: float(np.median(batch_times))},
+        recall_at_1,
+        recall_at_10,
         float(right.mean()),
     )
 
 
-def found_share(gallery: Gallery, found: NDArray[np.int64], exact: NDArray[np.float32]) -> tuple[float, float]:
-    """Shares of the exact first result, and of the exact ten, that were found; -1 in ``found`` is nothing.
+def neighbour_recall(gallery: Gallery, rows: NDArray[np.int64], exact: NDArray[np.float32]) -> tuple[float, float]:
+    """Return recall@1 and recall@10 of the exact neighbours.
 
-    By inner product: of vectors equally near either is right.
+    Neighbours are compared by inner product: equally near vectors are equally right.
+
+    Args:
+        gallery: Searched gallery.
+        rows: (queries, 10) rows that the index found; -1 is no result.
+        exact: (queries, 10) float32, inner products of the exact search, largest first.
     """
-    scores = np.einsum("qd,qkd->qk", gallery.queries, gallery.vectors[found])
-    scores[found < 0] = -np.inf
-    ten = (scores >= exact[:, -1:] - _TIE).mean()
-    return float((scores[:, 0] >= exact[:, 0] - _TIE).mean()), float(ten)
+    scores = np.einsum("qd,qkd->qk", gallery.queries, gallery.vectors[rows])
+    scores[rows < 0] = -np.inf
+    recall_at_10 = (scores >= exact[:, -1:] - _TIE).mean()
+    return float((scores[:, 0] >= exact[:, 0] - _TIE).mean()), float(recall_at_10)
 
 
-def _expected_seconds(before: ScaleRow | None, size: int) -> float:
-    if before is None or before.train_seconds is None or before.fill_seconds is None:
+def _expected_seconds(previous: ScaleRow | None, size: int) -> float:
+    if previous is None or previous.train_seconds is None or previous.fill_seconds is None:
         return 0.0
-    return before.train_seconds + before.fill_seconds * size / before.size
+    return previous.train_seconds + previous.fill_seconds * size / previous.size
 
 
 def _build(kind: Kind, vectors: NDArray[np.float32], config: ScaleConfig) -> tuple[Any, float, float]:
-    """An index, the seconds that training took, and those that filling took."""
+    """Return an index, the seconds of its training and the seconds of its filling."""
     import faiss
 
     count, dim = vectors.shape
-    text = _FACTORY[kind].format(lists=max(1, round(count**0.5)), bytes=max(1, dim // 4))
-    index: Any = faiss.index_factory(dim, text, faiss.METRIC_INNER_PRODUCT)
-    begun = time.perf_counter()
+    factory = _FACTORY[kind].format(lists=max(1, round(count**0.5)), bytes=max(1, dim // 4))
+    index: Any = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    start = time.perf_counter()
     index.train(vectors)
     trained = time.perf_counter()
     index.add(vectors)
     filled = time.perf_counter()
     if kind.startswith("ivf"):
-        index.nprobe = config.probes
+        index.nprobe = config.nprobe
     if kind == "hnsw":
-        index.hnsw.efSearch = max(config.ef, _TOP)
-    return index, trained - begun, filled - trained
+        index.hnsw.efSearch = max(config.ef_search, _TOP)
+    return index, trained - start, filled - trained
 
 
 def _search(
     index: Any, queries: NDArray[np.float32], batch: int, seconds: float | None
 ) -> tuple[NDArray[np.int64], list[float]]:
-    """Rows found, and milliseconds per query of each call; of all queries, or of those that ``seconds`` suffice for."""
-    found, times = [], []
-    index.search(queries[:batch], _TOP)  # the first call finds cold caches
-    begun = time.perf_counter()
-    for start in range(0, len(queries), batch):
-        asked = queries[start : start + batch]
-        before = time.perf_counter()
-        found.append(index.search(asked, _TOP)[1])
-        after = time.perf_counter()
-        times.append(1000 * (after - before) / len(asked))
-        if seconds is not None and after - begun > seconds:
+    """Return the rows of the results, and the milliseconds per query of each call.
+
+    ``seconds`` ends the search early; None searches all queries.
+    """
+    rows, times = [], []
+    index.search(queries[:batch], _TOP)  # the first call fills the caches
+    first = time.perf_counter()
+    for offset in range(0, len(queries), batch):
+        chunk = queries[offset : offset + batch]
+        start = time.perf_counter()
+        rows.append(index.search(chunk, _TOP)[1])
+        end = time.perf_counter()
+        times.append(1000 * (end - start) / len(chunk))
+        if seconds is not None and end - first > seconds:
             break
-    return np.concatenate(found), times
+    return np.concatenate(rows), times
 
 
 def _index_bytes(index: Any) -> int:
@@ -198,15 +205,16 @@ def _index_bytes(index: Any) -> int:
 
     writer = faiss.PyCallbackIOWriter(count)  # type: ignore[attr-defined]
     faiss.write_index(index, writer)
-    del writer  # writes what it has buffered
+    del writer  # flushes its buffer
     return total
 
 
-def _say_row(row: ScaleRow) -> None:
+def _log_row(row: ScaleRow) -> None:
+    name = f"{row.size:>9,} {row.kind:<9}"
     if row.single_ms is None or row.index_bytes is None:
-        log.info(f"  {row.size} {row.kind}: {row.notes}")
+        log.info(f"  {name} {row.notes}")
         return
     log.info(
-        f"  {row.size} {row.kind}: {row.single_ms:.3f} ms, {row.index_bytes / 1e6:.0f} MB, recall@10 of the exact "
-        f"{row.recall_at_10:.3f}, product recall@1 {row.product_recall_at_1:.3f}"
+        f"  {name} p50 {row.single_ms:.3f} ms  {row.index_bytes / 1e6:.0f} MB  recall@10 of exact search "
+        f"{row.recall_at_10:.3f}  product recall@1 {row.product_recall_at_1:.3f}"
     )

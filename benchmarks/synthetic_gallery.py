@@ -11,68 +11,69 @@ from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import Embeddings, l2_normalize
 from vpr.retrieval.search import search
 
-_BLOCK = 1 << 16  # synthetic vectors made at a time
+_BLOCK = 1 << 16  # synthetic vectors per block
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A gallery and the queries that look for their products in it.
+    """A gallery and the queries that search their products in it.
 
     Attributes:
         vectors: (n, dim) float32, L2-normalised.
         products: (n,) int32, number of the product.
         queries: (q, dim) float32, L2-normalised.
-        asked: (q,) int32, number of each query's product.
+        query_products: (q,) int32, number of each query's product.
     """
 
     vectors: NDArray[np.float32]
     products: NDArray[np.int32]
     queries: NDArray[np.float32]
-    asked: NDArray[np.int32]
+    query_products: NDArray[np.int32]
 
 
-def real_gallery(embeddings: Embeddings, most: int, seed: int) -> Gallery:
-    """``most`` queries drawn from the artifact's, and all that are no queries as gallery.
+def build_real_gallery(embeddings: Embeddings, max_queries: int, seed: int) -> Gallery:
+    """Return a random choice of the artifact's queries, and its other images as gallery.
 
     Raises:
-        UserError: no queries, or nothing else.
+        UserError: The artifact has no queries, or nothing else.
     """
     query = embeddings.roles == "query"
     if not query.any() or query.all():
-        raise UserError(f"{embeddings.artifact.path}: needs query images and others: embed a split catalogue")
+        raise UserError(
+            f"{embeddings.artifact.path}: expected query images and other images. Embed a catalogue with splits."
+        )
     codes = np.unique(embeddings.products, return_inverse=True)[1].astype(np.int32)
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(query))[:most]
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(query))[:max_queries]
     return Gallery(embeddings.vectors[~query], codes[~query], embeddings.vectors[drawn], codes[drawn])
 
 
-def grow(real: Gallery, size: int, seed: int) -> Gallery:
-    """The gallery with synthetic vectors behind its own, ``size`` in all; a smaller one is the beginning of a larger.
+def grow_gallery(real: Gallery, size: int, seed: int) -> Gallery:
+    """Append synthetic vectors to a gallery. A smaller gallery is a prefix of a larger one.
 
-    A synthetic vector is a real one, whose product it keeps, moved as another image is away from its nearest
-    neighbour: either way, and half as far to half as far again. So its distance to its source, and the directions
-    in which the gallery is filled, are those that real images have.
+    A synthetic vector is a real vector plus or minus the offset of another real vector to its nearest neighbour, scaled
+    by 0.5 to 1.5. It keeps the product of its real vector. So distances and directions are those of real images.
 
     Args:
-        real: n vectors.
-        size: n or more.
-        seed: of the draws.
+        real: Gallery of n vectors.
+        size: Number of vectors of the result, n or more.
+        seed: Seed of the draws.
 
     Raises:
-        UserError: a size below n.
+        UserError: The size is below n.
     """
     count = len(real.vectors)
     if size < count:
-        raise UserError(f"sizes: {size}: the real gallery has {count} vectors: give more")
+        raise UserError(f"sizes: expected {count} or more, the size of the real gallery, got {size}. Change --sizes.")
     offsets = real.vectors[search(real.vectors, real.vectors, 2)[1][:, 1]] - real.vectors
     vectors = np.empty((size, real.vectors.shape[1]), dtype=np.float32)
     products = np.empty(size, dtype=np.int32)
     vectors[:count], products[:count] = real.vectors, real.products
     for block, start in enumerate(range(count, size, _BLOCK)):
         rng = np.random.default_rng([seed, block])
-        source, moved = rng.integers(0, count, (2, _BLOCK))
-        far = rng.uniform(0.5, 1.5, (_BLOCK, 1)) * rng.choice([-1, 1], (_BLOCK, 1))
+        sources, moved = rng.integers(0, count, (2, _BLOCK))
+        scales = rng.uniform(0.5, 1.5, (_BLOCK, 1)) * rng.choice([-1, 1], (_BLOCK, 1))
         stop = min(start + _BLOCK, size)
-        some = slice(0, stop - start)
-        made = real.vectors[source[some]] + far[some].astype(np.float32) * offsets[moved[some]]
-        vectors[start:stop], products[start:stop] = l2_normalize(made), real.products[source[some]]
-    return Gallery(vectors, products, real.queries, real.asked)
+        used = slice(0, stop - start)
+        synthetic = real.vectors[sources[used]] + scales[used].astype(np.float32) * offsets[moved[used]]
+        vectors[start:stop], products[start:stop] = l2_normalize(synthetic), real.products[sources[used]]
+    return Gallery(vectors, products, real.queries, real.query_products)

@@ -38,8 +38,8 @@ def test_limits_equal_the_code() -> None:
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",
         f"an upload may take {search_page.UPLOAD_SECONDS} s",
-        f"{http_limits.CONNECTIONS} connections",
-        f"{search_page.ROOM >> 20} MiB of uploads at once",
+        f"{http_limits.MAX_CONNECTIONS} connections",
+        f"{search_page.MAX_UPLOAD_MEMORY >> 20} MiB of uploads at once",
         f"a connection has {http_limits.HEAD_SECONDS:g} s",
         f"listens on {search_page.ADDRESS} alone",
     ):

@@ -1,4 +1,4 @@
-"""A model with the gallery it embedded: an image's bytes in, nearest gallery rows and the time of each step out."""
+"""Search by the bytes of an image: nearest gallery rows, and the time of each step."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from vpr.retrieval.search import search
 
 log = get_logger(__name__)
 
-_CHOICE_SECONDS = 0.2  # for each backend, where an artifact has several
+_BACKEND_SECONDS = 0.2  # timing of each backend, if an artifact has several
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What one model found.
+    """Gallery images that one model found.
 
     Attributes:
-        rows: (top,) rows of the gallery, nearest first.
-        scores: (top,) their cosines.
-        milliseconds: of each step, by name.
+        rows: (top,) int64, rows of the gallery, nearest first.
+        scores: (top,) float32, cosines of these rows.
+        milliseconds: Milliseconds of each step, by name.
     """
 
     rows: NDArray[np.int64]
@@ -47,12 +47,12 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Searcher:
-    """A model and the gallery as it sees it.
+    """A model and the gallery that it embedded.
 
     Attributes:
-        name: artifact and backend.
-        preprocess: its card's.
-        forward: runs it.
+        name: Names of the artifact and the backend.
+        preprocess: Preprocessing of the model's card.
+        forward: Function that runs the model.
         vectors: (gallery, dim) float32, L2-normalised.
     """
 
@@ -62,61 +62,61 @@ class Searcher:
     vectors: NDArray[np.float32]
 
     def search_bytes(self, data: bytes, top: int) -> SearchResult:
-        """The ``top`` gallery images nearest to an image given as the bytes of its file.
+        """Return the ``top`` gallery images nearest to an image, given as the bytes of its file.
 
         Raises:
-            ImageRejected: no usable image.
+            ImageRejected: The bytes are no usable image.
         """
-        begun = time.perf_counter()
+        start = time.perf_counter()
         image = decode_bytes(data, "upload", shortest=self.preprocess.size)
         batch = self.preprocess.normalise(self.preprocess.pixels(image)[None])
         decoded = time.perf_counter()
         query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()
         scores, rows = search(query, self.vectors, top)
-        ends = (begun, decoded, embedded, time.perf_counter())
+        times = (start, decoded, embedded, time.perf_counter())
         steps = ("decode + preprocess", "embed", "search")
-        return SearchResult(rows[0], scores[0], dict(zip(steps, 1000 * np.diff(ends), strict=True)))
+        return SearchResult(rows[0], scores[0], dict(zip(steps, 1000 * np.diff(times), strict=True)))
 
 
 def load_searchers(
     models: tuple[str, ...], catalog: str, split: str, embeddings: tuple[str, ...]
 ) -> tuple[list[Searcher], Catalog]:
-    """Each model with its backend that is fastest here, and the gallery that all of them search.
+    """Load each model on its fastest backend here, and the gallery that all of them search.
 
     Args:
-        models: artifacts that embed images.
-        catalog: catalogue artifact.
-        split: whose gallery is searched; empty takes every split's.
-        embeddings: for each model the artifact that keeps the catalogue's embeddings, made where it is not there
-            yet; none embeds the gallery anew.
+        models: Artifacts that embed images.
+        catalog: Catalogue artifact.
+        split: Split whose gallery is searched; empty searches all splits.
+        embeddings: Embeddings artifact of each model, written if it does not exist; empty embeds the gallery in memory.
 
     Raises:
-        UserError: no gallery, a model that cannot run here, embeddings of another model or gallery.
+        UserError: There is no gallery, a model cannot run here, or embeddings are of another model or gallery.
     """
-    gallery = load_catalog(catalog).select(split=split or None, role="gallery")
+    images = load_catalog(catalog).select(split=split or None)
+    gallery = images.select(role="gallery")
     if not len(gallery):
-        raise UserError(f"{catalog}: has no gallery images of split '{split or 'any'}': choose another --split")
+        raise UserError(f"{catalog}: split '{split or 'any'}' has no gallery images. Choose another --split.")
     searchers = []
-    for place, path in enumerate(models):
+    for index, path in enumerate(models):
         model, forward = _open_fastest(path)
         preprocess = model.preprocess
         if embeddings:
-            vectors = _kept_vectors(embeddings[place], model, forward, (catalog, split), gallery)
+            vectors = _stored_vectors(embeddings[index], model, forward, images, split)
         else:
-            with _counting(forward, model.name, len(gallery)) as counted:
-                vectors = embed(gallery, preprocess, counted)
-        log.info(f"  {model.name}: {len(vectors)} gallery images, {vectors.shape[1]} dimensions")
+            with _with_progress(forward, model.name, len(gallery)) as forward_counted:
+                vectors = embed(gallery, preprocess, forward_counted)
+        log.info(f"  {model.name:<32} {len(vectors)} gallery images  {vectors.shape[1]} dimensions")
         searchers.append(Searcher(model.name, preprocess, forward, vectors))
     return searchers, gallery
 
 
-def agreement(found: list[SearchResult]) -> str:
-    """How far two models' lists agree, in a sentence; empty for one list."""
-    if len(found) == 1:
+def describe_agreement(results: list[SearchResult]) -> str:
+    """Return a sentence on the agreement of two lists; empty for one list."""
+    if len(results) == 1:
         return ""
-    first, second = (one.rows for one in found)
-    same = "The same first image" if first[0] == second[0] else "Different first images"
+    first, second = (result.rows for result in results)
+    same = "Same first image" if first[0] == second[0] else "Different first images"
     return f"{same}; {len(np.intersect1d(first, second))} of {len(first)} are in both lists."
 
 
@@ -129,41 +129,37 @@ def _open_fastest(path: str) -> tuple[Model, Forward]:
         except BackendUnavailable as reason:
             reasons.append(f"{model.name}: {reason}")
     if not opened:
-        raise UserError(f"{path}: cannot run here: {'; '.join(reasons)}")
+        raise UserError(f"{path}: no backend can run this artifact here ({'; '.join(reasons)}). Run `vpr doctor`.")
     if len(opened) == 1:
         return next(iter(opened.values()))
-    one = next(iter(opened.values()))[0].random_input(1)
-    calls = {name: (lambda forward=forward: forward(one)) for name, (_, forward) in opened.items()}
-    times = {name: float(np.median(values)) for name, values in measure(calls, _CHOICE_SECONDS).items()}
+    image = next(iter(opened.values()))[0].random_input(1)
+    calls = {name: (lambda forward=forward: forward(image)) for name, (_, forward) in opened.items()}
+    times = {name: float(np.median(values)) for name, values in measure(calls, _BACKEND_SECONDS).items()}
     return opened[min(times, key=lambda name: times[name])]
 
 
-def _kept_vectors(
-    path: str, model: Model, forward: Forward, source: tuple[str, str], gallery: Catalog
-) -> NDArray[np.float32]:
-    """The gallery's vectors from an embeddings artifact, which is made if it is not there and never replaced."""
-    catalog, split = source
+def _stored_vectors(path: str, model: Model, forward: Forward, images: Catalog, split: str) -> NDArray[np.float32]:
+    """Return the gallery's vectors of an embeddings artifact; write it if it does not exist, never replace it."""
     if not Path(path).exists():
-        part = load_catalog(catalog).select(split=split or None)
-        with _counting(forward, model.name, len(part)) as counted:
-            vectors = embed(part, model.preprocess, counted)
-        write_embeddings(path, vectors, part, model.artifact, {"split": split, "backend": model.backend})
-    kept = load_embeddings(path)
-    if model.artifact.as_parent("model") not in kept.artifact.card.parents:
-        raise UserError(f"{path}: was not embedded with {model.artifact.path}: give that model's, or a new path")
-    with reraise_as_artifact_error(kept.artifact):
-        rows = pq.read_table(kept.artifact.file("rows.parquet")).cast(SCHEMA)
-    chosen = kept.roles == "gallery"
+        with _with_progress(forward, model.name, len(images)) as forward_counted:
+            vectors = embed(images, model.preprocess, forward_counted)
+        write_embeddings(path, vectors, images, model.artifact, {"split": split, "backend": model.backend})
+    stored = load_embeddings(path)
+    if model.artifact.as_parent("model") not in stored.artifact.card.parents:
+        raise UserError(f"{path}: these embeddings are not of {model.artifact.path}. Pass this model's, or a new path.")
+    with reraise_as_artifact_error(stored.artifact):
+        rows = pq.read_table(stored.artifact.file("rows.parquet")).cast(SCHEMA)
+    in_gallery = stored.roles == "gallery"
     if split:
-        chosen &= np.array(rows["split"].to_pylist(), dtype=np.str_) == split
-    if not rows.filter(chosen).equals(gallery.table):
-        raise UserError(f"{path}: holds other images than {catalog}'s gallery: embed again, or give a new path")
-    return kept.vectors[chosen]
+        in_gallery &= np.array(rows["split"].to_pylist(), dtype=np.str_) == split
+    if not rows.filter(in_gallery).equals(images.select(role="gallery").table):
+        raise UserError(f"{path}: these embeddings are of another gallery. Embed it again, or pass a new path.")
+    return stored.vectors[in_gallery]
 
 
 @contextmanager
-def _counting(forward: Forward, name: str, total: int) -> Iterator[Forward]:
-    """The same function, shown as a bar of the images that went through it."""
+def _with_progress(forward: Forward, name: str, total: int) -> Iterator[Forward]:
+    """Show a progress bar of the images that a function embeds."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"  {name}: embedding", total=total)

@@ -1,4 +1,4 @@
-"""A model in a process of its own: how long the first embedding takes, and the memory of that model alone.
+"""Cold start of a model in a new process: time to the first embedding, and the memory of that model alone.
 
 ``python -m benchmarks.latency.cold_start ARTIFACT BACKEND THREADS`` is the child; it prints one line of JSON.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,52 @@ _ROOT = Path(__file__).parents[2]
 _STATUS = Path("/proc/self/status")
 
 
-def measure_cold_starts(model: Model, threads: int, times: int) -> dict[str, Any]:
-    """Start a model so many times in processes of their own; None for everything where that is 0.
+@dataclass(frozen=True)
+class ColdStart:
+    """Costs of starting a model. Unmeasured values are None.
 
-    Files are in the system's cache, since the model was read before: that of a cold disk comes on top.
-
-    Returns:
-        medians of ``cold_start_ms`` (from the start of Python to the first embedding), ``load_ms`` (artifact to a
-        model that is ready, with the imports of its runtime) and ``first_call_ms`` (one image); the largest
-        ``peak_memory_bytes`` (resident, from start to that embedding) and ``gpu_memory_bytes`` (what the GPUs hold
-        more than before; another process that allocates meanwhile is counted in).
+    Attributes:
+        cold_start_ms: Milliseconds from the start of Python to the first embedding.
+        load_ms: Milliseconds from the artifact to a ready model, with the imports of its runtime.
+        first_call_ms: Milliseconds of the first call, on one image.
+        peak_memory_bytes: Largest resident memory until the first embedding.
+        gpu_memory_bytes: Increase of the memory in use on the GPUs; includes other processes that allocate meanwhile.
     """
-    seen = [start_once(model, threads) for _ in range(times)]
-    taken = {key: _of(statistics.median, seen, key) for key in ("cold_start_ms", "load_ms", "first_call_ms")}
-    return {**taken, **{key: _of(max, seen, key) for key in ("peak_memory_bytes", "gpu_memory_bytes")}}
+
+    cold_start_ms: float | None = None
+    load_ms: float | None = None
+    first_call_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    gpu_memory_bytes: float | None = None
 
 
-def start_once(model: Model, threads: int) -> dict[str, float | None]:
-    """One start; the keys of :func:`measure_cold_starts`.
+def measure_cold_starts(model: Model, threads: int, starts: int) -> ColdStart:
+    """Return the median times and the largest memory of several starts, each in a new process.
+
+    Files are in the system's cache, because the model was read before. A cold disk takes longer.
+    """
+    measured = [start_once(model, threads) for _ in range(starts)]
+
+    def reduce(function: Any, name: str) -> Any:
+        values = [getattr(start, name) for start in measured if getattr(start, name) is not None]
+        return function(values) if values else None
+
+    times = {name: reduce(statistics.median, name) for name in ("cold_start_ms", "load_ms", "first_call_ms")}
+    return ColdStart(**times, **{name: reduce(max, name) for name in ("peak_memory_bytes", "gpu_memory_bytes")})
+
+
+def start_once(model: Model, threads: int) -> ColdStart:
+    """Measure one start.
 
     Raises:
-        UserError: the child fails.
+        UserError: The child fails.
     """
     has_gpu = bool(read_gpus()[0])
-    before = gpu_memory_used() if has_gpu else None
+    memory_before = gpu_memory_used() if has_gpu else None
     path = str(model.artifact.path.resolve())
     command = [sys.executable, "-m", "benchmarks.latency.cold_start", path, model.backend, str(threads)]
-    begun = time.perf_counter()
-    # The child waits for its input to end, so that its memory on the GPU can be seen.
+    start = time.perf_counter()
+    # The child waits for its input to end, so that its memory on the GPU can be read.
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -58,27 +77,31 @@ def start_once(model: Model, threads: int) -> dict[str, float | None]:
     ):
         assert child.stdout is not None
         line = child.stdout.readline()
-        cold = 1000 * (time.perf_counter() - begun)
-        after = gpu_memory_used() if has_gpu else None
+        cold_start_ms = 1000 * (time.perf_counter() - start)
+        memory_after = gpu_memory_used() if has_gpu else None
         child.communicate()
         errors.seek(0)
-        last = last_words(errors.read())
+        reason = last_error_line(errors.read())
     if child.returncode or not line.strip():
-        raise UserError(f"{model.name}: fails in a process of its own ({last}): free some memory, or give --starts 0")
-    held = None if before is None or after is None else float(max(0, after - before))
-    return {"cold_start_ms": cold, **json.loads(line), "gpu_memory_bytes": held}
+        raise UserError(
+            f"{model.name}: starting it in a new process failed ({reason}). Free some memory or pass --starts 0."
+        )
+    gpu_memory = None
+    if memory_before is not None and memory_after is not None:
+        gpu_memory = float(max(0, memory_after - memory_before))
+    return ColdStart(cold_start_ms, gpu_memory_bytes=gpu_memory, **json.loads(line))
 
 
-def last_words(errors: str) -> str:
-    """Why a process failed, of all that it printed: what is said on the way is indented, as most of a traceback is."""
+def last_error_line(errors: str) -> str:
+    """Return the error in a process's output; progress lines and most of a traceback are indented."""
     lines = [line for line in errors.splitlines() if line.strip() and not line.startswith(" ")]
     return lines[-1] if lines else "no reason given"
 
 
-def peak_memory(status: str) -> int | None:
-    """Bytes of ``VmHWM`` in the text of ``/proc/self/status``.
+def parse_peak_memory(status: str) -> int | None:
+    """Return the bytes of ``VmHWM`` in the text of ``/proc/self/status``.
 
-    Not ``getrusage``: its maximum is inherited from the process that started this one.
+    ``getrusage`` would not do: its maximum is inherited from the parent process.
     """
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
@@ -87,22 +110,17 @@ def peak_memory(status: str) -> int | None:
 
 
 def main(path: str, backend: str, threads: str) -> None:
-    """Load and run one model once, print what it took, and wait for the end of the input."""
-    begun = time.perf_counter()
+    """Load and run one model once, print its costs, and wait for the end of the input."""
+    start = time.perf_counter()
     (model,) = models_of(path, [backend])
     forward = model.open(int(threads))
     loaded = time.perf_counter()
     forward(model.random_input(1))
-    done = time.perf_counter()
-    memory = peak_memory(_STATUS.read_text(encoding="ascii")) if _STATUS.is_file() else None
-    taken = {"load_ms": 1000 * (loaded - begun), "first_call_ms": 1000 * (done - loaded)}
-    print(json.dumps({**taken, "peak_memory_bytes": memory}), flush=True)
+    end = time.perf_counter()
+    memory = parse_peak_memory(_STATUS.read_text(encoding="ascii")) if _STATUS.is_file() else None
+    times = {"load_ms": 1000 * (loaded - start), "first_call_ms": 1000 * (end - loaded)}
+    print(json.dumps({**times, "peak_memory_bytes": memory}), flush=True)
     sys.stdin.read()
-
-
-def _of(choose: Any, seen: list[dict[str, float | None]], key: str) -> float | None:
-    values = [one[key] for one in seen if one[key] is not None]
-    return choose(values) if values else None
 
 
 if __name__ == "__main__":

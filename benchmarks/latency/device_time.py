@@ -1,4 +1,4 @@
-"""Milliseconds on the GPU itself: CUDA graphs between CUDA events, without copies and without the host."""
+"""Milliseconds on the GPU alone: CUDA graphs between CUDA events, without copies and without the host."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vpr.inference.timing import summarise
 _WARMUP, _REPLAYS = 5, 100
 
 
-def device_times(model: Model, batches: Sequence[int]) -> dict[str, dict[str, float]] | None:
-    """p50, p90, p99 and max by batch, where the backend offers it (``torch-cuda``), else None.
+def measure_device_times(model: Model, batches: Sequence[int]) -> dict[str, dict[str, float]] | None:
+    """Return p50, p90, p99 and max by batch for ``torch-cuda``, None for other backends.
 
-    ``latency_ms`` beside it goes from host array to host array; engines replay CUDA graphs there too.
+    ``latency_ms`` in the same row is measured from host array to host array; engines replay CUDA graphs there too.
     """
     if model.backend != "torch-cuda":
         return None
@@ -31,7 +31,7 @@ def _replay(module: Any, model: Model, batch: int) -> Any:
 
     pixels = torch.from_numpy(model.random_input(batch)).cuda()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.inference_mode():
         # Libraries choose their kernels at first use, which cannot be captured.
         with torch.cuda.stream(stream):
@@ -42,9 +42,9 @@ def _replay(module: Any, model: Model, batch: int) -> Any:
             module(pixels)
     times = []
     for _ in range(_REPLAYS):
-        begun.record()
+        start.record()
         graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(begun.elapsed_time(ended))
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
     return np.array(times)

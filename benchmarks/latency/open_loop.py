@@ -1,8 +1,8 @@
-"""Requests that come when they come: latencies at a given rate of arrivals, from the times they were due.
+"""Open-loop load: latencies at a given rate of arrivals, measured from the times when requests were due.
 
-A closed loop sends the next request when the last one is answered, so a stall delays one request and the others are
-simply never sent ("coordinated omission", Tene, "How NOT to Measure Latency", 2013). Here every request has its
-time beforehand, and all that come due during a stall wait, and are seen to wait.
+A closed loop sends the next request after the last answer, so a stall delays one request and the requests that would
+have come meanwhile are never sent ("coordinated omission", Tene, "How NOT to Measure Latency", 2013). Here every
+request has a scheduled time, so a stall counts for every request that becomes due during it.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.report.schema import OpenLoop
 from vpr.common.errors import UserError
 from vpr.inference.timing import measure_rounds, summarise
 
 Arrivals = Literal["poisson", "fixed"]
-# Of what a model answers one after another; at 100 % the queue would grow without end.
-SHARE = 0.8
-_SPIN = 0.001
+# Default rate as a share of the closed-loop rate; at 100 % the queue would grow without end.
+CAPACITY_SHARE = 0.8
+_SPIN_SECONDS = 0.001
 _WARMUP = 3
 
 
 @dataclass(frozen=True)
 class Load:
-    """How requests come.
+    """Arrival process of requests.
 
     Attributes:
-        arrivals: ``fixed`` are evenly spaced, ``poisson`` have exponential gaps, as independent users make them.
-        rate: requests per second, on average; 0 is 80 % of what is answered one after another.
-        seed: of the gaps.
+        arrivals: ``fixed`` arrivals are evenly spaced; ``poisson`` has exponential gaps, like independent users.
+        rate: Mean number of requests per second; 0 is 80 % of the closed-loop rate.
+        seed: Seed of the gaps.
     """
 
     arrivals: Arrivals
@@ -41,49 +42,46 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Requests in the order of their times.
+class Answers:
+    """Answered requests in the order of their due times.
 
     Attributes:
-        latency: milliseconds from when each was due to its answer.
-        service: milliseconds that the call itself took.
-        seconds: from the first due time to the last answer.
+        latency: (requests,) float64, milliseconds from due time to answer.
+        service: (requests,) float64, milliseconds of the call alone.
+        seconds: Seconds from the first due time to the last answer.
     """
 
     latency: NDArray[np.float64]
     service: NDArray[np.float64]
     seconds: float
 
-    @property
-    def row(self) -> dict[str, Any]:
-        """p50, p90, p99, max and calls of the latency, p99 of the service alone, requests per second, busy share."""
+    def summary(self) -> dict[str, float]:
+        """Return the numbers of :class:`OpenLoop`.
+
+        There are no intervals of the quantiles: requests in the same queue are not independent.
+        """
         busy = float(self.service.sum()) / 1000 / self.seconds
-        alone = {"service_p99": float(np.percentile(self.service, 99)), "busy": busy}
-        return {**summarise(self.latency), **alone, "requests_per_s": len(self.latency) / self.seconds}
+        service = {"service_p99": float(np.percentile(self.service, 99)), "busy": busy}
+        return {**summarise(self.latency), **service, "requests_per_s": len(self.latency) / self.seconds}
 
 
-def answer_load(call: Callable[[], object], load: Load, seconds: float) -> dict[str, Any]:
-    """Answer requests for some seconds, at 80 % of the measured capacity where the load names no rate.
-
-    Returns:
-        ``arrivals``, ``rate`` and the numbers of :class:`Answered`. There are no intervals of the quantiles: requests
-        that queue behind each other are not independent.
-    """
-    load = replace(load, rate=load.rate or SHARE * capacity(call, seconds))
-    answered = answer(call, schedule(load, seconds))
-    return {"arrivals": load.arrivals, "rate": load.rate, **answered.row}
+def measure_under_load(call: Callable[[], object], load: Load, seconds: float) -> OpenLoop:
+    """Answer requests for some seconds, by default at 80 % of the measured capacity."""
+    load = replace(load, rate=load.rate or CAPACITY_SHARE * measure_capacity(call, seconds))
+    answers = answer_requests(call, schedule_requests(load, seconds))
+    return OpenLoop(arrivals=load.arrivals, rate=load.rate, **answers.summary())
 
 
-def capacity(call: Callable[[], object], seconds: float) -> float:
-    """Calls per second, one after another."""
-    (timed,) = measure_rounds({"": call}, seconds).values()
-    return 1000 / float(timed.milliseconds.mean())
+def measure_capacity(call: Callable[[], object], seconds: float) -> float:
+    """Return the calls per second in a closed loop."""
+    (measurement,) = measure_rounds({"": call}, seconds).values()
+    return 1000 / float(measurement.milliseconds.mean())
 
 
-def schedule(load: Load, seconds: float) -> NDArray[np.float64]:
-    """Seconds at which requests are due, ascending, the first at 0; at least one."""
+def schedule_requests(load: Load, seconds: float) -> NDArray[np.float64]:
+    """Return the seconds at which requests are due: at least one, ascending, the first at 0."""
     if load.rate <= 0:
-        raise UserError(f"rate: {load.rate}: give requests per second above 0")
+        raise UserError(f"rate: expected more than 0 requests per second, got {load.rate}. Change --rate.")
     count = max(1, round(load.rate * seconds))
     if load.arrivals == "fixed":
         return np.arange(count) / load.rate
@@ -92,38 +90,38 @@ def schedule(load: Load, seconds: float) -> NDArray[np.float64]:
 
 
 def wait_until(due: float) -> None:
-    """Sleep until a millisecond before ``time.perf_counter()`` is there, and spin the rest: sleep wakes up late."""
-    left = due - time.perf_counter()
-    if left > _SPIN:
-        time.sleep(left - _SPIN)
+    """Wait until ``time.perf_counter()`` reaches a time; spin in the last millisecond, because sleep wakes up late."""
+    remaining = due - time.perf_counter()
+    if remaining > _SPIN_SECONDS:
+        time.sleep(remaining - _SPIN_SECONDS)
     while time.perf_counter() < due:
         pass
 
 
-def answer(
+def answer_requests(
     call: Callable[[], object],
     due: NDArray[np.float64],
     clock: Callable[[], float] = time.perf_counter,
     wait: Callable[[float], None] = wait_until,
-) -> Answered:
-    """Answer requests one at a time, in order, each as soon as it is due and the one before it is answered.
+) -> Answers:
+    """Answer requests one at a time, in order, each when it is due and the previous one is answered.
 
     Args:
-        call: answers one request.
-        due: of :func:`schedule`.
-        clock: seconds, monotonic.
-        wait: returns when the clock is at the given time.
+        call: Answers one request.
+        due: Seconds from :func:`schedule_requests`.
+        clock: Monotonic clock in seconds.
+        wait: Function that returns when the clock reaches a time.
     """
     for _ in range(_WARMUP):
         call()
-    started = clock()
+    first_due = clock()
     latency, service = [], []
-    for moment in due:
-        if clock() < started + moment:
-            wait(started + moment)
-        begun = clock()
+    for offset in due:
+        if clock() < first_due + offset:
+            wait(first_due + offset)
+        start = clock()
         call()
-        ended = clock()
-        latency.append(1000 * (ended - started - moment))
-        service.append(1000 * (ended - begun))
-    return Answered(np.array(latency), np.array(service), clock() - started)
+        end = clock()
+        latency.append(1000 * (end - first_due - offset))
+        service.append(1000 * (end - start))
+    return Answers(np.array(latency), np.array(service), clock() - first_due)

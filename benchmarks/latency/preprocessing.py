@@ -1,4 +1,4 @@
-"""Real images from file to model input, one per call: what decoding and resizing cost beside the model."""
+"""Real images from file to model input, one per call, to time decoding and resizing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vpr.imaging.preprocess import Preprocess
 _IMAGES = 64
 
 
-def image_source(catalog: Catalog, preprocess: Preprocess) -> Callable[[], NDArray[np.float32]]:
-    """A call that gives the next of 64 images, decoded, resized and normalised: (1, 3, size, size) float32.
+def make_image_reader(catalog: Catalog, preprocess: Preprocess) -> Callable[[], NDArray[np.float32]]:
+    """Return a function that reads the next of 64 images: (1, 3, size, size) float32, normalised.
 
-    They are spread over the catalogue, and come again after the last; their files are in the system's cache then.
+    The images are spread over the catalogue and repeat after the last one; from then on the system caches their files.
     """
     if not len(catalog):
-        raise UserError("catalog: has no images: give another catalogue, or none")
+        raise UserError("catalog: the catalogue has no images. Pass another catalogue, or none.")
     rows = cycle(np.linspace(0, len(catalog) - 1, min(_IMAGES, len(catalog))).astype(int).tolist())
 
     def read() -> NDArray[np.float32]:

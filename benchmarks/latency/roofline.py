@@ -1,4 +1,4 @@
-"""The machine's own ceiling: what it multiplies and moves at best, and the milliseconds that a model needs at least."""
+"""Roofline of this machine: its best compute and memory rates, and the fewest milliseconds that a model needs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from vpr.common.hardware import lacks_vnni
 Dtype = Literal["fp32", "fp16", "int8"]
 _SIDES = (512, 1024, 2048)
 _REPEATS = 8
-_COPIED = 1 << 28  # bytes
-_FLOAT = 4
+_COPIED_BYTES = 1 << 28
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a machine does at best.
+    """Best measured rates of a machine.
 
     Attributes:
-        dtype: of the products.
-        threads: that computed them.
-        multiply_adds: per second, of the best of some square matrix products.
-        bytes: per second, read and written by a copy of 256 MiB.
+        dtype: Number format of the matrix products.
+        threads: Number of threads that computed them.
+        multiply_adds: Multiply-adds per second of the fastest of several square matrix products.
+        bytes: Bytes per second, read and written by a copy of 256 MiB.
     """
 
     dtype: Dtype
@@ -36,28 +36,34 @@ class Roofline:
     bytes: float
 
     def milliseconds(self, multiply_adds: float, size: float) -> float:
-        """The roofline (Williams, Waterman and Patterson, CACM 52(4), 2009): products and memory at best overlap.
+        """Return the roofline time (Williams, Waterman and Patterson, CACM 52(4), 2009): compute and memory overlap.
 
         Args:
-            multiply_adds: of the call.
-            size: bytes that must come from memory at least once.
+            multiply_adds: Multiply-adds of the call.
+            size: Bytes that must come from memory at least once.
         """
         return 1000 * max(multiply_adds / self.multiply_adds, size / self.bytes)
 
 
-def roofline_ms(ceiling: Roofline, model: Model, multiply_adds: int, batch: int) -> float:
-    """Milliseconds of a batch at the ceiling: its multiply-adds; weights, images and embeddings moved once.
+def roofline_ms(roofline: Roofline, model: Model, multiply_adds: int, batch: int) -> float:
+    """Return the milliseconds of a batch at the roofline.
 
-    What lies between the layers is taken to stay in the caches.
+    Weights, images and embeddings are moved once; activations are assumed to stay in the caches.
+
+    Args:
+        roofline: Rates of the machine.
+        model: The model and its backend.
+        multiply_adds: Multiply-adds of one image.
+        batch: Images per call.
     """
     entries, embedding = model.artifact.card.files.items(), model.artifact.card.embedding
     weights = sum(entry.size for name, entry in entries if name.startswith(("model.", "engine.")))
     moved = 3 * model.preprocess.size**2 + (embedding.dim if embedding else 0)
-    return ceiling.milliseconds(batch * multiply_adds, weights + batch * _FLOAT * moved)
+    return roofline.milliseconds(batch * multiply_adds, weights + batch * _FLOAT_BYTES * moved)
 
 
 def count_work(artifact: Artifact) -> int | None:
-    """Multiply-adds of one image, from the card, the graph or the network; None where none of them tells."""
+    """Return the multiply-adds of one image from the card, the graph or the network; None if they are unknown."""
     if artifact.card.kind == "engine" or "multiply_adds" in artifact.card.metrics:
         return artifact.card.metrics.get("multiply_adds")
     if artifact.card.kind == "onnx":
@@ -71,11 +77,11 @@ def count_work(artifact: Artifact) -> int | None:
     return count_multiply_adds(load_module(artifact), artifact.card.preprocess.size)
 
 
-def arithmetic(model: Model) -> tuple[Dtype, str] | None:
-    """In which numbers, and on which device, a model's products are computed; None where none can be measured.
+def compute_dtype(model: Model) -> tuple[Dtype, str] | None:
+    """Return the dtype and the device of a model's products; None where the roofline cannot be measured.
 
-    CPU runtimes compute FP16 graphs in FP32. PyTorch has no products of FP8 to measure, and for processors without VNNI
-    none of INT8 that come near the runtimes' own.
+    CPU runtimes compute FP16 graphs in FP32. PyTorch has no FP8 products to measure, and its INT8 products on
+    processors without VNNI are far slower than the runtimes' own.
     """
     on_cpu = model.backend in ("torch", "torch-compile", "onnxruntime-cpu", "openvino")
     if model.precision.startswith("fp8") or (model.precision.startswith("int8") and on_cpu and lacks_vnni()):
@@ -86,38 +92,38 @@ def arithmetic(model: Model) -> tuple[Dtype, str] | None:
 
 
 def measure_roofline(dtype: Dtype, device: str, threads: int) -> Roofline:
-    """Measure by PyTorch: the best of several square products, 8 times each, and of 8 copies."""
+    """Measure the rates with PyTorch: the fastest of 8 calls for each of several square products, and of 8 copies."""
     import torch
 
     torch.set_num_threads(threads)
-    rate = max(side**3 / _best(_product(dtype, device, side), device) for side in _SIDES)
-    source = torch.ones(_COPIED // _FLOAT, device=device)
+    rate = max(side**3 / _fastest(_product(dtype, device, side), device) for side in _SIDES)
+    source = torch.ones(_COPIED_BYTES // _FLOAT_BYTES, device=device)
     target = torch.empty_like(source)
-    return Roofline(dtype, threads, rate, 2 * _COPIED / _best(lambda: target.copy_(source), device))
+    return Roofline(dtype, threads, rate, 2 * _COPIED_BYTES / _fastest(lambda: target.copy_(source), device))
 
 
 def _product(dtype: Dtype, device: str, side: int) -> Callable[[], Any]:
     import torch
 
-    # Random: a GPU multiplies zeros faster, at less power.
+    # Random values: a GPU multiplies zeros faster, at less power.
     left, right = (torch.randn(side, side, device=device) for _ in range(2))
     if dtype == "int8":
-        eight = [(32 * one).clamp(-127, 127).to(torch.int8) for one in (left, right)]
-        return lambda: torch._int_mm(eight[0], eight[1].t())  # the layout that CUDA takes
-    kind = torch.float16 if dtype == "fp16" else torch.float32
-    left, right = left.to(kind), right.to(kind)
+        left, right = ((32 * matrix).clamp(-127, 127).to(torch.int8) for matrix in (left, right))
+        return lambda: torch._int_mm(left, right.t())  # CUDA takes no other layout
+    float_type = torch.float16 if dtype == "fp16" else torch.float32
+    left, right = left.to(float_type), right.to(float_type)
     return lambda: left @ right
 
 
-def _best(call: Callable[[], Any], device: str) -> float:
-    """Seconds of the fastest call after one to warm up: others only show what disturbed them."""
+def _fastest(call: Callable[[], Any], device: str) -> float:
+    """Return the seconds of the fastest call after a warm-up; slower calls only measure disturbances."""
     import torch
 
     seconds = []
     for _ in range(_REPEATS + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

@@ -1,4 +1,4 @@
-"""What needs no training: the floor that every recall is read against."""
+"""Baselines without training: the floor that recalls are compared with."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from vpr.retrieval.embeddings import l2_normalize
 
 _BINS = 8
 _BLOCK = 256
-_PLAIN = Preprocess(size=64)
+_PREPROCESS = Preprocess(size=64)
 
 
 def raw_pixels(catalog: Catalog) -> NDArray[np.float32]:
-    """Images squashed to 64x64 RGB, compared by cosine: (n, 12288) float32, L2-normalised."""
+    """Return images squashed to 64x64 RGB: (n, 12288) float32, L2-normalised."""
     blocks = [pixels.reshape(len(pixels), -1).astype(np.float32) for pixels in _blocks(catalog)]
     return l2_normalize(np.concatenate(blocks) + np.float32(1e-6))
 
 
 def colour_histogram(catalog: Catalog) -> NDArray[np.float32]:
-    """Square roots of 8x8x8 RGB histograms (cosine = Bhattacharyya coefficient): (n, 512) float32, L2-normalised."""
+    """Return square roots of 8x8x8 RGB histograms: (n, 512) float32, L2-normalised.
+
+    Their cosine is the Bhattacharyya coefficient.
+    """
     return l2_normalize(np.concatenate([np.stack([histogram(p) for p in pixels]) for pixels in _blocks(catalog)]))
 
 
 def histogram(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(3, height, width) uint8 to (512,) float32, square roots of the counts."""
+    """Return square roots of the colour counts: (3, height, width) uint8 to (512,) float32."""
     red, green, blue = (pixels // (256 // _BINS)).reshape(3, -1).astype(np.int64)
     counts = np.bincount((red * _BINS + green) * _BINS + blue, minlength=_BINS**3)
     return np.sqrt(counts).astype(np.float32)
@@ -35,4 +38,4 @@ def histogram(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _blocks(catalog: Catalog) -> list[NDArray[np.uint8]]:
     starts = range(0, len(catalog), _BLOCK)
-    return [read_pixels(catalog, _PLAIN, range(s, min(s + _BLOCK, len(catalog)))) for s in starts]
+    return [read_pixels(catalog, _PREPROCESS, range(s, min(s + _BLOCK, len(catalog)))) for s in starts]

@@ -1,12 +1,11 @@
-"""Other ways to look at the same embeddings: by category, after re-ranking, against the teacher's gallery."""
+"""More scores of the same embeddings: by category, after re-ranking, and in the teacher's gallery."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.report.schema import Category, Retrieval
 from vpr.data.catalog import Catalog
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval, evaluate, evaluate_similarities
@@ -15,44 +14,44 @@ from vpr.retrieval.rerank import similarities, transform
 Vectors = NDArray[np.float32]
 
 
-def metrics_dict(scores: RetrievalScores) -> dict[str, Any]:
-    """Scores as fields of ``report.json``."""
-    names = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "map_at_1000")
-    return {**{name: getattr(scores, name) for name in names}, "ci95": list(scores.ci95)}
+def score_categories(part: Catalog, hits: NDArray[np.bool_], seed: int) -> dict[str, Category] | None:
+    """Return recall@1 of each category, categories with most queries first; None without categories.
 
-
-def by_category(part: Catalog, hits: NDArray[np.bool_], seed: int) -> dict[str, Any] | None:
-    """Recall@1 of the queries of each category, those with most queries first; None without categories."""
+    Args:
+        part: Scored split.
+        hits: (queries,) bool, whether the first result is right.
+        seed: Seed of the bootstrap.
+    """
     categories = part.categories[part.roles == "query"]
     names, counts = np.unique(categories[categories != ""], return_counts=True)
     if not len(names):
         return None
-    found = {}
+    scores = {}
     for name in names[np.argsort(-counts, kind="stable")]:
-        own = hits[categories == name]
-        found[str(name)] = {
-            "queries": len(own),
-            "recall_at_1": float(own.mean()),
-            "ci95": list(bootstrap_interval(own, seed)),
-        }
-    return found
+        in_category = hits[categories == name]
+        scores[str(name)] = Category(
+            queries=len(in_category),
+            recall_at_1=float(in_category.mean()),
+            ci95=bootstrap_interval(in_category, seed),
+        )
+    return scores
 
 
-def reranked(part: Catalog, vectors: Vectors, steps: RerankConfig, seed: int) -> dict[str, Any] | None:
-    """Scores after the steps of :mod:`vpr.retrieval.rerank`; None if there are none."""
+def score_reranked(part: Catalog, vectors: Vectors, steps: RerankConfig, seed: int) -> Retrieval | None:
+    """Return the scores after the steps of :mod:`vpr.retrieval.rerank`; None without steps."""
     if steps == RerankConfig():
         return None
     query, gallery = part.roles == "query", part.roles == "gallery"
     products = part.products[query], part.products[gallery]
     if steps.k_reciprocal:
         scores = similarities(vectors[query], vectors[gallery], steps)
-        return metrics_dict(evaluate_similarities(scores, *products, seed))
-    asked, shown = transform(vectors[query], vectors[gallery], steps)
-    return metrics_dict(evaluate(asked, products[0], shown, products[1], seed))
+        return _to_retrieval(evaluate_similarities(scores, *products, seed))
+    query_rows, gallery_rows = transform(vectors[query], vectors[gallery], steps)
+    return _to_retrieval(evaluate(query_rows, products[0], gallery_rows, products[1], seed))
 
 
-def asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: int) -> dict[str, Any] | None:
-    """Scores of a model's queries in the teacher's gallery; None where the dimensions differ.
+def score_asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: int) -> Retrieval | None:
+    """Return the scores of a model's queries in the teacher's gallery; None where the dimensions differ.
 
     A gallery embedded once by the teacher then serves queries of the student (Budnik and Avrithis, "Asymmetric
     metric learning for knowledge transfer", CVPR 2021).
@@ -60,5 +59,9 @@ def asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: int) -> 
     if vectors.shape[1] != teacher.shape[1]:
         return None
     query, gallery = part.roles == "query", part.roles == "gallery"
-    found = evaluate(vectors[query], part.products[query], teacher[gallery], part.products[gallery], seed)
-    return metrics_dict(found)
+    scores = evaluate(vectors[query], part.products[query], teacher[gallery], part.products[gallery], seed)
+    return _to_retrieval(scores)
+
+
+def _to_retrieval(scores: RetrievalScores) -> Retrieval:
+    return Retrieval(**{name: getattr(scores, name) for name in Retrieval.model_fields})

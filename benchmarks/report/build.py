@@ -1,21 +1,33 @@
-"""``vpr bench report``: what each model keeps and what it costs, as JSON, Markdown and one HTML page."""
+"""``vpr bench report``: recall and costs of every model, as JSON, Markdown and one HTML page."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
-from benchmarks.recall.measure import Scored, add_note, parents_of, score_models
+from benchmarks.recall.measure import ScoredModel, load_models, score_models
 from benchmarks.recall.paired_bootstrap import write_changed
-from benchmarks.report.examples import changed_sheet, query_sheet
-from benchmarks.report.schema import SCHEMA, check, json_schema
+from benchmarks.report.examples import draw_changed_examples, draw_examples
+from benchmarks.report.schema import (
+    SCHEMA,
+    Calibration,
+    Environment,
+    LayerDecision,
+    Report,
+    ScoredCatalog,
+    TensorRange,
+    Timing,
+    json_schema,
+    parse_report,
+)
 from export.backends.registry import default_threads
 from vpr.artifacts.store import (
+    Artifact,
     config_to_json,
     find_up_to_date,
     load_artifact,
@@ -32,94 +44,91 @@ log = get_logger(__name__)
 def build_report(config: ReportConfig) -> Path:
     """Measure recall, then latency, and write an artifact of kind ``report``.
 
-    It holds ``report.json`` with its schema, ``report.md``, ``report.html``, and ``changed.csv``: the queries whose
-    first result is another than the FP32 student's.
+    The artifact has ``report.json`` and its schema, ``report.md``, ``report.html``, and ``changed.csv``: the queries
+    whose first result differs from the FP32 student's.
     """
     catalog = load_catalog(config.catalog)
-    parents = parents_of(config.models, catalog)
-    parents += [load_artifact(path, "ranges").as_parent("ranges") for path in config.ranges]
+    models = load_models(config.models)
+    ranges = [load_artifact(path, "ranges") for path in config.ranges]
+    parents = [model.as_parent("model") for model in models] + catalog.as_parents()
+    parents += [artifact.as_parent("ranges") for artifact in ranges]
     if find_up_to_date(config.output, "report", config_to_json(config), parents, "report.json"):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
-    measured, changed = _measure(config, catalog)
-    check(measured, "report.json")
-    from benchmarks.report.render import draw_html, draw_markdown  # matplotlib is loaded after the timing
+    scored = score_models(catalog.select(split=config.split), models, config.seed, config.rerank)
+    threads = config.threads or default_threads()
+    add_timings(scored, time_models(models, config.batches, config.seconds, threads))
+    values = assemble_report(config, catalog, scored, models, ranges).to_json()
+    report = parse_report(values, "report.json")
+    from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
 
     with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         draft.catalog = catalog.summary()
-        (draft.path / "report.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+        (draft.path / "report.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
-        (draft.path / "report.md").write_text(draw_markdown(measured), encoding="utf-8")
-        (draft.path / "report.html").write_text(draw_html(measured), encoding="utf-8")
-        write_changed(draft.path / "changed.csv", changed)
-    log.info(f"{config.output}: report of {len(measured['rows'])} rows")
+        (draft.path / "report.md").write_text(draw_markdown(report), encoding="utf-8")
+        (draft.path / "report.html").write_text(draw_html(report), encoding="utf-8")
+        write_changed(draft.path / "changed.csv", [query for model in scored for query in model.changed])
+    log.info(f"{config.output}: report of {len(report.rows)} rows")
     return Path(config.output)
 
 
-def _measure(config: ReportConfig, catalog: Catalog) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """``report.json``, and the lines of ``changed.csv``."""
+def add_timings(scored: list[ScoredModel], timings: dict[str, Timing]) -> None:
+    """Fill in the costs of every row."""
+    for scores in scored:
+        if scores.model is None:
+            scores.row.notes = "needs no model; not timed"
+        else:
+            scores.row.add_timing(timings[scores.model.name])
+
+
+def assemble_report(
+    config: ReportConfig,
+    catalog: Catalog,
+    scored: list[ScoredModel],
+    models: Sequence[Artifact],
+    ranges: Sequence[Artifact],
+) -> Report:
+    """Return the rows with the examples, calibrations and layer decisions around them."""
     part = catalog.select(split=config.split)
-    scored = score_models(part, config.models, config.seed, config.rerank)
-    threads = config.threads or default_threads()
-    _add_latency(scored, time_models(config.models, config.batches, config.seconds, threads))
-    measured = {
-        "schema": SCHEMA,
-        "environment": environment(),
-        "catalog": {**catalog.summary(), "split": config.split},
-        "threads": threads,
-        "drop": config.drop,
-        "command": command(config),
-        "rerank": asdict(config.rerank),
-        "rows": [one.row for one in scored],
-        "sheet": query_sheet(part, scored, config.sheet_queries, config.seed),
-        "changed_sheet": changed_sheet(part, scored, config.sheet_queries // 2, config.seed),
-        "calibrations": [read_calibration(path) for path in config.ranges],
-        "decisions": read_decisions(config.models),
-    }
-    return measured, [line for one in scored for line in one.changed]
+    return Report(
+        schema=SCHEMA,
+        environment=Environment(**environment()),
+        catalog=ScoredCatalog(**catalog.summary(), split=config.split),
+        threads=config.threads or default_threads(),
+        drop=config.drop,
+        command=format_command(config),
+        rerank=asdict(config.rerank),
+        rows=[scores.row for scores in scored],
+        sheet=draw_examples(part, scored, config.sheet_queries, config.seed),
+        changed_sheet=draw_changed_examples(part, scored, config.sheet_queries // 2, config.seed),
+        calibrations=[read_calibration(artifact) for artifact in ranges],
+        decisions=[read_decision(model) for model in models if "decision.json" in model.card.files],
+    )
 
 
-def command(config: ReportConfig) -> str:
-    """The command line that makes this report again."""
+def format_command(config: ReportConfig) -> str:
+    """Return the command line that repeats this report."""
     words = ["vpr", "bench", "report"]
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if value != one.default:
-            text = value if isinstance(value, str) else json.dumps(asdict(value) if one.name == "rerank" else value)
-            words += [f"--{one.name}", shlex.quote(text)]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            text = value if isinstance(value, str) else json.dumps(asdict(value) if field.name == "rerank" else value)
+            words += [f"--{field.name}", shlex.quote(text)]
     return " ".join(words)
 
 
-def read_calibration(path: str) -> dict[str, Any]:
-    """The ranges of an artifact: for each tensor the thresholds of every method and the largest magnitude seen."""
-    artifact = load_artifact(path, "ranges")
+def read_calibration(artifact: Artifact) -> Calibration:
+    """Read the ranges of a ``ranges`` artifact."""
     with reraise_as_artifact_error(artifact):
         ranges = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
         keys = ("threshold", "method", "thresholds", "largest")
-        tensors = [{"name": name, **{key: one[key] for key in keys}} for name, one in ranges.items()]
-    return {"name": artifact.card.name, "tensors": tensors}
+        tensors = [TensorRange(name=name, **{key: entry[key] for key in keys}) for name, entry in ranges.items()]
+    return Calibration(name=artifact.card.name, tensors=tensors)
 
 
-def read_decisions(models: tuple[str, ...]) -> list[dict[str, Any]]:
-    """``decision.json`` of those models that were made within a budget of recall."""
-    found = []
-    for artifact in map(load_artifact, models):
-        if "decision.json" in artifact.card.files:
-            with reraise_as_artifact_error(artifact):
-                decision = json.loads(artifact.file("decision.json").read_text(encoding="utf-8"))
-            found.append({"name": artifact.card.name, **decision})
-    return found
-
-
-def _add_latency(scored: list[Scored], timed: dict[str, dict[str, Any]]) -> None:
-    for one in scored:
-        if one.model is None:
-            one.row["notes"] = "needs no model; not timed"
-            continue
-        found = dict(timed[one.model.name])
-        note = found.pop("notes", "")
-        one.row.update(found)
-        if note and note not in one.row["notes"]:
-            add_note(one.row, note)
-        if one.row["latency_ms"] and one.row["peak_memory_bytes"] is None:
-            add_note(one.row, "peak memory: not measured")
+def read_decision(artifact: Artifact) -> LayerDecision:
+    """Read the ``decision.json`` of a graph that was made within a recall budget."""
+    with reraise_as_artifact_error(artifact):
+        decision = json.loads(artifact.file("decision.json").read_text(encoding="utf-8"))
+        return LayerDecision(name=artifact.card.name, **decision)

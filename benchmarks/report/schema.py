@@ -1,6 +1,6 @@
-"""The form of ``report.json``: what is written is checked by it, what is read too, and its JSON schema lies beside it.
+"""Schema of ``report.json``: the one definition of a report and its rows, for writing, checking and reading.
 
-Keys that are not named here are kept: a later version may measure more.
+Unknown keys are kept: a later version may measure more.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 
 SCHEMA = 1
+LEAK_NOTE = "trained with a leak allowed"
+Stage = Literal["baseline", "teacher", "student", "onnx", "engine"]
 Share = Annotated[float, Field(ge=0, le=1)] | None
-Interval = tuple[float, float] | None
+Interval = tuple[float, float]
 Batch = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values: the keys that were set."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class Latency(_Part):
@@ -31,8 +37,56 @@ class Latency(_Part):
     p50: float = Field(gt=0)
     p90: float = Field(gt=0)
     p99: float = Field(gt=0)
-    ci95: dict[str, tuple[float | None, float | None]] = Field({}, description="of the quantiles, by name")
-    unstable: str | None = Field(None, description="why these are not to be relied on")
+    max: float | None = None
+    calls: float | None = Field(None, description="number of timed calls")
+    ci95: dict[str, tuple[float | None, float | None]] = Field({}, description="95 % interval of each quantile")
+    unstable: str | None = Field(None, description="reason not to rely on these latencies")
+
+
+class OpenLoop(_Part):
+    """Milliseconds from the due time of a request to its answer, at a given rate of arrivals."""
+
+    arrivals: str
+    rate: float = Field(description="requests per second that were due")
+    p50: float
+    p90: float
+    p99: float
+    max: float
+    calls: float
+    service_p99: float = Field(description="p99 of the call alone")
+    busy: float = Field(description="share of the time spent in calls")
+    requests_per_s: float = Field(description="requests per second that were answered")
+
+
+class Ceiling(_Part):
+    """Roofline that a model's latency is compared with."""
+
+    dtype: str
+    threads: int
+    multiply_adds: float = Field(description="multiply-adds per second")
+    bytes: float = Field(description="bytes per second")
+    model_multiply_adds: int = Field(description="multiply-adds of one image")
+
+
+class Timing(_Part):
+    """Costs of one model on one backend: an entry of ``latency.json``. Unmeasured values are null."""
+
+    cold_start_ms: float | None = None
+    load_ms: float | None = None
+    first_call_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    gpu_memory_bytes: float | None = None
+    threads: int | None = None
+    cpus: list[int] | None = None
+    latency_ms: dict[Batch, Latency] | None = None
+    throughput: dict[Batch, float] | None = None
+    device_ms: dict[Batch, dict[str, float]] | None = None
+    ceiling: Ceiling | None = None
+    of_ceiling: dict[Batch, float] | None = None
+    preprocess_ms: Latency | None = None
+    with_preprocess_ms: Latency | None = None
+    open_loop: OpenLoop | None = None
+    notes: str = ""
 
 
 class Retrieval(_Part):
@@ -43,7 +97,7 @@ class Retrieval(_Part):
     recall_at_10: float = Field(ge=0, le=1)
     map: float = Field(ge=0, le=1)
     map_at_1000: float = Field(ge=0, le=1)
-    ci95: tuple[float, float]
+    ci95: Interval
 
 
 class Category(_Part):
@@ -51,22 +105,22 @@ class Category(_Part):
 
     queries: int = Field(ge=1)
     recall_at_1: float = Field(ge=0, le=1)
-    ci95: tuple[float, float]
+    ci95: Interval
 
 
 class Changed(_Part):
-    """Queries with another first result than the FP32 student's, and how many of them that put right or wrong."""
+    """Number of queries whose first result differs from the FP32 student's, and the direction of the change."""
 
     queries: int = Field(ge=0)
-    right: int = Field(ge=0)
-    wrong: int = Field(ge=0)
+    right: int = Field(ge=0, description="queries that this model corrects")
+    wrong: int = Field(ge=0, description="queries that this model breaks")
 
 
 class Row(_Part):
-    """A model on a backend; what was not measured is null, with the reason in ``notes``."""
+    """A model on a backend. Unmeasured values are null, with the reason in ``notes``."""
 
     name: str
-    stage: Literal["baseline", "teacher", "student", "onnx", "engine"]
+    stage: Stage
     backend: str | None
     precision: str | None
     reference: bool = Field(description="whether this is the FP32 student that differences are taken to")
@@ -79,94 +133,208 @@ class Row(_Part):
     map_at_1000: Share
     queries: int | None
     gallery: int | None
-    ci95: Interval = Field(description="95 % bootstrap interval of recall_at_1 over the queries")
+    ci95: Interval | None = Field(description="95 % bootstrap interval of recall_at_1 over the queries")
     hits: str | None = Field(
-        pattern="^[01]+$", description="for each query, by image and box, whether its first result is right"
+        pattern="^[01]+$", description="one digit per query, by image and box: 1 if its first result is right"
     )
     by_category: dict[str, Category] | None
-    reranked: Retrieval | None = Field(description="after the report's rerank steps")
-    asymmetric: Retrieval | None = Field(description="this model's queries in the teacher's gallery")
+    reranked: Retrieval | None = Field(description="scores after the report's rerank steps")
+    asymmetric: Retrieval | None = Field(description="scores of this model's queries in the teacher's gallery")
     retention: float | None
     recall_drop: float | None = Field(description="recall@1 lost against the reference on the same queries")
-    recall_drop_ci95: Interval = Field(description="of the paired bootstrap")
+    recall_drop_ci95: Interval | None = Field(description="95 % interval of recall_drop, paired bootstrap")
     first_changed: Changed | None
     cosine_mean: float | None
     cosine_min: float | None
     top10_overlap: Share
-    latency_ms: dict[Batch, Latency] | None = Field(description="by images per call")
+    latency_ms: dict[Batch, Latency] | None = Field(description="latency by images per call")
     throughput: dict[Batch, float] | None = Field(description="images per second, by images per call")
     cold_start_ms: float | None
     peak_memory_bytes: int | None
     notes: str
 
+    @classmethod
+    def empty(cls, name: str, stage: str, backend: str | None, precision: str | None) -> Row:
+        """Return a row in which nothing has been measured."""
+        known = {"name": name, "stage": stage, "backend": backend, "precision": precision, "reference": False}
+        return cls.model_validate({**dict.fromkeys(cls.model_fields), **known, "notes": ""})
 
-class Catalog(_Part):
-    """What was scored: the checksum of the whole catalogue's rows, and which split of it."""
+    def add_note(self, note: str) -> None:
+        """Append a reason to ``notes``."""
+        self.notes = "; ".join(filter(None, (self.notes, note)))
+
+    def add_timing(self, timing: Timing) -> None:
+        """Copy the measured costs into the row, and the note unless the row has it already."""
+        for key in Timing.model_fields:
+            if key in timing.model_fields_set and key != "notes":
+                setattr(self, key, getattr(timing, key))
+        if timing.notes and timing.notes not in self.notes:
+            self.add_note(timing.notes)
+        if self.latency_ms and self.peak_memory_bytes is None:
+            self.add_note("peak memory: not measured")
+
+    @property
+    def title(self) -> str:
+        """Name of the model and its backend."""
+        return f"{self.name} on {self.backend}" if self.backend else self.name
+
+    def milliseconds(self, batch: str, quantile: Literal["p50", "p90", "p99"] = "p50") -> float | None:
+        """Return a quantile of the latency at a batch size, or None."""
+        latency = (self.latency_ms or {}).get(batch)
+        return None if latency is None else float(getattr(latency, quantile))
+
+    def milliseconds_ci95(self, batch: str) -> Interval | None:
+        """Return the 95 % interval of the p50 at a batch size; None without enough calls."""
+        latency = (self.latency_ms or {}).get(batch)
+        low, high = latency.ci95.get("p50", (None, None)) if latency else (None, None)
+        return None if low is None or high is None else (low, high)
+
+    @property
+    def instabilities(self) -> dict[str, str]:
+        """Reason not to rely on a latency, by batch size."""
+        return {batch: latency.unstable for batch, latency in (self.latency_ms or {}).items() if latency.unstable}
+
+
+class ScoredCatalog(_Part):
+    """Scored split, and the checksum of all rows of its catalogue."""
 
     sha256: str
     split: str
     sources: list[str]
-    products: dict[str, int] = Field(description="by split")
+    products: dict[str, int] = Field(description="number of products by split")
 
 
 class Environment(_Part):
-    """The machine and the versions of what ran on it."""
+    """Hardware and package versions of the machine."""
 
     cpu: dict[str, Any]
     gpus: list[dict[str, Any]]
 
 
+class Hit(_Part):
+    """Gallery image that a query found; ``image`` is a data URI."""
+
+    product: str
+    image: str
+    score: float
+    right: bool
+
+
+class ExampleQuery(_Part):
+    """Query image with the nearest gallery images of each model, by the model's heading."""
+
+    product: str
+    image: str
+    results: dict[str, list[Hit]]
+
+
+class ChangedExamples(_Part):
+    """Queries whose first result an INT8 model changed; ``changed`` counts all of them."""
+
+    model: str
+    changed: int
+    sheet: list[ExampleQuery]
+
+
+class TensorRange(_Part):
+    """Calibrated range of one tensor: the threshold of every method, and the largest magnitude seen."""
+
+    name: str
+    threshold: float
+    method: str
+    thresholds: dict[str, float]
+    largest: float
+
+
+class Calibration(_Part):
+    """Ranges of a ``ranges`` artifact."""
+
+    name: str
+    tensors: list[TensorRange]
+
+
+class LayerTrial(_Part):
+    """Set of quantised layers that was evaluated on the validation split."""
+
+    quantised: list[str]
+    cosine: float
+    drop: float
+    drop_interval: Interval
+
+
+class LayerDecision(_Part):
+    """``decision.json`` of a mixed-precision graph, with the name of its artifact."""
+
+    name: str
+    max_recall_drop: float
+    queries: int
+    drop: float
+    quantised: list[str]
+    layers: dict[str, str]
+    alone: list[LayerTrial]
+    trials: list[LayerTrial]
+
+
 class Report(_Part):
-    """The whole of ``report.json``."""
+    """All of ``report.json``."""
 
     version: int = Field(alias="schema", ge=1)
     environment: Environment
-    catalog: Catalog
+    catalog: ScoredCatalog
     threads: int = Field(ge=1)
     drop: float = Field(description="recall@1 that the recommended model may lose against the reference")
     command: str
     rerank: dict[str, Any]
     rows: list[Row]
-    sheet: list[dict[str, Any]]
-    changed_sheet: dict[str, Any] | None
-    calibrations: list[dict[str, Any]]
-    decisions: list[dict[str, Any]]
+    sheet: list[ExampleQuery]
+    changed_sheet: ChangedExamples | None
+    calibrations: list[Calibration]
+    decisions: list[LayerDecision]
+
+    @property
+    def reference(self) -> Row | None:
+        """Row of the FP32 student."""
+        return next((row for row in self.rows if row.reference), None)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of ``report.json``."""
+    """Return the JSON schema of ``report.json``."""
     return Report.model_json_schema(by_alias=True)
 
 
-def read_report(path: Path | str) -> dict[str, Any]:
-    """A report, by its file or the artifact that holds it, as JSON values.
+def read_report(path: Path | str) -> Report:
+    """Read a report from its file, or from the artifact that holds it.
 
     Raises:
-        UserError: no report, of a newer form, or not of the form.
+        UserError: The path has no report, or a report that does not match the schema or has a newer one.
     """
     file = Path(path)
     if (file / CARD_NAME).is_file():
         file = load_artifact(file, "report").file("report.json")
     if not file.is_file():
-        raise UserError(f"{path}: no report here: give a report.json, or the folder that 'vpr bench report' wrote")
+        raise UserError(f"{path}: found no report. Pass a report.json or an output folder of `vpr bench report`.")
     try:
         values = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        raise UserError(f"{file}: not JSON: make the report again") from None
+        raise UserError(f"{file}: the file is not JSON. Rerun `vpr bench report`.") from None
     version = values.get("schema") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
         raise UserError(
-            f"{file}: form {version}, this version reads up to {SCHEMA}: upgrade visual-product-recognition"
+            f"{file}: expected schema {SCHEMA} or older, got {version}. Upgrade visual-product-recognition."
         )
-    check(values, str(file))
-    return values
+    return parse_report(values, str(file))
 
 
-def check(values: Any, where: str) -> None:
-    """Refuse what is not of the form, naming the first key that is wrong."""
+def parse_report(values: Any, source: str) -> Report:
+    """Return JSON values as a report; raise :class:`UserError` that names the first invalid key.
+
+    Args:
+        values: Parsed JSON.
+        source: Name of the file for the error message.
+    """
     try:
-        Report.model_validate(values)
+        return Report.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "report"
-        raise UserError(f"{where}: key '{key}': {first['msg']}: make it again by 'vpr bench report'") from None
+        raise UserError(f"{source}: key '{key}' is invalid ({first['msg']}). Rerun `vpr bench report`.") from None

@@ -1,12 +1,13 @@
-"""The columns of the report's tables."""
+"""Columns of the report's tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks.report.recommendation import Row, batches, milliseconds, milliseconds_ci95, signed
+from benchmarks.report.recommendation import format_signed, timed_batches
+from benchmarks.report.schema import Interval, Row
 
 
 @dataclass(frozen=True)
@@ -14,115 +15,128 @@ class Column:
     """One column.
 
     Attributes:
-        heading: over it.
-        value: of a row: what is sorted by; None where there is none.
-        form: the value as text.
+        heading: Title of the column.
+        value: Value of a row, which the column is sorted by; None if it was not measured.
+        to_text: Text of a value.
         interval: 95 % interval that the text ends with, if any.
     """
 
     heading: str
     value: Callable[[Row], float | str | None]
-    form: Callable[[Any], str] = str
-    interval: Callable[[Row], list[float] | None] = lambda _: None
+    to_text: Callable[[Any], str] = str
+    interval: Callable[[Row], Interval | None] = lambda _: None
 
     def text(self, row: Row) -> str:
-        """The cell of a row."""
+        """Return the cell of a row."""
         value, ends = self.value(row), self.interval(row)
         if value is None:
             return "–"
-        return self.form(value) + ("" if ends is None else f" [{self.form(ends[0])}, {self.form(ends[1])}]")
+        return self.to_text(value) + ("" if ends is None else f" [{self.to_text(ends[0])}, {self.to_text(ends[1])}]")
 
 
-def main_columns(rows: list[Row]) -> list[Column]:
-    """What is decided on: recall, what is kept of it, latency and size."""
+def main_columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns of the decision: recall, its drop, latency and size."""
     return [
         *_names(),
-        Column("recall@1 [95 %]", _key("recall_at_1"), _fixed(3), _key("ci95")),
-        Column("drop to student [95 %]", _key("recall_drop"), signed, _key("recall_drop_ci95")),
-        Column("recall@5", _key("recall_at_5"), _fixed(3)),
-        Column("mAP@1000", _key("map_at_1000"), _fixed(3)),
-        Column("retention", _key("retention"), _fixed(2)),
-        Column("cosine to student", _key("cosine_mean"), _fixed(5)),
-        *[Column(f"ms, batch {batch}", _latency(batch, "p50"), _fixed(2), _spread(batch)) for batch in batches(rows)],
-        Column("MB", _millions("size_bytes"), _fixed(1)),
+        Column("recall@1 [95 %]", lambda row: row.recall_at_1, _fixed(3), lambda row: row.ci95),
+        Column("drop to student [95 %]", lambda row: row.recall_drop, format_signed, lambda row: row.recall_drop_ci95),
+        Column("recall@5", lambda row: row.recall_at_5, _fixed(3)),
+        Column("mAP@1000", lambda row: row.map_at_1000, _fixed(3)),
+        Column("retention", lambda row: row.retention, _fixed(2)),
+        Column("cosine to student", lambda row: row.cosine_mean, _fixed(5)),
+        *[_latency(f"ms, batch {batch}", batch, "p50") for batch in timed_batches(rows)],
+        Column("MB", lambda row: _millions(row.size_bytes), _fixed(1)),
     ]
 
 
-def detail_columns(rows: list[Row]) -> list[Column]:
-    """The rest of what was measured: other cuts, other ways to search, what changed, tails of the latency."""
+def detail_columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the other columns: more recall cuts, more ways to search, changed queries, latency tails."""
     return [
         *_names(),
-        Column("recall@10", _key("recall_at_10"), _fixed(3)),
-        Column("mAP", _key("map"), _fixed(3)),
-        Column("re-ranked recall@1", _nested("reranked", "recall_at_1"), _fixed(3)),
-        Column("re-ranked mAP", _nested("reranked", "map"), _fixed(3)),
-        Column("recall@1, teacher's gallery", _nested("asymmetric", "recall_at_1"), _fixed(3)),
-        Column("first result changed", _nested("first_changed", "queries")),
-        Column("put right", _nested("first_changed", "right")),
-        Column("put wrong", _nested("first_changed", "wrong")),
-        Column("top-10 overlap", _key("top10_overlap"), _fixed(3)),
-        Column("least cosine", _key("cosine_min"), _fixed(5)),
-        *[Column(f"p99 ms, batch {batch}", _latency(batch, "p99"), _fixed(2)) for batch in batches(rows)],
-        Column("cold start, ms", _key("cold_start_ms"), _fixed(0)),
-        Column("peak memory, MB", _millions("peak_memory_bytes"), _fixed(0)),
+        Column("recall@10", lambda row: row.recall_at_10, _fixed(3)),
+        Column("mAP", lambda row: row.map, _fixed(3)),
+        Column("re-ranked recall@1", lambda row: row.reranked.recall_at_1 if row.reranked else None, _fixed(3)),
+        Column("re-ranked mAP", lambda row: row.reranked.map if row.reranked else None, _fixed(3)),
+        Column(
+            "recall@1, teacher's gallery", lambda row: row.asymmetric.recall_at_1 if row.asymmetric else None, _fixed(3)
+        ),
+        Column("first result changed", lambda row: row.first_changed.queries if row.first_changed else None),
+        Column("corrected", lambda row: row.first_changed.right if row.first_changed else None),
+        Column("broken", lambda row: row.first_changed.wrong if row.first_changed else None),
+        Column("top-10 overlap", lambda row: row.top10_overlap, _fixed(3)),
+        Column("min cosine", lambda row: row.cosine_min, _fixed(5)),
+        *[_latency(f"p99 ms, batch {batch}", batch, "p99") for batch in timed_batches(rows)],
+        Column("cold start, ms", lambda row: row.cold_start_ms, _fixed(0)),
+        Column("peak memory, MB", lambda row: _millions(row.peak_memory_bytes), _fixed(0)),
     ]
 
 
-def extra_columns(rows: list[Row], known: set[str]) -> list[Column]:
-    """Numbers and texts under keys that this version does not know, and such by batch; none without any."""
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if key not in known and _simple(value))
-    columns = [Column(key.replace("_", " "), _key(key), _plain) for key in keys]
-    for key in dict.fromkeys(key for row in rows for key in row if key not in known):
-        found = {batch for row in rows if isinstance(row.get(key), dict) for batch in row[key] if batch.isdigit()}
-        for batch in sorted(found, key=int):
-            columns.append(Column(f"{key.replace('_', ' ')}, batch {batch}", _by_batch(key, batch), _plain))
+def extra_columns(rows: Sequence[Row]) -> list[Column]:
+    """Return columns for keys outside the schema: numbers, texts, and numbers by batch; none without such keys."""
+    keys = dict.fromkeys(key for row in rows for key in row.model_extra or {})
+    simple = [key for key in keys if any(_is_simple(_extra(row, key)) for row in rows)]
+    columns = [Column(key.replace("_", " "), _simple_extra(key), _plain_text) for key in simple]
+    for key in keys:
+        batches = {batch for row in rows for batch in _by_batch(row, key) if batch.isdigit()}
+        columns += [
+            Column(f"{key.replace('_', ' ')}, batch {batch}", _batch_extra(key, batch), _plain_text)
+            for batch in sorted(batches, key=int)
+        ]
     return [*_names(), *columns] if columns else []
 
 
-def texts(columns: list[Column], rows: list[Row]) -> list[dict[str, str]]:
-    """A table as texts by heading."""
+def format_rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return a table as texts by heading."""
     return [{column.heading: column.text(row) for column in columns} for row in rows]
 
 
 def _names() -> list[Column]:
-    return [Column("model", _key("name")), Column("backend", _key("backend")), Column("precision", _key("precision"))]
+    return [
+        Column("model", lambda row: row.name),
+        Column("backend", lambda row: row.backend),
+        Column("precision", lambda row: row.precision),
+    ]
 
 
-def _key(name: str) -> Callable[[Row], Any]:
-    return lambda row: row.get(name)
+def _latency(heading: str, batch: str, quantile: Literal["p50", "p99"]) -> Column:
+    def interval(row: Row) -> Interval | None:
+        return row.milliseconds_ci95(batch) if quantile == "p50" else None
+
+    return Column(heading, lambda row: row.milliseconds(batch, quantile), _fixed(2), interval)
 
 
-def _nested(name: str, key: str) -> Callable[[Row], Any]:
-    return lambda row: None if row.get(name) is None else row[name][key]
-
-
-def _latency(batch: str, quantile: str) -> Callable[[Row], float | None]:
-    return lambda row: milliseconds(row, batch, quantile)
-
-
-def _spread(batch: str) -> Callable[[Row], list[float] | None]:
-    return lambda row: milliseconds_ci95(row, batch)
-
-
-def _millions(name: str) -> Callable[[Row], float | None]:
-    return lambda row: None if row[name] is None else row[name] / 1e6
+def _millions(value: float | None) -> float | None:
+    return None if value is None else value / 1e6
 
 
 def _fixed(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:.{digits}f}"
 
 
-def _by_batch(name: str, batch: str) -> Callable[[Row], Any]:
+def _extra(row: Row, key: str) -> Any:
+    return (row.model_extra or {}).get(key)
+
+
+def _by_batch(row: Row, key: str) -> dict[str, Any]:
+    value = _extra(row, key)
+    return value if isinstance(value, dict) else {}
+
+
+def _simple_extra(key: str) -> Callable[[Row], Any]:
+    return lambda row: _extra(row, key)
+
+
+def _batch_extra(key: str, batch: str) -> Callable[[Row], Any]:
     def value(row: Row) -> Any:
-        found = row[name].get(batch) if isinstance(row.get(name), dict) else None
-        return found if _simple(found) else None
+        entry = _by_batch(row, key).get(batch)
+        return entry if _is_simple(entry) else None
 
     return value
 
 
-def _simple(value: Any) -> bool:
+def _is_simple(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str)) and value != ""
 
 
-def _plain(value: Any) -> str:
+def _plain_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -16,8 +16,8 @@ from typing import Any
 
 from app.config import DemoConfig
 from app.demo import demo, read_times
-from benchmarks.report.recommendation import milliseconds
-from benchmarks.report.tables import main_columns, texts
+from benchmarks.report.schema import Row as ReportRow
+from benchmarks.report.tables import format_rows, main_columns
 from experiments.demo.interrupted import interrupt
 from experiments.figures import ROOT, Figure, Row, command_of, measure, record
 from student.model import count_multiply_adds, count_parameters, load_student
@@ -171,13 +171,14 @@ def _row(rows: list[Row], name: str, backend: str | None) -> Row:
 
 
 def _milliseconds(rows: list[Row], name: str, backend: str) -> float:
-    found = milliseconds(_row(rows, name, backend), "1")
+    found = ReportRow.model_validate(_row(rows, name, backend)).milliseconds("1")
     assert found is not None
     return found
 
 
 def _table(rows: list[Row]) -> list[Row]:
-    return texts(main_columns(rows), rows)
+    report_rows = [ReportRow.model_validate(row) for row in rows]
+    return [dict(row) for row in format_rows(main_columns(report_rows), report_rows)]
 
 
 def _steps(seconds: dict[str, float]) -> list[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.latency.measure import time_models
+from benchmarks.report.schema import Timing
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row
@@ -98,18 +99,18 @@ def gpu_engines(
     return figures + _fusion(engines, command), {"engines": rows}
 
 
-def _measure(model: Model, timed: Row, test: Catalog, command: str) -> tuple[list[Figure], Row]:
+def _measure(model: Model, timed: Timing, test: Catalog, command: str) -> tuple[list[Figure], Row]:
     """Figures and row of one model, from its times and a search of the test split; no figures if it did not run."""
     row: Row = {"model": model.name, "precision": model.precision, "recall@1 [95 %]": ""}
-    row |= {**{f"ms, batch {batch} (of the ceiling)": "" for batch in BATCHES}, "notes": timed.get("notes", "")}
-    if timed["latency_ms"] is None:
+    row |= {**{f"ms, batch {batch} (of the ceiling)": "" for batch in BATCHES}, "notes": timed.notes}
+    if timed.latency_ms is None:
         return [], row
     scores = score_split(test, embed(test, model.preprocess, model.open(default_threads())))
     row["recall@1 [95 %]"] = recall_text(scores)
     figures = [Figure(f"{model.name}: recall@1", scores.recall_at_1, "", None, ">=", command, scores.ci95)]
     for batch in BATCHES:
-        p50 = timed["latency_ms"][str(batch)]["p50"]
-        share = "" if timed["of_ceiling"] is None else f" ({timed['of_ceiling'][str(batch)]:.0%})"
+        p50 = timed.latency_ms[str(batch)].p50
+        share = "" if timed.of_ceiling is None else f" ({timed.of_ceiling[str(batch)]:.0%})"
         row[f"ms, batch {batch} (of the ceiling)"] = f"{p50:.3f}{share}"
         figures.append(Figure(f"{model.name}, batch {batch}", p50, "ms", None, "<=", command))
     return figures, row

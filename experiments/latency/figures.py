@@ -15,9 +15,9 @@ from pathlib import Path
 
 from app.config import DemoConfig
 from app.demo import demo
-from benchmarks.latency.measure import Row as Timed
 from benchmarks.latency.measure import open_models, time_models
-from benchmarks.latency.open_loop import Load, answer_load
+from benchmarks.latency.open_loop import Load, measure_under_load
+from benchmarks.report.schema import Timing
 from experiments.demo.toolkit_comparison import compare_peers
 from experiments.figures import Figure, Row, command_of, markdown, measure, record
 from experiments.int8.tools import TrainedStudent
@@ -62,23 +62,24 @@ def noise(
     ], rows
 
 
-def compare_runs(first: dict[str, Timed], second: dict[str, Timed]) -> tuple[list[Row], list[float]]:
+def compare_runs(first: dict[str, Timing], second: dict[str, Timing]) -> tuple[list[Row], list[float]]:
     """Rows for people, and the changes of p50, in parts of one, of rows that neither run calls unstable."""
     rows, moves = [], []
     for name, row in first.items():
-        if row["latency_ms"] is None:
+        other = second[name]
+        if row.latency_ms is None or other.latency_ms is None:
             continue
-        pair = row["latency_ms"]["1"], second[name]["latency_ms"]["1"]
-        ratio = pair[1]["p50"] / pair[0]["p50"]
-        reasons = [f"run {run}: {one['unstable']}" for run, one in enumerate(pair, 1) if one["unstable"]]
+        pair = row.latency_ms["1"], other.latency_ms["1"]
+        ratio = pair[1].p50 / pair[0].p50
+        reasons = [f"run {run}: {latency.unstable}" for run, latency in enumerate(pair, 1) if latency.unstable]
         if not reasons:
             moves.append(abs(ratio - 1))
             reasons = [f"p50 moved by {ratio - 1:+.1%} between the runs"] if moves[-1] > _AGREE else []
         rows.append(
             {
                 "model": name,
-                "first, p50 ms": f"{pair[0]['p50']:.2f}",
-                "second": f"{pair[1]['p50']:.2f}",
+                "first, p50 ms": f"{pair[0].p50:.2f}",
+                "second": f"{pair[1].p50:.2f}",
                 "ratio": f"{ratio:.3f}",
                 "unstable": "; ".join(reasons),
             }
@@ -96,7 +97,9 @@ def truth(
     for _ in range(_REPEATS):
         timed = time_models(paths, (1,), seconds, threads, _TRUTH_BACKENDS, starts=0)
         for model in (model for path in paths for model in models_of(path, _TRUTH_BACKENDS)):
-            ours.setdefault(model.name, []).append(timed[model.name]["latency_ms"]["1"]["p50"])
+            latency = timed[model.name].latency_ms
+            assert latency is not None
+            ours.setdefault(model.name, []).append(latency["1"].p50)
             theirs.setdefault(model.name, []).append(pyperf_median(model, threads, processes, values))
     figures, rows = [], []
     for name in ours:
@@ -122,8 +125,8 @@ def open_loop(paths: Sequence[str], seconds: float, command: str) -> tuple[list[
     figures, rows = [], []
     for name, (model, forward) in open_models(paths, default_threads())[0].items():
         call = partial(forward, model.random_input(1))
-        seen = [answer_load(call, Load("poisson", seed=seed), seconds) for seed in _SEEDS]
-        tails = [one["p99"] for one in seen]
+        seen = [measure_under_load(call, Load("poisson", seed=seed), seconds) for seed in _SEEDS]
+        tails = [load.p99 for load in seen]
         what = f"{name}: p99 at 80 % of capacity, from when requests were due"
         figures.append(
             Figure(what, statistics.median(tails), "ms", None, "<=", command, (min(tails), max(tails)), _SEEDS)
@@ -132,15 +135,15 @@ def open_loop(paths: Sequence[str], seconds: float, command: str) -> tuple[list[
             {
                 "model": name,
                 "seed": seed,
-                "requests/s": f"{one['rate']:.1f}",
-                "requests": int(one["calls"]),
-                "p50 ms": f"{one['p50']:.2f}",
-                "p99 ms": f"{one['p99']:.2f}",
-                "max ms": f"{one['max']:.2f}",
-                "p99 of the call alone": f"{one['service_p99']:.2f}",
-                "busy": f"{one['busy']:.0%}",
+                "requests/s": f"{load.rate:.1f}",
+                "requests": int(load.calls),
+                "p50 ms": f"{load.p50:.2f}",
+                "p99 ms": f"{load.p99:.2f}",
+                "max ms": f"{load.max:.2f}",
+                "p99 of the call alone": f"{load.service_p99:.2f}",
+                "busy": f"{load.busy:.0%}",
             }
-            for seed, one in zip(_SEEDS, seen, strict=True)
+            for seed, load in zip(_SEEDS, seen, strict=True)
         ]
     return figures, rows
 

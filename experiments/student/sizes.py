@@ -87,7 +87,7 @@ def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
     graphs = {width: _export(path) for width, path in students.items()}
     paths = (str(setting.teacher), *map(str, (*students.values(), *graphs.values())))
     timed = time_models(paths, (1,), _SECONDS, 1, starts=0)
-    times = {name: row["latency_ms"]["1"]["p50"] for name, row in timed.items() if row["latency_ms"]}
+    times = {name: timing.latency_ms["1"].p50 for name, timing in timed.items() if timing.latency_ms}
     points: list[Point] = []
     for width, path in students.items():
         milliseconds = times[f"{path.name} (torch)"], times[f"{graphs[width].name} (openvino)"]

@@ -5,15 +5,15 @@ import sys
 import pytest
 
 from app.config import DoctorConfig
-from app.doctor import doctor, examine
-from export.config import BACKEND_NAMES
+from app.doctor import doctor, run_checks
+from export.backends.registry import NAMES
 from vpr.common.hardware import environment, package_versions, parse_gpus
 
 
-def test_every_backend_is_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.backends.base.read_gpus", lambda: ([], None))
-    findings = {finding.name: finding for finding in examine()}
-    assert set(BACKEND_NAMES) <= set(findings)
+def test_every_backend_works_or_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: ([], None))
+    findings = {finding.name: finding for finding in run_checks()}
+    assert set(NAMES) <= set(findings)
     for name in ("torch", "onnxruntime-cpu", "openvino", "build TensorRT-RTX engines"):
         assert findings[name].works, findings[name].detail
     for name in ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt-rtx"):
@@ -21,7 +21,7 @@ def test_every_backend_is_found_or_missing_with_a_reason(monkeypatch: pytest.Mon
         assert findings[name].detail == "needs an NVIDIA GPU; this machine has none"
 
 
-def test_a_missing_package_is_a_line_and_not_a_traceback(
+def test_missing_package_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -32,7 +32,7 @@ def test_a_missing_package_is_a_line_and_not_a_traceback(
     assert len(screen.splitlines()) < 40
 
 
-def test_environment_has_no_names_of_hosts_or_paths() -> None:
+def test_environment_has_no_host_names_or_paths() -> None:
     import json
     import socket
 
@@ -41,12 +41,12 @@ def test_environment_has_no_names_of_hosts_or_paths() -> None:
     assert "/" not in text.replace("and/or", "")
 
 
-def test_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_omit_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vpr.common.hardware.PACKAGES", ("pytest", "surely-not-installed"))
     assert package_versions().keys() == {"pytest"}
 
 
-def test_gpu_listing_is_read() -> None:
+def test_gpu_list_is_parsed() -> None:
     gpus, driver = parse_gpus("NVIDIA L4, 23034, 8.9, 580.1\nNVIDIA L4, [N/A], 8.9, 580.1\n")
     assert [gpu["memory_mib"] for gpu in gpus] == [23034, None]
     assert driver == "580.1"

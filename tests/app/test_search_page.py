@@ -52,22 +52,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class Site:
-    """A served page."""
+    """Page that a server in this process serves."""
 
     port: int
     searchers: list[Searcher]
     gallery: Catalog
     embeddings: tuple[str, ...] = field(default=())
 
-    def ask(
+    def request(
         self,
         method: str,
         path: str,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
-        patience: float = 30,
+        timeout: float = 30,
     ) -> Answer:
-        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=patience)
+        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=timeout)
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
         data = response.read()
@@ -105,21 +105,21 @@ def models(student_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def site(models: tuple[str, str], catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("kept")
-    kept = (str(folder / "student"), str(folder / "fp32"))
-    with serving(*load_searchers(models, path_of(catalog), "test", kept), kept) as served:
+    folder = tmp_path_factory.mktemp("stored")
+    stored = (str(folder / "student"), str(folder / "fp32"))
+    with serving(*load_searchers(models, path_of(catalog), "test", stored), stored) as served:
         yield served
 
 
 class Lists(HTMLParser):
-    """The rows and scores of each model's list."""
+    """Rows and scores of each model's list."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()
         self.tags: set[str] = set()
         self.rows: list[list[int]] = []
         self.scores: list[list[float]] = []
-        self.said = ""
+        self.text = ""
         assert answer.status == 200, answer.text
         self.feed(answer.text)
 
@@ -132,9 +132,9 @@ class Lists(HTMLParser):
             self.rows[-1].append(int((dict(attributes)["src"] or "").removeprefix("/image/")))
 
     def handle_data(self, data: str) -> None:
-        self.said += data
-        if place := re.fullmatch(r"\d+\. (-?\d\.\d{3})", data):
-            self.scores[-1].append(float(place[1]))
+        self.text += data
+        if rank := re.fullmatch(r"\d+\. (-?\d\.\d{3})", data):
+            self.scores[-1].append(float(rank[1]))
 
 
 def queries(catalog: Catalog) -> list[tuple[str, bytes]]:
@@ -142,53 +142,53 @@ def queries(catalog: Catalog) -> list[tuple[str, bytes]]:
     return [(part.table["image"][row].as_py(), part.path(row).read_bytes()) for row in range(len(part))]
 
 
-def test_results_are_those_of_vpr_search(site: Site, catalog: Catalog, tmp_path: Path) -> None:
-    for place, kept in enumerate(site.embeddings):
-        output = tmp_path / f"{place}.csv"
-        search_gallery(SearchConfig(kept, kept, output=str(output), k=TOP))
+def test_results_equal_those_of_vpr_search(site: Site, catalog: Catalog, tmp_path: Path) -> None:
+    for index, stored in enumerate(site.embeddings):
+        output = tmp_path / f"{index}.csv"
+        search_gallery(SearchConfig(stored, stored, output=str(output), k=TOP))
         expected: dict[str, list[dict[str, str]]] = {}
         with output.open(newline="") as stream:
             for row in csv.DictReader(stream):
                 expected.setdefault(row["query"], []).append(row)
         for name, data in queries(catalog)[:6]:
-            lists = Lists(site.ask("POST", "/search", data))
-            shown = [site.gallery.table["image"][row].as_py() for row in lists.rows[place]]
-            assert shown == [row["image"] for row in expected[name]]
-            assert lists.scores[place] == pytest.approx([float(row["score"]) for row in expected[name]], abs=6e-4)
+            lists = Lists(site.request("POST", "/search", data))
+            images = [site.gallery.table["image"][row].as_py() for row in lists.rows[index]]
+            assert images == [row["image"] for row in expected[name]]
+            assert lists.scores[index] == pytest.approx([float(row["score"]) for row in expected[name]], abs=6e-4)
 
 
-def test_lists_say_where_they_agree(site: Site, catalog: Catalog) -> None:
-    turned = replace(site.searchers[1], vectors=np.roll(site.searchers[1].vectors, 1, axis=0), name="turned")
-    with serving([site.searchers[0], turned], site.gallery) as other:
-        answer = other.ask("POST", "/search", queries(catalog)[0][1])
+def test_page_reports_the_agreement_of_two_lists(site: Site, catalog: Catalog) -> None:
+    rotated = replace(site.searchers[1], vectors=np.roll(site.searchers[1].vectors, 1, axis=0), name="rotated")
+    with serving([site.searchers[0], rotated], site.gallery) as other:
+        answer = other.request("POST", "/search", queries(catalog)[0][1])
     lists = Lists(answer)
     both = set(lists.rows[0]) & set(lists.rows[1])
     assert lists.rows[0][0] != lists.rows[1][0]
-    assert f"Different first images; {len(both)} of {TOP} are in both lists." in lists.said
+    assert f"Different first images; {len(both)} of {TOP} are in both lists." in lists.text
     assert answer.text.count("only here") == 2 * (TOP - len(both))
-    same = Lists(site.ask("POST", "/search", queries(catalog)[0][1]))
-    assert f"The same first image; {TOP} of {TOP} are in both lists." in same.said
-    with serving(site.searchers[:1], site.gallery) as alone:
-        lists = Lists(alone.ask("POST", "/search", queries(catalog)[0][1]))
+    same = Lists(site.request("POST", "/search", queries(catalog)[0][1]))
+    assert f"Same first image; {TOP} of {TOP} are in both lists." in same.text
+    with serving(site.searchers[:1], site.gallery) as single:
+        lists = Lists(single.request("POST", "/search", queries(catalog)[0][1]))
     assert len(lists.rows) == 1
-    assert "only here" not in lists.said
+    assert "only here" not in lists.text
     for step in ("decode + preprocess", "embed", "search"):
-        assert re.search(rf"{re.escape(step)} \d+\.\d ms", lists.said)
+        assert re.search(rf"{re.escape(step)} \d+\.\d ms", lists.text)
 
 
-def test_twenty_clients_at_once_get_their_own_answers(site: Site, catalog: Catalog) -> None:
+def test_concurrent_clients_get_their_answers(site: Site, catalog: Catalog) -> None:
     images = [data for _, data in queries(catalog)]
     images = [images[n % len(images)] for n in range(20)] if len(images) < 20 else images[:20]
-    alone = [Lists(site.ask("POST", "/search", data)).rows for data in images]
-    assert len({str(rows) for rows in alone}) > 10
-    together = threading.Barrier(20)
+    expected = [Lists(site.request("POST", "/search", data)).rows for data in images]
+    assert len({str(rows) for rows in expected}) > 10
+    barrier = threading.Barrier(20)
 
-    def ask(data: bytes) -> list[list[int]]:
-        together.wait()
-        return Lists(site.ask("POST", "/search", data)).rows
+    def search(data: bytes) -> list[list[int]]:
+        barrier.wait()
+        return Lists(site.request("POST", "/search", data)).rows
 
     with ThreadPoolExecutor(20) as clients:
-        assert list(clients.map(ask, images)) == alone
+        assert list(clients.map(search, images)) == expected
 
 
 def jpeg(side: int = 64) -> bytes:
@@ -211,22 +211,22 @@ def jpeg(side: int = 64) -> bytes:
     ],
     ids=["empty", "text", "svg", "html", "truncated", "144 megapixels", "2500 megapixels"],
 )
-def test_what_is_no_image_is_told_in_a_line(site: Site, data: bytes, expected: str) -> None:
-    answer = site.ask("POST", "/search", data, {"Content-Type": "image/jpeg"})
+def test_unusable_upload_gives_one_line(site: Site, data: bytes, expected: str) -> None:
+    answer = site.request("POST", "/search", data, {"Content-Type": "image/jpeg"})
     assert answer.status == 422
     assert answer.text.startswith(expected)
     assert "\n" not in answer.text
     assert answer.headers["content-type"].startswith("text/plain")
 
 
-def test_a_body_too_large_is_refused_before_it_has_come(site: Site) -> None:
+def test_large_body_is_rejected_before_it_arrives(site: Site) -> None:
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n"
         client.sendall(head.encode() + b"a few bytes")
         assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_refusal_arrives_though_the_client_goes_on_sending(site: Site) -> None:
+def test_rejection_reaches_a_sending_client(site: Site) -> None:
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         head = (
             f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n"
@@ -239,26 +239,26 @@ def test_a_refusal_arrives_though_the_client_goes_on_sending(site: Site) -> None
     assert answer.endswith(b"Content Too Large")
 
 
-def test_a_client_that_has_left_does_not_disturb_the_end() -> None:
-    """Its reset may lie in the socket before the loop tells of it: nothing can be said there any more."""
+def test_close_after_client_reset_raises_nothing() -> None:
+    """The socket may be reset before the loop notices; nothing can be sent then."""
     client, server = socket.socketpair()
 
     async def close() -> bool:
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(asyncio.Protocol, sock=server)
         transport.write_eof = lambda: server.shutdown(99)  # type: ignore[method-assign]
-        ending = http_limits._Lingering(transport, loop)
-        ending.close()
-        lingers = ending.is_closing()
-        ending.close()
+        lingering = http_limits._Lingering(transport, loop)
+        lingering.close()
+        is_closing = lingering.is_closing()
+        lingering.close()
         transport.abort()
-        return lingers
+        return is_closing
 
     with client:
         assert asyncio.run(close())
 
 
-def test_a_client_that_never_ends_is_cut_off_after_its_answer(site: Site) -> None:
+def test_endless_client_is_cut_off_after_its_answer(site: Site) -> None:
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         client.sendall(f"GET /absent HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n\r\n".encode())
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
@@ -270,16 +270,16 @@ def test_a_client_that_never_ends_is_cut_off_after_its_answer(site: Site) -> Non
             client.sendall(b"more")
 
 
-def test_a_body_that_does_not_say_its_size_is_cut_off(site: Site) -> None:
+def test_body_without_length_is_cut_off(site: Site) -> None:
     sent = 0
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         client.sendall(f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
-        piece = b"10000\r\n" + b"\0" * 0x10000 + b"\r\n"
+        chunk = b"10000\r\n" + b"\0" * 0x10000 + b"\r\n"
         client.settimeout(0.001)
         answer = b""
         while not answer and sent < 4 * MAX_BYTES:
             client.settimeout(10)
-            client.sendall(piece)
+            client.sendall(chunk)
             sent += 0x10000
             client.settimeout(0.001)
             try:
@@ -290,7 +290,7 @@ def test_a_body_that_does_not_say_its_size_is_cut_off(site: Site) -> None:
     assert sent < 2 * MAX_BYTES
 
 
-def test_an_upload_that_stalls_or_breaks_off_ends(
+def test_stalled_or_interrupted_upload_ends(
     site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(search_page, "UPLOAD_SECONDS", 0.2)
@@ -301,7 +301,7 @@ def test_an_upload_that_stalls_or_breaks_off_ends(
     monkeypatch.undo()
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         client.sendall(head)
-    assert site.ask("POST", "/search", jpeg()).status == 200
+    assert site.request("POST", "/search", jpeg()).status == 200
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
@@ -318,16 +318,16 @@ def test_an_upload_that_stalls_or_breaks_off_ends(
         ("", 400),
     ],
 )
-def test_only_this_machine_s_names_are_answered(site: Site, host: str, status: int) -> None:
+def test_only_local_host_names_are_answered(site: Site, host: str, status: int) -> None:
     for path in ("/", "/image/0"):
-        assert site.ask("GET", path, headers={"Host": host}).status == status
+        assert site.request("GET", path, headers={"Host": host}).status == status
 
 
-def test_another_site_s_page_may_not_search(site: Site) -> None:
-    own = {"Host": f"localhost:{site.port}", "Origin": f"http://localhost:{site.port}"}
-    assert site.ask("POST", "/search", jpeg(), own).status == 200
+def test_pages_of_other_sites_may_not_search(site: Site) -> None:
+    headers = {"Host": f"localhost:{site.port}", "Origin": f"http://localhost:{site.port}"}
+    assert site.request("POST", "/search", jpeg(), headers).status == 200
     for origin in ("http://evil.example", "null", f"https://localhost:{site.port}", "http://localhost:1"):
-        assert site.ask("POST", "/search", jpeg(), {**own, "Origin": origin}).status == 403
+        assert site.request("POST", "/search", jpeg(), {**headers, "Origin": origin}).status == 403
 
 
 @pytest.mark.parametrize(
@@ -338,27 +338,27 @@ def test_another_site_s_page_may_not_search(site: Site) -> None:
         *("/../etc/passwd", "//etc/passwd", "/benchmarks/templates/search.html", "/image/0%00", "/image/"),
     ],
 )
-def test_images_are_asked_for_by_row_alone(site: Site, path: str) -> None:
+def test_images_are_addressed_by_row_only(site: Site, path: str) -> None:
     assert len(site.gallery) == 16
-    answer = site.ask("GET", path)
+    answer = site.request("GET", path)
     assert answer.status == 404
     assert "root:" not in answer.text
 
 
-def test_gallery_images_are_small_and_made_anew(site: Site, tmp_path: Path) -> None:
-    plain = site.ask("GET", "/image/3")
+def test_gallery_images_are_small_new_files(site: Site, tmp_path: Path) -> None:
+    plain = site.request("GET", "/image/3")
     assert plain.headers["content-type"] == "image/webp"
     Image.new("RGB", (3000, 500), "red").save(tmp_path / "large.jpg", exif=b"Exif\0\0secret")
-    rows = [{**site.gallery.table.to_pylist()[0], "image": name} for name in ("large.jpg", "gone.jpg")]
+    rows = [{**site.gallery.table.to_pylist()[0], "image": name} for name in ("large.jpg", "missing.jpg")]
     gallery = Catalog(pa.Table.from_pylist(rows, schema=site.gallery.table.schema), tmp_path)
     with serving(site.searchers, gallery) as other:
-        large, gone = other.ask("GET", "/image/0"), other.ask("GET", "/image/1")
+        large, missing = other.request("GET", "/image/0"), other.request("GET", "/image/1")
     assert Image.open(io.BytesIO(large.data)).size == (240, 40)
     assert b"secret" not in large.data
-    assert (gone.status, gone.text) == (404, "gallery image 1 cannot be shown: No such file or directory")
+    assert (missing.status, missing.text) == (404, "gallery image 1 cannot be shown: No such file or directory")
 
 
-def test_names_from_data_are_shown_as_text(site: Site, catalog: Catalog) -> None:
+def test_names_from_data_are_escaped(site: Site, catalog: Catalog) -> None:
     evil = '"><script>alert(1)</script>'
     column = pa.array([evil] * len(site.gallery))
     table = site.gallery.table
@@ -366,16 +366,16 @@ def test_names_from_data_are_shown_as_text(site: Site, catalog: Catalog) -> None
         table = table.set_column(table.schema.get_field_index(name), name, column)
     named = [replace(searcher, name=evil) for searcher in site.searchers]
     with serving(named, Catalog(table, site.gallery.root)) as other:
-        page, answer = other.ask("GET", "/"), other.ask("POST", "/search", queries(catalog)[0][1])
+        page, answer = other.request("GET", "/"), other.request("POST", "/search", queries(catalog)[0][1])
     lists = Lists(answer)
     assert "script" not in lists.tags
-    assert lists.said.count(evil) == 2 * (2 * TOP + 1)
+    assert lists.text.count(evil) == 2 * (2 * TOP + 1)
     assert evil not in page.text
     assert page.text.count("<script") == 1
 
 
-def test_the_page_needs_no_network_and_its_policy_allows_none(site: Site) -> None:
-    first, second = site.ask("GET", "/"), site.ask("GET", "/")
+def test_page_needs_no_network_and_its_policy_blocks_it(site: Site) -> None:
+    first, second = site.request("GET", "/"), site.request("GET", "/")
     assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+", first.text)
     assert not re.findall(r"//[a-z0-9-]+\.", first.text)
     policy = dict(part.strip().split(" ", 1) for part in first.headers["content-security-policy"].split(";"))
@@ -386,22 +386,22 @@ def test_the_page_needs_no_network_and_its_policy_allows_none(site: Site) -> Non
     assert len(set(nonces[0])) == 1
     assert nonces[0] != nonces[1]
     for path in ("/", "/image/0", "/nothing", "/image/99"):
-        headers = site.ask("GET", path).headers
+        headers = site.request("GET", path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_connections_beyond_the_limit_are_turned_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "CONNECTIONS", 16)
+def test_connections_above_the_limit_get_503(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "MAX_CONNECTIONS", 16)
     with serving(site.searchers, site.gallery) as other:
         idle = [socket.create_connection((ADDRESS, other.port), timeout=10) for _ in range(16)]
-        assert other.ask("GET", "/").status == 503
+        assert other.request("GET", "/").status == 503
         for connection in idle:
             connection.close()
-        until = time.monotonic() + 10
-        while (status := other.ask("GET", "/").status) != 200:
-            assert time.monotonic() < until, status
+        deadline = time.monotonic() + 10
+        while (status := other.request("GET", "/").status) != 200:
+            assert time.monotonic() < deadline, status
 
 
 @pytest.mark.parametrize(
@@ -412,30 +412,28 @@ def test_connections_beyond_the_limit_are_turned_away(site: Site, monkeypatch: p
         # Its answer comes before its body, which never ends.
         b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\nbytes",
     ],
-    ids=["a head", "a second head", "the body of a refused upload"],
+    ids=["a head", "a second head", "the body of a rejected upload"],
 )
-def test_a_connection_on_which_no_request_becomes_whole_is_closed(
-    site: Site, monkeypatch: pytest.MonkeyPatch, sent: bytes
-) -> None:
+def test_incomplete_request_is_closed(site: Site, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.5)
     with socket.create_connection((ADDRESS, site.port), timeout=0.05) as client:
         client.sendall(sent)
-        until = time.monotonic() + 10
+        deadline = time.monotonic() + 10
         with suppress(ConnectionResetError, BrokenPipeError):
-            while time.monotonic() < until:
-                client.send(b"x")  # what trickles on does not keep it open
+            while time.monotonic() < deadline:
+                client.send(b"x")  # more input does not keep the connection open
                 with suppress(TimeoutError):
                     if not client.recv(1 << 16):
                         break
-    assert time.monotonic() < until
+    assert time.monotonic() < deadline
 
 
-def test_slow_uploads_keep_nobody_waiting(site: Site) -> None:
+def test_slow_uploads_do_not_block_others(site: Site) -> None:
     head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: 100000\r\n\r\n".encode()
     slow = [socket.create_connection((ADDRESS, site.port), timeout=10) for _ in range(40)]
     for client in slow:
         client.sendall(head + b"a few bytes")
-    assert site.ask("POST", "/search", jpeg(), patience=search_page.UPLOAD_SECONDS / 4).status == 200
+    assert site.request("POST", "/search", jpeg(), timeout=search_page.UPLOAD_SECONDS / 4).status == 200
     for client in slow:
         client.close()
 
@@ -450,75 +448,75 @@ def test_slow_uploads_keep_nobody_waiting(site: Site) -> None:
         ({"transfer-encoding": "chunked", "content-length": "5"}, MAX_BYTES),
     ],
 )
-def test_an_upload_takes_the_room_that_it_says_or_may_have(headers: dict[str, str], expected: int) -> None:
+def test_upload_reserves_its_declared_size(headers: dict[str, str], expected: int) -> None:
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    assert search_page._size_said(Request({"type": "http", "headers": raw})) == expected
+    assert search_page._declared_size(Request({"type": "http", "headers": raw})) == expected
 
 
-def test_room_is_never_given_twice() -> None:
-    taken, most = 0, 0
+def test_upload_budget_is_never_exceeded() -> None:
+    reserved, peak = 0, 0
 
-    async def hold(room: UploadBudget, size: int) -> None:
-        nonlocal taken, most
-        async with room.take(size):
-            taken += size
-            most = max(most, taken)
+    async def hold(budget: UploadBudget, size: int) -> None:
+        nonlocal reserved, peak
+        async with budget.reserve(size):
+            reserved += size
+            peak = max(peak, reserved)
             await asyncio.sleep(0.001)
-            taken -= size
+            reserved -= size
 
     async def all_at_once() -> None:
-        room = UploadBudget(100)
-        holders = [asyncio.create_task(hold(room, size)) for size in [60, 1, 100, 30, 41] * 20]
+        budget = UploadBudget(100)
+        holders = [asyncio.create_task(hold(budget, size)) for size in [60, 1, 100, 30, 41] * 20]
         holders[3].cancel()
         await asyncio.wait(holders, timeout=10)
         assert all(holder.done() for holder in holders)
 
     asyncio.run(all_at_once())
-    assert 90 <= most <= 100
+    assert 90 <= peak <= 100
 
 
 def test_requests_write_no_file(site: Site, catalog: Catalog, tmp_path: Path) -> None:
-    large = jpeg(2000)  # more than a form parser would keep in memory
+    large = jpeg(2000)  # a form parser would spool this to a file
     assert len(large) > 2 << 20
-    asked = [data for _, data in queries(catalog)[:3]] + [large, jpeg()[:900], b"<html>"]
-    site.ask("POST", "/search", jpeg())  # whatever is imported at the first call
+    uploads = [data for _, data in queries(catalog)[:3]] + [large, jpeg()[:900], b"<html>"]
+    site.request("POST", "/search", jpeg())  # warm up the imports of the first call
     written: list[object] = []
-    watching = [True]
+    is_recording = [True]
 
-    def watch(event: str, values: tuple[object, ...]) -> None:
-        if watching[0] and (
+    def record_writes(event: str, values: tuple[object, ...]) -> None:
+        if is_recording[0] and (
             (event == "open" and isinstance(values[1], str) and set("wax+") & set(values[1]))
             or (event == "open" and isinstance(values[2], int) and values[2] & 0o3)
             or event in ("os.mkdir", "os.rename", "os.symlink", "os.link", "tempfile.mkstemp", "tempfile.mkdtemp")
         ):
             written.append((event, values))
 
-    sys.addaudithook(watch)  # cannot be taken away again
-    for data in asked:
-        site.ask("POST", "/search", data)
+    sys.addaudithook(record_writes)  # a hook cannot be removed
+    for data in uploads:
+        site.request("POST", "/search", data)
     for path in ("/", "/image/0", "/image/99", "/../../tmp/x"):
-        site.ask("GET", path)
+        site.request("GET", path)
     assert written == []
-    (tmp_path / "seen").write_bytes(b"")  # the watch sees what there is to see
-    watching[0] = False
+    (tmp_path / "seen").write_bytes(b"")  # shows that the hook records writes
+    is_recording[0] = False
     assert len(written) == 1
 
 
-def test_embeddings_are_kept_and_only_those_of_the_gallery_and_model_are_taken(
+def test_stored_embeddings_must_match_model_and_gallery(
     site: Site, models: tuple[str, str], catalog: Catalog, tmp_path: Path
 ) -> None:
-    before = [Path(kept, "card.json").read_bytes() for kept in site.embeddings]
+    before = [Path(path, "card.json").read_bytes() for path in site.embeddings]
     again, gallery = load_searchers(models, path_of(catalog), "test", site.embeddings)
-    assert [Path(kept, "card.json").read_bytes() for kept in site.embeddings] == before
-    kept = load_embeddings(site.embeddings[0])
-    np.testing.assert_array_equal(again[0].vectors, kept.vectors[kept.roles == "gallery"])
-    anew, _ = load_searchers(models[:1], path_of(catalog), "test", ())
-    np.testing.assert_allclose(anew[0].vectors, again[0].vectors, atol=1e-5)
-    with pytest.raises(UserError, match="was not embedded with .*fp32: give that model's"):
+    assert [Path(path, "card.json").read_bytes() for path in site.embeddings] == before
+    stored = load_embeddings(site.embeddings[0])
+    np.testing.assert_array_equal(again[0].vectors, stored.vectors[stored.roles == "gallery"])
+    fresh, _ = load_searchers(models[:1], path_of(catalog), "test", ())
+    np.testing.assert_allclose(fresh[0].vectors, again[0].vectors, atol=1e-5)
+    with pytest.raises(UserError, match="these embeddings are not of .*fp32"):
         load_searchers(models[1:], path_of(catalog), "test", site.embeddings[:1])
-    with pytest.raises(UserError, match="holds other images than"):
+    with pytest.raises(UserError, match="these embeddings are of another gallery"):
         load_searchers(models[:1], path_of(catalog), "validation", site.embeddings[:1])
-    with pytest.raises(UserError, match="has no gallery images of split 'train'"):
+    with pytest.raises(UserError, match="split 'train' has no gallery images"):
         load_searchers(models[:1], path_of(catalog), "train", ())
     assert gallery.table.equals(site.gallery.table)
 
@@ -526,44 +524,46 @@ def test_embeddings_are_kept_and_only_those_of_the_gallery_and_model_are_taken(
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"models": ()}, "models: 0 given"),
-        ({"models": ("a", "b", "c")}, "models: 3 given"),
-        ({"models": ("a", "b"), "embeddings": ("e",)}, "embeddings: 1 given"),
-        ({"models": ("a",), "top": 0}, "top: 0"),
-        ({"models": ("a",), "port": 65536}, "port: 65536"),
+        ({"models": ()}, "models: .*got 0"),
+        ({"models": ("a", "b", "c")}, "models: .*got 3"),
+        ({"models": ("a", "b"), "embeddings": ("e",)}, "embeddings: expected 2.*got 1"),
+        ({"models": ("a",), "top": 0}, "top: .*got 0"),
+        ({"models": ("a",), "port": 65536}, "port: .*got 65536"),
     ],
 )
-def test_settings_that_make_no_sense_are_named(values: dict[str, object], expected: str) -> None:
+def test_invalid_serve_config_is_rejected(values: dict[str, object], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         ServeConfig(**{"catalog": "c", **values})
 
 
-def test_a_port_that_is_taken_is_named(models: tuple[str, str], catalog: Catalog) -> None:
+def test_taken_port_is_reported(models: tuple[str, str], catalog: Catalog) -> None:
     with socket.create_server((ADDRESS, 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port: {port}: Address already in use: choose another with --port"):
+        with pytest.raises(
+            UserError, match=rf"port: cannot listen on {port} \(Address already in use\). Pass another --port"
+        ):
             serve(ServeConfig(models, path_of(catalog), port=port))
 
 
-def test_the_command_says_its_address_and_ends_on_an_interrupt(models: tuple[str, str], catalog: Catalog) -> None:
+def test_command_prints_its_address_and_stops_on_interrupt(models: tuple[str, str], catalog: Catalog) -> None:
     arguments = ["search", "serve", "--models", f"[{models[1]}]", "--catalog", path_of(catalog), "--port", "0"]
     process = subprocess.Popen([sys.executable, "-m", "vpr", *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if line.startswith("http://"):
             break
-    address = re.match(r"http://127\.0\.0\.1:(\d+): open it in a browser", said[-1])
-    assert address, said
+    address = re.match(r"http://127\.0\.0\.1:(\d+): open it in a browser", lines[-1])
+    assert address, lines
     connection = http.client.HTTPConnection(ADDRESS, int(address[1]), timeout=30)  # kept open, as a browser would
     connection.request("GET", "/")
-    assert "against" not in connection.getresponse().read().decode()
+    assert re.search(r">fp32 \(\S+\): \d+ gallery images", connection.getresponse().read().decode())
     upload = socket.create_connection((ADDRESS, int(address[1])))  # one that is not done
     upload.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=30)[1]
-    assert (process.returncode, rest) == (0, "ended\n")
+    assert (process.returncode, rest) == (0, "server stopped\n")
     connection.close()
     upload.close()

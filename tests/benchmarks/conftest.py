@@ -1,4 +1,4 @@
-"""One report of small models, made once: its products and categories are named to break out of a page."""
+"""A report of small models, built once; its product and category names try to break out of a page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path:
-    """A catalogue of the textures whose products and categories have the worst of names."""
+    """Catalogue of the textures with hostile product and category names."""
     table = texture_folder / "shop.csv"
     with table.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
@@ -47,8 +47,8 @@ def shop_catalog(shop: Path) -> Catalog:
 
 
 @pytest.fixture(scope="session")
-def made(student_artifact: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a student, its graph, and an INT8 graph decided on recall."""
+def report_artifact(student_artifact: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Report of a student, its FP32 graph, and an INT8 graph within a recall budget."""
     folder = tmp_path_factory.mktemp("report")
     fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(folder / "fp32"))))
     ranges = str(calibrate(CalibrateConfig(fp32, str(shop), str(folder / "ranges"), count=16)))
@@ -64,5 +64,5 @@ def made(student_artifact: Path, shop: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def measured(made: Path) -> dict[str, Any]:
-    return json.loads((made / "report.json").read_text(encoding="utf-8"))
+def report_values(report_artifact: Path) -> dict[str, Any]:
+    return json.loads((report_artifact / "report.json").read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ class Measurement:
     """Latencies of one call.
 
     Attributes:
-        rounds: Milliseconds of the timed calls, by round.
-        warmed_up: Whether the latency was steady at the end of the warm-up.
+        rounds: milliseconds of the timed calls of each round.
+        warmed_up: Whether the call was steady when its warm-up ended.
     """
 
     rounds: tuple[NDArray[np.float64], ...]

@@ -1,5 +1,5 @@
-// A click on a heading sorts its table: once down, twice up. The order is kept in the address (#sort=models.4.down), so
-// that it can be passed on. Rows without a value stay at the end.
+// A click on a heading sorts its table, descending first, then ascending. The address keeps the order
+// (#sort=models.4.down), so that a link can share it. Rows without a value stay at the end.
 "use strict";
 function value(row, column) {
   const text = row.cells[column].dataset.sort;
@@ -25,8 +25,8 @@ for (const table of document.querySelectorAll("table[id]")) {
     });
   });
 }
-const asked = /^#sort=([a-z]+)\.(\d+)\.(down|up)$/.exec(location.hash);
-const heading = asked && document.getElementById(asked[1])?.tHead.rows[0].cells[Number(asked[2])];
+const requested = /^#sort=([a-z]+)\.(\d+)\.(down|up)$/.exec(location.hash);
+const heading = requested && document.getElementById(requested[1])?.tHead.rows[0].cells[Number(requested[2])];
 if (heading) {
-  for (let clicks = asked[3] === "down" ? 1 : 2; clicks > 0; clicks -= 1) heading.querySelector("button").click();
+  for (let clicks = requested[3] === "down" ? 1 : 2; clicks > 0; clicks -= 1) heading.querySelector("button").click();
 }

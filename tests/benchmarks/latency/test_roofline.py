@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks.latency import roofline as ceiling
-from benchmarks.latency.roofline import Roofline, arithmetic, count_work, measure_roofline, roofline_ms
+from benchmarks.latency import roofline
+from benchmarks.latency.roofline import Roofline, compute_dtype, count_work, measure_roofline, roofline_ms
 from export.backends.registry import Model, models_of
 from export.config import OnnxConfig
 from export.multiply_adds import multiply_adds
@@ -18,14 +18,14 @@ from student.model import count_multiply_adds, load_student
 MACHINE = Roofline("fp32", 1, 10e9, 2e9)
 
 
-def test_the_roofline_is_the_slower_of_products_and_memory() -> None:
+def test_roofline_is_the_slower_of_compute_and_memory() -> None:
     assert MACHINE.milliseconds(5e9, 1e6) == pytest.approx(500)
     assert MACHINE.milliseconds(1e6, 3e9) == pytest.approx(1500)
     ridge = MACHINE.multiply_adds / MACHINE.bytes  # multiply-adds per byte at which both take as long
     assert MACHINE.milliseconds(ridge * 7e6, 7e6) == pytest.approx(1000 * 7e6 / 2e9)
 
 
-def test_a_model_moves_its_weights_once_and_its_images_each_time(student_artifact: Path) -> None:
+def test_weights_move_once_and_images_each_time(student_artifact: Path) -> None:
     (model,) = models_of(student_artifact)
     weights = (student_artifact / "model.safetensors").stat().st_size
     image, embedding = 4 * 3 * 32 * 32, 4 * 32
@@ -36,7 +36,7 @@ def test_a_model_moves_its_weights_once_and_its_images_each_time(student_artifac
 
 
 @pytest.mark.parametrize("opset", [20, 23])
-def test_multiply_adds_of_a_graph_are_those_that_pytorch_counts(each_student: Path, opset: int, tmp_path: Path) -> None:
+def test_graph_has_the_multiply_adds_of_pytorch(each_student: Path, opset: int, tmp_path: Path) -> None:
     path = export_onnx(OnnxConfig(str(each_student), str(tmp_path / "fp32"), opset=opset, images=2))
     graph, artifact = load_onnx(path)
     expected = count_multiply_adds(load_student(each_student)[0], 32)
@@ -45,19 +45,19 @@ def test_multiply_adds_of_a_graph_are_those_that_pytorch_counts(each_student: Pa
     assert count_work(models_of(each_student)[0].artifact) == expected
 
 
-def test_a_shape_that_is_not_known_makes_no_number() -> None:
+def test_unknown_shape_gives_no_multiply_adds() -> None:
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", axis]) for name, axis in (("a", 4), ("b", "k"))
     ]
     output = helper.make_tensor_value_info("c", TensorProto.FLOAT, None)
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "g", inputs, [output])
     assert multiply_adds(helper.make_model(graph)) is None
-    # The graph given is left as it was.
+    # The graph is not modified.
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
 
 
 class _Runner:
-    """Enough of a backend to ask for its arithmetic."""
+    """Stub of a backend with a precision."""
 
     def __init__(self, name: str, precision: str) -> None:
         self.name, self._precision = name, precision
@@ -78,7 +78,7 @@ class _Runner:
         ("tensorrt", "fp8", True, None),
     ],
 )
-def test_the_ceiling_is_of_the_numbers_that_are_computed(
+def test_roofline_has_the_dtype_of_the_products(
     backend: str,
     precision: str,
     vnni: bool,
@@ -86,17 +86,17 @@ def test_the_ceiling_is_of_the_numbers_that_are_computed(
     student_artifact: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ceiling, "lacks_vnni", lambda: not vnni)
+    monkeypatch.setattr(roofline, "lacks_vnni", lambda: not vnni)
     model = replace(models_of(student_artifact)[0], runner=_Runner(backend, precision))
     assert isinstance(model, Model)
-    assert arithmetic(model) == expected
+    assert compute_dtype(model) == expected
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_a_ceiling_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roofline_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.latency.roofline._SIDES", (64, 128))
-    monkeypatch.setattr("benchmarks.latency.roofline._COPIED", 1 << 16)
-    found = measure_roofline(dtype, "cpu", 1)
-    assert (found.dtype, found.threads) == (dtype, 1)
-    assert found.multiply_adds > 0
-    assert found.bytes > 0
+    monkeypatch.setattr("benchmarks.latency.roofline._COPIED_BYTES", 1 << 16)
+    machine = measure_roofline(dtype, "cpu", 1)
+    assert (machine.dtype, machine.threads) == (dtype, 1)
+    assert machine.multiply_adds > 0
+    assert machine.bytes > 0

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.config import RecallConfig
-from benchmarks.recall.extra_metrics import asymmetric, by_category, reranked
-from benchmarks.recall.measure import measure_recall, score_row
+from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
+from benchmarks.recall.measure import add_scores, measure_recall
+from benchmarks.report.schema import Row
 from student.model import Student
 from tests.conftest import small_student
 from vpr.artifacts.store import Embedding, load_artifact, write_artifact
@@ -33,70 +34,70 @@ def vectors(shop_catalog: Catalog) -> np.ndarray:
     return l2_normalize((centres[products] + 1.5 * rng.normal(size=(len(part), 16))).astype(np.float32))
 
 
-def _first_right(part: Catalog, asked: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """Whether the first result of each query is right, by a faiss index."""
+def _first_right(part: Catalog, query_rows: np.ndarray, gallery_rows: np.ndarray) -> np.ndarray:
+    """Return whether the first result of each query is right, by a faiss index."""
     query, gallery = part.roles == "query", part.roles == "gallery"
-    index = faiss.IndexFlatIP(shown.shape[1])
-    index.add(shown[gallery])
-    found = index.search(asked[query], 1)[1][:, 0]
-    return part.products[gallery][found] == part.products[query]
+    index = faiss.IndexFlatIP(gallery_rows.shape[1])
+    index.add(gallery_rows[gallery])
+    first = index.search(query_rows[query], 1)[1][:, 0]
+    return part.products[gallery][first] == part.products[query]
 
 
-def test_categories_are_scored_by_their_own_queries(shop_catalog: Catalog, vectors: np.ndarray) -> None:
+def test_categories_are_scored_on_their_queries(shop_catalog: Catalog, vectors: np.ndarray) -> None:
     part = shop_catalog.select(split="test")
     hits = _first_right(part, vectors, vectors)
-    found = by_category(part, hits, 0)
-    assert found is not None
+    categories = score_categories(part, hits, 0)
+    assert categories is not None
     queries = part.roles == "query"
-    assert {name: one["queries"] for name, one in found.items()} == {
+    assert {name: category.queries for name, category in categories.items()} == {
         name: int((part.categories[queries] == name).sum()) for name in np.unique(part.categories)
     }
-    counts = [one["queries"] for one in found.values()]
+    counts = [category.queries for category in categories.values()]
     assert counts == sorted(counts, reverse=True)
-    for name, one in found.items():
-        assert one["recall_at_1"] == pytest.approx(hits[part.categories[queries] == name].mean())
-        assert one["ci95"][0] <= one["recall_at_1"] <= one["ci95"][1]
+    for name, category in categories.items():
+        assert category.recall_at_1 == pytest.approx(hits[part.categories[queries] == name].mean())
+        assert category.ci95[0] <= category.recall_at_1 <= category.ci95[1]
 
 
-def test_hits_are_told_in_one_order_whatever_that_of_the_rows(shop_catalog: Catalog, vectors: np.ndarray) -> None:
+def test_hits_have_an_order_independent_of_the_rows(shop_catalog: Catalog, vectors: np.ndarray) -> None:
     part = shop_catalog.select(split="test")
     order = np.random.default_rng(4).permutation(len(part))
     other = Catalog(part.table.take(pa.array(order)), part.root, part.artifact)
     assert other.sha256 == part.sha256
-    hits = score_row(part, vectors, 0)["hits"]
-    assert score_row(other, vectors[order], 0)["hits"] == hits
-    assert set(hits) == {"0", "1"}
+    row, other_row = (Row.empty("student", "student", "torch", "fp32") for _ in range(2))
+    add_scores(row, part, vectors, 0)
+    add_scores(other_row, other, vectors[order], 0)
+    assert other_row.hits == row.hits
+    assert set(row.hits) == {"0", "1"}
 
 
-def test_the_teacher_s_gallery_is_searched_where_the_dimensions_agree(
-    shop_catalog: Catalog, vectors: np.ndarray
-) -> None:
+def test_teacher_gallery_needs_equal_dimensions(shop_catalog: Catalog, vectors: np.ndarray) -> None:
     part = shop_catalog.select(split="test")
     teacher = l2_normalize(vectors + 0.3 * np.random.default_rng(3).normal(size=vectors.shape).astype(np.float32))
-    found = asymmetric(part, vectors, teacher, 0)
-    assert found is not None
-    assert found["recall_at_1"] == pytest.approx(_first_right(part, vectors, teacher).mean())
-    assert asymmetric(part, vectors, l2_normalize(np.ascontiguousarray(teacher[:, :8])), 0) is None
+    scores = score_asymmetric(part, vectors, teacher, 0)
+    assert scores is not None
+    assert scores.recall_at_1 == pytest.approx(_first_right(part, vectors, teacher).mean())
+    assert score_asymmetric(part, vectors, l2_normalize(np.ascontiguousarray(teacher[:, :8])), 0) is None
 
 
-def test_steps_that_change_no_ranking_change_no_score(shop_catalog: Catalog, vectors: np.ndarray) -> None:
+def test_steps_that_keep_the_ranking_keep_the_scores(shop_catalog: Catalog, vectors: np.ndarray) -> None:
     part = shop_catalog.select(split="test")
-    assert reranked(part, vectors, RerankConfig(), 0) is None
-    # k-reciprocal with the whole weight on the original distance ranks as the embeddings do, for each query.
-    same = reranked(part, vectors, RerankConfig(k_reciprocal=True, original_weight=1.0), 0)
+    assert score_reranked(part, vectors, RerankConfig(), 0) is None
+    # k-reciprocal with all weight on the original distance ranks as the embeddings do.
+    same = score_reranked(part, vectors, RerankConfig(k_reciprocal=True, weight=1.0), 0)
     assert same is not None
-    assert same["recall_at_1"] == pytest.approx(_first_right(part, vectors, vectors).mean())
-    other = reranked(part, vectors, RerankConfig(qe=3), 0)
+    assert same.recall_at_1 == pytest.approx(_first_right(part, vectors, vectors).mean())
+    other = score_reranked(part, vectors, RerankConfig(qe=3), 0)
     assert other is not None
-    assert other["map"] != same["map"]
+    assert other.map != same.map
 
 
-def _assistant(folder: Path, of: str = "", dim: int = 32) -> str:
-    """A student artifact; ``of`` names its assistant."""
+def _write_student(folder: Path, assistant: str = "", dim: int = 32) -> str:
+    """Write a student artifact; ``assistant`` is the path of its assistant."""
     torch.manual_seed(dim)
     config = small_student("patch")
     config = type(config)(**{**asdict(config), "embedding_dim": dim})
-    parents = [load_artifact(of).as_parent("assistant")] if of else []
+    parents = [load_artifact(assistant).as_parent("assistant")] if assistant else []
     with write_artifact(folder, "student", {"model": asdict(config)}, parents) as draft:
         save_file(Student(config).state_dict(), draft.path / "model.safetensors")
         draft.preprocess = Preprocess(size=config.image_size)
@@ -104,9 +105,9 @@ def _assistant(folder: Path, of: str = "", dim: int = 32) -> str:
     return str(folder)
 
 
-def test_differences_are_taken_to_the_student_not_to_its_assistant(shop: Path, tmp_path: Path) -> None:
-    assistant = _assistant(tmp_path / "larger", dim=48)
-    student = _assistant(tmp_path / "small", of=assistant)
+def test_reference_is_the_student_not_its_assistant(shop: Path, tmp_path: Path) -> None:
+    assistant = _write_student(tmp_path / "larger", dim=48)
+    student = _write_student(tmp_path / "small", assistant)
     config = RecallConfig(str(shop), (assistant, student), str(tmp_path / "recall"), rerank=RerankConfig())
     rows = json.loads((measure_recall(config) / "recall.json").read_text(encoding="utf-8"))
     assert [row["stage"] for row in rows] == ["baseline", "baseline", "student", "student"]
@@ -120,11 +121,11 @@ def test_differences_are_taken_to_the_student_not_to_its_assistant(shop: Path, t
     assert (tmp_path / "recall" / "card.json").stat().st_mtime_ns == written
 
 
-def test_what_cannot_be_scored_is_refused(shop: Path, student_artifact: Path, tmp_path: Path) -> None:
+def test_unusable_recall_input_is_rejected(shop: Path, student_artifact: Path, tmp_path: Path) -> None:
     models = (str(student_artifact),)
     with pytest.raises(UserError, match="has no gallery images"):
         measure_recall(RecallConfig(str(shop), models, str(tmp_path / "r"), split="train"))
     with pytest.raises(UserError, match="2 artifacts are named 'student'"):
         measure_recall(RecallConfig(str(shop), models * 2, str(tmp_path / "r")))
-    with pytest.raises(UserError, match="none given"):
+    with pytest.raises(UserError, match="models: expected one or more artifacts, got none"):
         measure_recall(RecallConfig(str(shop), (), str(tmp_path / "r")))

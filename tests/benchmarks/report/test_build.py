@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.config import ReportConfig
 from benchmarks.recall.baselines import colour_histogram, histogram, raw_pixels
-from benchmarks.report.build import command
+from benchmarks.report.build import format_command
 from benchmarks.report.render import draw_html, draw_markdown
-from benchmarks.report.schema import check, json_schema, read_report
+from benchmarks.report.schema import Report, json_schema, parse_report, read_report
 from vpr.cli import read_config
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
@@ -26,88 +26,93 @@ FIELDS = {
 }
 
 
-def test_rows_have_the_fields_of_the_design(measured: dict[str, Any]) -> None:
-    assert measured["schema"] == 1
-    assert all(set(row) >= FIELDS for row in measured["rows"])
+def test_rows_have_the_documented_keys(report_values: dict[str, Any]) -> None:
+    assert report_values["schema"] == 1
+    assert all(set(row) >= FIELDS for row in report_values["rows"])
     names = ["raw-pixels", "colour-histogram", "student", "fp32", "fp32", "int8", "int8"]
-    assert [row["name"] for row in measured["rows"]] == names
-    for row in measured["rows"]:
+    assert [row["name"] for row in report_values["rows"]] == names
+    for row in report_values["rows"]:
         assert row["queries"] == row["gallery"] == len(row["hits"]) == 32
         assert row["ci95"][0] <= row["recall_at_1"] <= row["ci95"][1]
         assert row["recall_at_1"] == row["hits"].count("1") / 32
-    student, exported = measured["rows"][2:4]
+    student, exported = report_values["rows"][2:4]
     assert student["reference"]
     assert exported["cosine_min"] > 0.99999
     assert exported["top10_overlap"] > 0.99
     assert (exported["recall_drop"], exported["recall_drop_ci95"]) == (0, [0, 0])
 
 
-def test_an_independent_validator_accepts_a_report_and_refuses_a_broken_one(made: Path) -> None:
-    schema = json.loads((made / "report.schema.json").read_text(encoding="utf-8"))
+def test_jsonschema_accepts_reports_and_rejects_broken_ones(report_artifact: Path) -> None:
+    schema = json.loads((report_artifact / "report.schema.json").read_text(encoding="utf-8"))
     assert schema == json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    measured = json.loads((made / "report.json").read_text(encoding="utf-8"))
-    validator.validate(measured)
-    measured["rows"][2]["load_ms"] = 12.0  # a key of a later version
-    validator.validate(measured)
+    report_values = json.loads((report_artifact / "report.json").read_text(encoding="utf-8"))
+    validator.validate(report_values)
+    report_values["rows"][2]["load_ms"] = 12.0  # a key of a later version
+    validator.validate(report_values)
     for key, value in (
         ("recall_at_1", 1.5),
         ("stage", "model"),
         ("latency_ms", {"1": {"p50": 3.0}}),
         ("hits", "012"),
     ):
-        broken = json.loads(json.dumps(measured))
+        broken = json.loads(json.dumps(report_values))
         broken["rows"][2][key] = value
         assert not validator.is_valid(broken), key
-        with pytest.raises(UserError, match=rf"key 'rows\.2\.{key}.*make it again"):
-            check(broken, "report.json")
+        with pytest.raises(UserError, match=rf"key 'rows\.2\.{key}.*Rerun"):
+            parse_report(broken, "report.json")
 
 
-def test_a_report_is_read_from_its_folder_or_its_file(made: Path, measured: dict[str, Any], tmp_path: Path) -> None:
-    assert read_report(made) == read_report(made / "report.json") == measured
+def test_report_is_read_from_its_folder_or_its_file(
+    report_artifact: Path, report_values: dict[str, Any], tmp_path: Path
+) -> None:
+    report = read_report(report_artifact)
+    assert report == read_report(report_artifact / "report.json")
+    assert json.loads(json.dumps(report.to_json())) == report_values
     file = tmp_path / "report.json"
-    for content, said in (("{", "not JSON"), ("[]", "key 'report'"), ('{"schema": 2}', "form 2, this version reads")):
+    for content, message in (("{", "not JSON"), ("[]", "key 'report'"), ('{"schema": 2}', "schema 1 or older, got 2")):
         file.write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             read_report(file)
-    with pytest.raises(UserError, match="no report here"):
+    with pytest.raises(UserError, match="found no report"):
         read_report(tmp_path / "absent.json")
 
 
-def test_pages_are_drawn_from_the_json_alone(made: Path, measured: dict[str, Any]) -> None:
-    assert draw_markdown(measured) == (made / "report.md").read_text(encoding="utf-8")
-    assert draw_html(measured) == (made / "report.html").read_text(encoding="utf-8")
+def test_pages_are_drawn_from_the_json_alone(report_artifact: Path, report_values: dict[str, Any]) -> None:
+    report = Report.model_validate(report_values)
+    assert draw_markdown(report) == (report_artifact / "report.md").read_text(encoding="utf-8")
+    assert draw_html(report) == (report_artifact / "report.html").read_text(encoding="utf-8")
 
 
-def test_changed_queries_are_listed_as_they_are_counted(made: Path, measured: dict[str, Any]) -> None:
-    with (made / "changed.csv").open(encoding="utf-8", newline="") as stream:
+def test_changed_csv_has_the_counted_queries(report_artifact: Path, report_values: dict[str, Any]) -> None:
+    with (report_artifact / "changed.csv").open(encoding="utf-8", newline="") as stream:
         lines = list(csv.DictReader(stream))
-    for row in measured["rows"][2:]:
-        own = [line for line in lines if (line["model"], line["backend"]) == (row["name"], row["backend"])]
-        assert len(own) == row["first_changed"]["queries"]
+    for row in report_values["rows"][2:]:
+        changed = [line for line in lines if (line["model"], line["backend"]) == (row["name"], row["backend"])]
+        assert len(changed) == row["first_changed"]["queries"]
         right, wrong = (
-            sum(line["right_before"] != flag and line["right_after"] == flag for line in own) for flag in "10"
+            sum(line["right_before"] != flag and line["right_after"] == flag for line in changed) for flag in "10"
         )
         assert (right, wrong) == (row["first_changed"]["right"], row["first_changed"]["wrong"])
         assert row["recall_drop"] == pytest.approx((wrong - right) / 32)
 
 
-def test_the_decision_and_the_ranges_are_in_the_report(measured: dict[str, Any]) -> None:
-    (decision,), (calibration,) = measured["decisions"], measured["calibrations"]
+def test_report_has_the_decision_and_the_ranges(report_values: dict[str, Any]) -> None:
+    (decision,), (calibration,) = report_values["decisions"], report_values["calibrations"]
     assert decision["name"] == "int8"
     assert len(decision["single_layer_trials"]) == len(decision["layers"])
     assert calibration["name"] == "ranges"
-    assert all(one["thresholds"][one["method"]] == one["threshold"] for one in calibration["tensors"])
+    assert all(tensor["thresholds"][tensor["method"]] == tensor["threshold"] for tensor in calibration["tensors"])
 
 
-def test_the_command_makes_the_same_configuration() -> None:
+def test_command_gives_the_same_configuration() -> None:
     config = ReportConfig(
         "runs/a catalog", ("a", "it's"), "out", batches=(1, 4), drop=0.01, rerank=RerankConfig(qe=3), seed=2
     )
     import shlex
 
-    words = shlex.split(command(config))
+    words = shlex.split(format_command(config))
     assert words[:3] == ["vpr", "bench", "report"]
     assert read_config(ReportConfig, "bench report", words[3:]) == config
 
@@ -126,5 +131,5 @@ def test_baselines_are_unit_vectors_in_order(catalog: Catalog) -> None:
     part = catalog.select(split="test")
     for vectors in (raw_pixels(part), colour_histogram(part)):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    alone = Catalog(part.table.slice(5, 1), part.root)
-    np.testing.assert_allclose(raw_pixels(alone)[0], raw_pixels(part)[5], atol=1e-7)
+    single = Catalog(part.table.slice(5, 1), part.root)
+    np.testing.assert_allclose(raw_pixels(single)[0], raw_pixels(part)[5], atol=1e-7)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.recall.measure import empty_row
-from benchmarks.report.recommendation import notes_of, recommend, verdict
+from benchmarks.report.recommendation import build_verdict, collect_notes, recommend
 from benchmarks.report.render import draw_html, draw_markdown
+from benchmarks.report.schema import Latency, Report, Row
 
 
 class _Page(HTMLParser):
@@ -42,65 +42,77 @@ def _page(text: str) -> _Page:
     return page
 
 
-def test_the_page_needs_no_network_and_shows_the_sheets(made: Path, measured: dict[str, Any]) -> None:
-    page = _page((made / "report.html").read_text(encoding="utf-8"))
+def test_page_needs_no_network_and_has_the_examples(report_artifact: Path, report_values: dict[str, Any]) -> None:
+    page = _page((report_artifact / "report.html").read_text(encoding="utf-8"))
     assert all(link.startswith(("data:image/", "#")) for link in page.links)
-    changed = len((measured["changed_sheet"] or {"sheet": []})["sheet"])
+    changed = len((report_values["changed_sheet"] or {"sheet": []})["sheet"])
     assert page.tags.count("section") == 3 + changed
-    assert page.tags.count("svg") == 6  # two trade-offs, categories, trials, layers alone, ranges
+    assert page.tags.count("svg") == 6  # two trade-offs, categories, trials, sensitivity, ranges
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_only_the_page_s_own_script_may_run(made: Path) -> None:
-    page = _page((made / "report.html").read_text(encoding="utf-8"))
+def test_policy_allows_only_the_page_script(report_artifact: Path) -> None:
+    page = _page((report_artifact / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("script") == 1
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
     assert "default-src 'none'" in page.policy
     assert page.policy.endswith(f"script-src 'sha256-{digest}'")
 
 
-def test_names_from_the_data_are_shown_as_text(made: Path, measured: dict[str, Any]) -> None:
-    """Products and categories are evil already (see conftest); names of models and notes are made so here."""
-    html = (made / "report.html").read_text(encoding="utf-8")
+def test_names_from_the_data_are_escaped(report_artifact: Path, report_values: dict[str, Any]) -> None:
+    """conftest.py sets hostile products and categories; this test sets hostile names of models and notes."""
+    html = (report_artifact / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt; $\\frac$ |" in html
     assert "Chairs &amp; &lt;b&gt;tables&lt;/b&gt;" in html  # in the chart
     evil = "<script>alert(2)</script>"
-    measured["rows"][2]["name"] = measured["rows"][3]["notes"] = measured["calibrations"][0]["name"] = evil
-    measured["decisions"][0]["name"] = measured["command"] = measured["rows"][4]["load_state"] = evil
-    measured["environment"]["cpu"]["model"] = evil
-    assert evil not in draw_html(measured)
-    assert evil not in draw_markdown(measured).replace(f"    {evil}", "")  # the command is an indented code block
+    report_values["rows"][2]["name"] = report_values["rows"][3]["notes"] = report_values["calibrations"][0]["name"] = (
+        evil
+    )
+    report_values["decisions"][0]["name"] = report_values["command"] = report_values["rows"][4]["load_state"] = evil
+    report_values["environment"]["cpu"]["model"] = evil
+    report = Report.model_validate(report_values)
+    assert evil not in draw_html(report)
+    assert evil not in draw_markdown(report).replace(f"    {evil}", "")  # the command is an indented code block
 
 
-def test_what_is_not_known_or_not_measured_is_drawn_all_the_same(measured: dict[str, Any]) -> None:
-    row = measured["rows"][3]
+def test_unknown_keys_and_missing_values_are_drawn(report_values: dict[str, Any]) -> None:
+    row = report_values["rows"][3]
     row |= {"load_ms": 12.345, "of_ceiling": {"1": 0.5, "8": None}, "ceiling": {"flops": 1.0}}
-    row["latency_ms"]["1"] |= {"ci95": {"p50": [0.5, None]}, "unstable": "rounds' medians -30% to +10% around theirs"}
-    text = draw_markdown(measured)
-    lines = text.split("Also recorded")[1].strip().splitlines()
+    row["latency_ms"]["1"] |= {
+        "ci95": {"p50": [0.5, None]},
+        "unstable": "medians of the rounds -30% to +10% around their median",
+    }
+    text = draw_markdown(Report.model_validate(report_values))
+    lines = text.split("Other measurements")[1].strip().splitlines()
     line = next(line for line in lines if "12.35" in line)
-    cells = dict(zip(*([cell.strip() for cell in one.split("|")] for one in (lines[0], line)), strict=True))
+    cells = dict(zip(*([cell.strip() for cell in text.split("|")] for text in (lines[0], line)), strict=True))
     assert (cells["load ms"], cells["of ceiling, batch 1"], cells["of ceiling, batch 8"]) == ("12.35", "0.5", "–")
-    assert "latency at batch 1 not stable: rounds' medians -30%" in text
-    for one in measured["rows"]:
-        one |= {"latency_ms": None, "throughput": None, "by_category": None, "size_bytes": None}
-    measured |= {"calibrations": [], "decisions": [], "changed_sheet": None, "sheet": []}
-    page = _page(draw_html(measured))
-    assert "Nothing can be recommended" in page.text
+    assert "unstable latency at batch 1: medians of the rounds -30%" in text
+    for row in report_values["rows"]:
+        row |= {"latency_ms": None, "throughput": None, "by_category": None, "size_bytes": None}
+    report_values |= {"calibrations": [], "decisions": [], "changed_sheet": None, "sheet": []}
+    page = _page(draw_html(Report.model_validate(report_values)))
+    assert "No recommendation" in page.text
     assert "svg" not in page.tags
 
 
-def _row(name: str, stage: str, drop: float | None, p50: float | None, recall: float = 0.5) -> dict[str, Any]:
-    latency = None if p50 is None else {"1": {"p50": p50, "p90": p50, "p99": p50}}
-    row = empty_row(name, stage, "torch", "fp32")
+def _row(name: str, stage: str, drop: float | None, p50: float | None, recall: float = 0.5) -> Row:
+    row = Row.empty(name, stage, "torch", "fp32")
+    row.reference = stage == "student"
+    row.latency_ms = None if p50 is None else {"1": Latency(p50=p50, p90=p50, p99=p50)}
     if drop is not None:
-        row |= {"recall_at_1": recall - drop, "recall_drop": drop, "recall_drop_ci95": [drop - 0.01, drop + 0.01]}
-        row |= {"ci95": [0, 1]}
-    return {**row, "latency_ms": latency, "reference": stage == "student"}
+        row.recall_at_1, row.ci95 = recall - drop, (0, 1)
+        row.recall_drop, row.recall_drop_ci95 = drop, (drop - 0.01, drop + 0.01)
+    return row
 
 
-def _rows() -> list[dict[str, Any]]:
+def _report(rows: list[Row], drop: float) -> Report:
+    """Return a report that has rows and a budget only."""
+    return Report.model_construct(rows=rows, drop=drop)
+
+
+def _rows() -> list[Row]:
     return [
         _row("teacher", "teacher", -0.4, 0.1),
         _row("student", "student", 0.0, 5.0),
@@ -111,36 +123,36 @@ def _rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("drop", "name"), [(0.02, "fp16"), (0.04, "int8"), (0.0, "student")])
-def test_the_fastest_within_the_allowed_drop_is_recommended(drop: float, name: str) -> None:
-    chosen = recommend({"rows": _rows(), "drop": drop})
+def test_fastest_within_the_budget_is_recommended(drop: float, name: str) -> None:
+    chosen = recommend(_report(_rows(), drop))
     assert chosen is not None
-    assert chosen["name"] == name
+    assert chosen.name == name
 
 
-def test_the_verdict_tells_what_is_doubtful() -> None:
+def test_verdict_has_its_facts_and_caveats() -> None:
     rows = _rows()
-    rows[2]["latency_ms"]["1"]["unstable"] = "drift"
+    rows[2].latency_ms["1"].unstable = "drift"
     rows.append(_row("fp16-b", "onnx", 0.0, 3.1))
-    said = verdict({"rows": rows, "drop": 0.015})
-    assert said.headline == "Deploy fp16 on torch (fp32)"
-    assert said.facts[1] == ("drop to the FP32 student", "+0.010", "95 % interval +0.000 to +0.020")
-    assert said.facts[2] == ("p50, batch 1", "3.00 ms", "1.7 times as fast as student on torch")
-    assert said.caveats == [
-        "The interval of the drop reaches +0.020, past the budget: more queries would settle it.",
-        "Its latency at batch 1 was not stable: drift.",
+    verdict = build_verdict(_report(rows, 0.015))
+    assert verdict.headline == "Deploy fp16 on torch (fp32)"
+    assert verdict.facts[1] == ("drop to the FP32 student", "+0.010", "95 % interval +0.000 to +0.020")
+    assert verdict.facts[2] == ("p50, batch 1", "3.00 ms", "1.7 times as fast as student on torch")
+    assert verdict.caveats == [
+        "The interval of the drop ends at +0.020, beyond the budget. Use more queries.",
+        "Its latency at batch 1 is unstable: drift.",
         "As fast within 5%: fp16-b on torch.",
-        "Not run here, so not considered: engine on torch.",
+        "Not considered, because they cannot run on this machine: engine on torch.",
     ]
-    assert "no more than 0.015 below the FP32 student's" in said.rule
+    assert "at most 0.015 below the FP32 student's" in verdict.rule
 
 
-def test_without_a_student_or_a_latency_nothing_is_recommended() -> None:
-    assert recommend({"rows": _rows()[-1:], "drop": 0.0}) is None
-    assert "no student is among the models" in verdict({"rows": _rows()[-1:], "drop": 0.0}).headline
-    assert "no model within the budget was timed" in verdict({"rows": _rows()[1:2], "drop": -0.5}).headline
+def test_no_recommendation_without_student_or_latency() -> None:
+    assert recommend(_report(_rows()[-1:], 0.0)) is None
+    assert "needs an FP32 student" in build_verdict(_report(_rows()[-1:], 0.0)).headline
+    assert "no model within the budget was timed" in build_verdict(_report(_rows()[1:2], -0.5)).headline
 
 
-def test_rows_with_the_same_note_stand_together() -> None:
+def test_rows_with_the_same_note_are_grouped() -> None:
     rows = _rows()
-    rows[0]["notes"] = rows[1]["notes"] = "peak memory: not measured"
-    assert notes_of({"rows": rows}) == ["teacher on torch, student on torch: peak memory: not measured"]
+    rows[0].notes = rows[1].notes = "peak memory: not measured"
+    assert collect_notes(rows) == ["teacher on torch, student on torch: peak memory: not measured"]

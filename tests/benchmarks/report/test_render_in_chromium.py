@@ -14,7 +14,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable
 
 
 class _Table(HTMLParser):
-    """Texts of the cells of the table ``models``, and which heading says that it is sorted."""
+    """Texts of the cells of the table ``models``, and the sort order of each heading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class _Table(HTMLParser):
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
-    if found is None:
+    browser = next((path for name in _NAMES if (path := shutil.which(name))), None)
+    if browser is None:
         pytest.skip("no Chromium on the PATH: apt-get install chromium")
-    return found
+    return browser
 
 
 def _open(chromium: str, address: str, folder: Path) -> tuple[str, list[str]]:
-    """The document as the browser left it, and its console's lines."""
+    """Return the rendered document and the lines of the console."""
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     base = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *quiet]
     command = [*base, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom", address]
@@ -66,33 +66,33 @@ def _table(document: str) -> _Table:
     return table
 
 
-def test_it_renders_and_sorts_when_a_heading_is_clicked(chromium: str, made: Path, tmp_path: Path) -> None:
-    page = (made / "report.html").resolve().as_uri()
+def test_page_renders_and_sorts_by_a_heading(chromium: str, report_artifact: Path, tmp_path: Path) -> None:
+    page = (report_artifact / "report.html").resolve().as_uri()
     document, errors = _open(chromium, page, tmp_path)
     assert errors == []
     assert document.count("<svg") == 6
     plain = _table(document)
-    assert [row[0] for row in plain.rows] == [str(place) for place in range(1, 8)]
+    assert [row[0] for row in plain.rows] == [str(number) for number in range(1, 8)]
     assert set(plain.sorted) == {None}
     headings = re.findall(r"<button>([^<]+)</button>", document)
     size = headings.index("MB")
-    # The address clicks the heading, as a person would: once for down, twice for up.
+    # The address clicks the heading like a person: once for descending, twice for ascending.
     for order, clicks in (("descending", "down"), ("ascending", "up")):
         document, errors = _open(chromium, f"{page}#sort=models.{size}.{clicks}", tmp_path)
         assert errors == []
-        found = _table(document)
-        assert found.sorted[size] == order
-        values = [row[size] for row in found.rows]
+        table = _table(document)
+        assert table.sorted[size] == order
+        values = [row[size] for row in table.rows]
         known = [float(value) for value in values if value != "–"]
         assert known == sorted(known, reverse=order == "descending")
         assert len(set(known)) > 1
         assert values[len(known) :] == ["–", "–"]  # the baselines have no size
-        assert sorted(row[0] for row in found.rows) == sorted(row[0] for row in plain.rows)
+        assert sorted(row[0] for row in table.rows) == sorted(row[0] for row in plain.rows)
 
 
-def test_a_script_from_the_data_would_not_run_even_unescaped(chromium: str, made: Path, tmp_path: Path) -> None:
-    """And: what a page says on its console is seen by these tests."""
-    text = (made / "report.html").read_text(encoding="utf-8")
+def test_policy_blocks_an_unescaped_script(chromium: str, report_artifact: Path, tmp_path: Path) -> None:
+    """It also shows that these tests see the console of the page."""
+    text = (report_artifact / "report.html").read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
     broken.write_text(text.replace("<h1>", "<script>document.title = 'taken'</script><h1>"), encoding="utf-8")
     document, errors = _open(chromium, broken.as_uri(), tmp_path)

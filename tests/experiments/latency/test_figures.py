@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks.report.schema import Latency, Timing
 from experiments.latency.figures import compare_runs, noise, open_loop, truth
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 
 
-def _run(**rows: tuple[float, str | None]) -> dict[str, dict[str, Any]]:
-    timed = {name: {"latency_ms": {"1": {"p50": p50, "unstable": why}}} for name, (p50, why) in rows.items()}
-    return {**timed, "absent": {"latency_ms": None, "notes": "not run: no GPU"}}
+def _run(**rows: tuple[float, str | None]) -> dict[str, Timing]:
+    latencies = {name: Latency(p50=p50, p90=p50, p99=p50, unstable=why) for name, (p50, why) in rows.items()}
+    timings = {name: Timing(latency_ms={"1": latency}) for name, latency in latencies.items()}
+    return {**timings, "absent": Timing(latency_ms=None, notes="not run: no GPU")}
 
 
 def test_rows_that_move_are_explained_or_counted() -> None:

@@ -23,6 +23,7 @@ from app.search_page.server import ADDRESS, make_app
 from benchmarks.config import ReportConfig
 from benchmarks.report.build import build_report
 from benchmarks.report.render import draw_html, draw_markdown
+from benchmarks.report.schema import Report
 from student.embed import embed_catalog
 from tests.reliability.commands import COMMAND_CASES, RESULT, CommandCase, make_student, run_once
 from vpr.artifacts.store import load_artifact
@@ -210,9 +211,10 @@ def _report_page(folder: Path) -> None:
             for results in query["results"].values():
                 for hit in results:
                     hit["product"] = name
-        if "<script" in (text := draw_markdown(named)) or "](" in text.replace("]\\(", ""):
+        report = Report.model_validate(named)
+        if "<script" in (text := draw_markdown(report)) or "](" in text.replace("]\\(", ""):
             raise RuntimeError("the name has become a part of report.md")
-        return draw_html(named)
+        return draw_html(report)
 
     _shows_as_text(draw, folder)
 

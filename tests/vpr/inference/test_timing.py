@@ -66,10 +66,10 @@ def test_unsteady_call_is_measured_and_marked() -> None:
     clock = Clock()
     ramp = [0.1 * 1.2**step for step in range(200)]  # each window of five is 2.5 times the one before
     calls = {"ramp": clock.call("ramp", *ramp), "even": clock.call("even", 0.1)}
-    measurements = measure_rounds(calls, 0.1, clock)
-    assert not measurements["ramp"].warmed_up
-    assert measurements["even"].warmed_up
-    assert len(measurements["ramp"].milliseconds) >= 10
+    timed = measure_rounds(calls, 0.1, clock)
+    assert not timed["ramp"].warmed_up
+    assert timed["even"].warmed_up
+    assert len(timed["ramp"].milliseconds) >= 10
     assert clock.order.index("even") == 60
 
 
