@@ -83,7 +83,7 @@ class Int8Config:
             slower than without quantisation over ``fp16``.
         keep: layers whose names begin with one of these stay in the base precision. None keeps the first and the
             last product with weights, or what a student's finishing kept.
-        recipe: ``linear`` leaves attention and convolutions in the base precision, ``full-mha`` quantises attention's
+        scope: ``linear`` leaves attention and convolutions in the base precision, ``full-mha`` quantises attention's
             products too, ``full`` also a stem's convolutions. None is ``linear``, and ``full`` where a budget decides.
         number: of eight bits; ``fp8`` (E4M3) is for Ada and Hopper GPUs.
         max_recall_drop: of recall@1 on the catalogue's validation split, such as 0.005; None quantises all layers
@@ -101,7 +101,7 @@ class Int8Config:
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
     keep: tuple[str, ...] | None = None
-    recipe: Recipe | None = None
+    scope: Recipe | None = None
     number: Format = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""

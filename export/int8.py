@@ -72,7 +72,7 @@ def export_int8(config: Int8Config) -> Path:
         return Path(config.output)
     calibrated = read_calibrated(graph, model, ranges)
     finished = _finished_keep(model, ranges)
-    recipe: Recipe = config.recipe or ("linear" if validation is None else "full")
+    recipe: Recipe = config.scope or ("linear" if validation is None else "full")
     layers = _allowed(calibrated.graph, finished if config.keep is None else config.keep, recipe)
     wide = model.names("fp32_nodes")
     decision = None if validation is None else _decide(config, model, calibrated, layers, validation, wide)

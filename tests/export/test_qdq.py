@@ -200,7 +200,7 @@ def test_all_but_the_first_and_the_last_product_with_weights_are_quantised(graph
 @pytest.mark.parametrize("base", ["fp16", "fp32"])
 @pytest.mark.parametrize("recipe", [None, "full"])
 def test_the_whole_verb(fp32: Path, ranges: Path, base: str, recipe: Recipe | None, tmp_path: Path) -> None:
-    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base, recipe=recipe))
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base, scope=recipe))
     quantised, artifact = load_onnx(output)
     float_graph, _ = load_onnx(fp32)
     inputs = _inputs(16)
@@ -224,7 +224,7 @@ def test_the_whole_verb(fp32: Path, ranges: Path, base: str, recipe: Recipe | No
 def test_openvino_computes_linears_and_convolutions_in_int8(fp32: Path, ranges: Path, tmp_path: Path) -> None:
     import openvino
 
-    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), recipe="full"))
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), scope="full"))
     graph, options = str(output / "model.onnx"), {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(graph, "CPU", options)
     info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
