@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,8 +32,8 @@ class Finding:
     detail: str
 
 
-def doctor(config: DoctorConfig) -> None:
-    """Print the findings."""
+def doctor(config: DoctorConfig) -> dict[str, Any]:
+    """Print and return the environment and the findings."""
     found = environment()
     cpu = found["cpu"]
     console = Console(width=max(100, Console().width))
@@ -41,12 +42,14 @@ def doctor(config: DoctorConfig) -> None:
     console.print(f"instructions: {' '.join(cpu['features']) or 'none that matter here'}", highlight=False)
     console.print(f"GPU: {gpus}; driver: {found['driver'] or 'none'}; training precision: {best_precision()}")
     table = Table("", "what", "detail", box=None, pad_edge=False)
-    for finding in examine():
+    findings = examine()
+    for finding in findings:
         mark = "[green]yes[/]" if finding.works else "[red]no[/]"
         table.add_row(mark, finding.name, finding.detail)
     console.print(table)
     packages = found["packages"].items() if config.verbose else list(found["packages"].items())[:8]
     console.print("packages: " + ", ".join(f"{name} {version}" for name, version in packages), highlight=False)
+    return {**found, "findings": findings}
 
 
 def examine() -> list[Finding]:

@@ -148,11 +148,11 @@ def advice(memory: Memory, available: int, batch: int, checkpointing: bool, half
     if not half:
         lines.append("--run.precision bf16-mixed nearly halves the activations")
     if not checkpointing:
-        lines.append("--tower.gradient_checkpointing true keeps a block's input only, for a third more computation")
+        lines.append("--tower.gradient-checkpointing keeps a block's input only, for a third more computation")
     fixed = memory.total - memory.activations
     if fixed < available:
         fits = max(1, int(batch * (available - fixed) / max(1, memory.activations)))
-        lines.append(f"--loader.batch_size {fits} with --run.accumulate {-(-batch // fits)} keeps the step's batch")
+        lines.append(f"--loader.batch-size {fits} with --run.accumulate {-(-batch // fits)} keeps the step's batch")
     elif processes == 1:
         lines.append(f"weights and states alone are {fixed / _GIB:.1f} GiB: train the head or the last blocks only, or")
     lines.append("torchrun with --run.strategy fsdp spreads weights and states over the processes")

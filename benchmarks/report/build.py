@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vpr.artifacts.store import (
     reraise_as_artifact_error,
     write_artifact,
 )
+from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -81,13 +82,7 @@ def _measure(config: ReportConfig, catalog: Catalog) -> tuple[dict[str, Any], li
 
 def command(config: ReportConfig) -> str:
     """The command line that makes this report again."""
-    words = ["vpr", "bench", "report"]
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if value != one.default:
-            text = value if isinstance(value, str) else json.dumps(asdict(value) if one.name == "rerank" else value)
-            words += [f"--{one.name}", shlex.quote(text)]
-    return " ".join(words)
+    return shlex.join(["vpr", "bench", "report", *to_flags(ReportConfig, vars(config))])
 
 
 def read_calibration(path: str) -> dict[str, Any]:

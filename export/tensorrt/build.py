@@ -144,9 +144,9 @@ def _write_cache(build: Any, path: Path) -> None:
 
 def _remedy(config: EngineConfig) -> str:
     if config.workspace_mb is not None:
-        return "raise --workspace_mb or leave it out"
+        return "raise --workspace-mb or leave it out"
     if config.version_compatible or config.weight_stripped:
-        return "leave --version_compatible and --weight_stripped out, or build with TensorRT beside its GPU"
+        return "leave --version-compatible and --weight-stripped out, or build with TensorRT beside its GPU"
     return "build from the FP16 or INT8 graph, or export with --opset 20"
 
 

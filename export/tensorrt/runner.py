@@ -32,7 +32,7 @@ def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_ho
         path: the artifact.
         device: number of the GPU, by CUDA's order.
         graphs: replay CUDA graphs, one per batch size.
-        allow_host_code: load engines built with ``--version_compatible true`` too. They carry a library that
+        allow_host_code: load engines built with ``--version-compatible`` too. They carry a library that
             runs on the CPU: allow it for what you built yourself.
 
     Raises:

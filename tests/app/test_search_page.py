@@ -546,7 +546,7 @@ def test_a_port_that_is_taken_is_named(models: tuple[str, str], catalog: Catalog
 
 
 def test_the_command_says_its_address_and_ends_on_an_interrupt(models: tuple[str, str], catalog: Catalog) -> None:
-    arguments = ["search", "serve", "--models", f"[{models[1]}]", "--catalog", path_of(catalog), "--port", "0"]
+    arguments = ["search", "serve", "--models", models[1], "--catalog", path_of(catalog), "--port", "0"]
     process = subprocess.Popen([sys.executable, "-m", "vpr", *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = []

@@ -78,16 +78,16 @@ def test_latency_is_beyond_noise_by_the_stated_bound_and_the_intervals(
 
 def test_budgets_break_with_exit_code_1(before: str, worse: str, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, said in (
-        (("--max_recall_drop", "0.01"), "int8 on openvino: recall@1 drops by"),
-        (("--max_latency_ratio", "1.1"), "int8 on openvino: p50 at batch 1 is 1.200 times that before, allowed 1.1"),
-        (("--max_size_ratio", "1.5"), "int8 on openvino: 2.000 times the bytes before, allowed 1.5"),
+        (("--max-recall-drop", "0.01"), "int8 on openvino: recall@1 drops by"),
+        (("--max-latency-ratio", "1.1"), "int8 on openvino: p50 at batch 1 is 1.200 times that before, allowed 1.1"),
+        (("--max-size-ratio", "1.5"), "int8 on openvino: 2.000 times the bytes before, allowed 1.5"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["bench", "compare", before, worse, *flag])
         assert left.value.code == 1
         assert said in capsys.readouterr().err
     main(["bench", "compare", before, worse])
-    main(["bench", "compare", worse, before, "--max_recall_drop", "0.01", "--max_latency_ratio", "1.1"])
+    main(["bench", "compare", worse, before, "--max-recall-drop", "0.01", "--max-latency-ratio", "1.1"])
 
 
 def test_a_model_or_a_latency_that_is_gone_breaks_a_budget(
@@ -122,7 +122,7 @@ def test_what_cannot_be_compared_ends_with_exit_code_2(
     for arguments, said in (
         ((before, "absent.json"), "absent.json: no report here"),
         ((before,), "after"),
-        ((before, before, "--max_recall_drop", "5"), "max_recall_drop: 5"),
+        ((before, before, "--max-recall-drop", "5"), "max_recall_drop: 5"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["bench", "compare", *arguments])

@@ -1,4 +1,4 @@
-"""``vpr export int8 --max_recall_drop``: the decision, its record, and what times it."""
+"""``vpr export int8 --max-recall-drop``: the decision, its record, and what times it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from experiments.teacher.two_processes import train_spread
 from student.config import DistillConfig
 from tests.student.conftest import STUDENT
+from vpr.common.flags import to_flags
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_the_command_distils_the_same_in_two_processes(config: DistillConfig, tm
     # Without the stem's batch norms, which see a process's own batch.
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
     arguments = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
-    arguments += ["--model", json.dumps({**shape, "stem": "patch"}), "--epochs", "6", "--run.ema", "0.8"]
+    arguments += [*to_flags(DistillConfig, {"model": shape}), "--epochs", "6", "--run.ema", "0.8"]
     arguments += ["--signal.views", "2", "--signal.bank", "32", "--signal.shard", "24"]
     one = train_spread(arguments, tmp_path / "one", 1, 16, verb="student distill")
     two = train_spread(arguments, tmp_path / "two", 2, 16, "ddp", verb="student distill")

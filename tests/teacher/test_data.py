@@ -225,7 +225,7 @@ def test_the_command_builds_what_the_loader_trains_on(
         (["--products10k", "x", "--validation", ".nan"], "validation nan and test 0.0: shares"),
         (["--products10k", "x", "--seed", "-1"], "seed: -1: give 0 or more"),
         (["--products10k", "x", "--aicrowd", "x"], "one source is given twice"),
-        (["--csv", "[absent.csv]"], "absent.csv: no such file"),
+        (["--csv", "absent.csv"], "absent.csv: no such file"),
         (["--aicrowd", "absent"], "gallery.csv: no such file"),
     ],
 )

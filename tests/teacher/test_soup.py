@@ -311,7 +311,7 @@ def test_a_soup_is_a_teacher_and_is_not_cooked_twice(
     start = start_of(vit)
     models = [write_teacher(tmp_path / str(s), vit, moved(start, s, 0.3), catalog) for s in (1, 2)]
     assert catalog.artifact is not None
-    arguments = ["--models", f"[{', '.join(models)}]", "--method", "greedy", "--output", str(tmp_path / "soup")]
+    arguments = ["--models", *models, "--method", "greedy", "--output", str(tmp_path / "soup")]
     main(["teacher", "soup", *arguments, "--catalog", str(catalog.artifact.path)])
     said = capsys.readouterr().err
     assert said.count("validation recall@1") == 2 + 1 + 1

@@ -134,8 +134,8 @@ def test_every_recipe_is_read_and_planned_for_its_own_tower(
 ) -> None:
     """On the meta device: the towers are built with their true shapes, without their weights."""
     assert catalog.artifact is not None
-    arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
-    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry_run", "true", "--loader.batch_size", "16"])
+    arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
+    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry-run", "--loader.batch-size", "16"])
     assert config.recipe == path.stem
     train(replace(config, stages=tuple(replace(stage, batch_size=0) for stage in config.stages)))
     said = capsys.readouterr().err
@@ -148,7 +148,7 @@ def test_every_recipe_is_read_and_planned_for_its_own_tower(
 def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_path: Path) -> None:
     """Everything of the recipe but the tower's size, the number of images in a batch, and the epochs."""
     assert catalog.artifact is not None
-    arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
+    arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)
     sizes = {0: 32, 280: 40, 290: 44}
     stages = tuple(

@@ -53,7 +53,7 @@ class ImageRejected(UserError):
     """A file that is not a usable image; the message names it and says why."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}: replace the file, or make the catalogue with --skip_unreadable true")
+        super().__init__(f"{path}: {reason}: replace the file, or make the catalogue with --skip-unreadable")
         self.reason = reason
 
 

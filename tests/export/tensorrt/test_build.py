@@ -130,9 +130,9 @@ def test_each_option_reaches_the_builder(fp32: Path, ranges: Path, tmp_path: Pat
     assert sizes[0] < sizes[1]
     assert load_artifact(one).card.config["optimisation_level"] == 5
     for options, message in (
-        ({"workspace_mb": 1}, "no tactics .* within workspace limit.*: raise --workspace_mb"),
-        ({"version_compatible": True}, "the build failed: .*: leave --version_compatible"),
-        ({"weight_stripped": True}, "the build failed: .*: leave --version_compatible and --weight_stripped"),
+        ({"workspace_mb": 1}, "no tactics .* within workspace limit.*: raise --workspace-mb"),
+        ({"version_compatible": True}, "the build failed: .*: leave --version-compatible"),
+        ({"weight_stripped": True}, "the build failed: .*: leave --version-compatible and --weight-stripped"),
         ({"timing_cache": str(tmp_path / "cache")}, "timing_cache: TensorRT-RTX measures nothing"),
     ):
         with pytest.raises(UserError, match=message):

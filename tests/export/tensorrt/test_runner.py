@@ -284,10 +284,10 @@ REBUILD = r"vpr export engine --onnx runs/fp16 --output \S*engine --backend"
             {"backend": "tensorrt-rtx"},
             ("sm86",),
             "sm89",
-            rf"built for sm86, this GPU is NVIDIA Test \(sm89\): {REBUILD} tensorrt-rtx --target sm89 --opt_batch 4",
+            rf"built for sm86, this GPU is NVIDIA Test \(sm89\): {REBUILD} tensorrt-rtx --target sm89 --opt-batch 4",
         ),
         ({"backend": "tensorrt-rtx"}, ("sm80", "sm86"), "sm90", rf"sm80, sm86, .* \(sm90\): {REBUILD} tensorrt --opt"),
-        ({"target": "sm80,sm86,sm89,sm120"}, ("sm90",), "sm86", rf"built for sm90, .*: {REBUILD} tensorrt --opt_batch"),
+        ({"target": "sm80,sm86,sm89,sm120"}, ("sm90",), "sm86", rf"built for sm90, .*: {REBUILD} tensorrt --opt-batch"),
         (
             {"builder_version": "11.3.0"},
             ("sm86",),
@@ -298,11 +298,11 @@ REBUILD = r"vpr export engine --onnx runs/fp16 --output \S*engine --backend"
             {"builder_version": "11.5.0.1", "version_compatible": True},
             ("sm86",),
             "sm86",
-            rf"tensorrt 11\.5\.0\.1, this machine has {VERSION}: {REBUILD} .* --version_compatible true$",
+            rf"tensorrt 11\.5\.0\.1, this machine has {VERSION}: {REBUILD} .* --version-compatible$",
         ),
         ({"builder_version": "10.12.0", "version_compatible": True}, ("sm86",), "sm86", "built with tensorrt 10"),
         ({"builder_version": "11.3.0", "version_compatible": True}, ("sm86",), "sm86", "allow_host_code=True"),
-        ({"weight_stripped": True}, ("sm86",), "sm86", rf"has no weights, .*: {REBUILD} tensorrt .* --max_batch 8$"),
+        ({"weight_stripped": True}, ("sm86",), "sm86", rf"has no weights, .*: {REBUILD} tensorrt .* --max-batch 8$"),
     ],
 )
 def test_what_the_card_rules_out_is_refused_before_anything_is_loaded(
@@ -385,7 +385,7 @@ def test_a_card_without_what_is_needed_is_said(tmp_path: Path) -> None:
 def test_too_little_gpu_memory_suggests_smaller_batches_and_leaves_nothing(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver(free_bytes=1000)
     engine = runner(write(max_batch=32, opt_batch=32), driver, ranges=[(1, 32, 32)])
-    with pytest.raises(UserError, match=r"too little free memory for batches of 32 .*--opt_batch 16 --max_batch 16$"):
+    with pytest.raises(UserError, match=r"too little free memory for batches of 32 .*--opt-batch 16 --max-batch 16$"):
         engine(images(1))
     assert driver.free_bytes == 1000
     assert not driver.pinned_arrays
@@ -393,7 +393,7 @@ def test_too_little_gpu_memory_suggests_smaller_batches_and_leaves_nothing(write
 
 def test_memory_that_tensorrt_runs_out_of_is_told_alike(write: Callable[..., Artifact]) -> None:
     engine = runner(write(), RecordedDriver(), fails="Error Code 1: Cuda Runtime (out of memory)")
-    with pytest.raises(UserError, match=r"too little free memory for batches of 8 .*--max_batch 4$"):
+    with pytest.raises(UserError, match=r"too little free memory for batches of 8 .*--max-batch 4$"):
         engine(images(1))
 
 
