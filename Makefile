@@ -21,7 +21,7 @@ demo: $(STAMP)
 	@$(BIN)/vpr demo
 
 demo-full: $(STAMP)
-	@$(BIN)/vpr demo --full true
+	@$(BIN)/vpr demo --full
 
 # Files of tests are shared among the processes; their libraries' threads would only stand in each other's way.
 test: $(STAMP)

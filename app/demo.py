@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
-_ROOT = Path(__file__).parent.parent
 _BUDGET = "0.01"  # largest drop of recall@1 of the INT8 graph for TensorRT
 
 
@@ -34,24 +34,21 @@ class Step:
 
 def steps(folder: str, full: bool) -> list[Step]:
     """Return the commands of the demo, as a user would type them."""
-    recipe = "sample-full.yaml" if full else "sample.yaml"
+    recipe = "sample-full" if full else "sample"
 
     def at(name: str) -> str:
         return f"{folder}/{name}"
 
-    def step(name: str, command: str, output: str, **options: str) -> Step:
-        flags = [word for key, value in options.items() for word in (f"--{key}", value)]
-        return Step(name, (*command.split(), *flags, "--output", at(output)), at(output))
+    def step(name: str, command: str, output: str, *words: str, **options: str) -> Step:
+        flags = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+        return Step(name, (*command.split(), *words, *flags, "--output", at(output)), at(output))
 
     catalog = at("catalog")
-    teacher_recipe, student_recipe = (
-        os.path.relpath(_ROOT / stage / "recipes" / recipe) for stage in ("teacher", "student")
-    )
     eight = {"onnx": at("fp32"), "ranges": at("ranges")}
     road = [
         step("catalogue", "catalog", "catalog", reader="sample"),
-        step("teacher", "teacher train", "teacher", config=teacher_recipe, catalog=catalog),
-        step("student", "student distill", "student", config=student_recipe, teacher=at("teacher"), catalog=catalog),
+        step("teacher", "teacher train", "teacher", recipe=recipe, catalog=catalog),
+        step("student", "student distill", "student", recipe=recipe, teacher=at("teacher"), catalog=catalog),
         step("ONNX FP32", "export onnx", "fp32", student=at("student"), catalog=catalog),
         step("ONNX FP16", "export onnx", "fp16", student=at("student"), catalog=catalog, precision="fp16"),
         step("calibration", "calibrate", "ranges", onnx=at("fp32"), catalog=catalog),
@@ -61,9 +58,8 @@ def steps(folder: str, full: bool) -> list[Step]:
         step("engine INT8", "export engine", "engine-int8", onnx=at("int8")),
     ]
     names = ("teacher", "student", "fp32", "fp16", "int8", "int8-cpu", "engine-fp16", "engine-int8")
-    models = json.dumps([at(name) for name in names])
-    ranges = json.dumps([at("ranges")])
-    road.append(step("report", "bench report", "report", catalog=catalog, models=models, ranges=ranges))
+    models = ("--models", *map(at, names))
+    road.append(step("report", "bench report", "report", *models, catalog=catalog, ranges=at("ranges")))
     return road
 
 
@@ -75,7 +71,7 @@ def demo(config: DemoConfig) -> Path:
     pipeline = steps(str(folder), config.full)
     executed = 0
     for number, step in enumerate(pipeline, start=1):
-        log.info(f"\n[{number}/{len(pipeline)}] vpr {' '.join(step.arguments)}")
+        log.info(f"\n[{number}/{len(pipeline)}] vpr {shlex.join(step.arguments)}")
         card_time, step_start = _card_time(step), time.monotonic()
         run(step.arguments)
         if _card_time(step) != card_time:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +34,8 @@ class Finding:
     detail: str
 
 
-def doctor(config: DoctorConfig) -> None:
-    """Print the machine, its packages and the result of every check."""
+def doctor(config: DoctorConfig) -> dict[str, Any]:
+    """Print and return the machine, its packages and the result of every check."""
     machine = environment()
     cpu = machine["cpu"]
     console = Console(width=max(100, Console().width))
@@ -43,12 +44,14 @@ def doctor(config: DoctorConfig) -> None:
     console.print(f"instructions: {' '.join(cpu['features']) or 'none of note'}", highlight=False)
     console.print(f"GPU: {gpus}; driver: {machine['driver'] or 'none'}; training precision: {best_precision()}")
     table = Table("", "what", "detail", box=None, pad_edge=False)
-    for finding in run_checks():
+    findings = run_checks()
+    for finding in findings:
         mark = "[green]yes[/]" if finding.works else "[red]no[/]"
         table.add_row(mark, finding.name, finding.detail)
     console.print(table)
     versions = list(machine["packages"].items())[: None if config.verbose else _MAIN_PACKAGES]
     console.print("packages: " + ", ".join(f"{name} {version}" for name, version in versions), highlight=False)
+    return {**machine, "findings": findings}
 
 
 def run_checks() -> list[Finding]:

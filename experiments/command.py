@@ -1,4 +1,4 @@
-"""``python -m benchmarks.X``: flags into a configuration, and one line on what the caller can put right."""
+"""``python -m experiments.X``: flags into a configuration, and one line on what the caller can put right."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from vpr.cli import silence_libraries
+from vpr.cli import read_config, silence_libraries
+from vpr.cli.commands import Command
+from vpr.cli.help import config_help
 from vpr.common.errors import UserError
 from vpr.common.log import configure_logging
 
@@ -25,7 +25,7 @@ def run_command(
     """Do a module's work; exit code 2 and one line on anything the caller can put right.
 
     Args:
-        module: of ``benchmarks``.
+        module: Module that is run.
         description: for ``--help``.
         config: a dataclass, whose fields are the flags.
         work: called with what the flags say; a true value is a fault that was found, and ends with exit code 1.
@@ -33,14 +33,14 @@ def run_command(
     """
     silence_libraries()
     configure_logging()
-    parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; flags override it")
-    parser.add_class_arguments(config)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help", "--help-all"} & set(words):
+        print(config_help(f"python -m {module}", config, Command("", "", description or ""), is_complete=True))
+        return
     try:
-        values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
-        faulty = work(config(**{key: value for key, value in values.items() if key != "config"}))
-    except (UserError, ArgumentError) as error:
-        print(f"benchmarks.{module}: {' '.join(str(error).split())}", file=sys.stderr)
+        faulty = work(read_config(config, f"python -m {module}", words))
+    except UserError as error:
+        print(f"{module}: {error}", file=sys.stderr)
         sys.exit(2)
     if faulty:
         sys.exit(1)

@@ -84,7 +84,7 @@ class Int8Config:
             ``fp16`` it is slower than without quantisation.
         exclude_layers: Name prefixes of layers to leave in the base precision. None excludes the first and the last
             layer with weights, or the layers that QAT fine-tuning excluded.
-        recipe: Kinds of layers to quantise. ``linear`` means linears only, ``full-mha`` adds the products of
+        scope: Kinds of layers to quantise. ``linear`` means linears only, ``full-mha`` adds the products of
             attention, ``full`` also adds the convolutions of a stem. None means ``full`` with ``max_recall_drop``,
             else ``linear``.
         dtype: Eight-bit type. ``fp8`` (E4M3) needs an Ada or Hopper GPU.
@@ -103,7 +103,7 @@ class Int8Config:
     output: str
     base: Literal["fp16", "fp32"] = "fp16"
     exclude_layers: tuple[str, ...] | None = None
-    recipe: Recipe | None = None
+    scope: Recipe | None = None
     dtype: QuantDtype = "int8"
     max_recall_drop: float | None = None
     catalog: str = ""

@@ -72,7 +72,7 @@ def export_int8(config: Int8Config) -> Path:
         return Path(config.output)
 
     calibrated = read_calibrated(graph, model, ranges)
-    recipe: Recipe = config.recipe or ("linear" if validation is None else "full")
+    recipe: Recipe = config.scope or ("linear" if validation is None else "full")
     excluded = qat_excluded if config.exclude_layers is None else config.exclude_layers
     layers = _select_layers(calibrated.graph, excluded, recipe)
     decision = None if validation is None else _search_layers(config, model, calibrated, layers, validation)

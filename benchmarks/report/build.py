@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.config import ReportConfig
@@ -34,6 +34,7 @@ from vpr.artifacts.store import (
     reraise_as_artifact_error,
     write_artifact,
 )
+from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -109,13 +110,7 @@ def assemble_report(
 
 def format_command(config: ReportConfig) -> str:
     """Return the command line that repeats this report."""
-    words = ["vpr", "bench", "report"]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            text = value if isinstance(value, str) else json.dumps(asdict(value) if field.name == "rerank" else value)
-            words += [f"--{field.name}", shlex.quote(text)]
-    return " ".join(words)
+    return shlex.join(["vpr", "bench", "report", *to_flags(ReportConfig, vars(config))])
 
 
 def read_calibration(artifact: Artifact) -> Calibration:

@@ -70,9 +70,8 @@ def measure_full() -> None:
 
 def measure_interrupted() -> None:
     """A teacher's training on the sample, killed half-way and resumed, against the same left alone."""
-    stages = '[{"train": "head", "epochs": 1, "lr_head": 2e-3}, '
-    stages += '{"train": "all", "epochs": 3, "lr_head": 2e-3, "lr_tower": 2e-3}]'
-    arguments = ["--config", str(ROOT / "teacher/recipes/sample.yaml"), "--stages", stages]
+    stages = ("{train: head, epochs: 1, lr_head: 2.0e-3}", "{train: all, epochs: 3, lr_head: 2.0e-3, lr_tower: 2.0e-3}")
+    arguments = ["--recipe", "sample", "--stages", *stages]
     with tempfile.TemporaryDirectory() as folder:
         both = interrupt("teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4)
     unbroken, resumed = both.unbroken.card, both.resumed.card

@@ -51,7 +51,7 @@ def export_graphs(student: TrainedStudent) -> dict[str, Path]:
         "fp16": plain("fp16", "fp16"),
         "fp16-opset20": plain("fp16-opset20", "fp16", 20),
         "int8": eight("int8"),
-        "int8-full-mha": eight("int8-full-mha", recipe="full-mha"),
+        "int8-full-mha": eight("int8-full-mha", scope="full-mha"),
         "fp8": eight("fp8", dtype="fp8"),
     }
 

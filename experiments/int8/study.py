@@ -79,4 +79,4 @@ def _quantise(student: TrainedStudent, floats: Path, name: str, change: dict[str
     place = student.folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     config = replace(_BASE, onnx=str(floats), catalog=str(student.catalog), output=f"{place}-ranges", seed=seed)
     ranges = calibrate(replace(config, **change))
-    return export_int8(Int8Config(str(floats), str(ranges), str(place), base="fp32", recipe="full"))
+    return export_int8(Int8Config(str(floats), str(ranges), str(place), base="fp32", scope="full"))

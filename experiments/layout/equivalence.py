@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vpr.artifacts.card import SCHEMA
+
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.figures import Row, markdown
@@ -31,7 +33,6 @@ from export.tensorrt.build import build_engine
 from export.to_onnx import export_onnx
 from student.embed import embed_catalog as embed_with_student
 from teacher.embed import embed_catalog as embed_with_teacher
-from vpr.artifacts.card import SCHEMA
 from vpr.artifacts.store import load_artifact
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig

@@ -78,7 +78,7 @@ class StudentStepConfig:
     @property
     def command(self) -> str:
         """What measures this again."""
-        return step_command("student_step", self)
+        return step_command("experiments.student.training_step", self)
 
 
 class StudentStep(Step):
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def work(config: StudentStepConfig) -> None:
         keep_figures(config, *student_step(config))
 
-    run_command("student_step", __doc__, StudentStepConfig, work, arguments)
+    run_command("experiments.student.training_step", __doc__, StudentStepConfig, work, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from experiments.figures import ROOT, Row
+from experiments.figures import Row
 from experiments.intervals import mean_text
 from teacher.config import HeadConfig, SoupConfig, StageConfig, TowerConfig, TrainConfig
 from teacher.model import load_teacher
@@ -56,7 +56,7 @@ def grocery_data() -> Path:
 
 def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
     """A teacher of furniture renders by a recipe of ours; trained if it is not there."""
-    arguments = ["--config", str(ROOT / f"teacher/recipes/{recipe}.yaml"), "--catalog", str(catalog)]
+    arguments = ["--recipe", recipe, "--catalog", str(catalog)]
     path = train(read_config(TrainConfig, "teacher train", [*arguments, "--output", str(output)]))
     assert path is not None
     return path

@@ -74,8 +74,8 @@ PARTS = {
 
 def _spread(folder: Path, processes: int, strategy: str) -> Spread:
     arguments = ["--catalog", str(_sample()), "--tower.name", "sample-vit", "--tower.pretrained", ""]
-    arguments += ["--stages", '[{"train": "all", "epochs": 1, "lr_head": 2e-3, "lr_tower": 1e-3}]']
-    arguments += ["--run.precision", "32-true", "--loader.keep_in_memory", "true"]
+    arguments += ["--stages", "{train: all, epochs: 1, lr_head: 2.0e-3, lr_tower: 1.0e-3}"]
+    arguments += ["--run.precision", "32-true", "--loader.keep-in-memory"]
     # One epoch of the sample's 6,989 training images in batches of 136 is 51 steps; the 50th is logged.
     return train_spread(arguments, folder / f"{strategy}-{processes}", processes, 136, strategy)  # type: ignore[arg-type]
 

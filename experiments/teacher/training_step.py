@@ -81,7 +81,7 @@ class TeacherStepConfig:
     @property
     def command(self) -> str:
         """What measures this again."""
-        return step_command("teacher_step", self)
+        return step_command("experiments.teacher.training_step", self)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def work(config: TeacherStepConfig) -> None:
         keep_figures(config, *teacher_step(config))
 
-    run_command("teacher_step", __doc__, TeacherStepConfig, work, arguments)
+    run_command("experiments.teacher.training_step", __doc__, TeacherStepConfig, work, arguments)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def train_spread(
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "vpr"]
         command = [sys.executable, "-m", *launcher]
     command += [*verb.split(), *arguments, "--output", str(output), "--run.strategy", strategy]
-    command += ["--loader.batch_size", str(batch // processes)]
+    command += ["--loader.batch-size", str(batch // processes)]
     # The number of threads changes the order of sums; one each makes the comparison of processes alone.
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}

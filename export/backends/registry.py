@@ -9,17 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.backends.runtimes import (
-    Backend,
-    BackendUnavailable,
-    EngineBackend,
-    OnnxRuntimeBackend,
-    OpenVinoBackend,
-    TorchBackend,
-)
-from export.config import BACKEND_NAMES as NAMES
-from export.config import USUAL_BACKENDS as USUAL
-from export.config import check_backends
+from export.backends.base import Backend, BackendUnavailable
+from export.backends.onnx_runtime import OnnxRuntimeBackend
+from export.backends.openvino_runtime import OpenVinoBackend
+from export.backends.pytorch import TorchBackend
+from export.backends.tensorrt_engine import EngineBackend
+from export.config import BACKEND_NAMES, DEFAULT_BACKENDS, check_backends
 from vpr.artifacts.store import Artifact, Kind, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
@@ -99,19 +94,19 @@ class Model:
         return self.artifact.card.preprocess
 
 
-def models_of(source: Artifact | Path | str, backends: Sequence[str] = USUAL) -> list[Model]:
-    """Every way to run an artifact, whether or not it can be run here.
+def models_of(source: Artifact | Path | str, backends: Sequence[str] = DEFAULT_BACKENDS) -> list[Model]:
+    """List the ways to run an artifact, including those that this machine cannot run.
 
     Args:
-        source: Artifact of :data:`MODEL_KINDS`, or its path. An engine is run by its own builder's runtime.
-        backends: names of those considered; ``all`` is every one.
+        source: Artifact of :data:`MODEL_KINDS`, or its path. Only the builder's own runtime runs an engine.
+        backends: Names of the backends to consider; ``all`` means every one.
 
     Raises:
         UserError: No backend has one of these names.
     """
-    chosen = choose_backends(backends)
+    selected = choose_backends(backends)
     artifact = source if isinstance(source, Artifact) else load_artifact(source, MODEL_KINDS)
-    fitting = [backend for backend in chosen if artifact.card.kind in backend.kinds]
+    fitting = [backend for backend in selected if artifact.card.kind in backend.kinds]
     if artifact.card.kind == "engine":
         fitting = [backend for backend in fitting if backend.name == artifact.card.config["backend"]]
     return [Model(artifact, backend) for backend in fitting]

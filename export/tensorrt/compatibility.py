@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from export.tensorrt.cuda_driver import Gpu
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import Artifact, Card, CorruptArtifact, CorruptCard, load_artifact
 from vpr.common.errors import UserError
+from vpr.common.flags import to_flags
 
 
 def load_engine(path: Path | str) -> Artifact:
@@ -28,13 +28,7 @@ def load_engine(path: Path | str) -> Artifact:
 def rebuild_command(artifact: Artifact, **changes: Any) -> str:
     """Return the command line that built an engine, with changed options."""
     values = {**artifact.card.config, "output": str(artifact.path), **changes}
-    words = ["vpr", "export", "engine"]
-    for option in fields(EngineConfig):
-        value = values.get(option.name, option.default)
-        if value != option.default:
-            flag = f"--{option.name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words)
+    return shlex.join(["vpr", "export", "engine", *to_flags(EngineConfig, values)])
 
 
 def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:

@@ -546,7 +546,7 @@ def test_taken_port_is_reported(models: tuple[str, str], catalog: Catalog) -> No
 
 
 def test_command_prints_its_address_and_stops_on_interrupt(models: tuple[str, str], catalog: Catalog) -> None:
-    arguments = ["search", "serve", "--models", f"[{models[1]}]", "--catalog", path_of(catalog), "--port", "0"]
+    arguments = ["search", "serve", "--models", models[1], "--catalog", path_of(catalog), "--port", "0"]
     process = subprocess.Popen([sys.executable, "-m", "vpr", *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = []

@@ -78,16 +78,16 @@ def test_latency_significance_needs_noise_and_intervals(
 
 def test_exceeded_budget_exits_with_code_1(before: str, worse: str, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, message in (
-        (("--max_recall_drop", "0.01"), "int8 on openvino: recall@1 drops by"),
-        (("--max_latency_ratio", "1.1"), "int8 on openvino: p50 at batch 1 is 1.200 times the p50 before, budget 1.1"),
-        (("--max_size_ratio", "1.5"), "int8 on openvino: 2.000 times the bytes before, budget 1.5"),
+        (("--max-recall-drop", "0.01"), "int8 on openvino: recall@1 drops by"),
+        (("--max-latency-ratio", "1.1"), "int8 on openvino: p50 at batch 1 is 1.200 times the p50 before, budget 1.1"),
+        (("--max-size-ratio", "1.5"), "int8 on openvino: 2.000 times the bytes before, budget 1.5"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             main(["bench", "compare", before, worse, *flag])
         assert exit_info.value.code == 1
         assert message in capsys.readouterr().err
     main(["bench", "compare", before, worse])
-    main(["bench", "compare", worse, before, "--max_recall_drop", "0.01", "--max_latency_ratio", "1.1"])
+    main(["bench", "compare", worse, before, "--max-recall-drop", "0.01", "--max-latency-ratio", "1.1"])
 
 
 def test_missing_model_or_latency_exceeds_a_budget(before: str, report_values: dict[str, Any], tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_incomparable_reports_exit_with_code_2(
     for arguments, message in (
         ((before, "absent.json"), "absent.json: found no report"),
         ((before,), "after"),
-        ((before, before, "--max_recall_drop", "5"), "max_recall_drop: expected -1 to 1"),
+        ((before, before, "--max-recall-drop", "5"), "max_recall_drop: expected -1 to 1"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             main(["bench", "compare", *arguments])

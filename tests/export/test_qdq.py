@@ -204,7 +204,7 @@ def test_first_and_last_weighted_layers_stay_float(graph: onnx.ModelProto) -> No
 def test_command_writes_quantised_graph(
     fp32: Path, ranges: Path, base: str, recipe: Recipe | None, tmp_path: Path
 ) -> None:
-    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base, recipe=recipe))
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), base=base, scope=recipe))
     quantised, artifact = load_onnx(output)
     float_graph, _ = load_onnx(fp32)
     inputs = _inputs(16)
@@ -230,7 +230,7 @@ def test_command_writes_quantised_graph(
 def test_openvino_runs_linears_and_convs_in_int8(fp32: Path, ranges: Path, tmp_path: Path) -> None:
     import openvino
 
-    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), recipe="full"))
+    output = export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), scope="full"))
     graph, options = str(output / "model.onnx"), {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(graph, "CPU", options)
     info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]

@@ -133,7 +133,7 @@ def _calibrate(folder: Path) -> object:
 
 def _quantise(folder: Path) -> object:
     fp32, ranges = str(folder / "fp32"), str(folder / "ranges")
-    return export_int8(Int8Config(fp32, ranges, str(folder / RESULT), recipe="full"))
+    return export_int8(Int8Config(fp32, ranges, str(folder / RESULT), scope="full"))
 
 
 def _fp8(folder: Path) -> object:

@@ -27,6 +27,7 @@ from tests.student.conftest import STUDENT
 from vpr.artifacts.run_folder import is_written
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
+from vpr.common.flags import to_flags
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.imaging.config import ViewConfig
@@ -150,13 +151,14 @@ def test_killed_cache_resumes(teacher: Path, catalog: Catalog, tmp_path: Path, m
 def arguments(config: DistillConfig) -> list[str]:
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
     flags = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
-    flags += ["--model", json.dumps({**shape, "stem": "conv"})]
-    return [*flags, "--run.validate_every", "2", "--run.ema", "0.8"]
+    flags += to_flags(DistillConfig, {"model": {**shape, "stem": "conv"}})
+    return [*flags, "--run.validate-every", "2", "--run.ema", "0.8"]
 
 
 @pytest.mark.parametrize("targets", [{"views": 2, "bank": 32}, {"mode": "online", "bank": 32, "mixup": 0.5}])
 def test_killed_distillation_resumes_bit_equal(targets: dict[str, Any], config: DistillConfig, tmp_path: Path) -> None:
-    flags = [*arguments(config), "--epochs", "8", "--loader.batch_size", "16", "--targets", json.dumps(targets)]
+    flags = [*arguments(config), "--epochs", "8", "--loader.batch-size", "16"]
+    flags += to_flags(DistillConfig, {"targets": targets})
     runs = interrupt("student distill", flags, tmp_path, epochs=8)
     assert runs.resumed.card.metrics["steps"] == runs.unbroken.card.metrics["steps"]
     assert runs.resumed.card.files["model.safetensors"] == runs.unbroken.card.files["model.safetensors"]

@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parents[2] / "student/recipes"
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_recipe_is_read(recipe: str) -> None:
-    arguments = ["--config", str(RECIPES / recipe), "--teacher", "t", "--catalog", "c", "--output", "o"]
+    arguments = ["--recipe", str(RECIPES / recipe), "--teacher", "t", "--catalog", "c", "--output", "o"]
     assert isinstance(read_config(DistillConfig, "student distill", arguments), DistillConfig)
 
 
@@ -56,7 +56,7 @@ def test_h14_recipe_takes_a_step(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Train for one step in a dry run, with the full teacher and student."""
-    arguments = ["--config", str(RECIPES / f"{recipe}.yaml"), "--teacher", str(vit_h_14), "--dry_run", "true"]
+    arguments = ["--recipe", recipe, "--teacher", str(vit_h_14), "--dry-run"]
     arguments += ["--catalog", str(sample), "--output", str(tmp_path / "student")]
     assert distill(read_config(DistillConfig, "student distill", arguments)) is None
     lines = capsys.readouterr().err

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from experiments.teacher.two_processes import train_spread
 from student.config import DistillConfig
 from tests.student.conftest import STUDENT
+from vpr.common.flags import to_flags
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_two_processes_train_the_same_student(config: DistillConfig, tmp_path: P
     # The convolutional stem has batch norms, which see the batch of one process only.
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
     arguments = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
-    arguments += ["--model", json.dumps({**shape, "stem": "patch"}), "--epochs", "6", "--run.ema", "0.8"]
+    arguments += [*to_flags(DistillConfig, {"model": shape}), "--epochs", "6", "--run.ema", "0.8"]
     arguments += ["--targets.views", "2", "--targets.bank", "32", "--targets.shard", "24"]
     one = train_spread(arguments, tmp_path / "one", 1, 16, verb="student distill")
     two = train_spread(arguments, tmp_path / "two", 2, 16, "ddp", verb="student distill")

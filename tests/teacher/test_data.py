@@ -220,7 +220,7 @@ def test_training_loader_reads_the_catalogue(sources: Path, tmp_path: Path, caps
         (["--products10k", "x", "--validation", ".nan"], "validation"),
         (["--products10k", "x", "--seed", "-1"], "seed: "),
         (["--products10k", "x", "--aicrowd", "x"], "a source is given twice"),
-        (["--csv", "[absent.csv]"], "absent.csv: "),
+        (["--csv", "absent.csv"], "absent.csv: "),
         (["--aicrowd", "absent"], "gallery.csv: "),
     ],
 )

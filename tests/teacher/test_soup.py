@@ -311,7 +311,7 @@ def test_soup_is_a_teacher_and_is_not_repeated(
     start = initial_weights(vit)
     models = [write_teacher(tmp_path / str(s), vit, add_noise(start, s, 0.3), catalog) for s in (1, 2)]
     assert catalog.artifact is not None
-    arguments = ["--models", f"[{', '.join(models)}]", "--method", "greedy", "--output", str(tmp_path / "soup")]
+    arguments = ["--models", *models, "--method", "greedy", "--output", str(tmp_path / "soup")]
     main(["teacher", "soup", *arguments, "--catalog", str(catalog.artifact.path)])
     assert capsys.readouterr().err.count("recall@1") == 2 + 1 + 1
     model, artifact = load_teacher(tmp_path / "soup")

@@ -135,8 +135,8 @@ def test_every_recipe_is_planned(
 ) -> None:
     """Build the towers in full size on the meta device, without weights."""
     assert catalog.artifact is not None
-    arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
-    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry_run", "true", "--loader.batch_size", "16"])
+    arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
+    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry-run", "--loader.batch-size", "16"])
     assert config.recipe == path.stem
     train(replace(config, stages=tuple(replace(stage, batch_size=0) for stage in config.stages)))
     printed = capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_every_recipe_is_planned(
 def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_path: Path) -> None:
     """Use all settings of the recipe except tower, batch size and epochs."""
     assert catalog.artifact is not None
-    arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
+    arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)
     sizes = {0: 32, 280: 40, 290: 44}
     stages = tuple(

@@ -16,7 +16,7 @@ def test_two_processes_train_like_one(catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     arguments = ["--catalog", str(catalog.artifact.path), "--tower.name", "sample-vit", "--tower.pretrained", ""]
     arguments += ["--run.precision", "32-true", "--run.ema", "0.9", "--stages"]
-    arguments += ['[{"train": "all", "epochs": 6, "lr_tower": 1e-3}, {"train": "last", "last_blocks": 2, "epochs": 1}]']
+    arguments += ["{train: all, epochs: 6, lr_tower: 1.0e-3}", "{train: last, last_blocks: 2, epochs: 1}"]
     single = train_spread(arguments, tmp_path / "one", 1, 16)
     assert len(single.losses) >= 2
     for strategy in ("ddp", "fsdp"):

@@ -111,7 +111,9 @@ class Pipeline:
         output.parent.mkdir(parents=True, exist_ok=True)
         self._runs += 1
         command = self.command(stage, output)
-        return Running(command, COMMANDS[stage.verb].module, self.folder / f"{self._runs}.log", prepare)
+        return Running(
+            command, COMMANDS[stage.verb].target.partition(":")[0], self.folder / f"{self._runs}.log", prepare
+        )
 
     def departures(self, stage: Stage, output: Path) -> list[str]:
         """What a result, and what lies beside it, has otherwise than the unbroken run's."""

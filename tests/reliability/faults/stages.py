@@ -12,13 +12,14 @@ from typing import Any
 from tests.reliability.commands import write_images
 from vpr.artifacts.store import Card, load_artifact
 
-_TRAINING = ("--run.precision", "32-true", "--loader.batch_size", "8", "--catalog", "{catalog}")
+_TRAINING = ("--run.precision", "32-true", "--loader.batch-size", "8", "--catalog", "{catalog}")
 _TEACHER_STAGES = [
     {"train": "head", "epochs": 2, "lr_head": 1e-3},
     {"train": "all", "epochs": 3, "lr_head": 1e-3, "lr_tower": 1e-3},
 ]
-_STUDENT = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "mlp_dim": 64}
-_EMBED = ("--model", "{student}", "--batch_size", "2", "--images_per_part", "2")
+_STUDENT = ("--model.image-size", "32", "--model.patch-size", "8", "--model.dim", "32", "--model.depth", "1")
+_HEADS = ("--model.heads", "2", "--model.dim-head", "16", "--model.mlp-dim", "64")
+_EMBED = ("--model", "{student}", "--batch-size", "2", "--images-per-part", "2")
 # What a run says of itself: another for each time that it was started, or at each time that it is run.
 _LOGS = ("metrics*.csv", "*/csv-*", "*/tb/*")
 _TIMES = ("seconds", "build_seconds")
@@ -58,25 +59,25 @@ STAGES = (
         "teacher",
         "teacher train",
         (*_TRAINING, "--loader.workers", "1", "--tower.name", "sample", "--tower.pretrained", "")
-        + ("--tower.image_size", "32")
-        + ("--stages", json.dumps(_TEACHER_STAGES)),
+        + ("--tower.image-size", "32")
+        + ("--stages", *map(json.dumps, _TEACHER_STAGES)),
     ),
     Stage(
         "student",
         "student distill",
-        (*_TRAINING, "--teacher", "{teacher}", "--model", json.dumps(_STUDENT), "--model.embedding_dim", "16")
+        (*_TRAINING, "--teacher", "{teacher}", *_STUDENT, *_HEADS, "--model.embedding-dim", "16")
         + ("--targets.views", "2", "--targets.shard", "8", "--dimension.method", "pca", "--epochs", "5"),
     ),
     Stage("embeddings", "student embed", ("--catalog", "{catalog}", *_EMBED)),
     Stage("shard-embeddings", "student embed", ("--catalog", "{shards}", *_EMBED)),
     Stage("fp32", "export onnx", ("--student", "{student}", "--catalog", "{catalog}", "--images", "8")),
-    Stage("ranges", "calibrate", ("--onnx", "{fp32}", "--catalog", "{catalog}", "--count", "8", "--smooth", "true")),
+    Stage("ranges", "calibrate", ("--onnx", "{fp32}", "--catalog", "{catalog}", "--count", "8", "--smooth")),
     Stage("int8", "export int8", ("--onnx", "{fp32}", "--ranges", "{ranges}")),
     Stage("engine", "export engine", ("--onnx", "{int8}", "--backend", "tensorrt-rtx", "--target", "sm86")),
     Stage(
         "report",
         "bench report",
-        ("--catalog", "{catalog}", "--models", '["{fp32}"]', "--seconds", "0.05", "--batches", "[1]"),
+        ("--catalog", "{catalog}", "--models", "{fp32}", "--seconds", "0.05", "--batches", "1"),
         loose=("report.json", "report.md", "report.html"),
     ),
 )

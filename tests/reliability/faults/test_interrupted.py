@@ -11,10 +11,10 @@ from vpr.data.catalog import Catalog
 
 def test_a_killed_training_resumes_to_the_unbroken_result(catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
-    stages = '[{"train": "head", "epochs": 1}, {"train": "all", "epochs": 5, "lr_head": 1e-3, "lr_tower": 1e-3}]'
-    arguments = ["--catalog", str(catalog.artifact.path), "--stages", stages, "--run.precision", "32-true"]
-    arguments += ["--tower.name", "sample", "--tower.pretrained", "", "--tower.image_size", "32"]
-    arguments += ["--loader.batch_size", "16"]
+    stages = ("{train: head, epochs: 1}", "{train: all, epochs: 5, lr_head: 1.0e-3, lr_tower: 1.0e-3}")
+    arguments = ["--catalog", str(catalog.artifact.path), "--stages", *stages, "--run.precision", "32-true"]
+    arguments += ["--tower.name", "sample", "--tower.pretrained", "", "--tower.image-size", "32"]
+    arguments += ["--loader.batch-size", "16"]
     both = interrupt("teacher train", arguments, tmp_path, epochs=6)
     assert 3 <= both.epochs_before_kill < 6
     unbroken, resumed = both.unbroken.card, both.resumed.card

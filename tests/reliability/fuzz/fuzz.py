@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(*summarise(found, "python -m tests.reliability.fuzz.fuzz", config.seed))
         return any(one.faulty for one in found)
 
-    run_command("fuzz", __doc__, FuzzConfig, work, arguments)
+    run_command("tests.reliability.fuzz.fuzz", __doc__, FuzzConfig, work, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzer over what parses: ``python -m tests.reliability.fuzz.guided --seconds 60 --targets '[card]'``.
+"""A coverage-guided fuzzer over what parses: ``python -m tests.reliability.fuzz.guided --seconds 60 --targets card``.
 
 It needs ``make fuzzer``. The inputs that covered more than others, and the faults, stay in ``runs/fuzz``, where the
 next run goes on. A fault is mended in the product, and its input moves to ``tests/reliability/fuzz/corpus``, which begins every run.
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(*summarise(found, "python -m tests.reliability.fuzz.guided"))
         return any(one.faults for one in found)
 
-    run_command("guided_fuzz", __doc__, GuidedFuzzConfig, work, arguments)
+    run_command("tests.reliability.fuzz.guided", __doc__, GuidedFuzzConfig, work, arguments)
 
 
 if __name__ == "__main__":

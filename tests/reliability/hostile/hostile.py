@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(*summarise(found, "python -m tests.reliability.hostile.hostile"))
         return any(one.faulty for one in found)
 
-    run_command("hostile", __doc__, HostileConfig, work, arguments)
+    run_command("tests.reliability.hostile.hostile", __doc__, HostileConfig, work, arguments)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def _catalog(reader: str, root: str, folder: Path) -> None:
     result = folder / RESULT
     command(
         *("catalog", "--reader", reader, "--root", str(folder / root), "--output", str(result)),
-        *("--skip_unreadable", "true"),
+        "--skip-unreadable",
     )
     if load_artifact(result).card.metrics["set_aside"]:
         raise SetAside((result / "set_aside.csv").read_text(encoding="utf-8").splitlines()[-1])
@@ -95,14 +95,14 @@ def _embed(folder: Path) -> None:
 
 
 def _recipe(folder: Path) -> None:
-    command("catalog", "--config", str(folder / "in" / "recipe.yaml"), "--output", str(folder / RESULT))
+    command("catalog", "--recipe", str(folder / "in" / "recipe.yaml"), "--output", str(folder / RESULT))
 
 
 def _teach(folder: Path) -> None:
     command(
         *("teacher", "train", "--catalog", str(folder / "catalog"), "--output", str(folder / RESULT)),
-        *("--tower.name", str(folder / "in" / "tower.json"), "--tower.pretrained", "", "--loader.batch_size", "4"),
-        *("--stages", '[{"train": "all", "epochs": 1}]'),
+        *("--tower.name", str(folder / "in" / "tower.json"), "--tower.pretrained", "", "--loader.batch-size", "4"),
+        *("--stages", "{train: all, epochs: 1}"),
     )
 
 

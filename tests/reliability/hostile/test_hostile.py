@@ -51,7 +51,7 @@ def test_what_is_written_around_an_artifact_is_seen(tmp_path: Path) -> None:
 def test_a_command_s_line_is_told_from_other_ends(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         command("catalog", "--reader", "folder", "--root", str(tmp_path / "absent"), "--output", str(tmp_path / "o"))
-    with pytest.raises(UserError, match="no command"):
+    with pytest.raises(UserError, match="unknown command"):
         command("spell")
     assert isinstance(ROADS["upload"], CommandCase)
 

@@ -149,7 +149,7 @@ def _by_kind(kind: str, outcomes: list[Outcome]) -> Row:
 
 @contextmanager
 def _serving(config: LoadConfig, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    arguments = ["--models", f"[{', '.join(config.models)}]", "--embeddings", f"[{config.embeddings}]"]
+    arguments = ["--models", *config.models, "--embeddings", config.embeddings]
     arguments += ["--catalog", config.catalog, "--top", str(TOP), "--port", "0"]
     (folder / "tmp").mkdir()
     with (folder / "said").open("wb") as said:

@@ -33,21 +33,24 @@ _ALONE = ("unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link 
 _TOGETHER = "import json; from vpr.cli import silence_libraries, run; silence_libraries(); [run(one) for one in json.load(open('road.json'))]"
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 _SERVE = "search serve"
-_LOADER = "--loader.batch_size 8 --run.precision 32-true"
-_STAGES = "'[{train: all, epochs: 1, lr_head: 1.0e-3, lr_tower: 1.0e-3}]'"
-_VIT = "'{image_size: 32, patch_size: 8, dim: 32, depth: 1, heads: 2, dim_head: 16, mlp_dim: 64}'"
+_LOADER = "--loader.batch-size 8 --run.precision 32-true"
+_STAGES = "'{train: all, epochs: 1, lr_head: 1.0e-3, lr_tower: 1.0e-3}'"
+_VIT = (
+    "--model.image-size 32 --model.patch-size 8 --model.dim 32 --model.depth 1 --model.heads 2 --model.dim-head 16"
+    " --model.mlp-dim 64"
+)
 # Every verb, in an order in which each finds what it needs in the folder it is run in.
 ROAD = (
     "catalog --reader folder --root images --validation 0.25 --test 0.25 --output catalog",
-    "teacher data --csv [images.csv] --validation 0.25 --output data",
-    f"teacher train --tower.name sample --tower.pretrained '' --tower.image_size 32 --stages {_STAGES} {_LOADER}"
+    "teacher data --csv images.csv --validation 0.25 --output data",
+    f"teacher train --tower.name sample --tower.pretrained '' --tower.image-size 32 --stages {_STAGES} {_LOADER}"
     " --catalog catalog --output teacher",
-    f"teacher train --tower.name sample --tower.pretrained '' --tower.image_size 32 --stages {_STAGES} {_LOADER}"
+    f"teacher train --tower.name sample --tower.pretrained '' --tower.image-size 32 --stages {_STAGES} {_LOADER}"
     " --catalog catalog --output other --views.rotate 5",
-    "teacher soup --models [teacher,other] --catalog catalog --output soup",
+    "teacher soup --models teacher other --catalog catalog --output soup",
     "teacher embed --model teacher --catalog catalog --output teacher-embeddings",
     "teacher runs --folder .",
-    f"student distill --model {_VIT} --epochs 1 --targets.views 1 {_LOADER} --teacher teacher --catalog catalog"
+    f"student distill {_VIT} --epochs 1 --targets.views 1 {_LOADER} --teacher teacher --catalog catalog"
     " --output student",
     "student embed --model student --catalog catalog --split test --output embeddings",
     "export onnx --student student --images 8 --output fp32",
@@ -55,15 +58,19 @@ ROAD = (
     "export int8 --onnx fp32 --ranges ranges --output int8",
     "export engine --onnx int8 --target sm86 --output engine",
     "export serving --model fp32 --gallery embeddings --device cpu --output serving",
-    "export parity --student student --models [fp32,int8] --catalog catalog --output parity",
-    "bench recall --models [student,int8] --catalog catalog --output recall",
-    "bench latency --models [int8] --batches [1] --seconds 0.2 --starts 1 --output latency",
-    "bench scale --embeddings embeddings --sizes [1000] --kinds [flat] --seconds 0.1 --output scale",
-    "bench report --models [teacher,student,int8] --catalog catalog --batches [1] --seconds 0.2 --output report",
+    "export parity --student student --models fp32 int8 --catalog catalog --output parity",
+    "bench recall --models student int8 --catalog catalog --output recall",
+    "bench latency --models int8 --batches 1 --seconds 0.2 --starts 1 --output latency",
+    "bench scale --embeddings embeddings --sizes 1000 --kinds flat --seconds 0.1 --output scale",
+    "bench report --models teacher student int8 --catalog catalog --batches 1 --seconds 0.2 --output report",
     "bench compare report report",
     "search --queries embeddings --gallery embeddings --k 3 --output found.csv",
-    f"{_SERVE} --models [int8] --catalog catalog --port 0",
+    f"{_SERVE} --models int8 --catalog catalog --port 0",
     "doctor",
+    "recipes list",
+    "recipes show teacher/sample",
+    "recipes copy teacher/sample",
+    "completion bash",
     "demo --output demo",
 )
 # A verb that is asked for weights of open_clip, which lie elsewhere.

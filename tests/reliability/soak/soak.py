@@ -219,7 +219,7 @@ def _tenth(samples: list[Sample], number: int) -> Row:
 
 def main() -> None:
     """The soak that the flags ask for."""
-    run_command("soak", __doc__, SoakConfig, lambda config: log.info(f"{soak(config)}: done"))
+    run_command("tests.reliability.soak.soak", __doc__, SoakConfig, lambda config: log.info(f"{soak(config)}: done"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Pa
 
 def command(model: Path, catalog: Path, output: Path, *flags: str) -> list[str]:
     verb = ["student", "embed", "--model", str(model), "--catalog", str(catalog), "--output", str(output)]
-    return ["-m", "vpr", *verb, "--batch_size", "8", "--images_per_part", "10", *flags]
+    return ["-m", "vpr", *verb, "--batch-size", "8", "--images-per-part", "10", *flags]
 
 
 def run(arguments: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:

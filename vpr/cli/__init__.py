@@ -1,0 +1,146 @@
+"""The ``vpr`` command: each command is a function of one configuration dataclass, found by name.
+
+The stages are imported when their command runs, so help and errors in arguments import no heavy library, and this
+package depends on no stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vpr import __version__
+from vpr.artifacts.paths import CARD_NAME
+from vpr.cli.commands import COMMANDS
+from vpr.common.distributed import destroy_process_group, is_first
+from vpr.common.errors import BudgetExceeded, UserError, explain_system_error
+from vpr.common.log import configure_logging
+from vpr.common.telemetry import disable_telemetry
+
+__all__ = ["COMMANDS", "main", "read_config", "run", "silence_libraries"]
+
+_VERBOSITY = {"-q": -1, "-v": 1}
+_JSON = "--json"
+_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
+_HELP = {"-h", "--help", "--help-all"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and print its result.
+
+    Exit codes: 1 if the command finds a budget exceeded, 2 and one line for an error that the caller can fix, 130 for
+    Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    silence_libraries()
+    configure_logging(sum(_VERBOSITY.get(word, 0) for word in words))
+    as_json = _JSON in words
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = run([word for word in words if word != _JSON and word not in _VERBOSITY])
+        destroy_process_group()
+        if is_first():
+            _print_result(result, as_json)
+    except UserError as error:
+        _fail(str(error))
+    except BudgetExceeded as error:
+        print(f"vpr: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if message := explain_system_error(error):
+            _fail(message)
+        if not isinstance(error, OSError):
+            raise
+        if isinstance(error, BrokenPipeError):  # such as `vpr recipes list | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(_BROKEN_PIPE)
+        if error.filename is None:
+            _fail(f"{' '.join(str(error).split())}: check the network, the disk and the paths")
+        _fail(f"{error.filename}: {error.strerror}: check that the path exists and is writable")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(arguments: Sequence[str]) -> Any:
+    """Run a command and return the result of its function; None for help.
+
+    Raises:
+        UserError: If the command, a key or a value is wrong, or the command finds another error of the caller.
+    """
+    words = list(arguments)
+    if words == ["--version"]:
+        print(f"vpr {__version__}")
+        return None
+    name, rest = _find_command(words)
+    if name not in COMMANDS or _HELP & set(rest):
+        from vpr.cli.help import command_help, overview
+
+        print(command_help(name, "--help-all" in rest) if name in COMMANDS else overview(name))
+        return None
+    command = COMMANDS[name]
+    config = read_config(command.load_config(), name, rest)
+    return command.load_function()(config)
+
+
+def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:
+    """Build the configuration of a command; see :func:`vpr.cli.parser.read_config`."""
+    from vpr.cli.parser import read_config
+
+    return read_config(config_class, name, arguments)
+
+
+def _find_command(words: list[str]) -> tuple[str, list[str]]:
+    """Split arguments into the name of a command, or of a group if its help is requested, and the other words."""
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in COMMANDS:
+            return name, words[count:]
+    names = [word for word in words if word not in _HELP]
+    group = [name for name in COMMANDS if names and name.split()[0] == names[0]]
+    if not names or (group and len(names) == 1):
+        return " ".join(names), []
+    from vpr.cli.parser import suggest
+
+    name = " ".join(names[:2])
+    overview = f"vpr {names[0]} --help" if group else "vpr --help"
+    raise UserError(f"vpr {name}: unknown command.{suggest(name, COMMANDS)} See '{overview}'.")
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    """Print the path of an artifact, or any result as JSON: an artifact as its card."""
+    if as_json:
+        if isinstance(result, Path) and (result / CARD_NAME).is_file():
+            card = json.loads((result / CARD_NAME).read_text(encoding="utf-8"))
+            result = {"path": str(result), **card}
+        print(json.dumps(result, indent=1, default=_to_json))
+    elif isinstance(result, Path):
+        print(result)
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def _fail(message: str) -> None:
+    print(f"vpr: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def silence_libraries() -> None:
+    """Silence notices of libraries, which hide the few lines that matter; their errors still show."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "open_clip", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    disable_telemetry()
