@@ -103,7 +103,7 @@ def time_models(
 
 
 def open_models(
-    sources: Sequence[Artifact | Path | str], threads: int, backends: Sequence[str] = USUAL
+    sources: Sequence[Artifact | Path | str], threads: int, backends: Sequence[str] = DEFAULT_BACKENDS
 ) -> tuple[dict[str, OpenedModel], dict[str, Timing]]:
     """Load the models that can run here; return them by name, and a timing for each model.
 
