@@ -1,4 +1,4 @@
-"""``make licences``: docs/licences.md, the licence of all that is installed with the toolkit, as its metadata has it."""
+"""``make licences``: docs/licences.md, the licences of the installed packages, from their metadata."""
 
 from __future__ import annotations
 
