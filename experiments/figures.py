@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.views import select_view
 from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
@@ -24,7 +25,7 @@ log = get_logger(__name__)
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/reliability.md")
 _BLOCK = re.compile(r"(<!-- table:(\w+)\.([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -145,6 +146,7 @@ def drawn(text: str, folder: Path = RESULTS) -> str:
         path = folder / f"{topic}.json"
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tables": {}}
         rows = figure_rows(content["figures"]) if name == "figures" and path.is_file() else content["tables"].get(name)
+        rows = select_view(f"{topic}.{name}", content) if rows is None else rows
         if rows is None:
             raise UserError(f"README: table '{topic}.{name}' is not recorded: make figures TOPIC={topic}")
         return f"{opening}{markdown(rows)}\n{closing}"

@@ -1,4 +1,4 @@
-"""``make licences``: LICENCES.md, the licence of all that is installed with the toolkit, as its metadata has it."""
+"""``make licences``: docs/licences.md, the licences of the installed packages, from their metadata."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from experiments.audit import LOCK
 from experiments.figures import ROOT, markdown
 from vpr.common.errors import UserError
 
-LIST = ROOT / "LICENCES.md"
+LIST = ROOT / "docs" / "licences.md"
 _PINNED = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE)
 _LONGEST = 80  # letters; more is a text, not a name
 _HEAD = """\
-# Licences of what is installed with the toolkit
+# Licences
 
-Written by `make licences` from the metadata of the packages that `requirements.lock` names. The toolkit's own licence
-is in `LICENSE`, those of the sample's models in `vpr/data/sample`.
+`make licences` writes this page from the metadata of the packages in `requirements.lock`. The toolkit itself is under
+[Apache-2.0](../LICENSE). `vpr/data/sample/ATTRIBUTION.csv` lists the licences of the sample's models.
 
 """
 

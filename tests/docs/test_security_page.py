@@ -1,4 +1,4 @@
-"""Every claim of SECURITY.md has a test, and its limits are those of the code."""
+"""docs/security.md: every claim has a test, and every limit is the one in the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpr.artifacts import store as artifact
 from vpr.data import webdataset as shards
 from vpr.imaging import decode as images
 
-PAGE = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("test", sorted(set(re.findall(r"`(tests/\S+?::test_\w+)`", PAGE))))
@@ -32,16 +32,16 @@ def test_each_row_has_a_test(section: str) -> None:
 def test_limits_equal_the_code() -> None:
     for limit in (
         f"at most {images.MAX_FILE_BYTES >> 20} MiB as a file",
-        f"at most {images.MAX_PIXELS // 10**6} megapixels, {images.MAX_PIXELS // 2 // 10**6} where it is no JPEG, "
-        f"{images.MAX_PIXELS // 4 // 10**6} of a WebP",
-        f"members at most {images.MAX_FILE_BYTES >> 20} MiB, labels {shards._MAX_LABEL_BYTES >> 20} MiB",
+        f"at most {images.MAX_PIXELS // 10**6} megapixels ({images.MAX_PIXELS // 2 // 10**6} if not a JPEG, "
+        f"{images.MAX_PIXELS // 4 // 10**6} for WebP)",
+        f"members of at most {images.MAX_FILE_BYTES >> 20} MiB, labels of at most {shards._MAX_LABEL_BYTES >> 20} MiB",
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",
         f"an upload may take {search_page.UPLOAD_SECONDS} s",
         f"{http_limits.MAX_CONNECTIONS} connections",
         f"{search_page.MAX_UPLOAD_MEMORY >> 20} MiB of uploads at once",
         f"a connection has {http_limits.HEAD_SECONDS:g} s",
-        f"listens on {search_page.ADDRESS} alone",
+        f"listens on {search_page.ADDRESS} only",
     ):
         assert limit in PAGE
     assert f"one of {', '.join(images.FORMATS)}".replace("WEBP", "WebP") in PAGE
