@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.config import Kind, ScaleConfig
 from benchmarks.synthetic_gallery import Gallery, build_real_gallery, grow_gallery
 from export.backends.registry import default_threads
-from vpr.artifacts.store import check_output, config_to_json, write_artifact
+from vpr.artifacts.writer import check_output, config_to_json, write_artifact
 from vpr.common.log import get_logger
 from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.search import search

@@ -19,13 +19,8 @@ from calibration.onnx_layers import Linear, find_linears
 from calibration.ranges import METHODS, threshold
 from calibration.sampling import select_images
 from calibration.smoothquant import Smoothing, correct_bias, output_error, search_smoothing, smooth, smoothing_by_module
-from vpr.artifacts.store import (
-    config_to_json,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-    write_artifact,
-)
+from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog

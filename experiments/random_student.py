@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from student.config import StudentConfig
 from student.model import Student
-from vpr.artifacts.store import Embedding, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.writer import write_artifact
 from vpr.imaging.preprocess import Preprocess
 
 

@@ -18,7 +18,8 @@ from export.tensorrt.bindings import Builder, choose_builder, this_gpu
 from export.tensorrt.build import build_engine
 from export.tensorrt.runner import open_engine
 from export.to_onnx import fill_graph_card
-from vpr.artifacts.store import Artifact, write_artifact
+from vpr.artifacts.store import Artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.hardware import read_gpus
 from vpr.retrieval.embeddings import Forward
 

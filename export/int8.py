@@ -21,7 +21,8 @@ from export.fp16 import to_fp16
 from export.mixed_precision import Budget, search_mixed_precision
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import count_operators, fill_graph_card, load_onnx
-from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, load_artifact, write_artifact
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog

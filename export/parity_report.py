@@ -16,7 +16,8 @@ from export.config import ParityConfig
 from export.parity import parity, rank_changes
 from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
-from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, reraise_as_artifact_error, write_artifact
+from vpr.artifacts.store import Artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog

@@ -14,15 +14,8 @@ from numpy.typing import NDArray
 from export.config import MAX_BATCH, ServingConfig, check_model_name
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, model_config, to_text
-from vpr.artifacts.store import (
-    Artifact,
-    check_output,
-    config_to_json,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-    write_artifact,
-)
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.imaging.preprocess import Preprocess

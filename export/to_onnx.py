@@ -13,15 +13,9 @@ from numpy.typing import NDArray
 from export.config import MAX_BATCH, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
 from export.parity import parity
-from vpr.artifacts.store import (
-    Artifact,
-    ArtifactWriter,
-    TensorSpec,
-    config_to_json,
-    find_up_to_date,
-    load_artifact,
-    write_artifact,
-)
+from vpr.artifacts.card import TensorSpec
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import ArtifactWriter, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vpr.artifacts.store import Artifact, TensorSpec
+from vpr.artifacts.card import TensorSpec
+from vpr.artifacts.store import Artifact
 from vpr.imaging.preprocess import Preprocess
 
 _TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 inputs and outputs

@@ -25,8 +25,9 @@ from student.qat import insert_fake_quant, read_thresholds
 from student.targets import CachedTargets, OnlineTargets, Targets, TwoSizeDataset
 from student.teacher_cache import TeacherCache, build_teacher_cache, cache_bytes
 from student.weight_selection import init_from_larger
+from vpr.artifacts.card import Embedding
 from vpr.artifacts.run_folder import run_folder, run_lock
-from vpr.artifacts.store import ArtifactWriter, Embedding, check_output, find_up_to_date, write_artifact
+from vpr.artifacts.writer import ArtifactWriter, check_output, find_up_to_date, write_artifact
 from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader

@@ -12,7 +12,9 @@ from student.qat import check_ranges
 from student.teacher_model import TeacherModel, load_teacher_model
 from student.unlabelled import add_unlabelled
 from teacher.train import warn_unverified_init
-from vpr.artifacts.store import Artifact, Parent, check_output, load_artifact
+from vpr.artifacts.card import Parent
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import check_output
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.splits import find_leaks

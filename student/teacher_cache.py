@@ -23,13 +23,8 @@ from torch import Tensor, nn
 from student.config import TargetsConfig
 from student.teacher_model import TeacherModel
 from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_folder, run_lock, wait_until
-from vpr.artifacts.store import (
-    Artifact,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-    write_artifact,
-)
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import find_up_to_date, write_artifact
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vpr.artifacts.card import Parent
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Parent
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger

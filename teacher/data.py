@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher.config import DataConfig
-from vpr.artifacts.store import config_to_json, file_sha256, find_up_to_date, write_artifact
+from vpr.artifacts.store import file_sha256
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.build_catalog import check_images

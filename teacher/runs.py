@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from teacher.config import RunsConfig
+from vpr.artifacts.card import SCHEMA, Card, CorruptArtifact, read_card_file
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import atomic_write, run_folder
-from vpr.artifacts.store import SCHEMA, Card, CorruptArtifact, read_card_file
 from vpr.common.errors import UserError, printable
 from vpr.common.log import get_logger
 from vpr.training.callbacks import MONITOR

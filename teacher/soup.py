@@ -18,14 +18,8 @@ from teacher.model import build_teacher
 from teacher.scorer import Scorer, Weights
 from teacher.train import identify_init_weights
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import (
-    Artifact,
-    config_to_json,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-    write_artifact,
-)
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog

@@ -14,19 +14,11 @@ from teacher.config import TrainConfig
 from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.plan import print_plan
+from vpr.artifacts.card import Embedding, Parent
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import run_folder, run_lock
-from vpr.artifacts.store import (
-    Artifact,
-    ArtifactWriter,
-    Embedding,
-    Parent,
-    check_output,
-    file_sha256,
-    find_up_to_date,
-    load_artifact,
-    write_artifact,
-)
+from vpr.artifacts.store import Artifact, file_sha256, load_artifact
+from vpr.artifacts.writer import ArtifactWriter, check_output, find_up_to_date, write_artifact
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vpr.artifacts.store import write_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.data.catalog import Catalog, write_catalog_files
 
 

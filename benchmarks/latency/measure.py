@@ -22,7 +22,8 @@ from benchmarks.latency.statistics import summarize_latency
 from benchmarks.report.schema import Ceiling, Latency, Timing
 from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
 from export.config import DEFAULT_BACKENDS
-from vpr.artifacts.store import Artifact, check_output, config_to_json, load_artifact, write_artifact
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import check_output, config_to_json, write_artifact
 from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog

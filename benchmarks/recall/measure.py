@@ -18,7 +18,8 @@ from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, 
 from benchmarks.recall.paired_bootstrap import ChangedQuery, compare_with_reference, compute_recall_drop, write_changed
 from benchmarks.report.schema import LEAK_NOTE, Row
 from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
-from vpr.artifacts.store import Artifact, config_to_json, find_up_to_date, load_artifact, write_artifact
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog

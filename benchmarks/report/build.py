@@ -26,14 +26,8 @@ from benchmarks.report.schema import (
     parse_report,
 )
 from export.backends.registry import default_threads
-from vpr.artifacts.store import (
-    Artifact,
-    config_to_json,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-    write_artifact,
-)
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger

@@ -15,7 +15,8 @@ from export.backends.openvino_runtime import OpenVinoBackend
 from export.backends.pytorch import TorchBackend
 from export.backends.tensorrt_engine import EngineBackend
 from export.config import BACKEND_NAMES, DEFAULT_BACKENDS, check_backends
-from vpr.artifacts.store import Artifact, Kind, load_artifact
+from vpr.artifacts.card import Kind
+from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.imaging.preprocess import Preprocess

@@ -20,7 +20,7 @@ from export.tensorrt.bindings import Builder, choose_builder, error_logger, impo
 from export.tensorrt.inspector import count_layers, inspect_engine
 from export.to_onnx import fill_graph_card, load_onnx
 from vpr.artifacts.run_folder import atomic_write
-from vpr.artifacts.store import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.inference.onnx_session import INPUT

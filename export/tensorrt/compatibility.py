@@ -8,8 +8,9 @@ from typing import Any
 
 from export.config import TARGETS, EngineConfig
 from export.tensorrt.cuda_driver import Gpu
+from vpr.artifacts.card import Card, CorruptArtifact, CorruptCard
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import Artifact, Card, CorruptArtifact, CorruptCard, load_artifact
+from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.flags import to_flags
 

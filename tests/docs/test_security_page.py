@@ -9,7 +9,7 @@ import pytest
 from app.search_page import server as search_page
 from app.search_page import upload_limits as http_limits
 from experiments.figures import ROOT
-from vpr.artifacts import store as artifact
+from vpr.artifacts import card as artifact
 from vpr.data import webdataset as shards
 from vpr.imaging import decode as images
 

@@ -23,7 +23,8 @@ from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.build import build_plan
 from export.to_onnx import export_onnx, load_onnx, run_graph
 from student.model import load_student
-from vpr.artifacts.store import load_artifact, write_artifact
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 

@@ -30,7 +30,8 @@ from export.to_onnx import export_onnx
 from export.triton import Enumerator, to_text
 from student.embed import EmbedConfig, embed_catalog
 from tests.conftest import small_student
-from vpr.artifacts.store import Artifact, load_artifact, write_artifact
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog

@@ -13,7 +13,8 @@ from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.config import PRESETS, StudentConfig
 from student.model import ConvStem, Student, count_multiply_adds, count_parameters, load_student
-from vpr.artifacts.store import Embedding, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 
 

@@ -10,7 +10,8 @@ from student.config import DistillConfig
 from student.distill import distill
 from teacher.config import TowerConfig
 from teacher.model import build_teacher, read_tower
-from vpr.artifacts.store import Embedding, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.writer import write_artifact
 from vpr.cli import read_config
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog

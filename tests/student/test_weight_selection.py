@@ -13,7 +13,9 @@ from experiments.random_student import write_random_student
 from student.config import StudentConfig
 from student.model import Student
 from student.weight_selection import init_from_larger, select_weights
-from vpr.artifacts.store import Embedding, load_artifact, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.imaging.preprocess import Preprocess
 

@@ -14,7 +14,8 @@ from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig
 from teacher.model import Teacher, build_teacher, load_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.weights import load_tower_weights, read_tower_weights, resize_positions
-from vpr.artifacts.store import Embedding, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig

@@ -12,7 +12,8 @@ from teacher.config import RunsConfig
 from teacher.runs import find_runs, runs
 from tests.conftest import edit_card
 from vpr.artifacts.run_folder import run_folder
-from vpr.artifacts.store import load_artifact, write_artifact
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.cli import main
 from vpr.common.errors import UserError
 

@@ -21,7 +21,9 @@ from teacher.model import Teacher, build_teacher, load_teacher, read_tower
 from teacher.scorer import Scorer, Weights, recalibrate_batch_norm
 from teacher.soup import soup
 from tests.catalogs import write_catalog
-from vpr.artifacts.store import Artifact, Embedding, load_artifact, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog

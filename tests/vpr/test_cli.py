@@ -15,7 +15,7 @@ from benchmarks.config import LatencyConfig, RecallConfig, ReportConfig
 from export.config import Int8Config
 from student.config import DistillConfig
 from teacher.config import StageConfig, TrainConfig
-from vpr.artifacts.store import write_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.cli import COMMANDS, main, read_config, run
 from vpr.cli.parser import build_parser, flags_of
 from vpr.common.errors import BudgetExceeded
@@ -419,7 +419,7 @@ def test_edited_weights(capsys: pytest.CaptureFixture[str], student_artifact: Pa
 def test_card_of_a_newer_schema(capsys: pytest.CaptureFixture[str], student_artifact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(student_artifact, tmp_path / "student")
     card = copy / "card.json"
-    card.write_text(card.read_text().replace('"schema": 1', '"schema": 99').replace('"schema":1', '"schema":99'))
+    card.write_text(card.read_text().replace('"schema": 2', '"schema": 99').replace('"schema":2', '"schema":99'))
     error = _error_of(capsys, "export", "onnx", "--student", str(copy), "--output", str(tmp_path / "onnx"))
     assert f"{card}: card schema 99, this version reads up to 1: upgrade" in error
 

@@ -10,11 +10,19 @@ CARD_NAME = "card.json"
 
 
 def check_file(key: str, name: str) -> None:
-    """Refuse a name that no file can be written to, by its key; long work asks before it starts. Empty names none."""
+    """Raise if no file can be written under this name; long work calls this before it starts.
+
+    Args:
+        key: Configuration key, for the message.
+        name: Name of the file; an empty name is accepted.
+
+    Raises:
+        UserError: The name is a directory, its folder is missing, or its folder is an artifact.
+    """
     path = Path(name)
     if not name:
         return
     if (path.exists() and not path.is_file()) or not path.name or not path.parent.is_dir():
-        raise UserError(f"{key}: {path}: is no file in a folder that exists: name one")
+        raise UserError(f"{key}: {path}: expected a file in an existing folder.")
     if (path.parent / CARD_NAME).is_file():
-        raise UserError(f"{key}: {path}: lies in an artifact, whose files are fixed: choose another folder")
+        raise UserError(f"{key}: {path}: the folder is an artifact, whose files are fixed. Choose another folder.")

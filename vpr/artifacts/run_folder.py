@@ -1,4 +1,4 @@
-"""What a run keeps beside its output until it is finished: a killed one goes on, and processes share the work."""
+"""Unfinished work of a command: a folder next to the output, so that a killed run resumes and processes share the work."""
 
 from __future__ import annotations
 
@@ -15,58 +15,57 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr.artifacts.card import CorruptArtifact, Parent, read_card_file
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import CorruptArtifact, Parent, read_card_file
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.locks import file_lock
 
-_WAIT = 0.5  # seconds between looks for what other processes write
+_POLL_SECONDS = 0.5
 
 
 def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Path:
-    """Folder of a run's logs and unfinished files, beside its output and named after what it computes.
+    """Return the folder of a run's logs and unfinished files, named after the output and what is computed.
 
-    Another configuration has another folder, so a run never resumes from a stranger's checkpoint.
+    Another configuration has another folder, so a run never resumes from another run's checkpoint.
     """
-    identity = json.dumps([config, [p.model_dump() for p in parents]], sort_keys=True)
+    identity = json.dumps([config, [parent.model_dump() for parent in parents]], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Path(output).parent / f"{Path(output).name}.run-{digest}"
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Make a run's folder and let no other run work in it meanwhile; of several processes the first asks for all.
+    """Create a run folder and keep other runs out of it; of several processes the first holds the lock for all.
 
     Raises:
-        UserError: another run works in it, or the script that began this one is imported by a process of its loader.
+        UserError: Another run uses the folder, or a loader's worker imports the script that started this run.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
-            "loader.workers: processes that read images import the script that trains: put what it does under "
-            'if __name__ == "__main__":'
+            "loader.workers: worker processes import the script that trains. "
+            'Put its work under `if __name__ == "__main__":`.'
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not is_first():
         yield
         return
+    busy = f"{folder}: another process works in this folder. Wait until it ends, then start again."
     try:
-        with file_lock(
-            folder / ".lock", f"{folder}: another process is at work here: wait for its end, then start again"
-        ):
+        with file_lock(folder / ".lock", busy):
             yield
     finally:
         with suppress(OSError):
-            folder.rmdir()  # empty where nothing was begun
+            folder.rmdir()  # empty if the work did not begin
 
 
 @contextmanager
 def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
-    """A file that is there whole or not at all, whenever the process or the machine stops; text has no line ends added.
+    """Open a file that appears complete or not at all, whenever the process or the machine stops.
 
     Args:
-        path: of the file; one that is there is replaced at the end, a link is followed.
-        mode: of bytes, or of text in UTF-8.
+        path: File to write. An existing file is replaced at the end, a link is followed.
+        mode: ``wb`` for bytes, ``w`` for UTF-8 text without translation of line ends.
     """
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")
@@ -82,22 +81,22 @@ def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
 
 
 def atomic_save_npy(path: Path, array: NDArray[Any]) -> None:
-    """Write a ``.npy`` file by :func:`atomic_write`."""
+    """Write a ``.npy`` file with :func:`atomic_write`."""
     with atomic_write(path) as stream:
         np.save(stream, array, allow_pickle=False)
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    """Until another process is done; torchrun ends all when one fails."""
+    """Wait for another process; torchrun ends all processes when one fails."""
     while not done():
-        time.sleep(_WAIT)
+        time.sleep(_POLL_SECONDS)
 
 
 def is_written(path: str, config: dict[str, Any], parents: list[Parent]) -> bool:
-    """Whether the card that lies there is this one; the files behind it are verified once it is."""
+    """Return whether the card at ``path`` has this configuration and these parents; files are not verified."""
     try:
         card = json.loads(read_card_file(Path(path) / CARD_NAME))
-        found = card["config"], card["parents"]
-    except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):  # not there yet, or no card
+        identity = card["config"], card["parents"]
+    except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or no card
         return False
-    return found == (json.loads(json.dumps(config)), [parent.model_dump() for parent in parents])
+    return identity == (json.loads(json.dumps(config)), [parent.model_dump() for parent in parents])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vpr.artifacts.store import check_output, config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger

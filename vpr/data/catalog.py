@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import Artifact, ArtifactWriter, Parent, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.card import Parent
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import ArtifactWriter
 from vpr.common.errors import UserError
 from vpr.data.readers import Row
 from vpr.imaging.decode import Box

@@ -14,7 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto
 
-from vpr.artifacts.store import Artifact, Card, reraise_as_artifact_error
+from vpr.artifacts.card import Card
+from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError, explain_system_error
 from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, open_session
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait_until
-from vpr.artifacts.store import find_up_to_date
+from vpr.artifacts.writer import find_up_to_date
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr.artifacts.card import Parent
 from vpr.artifacts.run_folder import run_folder
-from vpr.artifacts.store import Artifact, Parent, config_to_json
+from vpr.artifacts.store import Artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.data.catalog import load_catalog
 from vpr.imaging.preprocess import Preprocess

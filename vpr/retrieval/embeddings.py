@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import Artifact, Embedding, Parent, load_artifact, reraise_as_artifact_error, write_artifact
+from vpr.artifacts.card import Embedding, Parent
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.pixels import read_pixels

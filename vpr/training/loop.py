@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vpr.artifacts.store import config_to_json
+from vpr.artifacts.writer import config_to_json
 from vpr.common.distributed import all_gather_cat, full_state_dict, rank_and_world, shard, trainer_options
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger

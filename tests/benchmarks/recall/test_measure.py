@@ -17,7 +17,9 @@ from benchmarks.recall.measure import add_scores, measure_recall
 from benchmarks.report.schema import Row
 from student.model import Student
 from tests.conftest import small_student
-from vpr.artifacts.store import Embedding, load_artifact, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.imaging.preprocess import Preprocess

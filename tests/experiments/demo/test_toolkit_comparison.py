@@ -23,7 +23,7 @@ from experiments.int8.tools import TrainedStudent, onnxruntime_forward
 from experiments.venv_runner import run_in_venv
 from student.config import StudentConfig
 from student.model import Student
-from vpr.artifacts.store import write_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import l2_normalize
 from vpr.retrieval.metrics import evaluate

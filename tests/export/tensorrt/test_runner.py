@@ -23,7 +23,8 @@ from export.tensorrt.compatibility import load_engine
 from export.tensorrt.cuda_driver import DriverError, GraphCalls, PyCudaDriver
 from export.tensorrt.runner import EngineRunner, open_engine
 from tests.export.tensorrt.recorded import DIM, IMAGE, RecordedDriver, Trt, expected
-from vpr.artifacts.store import Artifact, load_artifact, write_artifact
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 
 VERSION = "11.4.0.106"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.reliability.commands import write_images
-from vpr.artifacts.store import Card, load_artifact
+from vpr.artifacts.card import Card
+from vpr.artifacts.store import load_artifact
 
 _TRAINING = ("--run.precision", "32-true", "--loader.batch-size", "8", "--catalog", "{catalog}")
 _TEACHER_STAGES = [

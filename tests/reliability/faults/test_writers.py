@@ -15,7 +15,7 @@ from vpr.artifacts.store import load_artifact
 
 WRITER = """
 import sys
-from vpr.artifacts.store import write_artifact
+from vpr.artifacts.writer import write_artifact
 for number in range(40):
     with write_artifact(sys.argv[1], "report", {"writer": sys.argv[2], "number": number}) as draft:
         for name in "abc":

@@ -27,17 +27,9 @@ from export.fp16 import to_fp16
 from export.qdq import quantise, quantised_nodes
 from teacher.config import RunsConfig
 from teacher.runs import runs
-from vpr.artifacts.store import (
-    Artifact,
-    Card,
-    Embedding,
-    FileEntry,
-    Kind,
-    check_output,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-)
+from vpr.artifacts.card import Card, Embedding, FileEntry, Kind
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import check_output, find_up_to_date
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog, rows_to_table
 from vpr.data.readers import READERS

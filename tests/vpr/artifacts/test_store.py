@@ -12,28 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import edit_card
+from vpr.artifacts import store
+from vpr.artifacts.card import CorruptArtifact
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.store import (
-    CorruptArtifact,
-    check_output,
-    find_up_to_date,
-    load_artifact,
-    reraise_as_artifact_error,
-    write_artifact,
-)
+from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import check_output, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     path = tmp_path / "thing"
-    with write_artifact(path, "ranges", {"method": "mse", "bins": 2048}) as draft:
-        (draft.path / "ranges.json").write_text("{}")
-        draft.metrics["tensors"] = 0
+    with write_artifact(path, "ranges", {"method": "mse", "bins": 2048}) as writer:
+        (writer.path / "ranges.json").write_text("{}")
+        writer.metrics["tensors"] = 0
     return path
 
 
-def test_what_is_written_is_read_back(artifact: Path) -> None:
+def test_round_trip(artifact: Path) -> None:
     loaded = load_artifact(artifact, "ranges")
     assert loaded.card.config == {"method": "mse", "bins": 2048}
     assert loaded.file("ranges.json").read_text() == "{}"
@@ -53,11 +49,11 @@ JSON = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text(), JSON, max_size=5), st.dictionaries(st.text(), JSON, max_size=3))
-def test_whatever_json_a_card_is_given_is_read_back(config: dict[str, Any], metrics: dict[str, Any]) -> None:
+def test_any_json_round_trips(config: dict[str, Any], metrics: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "thing"
-        with write_artifact(path, "ranges", config) as draft:
-            draft.metrics = metrics
+        with write_artifact(path, "ranges", config) as writer:
+            writer.metrics = metrics
         card = load_artifact(path).card
         assert (card.config, card.metrics) == (config, metrics)
         assert json.loads((path / CARD_NAME).read_bytes())["config"] == config
@@ -67,11 +63,11 @@ def test_whatever_json_a_card_is_given_is_read_back(config: dict[str, Any], metr
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(min_size=1, max_size=200), st.data())
-def test_no_changed_byte_goes_unseen(content: bytes, data: st.DataObject) -> None:
+def test_any_changed_byte_is_detected(content: bytes, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "thing"
-        with write_artifact(path, "ranges", {}) as draft:
-            (draft.path / "file").write_bytes(content)
+        with write_artifact(path, "ranges", {}) as writer:
+            (writer.path / "file").write_bytes(content)
         at = data.draw(st.integers(0, len(content) - 1))
         changed = bytearray(content)
         changed[at] ^= data.draw(st.integers(1, 255))
@@ -80,19 +76,19 @@ def test_no_changed_byte_goes_unseen(content: bytes, data: st.DataObject) -> Non
             load_artifact(path)
 
 
-def test_a_card_nested_without_end_is_no_artifact_to_keep(tmp_path: Path) -> None:
+def test_deeply_nested_card_is_not_an_artifact(tmp_path: Path) -> None:
     (tmp_path / CARD_NAME).write_text("[" * 100_000)
     check_output(tmp_path, "ranges")
     with pytest.raises(UserError, match="not a card"):
         load_artifact(tmp_path)
 
 
-def test_an_error_while_writing_leaves_nothing_and_harms_nothing(artifact: Path) -> None:
+def test_failed_write_changes_nothing(artifact: Path) -> None:
     before = (artifact / "card.json").read_bytes()
 
     def fail_half_way() -> None:
-        with write_artifact(artifact, "ranges", {}) as draft:
-            (draft.path / "half").write_text("x")
+        with write_artifact(artifact, "ranges", {}) as writer:
+            (writer.path / "half").write_text("x")
             raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="disk on fire"):
@@ -101,12 +97,12 @@ def test_an_error_while_writing_leaves_nothing_and_harms_nothing(artifact: Path)
     assert [p.name for p in artifact.parent.iterdir()] == ["thing"]
 
 
-def test_a_kill_between_the_two_renames_is_mended(artifact: Path) -> None:
+def test_kill_between_renames_is_repaired(artifact: Path) -> None:
     artifact.rename(artifact.parent / ".thing.previous")
     assert load_artifact(artifact).card.name == "thing"
 
 
-def test_a_stranger_s_folder_is_not_replaced(tmp_path: Path) -> None:
+def test_foreign_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not an artifact"), write_artifact(tmp_path / "mine", "ranges", {}):
@@ -114,18 +110,18 @@ def test_a_stranger_s_folder_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_an_unchanged_artifact_is_found_again(artifact: Path) -> None:
+def test_up_to_date_artifact_is_found(artifact: Path) -> None:
     assert find_up_to_date(artifact, "ranges", {"bins": 2048, "method": "mse"}, [])
     assert find_up_to_date(artifact, "ranges", {"bins": 1024, "method": "mse"}, []) is None
     assert find_up_to_date(artifact.parent / "absent", "ranges", {}, []) is None
 
 
-def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
+def test_corrupt_artifact_is_made_again(artifact: Path) -> None:
     config = {"method": "mse", "bins": 2048}
     (artifact / "ranges.json").write_text("[]")
     assert find_up_to_date(artifact, "ranges", config, []) is None
-    with write_artifact(artifact, "ranges", config) as draft:
-        (draft.path / "ranges.json").write_text("{}")
+    with write_artifact(artifact, "ranges", config) as writer:
+        (writer.path / "ranges.json").write_text("{}")
     assert find_up_to_date(artifact, "ranges", config, [])
 
 
@@ -134,22 +130,22 @@ def test_a_damaged_artifact_is_made_again(artifact: Path) -> None:
     [
         (lambda p: (p / "ranges.json").write_text("[]"), "checksum differs"),
         (lambda p: (p / "ranges.json").unlink(), "ranges.json: missing"),
-        (lambda p: edit_card(p, schema=2), "card schema 2, this version reads up to 1: upgrade"),
-        (lambda p: edit_card(p, schema="x"), "card schema 'x'"),
+        (lambda p: edit_card(p, schema=3), "expected card schema up to 2, got 3. Upgrade"),
+        (lambda p: edit_card(p, schema="x"), "card schema up to 2, got 'x'"),
         (lambda p: edit_card(p, surprise=1), "key 'surprise'"),
         (lambda p: edit_card(p, kind="spell"), "key 'kind'"),
         (lambda p: (p / "card.json").write_text("{"), "not a card"),
         (lambda p: (p / "card.json").write_text("[" * 100_000), "not a card"),
         (lambda p: (p / "card.json").write_text("[1]"), "not a card"),
-        (lambda p: (p / "card.json").write_text(" " * ((4 << 20) + 1)), "larger than 4194304 bytes: not a card"),
+        (lambda p: (p / "card.json").write_text(" " * ((4 << 20) + 1)), "larger than 4194304 bytes, so not a card"),
         (lambda p: (p / "card.json").unlink(), "no artifact here"),
-        (lambda p: edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: edit_card(p, files={"../x": {"size": 1, "sha256": "0"}}), "leads out of the artifact"),
         (lambda p: edit_card(p, files={"n" * 300: {"size": 1, "sha256": "0"}}), "missing"),
         (lambda p: edit_card(p, files={"a\0b": {"size": 1, "sha256": "0"}}), "missing"),
-        (lambda p: edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leaves the artifact"),
+        (lambda p: edit_card(p, files={"/etc/passwd": {"size": 1, "sha256": "0"}}), "leads out of the artifact"),
     ],
 )
-def test_damage_is_named_with_its_remedy(artifact: Path, damage: object, message: str) -> None:
+def test_corruption_message(artifact: Path, damage: object, message: str) -> None:
     damage(artifact)
     with pytest.raises(UserError, match=message) as caught:
         load_artifact(artifact)
@@ -157,7 +153,7 @@ def test_damage_is_named_with_its_remedy(artifact: Path, damage: object, message
     assert str(artifact) in str(caught.value)
 
 
-def test_a_symbolic_link_inside_is_refused(artifact: Path, tmp_path: Path) -> None:
+def test_symbolic_link_inside_is_rejected(artifact: Path, tmp_path: Path) -> None:
     target = tmp_path / "elsewhere.json"
     (artifact / "ranges.json").rename(target)
     (artifact / "ranges.json").symlink_to(target)
@@ -166,28 +162,28 @@ def test_a_symbolic_link_inside_is_refused(artifact: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("target", ["card.json", "/dev/zero", "elsewhere.json"])
-def test_a_card_that_is_a_link_is_refused(artifact: Path, target: str) -> None:
+def test_linked_card_is_rejected(artifact: Path, target: str) -> None:
     (artifact / "card.json").rename(artifact / "elsewhere.json")
     (artifact / "card.json").symlink_to(target)
-    with pytest.raises(UserError, match=r"card\.json: is no plain file"):
+    with pytest.raises(UserError, match=r"card\.json: not a plain file"):
         load_artifact(artifact)
 
 
-def test_a_pipe_in_place_of_a_card_keeps_nobody_waiting(artifact: Path) -> None:
+def test_pipe_as_card_does_not_block(artifact: Path) -> None:
     (artifact / "card.json").unlink()
     os.mkfifo(artifact / "card.json")
-    with pytest.raises(UserError, match=r"card\.json: is no plain file"):
+    with pytest.raises(UserError, match=r"card\.json: not a plain file"):
         load_artifact(artifact)
 
 
-def test_another_kind_is_refused(artifact: Path) -> None:
-    with pytest.raises(UserError, match="is a ranges artifact, a teacher or student is needed"):
+def test_wrong_kind_is_rejected(artifact: Path) -> None:
+    with pytest.raises(UserError, match="expected an artifact of kind teacher or student, got ranges"):
         load_artifact(artifact, ("teacher", "student"))
 
 
-def test_an_output_that_names_an_input_does_not_replace_it(artifact: Path) -> None:
+def test_output_of_another_kind_is_kept(artifact: Path) -> None:
     with (
-        pytest.raises(UserError, match="holds a ranges artifact, a onnx would replace it"),
+        pytest.raises(UserError, match="holds an artifact of kind ranges, expected onnx"),
         write_artifact(artifact, "onnx", {}),
     ):
         pass
@@ -202,54 +198,84 @@ def test_an_output_that_names_an_input_does_not_replace_it(artifact: Path) -> No
         lambda card: (card.rename(card.parent / "elsewhere.json"), card.symlink_to("elsewhere.json")),
     ],
 )
-def test_a_damaged_card_keeps_no_artifact_from_being_made_again(artifact: Path, damage: Any) -> None:
+def test_artifact_with_corrupt_card_is_made_again(artifact: Path, damage: Any) -> None:
     config = {"method": "mse", "bins": 2048}
     damage(artifact / "card.json")
     assert find_up_to_date(artifact, "ranges", config, []) is None
-    with write_artifact(artifact, "ranges", config) as draft:
-        (draft.path / "ranges.json").write_text("{}")
+    with write_artifact(artifact, "ranges", config) as writer:
+        (writer.path / "ranges.json").write_text("{}")
     assert find_up_to_date(artifact, "ranges", config, [])
 
 
-def test_a_card_of_a_newer_version_is_not_made_again(artifact: Path) -> None:
-    edit_card(artifact, schema=2)
-    with pytest.raises(UserError, match="upgrade"):
+def test_newer_card_is_not_replaced(artifact: Path) -> None:
+    edit_card(artifact, schema=3)
+    with pytest.raises(UserError, match="Upgrade"):
         find_up_to_date(artifact, "ranges", {}, [])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_what_the_machine_lacks_is_no_fault_of_the_artifact(artifact: Path, error: Exception) -> None:
+def test_out_of_memory_is_not_an_artifact_error(artifact: Path, error: Exception) -> None:
     with pytest.raises(type(error)), reraise_as_artifact_error(load_artifact(artifact)):
         raise error
-    with pytest.raises(UserError, match="no usable ranges"), reraise_as_artifact_error(load_artifact(artifact)):
+    with pytest.raises(UserError, match="not a usable ranges"), reraise_as_artifact_error(load_artifact(artifact)):
         raise ValueError("a shape")
 
 
-def test_an_output_that_names_its_own_input_is_refused(artifact: Path) -> None:
+def test_output_equal_to_input_is_rejected(artifact: Path) -> None:
     """Of the same kind, as the FP32 graph that an INT8 one is made from."""
     parent = load_artifact(artifact).as_parent("ranges")
-    with pytest.raises(UserError, match="is the ranges that is read, and would be replaced"):
+    with pytest.raises(UserError, match="the output is also the input 'ranges'"):
         find_up_to_date(artifact, "ranges", {"other": 1}, [parent])
 
 
-def test_an_output_is_asked_for_before_the_work(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds a ranges artifact, a onnx would replace it"):
+def test_output_is_checked_before_the_work(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds an artifact of kind ranges, expected onnx"):
         find_up_to_date(artifact, "onnx", {}, [])
-    with pytest.raises(UserError, match=r"holds a ranges without latency\.json, of another command"):
+    with pytest.raises(UserError, match=r"holds a ranges of another command \(without latency\.json\)"):
         find_up_to_date(artifact, "ranges", {}, [], "latency.json")
     assert find_up_to_date(artifact, "ranges", {}, [], "ranges.json") is None
     for name, target in {"link": artifact, "dangling": tmp_path / "nowhere"}.items():
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(UserError, match=f"{name}: is a link: name the folder itself"):
+        with pytest.raises(UserError, match=f"{name}: the output must be a directory, not a symbolic link"):
             find_up_to_date(tmp_path / name, "ranges", {}, [])
 
 
-def test_a_metric_that_lists_no_names_is_refused(tmp_path: Path) -> None:
-    with write_artifact(tmp_path / "made", "onnx", {}) as draft:
-        draft.metrics = {"kept": ["a", "b"], "wide": 3.5, "mixed": ["a", 1]}
+def test_metric_without_names_is_rejected(tmp_path: Path) -> None:
+    with write_artifact(tmp_path / "made", "onnx", {}) as writer:
+        writer.metrics = {"kept": ["a", "b"], "wide": 3.5, "mixed": ["a", 1]}
     artifact = load_artifact(tmp_path / "made")
     assert artifact.names("kept") == ("a", "b")
     assert artifact.names("absent") == ()
     for metric in ("wide", "mixed"):
-        with pytest.raises(UserError, match=rf"key 'metrics\.{metric}' lists no names: make the artifact again"):
+        with pytest.raises(UserError, match=rf"key 'metrics\.{metric}' is not a list of names"):
             artifact.names(metric)
+
+
+def test_file_is_hashed_once_per_process(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_RACY_NS", 0)
+    hashed = []
+    original = store.file_sha256
+    monkeypatch.setattr(store, "file_sha256", lambda path: hashed.append(path.name) or original(path))
+    for _ in range(3):
+        load_artifact(artifact)
+    assert hashed == ["ranges.json"]
+    (artifact / "ranges.json").write_text("[]")
+    with pytest.raises(CorruptArtifact, match="checksum differs"):
+        load_artifact(artifact)
+
+
+def test_recently_changed_file_is_hashed_again(artifact: Path) -> None:
+    """A second change within one step of the file system's clock leaves the time stamp as it was."""
+    load_artifact(artifact)
+    state = (artifact / "ranges.json").stat()
+    (artifact / "ranges.json").write_text("[]")
+    os.utime(artifact / "ranges.json", ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(CorruptArtifact, match="checksum differs"):
+        load_artifact(artifact)
+
+
+def test_older_schema_is_made_again(artifact: Path) -> None:
+    edit_card(artifact, schema=1)
+    with pytest.raises(CorruptArtifact, match="expected card schema 2, got 1"):
+        load_artifact(artifact)
+    assert find_up_to_date(artifact, "ranges", {"method": "mse", "bins": 2048}, []) is None

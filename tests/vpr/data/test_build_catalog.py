@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vpr.artifacts.store import load_artifact, write_artifact
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog

@@ -56,7 +56,7 @@ def test_200k_rows_take_seconds(tmp_path: Path) -> None:
 def test_table_with_other_columns_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from vpr.artifacts.store import write_artifact
+    from vpr.artifacts.writer import write_artifact
 
     with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
         pq.write_table(pa.table({"image": ["a"]}), draft.path / "catalog.parquet")
@@ -68,7 +68,7 @@ def test_table_with_other_columns_is_rejected(catalog: Catalog, tmp_path: Path) 
 def test_damaged_table_is_rejected(catalog: Catalog, tmp_path: Path, damage: str) -> None:
     import pyarrow.parquet as pq
 
-    from vpr.artifacts.store import write_artifact
+    from vpr.artifacts.writer import write_artifact
 
     with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
         path = draft.path / "catalog.parquet"
@@ -96,7 +96,7 @@ def test_image_paths_outside_the_root_are_rejected(catalog: Catalog, tmp_path: P
 def test_card_without_root_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from vpr.artifacts.store import write_artifact
+    from vpr.artifacts.writer import write_artifact
 
     with write_artifact(tmp_path / "c", "catalog", {}) as draft:
         pq.write_table(catalog.table, draft.path / "catalog.parquet")

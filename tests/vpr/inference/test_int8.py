@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from vpr.artifacts.store import Artifact, load_artifact, write_artifact
+from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, read_ranges, weight_scales
 

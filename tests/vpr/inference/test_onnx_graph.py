@@ -10,7 +10,9 @@ import onnx
 import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from vpr.artifacts.store import Embedding, load_artifact, write_artifact
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph

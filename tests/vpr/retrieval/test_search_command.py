@@ -9,7 +9,9 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from vpr.artifacts.store import Embedding, Parent, load_artifact, write_artifact
+from vpr.artifacts.card import Embedding, Parent
+from vpr.artifacts.store import load_artifact
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.retrieval.config import RerankConfig, SearchConfig

@@ -1,0 +1,133 @@
+"""The card of an artifact: its fields, its bounds, and how it is read."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vpr.common.errors import UserError
+from vpr.imaging.preprocess import Preprocess
+
+SCHEMA = 2
+_MAX_CARD_BYTES = 4 << 20
+
+Kind = Literal[
+    "catalog",
+    "teacher",
+    "student",
+    "views",
+    "embeddings",
+    "calibration",
+    "onnx",
+    "ranges",
+    "engine",
+    "serving",
+    "report",
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Parent(_Part):
+    """An artifact that this one was made from: its role, its name and the sha256 of its card."""
+
+    role: str
+    name: str
+    sha256: str
+
+
+class FileEntry(_Part):
+    """Size in bytes and sha256 of a file."""
+
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class Embedding(_Part):
+    """Output of a model: dimension, L2-normalised or not, dtype."""
+
+    dim: int = Field(ge=1, le=1 << 16)
+    normalised: bool
+    dtype: Literal["float32", "float16"]
+
+
+class TensorSpec(_Part):
+    """One input or output; a named dimension (``"batch"``) is dynamic."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Card(_Part):
+    """Everything needed to use an artifact and to make it again."""
+
+    version: int = Field(alias="schema", ge=1)
+    kind: Kind
+    name: str
+    created: str
+    code_version: str
+    config: dict[str, Any]
+    parents: list[Parent] = []
+    preprocess: Preprocess | None = None
+    embedding: Embedding | None = None
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
+    catalog: dict[str, Any] | None = None
+    metrics: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    files: dict[str, FileEntry] = {}
+
+
+class CorruptArtifact(UserError):
+    """A file of an artifact is missing or differs from what was written."""
+
+
+class CorruptCard(CorruptArtifact):
+    """The card cannot be read as a card."""
+
+
+def read_card_file(path: Path) -> bytes:
+    """Return the bytes of a card.
+
+    Raises:
+        CorruptCard: The path is no plain file, or the file is larger than a card may be.
+        OSError: The file is missing or cannot be read.
+    """
+    state = path.lstat()
+    if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
+        raise CorruptCard(f"{path}: not a plain file. Artifacts hold plain files: make it again.")
+    if state.st_size > _MAX_CARD_BYTES:
+        raise CorruptCard(f"{path}: larger than {_MAX_CARD_BYTES} bytes, so not a card. Make the artifact again.")
+    return path.read_bytes()
+
+
+def parse_card(path: Path, raw: bytes) -> Card:
+    """Return the card in ``raw``; ``path`` is named in errors.
+
+    Raises:
+        UserError: The card has a newer schema than this version reads.
+        CorruptCard: The bytes are not JSON, or a key is missing or has a wrong value.
+    """
+    try:
+        version = json.loads(raw)["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CorruptCard(f"{path}: not a card (broken JSON or no 'schema'). Make the artifact again.") from None
+    if not isinstance(version, int) or version > SCHEMA:
+        raise UserError(
+            f"{path}: expected card schema up to {SCHEMA}, got {version!r}. Upgrade visual-product-recognition."
+        )
+    if version < SCHEMA:
+        raise CorruptCard(f"{path}: expected card schema {SCHEMA}, got {version!r}. Make the artifact again.")
+    try:
+        return Card.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CorruptCard(f"{path}: key '{key}': {first['msg']}. Make the artifact again.") from None

@@ -1,0 +1,63 @@
+"""The frame of every command that writes an artifact: skip if up to date, keep a run folder, write, announce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vpr.artifacts.card import Kind, Parent
+from vpr.artifacts.run_folder import run_folder
+from vpr.artifacts.store import Artifact
+from vpr.artifacts.writer import ArtifactWriter, find_up_to_date, write_artifact
+from vpr.common.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One artifact that a command makes: where, of which kind, from what.
+
+    Attributes:
+        output: Directory of the artifact.
+        kind: Kind of the artifact.
+        config: JSON values that decide the result.
+        parents: Artifacts that the result is made from.
+        required_file: File that an older result must have, where several commands write the kind.
+    """
+
+    output: str
+    kind: Kind
+    config: Mapping[str, Any]
+    parents: list[Parent]
+    required_file: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Directory of the artifact."""
+        return Path(self.output)
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of logs and unfinished files, next to the output."""
+        return run_folder(self.output, dict(self.config), self.parents)
+
+    def find(self) -> Artifact | None:
+        """Return the finished artifact and log that it is up to date; None if it has to be made.
+
+        Raises:
+            UserError: The output may not be written, see :func:`vpr.artifacts.writer.check_output`.
+        """
+        artifact = find_up_to_date(self.output, self.kind, self.config, self.parents, self.required_file)
+        if artifact is not None:
+            log.info(f"{self.output}: up to date")
+        return artifact
+
+    @contextmanager
+    def write(self) -> Iterator[ArtifactWriter]:
+        """Write the artifact, see :func:`vpr.artifacts.writer.write_artifact`."""
+        with write_artifact(self.output, self.kind, self.config, self.parents) as writer:
+            yield writer

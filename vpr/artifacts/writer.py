@@ -1,0 +1,189 @@
+"""Writing of artifacts: into a temporary directory that is renamed into place, so readers see all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vpr import __version__
+from vpr.artifacts.card import (
+    SCHEMA,
+    Card,
+    CorruptArtifact,
+    Embedding,
+    FileEntry,
+    Kind,
+    Parent,
+    TensorSpec,
+    read_card_file,
+)
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.replace import leftovers, lock_path, remove_leftovers, replace_directory, restore_previous, sync
+from vpr.artifacts.store import Artifact, file_sha256, load_artifact
+from vpr.common.errors import UserError
+from vpr.common.hardware import environment
+from vpr.common.locks import file_lock
+from vpr.imaging.preprocess import Preprocess
+
+
+@dataclass
+class ArtifactWriter:
+    """An artifact being written: put files under ``path`` and fill the fields of the card."""
+
+    path: Path
+    kind: Kind
+    name: str
+    config: dict[str, Any]
+    parents: list[Parent]
+    preprocess: Preprocess | None = None
+    embedding: Embedding | None = None
+    inputs: list[TensorSpec] = field(default_factory=list)
+    outputs: list[TensorSpec] = field(default_factory=list)
+    catalog: dict[str, Any] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    unlisted: frozenset[str] = frozenset()
+
+
+@contextmanager
+def write_artifact(
+    path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent] | None = None
+) -> Iterator[ArtifactWriter]:
+    """Write an artifact so that it appears complete or not at all.
+
+    Folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's images:
+    its table has their checksums).
+
+    Args:
+        path: Directory of the finished artifact. An older artifact there is replaced, any other non-empty
+            directory is rejected.
+        kind: Kind of artifact.
+        config: JSON values, everything needed to make the artifact again.
+        parents: Artifacts that it is made from.
+
+    Yields:
+        The writer; its ``path`` is a temporary directory on the same file system.
+    """
+    target = Path(path)
+    check_output(target, kind)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(lock_path(target)):
+        remove_leftovers(target)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            writer = ArtifactWriter(temporary, kind, target.name, json.loads(json.dumps(dict(config))), parents or [])
+            yield writer
+            _write_card(writer)
+            replace_directory(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(path: Path | str, kind: Kind, required_file: str = "") -> None:
+    """Raise if an artifact of this kind may not replace what is at ``path``; long work calls this before it starts.
+
+    Args:
+        path: Directory of the output.
+        kind: Kind of the artifact that will be written.
+        required_file: File that an older artifact there must have, where several commands write the kind.
+
+    Raises:
+        UserError: The output is a link, a file, a directory of other content, or another kind of artifact.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        raise UserError(f"{target}: the output must be a directory, not a symbolic link.")
+    restore_previous(target)
+    if not target.name:
+        raise UserError(f"{path!r}: the output has no directory name. Choose another output.")
+    if target.exists() and not (target / CARD_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an artifact. Choose another output or remove it.")
+    _reject_other_kind(target, kind, required_file)
+
+
+def find_up_to_date(
+    path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent], required_file: str = ""
+) -> Artifact | None:
+    """Return the undamaged artifact at ``path`` if it has these parents and this configuration, else None.
+
+    Raises:
+        UserError: The result could not be written to ``path`` (see :func:`check_output`), or a parent is there.
+    """
+    target = Path(path)
+    if leftovers(target):
+        with file_lock(lock_path(target)):
+            remove_leftovers(target)
+    artifact = None
+    if (target / CARD_NAME).is_file():
+        with suppress(CorruptArtifact):  # it is about to be made again
+            artifact = load_artifact(path)
+    if artifact is not None:
+        card = artifact.card
+        if (card.kind, card.config, card.parents) == (kind, json.loads(json.dumps(dict(config))), parents):
+            return artifact
+        if roles := [parent.role for parent in parents if parent.sha256 == artifact.sha256]:
+            raise UserError(f"{target}: the output is also the input '{roles[0]}'. Choose another output.")
+    check_output(path, kind, required_file)
+    return None
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """Return a configuration dataclass as JSON values without ``output``: a moved artifact is the same artifact."""
+    values = json.loads(json.dumps(asdict(config), default=str))
+    values.pop("output", None)
+    return values
+
+
+def _reject_other_kind(target: Path, kind: Kind, required_file: str) -> None:
+    """Raise if the output holds an input or another command's result, named by mistake."""
+    try:
+        card = json.loads(read_card_file(target / CARD_NAME))
+        old_kind, files = card["kind"], list(card.get("files", ()))
+    except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if old_kind != kind:
+        raise UserError(
+            f"{target}: the output holds an artifact of kind {old_kind}, expected {kind}. Choose another output."
+        )
+    if required_file and required_file not in files:
+        raise UserError(
+            f"{target}: the output holds a {kind} of another command (without {required_file}). Choose another output."
+        )
+
+
+def _write_card(writer: ArtifactWriter) -> None:
+    files = {}
+    for path in sorted(writer.path.rglob("*")):
+        name = path.relative_to(writer.path).as_posix()
+        if path.is_file() and name.split("/")[0] not in writer.unlisted:
+            sync(path)
+            files[name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+    card = Card(
+        schema=SCHEMA,
+        kind=writer.kind,
+        name=writer.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        code_version=__version__,
+        config=writer.config,
+        parents=writer.parents,
+        preprocess=writer.preprocess,
+        embedding=writer.embedding,
+        inputs=writer.inputs,
+        outputs=writer.outputs,
+        catalog=writer.catalog,
+        metrics=writer.metrics,
+        environment=environment(),
+        files=files,
+    )
+    path = writer.path / CARD_NAME
+    path.write_text(card.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+    sync(path)
+    for folder in {path.parent for path in (path, *(writer.path / name for name in files))}:
+        sync(folder)
+    writer.path.chmod(0o755)
