@@ -14,7 +14,7 @@ PARTS ?=
 # That make test takes; each needs 3 GB.
 PROCESSES ?= 2
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture lock audit licences scale fuzzer \
+.PHONY: demo demo-full test test-all test-gpu check lint figures readme lock audit licences scale fuzzer \
 	other-quantisers other-metrics other-toolkits clean
 
 demo: $(STAMP)
@@ -37,6 +37,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 check: lint test
 
@@ -46,9 +47,6 @@ figures: $(STAMP)
 
 readme: $(STAMP)
 	@$(BIN)/python -m experiments.figures
-
-architecture: $(STAMP)
-	@$(BIN)/python -m experiments.imports
 
 # Ray, for embedding on several machines; it needs nothing that clashes with ours.
 scale: $(SCALE_STAMP)
