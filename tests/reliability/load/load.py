@@ -20,7 +20,7 @@ import numpy as np
 
 from app.search_page.lookup import load_searchers
 from experiments.figures import Figure, Row
-from tests.reliability.footprint import Footprint, footprint
+from tests.reliability.footprint import Footprint, measure_footprint
 from tests.reliability.load.clients import Outcome, Upload, run_clients
 from tests.reliability.load.uploads import SHARES, TOP, Uploads
 from vpr.common.errors import UserError
@@ -88,7 +88,7 @@ def put_under_load(config: LoadConfig) -> Seen:
     uploads = Uploads(searchers[0], images, config.seed)
     with tempfile.TemporaryDirectory(prefix="load-") as name, _serving(config, Path(name)) as (process, port):
         asyncio.run(run_clients(port, [[uploads.draw("good")]]))  # what is made at the first call only
-        seen = Seen(_settled(process.pid, footprint(process.pid)))
+        seen = Seen(_settled(process.pid, measure_footprint(process.pid)))
         for number in range(config.rounds):
             plans = [[uploads.draw() for _ in range(config.uploads)] for _ in range(config.clients)]
             asyncio.run(_watched(process.pid, port, plans, seen))
@@ -179,7 +179,7 @@ def _port(process: subprocess.Popen[bytes], said: Path) -> int:
 async def _watched(process: int, port: int, plans: list[list[Upload]], seen: Seen) -> None:
     clients = asyncio.create_task(run_clients(port, plans))
     while not clients.done():
-        seen.most.append(footprint(process))
+        seen.most.append(measure_footprint(process))
         await asyncio.wait([clients], timeout=_LOOK)
     seen.outcomes += clients.result()
 
@@ -187,6 +187,6 @@ async def _watched(process: int, port: int, plans: list[list[Upload]], seen: See
 def _settled(process: int, idle: Footprint) -> Footprint:
     """The page's footprint once it has no more files open than ``idle`` had, or after 15 s."""
     until = time.monotonic() + _SETTLE
-    while (now := footprint(process)).files > idle.files and time.monotonic() < until:
+    while (now := measure_footprint(process)).files > idle.files and time.monotonic() < until:
         time.sleep(_LOOK)
     return now

@@ -22,7 +22,7 @@ import torch
 
 from experiments.command import run_command
 from experiments.figures import Figure, Row
-from tests.reliability.footprint import footprint, heap_in_use
+from tests.reliability.footprint import heap_in_use, measure_footprint
 from tests.reliability.soak.round import make, one_round
 from tests.reliability.soak.running_clock import RunningClock
 from tests.reliability.soak.trend import fit_trend
@@ -144,7 +144,7 @@ def record_rounds(config: SoakConfig, work: Callable[[], str]) -> Path:
 
 def _take_sample(seconds: tuple[float, float, float], answers: str) -> Sample:
     gc.collect()
-    now = footprint()
+    now = measure_footprint()
     hours = [round(one / 3600, 7) for one in seconds]
     mib = [round(size / _MIB, 3) for size in (now.resident, now.anonymous, heap_in_use())]
     return Sample(hours[0], hours[1], hours[2], mib[0], mib[1], mib[2], now.threads, now.files, answers)
