@@ -1,10 +1,10 @@
-"""``python -m benchmarks.X``: flags into a configuration, and one line on what the caller can put right."""
+"""Command lines of modules: flags into a configuration, one-line errors, exit codes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -22,25 +22,34 @@ def run_command(
     work: Callable[[_Config], object],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Do a module's work; exit code 2 and one line on anything the caller can put right.
+    """Run a module's work with a configuration from flags.
+
+    A ``UserError`` or a wrong flag ends the process with exit code 2 and a one-line message.
 
     Args:
-        module: of ``benchmarks``.
-        description: for ``--help``.
-        config: a dataclass, whose fields are the flags.
-        work: called with what the flags say; a true value is a fault that was found, and ends with exit code 1.
-        arguments: flags; None takes those of the process.
+        module: Name of the module, as ``python -m`` takes it.
+        description: Text of ``--help``.
+        config: Dataclass of the flags.
+        work: Function of the configuration; a true result means that it found a fault, and gives exit code 1.
+        arguments: Flags; None takes those of the process.
     """
     silence_libraries()
     configure_logging()
-    parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=f"python -m {module}", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(config)
     try:
         values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
-        faulty = work(config(**{key: value for key, value in values.items() if key != "config"}))
+        has_fault = work(config(**{key: value for key, value in values.items() if key != "config"}))
     except (UserError, ArgumentError) as error:
-        print(f"benchmarks.{module}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{module}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    if faulty:
+    if has_fault:
         sys.exit(1)
+
+
+def check_minimums(config: Any, minimums: Mapping[str, int]) -> None:
+    """Raise ``UserError`` if a number of a configuration is below its minimum."""
+    for name, minimum in minimums.items():
+        if getattr(config, name) < minimum:
+            raise UserError(f"{name}: expected {minimum} or more, got {getattr(config, name)}.")

@@ -75,11 +75,11 @@ def measure_interrupted() -> None:
     arguments = ["--config", str(ROOT / "teacher/recipes/sample.yaml"), "--stages", stages]
     with tempfile.TemporaryDirectory() as folder:
         both = interrupt("teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4)
-    unbroken, resumed = both.unbroken.card, both.resumed.card
+    expected, resumed = both.uninterrupted.card, both.resumed.card
     command = command_of("demo", "interrupted")
-    steps = abs(resumed.metrics["steps"] - unbroken.metrics["steps"])
-    recall = abs(resumed.metrics["val_recall_at_1"] - unbroken.metrics["val_recall_at_1"])
-    same = resumed.files["model.safetensors"] == unbroken.files["model.safetensors"]
+    steps = abs(resumed.metrics["steps"] - expected.metrics["steps"])
+    recall = abs(resumed.metrics["val_recall_at_1"] - expected.metrics["val_recall_at_1"])
+    same = resumed.files["model.safetensors"] == expected.files["model.safetensors"]
     figures = [
         _stated("kill -9: difference of final steps", steps, 0, command),
         _stated("kill -9: difference of recall@1", recall, 0.02, command),
