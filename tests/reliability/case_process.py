@@ -58,7 +58,8 @@ class Worker:
     def _close(self) -> None:
         """Kill the process."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(psutil.NoSuchProcess):
+                self._process.kill()
             self._process.communicate()
             self._process = None
 

@@ -82,9 +82,7 @@ def sign(folder: Path, name: str, file: str) -> None:
     for child in ARTIFACTS[ARTIFACTS.index(name) + 1 :]:
         if not (folder / child).is_dir():
             continue
-        sums = {
-            parent: hashlib.sha256((folder / parent / "card.json").read_bytes()).hexdigest() for parent in signed
-        }
+        sums = {parent: hashlib.sha256((folder / parent / "card.json").read_bytes()).hexdigest() for parent in signed}
 
         def update_parents(card: dict[str, Any], sums: dict[str, str] = sums) -> None:
             for parent in card["parents"]:

@@ -74,7 +74,9 @@ def kill_figures(
             figure(f"{title}: damaged artifacts", sum(len(run.damaged) for run in runs), 0),
             figure(f"{title}: runs that do not resume", sum(bool(run.failure) for run in runs), 0),
             figure(
-                f"{title}: results that differ from the uninterrupted run", sum(bool(run.differences) for run in runs), 0
+                f"{title}: results that differ from the uninterrupted run",
+                sum(bool(run.differences) for run in runs),
+                0,
             ),
             figure(f"{title}: runs that leave files or processes", sum(bool(run.leftovers) for run in runs), 0),
         ]

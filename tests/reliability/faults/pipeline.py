@@ -1,4 +1,4 @@
-"""Stages as processes that faults happen to (:mod:`tests.reliability.faults.injection`), and their uninterrupted results.
+"""Stages as processes for faults (:mod:`tests.reliability.faults.injection`), and their uninterrupted results.
 
 Each process is forked from a server that has imported the libraries and runs a single thread. A kill therefore falls
 into the work of the command and not into its imports. Otherwise the process equals ``python -m vpr``.

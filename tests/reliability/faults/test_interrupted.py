@@ -9,6 +9,7 @@ from vpr.artifacts.run_folder import run_folder
 from vpr.data.catalog import Catalog
 
 
+@pytest.mark.reliability
 def test_killed_training_resumes_bit_equal(catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     stages = '[{"train": "head", "epochs": 1}, {"train": "all", "epochs": 5, "lr_head": 1e-3, "lr_tower": 1e-3}]'

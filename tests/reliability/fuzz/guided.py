@@ -141,7 +141,9 @@ def _run(target: str, folder: Path, seconds: float, *arguments: str) -> str:
     _run_worker(target, folder, seconds, *arguments)
     text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     if not _COVERAGE.search(text):
-        raise UserError(f"{target}: the fuzzer does not start ({' '.join(text[-300:].split())}). Fix this error and rerun.")
+        raise UserError(
+            f"{target}: the fuzzer does not start ({' '.join(text[-300:].split())}). Fix this error and rerun."
+        )
     return text
 
 
@@ -156,7 +158,9 @@ def summarise(results: list[TargetResult], command: str) -> tuple[list[Figure], 
         name = f"guided fuzz of {result.target}"
         figures += [
             Figure(f"{name}: processor time", result.seconds / 60, "min", 30, ">=", command),
-            Figure(f"{name}: neither accepted nor rejected in one line", len(result.faults), "inputs", 0, "<=", command),
+            Figure(
+                f"{name}: neither accepted nor rejected in one line", len(result.faults), "inputs", 0, "<=", command
+            ),
         ]
         of_empty, of_corpus, of_all = result.coverage
         rows.append(

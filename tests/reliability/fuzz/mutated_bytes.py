@@ -41,12 +41,12 @@ def _cut_off(data: bytes, rng: Rng) -> bytes:
 
 def _insert(data: bytes, rng: Rng) -> bytes:
     offset = _draw_offset(data, rng)
-    return data[:offset] + rng.bytes(int(rng.integers(1, 64))) + data[at:]
+    return data[:offset] + rng.bytes(int(rng.integers(1, 64))) + data[offset:]
 
 
 def _repeat_a_piece(data: bytes, rng: Rng) -> bytes:
     offset = _draw_offset(data, rng)
-    return data[:offset] + data[offset : offset + int(rng.integers(1, 4096))] * int(rng.integers(2, 5)) + data[at:]
+    return data[:offset] + data[offset : offset + int(rng.integers(1, 4096))] * int(rng.integers(2, 5)) + data[offset:]
 
 
 def _remove_a_piece(data: bytes, rng: Rng) -> bytes:
@@ -62,7 +62,12 @@ def _zero_a_piece(data: bytes, rng: Rng) -> bytes:
 def _replace_a_length(data: bytes, rng: Rng) -> bytes:
     """Overwrite bytes by a number of 4 or 8 bytes, or by a protobuf varint."""
     offset, number = _draw_offset(data, rng), int(pick(rng, NUMBERS))
-    encodings = (struct.pack("<q", number), struct.pack("<q", number)[:4], b"\xff" * 9 + b"\x01", b"\xff\xff\xff\xff\x07")
+    encodings = (
+        struct.pack("<q", number),
+        struct.pack("<q", number)[:4],
+        b"\xff" * 9 + b"\x01",
+        b"\xff\xff\xff\xff\x07",
+    )
     encoded = pick(rng, encodings)
     return data[:offset] + encoded + data[offset + len(encoded) :]
 

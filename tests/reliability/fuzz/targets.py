@@ -99,9 +99,7 @@ def read_ranges_files(folder: Path, data: bytes) -> None:
     (folder / "adjustments.safetensors").write_bytes(arrays or save({"bias:vit.first": np.ones(4, np.float32)}))
     graph, files = sample_graph(), ("ranges.json", "adjustments.safetensors")
     quantised = _quantise(graph, read_ranges(_artifact(folder, "ranges", files)))
-    scales = [
-        numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer if tensor.name.endswith("_scale")
-    ]
+    scales = [numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer if tensor.name.endswith("_scale")]
     assert all(np.isfinite(np.float16(scale)).all() and (scale > 0).all() for scale in scales), "an invalid scale"
     check_graph(quantised, _card("onnx", ()))
 

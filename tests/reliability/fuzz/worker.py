@@ -93,7 +93,9 @@ def run_and_judge(folder: Path, case: Case, expected: type[Exception] | None = N
         if expected is not None and isinstance(error, expected):
             return {"outcome": expected.__name__, "line": str(error)}
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if "site-packages" not in frame.filename]
+        lines = [
+            f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if "site-packages" not in frame.filename
+        ]
         outcome, line = "exception", f"{type(error).__name__}: {str(error)[:300]!a} at {' '.join(lines[-3:])}"
     fault = _output_fault(folder, case, before, outcome)
     return {"outcome": "half-written", "line": fault} if fault else {"outcome": outcome, "line": line}

@@ -17,7 +17,19 @@ from tests.reliability.cases import sign
 from tests.reliability.fuzz.mutated_files import json_bytes
 from tests.reliability.hostile.inputs import Hostile, write, zip_file
 
-_INVALID_NUMBERS: tuple[Any, ...] = (-1, 2**31, 2**63, 10**30, 10**400, 1e308, float("inf"), float("nan"), "9" * 5000, [], None)
+_INVALID_NUMBERS: tuple[Any, ...] = (
+    -1,
+    2**31,
+    2**63,
+    10**30,
+    10**400,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "9" * 5000,
+    [],
+    None,
+)
 _INVALID_FIELDS: dict[str, tuple[Any, ...]] = {
     "shape": ([2**40, 2**40], [2**63], [-1], [], [1] * 100_000, None),
     "data_offsets": ([0, 2**63], [0, 2**40], [8, 0], [-8, 0], [0, 0], [2**40, 2**40 + 4], []),
@@ -31,7 +43,11 @@ def graphs() -> Iterator[Hostile]:
     routes = ("ONNX Runtime", "calibrate")
     for name, change in _graph_changes():
         yield Hostile("ONNX", name, "rejected", routes, partial(_edit_graph, change))
-    for name, data in {"a zip": zip_file("../x", b"x"), "an empty file": b"", "9 MB of ones": b"\xff" * (9 << 20)}.items():
+    for name, data in {
+        "a zip": zip_file("../x", b"x"),
+        "an empty file": b"",
+        "9 MB of ones": b"\xff" * (9 << 20),
+    }.items():
         yield Hostile("ONNX", f"{name}, named .onnx", "rejected", routes, partial(_replace, "fp32", "model.onnx", data))
 
 
@@ -44,7 +60,11 @@ def _graph_changes() -> Iterator[tuple[str, Callable[[onnx.ModelProto], object]]
         yield f"external weights: {reference}", partial(_make_external, reference, True)
     for location in ("/etc/passwd", "../card.json"):
         yield f"a constant in {location!r}", partial(_add_external_constant, {"location": location})
-    yield from (("a weight of 2^60 numbers", _set_huge_shape), ("opset 2^40", _set_opset), ("a recursive function", _add_recursion))
+    yield from (
+        ("a weight of 2^60 numbers", _set_huge_shape),
+        ("opset 2^40", _set_opset),
+        ("a recursive function", _add_recursion),
+    )
 
 
 def weights() -> Iterator[Hostile]:

@@ -22,7 +22,9 @@ def tables() -> Iterator[Hostile]:
     """Yield tables that are larger than memory, are no CSV, or have impossible values."""
     routes = ("catalog csv",)
     for name, start in (("in a cell", "0/0.png,"), ("quoted", '0/0.png,"'), ("in the first column", "")):
-        yield Hostile("CSV", f"a line of 1 GB {name}", "rejected", routes, partial(_write_sparse, (_HEAD + start).encode()))
+        yield Hostile(
+            "CSV", f"a line of 1 GB {name}", "rejected", routes, partial(_write_sparse, (_HEAD + start).encode())
+        )
     yield Hostile("CSV", "1 GB of heading", "rejected", routes, partial(_write_sparse, b"image,product,"))
     texts = _table_texts()
     for box in ("nan,0,1,1", "0,0,inf,1", "0,0,-1,1", "1e400,0,1,1", "0,0,0,0", "a,b,c,d", "0,0,1e300,1", "9,,,"):

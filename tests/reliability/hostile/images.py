@@ -86,7 +86,9 @@ def segment(marker: int, data: bytes) -> bytes:
 
 def with_exif(block: bytes) -> bytes:
     """Return a small JPEG with an EXIF block, in as many segments as it needs."""
-    parts = [segment(_EXIF, b"Exif\0\0" + block[offset : offset + 65_000]) for offset in range(0, max(len(block), 1), 65_000)]
+    parts = [
+        segment(_EXIF, b"Exif\0\0" + block[offset : offset + 65_000]) for offset in range(0, max(len(block), 1), 65_000)
+    ]
     return _after_start(b"".join(parts))
 
 
@@ -162,7 +164,9 @@ def _bombs() -> Iterator[HostileImage]:
             for side, expected in ((5000, "accepted"), (5001, "rejected"), (16_383, "rejected")):
                 if side < 10_000 or lossless:
                     make = (
-                        partial(claimed_size_webp, mode, side) if lossless else partial(_large, "WEBP", mode, side, options)
+                        partial(claimed_size_webp, mode, side)
+                        if lossless
+                        else partial(_large, "WEBP", mode, side, options)
                     )
                     yield HostileImage("bomb: WebP", f"{side}x{side} {label}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGBA", "CMYK", "LA"):

@@ -1,6 +1,6 @@
 """Hostile input, and functions that write it into the folder of a case.
 
-The folder is the one of :mod:`tests.reliability.hostile.worker`: ``in`` holds the valid image ``0/0.png``, ``shop`` more
+It is the folder of :mod:`tests.reliability.hostile.worker`: ``in`` holds the valid image ``0/0.png``, ``shop`` more
 images, next to the artifacts of :mod:`tests.reliability.cases`.
 """
 

@@ -157,7 +157,9 @@ def measure_offline(folder: Path, command: str) -> tuple[list[Figure], list[Row]
         results.append(result)
     (download,) = run_each((DOWNLOAD,), folder)
     if download.has_passed or not download.attempts:
-        raise UserError(f"offline: '{DOWNLOAD.line}' was not stopped, so the results mean nothing. Fix sitecustomize.py.")
+        raise UserError(
+            f"offline: '{DOWNLOAD.line}' was not stopped, so the results mean nothing. Fix sitecustomize.py."
+        )
     passed = {result.verb for result in results} - {result.verb for result in results if not result.has_passed}
     attempts = sum(len(result.attempts) for result in results)
     figures = [

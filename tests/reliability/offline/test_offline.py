@@ -83,7 +83,9 @@ def test_attempt_is_blocked_and_logged(code: str, attempt: str, tmp_path: Path) 
 
 def test_hidden_attempt_of_child_is_logged(tmp_path: Path) -> None:
     child = "import socket\ntry:\n    socket.getaddrinfo('vpr.invalid', 80)\nexcept OSError:\n    print('hidden')"
-    output = _run_blocked(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", tmp_path / "log")
+    output = _run_blocked(
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", tmp_path / "log"
+    )
     assert output == "hidden\n"
     assert (tmp_path / "log").read_text() == "socket.getaddrinfo vpr.invalid\n"
 
