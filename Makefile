@@ -72,9 +72,10 @@ audit: .venv-audit/.installed ## check requirements.lock for known vulnerabiliti
 
 # cuda-toolkit is a metapackage without files and states no licence.
 licences: $(DEV_STAMP) .venv-audit/.installed ## write docs/licences.md, the licences of the packages in requirements.lock
-	@{ printf '# Licences of the installed packages\n\n'; \
-	   printf 'Written by `make licences` (pip-licenses) for the packages of `requirements.lock`. `cuda-toolkit` is left out:\n'; \
-	   printf 'it has no files. The licence of this toolkit is in `LICENSE`, those of the sample are in `vpr/data/sample`.\n\n'; \
+	@{ printf '# Licences\n\n'; \
+	   printf '`make licences` writes this page with pip-licenses for the packages in `requirements.lock`. The toolkit itself is\n'; \
+	   printf 'under [Apache-2.0](../LICENSE). `vpr/data/sample/ATTRIBUTION.csv` lists the licences of the sample. The metapackage\n'; \
+	   printf '`cuda-toolkit` is left out: it has no files.\n\n'; \
 	   .venv-audit/bin/pip-licenses --python=$(BIN)/python --from=mixed --with-system --no-version --format=markdown \
 	     --fail-on=UNKNOWN --ignore-packages cuda-toolkit \
 	     --packages $$(sed -n 's/^\([a-z0-9._-]*\)==.*/\1/p' requirements.lock | sort -u); } > docs/licences.partial \

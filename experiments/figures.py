@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.views import select_view
 from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
@@ -151,6 +152,7 @@ def draw_tables(text: str, folder: Path = RESULTS) -> str:
         path = folder / f"{topic}.json"
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tables": {}}
         rows = figure_rows(content["figures"]) if name == "figures" and path.is_file() else content["tables"].get(name)
+        rows = select_view(f"{topic}.{name}", content) if rows is None else rows
         if rows is None:
             raise UserError(f"table '{topic}.{name}': it is not recorded. Run `make figures TOPIC={topic}`.")
         return f"{opening}{markdown(rows)}\n{closing}"
