@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-18s %s\n", $$1, $$2 }'
 
-demo: $(STAMP) ## run the whole pipeline on the sample
+demo: $(STAMP) ## run the full pipeline on the sample
 	@$(BIN)/vpr demo
 
 demo-full: $(STAMP) ## run the long demo, about an hour

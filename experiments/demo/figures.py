@@ -77,7 +77,7 @@ def measure_interrupted() -> None:
         interruption = interrupt(
             "teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4
         )
-    expected, resumed = interruption.uninterrupted.card, interruption.resumed.card
+    expected, resumed = interruption.unbroken.card, interruption.resumed.card
     command = command_of("demo", "interrupted")
     steps = abs(resumed.metrics["steps"] - expected.metrics["steps"])
     recall = abs(resumed.metrics["val_recall_at_1"] - expected.metrics["val_recall_at_1"])

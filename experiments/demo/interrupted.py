@@ -22,12 +22,12 @@ class Interruption:
     """Two finished trainings of the same configuration.
 
     Attributes:
-        uninterrupted: Artifact of the training without a kill.
+        unbroken: Artifact of the training without a kill.
         resumed: Artifact of the training that was killed and resumed.
         epochs_before_kill: Number of checkpoints written before the kill.
     """
 
-    uninterrupted: Artifact
+    unbroken: Artifact
     resumed: Artifact
     epochs_before_kill: int
 

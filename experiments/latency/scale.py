@@ -20,10 +20,10 @@ def scale_figures(command: str) -> tuple[list[Figure], list[Row]]:
     vectors = embed_catalog(EmbedConfig(str(student.artifact), str(student.catalog), str(_FOLDER / "embeddings")))
     path = measure_scale_table(ScaleConfig(str(vectors), str(_FOLDER / "scale")))
     rows = json.loads((path / "scale.json").read_text(encoding="utf-8"))
-    return largest_gallery_figures(rows, command), [table_row(row) for row in rows]
+    return largest(rows, command), [table_row(row) for row in rows]
 
 
-def largest_gallery_figures(rows: list[Row], command: str) -> list[Figure]:
+def largest(rows: list[Row], command: str) -> list[Figure]:
     """Return latency, recall@10 of exact neighbours and loss of product recall@1 of the largest gallery."""
     last = [row for row in rows if row["size"] == rows[-1]["size"]]
     exact = next(row for row in last if row["kind"] == "flat")

@@ -15,7 +15,7 @@ from experiments.figures import Figure, command_of, measure, record, record_unme
 from experiments.teacher.ablation import ablate, grocery_data, sample_teacher
 from experiments.teacher.input_pipeline import pipeline_figures
 from experiments.teacher.training_step import TeacherStepConfig, teacher_step, unmeasured
-from experiments.teacher.two_processes import DistributedRun, train_distributed
+from experiments.teacher.two_processes import DistributedRun, train_spread
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
 
@@ -78,7 +78,7 @@ def _train(folder: Path, processes: int, strategy: str) -> DistributedRun:
     arguments += ["--stages", '[{"train": "all", "epochs": 1, "lr_head": 2e-3, "lr_tower": 1e-3}]']
     arguments += ["--run.precision", "32-true", "--loader.keep_in_memory", "true"]
     # One epoch of the sample's 6,989 training images in batches of 136 is 51 steps; the 50th is logged.
-    return train_distributed(arguments, folder / f"{strategy}-{processes}", processes, 136, strategy)  # type: ignore[arg-type]
+    return train_spread(arguments, folder / f"{strategy}-{processes}", processes, 136, strategy)  # type: ignore[arg-type]
 
 
 def _sample() -> Path:

@@ -31,7 +31,7 @@ class DistributedRun:
 _LOGS = {"teacher train": ("metrics-stage-1.csv", "loss_step"), "student distill": ("metrics.csv", "cosine_step")}
 
 
-def train_distributed(
+def train_spread(
     arguments: list[str],
     output: Path,
     processes: int,

@@ -50,7 +50,7 @@ def kill_at_change(number: int, folder: str) -> None:
         if name.startswith(folder) or not os.path.isabs(name):
             remaining[0] -= 1
             if not remaining[0]:
-                kill_this_process()
+                die()
 
     sys.addaudithook(count)
 
@@ -71,6 +71,6 @@ def before_file(number: int, pattern: str, act: Callable[[], object]) -> None:
     sys.addaudithook(count)
 
 
-def kill_this_process() -> None:
+def die() -> None:
     """Send SIGKILL to this process."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.faults.injection import before_file, kill_this_process, set_clock_back
+from tests.reliability.faults.injection import before_file, die, set_clock_back
 from tests.reliability.faults.pipeline import Pipeline
 from vpr.artifacts.store import load_artifact
 
@@ -22,7 +22,7 @@ YEAR_2100 = 4102444800
 )
 def test_stage_resumes_with_clock_set_back(pipeline: Pipeline, tmp_path: Path, name: str, work: str) -> None:
     stage, output = pipeline.stages[name], tmp_path / name
-    assert pipeline.run(stage, output, prepare=partial(before_file, 3, work, kill_this_process)).was_killed
+    assert pipeline.run(stage, output, prepare=partial(before_file, 3, work, die)).was_killed
     assert fnmatch.filter(map(str, tmp_path.rglob("*")), work)
     for path in tmp_path.rglob("*"):
         os.utime(path, (YEAR_2100, YEAR_2100))

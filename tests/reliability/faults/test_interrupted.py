@@ -18,7 +18,7 @@ def test_killed_training_resumes_bit_equal(catalog: Catalog, tmp_path: Path) -> 
     arguments += ["--loader.batch_size", "16"]
     interruption = interrupt("teacher train", arguments, tmp_path, epochs=6)
     assert 3 <= interruption.epochs_before_kill < 6
-    expected, resumed = interruption.uninterrupted.card, interruption.resumed.card
+    expected, resumed = interruption.unbroken.card, interruption.resumed.card
     assert resumed.metrics["steps"] == expected.metrics["steps"]
     assert resumed.metrics["best_epoch"] == expected.metrics["best_epoch"]
     assert resumed.metrics["val_recall_at_1"] == pytest.approx(expected.metrics["val_recall_at_1"], abs=0.02)

@@ -36,7 +36,7 @@ if __name__ == "__main__":  # processes of the fork server import this file
 # In its second stage a training process kills its loader's worker, or itself.
 KILL_IN_TRAINING = """
 import multiprocessing, os, signal, sys
-from tests.reliability.faults.injection import before_file, kill_this_process
+from tests.reliability.faults.injection import before_file, die
 from vpr.cli import main
 
 def kill_worker():  # the oldest worker reads the images of the training steps
@@ -44,7 +44,7 @@ def kill_worker():  # the oldest worker reads the images of the training steps
 
 def kill_training():
     print(len(multiprocessing.active_children()), flush=True)
-    kill_this_process()
+    die()
 
 if __name__ == "__main__":
     before_file(2, "*/stage-2/last.ckpt", globals()[f"kill_{sys.argv[1]}"])

@@ -138,7 +138,7 @@ def _bombs() -> Iterator[HostileImage]:
             make = (
                 partial(blank_png, side, side, bits, colour)
                 if side < 13_000
-                else partial(claimed_size_png, side, bits, colour)
+                else partial(promised_png, side, bits, colour)
             )
             yield HostileImage("bomb: PNG", f"{side}x{side} {label}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGB", "L", "CMYK"):
@@ -148,7 +148,7 @@ def _bombs() -> Iterator[HostileImage]:
             at_limit = "rejected" if mode == "CMYK" and progressive else "accepted"
             for side, expected in ((10_000, at_limit), (10_001, "rejected"), (16_000, "rejected")):
                 large = partial(_large, "JPEG", mode, side, options)
-                make = large if side < 16_000 else partial(claimed_size_jpeg, mode, side, options)
+                make = large if side < 16_000 else partial(promised_jpeg, mode, side, options)
                 yield HostileImage("bomb: JPEG", f"{side}x{side} {label}", expected, make)  # type: ignore[arg-type]
     for scans in (1000, 20_000):
         yield HostileImage(
@@ -164,9 +164,7 @@ def _bombs() -> Iterator[HostileImage]:
             for side, expected in ((5000, "accepted"), (5001, "rejected"), (16_383, "rejected")):
                 if side < 10_000 or lossless:
                     make = (
-                        partial(claimed_size_webp, mode, side)
-                        if lossless
-                        else partial(_large, "WEBP", mode, side, options)
+                        partial(promised_webp, mode, side) if lossless else partial(_large, "WEBP", mode, side, options)
                     )
                     yield HostileImage("bomb: WebP", f"{side}x{side} {label}", expected, make)  # type: ignore[arg-type]
     for mode in ("RGBA", "CMYK", "LA"):
@@ -289,7 +287,7 @@ def _sizes() -> Iterator[HostileImage]:
         yield HostileImage("size", f"{width}x{height}, PNG", "rejected", partial(blank_png, width, height, 8, 0))
     for width, height in ((0, 1), (1, 0), (2**31, 1), (2**32 - 1, 2**32 - 1)):
         yield HostileImage(
-            "size", f"{width}x{height} in the head, PNG", "rejected", partial(claimed_size_png, width, 8, 2, height)
+            "size", f"{width}x{height} in the head, PNG", "rejected", partial(promised_png, width, 8, 2, height)
         )
 
 
@@ -319,7 +317,7 @@ def _others() -> Iterator[HostileImage]:
             )
 
 
-def claimed_size_webp(mode: str, side: int) -> bytes:
+def promised_webp(mode: str, side: int) -> bytes:
     """Return a WebP of one colour with a changed size in its header: its few codes are valid for any size."""
     data = bytearray(encoded(_solid(mode, (8, 8)), "WEBP", lossless=True))
     offset = data.index(b"VP8L") + 9
@@ -328,7 +326,7 @@ def claimed_size_webp(mode: str, side: int) -> bytes:
     return bytes(data)
 
 
-def claimed_size_jpeg(mode: str, side: int, options: dict[str, Any]) -> bytes:
+def promised_jpeg(mode: str, side: int, options: dict[str, Any]) -> bytes:
     """Return a small JPEG with another size in its header: to encode a large one takes gigabytes."""
     data = bytearray(_large("JPEG", mode, 64, options))
     offset = data.index(b"\xff\xc2" if options["progressive"] else b"\xff\xc0") + 5
@@ -340,7 +338,7 @@ def _large(form: str, mode: str, side: int, options: dict[str, Any]) -> bytes:
     return encoded(Image.new(mode, (side, side)), form, **options)
 
 
-def claimed_size_png(width: int, bits: int, colour: int, height: int | None = None) -> bytes:
+def promised_png(width: int, bits: int, colour: int, height: int | None = None) -> bytes:
     """Return a PNG with a size in its header, and no pixels."""
     head = struct.pack(">IIBBBBB", width, width if height is None else height, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from app.search_page.lookup import Searcher
 from app.search_page.server import MAX_BYTES, UPLOAD_SECONDS
-from tests.reliability.hostile.images import claimed_size_png
+from tests.reliability.hostile.images import promised_png
 from tests.reliability.load.clients import Expected, Upload, Way
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
@@ -89,4 +89,4 @@ def _enlarged(body: bytes) -> bytes:
     return stream.getvalue()
 
 
-_BOMB = claimed_size_png(12_000, 8, 2)
+_BOMB = promised_png(12_000, 8, 2)

@@ -41,7 +41,7 @@ _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 SERVE = "search serve"
 # This command downloads weights of open_clip.
 DOWNLOAD = Command(
-    "teacher train --tower.name RN50 --tower.pretrained openai --loader.batch_size 8 --catalog {catalog}", "asked"
+    "teacher train --tower.name RN50 --tower.pretrained openai --loader.batch_size 8 --catalog {catalog}", "download"
 )
 
 
