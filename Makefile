@@ -1,119 +1,141 @@
-# `make demo` and `make test` are all a newcomer needs; both set up .venv when it is missing or out of date.
+# `make demo` and `make test` set up .venv if it is missing or out of date. `make help` lists all targets.
 PYTHON ?= python3
-# The lock has what builds the package; without it pip fetches that for the moment of building.
-BUILD = $(if $(filter %.lock,$(REQUIREMENTS)),--no-build-isolation)
 BIN := .venv/bin
+# `make REQUIREMENTS=requirements.lock test` installs the locked versions with their hashes, tests and lint included.
+REQUIREMENTS ?= requirements.txt
+DEV_REQUIREMENTS := $(if $(filter %.lock,$(REQUIREMENTS)),$(REQUIREMENTS),requirements-dev.txt)
+# The lock contains the build backend; without the lock, pip downloads it for the build.
+BUILD = $(if $(filter %.lock,$(REQUIREMENTS)),--no-build-isolation)
 STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
 GPU_STAMP := .venv/.installed-gpu
 SCALE_STAMP := .venv/.installed-scale
 FUZZ_STAMP := .venv/.installed-fuzz
-# requirements.lock has the same with hashes, and the packages that they need.
-REQUIREMENTS ?= requirements.txt
 TOPIC ?= demo
 PARTS ?=
-# That make test takes; each needs 3 GB.
+# Processes of make test; each needs 3 GB of memory.
 PROCESSES ?= 2
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-full test test-all test-gpu check lint figures readme architecture lock audit licences scale fuzzer \
+.PHONY: help demo demo-full test test-all test-gpu reliability check lint figures docs lock audit licences scale fuzzer \
 	other-quantisers other-metrics other-toolkits clean
 
-demo: $(STAMP)
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-18s %s\n", $$1, $$2 }'
+
+demo: $(STAMP) ## run the full pipeline on the sample
 	@$(BIN)/vpr demo
 
-demo-full: $(STAMP)
+demo-full: $(STAMP) ## run the long demo, about an hour
 	@$(BIN)/vpr demo --full
 
-# Files of tests are shared among the processes; their libraries' threads would only stand in each other's way.
-test: $(STAMP)
+# One thread for each process: more would oversubscribe the cores.
+test: $(DEV_STAMP) ## run the fast tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-test-all: $(STAMP) $(FUZZ_STAMP)
+test-all: $(DEV_STAMP) $(FUZZ_STAMP) ## run all tests that need no GPU, for hours
 	@$(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: $(GPU_STAMP)
+test-gpu: $(DEV_STAMP) $(GPU_STAMP) ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu -rs
 
-lint: $(STAMP)
+reliability: $(DEV_STAMP) $(FUZZ_STAMP) ## run the long fuzzing, fault, load, offline and soak tests
+	@$(BIN)/python -m pytest -m reliability
+
+check: lint test ## run lint and the fast tests
+
+lint: $(DEV_STAMP) ## check format, types and import direction
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
-check: lint test
+figures: $(DEV_STAMP) ## measure TOPIC (all of it, or PARTS="..."), and record it in docs/results
+	@$(BIN)/python -m $(if $(filter reliability,$(TOPIC)),tests.reliability,experiments.$(TOPIC)).figures $(PARTS)
+	@$(MAKE) --no-print-directory docs
 
-figures: $(STAMP)
-	@$(BIN)/python -m benchmarks.figures_$(TOPIC) $(PARTS)
-	@$(MAKE) --no-print-directory readme
-
-readme: $(STAMP)
+docs: $(DEV_STAMP) ## draw the tables of README.md and docs/ from docs/results
 	@$(BIN)/python -m experiments.figures
 
-architecture: $(STAMP)
-	@$(BIN)/python -m experiments.imports
-
-# Ray, for embedding on several machines; it needs nothing that clashes with ours.
-scale: $(SCALE_STAMP)
-
-# atheris, for the coverage-guided fuzzer.
-fuzzer: $(FUZZ_STAMP)
-
-# The lock, made again by a resolver with an environment of its own; and what is known against the versions in it.
-lock:
+# uv resolves in its own environment.
+lock: ## update requirements.lock from requirements.txt and requirements-dev.txt
 	@test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv==0.13.9; }
-	@{ echo "# Linux x86-64, Python 3.11 to 3.14: requirements.txt and all that it needs, with the hashes of PyPI's files."; \
+	@{ echo "# Linux x86-64, Python 3.11 to 3.14: requirements.txt, requirements-dev.txt and all their dependencies, with hashes."; \
 	   echo "# Written by make lock; pip install --require-hashes -r requirements.lock"; \
-	   .venv-lock/bin/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes \
-	     --no-annotate --no-header --quiet; } > requirements.lock.partial && mv requirements.lock.partial requirements.lock
+	   .venv-lock/bin/uv pip compile requirements.txt requirements-dev.txt --universal --python-version 3.11 \
+	     --generate-hashes --no-annotate --no-header --quiet; } > requirements.lock.partial \
+	  && mv requirements.lock.partial requirements.lock
 
-audit: $(STAMP)
-	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit \
-	  && .venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1; }
-	@$(BIN)/python -m experiments.audit .venv-audit/bin/pip-audit
+# --strict: a package that cannot be looked up is an error.
+audit: .venv-audit/.installed ## check requirements.lock for known vulnerabilities
+	@.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off --requirement requirements.lock
 
-licences: $(STAMP)
-	@$(BIN)/python -m experiments.licences
+# cuda-toolkit is a metapackage without files and states no licence.
+licences: $(DEV_STAMP) .venv-audit/.installed ## write docs/licences.md, the licences of the packages in requirements.lock
+	@{ printf '# Licences\n\n'; \
+	   printf '`make licences` writes this page with pip-licenses for the packages in `requirements.lock`. The toolkit itself is\n'; \
+	   printf 'under [Apache-2.0](../LICENSE). `vpr/data/sample/ATTRIBUTION.csv` lists the licences of the sample. The metapackage\n'; \
+	   printf '`cuda-toolkit` is left out: it has no files.\n\n'; \
+	   .venv-audit/bin/pip-licenses --python=$(BIN)/python --from=mixed --with-system --no-version --format=markdown \
+	     --fail-on=UNKNOWN --ignore-packages cuda-toolkit \
+	     --packages $$(sed -n 's/^\([a-z0-9._-]*\)==.*/\1/p' requirements.lock | sort -u); } > docs/licences.partial \
+	  && mv docs/licences.partial docs/licences.md
 
-# Tools that INT8 is compared with; their requirements clash with ours and with each other's.
-other-quantisers:
+scale: $(SCALE_STAMP) ## install Ray, to embed on several machines
+
+fuzzer: $(FUZZ_STAMP) ## install atheris, for coverage-guided fuzzing
+
+# The requirements of these tools clash with those of the toolkit and with each other.
+other-quantisers: ## install NNCF and ModelOpt, each in its own environment
 	@test -x .venv-nncf/bin/python || $(PYTHON) -m venv .venv-nncf
 	@.venv-nncf/bin/python -m pip install --quiet nncf==3.4.0 openvino==2026.4.1 onnx==1.23.2 onnxruntime==1.31.1
 	@test -x .venv-modelopt/bin/python || $(PYTHON) -m venv .venv-modelopt
 	@.venv-modelopt/bin/python -m pip install --quiet "nvidia-modelopt[onnx]==0.47.0"
 
-# ranx, which our metrics are compared with, brings numba.
-other-metrics:
+# ranx depends on numba.
+other-metrics: ## install ranx in its own environment
 	@test -x .venv-ranx/bin/python || $(PYTHON) -m venv .venv-ranx
 	@.venv-ranx/bin/python -m pip install --quiet ranx==0.3.21
 
-# The peers of our whole road: lightly-train, which exports a student by its own code (5 GB, with torch), and ONNX
-# Runtime's quantiser. onnxslim and timm are what lightly-train's ONNX export and its timm models need.
-other-toolkits:
+# lightly-train takes 5 GB with torch; its ONNX export needs onnxslim, its timm models timm.
+other-toolkits: ## install lightly-train and ONNX Runtime's quantiser, each in its own environment
 	@test -x .venv-lightly/bin/python || $(PYTHON) -m venv .venv-lightly
 	@.venv-lightly/bin/python -m pip install --quiet lightly-train==0.18.0 torch==2.12.1 torchvision==0.27.1 \
 		timm==1.0.31 onnx==1.23.2 onnxruntime==1.31.1 onnxslim==0.1.98
 	@test -x .venv-onnxruntime/bin/python || $(PYTHON) -m venv .venv-onnxruntime
 	@.venv-onnxruntime/bin/python -m pip install --quiet onnx==1.23.2 onnxruntime==1.31.1
 
-clean:
+clean: ## remove .venv, runs and build files
 	rm -rf .venv runs build *.egg-info
 
+.venv-audit/.installed:
+	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1 pip-licenses==5.5.5
+	@touch $@
+
+$(DEV_STAMP): $(DEV_REQUIREMENTS) $(STAMP)
+	@$(PIP) -r $(DEV_REQUIREMENTS)
+	@touch $@
+
 $(GPU_STAMP): requirements-gpu.txt $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@$(PIP) -r requirements-gpu.txt
 	@touch $@
 
 $(SCALE_STAMP): requirements-scale.txt $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scale.txt
+	@$(PIP) -r requirements-scale.txt
 	@touch $@
 
 $(FUZZ_STAMP): requirements-fuzz.txt $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
+	@$(PIP) -r requirements-fuzz.txt
 	@touch $@
 
+# The stamp holds the seconds of the installation, which `make figures TOPIC=demo` adds to those of the demo.
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "setting up .venv (about 2 minutes and 6 GB, once)"
 	@date +%s > .venv-started
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(BUILD) --editable .
+	@$(PIP) -r $(REQUIREMENTS)
+	@$(PIP) --no-deps $(BUILD) --editable .
 	@echo "$$(($$(date +%s) - $$(cat .venv-started)))" > $(STAMP)
 	@rm -f .venv-started

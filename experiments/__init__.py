@@ -1,1 +1,1 @@
-"""Evidence that the methods are good: each module measures a claim and records it in ``docs/results``."""
+"""Evidence for the methods: each module measures a claim and records it in ``docs/results``."""

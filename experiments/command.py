@@ -1,10 +1,10 @@
-"""``python -m experiments.X``: flags into a configuration, and one line on what the caller can put right."""
+"""Command lines of modules: flags into a configuration, one-line errors, exit codes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from vpr.cli import read_config, silence_libraries
 from vpr.cli.commands import Command
@@ -22,14 +22,16 @@ def run_command(
     work: Callable[[_Config], object],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Do a module's work; exit code 2 and one line on anything the caller can put right.
+    """Run a module's work with a configuration from flags.
+
+    A ``UserError`` or a wrong flag ends the process with exit code 2 and a one-line message.
 
     Args:
-        module: Module that is run.
-        description: for ``--help``.
-        config: a dataclass, whose fields are the flags.
-        work: called with what the flags say; a true value is a fault that was found, and ends with exit code 1.
-        arguments: flags; None takes those of the process.
+        module: Name of the module, as ``python -m`` takes it.
+        description: Text of ``--help``.
+        config: Dataclass of the flags.
+        work: Function of the configuration; a true result means that it found a fault, and gives exit code 1.
+        arguments: Flags; None takes those of the process.
     """
     silence_libraries()
     configure_logging()
@@ -38,9 +40,16 @@ def run_command(
         print(config_help(f"python -m {module}", config, Command("", "", description or ""), is_complete=True))
         return
     try:
-        faulty = work(read_config(config, f"python -m {module}", words))
+        has_fault = work(read_config(config, f"python -m {module}", words))
     except UserError as error:
         print(f"{module}: {error}", file=sys.stderr)
         sys.exit(2)
-    if faulty:
+    if has_fault:
         sys.exit(1)
+
+
+def check_minimums(config: Any, minimums: Mapping[str, int]) -> None:
+    """Raise ``UserError`` if a number of a configuration is below its minimum."""
+    for name, minimum in minimums.items():
+        if getattr(config, name) < minimum:
+            raise UserError(f"{name}: expected {minimum} or more, got {getattr(config, name)}.")

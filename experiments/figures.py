@@ -1,6 +1,6 @@
-"""The stated figures: ``docs/results/<topic>.json``, and the tables drawn from them.
+"""Recorded figures: ``docs/results/<topic>.json``, and the Markdown tables drawn from these files.
 
-``python -m experiments.figures`` draws the tables of ``DOCUMENTS`` (``make readme``).
+``python -m experiments.figures`` (``make docs``) draws the tables of README.md and docs/*.md.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ log = get_logger(__name__)
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = ("README.md", "docs/results.md", "docs/reliability.md")
-_BLOCK = re.compile(r"(<!-- table:(\w+)\.([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_MARKER = "<!-- table:"
+_BLOCK = re.compile(rf"({_MARKER}(\w+)\.([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One stated number.
+    """A stated number.
 
     Attributes:
-        name: what is measured.
-        value: the measurement; None if it could not be made (then ``command`` says what was tried).
-        unit: of the value.
-        goal: what was aimed at; None for a number that is only stated.
-        comparison: the value meets the goal if it is ``>=`` or ``<=``.
-        command: makes the measurement again.
-        interval: 95 % interval, where there is one.
-        seeds: that it rests on.
+        name: Measured quantity.
+        value: Measurement; None if it could not be made (``command`` is then the attempt).
+        unit: Unit of the value.
+        goal: Goal; None for a number without one.
+        comparison: Comparison of the value with the goal.
+        command: Command that repeats the measurement.
+        interval: 95 % interval, if there is one.
+        seeds: Seeds of the measurement.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without a value or a goal."""
+        """Whether the value meets the goal; None without a value or a goal."""
         if self.value is None or self.goal is None:
             return None
         return self.value >= self.goal if self.comparison == ">=" else self.value <= self.goal
 
     @property
     def row(self) -> Row:
-        """As it is recorded."""
+        """Recorded form of the figure."""
         return {**asdict(self), "met": self.met}
 
 
 def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], folder: Path = RESULTS) -> Path:
-    """Write figures and tables of a topic; those of the same name are replaced, others stay."""
+    """Write figures and tables of a topic; they replace those of the same name, all others stay."""
     path = folder / f"{topic}.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"figures": [], "tables": {}}
     names = {figure.name for figure in figures}
@@ -87,58 +87,64 @@ def record(topic: str, figures: list[Figure], tables: Mapping[str, list[Row]], f
     return path
 
 
-def record_unmeasured(figures: list[Figure], what: str, folder: Path = RESULTS) -> None:
-    """Record that figures of topic ``gpu`` could not be measured here; those that were measured elsewhere stay.
+def record_unmeasured(figures: list[Figure], title: str, folder: Path = RESULTS) -> None:
+    """Record that figures of topic ``gpu`` could not be measured here; measurements of another machine stay.
 
     Args:
-        figures: without values.
-        what: is not measured, for people.
-        folder: of the results.
+        figures: Figures without values.
+        title: Name of the measurement, for the log.
+        folder: Folder of the results.
     """
     path = folder / "gpu.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+    recorded = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
     names, commands = ({getattr(figure, key) for figure in figures} for key in ("name", "command"))
     # Engines are named after their artifact, and a step may have been measured with other flags.
-    ours = [row for row in known if row["name"] in names or row["command"] in commands]
-    if any(row["value"] is not None for row in ours):
-        log.info("no GPU here: the figures of another machine stay")
+    same = [row for row in recorded if row["name"] in names or row["command"] in commands]
+    if any(row["value"] is not None for row in same):
+        log.info(f"{title}: no GPU here, the recorded figures of another machine stay")
         return
     record("gpu", figures, {}, folder)
-    log.info(f"no GPU here: {what} recorded as not measured")
+    log.info(f"{title}: no GPU here, recorded as not measured")
 
 
-def show(figures: list[Figure], table: list[Row]) -> None:
-    """Print figures that are not recorded, and the table behind them."""
+def print_figures(figures: list[Figure], table: list[Row]) -> None:
+    """Print figures that are not recorded, and their table."""
     print(f"{markdown(figure_rows([figure.row for figure in figures]))}\n\n{markdown(table)}")
 
 
 def command_of(topic: str, part: str) -> str:
-    """The command that measures a part again."""
+    """Return the command that repeats the measurement of a part."""
     return f'make figures TOPIC={topic} PARTS="{part}"'
 
 
-def measure(parts: Mapping[str, Callable[[], None]], chosen: Sequence[str]) -> None:
-    """Measure the ``chosen`` parts of a topic, all of them if none is; ends the process with one line on a fault."""
+def measure(parts: Mapping[str, Callable[[], None]], names: Sequence[str]) -> None:
+    """Measure the named parts of a topic, or all; a ``UserError`` ends the process with one line."""
     os.chdir(ROOT)
     silence_libraries()
     configure_logging()
-    if unknown := [part for part in chosen if part not in parts]:
-        raise SystemExit(f"error: no part '{unknown[0]}': choose from {', '.join(parts)}")
-    for part in chosen or parts:
-        log.info(f"measuring {part}")
+    if unknown := [name for name in names if name not in parts]:
+        raise SystemExit(f"error: no part '{unknown[0]}'. Choose from {', '.join(parts)}.")
+    for name in names or parts:
+        log.info(f"measuring {name}")
         try:
-            parts[part]()
+            parts[name]()
         except UserError as error:
             raise SystemExit(f"error: {error}") from None
 
 
-def drawn(text: str, folder: Path = RESULTS) -> str:
-    """``text`` with every ``<!-- table:TOPIC.NAME -->`` block drawn from the results.
+def documents() -> list[Path]:
+    """Return README.md and the pages of docs/ that have tables of results."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in pages if _MARKER in page.read_text(encoding="utf-8")]
 
-    ``figures`` as a name draws the topic's figures themselves.
+
+def draw_tables(text: str, folder: Path = RESULTS) -> str:
+    """Return ``text`` with every ``<!-- table:TOPIC.NAME -->`` block drawn from the results.
+
+    The name ``figures`` draws the topic's figures.
 
     Raises:
-        UserError: a block names a topic or table that is not recorded.
+        UserError: A block names a topic or table that is not recorded.
     """
 
     def draw(match: re.Match[str]) -> str:
@@ -148,18 +154,18 @@ def drawn(text: str, folder: Path = RESULTS) -> str:
         rows = figure_rows(content["figures"]) if name == "figures" and path.is_file() else content["tables"].get(name)
         rows = select_view(f"{topic}.{name}", content) if rows is None else rows
         if rows is None:
-            raise UserError(f"README: table '{topic}.{name}' is not recorded: make figures TOPIC={topic}")
+            raise UserError(f"table '{topic}.{name}': it is not recorded. Run `make figures TOPIC={topic}`.")
         return f"{opening}{markdown(rows)}\n{closing}"
 
     return _BLOCK.sub(draw, text)
 
 
 def figure_rows(figures: list[Row]) -> list[Row]:
-    """Figures as rows of a table for people; those that could not be measured share the last one."""
+    """Return figures as rows of a table; those without a value share the last row."""
     rows = [
         {
             "figure": figure["name"],
-            "measured": _value(figure),
+            "measured": _value_text(figure),
             "goal": "" if figure["goal"] is None else f"{figure['comparison']} {figure['goal']:g}",
             "met": {True: "yes", False: "**no**", None: ""}[figure["met"]],
         }
@@ -172,7 +178,7 @@ def figure_rows(figures: list[Row]) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A Markdown table; the columns are those of the first row."""
+    """Return a Markdown table with the columns of the first row."""
     if not rows:
         return "(empty)"
     names = list(rows[0])
@@ -181,7 +187,7 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _value(figure: Row) -> str:
+def _value_text(figure: Row) -> str:
     value = f"{figure['value']:.4g} {figure['unit']}".strip()
     if figure["interval"] is None:
         return value
@@ -191,18 +197,16 @@ def _value(figure: Row) -> str:
 
 def main() -> None:
     """Draw the tables of the documents."""
-    for name in DOCUMENTS:
-        path = ROOT / name
+    configure_logging()
+    for path in documents():
         text = path.read_text(encoding="utf-8")
         try:
-            new = drawn(text)
+            new = draw_tables(text)
         except UserError as error:
-            sys.exit(f"experiments.figures: {error}")
-        if new == text:
-            log.info(f"{name}: its tables are as recorded")
-            continue
-        path.write_text(new, encoding="utf-8")
-        log.info(f"{name}: tables drawn from docs/results")
+            sys.exit(f"experiments.figures: {path.name}: {error}")
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+        log.info(f"{path.relative_to(ROOT)}: {'tables are up to date' if new == text else 'tables drawn'}")
 
 
 if __name__ == "__main__":

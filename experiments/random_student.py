@@ -1,4 +1,4 @@
-"""A student that was never trained: for what does not depend on its weights, such as its time and its form."""
+"""Untrained student, for measurements that do not depend on its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpr.imaging.preprocess import Preprocess
 
 
 def write_random_student(path: Path, config: StudentConfig) -> Path:
-    """Write a student artifact with random weights, the same each time."""
+    """Write a student artifact with random weights of a fixed seed."""
     torch.manual_seed(0)
     with write_artifact(path, "student", {"model": asdict(config)}) as draft:
         save_file(Student(config).state_dict(), draft.path / "model.safetensors")

@@ -1,6 +1,6 @@
-"""What a training step costs: the largest batch that fits, its seconds, and the ceiling that they are held against.
+"""Cost of a training step: the largest batch that fits, its seconds, and the measured peak of matrix products.
 
-:mod:`experiments.teacher.training_step` and :mod:`experiments.student.training_step` measure theirs by it.
+:mod:`experiments.teacher.training_step` and :mod:`experiments.student.training_step` use it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.command import check_minimums
 from experiments.figures import Figure, Row, record
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
@@ -32,13 +33,13 @@ Matmul = tuple[int, int, int]
 
 
 class Step(ABC):
-    """A training's step on random images, batch after batch.
+    """Training step on random images.
 
     Args:
-        learning: parameters.
+        learning: Trained parameters.
         device: ``cuda`` or ``cpu``.
-        rate: learning rate.
-        decay: of the weights.
+        rate: Learning rate.
+        decay: Weight decay.
     """
 
     def __init__(self, learning: Iterable[nn.Parameter], device: str, rate: float, decay: float) -> None:
@@ -49,21 +50,21 @@ class Step(ABC):
 
     @abstractmethod
     def set_batch(self, batch: int) -> None:
-        """Make other images, so many."""
+        """Draw a new batch of random images of this size."""
 
     @abstractmethod
     def loss(self, number: int) -> Tensor:
-        """Of the images, in the views of this step."""
+        """Return the loss of the batch, in the views of this step."""
 
     def __call__(self, number: int) -> None:
-        """Train on the images, in other views each time."""
+        """Train on the batch, in other views at each step."""
         self.loss(number).backward()
         nn.utils.clip_grad_norm_(self.learning, RunConfig().clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def fits(self, batch: int) -> bool:
-        """Whether two steps of this batch run (the second has the optimiser's states from its start)."""
+        """Return whether two steps of this batch size fit (the second one has the optimiser's state from its start)."""
         try:
             self.set_batch(batch)
             for number in range(2):
@@ -71,7 +72,7 @@ class Step(ABC):
             fit = True
         except torch.OutOfMemoryError:
             fit = False
-        # Only here, when the error no longer holds the frames that hold the activations, can they be freed.
+        # Activations can be freed only here, where the error no longer holds their frames.
         self.optimizer.zero_grad()
         self.set_batch(1)
         gc.collect()
@@ -79,90 +80,90 @@ class Step(ABC):
             torch.cuda.empty_cache()
         return fit
 
-    def seconds(self, batch: int, steps: int, warmup: int, what: str) -> float:
-        """Median seconds of a step.
+    def seconds(self, batch: int, steps: int, warmup: int, description: str) -> float:
+        """Return the median seconds of a step.
 
         Args:
-            batch: images.
-            steps: that are timed.
-            warmup: steps before them.
-            what: the images are, for the error.
+            batch: Number of images.
+            steps: Number of timed steps.
+            warmup: Number of steps before the timed ones.
+            description: Description of the images, for the error message.
 
         Raises:
-            UserError: the batch does not fit.
+            UserError: The batch does not fit.
         """
         try:
             self.set_batch(batch)
             return time_steps(self, steps, warmup, self.device.type)
         except torch.OutOfMemoryError:
-            raise UserError(f"batch: {batch} images {what} do not fit: give a smaller --batch") from None
+            raise UserError(
+                f"batch: {batch} images {description} do not fit into memory. Choose a smaller --batch."
+            ) from None
 
 
-def check_step(config: Any, least: Mapping[str, int]) -> None:
-    """Refuse what cannot be measured.
+def check_step(config: Any, minimums: Mapping[str, int]) -> None:
+    """Raise ``UserError`` for a configuration that cannot be measured.
 
     Args:
-        config: with ``modes``, ``batch`` and ``device``.
-        least: the least value of some of its numbers.
+        config: Configuration with ``modes``, ``batch`` and ``device``.
+        minimums: Minimum values of its numbers.
     """
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"{name}: {getattr(config, name)}: give {value} or more")
+    check_minimums(config, minimums)
     if not config.modes:
-        usual: Any = next(f.default for f in fields(config) if f.name == "modes")
-        raise UserError(f"modes: none: give {', '.join(f'[{mode}]' for mode in usual)} or both")
+        default: Any = next(field.default for field in fields(config) if field.name == "modes")
+        raise UserError(f"modes: expected at least one of {', '.join(default)}.")
     if config.device == "cpu" and not config.batch:
-        raise UserError("batch: 0 fills the memory of a GPU: with --device cpu, give a batch such as --batch 8")
+        raise UserError("batch: 0 fills the memory of a GPU. With --device cpu, choose a batch such as --batch 8.")
 
 
 def step_command(module: str, config: Any) -> str:
-    """The command line that measures a configuration again."""
+    """Return the command line that repeats the measurement of a configuration."""
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in changed.items()}
-    return " ".join([f"python -m benchmarks.{module}", *(f"--{n} {shlex.quote(t)}" for n, t in texts.items())])
+    return " ".join([f"python -m experiments.{module}", *(f"--{n} {shlex.quote(t)}" for n, t in texts.items())])
 
 
 def require_gpu(device: str, example: str) -> None:
-    """Refuse ``cuda`` where PyTorch finds none, and name flags that run anywhere."""
+    """Raise ``UserError`` for ``cuda`` on a machine without a GPU; ``example`` are flags that run anywhere."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"device: cuda: PyTorch finds no GPU here: run it where there is one, or try the code with {example}"
+            f"device: PyTorch finds no GPU here. Run this on a machine with a GPU, or try the code with {example}."
         )
 
 
 def keep_figures(config: Any, figures: list[Figure], tables: dict[str, list[Row]]) -> None:
-    """Record figures of topic ``gpu``, where the configuration says so; by default those of a GPU."""
+    """Record figures of topic ``gpu`` if the configuration asks for it; by default those of a GPU."""
     if config.record if config.record is not None else config.device == "cuda":
-        log.info(f"{record('gpu', figures, tables).name}: {len(figures)} figures kept")
+        log.info(f"{record('gpu', figures, tables).name}: {len(figures)} figures recorded")
 
 
 def count_flops(teacher: nn.Module, size: int) -> int:
-    """FLOPs of a forward pass of one image of ``size`` pixels, a multiply-add counted as two.
+    """Return the FLOPs of a forward pass of one image of ``size`` pixels; a multiply-add counts as two.
 
     Args:
-        teacher: on the ``meta`` device, in evaluation mode: nothing is computed.
-        size: side of the image.
+        teacher: Network on the ``meta`` device, in evaluation mode: nothing is computed.
+        size: Side of the image, in pixels.
     """
-    # The plain attention is made of matrix products, which the counter knows on every device.
+    # The unfused attention consists of matrix products, which the counter knows on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         teacher(torch.empty(1, 3, size, size, device="meta"))
     return int(counter.get_total_flops())
 
 
-def largest_batch(fits: Callable[[int], bool], most: int) -> int:
-    """The largest batch up to ``most`` that fits: doubled until one does not, then halfway between.
+def largest_batch(fits: Callable[[int], bool], max_batch: int) -> int:
+    """Return the largest batch up to ``max_batch`` that fits: double it until it does not fit, then bisect.
 
-    Up to 63 it is exact, above it is at most 1/32 too small, which saves trials that take long.
+    The result is exact up to 63, and at most 1/32 too small above, which saves slow trials.
 
     Raises:
-        UserError: a single image does not fit.
+        UserError: A single image does not fit.
     """
     good, bad = 0, 1
-    while bad <= most and fits(bad):
+    while bad <= max_batch and fits(bad):
         good, bad = bad, 2 * bad
     if not good:
-        raise UserError("batch: not even one image fits into the GPU's memory: take a smaller --tower")
-    bad = min(bad, most + 1)
+        raise UserError("batch: not even one image fits into the GPU's memory. Choose a smaller --tower.")
+    bad = min(bad, max_batch + 1)
     while bad - good > max(1, good // 32):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
@@ -170,7 +171,7 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
 
 
 def time_steps(step: Callable[[int], object], steps: int, warmup: int, device: str) -> float:
-    """Median seconds of ``step(number)``; on a GPU between events, so that its queue never runs empty."""
+    """Return the median seconds of ``step(number)``; on a GPU between events, so that its queue stays full."""
     for number in range(warmup):
         step(number)
     if device == "cpu":
@@ -191,7 +192,7 @@ def time_steps(step: Callable[[int], object], steps: int, warmup: int, device: s
 
 
 def matmul_shapes(teacher: nn.Module, device: str) -> list[Matmul]:
-    """(m, k, n) products to try: squares, and many tokens times each of the tower's four largest matrices."""
+    """Return (m, k, n) products: squares, and many tokens times each of the tower's four largest matrices."""
     sides, tokens = ((4096, 8192, 16384), 16384) if device == "cuda" else ((256, 512), 512)
     matrices = {(p.shape[1], p.shape[0]) for p in teacher.parameters() if p.ndim == 2}
     largest = sorted(matrices, key=lambda shape: (shape[0] * shape[1], shape))[-4:]
@@ -199,7 +200,7 @@ def matmul_shapes(teacher: nn.Module, device: str) -> list[Matmul]:
 
 
 def matmul_rate(shape: Matmul, device: str, repeats: int = 100) -> float:
-    """FLOP/s of a bf16 matrix product of normal random numbers (a GPU multiplies zeros faster, at less power)."""
+    """Return FLOP/s of a bf16 product of normal random matrices (a GPU multiplies zeros faster, at less power)."""
     m, k, n = shape
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Standalone programs of ours, each run by the Python of an environment of its own."""
+"""Run standalone programs in other virtual environments."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from vpr.common.errors import UserError
 
 
 def run_in_venv(environment: str, program: str, arguments: Sequence[str], target: str) -> str:
-    """What a program of ``experiments/external/`` printed.
+    """Run a program of ``experiments/external/`` and return its output.
 
     Args:
-        environment: folder of a virtual environment; ours if empty.
-        program: file name.
-        arguments: of the program.
-        target: of the Makefile, that makes the environment.
+        environment: Folder of the virtual environment; empty for the current one.
+        program: File name.
+        arguments: Arguments of the program.
+        target: Make target that installs the environment.
 
     Raises:
-        UserError: the environment is not there, or the program failed.
+        UserError: The environment does not exist, or the program failed.
     """
     python = str(ROOT / environment / "bin" / "python") if environment else sys.executable
     command = [python, str(ROOT / "experiments" / "external" / program), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError(f"{environment}: not there, {program} runs in it: make {target}") from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise UserError(
-            f"{program} {arguments[0]}: failed: {said[-1][:300] if said else done.returncode}: make {target}"
-        )
-    return done.stdout
+        raise UserError(f"{environment}: the environment of {program} does not exist. Run `make {target}`.") from None
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        reason = lines[-1][:300] if lines else f"exit status {process.returncode}"
+        raise UserError(f"{program} {arguments[0]}: it failed ({reason}). Run `make {target}` and try again.")
+    return process.stdout

@@ -1,6 +1,6 @@
-"""``make figures TOPIC=demo``: the figures of the main job, into ``docs/results/demo.json``.
+"""``make figures TOPIC=demo``: figures of the demo, into ``docs/results/demo.json``.
 
-Parts can be named (``make figures TOPIC=demo PARTS="demo full"``); without any, all are measured.
+``PARTS="demo full"`` measures these parts only.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from student.model import count_multiply_adds, count_parameters, load_student
 from teacher.model import load_teacher
 from vpr.artifacts.store import load_artifact
 
-# Relative, as the demo itself names them: paths are part of an artifact's configuration.
+# Relative, as in the demo: paths are part of an artifact's configuration.
 _DEMO, _FULL = Path("runs/demo"), Path("runs/demo-full")
 
 
 def measure_demo() -> None:
-    """The demo's recalls, precisions, speed and times; runs what is missing, then once more for the second run."""
+    """Record recall, precision, speed and times of the demo, and of its second run."""
     demo(DemoConfig(str(_DEMO)))
-    begun = time.monotonic()
+    start = time.monotonic()
     subprocess.run([sys.executable, "-m", "vpr", "demo"], cwd=ROOT, check=True)
-    second = time.monotonic() - begun
+    second = time.monotonic() - start
     rows = _rows(_DEMO)
     command = "make demo"
     times = read_times(_DEMO)
     stamp = ROOT / ".venv" / ".installed"
     installed = float(stamp.read_text()) if stamp.is_file() and stamp.read_text().strip() else None
-    whole = None if installed is None or times["total"] is None else installed + times["total"]
+    total = None if installed is None or times["total"] is None else installed + times["total"]
     figures = [
-        Figure("demo from nothing, with installation", whole, "s", 900, "<=", command),
+        Figure("demo from nothing, with installation", total, "s", 900, "<=", command),
         Figure("demo after installation", times["total"], "s", 600, "<=", command),
         Figure("demo, second run", round(second, 1), "s", 60, "<=", command),
         *_recalls("demo", rows, 0.60, command),
@@ -60,7 +60,7 @@ def measure_demo() -> None:
 
 
 def measure_full() -> None:
-    """The long demo's recalls and time."""
+    """Record recall and time of the long demo."""
     demo(DemoConfig(str(_FULL), full=True))
     times, rows, command = read_times(_FULL), _rows(_FULL), "make demo-full"
     figures = [Figure("demo-full", times["total"], "s", 3600, "<=", command)]
@@ -69,29 +69,31 @@ def measure_full() -> None:
 
 
 def measure_interrupted() -> None:
-    """A teacher's training on the sample, killed half-way and resumed, against the same left alone."""
+    """Record a teacher's training killed half-way and resumed, against an uninterrupted one."""
     stages = ("{train: head, epochs: 1, lr_head: 2.0e-3}", "{train: all, epochs: 3, lr_head: 2.0e-3, lr_tower: 2.0e-3}")
     arguments = ["--recipe", "sample", "--stages", *stages]
     with tempfile.TemporaryDirectory() as folder:
-        both = interrupt("teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4)
-    unbroken, resumed = both.unbroken.card, both.resumed.card
+        interruption = interrupt(
+            "teacher train", [*arguments, "--catalog", str(_DEMO / "catalog")], Path(folder), epochs=4
+        )
+    expected, resumed = interruption.unbroken.card, interruption.resumed.card
     command = command_of("demo", "interrupted")
-    steps = abs(resumed.metrics["steps"] - unbroken.metrics["steps"])
-    recall = abs(resumed.metrics["val_recall_at_1"] - unbroken.metrics["val_recall_at_1"])
-    same = resumed.files["model.safetensors"] == unbroken.files["model.safetensors"]
+    steps = abs(resumed.metrics["steps"] - expected.metrics["steps"])
+    recall = abs(resumed.metrics["val_recall_at_1"] - expected.metrics["val_recall_at_1"])
+    same = resumed.files["model.safetensors"] == expected.files["model.safetensors"]
     figures = [
-        _stated("kill -9: difference of final steps", steps, 0, command),
-        _stated("kill -9: difference of recall@1", recall, 0.02, command),
+        _at_most("kill -9: difference of final steps", steps, 0, command),
+        _at_most("kill -9: difference of recall@1", recall, 0.02, command),
         Figure("kill -9: weights equal bit for bit (1 is yes)", float(same), "", None, ">=", command),
     ]
     record("demo", figures, {})
 
 
 def measure_vit_h() -> None:
-    """The real tower: one head-only step and one embedding, as the slow test does it."""
-    begun = time.monotonic()
+    """Record one head-only step and one embedding of ViT-H-14, as in the slow test."""
+    start = time.monotonic()
     passed = _pytest("tests/teacher/test_model.py", "-m", "slow", "-k", "vit_h_14")
-    seconds = round(time.monotonic() - begun, 1) if passed == 1 else None
+    seconds = round(time.monotonic() - start, 1) if passed == 1 else None
     command = "make test-all"
     record(
         "demo", [Figure("ViT-H-14 created, one head step, one embedding, CPU", seconds, "s", None, "<=", command)], {}
@@ -99,11 +101,11 @@ def measure_vit_h() -> None:
 
 
 def measure_bad_input() -> None:
-    """How many kinds of bad input end with exit code 2 and one line that names the remedy."""
+    """Record how many kinds of bad input end with exit code 2 and a one-line message with its remedy."""
     passed = _pytest(
         "tests/vpr/test_cli.py", "-k", "truncated or text or empty or column or unknown or edited or newer"
     )
-    record("demo", [Figure("kinds of bad input refused in one line", float(passed), "", 7, ">=", "make test")], {})
+    record("demo", [Figure("kinds of bad input rejected in one line", float(passed), "", 7, ">=", "make test")], {})
 
 
 PARTS = {
@@ -122,8 +124,8 @@ def _recalls(name: str, rows: list[Row], goal: float, command: str) -> list[Figu
     named = (("raw pixels", raw), ("teacher", teacher), ("student", student))
     return [
         *[
-            Figure(f"{name}: {who} recall@1", row["recall_at_1"], "", None, ">=", command, tuple(row["ci95"]), (0,))
-            for who, row in named
+            Figure(f"{name}: {model} recall@1", row["recall_at_1"], "", None, ">=", command, tuple(row["ci95"]), (0,))
+            for model, row in named
         ],
         Figure(f"{name}: teacher over raw pixels", ratio, "times", 6, ">=", command, None, (0,)),
         Figure(f"{name}: retention of the student", student["retention"], "", goal, ">=", command, None, (0,)),
@@ -132,12 +134,12 @@ def _recalls(name: str, rows: list[Row], goal: float, command: str) -> list[Figu
 
 def _precisions(rows: list[Row], command: str) -> list[Figure]:
     fp32 = load_artifact(_DEMO / "fp32").card.metrics
-    figures = [_stated("ONNX FP32 against torch, max abs, 64 images, batch 1, 3, 8", fp32["max_abs"], 1e-4, command)]
+    figures = [_at_most("ONNX FP32 against torch, max abs, 64 images, batch 1, 3, 8", fp32["max_abs"], 1e-4, command)]
     student = _row(rows, "student", "torch")["recall_at_1"]
     for name, title, cosine, drop in (("fp16", "FP16", 0.9999, 0.01), ("int8", "INT8", 0.99, 0.02)):
         row = _row(rows, name, "onnxruntime-cpu")
         figures.append(Figure(f"{title} graph: mean cosine to FP32", row["cosine_mean"], "", cosine, ">=", command))
-        figures.append(_stated(f"{title} graph: change of recall@1", abs(row["recall_at_1"] - student), drop, command))
+        figures.append(_at_most(f"{title} graph: change of recall@1", abs(row["recall_at_1"] - student), drop, command))
     return figures
 
 
@@ -157,7 +159,7 @@ def _sizes(folder: Path, command: str) -> list[Figure]:
     ]
 
 
-def _stated(name: str, value: float, goal: float, command: str) -> Figure:
+def _at_most(name: str, value: float, goal: float, command: str) -> Figure:
     return Figure(name, float(value), "", goal, "<=", command)
 
 
@@ -170,9 +172,9 @@ def _row(rows: list[Row], name: str, backend: str | None) -> Row:
 
 
 def _milliseconds(rows: list[Row], name: str, backend: str) -> float:
-    found = ReportRow.model_validate(_row(rows, name, backend)).milliseconds("1")
-    assert found is not None
-    return found
+    latency = ReportRow.model_validate(_row(rows, name, backend)).milliseconds("1")
+    assert latency is not None
+    return latency
 
 
 def _table(rows: list[Row]) -> list[Row]:
@@ -185,11 +187,11 @@ def _steps(seconds: dict[str, float]) -> list[Row]:
 
 
 def _pytest(*arguments: str) -> int:
-    """Number of tests that passed; 0 if any failed."""
+    """Return the number of passed tests; 0 if any failed."""
     command = [sys.executable, "-m", "pytest", *arguments]
-    done: Any = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = re.search(r"(\d+) passed", done.stdout)
-    return int(found.group(1)) if found and done.returncode == 0 else 0
+    process: Any = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    passed = re.search(r"(\d+) passed", process.stdout)
+    return int(passed.group(1)) if passed and process.returncode == 0 else 0
 
 
 if __name__ == "__main__":

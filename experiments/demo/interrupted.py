@@ -1,7 +1,7 @@
-"""What a ``kill -9`` costs a training: run it unbroken, run it killed half-way and resumed, compare.
+"""Effect of ``kill -9`` on a training: an uninterrupted run against one killed half-way and resumed.
 
-Any training by any flags, as it is typed, after half of its epochs; :mod:`tests.reliability.faults.kills` kills every stage at any
-moment, on inputs so tiny that it can do so hundreds of times.
+Works for any training command, killed after half of its epochs. :mod:`tests.reliability.faults.kills` kills every
+stage at any moment, on tiny inputs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from vpr.common.errors import UserError
 
 @dataclass(frozen=True)
 class Interruption:
-    """Two finished runs of the same training.
+    """Two finished trainings of the same configuration.
 
     Attributes:
-        unbroken: the artifact of the run that was left alone.
-        resumed: the artifact of the run that was killed and started again.
-        epochs_before_kill: checkpoints that the killed run had written.
+        unbroken: Artifact of the training without a kill.
+        resumed: Artifact of the training that was killed and resumed.
+        epochs_before_kill: Number of checkpoints written before the kill.
     """
 
     unbroken: Artifact
@@ -37,39 +37,39 @@ def interrupt(verb: str, arguments: list[str], folder: Path, epochs: int) -> Int
 
     Args:
         verb: ``teacher train`` or ``student distill``.
-        arguments: its flags, without ``--output``.
-        folder: where both artifacts are written.
-        epochs: that the training has.
+        arguments: Flags of the command, without ``--output``.
+        folder: Folder for both artifacts.
+        epochs: Number of epochs of the training.
 
     Raises:
-        UserError: the training ended before it could be killed, or did not finish.
+        UserError: The training ended before its kill, or did not finish.
     """
     command = [sys.executable, "-m", "vpr", *verb.split(), *arguments, "--output"]
-    unbroken, resumed = folder / "unbroken", folder / "resumed"
-    _finish([*command, str(unbroken)])
+    uninterrupted, resumed = folder / "unbroken", folder / "resumed"
+    _finish([*command, str(uninterrupted)])
     with subprocess.Popen([*command, str(resumed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        seen = _wait_for_checkpoints(process, resumed, epochs // 2)
+        checkpoints = _wait_for_checkpoints(process, resumed, epochs // 2)
         process.send_signal(signal.SIGKILL)
     if resumed.exists():
-        raise UserError(f"{resumed}: an artifact was there before the training had finished: report this")
+        raise UserError(f"{resumed}: the artifact existed before the training had finished. Report this as a bug.")
     _finish([*command, str(resumed)])
-    return Interruption(load_artifact(unbroken), load_artifact(resumed), seen)
+    return Interruption(load_artifact(uninterrupted), load_artifact(resumed), checkpoints)
 
 
 def _finish(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"training failed: {done.stderr.strip()[-500:]}: run the command by hand")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise UserError(f"training: it failed ({process.stderr.strip()[-500:]}). Run {' '.join(command)} by hand.")
 
 
-def _wait_for_checkpoints(process: subprocess.Popen[bytes], output: Path, wanted: int) -> int:
-    written: set[int] = set()
-    while len(written) < wanted:
+def _wait_for_checkpoints(process: subprocess.Popen[bytes], output: Path, count: int) -> int:
+    times: set[int] = set()
+    while len(times) < count:
         if process.poll() is not None:
-            raise UserError(f"{output}: the training ended before it could be killed: give it more epochs")
-        # A teacher's stages have folders of their own. No `**`: it would walk into folders that come and go.
-        for place in ("", "stage-*/"):
-            for checkpoint in output.parent.glob(f"{output.name}.run-*/{place}last.ckpt"):
-                written.add(checkpoint.stat().st_mtime_ns)
+            raise UserError(f"{output}: the training ended before its kill. Give it more epochs.")
+        # A teacher has a folder for each stage. A pattern with `**` would enter folders that come and go.
+        for stage in ("", "stage-*/"):
+            for checkpoint in output.parent.glob(f"{output.name}.run-*/{stage}last.ckpt"):
+                times.add(checkpoint.stat().st_mtime_ns)
         time.sleep(0.02)
-    return len(written)
+    return len(times)

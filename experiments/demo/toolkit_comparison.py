@@ -1,4 +1,4 @@
-"""The same student by other toolkits' roads to a served graph and by ours: same weights, images and queries."""
+"""Compare graphs of a student exported by this and other toolkits: same weights, images and queries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from experiments.external.lightly_train import PRECISIONS
 from experiments.figures import Figure, Row
 from experiments.int8 import tools as int8_tools
-from experiments.int8.tools import Measured, TrainedStudent, measure_graphs, own_graphs, run_tool
+from experiments.int8.tools import MeasuredGraph, TrainedStudent, export_graphs, measure_graphs, run_tool
 from experiments.intervals import drop_text, recall_text
 from experiments.venv_runner import run_in_venv
 from export.config import OnnxConfig
@@ -26,112 +26,116 @@ log = get_logger(__name__)
 FLOAT, OURS = "ours: FP32", "ours: INT8"
 LIGHTLY, ONNXRUNTIME = ".venv-lightly", ".venv-onnxruntime"
 _TARGET = "other-toolkits"
-# ONNX Runtime's default is every operator that it can quantise.
+# By default ONNX Runtime quantises every operator that it can.
 _QUANTISERS = {"onnxruntime-minmax": "all operators", "onnxruntime-linears": "linears"}
-_SAME = 0.9999
-# A student of this kind is a timm ViT under other names; another is not.
-_FITS: dict[str, Any] = {"family": "vit", "stem": "conv", "pool": "mean", "registers": 0}
+_MIN_COSINE = 0.9999
+# A student with this shape equals a timm ViT.
+_TIMM_SHAPE: dict[str, Any] = {"family": "vit", "stem": "conv", "pool": "mean", "registers": 0}
 
 
 def compare_peers(student: TrainedStudent, command: str) -> tuple[list[Figure], list[Row]]:
-    """Take a student through every road, score all graphs on the same queries and time them in interleaved rounds.
+    """Export a student with every toolkit, score all graphs on the same queries, and time them interleaved.
 
     Raises:
-        UserError: the student or an environment is not there, or a road fails.
+        UserError: The student or an environment does not exist, or an export fails.
     """
     for path in (student.artifact, student.catalog):
         if not (path / "card.json").is_file():
-            raise UserError(f'{path}: not there: make figures TOPIC=student PARTS="sizes"')
-    found = measure_graphs(student, peer_graphs(student))
-    return peer_figures(found, command), [_row(name, one, found[FLOAT]) for name, one in found.items()]
+            raise UserError(f'{path}: it does not exist. Run `make figures TOPIC=student PARTS="sizes"`.')
+    graphs = measure_graphs(student, peer_graphs(student))
+    return peer_figures(graphs, command), [_row(name, graph, graphs[FLOAT]) for name, graph in graphs.items()]
 
 
 def peer_graphs(student: TrainedStudent) -> dict[str, Path]:
-    """ONNX files by road, our FP32 graph first.
+    """Export ONNX files with every toolkit, the FP32 reference first.
 
-    Those of the other toolkits are made anew each time, which takes a minute: their files have no checksums.
+    Files of other toolkits are written each time, which takes a minute: they have no checksums.
     """
     shape = check_shape(load_artifact(student.artifact, "student").card.config["model"])
-    own, pixels = own_graphs(student)
+    vpr_graphs, pixels = export_graphs(student)
     fp16 = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp16"), precision="fp16"))
-    found = {FLOAT: own[int8_tools.FLOAT], "ours: FP16": fp16 / "model.onnx", OURS: own[int8_tools.OURS]}
+    graphs = {
+        FLOAT: vpr_graphs[int8_tools.FLOAT],
+        "ours: FP16": fp16 / "model.onnx",
+        OURS: vpr_graphs[int8_tools.OURS],
+    }
     log.info("  lightly-train: export_onnx")
-    lightly = by_lightly(student, shape)
-    found |= lightly
+    lightly = export_with_lightly(student, shape)
+    graphs |= lightly
     for source in (FLOAT, next(iter(lightly))):
         for tool, scope in _QUANTISERS.items():
             log.info(f"  {tool} of {source}")
             output = student.folder / f"{tool}-{'ours' if source == FLOAT else 'lightly-train'}.onnx"
-            run_tool(tool, ONNXRUNTIME, found[source], pixels, output, _TARGET)
-            found[f"{source} → onnxruntime: INT8, {scope}"] = output
-    return found
+            run_tool(tool, ONNXRUNTIME, graphs[source], pixels, output, _TARGET)
+            graphs[f"{source} → onnxruntime: INT8, {scope}"] = output
+    return graphs
 
 
 def check_shape(shape: dict[str, Any]) -> dict[str, Any]:
-    """The shape of a student, from its card, if timm's ViT has one like it.
+    """Return the shape of a student if timm's ViT supports it.
 
     Raises:
-        UserError: it has not.
+        UserError: timm's ViT does not support the shape.
     """
-    others = [f"{key} {shape[key]}" for key, value in _FITS.items() if shape[key] != value]
+    unsupported = [f"{key} {shape[key]}" for key, value in _TIMM_SHAPE.items() if shape[key] != value]
     if shape["heads"] * shape["dim_head"] != shape["dim"]:
-        others.append(f"{shape['heads']} heads of {shape['dim_head']} in a width of {shape['dim']}")
+        unsupported.append(f"{shape['heads']} heads of {shape['dim_head']} in a width of {shape['dim']}")
     if shape["heads"] == 1:  # vit-pytorch leaves out the projection after a single head
-        others.append("single head")
-    if others:
-        raise UserError(
-            f"peers: timm's ViT, which lightly-train exports, has no {', no '.join(others)}: choose another"
-        )
+        unsupported.append("single head")
+    if unsupported:
+        message = f"peers: lightly-train exports timm's ViT, which does not support {', '.join(unsupported)}."
+        raise UserError(f"{message} Choose another student.")
     return shape
 
 
-def by_lightly(student: TrainedStudent, shape: dict[str, Any]) -> dict[str, Path]:
-    """The student by lightly-train's own export, FP32 first; the names tell its version."""
+def export_with_lightly(student: TrainedStudent, shape: dict[str, Any]) -> dict[str, Path]:
+    """Export the student with lightly-train, FP32 first; the names contain its version."""
     weights = student.artifact / "model.safetensors"
-    found = {}
-    with tempfile.TemporaryDirectory(dir=student.folder) as made:
-        described = Path(made) / "shape.json"
-        described.write_text(json.dumps(shape), encoding="utf-8")
-        printed = run_in_venv(LIGHTLY, "lightly_train.py", [str(described), str(weights), made], _TARGET)
-        version = printed.strip().splitlines()[-1]  # after what lightly-train says
+    graphs = {}
+    with tempfile.TemporaryDirectory(dir=student.folder) as temporary:
+        shape_file = Path(temporary) / "shape.json"
+        shape_file.write_text(json.dumps(shape), encoding="utf-8")
+        printed = run_in_venv(LIGHTLY, "lightly_train.py", [str(shape_file), str(weights), temporary], _TARGET)
+        version = printed.strip().splitlines()[-1]  # lightly-train prints other lines first
         for precision in PRECISIONS:
             output = student.folder / f"lightly-train-{precision}.onnx"
-            found[f"lightly-train {version}: {precision.upper()}"] = (Path(made) / f"{precision}.onnx").replace(output)
-    return found
+            exported = Path(temporary) / f"{precision}.onnx"
+            graphs[f"lightly-train {version}: {precision.upper()}"] = exported.replace(output)
+    return graphs
 
 
-def peer_figures(found: Mapping[str, Measured], command: str) -> list[Figure]:
-    """That the peer's graph is the same network; our INT8 against the best and the fastest graphs of the others."""
-    ours = found[OURS]
-    others = {name: one for name, one in found.items() if not name.startswith("ours: ") or "→" in name}
+def peer_figures(graphs: Mapping[str, MeasuredGraph], command: str) -> list[Figure]:
+    """Compare INT8 of this toolkit with the best and the fastest other graphs; check lightly-train's network."""
+    int8 = graphs[OURS]
+    others = {name: graph for name, graph in graphs.items() if not name.startswith("ours: ") or "→" in name}
     lightly = next(name for name in others if name.endswith(": FP32"))
     best = max((name for name in others if "INT8" in name), key=lambda name: others[name].scores.recall_at_1)
-    ahead = ours.scores.hits.astype(float) - others[best].scores.hits
-    interval = bootstrap_interval(ahead)
-    what = f"peers: our INT8 less the best other INT8 ({best}), recall@1"
+    gain = int8.scores.hits.astype(float) - others[best].scores.hits
+    interval = bootstrap_interval(gain)
+    title = f"peers: our INT8 less the best other INT8 ({best}), recall@1"
     figures = [
-        Figure(f"peers: {lightly}, mean cosine to ours", found[lightly].cosine_mean, "", _SAME, ">=", command),
-        Figure(what, float(ahead.mean()), "", None, ">=", command, interval),
+        Figure(f"peers: {lightly}, mean cosine to ours", graphs[lightly].cosine_mean, "", _MIN_COSINE, ">=", command),
+        Figure(title, float(gain.mean()), "", None, ">=", command, interval),
     ]
     for runtime in ("onnxruntime", "openvino"):
-        times = {name: getattr(one, runtime) for name, one in others.items()}
+        times = {name: getattr(graph, runtime) for name, graph in others.items()}
         fastest = min(times, key=lambda name: times[name])
-        what = f"peers: fastest other ({fastest}) over our INT8, {runtime} ms"
-        figures.append(Figure(what, times[fastest] / getattr(ours, runtime), "", None, ">=", command))
+        title = f"peers: fastest other ({fastest}) over our INT8, {runtime} ms"
+        figures.append(Figure(title, times[fastest] / getattr(int8, runtime), "", None, ">=", command))
     return figures
 
 
-def _row(name: str, one: Measured, floats: Measured) -> Row:
-    least, most = bootstrap_interval(one.scores.precisions)
+def _row(name: str, graph: MeasuredGraph, fp32: MeasuredGraph) -> Row:
+    low, high = bootstrap_interval(graph.scores.precisions)
     return {
-        "road: graph": name,
-        "recall@1 [95 %]": recall_text(one.scores),
-        "drop, paired [95 %]": drop_text(floats.scores, one.scores),
-        "mAP [95 %]": f"{one.scores.map:.4f} [{least:.3f}, {most:.3f}]",
-        "cosine mean": f"{one.cosine_mean:.5f}",
-        "cosine min": f"{one.cosine_min:.5f}",
-        "recall@1, OpenVINO": f"{one.openvino_scores.recall_at_1:.4f}",
-        "ms, ONNX Runtime": f"{one.onnxruntime:.2f}",
-        "ms, OpenVINO": f"{one.openvino:.2f}",
-        "MB": f"{one.size / 1e6:.1f}",
+        "toolkit: graph": name,
+        "recall@1 [95 %]": recall_text(graph.scores),
+        "drop, paired [95 %]": drop_text(fp32.scores, graph.scores),
+        "mAP [95 %]": f"{graph.scores.map:.4f} [{low:.3f}, {high:.3f}]",
+        "cosine mean": f"{graph.cosine_mean:.5f}",
+        "cosine min": f"{graph.cosine_min:.5f}",
+        "recall@1, OpenVINO": f"{graph.openvino_scores.recall_at_1:.4f}",
+        "ms, ONNX Runtime": f"{graph.onnxruntime:.2f}",
+        "ms, OpenVINO": f"{graph.openvino:.2f}",
+        "MB": f"{graph.size / 1e6:.1f}",
     }

@@ -1,1 +1,1 @@
-"""Programs that run other tools in virtual environments of their own."""
+"""Programs that run other tools in separate virtual environments."""

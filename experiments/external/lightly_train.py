@@ -1,10 +1,11 @@
-"""lightly-train's export of a student, run in its own environment: this file imports nothing of the project.
+"""Export of a student by lightly-train, in lightly-train's environment: this file imports nothing of the project.
 
-``python experiments/external/lightly_train.py SHAPE.json WEIGHTS.safetensors FOLDER`` writes ``fp32.onnx`` and ``fp16.onnx``,
-all the precisions that it has, and prints its version; ``make other-toolkits`` makes the environment. lightly-train
-exports embedding models to PyTorch files only; to ONNX it exports classifiers. So the student's weights are put into
-its classifier, a timm ViT of the same layers whose class scores are the embedding; ``export_onnx`` is called; the graph
-is cut at the scores.
+``python experiments/external/lightly_train.py SHAPE.json WEIGHTS.safetensors FOLDER`` writes ``fp32.onnx`` and
+``fp16.onnx``, all precisions of lightly-train, and prints its version. ``make other-toolkits`` installs it.
+
+lightly-train exports embedding models to PyTorch files only, and classifiers to ONNX. This program therefore loads the
+student's weights into a classifier, a timm ViT with the same layers whose class scores are the embedding. It calls
+``export_onnx`` and cuts the graph at the scores.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-# The ends of our graphs, so that one harness runs all.
+# Input and output of the toolkit's graphs, so that the same harness runs all graphs.
 INPUT, OUTPUT = "pixels", "embedding"
 PRECISIONS = ("fp32", "fp16")
-# What a block of the student is called in timm.
+# timm's names of the layers of a block.
 _BLOCK = {
     "0.norm": "norm1",
     "0.to_qkv": "attn.qkv",
@@ -35,20 +36,24 @@ _BLOCK = {
 
 
 def timm_arguments(shape: dict[str, Any]) -> dict[str, Any]:
-    """What makes timm's ``vit_tiny_patch16_224`` the student of a shape, without its last projection."""
+    """Return the arguments that give timm's ``vit_tiny_patch16_224`` the student's layers, without the projection."""
     from timm.layers import PatchEmbed
     from torch import nn
 
     class Stem(PatchEmbed):  # type: ignore[misc]
-        """The student's convolutional stem as timm's patch embedding."""
+        """Student's convolutional stem as timm's patch embedding."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             halvings = shape["patch_size"].bit_length() - 1
             widths = [3] + [max(shape["dim"] >> (halvings - 1 - i), 24) for i in range(halvings)]
             layers: list[nn.Module] = []
-            for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
-                layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+            for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+                layers += [
+                    nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(width_out),
+                    nn.ReLU(),
+                ]
             self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], shape["dim"], 1))  # type: ignore[assignment]
 
     return {
@@ -69,37 +74,39 @@ def timm_arguments(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def timm_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A student's weights under timm's names, and those of its last projection."""
+    """Return a student's weights under timm's names, and the weights of its last projection."""
     named = {name.removeprefix("vit."): value for name, value in weights.items()}
     projection = {kind: named.pop(f"mlp_head.{kind}") for kind in ("weight", "bias")}
-    named.pop("cls_token")  # the student pools over all tokens: it has none
+    named.pop("cls_token")  # unused: the student pools over all tokens
     body = {"pos_embed": named.pop("pos_embedding")[None]}
     last = 1 + max(int(name.split(".")[2]) for name in named if name.startswith("to_patch_embedding.layers."))
     for name, value in named.items():
         new = name.replace("to_patch_embedding.layers.", "patch_embed.proj.")
-        new = new.replace("to_patch_embedding.project.", f"patch_embed.proj.{last + 1}.")  # a ReLU lies between
+        new = new.replace("to_patch_embedding.project.", f"patch_embed.proj.{last + 1}.")  # after a ReLU
         new = new.replace("transformer.layers.", "blocks.").removeprefix("transformer.")
-        for ours, theirs in _BLOCK.items():
-            new = re.sub(rf"^(blocks\.\d+)\.{re.escape(ours)}\.", rf"\1.{theirs}.", new)
+        for student_name, timm_name in _BLOCK.items():
+            new = re.sub(rf"^(blocks\.\d+)\.{re.escape(student_name)}\.", rf"\1.{timm_name}.", new)
         body[new] = value
     return body, projection
 
 
-def end_at_scores(graph: onnx.ModelProto, width: int) -> onnx.ModelProto:
-    """A classifier's graph up to the scores that its softmax reads, (batch, width), between float32 ends of our names.
+def cut_at_scores(graph: onnx.ModelProto, width: int) -> onnx.ModelProto:
+    """Cut a classifier's graph at the scores before its softmax, (batch, width), with float32 input and output.
 
-    The casts of half precision are what a client would do before and after.
+    Casts replace the conversion to and from half precision that a client would do.
     """
     import onnx
     from onnx import TensorProto, helper
 
-    opened = graph.graph.input[0]
-    scores = [node for node in graph.graph.node if node.op_type == "Softmax"][-1].input[0]  # the others are attention's
-    kind = opened.type.tensor_type.elem_type
-    shape = [dim.dim_value or "batch" for dim in opened.type.tensor_type.shape.dim]
-    cut = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(graph)).extract_model([opened.name], [scores])
+    model_input = graph.graph.input[0]
+    scores = [node for node in graph.graph.node if node.op_type == "Softmax"][-1].input[
+        0
+    ]  # all earlier ones belong to attentions
+    dtype = model_input.type.tensor_type.elem_type
+    shape = [dim.dim_value or "batch" for dim in model_input.type.tensor_type.shape.dim]
+    cut = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(graph)).extract_model([model_input.name], [scores])
     del cut.graph.input[:], cut.graph.output[:]
-    cut.graph.node.insert(0, helper.make_node("Cast", [INPUT], [opened.name], to=kind))
+    cut.graph.node.insert(0, helper.make_node("Cast", [INPUT], [model_input.name], to=dtype))
     cut.graph.node.append(helper.make_node("Cast", [scores], [OUTPUT], to=TensorProto.FLOAT))
     cut.graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, shape))
     cut.graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", width]))
@@ -107,7 +114,7 @@ def end_at_scores(graph: onnx.ModelProto, width: int) -> onnx.ModelProto:
 
 
 def export(shape: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> str:
-    """Write the graphs; lightly-train's version."""
+    """Write the graphs and return lightly-train's version."""
     os.environ |= {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "HF_HUB_OFFLINE": "1"}  # nothing is sent or fetched
     import lightly_train
     import onnx
@@ -129,7 +136,7 @@ def export(shape: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> s
     for precision in PRECISIONS:
         file = folder / f"{precision}.onnx"
         model.export_onnx(out=str(file), precision=precision)
-        onnx.save(end_at_scores(onnx.load(file), shape["embedding_dim"]), file)
+        onnx.save(cut_at_scores(onnx.load(file), shape["embedding_dim"]), file)
     return str(lightly_train.__version__)
 
 

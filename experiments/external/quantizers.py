@@ -1,7 +1,7 @@
-"""Other tools' INT8 of an ONNX graph, each run in its own environment: this file imports nothing of the project.
+"""INT8 quantisation of an ONNX graph by other tools: this file imports nothing of the project.
 
-``python experiments/external/quantizers.py TOOL GRAPH.onnx PIXELS.npy OUTPUT.onnx``; ``make other-quantisers`` makes the
-environments of NNCF and ModelOpt, whose requirements clash with ours.
+``python experiments/external/quantizers.py TOOL GRAPH.onnx PIXELS.npy OUTPUT.onnx``. ``make other-quantisers`` installs
+the environments of NNCF and ModelOpt, whose requirements clash with those of the toolkit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ def _nncf(graph: str, pixels: np.ndarray, output: str) -> None:
 
     name = (model := onnx.load(graph)).graph.input[0].name
     batches = [{name: pixels[i : i + _BATCH]} for i in range(0, len(pixels), _BATCH)]
-    made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER)
-    onnx.save(made, output)
+    quantised = nncf.quantize(
+        model, nncf.Dataset(batches), subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER
+    )
+    onnx.save(quantised, output)
 
 
 def _modelopt(graph: str, pixels: np.ndarray, output: str, method: str) -> None:
@@ -42,11 +44,11 @@ def _modelopt(graph: str, pixels: np.ndarray, output: str, method: str) -> None:
     )
 
 
-def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str, only: list[str] | None = None) -> None:
+def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str, op_types: list[str] | None = None) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """The images, batch by batch."""
+        """Batches of the images."""
 
         def __init__(self) -> None:
             self._starts = iter(range(0, len(pixels), _BATCH))
@@ -62,17 +64,17 @@ def _onnxruntime(graph: str, pixels: np.ndarray, output: str, method: str, only:
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         calibrate_method=getattr(CalibrationMethod, method),
-        op_types_to_quantize=only,
+        op_types_to_quantize=op_types,
     )
 
 
 def _onnxruntime_linears(graph: str, pixels: np.ndarray, output: str) -> None:
-    """As its guide advises, the graph is prepared first; and only the products are quantised."""
+    """Quantise matrix products only, after preparing the graph as ONNX Runtime's guide advises."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder:
         prepared = f"{folder}/prepared.onnx"
-        # The inference of symbolic shapes needs packages of its own; the batch is our only symbol.
+        # Symbolic shape inference needs further packages; the batch is the only symbol.
         quant_pre_process(graph, prepared, skip_symbolic_shape=True)
         _onnxruntime(prepared, pixels, output, "MinMax", ["MatMul", "Gemm"])
 

@@ -1,7 +1,7 @@
-"""ranx's metrics of given rankings, run in its own environment: this file imports nothing of the project.
+"""Metrics of rankings by ranx, in ranx's environment: this file imports nothing of the project.
 
-``python experiments/external/ranx_check.py RELEVANT.npy``: (queries, gallery) bool, best first; prints JSON, by metric a value
-for each query. ``make other-metrics`` makes the environment: ranx brings numba and a compiler with it.
+``python experiments/external/ranx_check.py RELEVANT.npy`` reads (queries, gallery) bool, best first, and prints JSON:
+for each metric the values of the queries. ``make other-metrics`` installs the environment: ranx depends on numba.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ METRICS = {
 }
 
 
-def by_ranx(relevant: np.ndarray) -> dict[str, list[float]]:
-    """Each metric of each ranking."""
+def compute_metrics(relevant: np.ndarray) -> dict[str, list[float]]:
+    """Return each metric of each ranking."""
     from ranx import Qrels, Run, evaluate
 
-    queries, gallery = relevant.shape  # ranx sorts queries by name: padded, they stay in order
+    queries, gallery = relevant.shape  # ranx sorts queries by name; padding keeps their order
     judged = Qrels({f"{q:09d}": {str(g): 1 for g in np.flatnonzero(relevant[q])} for q in range(queries)})
     ranked = Run({f"{q:09d}": {str(g): float(gallery - g) for g in range(gallery)} for q in range(queries)})
-    found = evaluate(judged, ranked, list(METRICS.values()), return_mean=False)
-    return {ours: np.asarray(found[theirs]).tolist() for ours, theirs in METRICS.items()}
+    values = evaluate(judged, ranked, list(METRICS.values()), return_mean=False)
+    return {name: np.asarray(values[ranx_name]).tolist() for name, ranx_name in METRICS.items()}
 
 
 if __name__ == "__main__":
-    print(json.dumps(by_ranx(np.load(sys.argv[1], allow_pickle=False))))
+    print(json.dumps(compute_metrics(np.load(sys.argv[1], allow_pickle=False))))

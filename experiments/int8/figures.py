@@ -1,8 +1,7 @@
 """``make figures TOPIC=int8``: calibration, INT8 and engines, into ``docs/results/int8.json``.
 
-Parts can be named (``make figures TOPIC=int8 PARTS="study"``); without any, all are measured. The students are
-those of ``make figures TOPIC=student``, trained first where they are not there. Part ``tools`` needs
-``make other-quantisers``.
+``PARTS="study"`` measures this part only. The students are those of ``make figures TOPIC=student``, and are trained
+first if they do not exist. Part ``tools`` needs ``make other-quantisers``.
 """
 
 from __future__ import annotations
@@ -15,23 +14,22 @@ from experiments.figures import Figure, Row, command_of, measure, record, record
 from experiments.int8.gpu_engines import gpu_engines, unmeasured
 from experiments.int8.speed import cpu_speed
 from experiments.int8.study import study
-from experiments.int8.tools import TrainedStudent, compare_tools, own_graphs, within_budget
+from experiments.int8.tools import TrainedStudent, compare_tools, export_graphs, within_budget
 from experiments.student.figures import measure_grocery, measure_sizes
 from export.config import TARGETS, EngineConfig
 from export.tensorrt.bindings import this_gpu
-from tests.reliability.fuzz.fuzz import FuzzConfig, fuzz, summarise
 from vpr.common.hardware import read_gpus
 
 _FOLDER = Path("runs/figures-int8")
 
 
 def sample() -> TrainedStudent:
-    """The size curve's student of under half the teacher's multiply-adds."""
+    """Return the size curve's student of under half the teacher's multiply-adds."""
     return TrainedStudent("sample", _of_the_curve(192), Path("runs/demo-full/catalog"), _FOLDER / "sample")
 
 
 def grocery() -> TrainedStudent:
-    """The default student of the ablation on photographs."""
+    """Return the default student of the ablation on photographs."""
     path = Path("runs/figures-student/grocery/cosine-queue-kl-seed0")
     if not (path / "card.json").is_file():
         measure_grocery()
@@ -39,7 +37,7 @@ def grocery() -> TrainedStudent:
 
 
 def larger() -> TrainedStudent:
-    """The largest student of the size curve."""
+    """Return the largest student of the size curve."""
     return TrainedStudent("larger", _of_the_curve(256), Path("runs/demo-full/catalog"), _FOLDER / "larger")
 
 
@@ -51,25 +49,25 @@ def _of_the_curve(width: int) -> Path:
 
 
 def measure_tools() -> None:
-    """Ours against other tools on three students."""
+    """Record INT8 of this toolkit against other tools on three students."""
     figures: list[Figure] = []
     table: list[Row] = []
     for student in (sample(), grocery(), larger()):
-        found, rows = compare_tools(student, command_of("int8", "tools"))
-        figures, table = figures + found, table + rows
+        new_figures, rows = compare_tools(student, command_of("int8", "tools"))
+        figures, table = figures + new_figures, table + rows
     record("int8", figures, {"tools": table})
 
 
 def measure_study() -> None:
-    """Number and choice of images, ranges, smoothing, correction."""
+    """Record the study of images, ranges, smoothing and bias correction."""
     record("int8", [], {"study": [row for student in (sample(), grocery()) for row in study(student)]})
 
 
 def measure_budget() -> None:
-    """INT8 decided on recall: what is found within half a point on validation, for each student."""
+    """Record INT8 chosen on recall, within half a point on validation, for each student."""
     rows: list[Row] = []
     for student in (sample(), grocery(), larger()):
-        own_graphs(student)
+        export_graphs(student)
         decision = json.loads((within_budget(student) / "decision.json").read_text(encoding="utf-8"))
         low, high = decision["drop_interval"]
         rows.append(
@@ -85,22 +83,16 @@ def measure_budget() -> None:
 
 
 def measure_speed() -> None:
-    """ViT-S/16-224 on this CPU."""
+    """Record ViT-S/16-224 on this CPU."""
     figures, table = cpu_speed(command_of("int8", "speed"))
     record("int8", figures, {"speed": table})
 
 
-def measure_fuzz() -> None:
-    """Files written wrong, given to every verb that reads them."""
-    figures, table = summarise(fuzz(FuzzConfig()), command_of("int8", "fuzz"))
-    record("int8", figures, {"fuzz": table})
-
-
 def measure_gpu() -> None:
-    """Engines of the sample's student on the GPU at hand, into ``gpu.json``; without one, that nothing is measured."""
+    """Record engines on this machine's GPU in ``gpu.json``; without a GPU, that they are not measured."""
     command = command_of("int8", "gpu")
     if not read_gpus()[0]:
-        record_unmeasured(unmeasured(command), "the engines are")
+        record_unmeasured(unmeasured(command), "engines")
         return
     gpu = this_gpu()
     record("gpu", *gpu_engines(sample(), gpu if gpu in TARGETS else EngineConfig.target, command))
@@ -112,7 +104,6 @@ PARTS = {
     "budget": measure_budget,
     "speed": measure_speed,
     "gpu": measure_gpu,
-    "fuzz": measure_fuzz,
 }
 
 

@@ -1,4 +1,4 @@
-"""Engines on the GPU at hand beside what else runs a student there: milliseconds, recall, and what was fused."""
+"""Engines and other runtimes of a student on this machine's GPU: latency, recall, fused layers."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ BUILDERS: tuple[Builder, ...] = ("tensorrt", "tensorrt-rtx")
 _SECONDS = 2.0
 
 
-def export_graphs(student: TrainedStudent) -> dict[str, Path]:
-    """The graphs that engines are built from, by the names of :data:`GRAPHS`."""
+def export_variants(student: TrainedStudent) -> dict[str, Path]:
+    """Return the graphs that engines are built from, by the names of :data:`GRAPHS`."""
     folder = student.folder / "gpu"
 
-    def plain(name: str, precision: Literal["fp32", "fp16"], opset: Literal[20, 23] = 23) -> Path:
+    def export_float(name: str, precision: Literal["fp32", "fp16"], opset: Literal[20, 23] = 23) -> Path:
         return export_onnx(OnnxConfig(str(student.artifact), str(folder / name), precision, opset))
 
-    floats = plain("fp32", "fp32")
-    ranges = calibrate(CalibrateConfig(str(floats), str(student.catalog), str(folder / "ranges")))
+    fp32 = export_float("fp32", "fp32")
+    ranges = calibrate(CalibrateConfig(str(fp32), str(student.catalog), str(folder / "ranges")))
 
-    def eight(name: str, **options: Any) -> Path:
-        return export_int8(Int8Config(str(floats), str(ranges), str(folder / name), **options))
+    def quantise(name: str, **options: Any) -> Path:
+        return export_int8(Int8Config(str(fp32), str(ranges), str(folder / name), **options))
 
     return {
-        "fp16": plain("fp16", "fp16"),
-        "fp16-opset20": plain("fp16-opset20", "fp16", 20),
-        "int8": eight("int8"),
-        "int8-full-mha": eight("int8-full-mha", scope="full-mha"),
-        "fp8": eight("fp8", dtype="fp8"),
+        "fp16": export_float("fp16", "fp16"),
+        "fp16-opset20": export_float("fp16-opset20", "fp16", 20),
+        "int8": quantise("int8"),
+        "int8-full-mha": quantise("int8-full-mha", scope="full-mha"),
+        "fp8": quantise("fp8", dtype="fp8"),
     }
 
 
 def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
-    """An engine of every graph by every builder that is installed; what a builder refuses is said and left out."""
+    """Build an engine of every graph with every installed builder; log and skip graphs that a builder rejects."""
     engines = {}
     for backend in BUILDERS:
         for name, graph in graphs.items():
@@ -74,19 +74,19 @@ def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
 def gpu_engines(
     student: TrainedStudent, target: str, command: str, backends: Sequence[str] = BACKENDS, seconds: float = _SECONDS
 ) -> tuple[list[Figure], dict[str, list[Row]]]:
-    """Time and score a student and everything built from it.
+    """Time and score a student, its graphs and engines.
 
     Args:
-        student: trained, and what it is scored on.
-        target: architectures that TensorRT-RTX builds for; TensorRT builds for the GPU at hand.
-        command: makes the figures again.
-        backends: that run here.
-        seconds: of timing each model and batch.
+        student: Trained student and its data.
+        target: Architecture for TensorRT-RTX; TensorRT builds for this machine's GPU.
+        command: Command that repeats the measurement.
+        backends: Backends to run.
+        seconds: Time of each model and batch size.
 
     Returns:
-        figures of topic ``gpu``, and the table behind them.
+        Figures of topic ``gpu``, and their table.
     """
-    graphs = export_graphs(student)
+    graphs = export_variants(student)
     engines = build_engines(graphs, target)
     paths = [str(path) for path in (student.artifact, *graphs.values(), *engines.values())]
     times = time_models(paths, BATCHES, seconds, default_threads(), backends, starts=0)
@@ -94,15 +94,15 @@ def gpu_engines(
     figures: list[Figure] = []
     rows: list[Row] = []
     for model in (model for path in paths for model in models_of(path, backends)):
-        found, row = _measure(model, times[model.name], test, command)
-        figures, rows = figures + found, [*rows, row]
+        model_figures, row = _measure(model, times[model.name], test, command)
+        figures, rows = figures + model_figures, [*rows, row]
     return figures + _fusion(engines, command), {"engines": rows}
 
 
 def _measure(model: Model, timed: Timing, test: Catalog, command: str) -> tuple[list[Figure], Row]:
-    """Figures and row of one model, from its times and a search of the test split; no figures if it did not run."""
+    """Return figures and row of a model, from its latencies and test recall; no figures if it did not run."""
     row: Row = {"model": model.name, "precision": model.precision, "recall@1 [95 %]": ""}
-    row |= {**{f"ms, batch {batch} (of the ceiling)": "" for batch in BATCHES}, "notes": timed.notes}
+    row |= {**{f"ms, batch {batch} (of the roofline)": "" for batch in BATCHES}, "notes": timed.notes}
     if timed.latency_ms is None:
         return [], row
     scores = score_split(test, embed(test, model.preprocess, model.open(default_threads())))
@@ -111,13 +111,13 @@ def _measure(model: Model, timed: Timing, test: Catalog, command: str) -> tuple[
     for batch in BATCHES:
         p50 = timed.latency_ms[str(batch)].p50
         share = "" if timed.of_ceiling is None else f" ({timed.of_ceiling[str(batch)]:.0%})"
-        row[f"ms, batch {batch} (of the ceiling)"] = f"{p50:.3f}{share}"
+        row[f"ms, batch {batch} (of the roofline)"] = f"{p50:.3f}{share}"
         figures.append(Figure(f"{model.name}, batch {batch}", p50, "ms", None, "<=", command))
     return figures, row
 
 
 def unmeasured(command: str) -> list[Figure]:
-    """The figures of a machine without a GPU: their names, and no values."""
+    """Return the figures of a machine without a GPU: names without values."""
     names = [f"student ({backend})" for backend in BACKENDS[:2]] + ["fp16 (onnxruntime-cuda)"]
     names += [f"{graph}-{backend} ({backend})" for backend in BUILDERS for graph in GRAPHS]
     figures = [Figure(f"{name}, batch {batch}", None, "ms", None, "<=", command) for name in names for batch in BATCHES]
@@ -125,11 +125,11 @@ def unmeasured(command: str) -> list[Figure]:
 
 
 def _fusion(engines: dict[str, Path], command: str) -> list[Figure]:
-    """How many attentions TensorRT fused in each form of the graph: one operator, or spelt out."""
+    """Return the numbers of attentions that TensorRT fused: as one operator (opset 23), or as primitives (opset 20)."""
     figures = []
     for graph, opset in (("fp16", 23), ("fp16-opset20", 20)):
         path = engines.get(f"{graph}-tensorrt")
-        found = load_artifact(path).card.metrics.get("inspector", {}).get("fused_attention") if path else None
+        fused = load_artifact(path).card.metrics.get("inspector", {}).get("fused_attention") if path else None
         name = f"TensorRT: fused attention layers of the graph of opset {opset}"
-        figures.append(Figure(name, None if found is None else float(found), "", None, ">=", command))
+        figures.append(Figure(name, None if fused is None else float(fused), "", None, ">=", command))
     return figures

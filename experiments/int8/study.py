@@ -1,4 +1,4 @@
-"""What the images, the ranges and the float weights' adjustments are worth, one at a time."""
+"""Study of calibration: number and choice of images, range methods, smoothing and bias correction."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ _BASE = CalibrateConfig("", "", "", method="mse")
 
 
 def study(student: TrainedStudent) -> list[Row]:
-    """Mean and least cosine to FP32 and the drop of recall@1, by OpenVINO on the test split, of one change each.
+    """Measure cosine to FP32 and the drop of recall@1 of single changes, by OpenVINO on the test split.
 
-    The cosines are means over two draws of images; the interval of the drop is paired over the queries of both.
+    Cosines are means over two draws of images. The interval of the drop is paired over the queries.
     """
-    floats = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
-    preprocess = load_artifact(floats, "onnx").card.preprocess
+    fp32 = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
+    preprocess = load_artifact(fp32, "onnx").card.preprocess
     assert preprocess is not None
     test = load_catalog(student.catalog).select(split="test")
-    expected = embed(test, preprocess, openvino_forward(load_onnx(floats)[0]))
+    expected = embed(test, preprocess, openvino_forward(load_onnx(fp32)[0]))
     hits = score_split(test, expected).hits
     rows = []
     for name, change in _changes().items():
-        graphs = [_quantise(student, floats, name, change, seed) for seed in SEEDS]
-        found = [embed(test, preprocess, openvino_forward(graph / "model.onnx")) for graph in graphs]
-        against = [parity(expected, vectors) for vectors in found]
-        cosine = sum(one["cosine_mean"] for one in against) / len(against)
-        drop = np.mean([hits.astype(float) - score_split(test, vectors).hits for vectors in found], axis=0)
+        graphs = [_quantise(student, fp32, name, change, seed) for seed in SEEDS]
+        embeddings = [embed(test, preprocess, openvino_forward(graph / "model.onnx")) for graph in graphs]
+        parities = [parity(expected, vectors) for vectors in embeddings]
+        cosine = sum(result["cosine_mean"] for result in parities) / len(parities)
+        drop = np.mean([hits.astype(float) - score_split(test, vectors).hits for vectors in embeddings], axis=0)
         log.info(f"  {student.name}, {name}: cosine {cosine:.6f}, drop {drop.mean():+.4f}")
         rows.append(
             {
                 "student": student.name,
                 "change": name,
                 "cosine mean": f"{cosine:.6f}",
-                "cosine min": f"{min(one['cosine_min'] for one in against):.5f}",
+                "cosine min": f"{min(result['cosine_min'] for result in parities):.5f}",
                 "drop of recall@1, paired [95 %]": mean_text(drop, "+.4f"),
             }
         )
@@ -63,7 +63,7 @@ def study(student: TrainedStudent) -> list[Row]:
 
 
 def _changes() -> dict[str, dict[str, Any]]:
-    """By name, what is other than in :data:`_BASE`."""
+    """Return the changes to :data:`_BASE` by name."""
     changes: dict[str, dict[str, Any]] = {f"{count} images": {"count": count} for count in COUNTS}
     changes |= {f"drawn {rule}": {"selection": rule} for rule in ("random", "k-centre")}
     changes |= {f"range by {method}": {"method": method} for method in (*METHODS, "auto") if method != _BASE.method}
@@ -75,8 +75,8 @@ def _changes() -> dict[str, dict[str, Any]]:
     }
 
 
-def _quantise(student: TrainedStudent, floats: Path, name: str, change: dict[str, Any], seed: int) -> Path:
-    place = student.folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-    config = replace(_BASE, onnx=str(floats), catalog=str(student.catalog), output=f"{place}-ranges", seed=seed)
+def _quantise(student: TrainedStudent, fp32: Path, name: str, change: dict[str, Any], seed: int) -> Path:
+    output = student.folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    config = replace(_BASE, onnx=str(fp32), catalog=str(student.catalog), output=f"{output}-ranges", seed=seed)
     ranges = calibrate(replace(config, **change))
-    return export_int8(Int8Config(str(floats), str(ranges), str(place), base="fp32", scope="full"))
+    return export_int8(Int8Config(str(fp32), str(ranges), str(output), base="fp32", scope="full"))

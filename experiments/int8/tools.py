@@ -1,4 +1,4 @@
-"""Our INT8 of a student beside that of other tools: same FP32 graph, same images, same queries."""
+"""Compare INT8 of this toolkit with other tools: same FP32 graph, same images, same queries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ log = get_logger(__name__)
 OURS, FLOAT = "ours", "FP32"
 BUDGET = 0.005
 BUDGETED = f"ours, within {BUDGET:g}"
-# The environment that each tool runs in; NNCF's and ModelOpt's requirements clash with ours.
+# Environment of each tool; the requirements of NNCF and ModelOpt clash with those of the toolkit.
 ENVIRONMENTS = {
     "onnxruntime-minmax": "",
     "onnxruntime-entropy": "",
@@ -51,19 +51,19 @@ ENVIRONMENTS = {
 }
 _TARGET = "other-quantisers"
 _SECONDS = 2.0
-_AS_FAST = 1.02  # less than this is noise
-_LEAST_COSINE, _LEAST_RETENTION = 0.999, 0.995
+_SPEED_NOISE = 1.02  # a smaller ratio of latencies is noise
+_MIN_COSINE, _MIN_RETENTION = 0.999, 0.995
 
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A trained student and what it is scored on.
+    """Trained student and its data.
 
     Attributes:
-        name: of the set.
-        artifact: student artifact.
-        catalog: artifact with train and test splits.
-        folder: of what is made.
+        name: Name of the data set.
+        artifact: Student artifact.
+        catalog: Catalogue artifact with train and test splits.
+        folder: Folder for graphs and ranges.
     """
 
     name: str
@@ -73,17 +73,17 @@ class TrainedStudent:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One graph on the test split and on this machine.
+class MeasuredGraph:
+    """Scores and latencies of a graph.
 
     Attributes:
-        scores: of its embeddings by ONNX Runtime.
-        openvino_scores: of its embeddings by OpenVINO, which computes some graphs otherwise.
-        cosine_mean: of ONNX Runtime's embeddings to our FP32 graph's, over images.
-        cosine_min: the least of them.
-        openvino: milliseconds of one image, p50.
-        onnxruntime: the same.
-        size: of the file, bytes.
+        scores: Scores of ONNX Runtime's embeddings on the test split.
+        openvino_scores: Scores of OpenVINO's embeddings, which differ for some graphs.
+        cosine_mean: Mean cosine of ONNX Runtime's embeddings to those of the toolkit's FP32 graph.
+        cosine_min: Minimum of these cosines.
+        openvino: Latency of one image in OpenVINO, p50 in ms.
+        onnxruntime: Latency of one image in ONNX Runtime, p50 in ms.
+        size: Size of the file, in bytes.
     """
 
     scores: RetrievalScores
@@ -96,157 +96,157 @@ class Measured:
 
 
 def compare_tools(student: TrainedStudent, command: str) -> tuple[list[Figure], list[Row]]:
-    """Quantise a student with every tool and measure all graphs side by side.
+    """Quantise a student with every tool and measure all graphs.
 
     Returns:
-        figures of our default against FP32 and against the best of the others, and the table.
+        Figures of the toolkit's default against FP32 and against the best other tool, and the table.
     """
-    found = measure_graphs(student, quantise_with_all(student))
-    ours, floats, budgeted = found[OURS], found[FLOAT], found[BUDGETED]
-    others = {name: one for name, one in found.items() if name in ENVIRONMENTS}
+    graphs = measure_graphs(student, quantise_with_all(student))
+    default, fp32, budgeted = graphs[OURS], graphs[FLOAT], graphs[BUDGETED]
+    others = {name: graph for name, graph in graphs.items() if name in ENVIRONMENTS}
     best = max(others, key=lambda name: others[name].scores.recall_at_1)
     fastest = min(others, key=lambda name: others[name].openvino)
-    retained = ours.scores.recall_at_1 / floats.scores.recall_at_1
+    retention = default.scores.recall_at_1 / fp32.scores.recall_at_1
     speed = others[fastest].openvino / budgeted.openvino
-    beaten_by = [name for name, one in others.items() if not matched(one, (ours, budgeted))]
+    beaten_by = [name for name, graph in others.items() if not is_matched(graph, (default, budgeted))]
     if beaten_by:
         log.info(f"  {student.name}: ahead of ours in recall at their speed: {', '.join(beaten_by)}")
-    what = student.name
+    title = student.name
     figures = [
-        Figure(f"{what}: INT8 over FP32, recall@1", retained, "", _LEAST_RETENTION, ">=", command),
-        Figure(f"{what}: INT8, mean cosine to FP32", ours.cosine_mean, "", _LEAST_COSINE, ">=", command),
-        _ahead(f"{what}: INT8 less the best other tool, recall@1", ours, others[best], command),
-        _ahead(f"{what}: {BUDGETED} less the fastest other tool, recall@1", budgeted, others[fastest], command),
-        Figure(f"{what}: fastest other tool over {BUDGETED}, OpenVINO ms", speed, "times", 1, ">=", command),
-        Figure(f"{what}: tools ahead of ours in recall at their speed", len(beaten_by), "", 0, "<=", command),
+        Figure(f"{title}: INT8 over FP32, recall@1", retention, "", _MIN_RETENTION, ">=", command),
+        Figure(f"{title}: INT8, mean cosine to FP32", default.cosine_mean, "", _MIN_COSINE, ">=", command),
+        _gain(f"{title}: INT8 less the best other tool, recall@1", default, others[best], command),
+        _gain(f"{title}: {BUDGETED} less the fastest other tool, recall@1", budgeted, others[fastest], command),
+        Figure(f"{title}: fastest other tool over {BUDGETED}, OpenVINO ms", speed, "times", 1, ">=", command),
+        Figure(f"{title}: tools ahead of ours in recall at their speed", len(beaten_by), "", 0, "<=", command),
     ]
-    return figures, [_row(student.name, name, one, floats) for name, one in found.items()]
+    return figures, [_row(student.name, name, graph, fp32) for name, graph in graphs.items()]
 
 
-def matched(other: Measured, ours: Iterable[Measured]) -> bool:
-    """Whether one of ours finds as much and is as fast on OpenVINO."""
+def is_matched(other: MeasuredGraph, graphs: Iterable[MeasuredGraph]) -> bool:
+    """Return whether one of the graphs has at least the other's recall and speed on OpenVINO."""
     return any(
-        one.scores.recall_at_1 >= other.scores.recall_at_1 and one.openvino <= _AS_FAST * other.openvino for one in ours
+        graph.scores.recall_at_1 >= other.scores.recall_at_1 and graph.openvino <= _SPEED_NOISE * other.openvino
+        for graph in graphs
     )
 
 
 def quantise_with_all(student: TrainedStudent) -> dict[str, Path]:
-    """ONNX files by tool; finished ones are used again."""
-    found, pixels = own_graphs(student)
-    found[BUDGETED] = within_budget(student) / "model.onnx"
+    """Return ONNX files by tool; finished files are reused."""
+    graphs, pixels = export_graphs(student)
+    graphs[BUDGETED] = within_budget(student) / "model.onnx"
     for tool, environment in ENVIRONMENTS.items():
-        found[tool] = student.folder / f"{tool}.onnx"
-        if not found[tool].is_file():
+        graphs[tool] = student.folder / f"{tool}.onnx"
+        if not graphs[tool].is_file():
             log.info(f"  {student.name}: {tool}")
-            run_tool(tool, environment, found[FLOAT], pixels, found[tool])
-    return found
+            run_tool(tool, environment, graphs[FLOAT], pixels, graphs[tool])
+    return graphs
 
 
-def own_graphs(student: TrainedStudent) -> tuple[dict[str, Path], Path]:
-    """Our FP32 and INT8 graphs of a student, and the file of the images that its ranges are of."""
+def export_graphs(student: TrainedStudent) -> tuple[dict[str, Path], Path]:
+    """Return the toolkit's FP32 and INT8 graphs of a student, and the file of its calibration images."""
     folder = student.folder
     folder.mkdir(parents=True, exist_ok=True)
-    floats = export_onnx(OnnxConfig(str(student.artifact), str(folder / "fp32")))
-    ranges = calibrate(CalibrateConfig(str(floats), str(student.catalog), str(folder / "ranges")))
-    ours = export_int8(Int8Config(str(floats), str(ranges), str(folder / "int8"), base="fp32"))
+    fp32 = export_onnx(OnnxConfig(str(student.artifact), str(folder / "fp32")))
+    ranges = calibrate(CalibrateConfig(str(fp32), str(student.catalog), str(folder / "ranges")))
+    int8 = export_int8(Int8Config(str(fp32), str(ranges), str(folder / "int8"), base="fp32"))
     pixels = folder / "pixels.npy"
     if not pixels.is_file():
         np.save(pixels, calibration_pixels(ranges, student), allow_pickle=False)
-    return {FLOAT: floats / "model.onnx", OURS: ours / "model.onnx"}, pixels
+    return {FLOAT: fp32 / "model.onnx", OURS: int8 / "model.onnx"}, pixels
 
 
 def within_budget(student: TrainedStudent) -> Path:
-    """The fastest graph found whose recall@1 drops by no more than :data:`BUDGET` on the validation split."""
-    floats, ranges = str(student.folder / "fp32"), str(student.folder / "ranges")
+    """Export the fastest graph that keeps recall@1 within :data:`BUDGET` on the validation split."""
+    fp32, ranges = str(student.folder / "fp32"), str(student.folder / "ranges")
     output, catalog = str(student.folder / "int8-budget"), str(student.catalog)
     return export_int8(
-        Int8Config(floats, ranges, output, base="fp32", max_recall_drop=BUDGET, catalog=catalog, threads=1)
+        Int8Config(fp32, ranges, output, base="fp32", max_recall_drop=BUDGET, catalog=catalog, threads=1)
     )
 
 
 def calibration_pixels(ranges: Path, student: TrainedStudent) -> NDArray[np.float32]:
-    """(n, 3, size, size) float32: the very images that our ranges were measured on."""
+    """Return the calibration images, (n, 3, size, size) float32."""
     drawn = pq.read_table(load_artifact(ranges, "ranges").file("images.parquet"))["image"].to_pylist()
     catalog = load_catalog(student.catalog)
-    places = {image: row for row, image in enumerate(catalog.table["image"].to_pylist())}
-    rows = pa.array([places[image] for image in drawn])
+    row_of = {image: row for row, image in enumerate(catalog.table["image"].to_pylist())}
+    rows = pa.array([row_of[image] for image in drawn])
     images = Catalog(catalog.table.take(rows), catalog.root, catalog.artifact)
     return np.concatenate(list(read_batches(images, preprocess_of(student), 64)))
 
 
 def run_tool(tool: str, environment: str, graph: Path, pixels: Path, output: Path, target: str = _TARGET) -> None:
-    """Quantise a graph by one tool in its own environment and process.
+    """Quantise a graph with a tool in the tool's environment.
 
     Raises:
-        UserError: the environment is not there, or the tool fails.
+        UserError: The environment does not exist, or the tool fails.
     """
     partial_output = output.with_suffix(".partial.onnx")
     run_in_venv(environment, "quantizers.py", [tool, str(graph), str(pixels), str(partial_output)], target)
     os.replace(partial_output, output)
 
 
-def measure_graphs(student: TrainedStudent, graphs: dict[str, Path]) -> dict[str, Measured]:
-    """Every graph on the test split by both runtimes, and its milliseconds; the first is our FP32 graph."""
+def measure_graphs(student: TrainedStudent, graphs: dict[str, Path]) -> dict[str, MeasuredGraph]:
+    """Score every graph on the test split in both runtimes, and time it; the first graph is the FP32 reference."""
     test, preprocess = load_catalog(student.catalog).select(split="test"), preprocess_of(student)
     times = time_graphs(graphs, preprocess.size)
-    found: dict[str, Measured] = {}
+    measured: dict[str, MeasuredGraph] = {}
     expected: NDArray[np.float32] | None = None
     for name, path in graphs.items():
         vectors = embed(test, preprocess, onnxruntime_forward(path, 1))
         expected = vectors if expected is None else expected
-        against = parity(expected, vectors)
-        found[name] = Measured(
+        cosines = parity(expected, vectors)
+        measured[name] = MeasuredGraph(
             score_split(test, vectors),
             score_split(test, embed(test, preprocess, openvino_forward(path, 1))),
-            against["cosine_mean"],
-            against["cosine_min"],
+            cosines["cosine_mean"],
+            cosines["cosine_min"],
             times[name, "openvino"],
             times[name, "onnxruntime"],
             path.stat().st_size,
         )
-        log.info(
-            f"  {student.name}, {name}: recall@1 {found[name].scores.recall_at_1:.4f}, {found[name].openvino:.2f} ms"
-        )
-    return found
+        recall, latency = measured[name].scores.recall_at_1, measured[name].openvino
+        log.info(f"  {student.name}, {name}: recall@1 {recall:.4f}, {latency:.2f} ms")
+    return measured
 
 
 def time_graphs(graphs: dict[str, Path], size: int) -> dict[tuple[str, str], float]:
-    """p50, in milliseconds, of one image and one thread by graph and runtime, from one interleaved run."""
+    """Return the p50 in ms of one image and one thread by graph and runtime, from interleaved calls."""
     pixels = np.zeros((1, 3, size, size), np.float32)
     calls = {(name, "openvino"): partial(openvino_forward(path, 1), pixels) for name, path in graphs.items()}
     calls |= {(name, "onnxruntime"): partial(onnxruntime_forward(path, 1), pixels) for name, path in graphs.items()}
-    seen = measure({"\n".join(key): call for key, call in calls.items()}, _SECONDS)
-    return {key: summarise(seen["\n".join(key)])["p50"] for key in calls}
+    measurements = measure({"\n".join(key): call for key, call in calls.items()}, _SECONDS)
+    return {key: summarise(measurements["\n".join(key)])["p50"] for key in calls}
 
 
 def onnxruntime_forward(path: Path, threads: int) -> Forward:
-    """An ONNX file on ONNX Runtime's CPU provider."""
+    """Return the forward function of an ONNX file on ONNX Runtime's CPU provider."""
     runner = GraphSession(onnx.load(path, load_external_data=False), threads)
     return lambda batch: runner.run([OUTPUT], {INPUT: batch})[0]
 
 
 def preprocess_of(student: TrainedStudent) -> Preprocess:
-    """What a student's card asks for."""
+    """Return the preprocessing of a student's card."""
     preprocess = load_artifact(student.artifact, "student").card.preprocess
     assert preprocess is not None
     return preprocess
 
 
-def _ahead(name: str, ours: Measured, other: Measured, command: str) -> Figure:
-    ahead = ours.scores.hits.astype(float) - other.scores.hits
-    return Figure(name, float(ahead.mean()), "", 0, ">=", command, bootstrap_interval(ahead))
+def _gain(name: str, graph: MeasuredGraph, other: MeasuredGraph, command: str) -> Figure:
+    gain = graph.scores.hits.astype(float) - other.scores.hits
+    return Figure(name, float(gain.mean()), "", 0, ">=", command, bootstrap_interval(gain))
 
 
-def _row(student: str, name: str, one: Measured, floats: Measured) -> dict[str, Any]:
+def _row(student: str, name: str, graph: MeasuredGraph, fp32: MeasuredGraph) -> dict[str, Any]:
     return {
         "student": student,
         "by": name,
-        "recall@1 [95 %]": recall_text(one.scores),
-        "drop, paired [95 %]": drop_text(floats.scores, one.scores),
-        "mAP": f"{one.scores.map:.4f}",
-        "cosine mean": f"{one.cosine_mean:.5f}",
-        "cosine min": f"{one.cosine_min:.5f}",
-        "recall@1, OpenVINO": f"{one.openvino_scores.recall_at_1:.4f}",
-        "ms, OpenVINO": f"{one.openvino:.2f}",
-        "ms, ONNX Runtime": f"{one.onnxruntime:.2f}",
+        "recall@1 [95 %]": recall_text(graph.scores),
+        "drop, paired [95 %]": drop_text(fp32.scores, graph.scores),
+        "mAP": f"{graph.scores.map:.4f}",
+        "cosine mean": f"{graph.cosine_mean:.5f}",
+        "cosine min": f"{graph.cosine_min:.5f}",
+        "recall@1, OpenVINO": f"{graph.openvino_scores.recall_at_1:.4f}",
+        "ms, OpenVINO": f"{graph.openvino:.2f}",
+        "ms, ONNX Runtime": f"{graph.onnxruntime:.2f}",
     }

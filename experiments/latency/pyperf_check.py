@@ -1,4 +1,4 @@
-"""One model timed by pyperf instead of by us, each worker a process of its own: what our milliseconds are held against.
+"""Reference latencies by pyperf, with a process for each worker.
 
 ``python -m experiments.latency.pyperf_check ARTIFACT BACKEND THREADS -o FILE`` is a pyperf script.
 """
@@ -20,20 +20,20 @@ _WARMUPS = 10
 
 
 def pyperf_median(model: Model, threads: int, processes: int, values: int) -> float:
-    """Median milliseconds of a call with one image.
+    """Return the median milliseconds of a call with one image.
 
     Args:
-        model: what is timed.
-        threads: of it.
-        processes: that pyperf starts, one after another.
-        values: calls timed in each.
+        model: Model to time.
+        threads: Threads of the model.
+        processes: Number of processes that pyperf starts, one after another.
+        values: Number of timed calls in each process.
     """
     import pyperf
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "pyperf.json"
         words = [str(model.artifact.path.resolve()), model.backend, str(threads)]
-        # One call a value: pyperf would else give means of several, whose median is no p50 of calls.
+        # One call for each value: pyperf would otherwise average several calls, and the median of means is no p50.
         options = ["--loops", "1", "--values", str(values), "--processes", str(processes), "--warmups", str(_WARMUPS)]
         command = [
             sys.executable,
@@ -50,13 +50,13 @@ def pyperf_median(model: Model, threads: int, processes: int, values: int) -> fl
 
 
 def main() -> None:
-    """Run as pyperf's manager or, started by it, as a worker."""
+    """Run as pyperf's manager, or as one of its workers."""
     import pyperf
 
-    def pass_on(command: list[str], arguments: argparse.Namespace) -> None:
+    def add_arguments(command: list[str], arguments: argparse.Namespace) -> None:
         command.extend((arguments.path, arguments.backend, arguments.threads))
 
-    runner: Any = pyperf.Runner(add_cmdline_args=pass_on, program_args=("-m", "experiments.latency.pyperf_check"))
+    runner: Any = pyperf.Runner(add_cmdline_args=add_arguments, program_args=("-m", "experiments.latency.pyperf_check"))
     for name in ("path", "backend", "threads"):
         runner.argparser.add_argument(name)
     arguments = runner.parse_args()

@@ -1,4 +1,4 @@
-"""Part ``scale`` of ``make figures TOPIC=latency``: galleries of up to a million vectors around the sample's."""
+"""Part ``scale`` of ``make figures TOPIC=latency``: galleries of up to a million vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FOLDER = Path("runs/figures-latency")
 
 
 def scale_figures(command: str) -> tuple[list[Figure], list[Row]]:
-    """The largest gallery's figures, and the table of all, with the embeddings of the size curve's student."""
+    """Return figures of the largest gallery and a table of all, for the size curve's student."""
     student = sample()
     vectors = embed_catalog(EmbedConfig(str(student.artifact), str(student.catalog), str(_FOLDER / "embeddings")))
     path = measure_scale_table(ScaleConfig(str(vectors), str(_FOLDER / "scale")))
@@ -24,7 +24,7 @@ def scale_figures(command: str) -> tuple[list[Figure], list[Row]]:
 
 
 def largest(rows: list[Row], command: str) -> list[Figure]:
-    """What each index of the largest gallery keeps of the exact ten, and of product recall@1."""
+    """Return latency, recall@10 of exact neighbours and loss of product recall@1 of the largest gallery."""
     last = [row for row in rows if row["size"] == rows[-1]["size"]]
     exact = next(row for row in last if row["kind"] == "flat")
     figures = []
@@ -40,7 +40,7 @@ def largest(rows: list[Row], command: str) -> list[Figure]:
 
 
 def table_row(row: Row) -> Row:
-    """A row for people."""
+    """Return a row of the table."""
     head = {"vectors": f"{row['size']:,}", "index": row["kind"]}
     names = ("build s", "MB", "ms, single query, 1 thread", "ms, in a batch, by threads", "recall@1", "recall@10")
     if row["single_ms"] is None:

@@ -1,4 +1,4 @@
-"""What each loss, start and ladder brings a student of under half the teacher's multiply-adds, at the same budget."""
+"""Ablation of losses, initial weights and assistants, for a student of under half the teacher's multiply-adds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vpr.training.config import RunConfig
 log = get_logger(__name__)
 
 SEEDS = (0, 1)
-# Patches of 16 of the teacher's own 96 pixels: the fewest multiply-adds that keep a convolutional stem's detail.
+# Patches of 16 at the teacher's 96 pixels: the fewest multiply-adds that keep the detail of a convolutional stem.
 SMALL = StudentConfig(image_size=96, patch_size=16, stem="conv")
 LARGER = replace(SMALL, dim=256, heads=4, mlp_dim=512)
 DEFAULT = "cosine + queue-KL"
@@ -35,13 +35,13 @@ LABELS, LOGITS = "labels only", "logits by DistillWrapper"
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train the student.
+    """Variant of the student's training.
 
     Attributes:
-        losses: their weights and settings.
-        times: how much longer than the others it is trained.
-        start: begins with weights selected from the larger student.
-        assistant: learns from the larger student in the teacher's place.
+        losses: Weights and settings of the losses.
+        times: Factor of the number of epochs.
+        start: Whether the student is initialised with weights selected from the larger student.
+        assistant: Whether the larger student replaces the teacher.
     """
 
     losses: LossConfig = field(default_factory=LossConfig)
@@ -50,7 +50,7 @@ class Variant:
     assistant: bool = False
 
 
-# Each of the first four adds to the one before it. RKD's distance and angle are weighted 1 : 2, as in its paper.
+# Each of the first four adds a loss. RKD's distance and angle are weighted 1 : 2, as in its paper.
 _RELATIONS = LossConfig(affinity=1.0, rkd_distance=1.0, rkd_angle=2.0)
 _LABELLED = LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0)
 VARIANTS = {
@@ -69,17 +69,17 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a student is distilled from and scored on.
+    """Teacher, data and budget of a distillation.
 
     Attributes:
-        name: of the set.
-        teacher: its artifact.
-        catalog: artifact with train, validation and test splits.
-        folder: of the artifacts; finished ones are used again.
-        epochs: of each training.
-        views: cached of each image.
-        command: makes the figures again.
-        batch: images per step.
+        name: Name of the data set.
+        teacher: Teacher artifact.
+        catalog: Catalogue artifact with train, validation and test splits.
+        folder: Folder of the artifacts; finished ones are reused.
+        epochs: Number of epochs of each training.
+        views: Number of cached views of each image.
+        command: Command that repeats the measurement.
+        batch: Images per step.
     """
 
     name: str
@@ -94,70 +94,72 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scores:
-    """A variant's scores on the same queries, one entry per seed, and what its training took."""
+    """Scores of a variant on the same queries, one entry for each seed, and the mean seconds of training."""
 
-    found: list[RetrievalScores]
+    by_seed: list[RetrievalScores]
     seconds: float
 
     @property
     def hits(self) -> NDArray[Any]:
-        """(queries,) share of the seeds in which the first result is right."""
-        return np.mean([score.hits for score in self.found], axis=0)
+        """(queries,) share of the seeds with a correct first result."""
+        return np.mean([score.hits for score in self.by_seed], axis=0)
 
     @property
     def precisions(self) -> NDArray[Any]:
         """(queries,) average precision, mean over the seeds."""
-        return np.mean([score.precisions for score in self.found], axis=0)
+        return np.mean([score.precisions for score in self.by_seed], axis=0)
 
 
 def ablate_students(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> tuple[list[Figure], list[Row]]:
     """Train every variant with every seed and score all on the same test queries.
 
     Returns:
-        figures of the default against labels and logits, and the table.
+        Figures of the default against labels and logits, and the table.
     """
     test = load_catalog(setting.catalog).select(split="test")
     _, artifact, teacher = score_teacher(setting, test)
     trained = {(name, seed): _train(setting, name, seed) for seed in seeds for name in VARIANTS}
-    found = {name: score_students([trained[name, seed] for seed in seeds], test) for name in VARIANTS}
-    rows = [_row(name, scores, teacher, found[DEFAULT]) for name, scores in found.items()]
+    scores = {name: score_students([trained[name, seed] for seed in seeds], test) for name in VARIANTS}
+    rows = [_row(name, of_variant, teacher, scores[DEFAULT]) for name, of_variant in scores.items()]
     figures = [
-        _better(setting, found[DEFAULT], found[name], name, seeds)
+        _paired_gain(setting, scores[DEFAULT], scores[name], name, seeds)
         for name in (LABELS, f"{LABELS}, 3 times as long", LOGITS)
     ]
     return figures, [_teacher_row(teacher, artifact.card.metrics["seconds"]), *rows]
 
 
 def score_teacher(setting: Setting, test: Catalog) -> tuple[Teacher, Artifact, RetrievalScores]:
-    """The teacher, its artifact, and its scores on the test split."""
+    """Return the teacher, its artifact, and its scores on the test split."""
     model, artifact = load_teacher(setting.teacher)
     assert artifact.card.preprocess is not None
     return model, artifact, score_split(test, embed(test, artifact.card.preprocess, torch_forward(model)))
 
 
 def score_students(paths: list[Path], test: Catalog) -> Scores:
-    """Scores of the same student of several seeds."""
-    found, seconds = [], []
+    """Score the same student of several seeds."""
+    scores, seconds = [], []
     for path in paths:
         student, artifact = load_student(path)
         assert artifact.card.preprocess is not None
         log.info(f"  scoring {path.name}")
-        found.append(score_split(test, embed(test, artifact.card.preprocess, torch_forward(student))))
+        scores.append(score_split(test, embed(test, artifact.card.preprocess, torch_forward(student))))
         seconds.append(artifact.card.metrics["seconds"])
-    return Scores(found, float(np.mean(seconds)))
+    return Scores(scores, float(np.mean(seconds)))
 
 
-def retention(hits: NDArray[Any], teacher: NDArray[np.bool_], samples: int = 2000) -> tuple[float, float, float]:
-    """Recall@1 over the teacher's, with its 95 % bootstrap interval over the queries, drawn for both alike."""
+def compute_retention(
+    hits: NDArray[Any], teacher: NDArray[np.bool_], samples: int = 2000
+) -> tuple[float, float, float]:
+    """Return recall@1 over the teacher's, with its 95 % paired bootstrap interval over the queries."""
     rng, n = np.random.default_rng(0), len(hits)
-    drawn = (rng.integers(0, n, n) for _ in range(samples))
-    shares = [hits[rows].mean() / max(teacher[rows].mean(), 1 / n) for rows in drawn]
+    resampled = (rng.integers(0, n, n) for _ in range(samples))
+    shares = [hits[rows].mean() / max(teacher[rows].mean(), 1 / n) for rows in resampled]
     low, high = np.quantile(shares, [0.025, 0.975])
     return float(hits.mean() / teacher.mean()), float(low), float(high)
 
 
 def distillation(setting: Setting, output: Path, model: StudentConfig, seed: int) -> DistillConfig:
-    """The default distillation of a student in a setting; all of a setting share the cache of their seed."""
+    """Return the default distillation of a student; trainings with the same seed share a cache."""
     return DistillConfig(
         teacher=str(setting.teacher),
         catalog=str(setting.catalog),
@@ -191,22 +193,22 @@ def _distilled(config: DistillConfig) -> Path:
     return path
 
 
-def _better(setting: Setting, default: Scores, other: Scores, name: str, seeds: tuple[int, ...]) -> Figure:
-    """The lower end of the paired interval is what has to be above 0."""
+def _paired_gain(setting: Setting, default: Scores, other: Scores, name: str, seeds: tuple[int, ...]) -> Figure:
+    """Return a figure of the lower end of the paired interval, with the goal to exceed 0."""
     low, high = bootstrap_interval(default.hits - other.hits)
     title = f"{setting.name}: default over {name}, recall@1, lower end of the paired interval"
-    goal = 0.0 if VARIANTS[name].times == 1 else None  # longer training is there to be compared, not to be beaten
+    goal = 0.0 if VARIANTS[name].times == 1 else None  # a longer training is a comparison without a goal
     return Figure(title, low, "", goal, ">=", setting.command, (low, high), seeds)
 
 
 def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -> Row:
-    kept, low, high = retention(scores.hits, teacher.hits)
+    kept, low, high = compute_retention(scores.hits, teacher.hits)
     return {
         "variant": name,
         "recall@1 [95 %]": mean_text(scores.hits),
         "mAP [95 %]": mean_text(scores.precisions),
         "retention [95 %]": f"{kept:.2f} [{low:.2f}, {high:.2f}]",
-        "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.found),
+        "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.by_seed),
         "default ahead by": "" if scores is default else mean_text(default.hits - scores.hits, "+.3f"),
         "seconds": f"{scores.seconds:.0f}",
     }

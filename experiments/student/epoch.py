@@ -1,4 +1,4 @@
-"""What an epoch of distillation costs over the student's own forward and backward passes on images in memory."""
+"""Cost of a distillation epoch over the student's forward and backward passes on images in memory."""
 
 from __future__ import annotations
 
@@ -25,65 +25,65 @@ from vpr.training.config import RunConfig
 from vpr.training.loop import best_precision, fit
 
 Loader = DataLoader[dict[str, Tensor]]
-_EPOCHS = 4  # the first warms up, the last has a validation
+_EPOCHS = 4  # the first warms up, the last validates
 
 
 class TimedModule(StudentModule):
-    """The training's own module, which notes when its epochs begin."""
+    """Training module that stores the start times of its epochs."""
 
-    begun: list[float]
+    starts: list[float]
 
     def on_train_epoch_start(self) -> None:
-        """Note the time; the bank that is drawn now is part of this epoch."""
-        self.begun.append(time.perf_counter())
+        """Store the time; drawing the bank is part of the epoch."""
+        self.starts.append(time.perf_counter())
         super().on_train_epoch_start()
 
 
 def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float | None = 1.15) -> list[Figure]:
-    """Seconds of whole epochs as they are trained (images in memory, cached signal), over those of the passes.
+    """Measure the seconds of an epoch (images in memory, cached targets) over those of the bare passes.
 
     Args:
-        config: the distillation.
-        folder: of the cache and the run.
-        command: that measures this again.
-        goal: for the ratio.
+        config: Distillation.
+        folder: Folder of the cache and the training run.
+        command: Command that repeats the measurement.
+        goal: Goal of the ratio.
     """
     module, loaders = _training(config, folder)
     batches, batch = len(loaders[0]), config.loader.batch_size
-    before = passes(config, batch, batches)
+    before = time_passes(config, batch, batches)
     fit(module, loaders, module.student, folder / "run", _EPOCHS, RunConfig(validate_every=_EPOCHS))
-    after = passes(config, batch, batches)
-    epoch = min(later - begun for begun, later in zip(module.begun[1:], module.begun[2:], strict=False))
-    own = min(before, after)
+    after = time_passes(config, batch, batches)
+    epoch = min(end - start for start, end in zip(module.starts[1:], module.starts[2:], strict=False))
+    passes = min(before, after)
     name = f"{config.model.image_size} pixels, {config.model.dim} wide"
     return [
         Figure(f"epoch of {batches * batch} images, cached signal ({name})", epoch, "s", None, "<=", command),
-        Figure(f"the student's own forward and backward passes of them ({name})", own, "s", None, "<=", command),
-        Figure(f"an epoch over the student's own passes ({name})", epoch / own, "times", goal, "<=", command),
+        Figure(f"the student's own forward and backward passes of them ({name})", passes, "s", None, "<=", command),
+        Figure(f"an epoch over the student's own passes ({name})", epoch / passes, "times", goal, "<=", command),
     ]
 
 
 def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[Loader, Loader]]:
-    """A new student's module, and its loaders of the training and the validation split; caches the signal first."""
+    """Cache the targets, and return a new student's module with its training and validation loaders."""
     catalog = load_catalog(config.catalog)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    source = load_teacher_model(load_artifact(config.teacher, "teacher"))
+    teacher = load_teacher_model(load_artifact(config.teacher, "teacher"))
     path = config.cache or str(folder / "views")
-    signal = build_teacher_cache(path, source, training, config.views, config.targets, config.seed)
-    preprocess = source.preprocess.model_copy(update={"size": config.model.image_size})
+    cache = build_teacher_cache(path, teacher, training, config.views, config.targets, config.seed)
+    preprocess = teacher.preprocess.model_copy(update={"size": config.model.image_size})
     student = Student(config.model)
-    objective = DistillationLoss(config.losses, student, Labels(training), source.dim)
-    targets = CachedTargets(signal, config.targets, None, config.seed)
-    module = TimedModule(config, student, objective, targets, preprocess, validation)
-    module.begun = []
+    loss = DistillationLoss(config.losses, student, Labels(training), teacher.dim)
+    targets = CachedTargets(cache, config.targets, None, config.seed)
+    module = TimedModule(config, student, loss, targets, preprocess, validation)
+    module.starts = []
     return module, (
         training_loader(ImageDataset(training, preprocess, True), config.loader, config.seed),
         validation_loader(ImageDataset(validation, preprocess), config.loader),
     )
 
 
-def passes(config: DistillConfig, batch: int, batches: int) -> float:
-    """Seconds of forward and backward passes of so many batches that lie in memory, in the training's precision."""
+def time_passes(config: DistillConfig, batch: int, batches: int) -> float:
+    """Return the seconds of forward and backward passes of batches in memory, in the training's precision."""
     size = config.model.image_size
     student = Student(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -92,12 +92,12 @@ def passes(config: DistillConfig, batch: int, batches: int) -> float:
     def step() -> None:
         student.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bf16-mixed"):
-            found = student(x)
-        cosine_loss(found, teacher).backward()
+            embeddings = student(x)
+        cosine_loss(embeddings, teacher).backward()
 
     for _ in range(3):
         step()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(batches):
         step()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start

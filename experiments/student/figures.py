@@ -1,7 +1,6 @@
 """``make figures TOPIC=student``: the student's figures, into ``docs/results/student.json``.
 
-Parts can be named (``make figures TOPIC=student PARTS="grocery"``); without any, all are measured. The
-photographs of ``grocery`` lie in the folder that the environment variable ``VPR_DATA`` names.
+``PARTS="grocery"`` measures this part only. The environment variable ``VPR_DATA`` is the folder of ``grocery``.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ _FOLDER, _FULL = Path("runs/figures-student"), Path("runs/demo-full")
 
 
 def sample() -> Setting:
-    """The demo's furniture renders and the teacher of its long form."""
+    """Return the demo's furniture renders and the teacher of the long demo."""
     catalog = build_catalog(CatalogConfig("sample", str(_FULL / "catalog")))
     teacher = sample_teacher("sample-full", catalog, _FULL / "teacher")
     return Setting("sample", teacher, catalog, _FOLDER / "sample", 8, 8, command_of("student", "sample"))
 
 
 def grocery() -> Setting:
-    """Photographs of groceries; the teacher starts from the demo's, which stands for CLIP's weights."""
+    """Return photographs of groceries; the teacher starts from the demo's, in place of CLIP's weights."""
     folder = Path("runs/figures-teacher/grocery")
     catalog = build_grocery(grocery_data(), folder)
     pretrained = sample_teacher(
@@ -47,48 +46,47 @@ def grocery() -> Setting:
 
 
 def measure_sample() -> None:
-    """The ablation on furniture renders."""
+    """Record the ablation on furniture renders."""
     figures, table = ablate_students(sample())
     record("student", figures, {"sample": table})
 
 
 def measure_grocery() -> None:
-    """The ablation on photographs of products that no stage has seen."""
+    """Record the ablation on photographs of products that no stage has seen."""
     figures, table = ablate_students(grocery())
     record("student", figures, {"grocery": table})
 
 
 def measure_sizes() -> None:
-    """Retention and cost of four sizes on furniture renders, trained for longer than the ablation."""
+    """Record retention and cost of four sizes on furniture renders, trained for longer than the ablation."""
     setting = replace(sample(), folder=_FOLDER / "sizes", epochs=24, views=12, command=command_of("student", "sizes"))
     figures, table = size_curve(setting, RESULTS / "student-sizes.svg")
     record("student", figures, {"sizes": table})
 
 
 def measure_dimension() -> None:
-    """What a teacher of a known spectrum loses from 1024 to 256 dimensions."""
+    """Record the loss of a teacher with a known spectrum from 1024 to 256 dimensions."""
     figures, table = dimension_figures(command_of("student", "dimension"))
     record("student", figures, {"dimension": table})
 
 
 def measure_throughput() -> None:
-    """Epochs with the cache against the student's own passes: the ablation's student and the demo's."""
+    """Record cached epochs against bare passes, for the ablation's student and the demo's."""
     setting = replace(sample(), folder=_FOLDER / "throughput", epochs=4, views=1)
     config, figures = distillation(setting, setting.folder / "none", replace(SMALL, embedding_dim=256), 0), []
     for model in (config.model, StudentConfig(stem="conv", embedding_dim=256)):
         with tempfile.TemporaryDirectory() as folder:
-            chosen = replace(config, model=model)
-            figures += epoch_figures(chosen, Path(folder), command_of("student", "throughput"))
+            figures += epoch_figures(replace(config, model=model), Path(folder), command_of("student", "throughput"))
     record("student", figures, {})
 
 
 def measure_gpu() -> None:
-    """The small student's step on the GPU at hand, into ``gpu.json``; without one, that it is not measured."""
+    """Record the small student's step on this machine's GPU in ``gpu.json``; without a GPU, that it is not measured."""
     config = StudentStepConfig()
     if torch.cuda.is_available():
         record("gpu", *student_step(config))
     else:
-        record_unmeasured(unmeasured(config), "the student's step is")
+        record_unmeasured(unmeasured(config), "student's step")
 
 
 PARTS = {

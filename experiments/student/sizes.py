@@ -1,4 +1,4 @@
-"""Students of four sizes, a ladder from the largest down: how much of the teacher each keeps, and what it costs."""
+"""Retention and cost of students of four sizes, each initialised from the next larger one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.latency.measure import time_models
 from experiments.figures import Figure, Row
-from experiments.student.ablation import SMALL, Scores, Setting, distillation, retention, score_students, score_teacher
+from experiments.student.ablation import (
+    SMALL,
+    Scores,
+    Setting,
+    compute_retention,
+    distillation,
+    score_students,
+    score_teacher,
+)
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from student.distill import distill
@@ -16,29 +26,29 @@ from student.model import count_multiply_adds
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.data.catalog import load_catalog
 
-# From the largest: each begins with weights selected from the one before it, which the ablation found to help most.
+# From the largest down: each starts with weights selected from the larger one, the best variant of the ablation.
 _HEADS = {256: 4, 192: 3, 128: 2, 96: 2}
 SIZES = {width: replace(SMALL, dim=width, heads=heads, mlp_dim=2 * width) for width, heads in _HEADS.items()}
-# Retention aimed at by a student of at most this share of the teacher's multiply-adds.
+# Goal of the retention by the largest share of the teacher's multiply-adds.
 GOALS = {0.5: 0.95, 0.25: 0.90}
 _SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """A student of the curve.
+    """Student of the curve.
 
     Attributes:
-        width: of its tokens.
-        parameters: number of them.
-        multiply_adds: of one image.
-        share: of the teacher's multiply-adds.
-        recall: recall@1.
-        kept: retention, and its interval.
-        torch: milliseconds of one image by PyTorch.
-        openvino: milliseconds of one image by OpenVINO, FP32.
-        seconds: of its own training, on the CPU.
-        ladder: of its training and of those before it.
+        width: Width of its tokens.
+        parameters: Number of parameters.
+        multiply_adds: Multiply-adds of one image.
+        share: Share of the teacher's multiply-adds.
+        recall: Recall@1.
+        retention: Retention and its interval.
+        torch: Milliseconds of one image in PyTorch.
+        openvino: Milliseconds of one image in OpenVINO, FP32.
+        seconds: Seconds of its training on the CPU.
+        ladder: Seconds of its training and of those of all larger students.
     """
 
     width: int
@@ -46,7 +56,7 @@ class Point:
     multiply_adds: int
     share: float
     recall: float
-    kept: tuple[float, float, float]
+    retention: tuple[float, float, float]
     torch: float
     openvino: float
     seconds: float
@@ -54,14 +64,14 @@ class Point:
 
     @property
     def row(self) -> Row:
-        """For people."""
+        """Row of the table."""
         return {
             "width": self.width,
             "parameters": f"{self.parameters / 1e6:.2f} M",
             "multiply-adds": f"{self.multiply_adds / 1e6:.1f} M",
             "of the teacher's": f"{self.share:.0%}",
             "recall@1": f"{self.recall:.3f}",
-            "retention [95 %]": "{:.2f} [{:.2f}, {:.2f}]".format(*self.kept),
+            "retention [95 %]": "{:.2f} [{:.2f}, {:.2f}]".format(*self.retention),
             "ms, PyTorch": f"{self.torch:.2f}",
             "ms, OpenVINO": f"{self.openvino:.2f}",
             "training, s": f"{self.seconds:.0f}",
@@ -70,19 +80,19 @@ class Point:
 
 
 def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
-    """Distil each size with the default, score it on the test split, time it, and draw retention against cost.
+    """Distil each size with the default losses, score and time it, and draw retention against cost.
 
     Args:
-        setting: teacher, catalogue and budget.
+        setting: Teacher, catalogue and budget.
         plot: SVG file to write.
 
     Returns:
-        retention of the largest student within each share of the teacher's multiply-adds, and the table.
+        Retention of the largest student within each share of the teacher's multiply-adds, and the table.
     """
     test = load_catalog(setting.catalog).select(split="test")
     model, artifact, teacher = score_teacher(setting, test)
     assert artifact.card.preprocess is not None
-    whole = count_multiply_adds(model, artifact.card.preprocess.size)
+    teacher_adds = count_multiply_adds(model, artifact.card.preprocess.size)
     students = train_ladder(setting)
     graphs = {width: _export(path) for width, path in students.items()}
     paths = (str(setting.teacher), *map(str, (*students.values(), *graphs.values())))
@@ -92,11 +102,13 @@ def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
     for width, path in students.items():
         milliseconds = times[f"{path.name} (torch)"], times[f"{graphs[width].name} (openvino)"]
         scores = score_students([path], test)
-        kept = retention(scores.hits, teacher.hits)
-        points.append(_point(width, path, scores, kept, whole, milliseconds, points[-1].ladder if points else 0.0))
+        retention = compute_retention(scores.hits, teacher.hits)
+        points.append(
+            _point(width, path, scores, retention, teacher_adds, milliseconds, points[-1].ladder if points else 0.0)
+        )
     draw(points, plot)
-    row = _teacher_row(artifact, whole, teacher.recall_at_1, times[f"{artifact.card.name} (torch)"])
-    figures = [_kept(points, share, goal, setting) for share, goal in GOALS.items()]
+    row = _teacher_row(artifact, teacher_adds, teacher.recall_at_1, times[f"{artifact.card.name} (torch)"])
+    figures = [_retention_figure(points, share, goal, setting) for share, goal in GOALS.items()]
     return figures, [row, *(point.row for point in points)]
 
 
@@ -104,20 +116,20 @@ def _point(
     width: int,
     path: Path,
     scores: Scores,
-    kept: tuple[float, float, float],
-    whole: int,
+    retention: tuple[float, float, float],
+    teacher_adds: int,
     milliseconds: tuple[float, float],
     ladder: float,
 ) -> Point:
-    """A student's point; ``whole`` are the teacher's multiply-adds, ``ladder`` the seconds of those before it."""
+    """Return the point of a student; ``ladder`` are the seconds of all larger students."""
     metrics = load_artifact(path).card.metrics
     return Point(
         width=width,
         parameters=metrics["parameters"],
         multiply_adds=metrics["multiply_adds"],
-        share=metrics["multiply_adds"] / whole,
-        recall=scores.found[0].recall_at_1,
-        kept=kept,
+        share=metrics["multiply_adds"] / teacher_adds,
+        recall=scores.by_seed[0].recall_at_1,
+        retention=retention,
         torch=milliseconds[0],
         openvino=milliseconds[1],
         seconds=scores.seconds,
@@ -142,24 +154,23 @@ def _teacher_row(artifact: Artifact, multiply_adds: int, recall: float, millisec
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Retention against parameters and against milliseconds, side by side, as SVG."""
+    """Draw retention against parameters and against milliseconds as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Drawing
 
     drawing = Drawing(figsize=(8, 3.2), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)
-    kept = [point.kept[0] for point in points]
-    spread = [[k - point.kept[1] for k, point in zip(kept, points, strict=True)]]
-    spread.append([point.kept[2] - k for k, point in zip(kept, points, strict=True)])
+    retentions, lows, highs = zip(*(point.retention for point in points), strict=True)
+    errors = [np.subtract(retentions, lows), np.subtract(highs, retentions)]
     costs: list[tuple[Any, list[float], str]] = [
         (axes[0], [point.parameters / 1e6 for point in points], "parameters, millions"),
         (axes[1], [point.openvino for point in points], "ms per image, OpenVINO FP32, one thread"),
     ]
     for axis, cost, label in costs:
-        axis.errorbar(cost, kept, spread, marker="o", capsize=3, color="#1f5fa8")
+        axis.errorbar(cost, retentions, errors, marker="o", capsize=3, color="#1f5fa8")
         for point, x in zip(points, cost, strict=True):
-            above = {"textcoords": "offset points", "xytext": (0, 3), "ha": "center", "fontsize": 8}
-            axis.annotate(f"{point.width} wide", (x, point.kept[2]), **above)
+            label_style = {"textcoords": "offset points", "xytext": (0, 3), "ha": "center", "fontsize": 8}
+            axis.annotate(f"{point.width} wide", (x, point.retention[2]), **label_style)
         axis.set_xlabel(label)
         axis.margins(x=0.15, y=0.12)
         axis.set_xlim(left=0)
@@ -170,21 +181,21 @@ def draw(points: list[Point], path: Path) -> None:
         drawing.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _kept(points: list[Point], share: float, goal: float, setting: Setting) -> Figure:
+def _retention_figure(points: list[Point], share: float, goal: float, setting: Setting) -> Figure:
     best = max((point for point in points if point.share <= share), key=lambda point: point.share)
     name = f"{setting.name}: retention at {best.share:.0%} of the teacher's multiply-adds (at most {share:.0%})"
-    return Figure(name, best.kept[0], "", goal, ">=", setting.command, best.kept[1:], (0,))
+    return Figure(name, best.retention[0], "", goal, ">=", setting.command, best.retention[1:], (0,))
 
 
 def train_ladder(setting: Setting) -> dict[int, Path]:
-    """A student of each size by its width, each but the largest begun with weights selected from the one before."""
+    """Train a student of each size, each initialised with weights selected from the next larger one."""
     students: dict[int, Path] = {}
-    above = ""
+    larger = ""
     for width, model in SIZES.items():
         config = distillation(setting, setting.folder / f"width-{width}", model, 0)
-        path = distill(replace(config, start=above))
+        path = distill(replace(config, start=larger))
         assert path is not None
-        students[width], above = path, str(path)
+        students[width], larger = path, str(path)
     return students
 
 

@@ -1,8 +1,8 @@
-"""The distillation step on a GPU: images per second with the signal cached and with the teacher beside the student.
+"""Distillation step on a GPU: images per second with cached targets and with the teacher in the loop.
 
-``python -m experiments.student.training_step`` measures a small student of ViT-H-14 at the largest batch that fits and keeps the
-figures in ``docs/results/gpu.json``. ``--device cpu --teacher sample-vit --preset sample --batch 8`` runs the
-same code anywhere. Weights and images are random: they decide nothing about the time.
+``python -m experiments.student.training_step`` measures a small student of ViT-H-14 at the largest batch that fits and
+records the figures in ``docs/results/gpu.json``. ``--device cpu --teacher sample-vit --preset sample --batch 8`` runs
+the same code anywhere. Weights and images are random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -43,63 +43,63 @@ from vpr.imaging.config import ViewConfig
 log = get_logger(__name__)
 
 Mode = Literal["cached", "online"]
-_BANK, _CACHED = 4096, 65536  # embeddings; of the bank, and that batches are looked up in
+_BANK, _CACHED = 4096, 65536  # numbers of embeddings of the bank and of the cache
 
 
 @dataclass(frozen=True)
 class StudentStepConfig:
-    """What to measure.
+    """Measurement.
 
     Attributes:
-        preset: of the student.
-        teacher: an open_clip model, or a JSON file or name as of ``vpr teacher train``.
-        modes: ``cached`` looks the teacher's embeddings up, ``online`` computes them.
-        batch: images per step; 0 finds the largest that fits (only on a GPU).
-        most: largest batch that is tried.
-        steps: that are timed.
-        warmup: steps before them.
+        preset: Preset of the student.
+        teacher: open_clip model, or JSON file or name as in ``vpr teacher train``.
+        modes: ``cached`` reads the teacher's embeddings, ``online`` computes them.
+        batch: Images per step; 0 finds the largest batch that fits (GPU only).
+        max_batch: Largest batch to try.
+        steps: Number of timed steps.
+        warmup: Number of steps before the timed ones.
         device: ``cuda`` or ``cpu``.
-        record: keep the figures; by default those of a GPU are kept.
+        record: Record the figures; by default those of a GPU.
     """
 
     preset: Preset = "small"
     teacher: str = "ViT-H-14"
     modes: tuple[Mode, ...] = ("cached", "online")
     batch: int = 0
-    most: int = 8192
+    max_batch: int = 8192
     steps: int = 20
     warmup: int = 5
     device: Literal["cuda", "cpu"] = "cuda"
     record: bool | None = None
 
     def __post_init__(self) -> None:
-        check_step(self, {"batch": 0, "most": 1, "steps": 1, "warmup": 0})
+        check_step(self, {"batch": 0, "max_batch": 1, "steps": 1, "warmup": 0})
 
     @property
     def command(self) -> str:
-        """What measures this again."""
+        """Command that repeats the measurement."""
         return step_command("experiments.student.training_step", self)
 
 
 class StudentStep(Step):
-    """The student's step: views, signal, student and the default losses.
+    """Student's training step: views, targets, student and the default losses.
 
     Args:
-        mode: where the signal comes from.
-        config: student, teacher and device.
+        mode: Source of the targets.
+        config: Student, teacher and device.
     """
 
     def __init__(self, mode: Mode, config: StudentStepConfig) -> None:
         self.mode = mode
-        where = config.device if mode == "online" else "meta"
+        device = config.device if mode == "online" else "meta"
         self.teacher, preprocess = build_teacher(
-            TowerConfig(config.teacher, ""), read_tower(config.teacher), False, where
+            TowerConfig(config.teacher, ""), read_tower(config.teacher), False, device
         )
         self.teacher.eval().requires_grad_(False)
         dim = self.teacher.embedding_dim
         self.student = Student(StudentConfig(config.preset, embedding_dim=dim)).to(config.device)
-        own = preprocess.model_copy(update={"size": self.student.config.image_size})
-        self.normalise = Normalise(own).to(config.device)
+        student_preprocess = preprocess.model_copy(update={"size": self.student.config.image_size})
+        self.normalise = Normalise(student_preprocess).to(config.device)
         self.normalise_teacher, self.teacher_size = Normalise(preprocess).to(config.device), preprocess.size
         rng = np.random.default_rng(0)
         self.cache = rng.standard_normal((_CACHED, dim), dtype=np.float32).astype(np.float16)
@@ -118,11 +118,11 @@ class StudentStep(Step):
         """See :class:`Step`."""
         views, losses = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number)), LossConfig()
         if self.mode == "online":
-            seen = apply_views(self.pixels[self.teacher_size], views)
-            teacher = embed_pixels(self.teacher, self.normalise_teacher, seen).clone()
+            pixels = apply_views(self.pixels[self.teacher_size], views)
+            teacher = embed_pixels(self.teacher, self.normalise_teacher, pixels).clone()
         else:
-            found = self.cache[(self.rows.numpy() * 7919 + number) % _CACHED].astype(np.float32)
-            teacher = torch.from_numpy(found).to(self.device, non_blocking=True)
+            cached = self.cache[(self.rows.numpy() * 7919 + number) % _CACHED].astype(np.float32)
+            teacher = torch.from_numpy(cached).to(self.device, non_blocking=True)
         teacher = nn.functional.normalize(teacher, dim=1)
         with torch.autocast(self.device.type, torch.bfloat16):
             student = self.student(self.normalise(apply_views(self.pixels[self.student.config.image_size], views)))
@@ -131,48 +131,48 @@ class StudentStep(Step):
 
 
 def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, list[Row]]]:
-    """Measure the ceiling and every mode: figures of topic ``gpu``, and the table behind them.
+    """Measure matrix products and every mode; return figures of topic ``gpu`` and their table.
 
     Raises:
-        UserError: there is no GPU, or the batch does not fit.
+        UserError: There is no GPU, or the batch does not fit.
     """
     require_gpu(config.device, "--device cpu --teacher sample-vit --preset sample --batch 8")
     figures, rows = [], []
     for mode in config.modes:
         step = StudentStep(mode, config)
-        ceiling = max(matmul_rate(shape, config.device) for shape in matmul_shapes(step.student, config.device))
+        peak_flops = max(matmul_rate(shape, config.device) for shape in matmul_shapes(step.student, config.device))
         flops = needed_flops(config, step)
-        batch = config.batch or largest_batch(step.fits, config.most)
+        batch = config.batch or largest_batch(step.fits, config.max_batch)
         seconds = step.seconds(batch, config.steps, config.warmup, f"({mode})")
-        use = batch / seconds * flops / ceiling
+        utilisation = batch / seconds * flops / peak_flops
         rows.append(
             {
                 "signal": mode,
                 "batch": batch,
                 "images/s": f"{batch / seconds:.4g}",
                 "GFLOP per image": f"{flops / 1e9:.4g}",
-                "utilisation": f"{use:.1%}",
-                "ceiling, TFLOP/s": f"{ceiling / 1e12:.4g}",
+                "utilisation": f"{utilisation:.1%}",
+                "ceiling, TFLOP/s": f"{peak_flops / 1e12:.4g}",
             }
         )
         log.info(f"{mode}: {rows[-1]}")
-        figures += _figures(config, mode, batch / seconds, 100 * use)
+        figures += _figures(config, mode, batch / seconds, 100 * utilisation)
         del step
         gc.collect()
     return figures, {"student-step": rows}
 
 
 def needed_flops(config: StudentStepConfig, step: StudentStep) -> int:
-    """FLOPs of an image: the student's three passes, and the teacher's forward pass where it runs."""
-    own = 3 * 2 * count_multiply_adds(step.student, step.student.config.image_size)
+    """Return the FLOPs of an image: the student's three passes, and the teacher's forward pass where it runs."""
+    student_flops = 3 * 2 * count_multiply_adds(step.student, step.student.config.image_size)
     if step.mode == "cached":
-        return own
+        return student_flops
     shadow, preprocess = build_teacher(TowerConfig(config.teacher, ""), read_tower(config.teacher), False, "meta")
-    return own + count_flops(shadow.eval(), preprocess.size)
+    return student_flops + count_flops(shadow.eval(), preprocess.size)
 
 
 def unmeasured(config: StudentStepConfig) -> list[Figure]:
-    """The figures of a machine without a GPU: their names, and no values."""
+    """Return the figures of a machine without a GPU: names without values."""
     return [figure for mode in config.modes for figure in _figures(config, mode, None, None)]
 
 
@@ -185,7 +185,7 @@ def _figures(config: StudentStepConfig, mode: Mode, rate: float | None, use: flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and keep."""
+    """Measure, and record the figures."""
 
     def work(config: StudentStepConfig) -> None:
         keep_figures(config, *student_step(config))

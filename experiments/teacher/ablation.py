@@ -1,4 +1,4 @@
-"""What each part of the teacher's recipe brings, on photographs of products that no stage has seen."""
+"""Ablation of the teacher's recipe, on photographs of products that no stage has seen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vpr.training.config import RunConfig
 log = get_logger(__name__)
 
 Vectors = NDArray[np.float32]
-Embedded = tuple[Vectors, Vectors]  # of the scored photos, and of the shop images
+Embedded = tuple[Vectors, Vectors]  # embeddings of the scored images, and of the shop images
 SEEDS = (0, 1, 2)
 HEADS = {
     "ArcFace": HeadConfig(scale=16.0, margin=0.1, margin_end=0.3),
@@ -47,15 +47,15 @@ RERANKINGS = {
 
 
 def grocery_data() -> Path:
-    """The folder that holds ``grocery``; :class:`UserError` where none is named."""
+    """Return the folder of ``grocery``; raise :class:`UserError` if ``VPR_DATA`` is not set."""
     data = os.environ.get("VPR_DATA")
     if not data:
-        raise UserError("VPR_DATA is not set: it names the folder that holds 'grocery', see README.md")
+        raise UserError("VPR_DATA: it is not set. Set it to the folder with 'grocery'.")
     return Path(data)
 
 
 def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
-    """A teacher of furniture renders by a recipe of ours; trained if it is not there."""
+    """Return a teacher of furniture renders by a packaged recipe; train it if it does not exist."""
     arguments = ["--recipe", recipe, "--catalog", str(catalog)]
     path = train(read_config(TrainConfig, "teacher train", [*arguments, "--output", str(output)]))
     assert path is not None
@@ -63,40 +63,40 @@ def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
 
 
 def build_grocery(data: Path, folder: Path) -> Path:
-    """The Grocery Store Dataset's shop photos, whole products held out: 15 % to choose epochs, 35 % to be scored."""
+    """Write a catalogue of the Grocery Store Dataset, split by product: 15 % for validation, 35 % for test."""
     root, output = str(data / "grocery" / "train"), str(folder / "catalog")
     return build_catalog(CatalogConfig("folder", output, root, validation=0.15, test=0.35))
 
 
 def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[int, ...] = SEEDS) -> list[Row]:
-    """Train every variant with every seed, soup, re-rank, and score all on the same queries.
+    """Train every variant with every seed, average, re-rank, and score all on the same queries.
 
     Args:
-        data: holds ``grocery``.
-        start: teacher artifact that every training starts from (it stands for CLIP's weights).
-        folder: of the artifacts; finished ones are used again.
-        epochs: of each training, the first of the head alone.
-        seeds: of each variant.
+        data: Folder of ``grocery``.
+        start: Teacher artifact from which every training starts, in place of CLIP's weights.
+        folder: Folder of the artifacts; finished ones are reused.
+        epochs: Number of epochs of each training; the first trains the head only.
+        seeds: Seeds of each variant.
     """
     catalog = load_catalog(build_grocery(data, folder))
     test, shop = catalog.select(split="test"), shop_images(data)
-    rows, found = [], {"start, not fine-tuned": [_embed(start, test, shop)]}
+    rows, embedded = [], {"start, not fine-tuned": [_embed(start, test, shop)]}
     for name, head in HEADS.items():
-        found[name] = [_embed(_train(folder, start, head, seed, epochs, 0.0), test, shop) for seed in seeds]
+        embedded[name] = [_embed(_train(folder, start, head, seed, epochs, 0.0), test, shop) for seed in seeds]
     ema = [_train(folder, start, HEADS["ArcFace"], seed, epochs, 0.97) for seed in seeds]
-    found["ArcFace + EMA"] = [_embed(path, test, shop) for path in ema]
+    embedded["ArcFace + EMA"] = [_embed(path, test, shop) for path in ema]
     plain = [_train(folder, start, HEADS["ArcFace"], seed, epochs, 0.0) for seed in seeds]
     wise = [_soup(folder, "wise-ft", [path], number) for number, path in enumerate(plain)]
-    found["ArcFace + WiSE-FT"] = [_embed(path, test, shop) for path in wise]
+    embedded["ArcFace + WiSE-FT"] = [_embed(path, test, shop) for path in wise]
     members = [_train(folder, start, head, seed, epochs, 0.0) for head in HEADS.values() for seed in seeds]
     for method in ("uniform", "greedy"):
-        found[f"{method} soup of the {len(members)} heads and seeds"] = [
+        embedded[f"{method} soup of the {len(members)} heads and seeds"] = [
             _embed(_soup(folder, method, members, 0), test, shop)
         ]
-    for name, embedded in found.items():
-        rows.append(_row(name, embedded, test, shop, RerankConfig()))
+    for name, vectors in embedded.items():
+        rows.append(_row(name, vectors, test, shop, RerankConfig()))
     for name, config in RERANKINGS.items():
-        rows.append(_row(f"ArcFace + {name}", found["ArcFace"], test, shop, config))
+        rows.append(_row(f"ArcFace + {name}", embedded["ArcFace"], test, shop, config))
     return rows
 
 
@@ -125,7 +125,7 @@ def _train(
 
 
 def grocery_teacher(folder: Path, start: Path, output: Path, epochs: int = 24) -> Path:
-    """The ablation's plain ArcFace teacher, trained until longer brings little."""
+    """Train the ablation's plain ArcFace teacher until more epochs add little."""
     return _train(folder, start, HEADS["ArcFace"], SEEDS[0], epochs, 0.0, output)
 
 
@@ -135,7 +135,7 @@ def _soup(folder: Path, method: Any, models: list[Path], number: int) -> Path:
 
 
 def shop_images(data: Path) -> Catalog:
-    """The one clean shop image of each of the 81 products: the hard gallery, of which nothing was trained on."""
+    """Return the clean shop image of each of the 81 products: the hard gallery, unseen in training."""
     paths = sorted((data / "grocery" / "iconic").glob("*.jpg"))
     rows = [{"image": path.name, "product": path.stem, "role": "gallery", "split": "test"} for path in paths]
     return Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), data / "grocery" / "iconic")
@@ -150,13 +150,13 @@ def _embed(path: Path, test: Catalog, shop: Catalog) -> Embedded:
 
 
 def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config: RerankConfig) -> Row:
-    """Scores averaged over seeds, with the bootstrap interval over queries of that average."""
+    """Return scores averaged over seeds, with the bootstrap interval over the queries."""
     query, gallery = test.roles == "query", test.roles == "gallery"
     shelf, single = [], []
-    for photos, images in seeds:
-        scores = similarities(photos[query], photos[gallery], config)
+    for images, shop_vectors in seeds:
+        scores = similarities(images[query], images[gallery], config)
         shelf.append(evaluate_similarities(scores, test.products[query], test.products[gallery]))
-        scores = similarities(photos, images, config)
+        scores = similarities(images, shop_vectors, config)
         single.append(evaluate_similarities(scores, test.products, shop.products))
     return {
         "variant": name,

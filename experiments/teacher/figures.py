@@ -1,7 +1,6 @@
 """``make figures TOPIC=teacher``: the teacher's figures, into ``docs/results/teacher.json``.
 
-Parts can be named (``make figures TOPIC=teacher PARTS="grocery"``); without any, all are measured. The
-photographs of ``grocery`` lie in the folder that the environment variable ``VPR_DATA`` names.
+``PARTS="grocery"`` measures this part only. The environment variable ``VPR_DATA`` is the folder of ``grocery``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from experiments.figures import Figure, command_of, measure, record, record_unme
 from experiments.teacher.ablation import ablate, grocery_data, sample_teacher
 from experiments.teacher.input_pipeline import pipeline_figures
 from experiments.teacher.training_step import TeacherStepConfig, teacher_step, unmeasured
-from experiments.teacher.two_processes import Spread, train_spread
+from experiments.teacher.two_processes import DistributedRun, train_spread
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
 
@@ -25,43 +24,45 @@ _FOLDER, _SAMPLE = Path("runs/figures-teacher"), Path("runs/demo/catalog")
 
 
 def measure_grocery() -> None:
-    """Heads, average, soups and re-ranking on photographs of products that no stage has seen."""
+    """Record heads, averages, soups and re-ranking on photographs of products that no stage has seen."""
     data = grocery_data()
-    start = sample_teacher("sample", _sample(), "runs/demo/teacher")  # stands for CLIP's weights
+    start = sample_teacher("sample", _sample(), "runs/demo/teacher")  # in place of CLIP's weights
     record("teacher", [], {"grocery": ablate(data, start, _FOLDER / "grocery")})
 
 
 def measure_pipeline() -> None:
-    """What two loader workers deliver, against what the sample tower can train on."""
+    """Record the images that two loader workers deliver, against those that the sample tower consumes."""
     record("teacher", pipeline_figures(_sample()), {})
 
 
 def measure_processes() -> None:
-    """Losses of a training in two processes against one, fp32, over 50 steps."""
+    """Record losses of a training in two processes against a single one, fp32, over 50 steps."""
     command = command_of("teacher", "processes")
     with tempfile.TemporaryDirectory() as folder:
-        one = _spread(Path(folder), 1, "auto")
+        single = _train(Path(folder), 1, "auto")
         figures = []
         for strategy in ("ddp", "fsdp"):
-            two = _spread(Path(folder), 2, strategy)
-            last = max(one.losses)
-            apart = max(abs(two.losses[step] - loss) for step, loss in one.losses.items())
+            two = _train(Path(folder), 2, strategy)
+            last = max(single.losses)
+            largest = max(abs(two.losses[step] - loss) for step, loss in single.losses.items())
+            final = abs(two.losses[last] - single.losses[last])
             name = f"{strategy.upper()} in two processes against one"
             figures += [
-                Figure(f"{name}: loss after {last + 1} steps, difference", abs(two.losses[last] - one.losses[last]), "",
-                       1e-4, "<=", command, None, (0,)),
-                Figure(f"{name}: largest difference of the logged losses", apart, "", None, "<=", command, None, (0,)),
-            ]  # fmt: skip
+                Figure(f"{name}: loss after {last + 1} steps, difference", final, "", 1e-4, "<=", command, None, (0,)),
+                Figure(
+                    f"{name}: largest difference of the logged losses", largest, "", None, "<=", command, None, (0,)
+                ),
+            ]
     record("teacher", figures, {})
 
 
 def measure_gpu() -> None:
-    """ViT-H-14's step on the GPU at hand, into ``gpu.json``; without one, that it is not measured."""
+    """Record ViT-H-14's step on this machine's GPU in ``gpu.json``; without a GPU, that it is not measured."""
     config = TeacherStepConfig()
     if torch.cuda.is_available():
         record("gpu", *teacher_step(config))
     else:
-        record_unmeasured(unmeasured(config), "ViT-H-14's step is")
+        record_unmeasured(unmeasured(config), "ViT-H-14's step")
 
 
 PARTS = {
@@ -72,7 +73,7 @@ PARTS = {
 }
 
 
-def _spread(folder: Path, processes: int, strategy: str) -> Spread:
+def _train(folder: Path, processes: int, strategy: str) -> DistributedRun:
     arguments = ["--catalog", str(_sample()), "--tower.name", "sample-vit", "--tower.pretrained", ""]
     arguments += ["--stages", "{train: all, epochs: 1, lr_head: 2.0e-3, lr_tower: 1.0e-3}"]
     arguments += ["--run.precision", "32-true", "--loader.keep-in-memory"]

@@ -1,4 +1,4 @@
-"""What the input pipeline delivers, in images per second, against what training consumes."""
+"""Images per second that the input pipeline delivers, against those that training consumes."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from vpr.imaging.decode import decode
 from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import best_precision
 
-_BATCH, _PHONE, _PHOTOS, _GRAIN = 128, (4000, 3000), 8, 8.0
+_BATCH, _PHONE_SIZE, _PHONE_IMAGES, _GRAIN = 128, (4000, 3000), 8, 8.0
 
 
 def pipeline_figures(catalog: Path, seconds: float = 20.0) -> list[Figure]:
-    """Delivered by two workers, consumed by the sample tower's full step, their ratio, and what reduced decoding saves.
+    """Measure images per second of two workers, of the sample tower's full step, and of reduced-scale decoding.
 
     Args:
-        catalog: artifact whose training split is read from its files.
-        seconds: spent on each measurement, after a warm-up.
+        catalog: Catalogue artifact; its training split is read from files.
+        seconds: Time of each measurement, after a warm-up.
     """
     training = load_catalog(catalog).select(split="train")
     tower = TowerConfig("sample", "")
     preprocess = build_teacher(tower, read_tower("sample"), False)[1]
-    delivered = delivery(training, preprocess, LoaderConfig(_BATCH, workers=2), seconds)
-    consumed = consumption(training, tower, _BATCH, seconds)
-    full, reduced = phone_photos(preprocess.size)
+    delivered = delivery_rate(training, preprocess, LoaderConfig(_BATCH, workers=2), seconds)
+    consumed = consumption_rate(training, tower, _BATCH, seconds)
+    full, reduced = decode_rates(preprocess.size)
     command = command_of("teacher", "pipeline")
 
     def rate(name: str, value: float) -> Figure:
@@ -56,33 +56,33 @@ def pipeline_figures(catalog: Path, seconds: float = 20.0) -> list[Figure]:
     ]
 
 
-def delivery(training: Catalog, preprocess: Preprocess, config: LoaderConfig, seconds: float) -> float:
-    """Images per second that the training loader's workers hand over, decoded from files."""
+def delivery_rate(training: Catalog, preprocess: Preprocess, config: LoaderConfig, seconds: float) -> float:
+    """Return images per second of the training loader's workers, decoded from files."""
     loader = training_loader(ImageDataset(training, preprocess), config, 0)
     batches = _endless(loader)
-    for _ in range(2 * max(1, config.workers)):  # until what the workers prefetched while they started is used up
+    for _ in range(2 * max(1, config.workers)):  # use up the batches prefetched during the start
         next(batches)
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         count += len(next(batches)["rows"])
-    return count / (time.perf_counter() - begun)
+    return count / (time.perf_counter() - start)
 
 
-def consumption(training: Catalog, tower: TowerConfig, batch: int, seconds: float) -> float:
-    """Images per second of the full training step (views, forward, backward, optimiser), its images in memory."""
+def consumption_rate(training: Catalog, tower: TowerConfig, batch: int, seconds: float) -> float:
+    """Return images per second of the full training step (views, forward, backward, optimiser) from memory."""
     stage = StageConfig("all", 1)
     teacher, preprocess = build_teacher(tower, read_tower(tower.name), False)
-    place = ScheduledStage(stage, 0, 1, ViewConfig(), 0)
-    module = TeacherModule(place, HeadConfig(), teacher, preprocess, training, training)
+    scheduled = ScheduledStage(stage, 0, 1, ViewConfig(), 0)
+    module = TeacherModule(scheduled, HeadConfig(), teacher, preprocess, training, training)
     module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     rows = torch.arange(min(batch, len(training)))
     pixels = ImageDataset(training, preprocess).__getitems__(rows.tolist())["pixels"]
-    half = best_precision() == "bf16-mixed"
+    is_bf16 = best_precision() == "bf16-mixed"
 
     def step(number: int) -> None:
-        views = draw_views(place.views, 0, rows, torch.full_like(rows, number))
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        views = draw_views(scheduled.views, 0, rows, torch.full_like(rows, number))
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             embeddings = module.teacher(module.normalise(apply_views(pixels, views)))
             loss = module.head(embeddings, module.labels[rows], 0.0, 0)
         loss.backward()
@@ -91,31 +91,31 @@ def consumption(training: Catalog, tower: TowerConfig, batch: int, seconds: floa
 
     for number in range(3):
         step(number)
-    begun, steps = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         step(steps)
         steps += 1
-    return steps * len(rows) / (time.perf_counter() - begun)
+    return steps * len(rows) / (time.perf_counter() - start)
 
 
-def phone_photos(size: int) -> tuple[float, float]:
-    """Images per second of decoding and resizing 12-megapixel JPEGs in one thread: in full, and at reduced scale."""
+def decode_rates(size: int) -> tuple[float, float]:
+    """Return images per second of decoding 12-megapixel JPEGs in one thread: in full, and at reduced scale."""
     preprocess = Preprocess(size=size)
     rng = np.random.default_rng(0)
     rates = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.jpg" for number in range(_PHOTOS)]
+        paths = [Path(folder) / f"{number}.jpg" for number in range(_PHONE_IMAGES)]
         for path in paths:
             coarse = Image.fromarray(rng.integers(0, 256, (150, 200, 3), dtype=np.uint8))
-            smooth = np.asarray(coarse.resize(_PHONE, Image.Resampling.BICUBIC), dtype=np.float32)
-            # A sensor's noise is most of what a phone's JPEG holds.
+            smooth = np.asarray(coarse.resize(_PHONE_SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
+            # Sensor noise makes up most of a phone's JPEG.
             grain = rng.standard_normal(smooth.shape, dtype=np.float32) * _GRAIN
             Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
         for shortest in (None, size):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for path in paths:
                 preprocess.pixels(decode(path, shortest=shortest))
-            rates.append(len(paths) / (time.perf_counter() - begun))
+            rates.append(len(paths) / (time.perf_counter() - start))
     return rates[0], rates[1]
 
 

@@ -1,11 +1,11 @@
-"""The teacher's training step on a GPU: images per second, and the share of the GPU's arithmetic that it uses.
+"""Teacher's training step on a GPU: images per second and model FLOP utilisation.
 
-``python -m experiments.teacher.training_step`` measures ViT-H-14 at the largest batch that fits and keeps the figures in
-``docs/results/gpu.json``. ``--device cpu --tower sample-vit --batch 8`` runs the same code anywhere.
+``python -m experiments.teacher.training_step`` measures ViT-H-14 at the largest batch that fits and records the figures
+in ``docs/results/gpu.json``. ``--device cpu --tower sample-vit --batch 8`` runs the same code anywhere.
 
-The step is the training's own: views, normalisation, tower, margin head, gradient, clipping, AdamW, under bf16
-autocast. Model FLOP utilisation is that of Chowdhery et al., "PaLM", 2022, appendix B: what the model needs and not
-what was computed (activations that checkpointing computes again do not count), over a ceiling measured here.
+The step equals that of training: views, normalisation, tower, margin head, gradient, clipping, AdamW, under bf16
+autocast. Model FLOP utilisation follows Chowdhery et al., "PaLM", 2022, appendix B: the FLOPs that the model needs
+(recomputed activations do not count), over the fastest matrix product measured here.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ log = get_logger(__name__)
 
 Mode = Literal["head", "full"]
 _LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}
-_PER_CLASS = 15  # images; the margin's size depends on it, its cost does not
+_IMAGES_PER_CLASS = 15  # sets the size of the margin, not its cost
 
 
 @dataclass(frozen=True)
 class TeacherStepConfig:
-    """What to measure.
+    """Measurement.
 
     Attributes:
-        tower: an open_clip model, or a JSON file or name as of ``vpr teacher train``.
-        classes: of the margin head.
-        modes: ``head`` trains the class directions alone, ``full`` everything.
-        batch: images per step; 0 finds the largest that fits (only on a GPU).
-        most: largest batch that is tried.
-        steps: that are timed.
-        warmup: steps before them.
-        compile: compile the tower; the batch is found before.
+        tower: open_clip model, or JSON file or name as in ``vpr teacher train``.
+        classes: Number of classes of the margin head.
+        modes: ``head`` trains the class directions only, ``full`` everything.
+        batch: Images per step; 0 finds the largest batch that fits (GPU only).
+        max_batch: Largest batch to try.
+        steps: Number of timed steps.
+        warmup: Number of steps before the timed ones.
+        compile: Compile the tower, after the batch is found.
         device: ``cuda`` or ``cpu``.
-        record: keep the figures; by default those of a GPU are kept.
+        record: Record the figures; by default those of a GPU.
     """
 
     tower: str = "ViT-H-14"
     classes: int = 10300
     modes: tuple[Mode, ...] = ("head", "full")
     batch: int = 0
-    most: int = 4096
+    max_batch: int = 4096
     steps: int = 20
     warmup: int = 5
     compile: bool = False
@@ -76,24 +76,24 @@ class TeacherStepConfig:
     record: bool | None = None
 
     def __post_init__(self) -> None:
-        check_step(self, {"classes": 2, "batch": 0, "most": 1, "steps": 1, "warmup": 0})
+        check_step(self, {"classes": 2, "batch": 0, "max_batch": 1, "steps": 1, "warmup": 0})
 
     @property
     def command(self) -> str:
-        """What measures this again."""
+        """Command that repeats the measurement."""
         return step_command("experiments.teacher.training_step", self)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A training step's cost.
+    """Cost of a training step.
 
     Attributes:
-        mode: what trained.
-        batch: images per step.
-        seconds: of a step, median.
-        flops: of one image, see :func:`step_flops`.
-        peak_bytes: most memory allocated on the GPU; None on the CPU.
+        mode: Trained part.
+        batch: Images per step.
+        seconds: Median time of a step.
+        flops: FLOPs of one image, see :func:`step_flops`.
+        peak_bytes: Peak memory on the GPU; None on the CPU.
     """
 
     mode: Mode
@@ -104,27 +104,27 @@ class Measured:
 
     @property
     def images_per_second(self) -> float:
-        """Images trained on in a second."""
+        """Training images per second."""
         return self.batch / self.seconds
 
-    def utilisation(self, ceiling: float) -> float:
-        """Model FLOP utilisation, a share of ``ceiling`` FLOP/s."""
-        return self.images_per_second * self.flops / ceiling
+    def utilisation(self, peak_flops: float) -> float:
+        """Return the model FLOP utilisation, a share of ``peak_flops`` FLOP/s."""
+        return self.images_per_second * self.flops / peak_flops
 
 
 class TeacherStep(Step):
-    """The teacher's step.
+    """Teacher's training step.
 
     Args:
-        mode: what trains.
-        config: tower, classes and device.
+        mode: Trained part.
+        config: Tower, classes and device.
     """
 
     def __init__(self, mode: Mode, config: TeacherStepConfig) -> None:
-        # The frozen tower keeps nothing for a backward pass, so there is nothing to compute again.
+        # A frozen tower stores no activations, so checkpointing would only slow it down.
         tower = TowerConfig(config.tower, "", gradient_checkpointing=mode == "full")
         self.teacher, self.preprocess = build_teacher(tower, read_tower(config.tower), False, config.device)
-        counts = torch.full((config.classes,), _PER_CLASS)
+        counts = torch.full((config.classes,), _IMAGES_PER_CLASS)
         self.head = MarginHead(self.teacher.embedding_dim, counts, HeadConfig()).to(config.device)
         self.normalise = Normalise(self.preprocess).to(config.device)
         self.classes = config.classes
@@ -150,12 +150,12 @@ class TeacherStep(Step):
 
 
 def step_flops(tower: int, head: int, mode: Mode) -> int:
-    """FLOPs that a training step needs for one image: a forward pass, and twice that backward for what learns.
+    """Return the FLOPs of a training step for one image: a forward pass, and twice that backward if trained.
 
     Args:
-        tower: FLOPs of its forward pass.
-        head: likewise of the class directions.
-        mode: what learns.
+        tower: FLOPs of the tower's forward pass.
+        head: FLOPs of the class directions' forward pass.
+        mode: Trained part.
     """
     return 3 * head + (3 * tower if mode == "full" else tower)
 
@@ -164,10 +164,10 @@ def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured
     """Measure one mode.
 
     Raises:
-        UserError: the batch does not fit.
+        UserError: The batch does not fit.
     """
     step = TeacherStep(mode, config)
-    batch = config.batch or largest_batch(step.fits, config.most)
+    batch = config.batch or largest_batch(step.fits, config.max_batch)
     head_flops = 2 * config.classes * step.teacher.embedding_dim
     if config.compile:
         step.teacher.compile(dynamic=False)
@@ -180,42 +180,42 @@ def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured
 
 
 def teacher_step(config: TeacherStepConfig) -> tuple[list[Figure], dict[str, list[Row]]]:
-    """Measure the ceiling and every mode: figures of topic ``gpu``, and the tables behind them.
+    """Measure matrix products and every mode; return figures of topic ``gpu`` and their tables.
 
     Raises:
-        UserError: there is no GPU, or the batch does not fit.
+        UserError: There is no GPU, or the batch does not fit.
     """
     require_gpu(config.device, "--device cpu --tower sample-vit --batch 8")
     shadow, preprocess = build_teacher(TowerConfig(config.tower, ""), read_tower(config.tower), False, "meta")
     tower_flops = count_flops(shadow.eval(), preprocess.size)
     rates = {shape: matmul_rate(shape, config.device) for shape in matmul_shapes(shadow, config.device)}
-    ceiling = max(rates.values())
+    peak_flops = max(rates.values())
     log.info(
-        f"{config.tower}: {tower_flops / 1e9:.1f} GFLOP forward; matrix products reach {ceiling / 1e12:.4g} TFLOP/s"
+        f"{config.tower}: {tower_flops / 1e9:.1f} GFLOP forward; matrix products reach {peak_flops / 1e12:.4g} TFLOP/s"
     )
     steps = []
     for mode in config.modes:
         steps.append(measure(mode, config, tower_flops))
-        gc.collect()  # the network of this mode, before the next one is made
-        log.info(f"{_LABELS[mode]}: {_step_row(steps[-1], ceiling)}")
+        gc.collect()  # frees the network before the next one is built
+        log.info(f"{_LABELS[mode]}: {_step_row(steps[-1], peak_flops)}")
     suffix = "-compiled" if config.compile else ""
     products = [{"m": m, "k": k, "n": n, "TFLOP/s": f"{rate / 1e12:.4g}"} for (m, k, n), rate in rates.items()]
     tables = {
-        f"teacher-step{suffix}": [_step_row(step, ceiling) for step in steps],
+        f"teacher-step{suffix}": [_step_row(step, peak_flops) for step in steps],
         f"teacher-step-matmul{suffix}": products,
     }
-    return _figures(config, steps, ceiling), tables
+    return _figures(config, steps, peak_flops), tables
 
 
 def unmeasured(config: TeacherStepConfig) -> list[Figure]:
-    """The figures of a machine without a GPU: their names and goals, and no values."""
+    """Return the figures of a machine without a GPU: names and goals without values."""
     return [figure for mode in config.modes for figure in _mode_figures(config, mode, None, None)]
 
 
-def _figures(config: TeacherStepConfig, steps: list[Measured], ceiling: float) -> list[Figure]:
-    figures = [Figure("bf16 matrix product, the fastest", ceiling / 1e12, "TFLOP/s", None, ">=", config.command)]
+def _figures(config: TeacherStepConfig, steps: list[Measured], peak_flops: float) -> list[Figure]:
+    figures = [Figure("bf16 matrix product, the fastest", peak_flops / 1e12, "TFLOP/s", None, ">=", config.command)]
     for step in steps:
-        figures += _mode_figures(config, step.mode, step.images_per_second, 100 * step.utilisation(ceiling))
+        figures += _mode_figures(config, step.mode, step.images_per_second, 100 * step.utilisation(peak_flops))
     return figures
 
 
@@ -228,20 +228,20 @@ def _mode_figures(config: TeacherStepConfig, mode: Mode, rate: float | None, use
     ]
 
 
-def _step_row(step: Measured, ceiling: float) -> Row:
+def _step_row(step: Measured, peak_flops: float) -> Row:
     return {
         "trains": step.mode,
         "batch": step.batch,
         "images/s": f"{step.images_per_second:.4g}",
         "ms per step": f"{1000 * step.seconds:.4g}",
         "GFLOP per image": f"{step.flops / 1e9:.4g}",
-        "utilisation": f"{step.utilisation(ceiling):.1%}",
+        "utilisation": f"{step.utilisation(peak_flops):.1%}",
         "peak GiB": "" if step.peak_bytes is None else f"{step.peak_bytes / (1 << 30):.1f}",
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and keep."""
+    """Measure, and record the figures."""
 
     def work(config: TeacherStepConfig) -> None:
         keep_figures(config, *teacher_step(config))

@@ -1,4 +1,4 @@
-"""Whether a training spread over processes is the training of one: the same losses, step by step."""
+"""Compare a training in several processes with a single process: losses step by step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from vpr.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A finished training.
+class DistributedRun:
+    """Finished training.
 
     Attributes:
-        artifact: what it wrote.
-        losses: by step; of the whole global batch.
+        artifact: Artifact of the training.
+        losses: Loss of the global batch by step.
     """
 
     artifact: Artifact
     losses: dict[int, float]
 
 
-# The log of the first stage, and its column.
+# Log of the first stage, and its column.
 _LOGS = {"teacher train": ("metrics-stage-1.csv", "loss_step"), "student distill": ("metrics.csv", "cosine_step")}
 
 
@@ -38,19 +38,19 @@ def train_spread(
     batch: int,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     verb: str = "teacher train",
-) -> Spread:
+) -> DistributedRun:
     """Train in ``processes`` processes on the CPU (gloo), each with its share of a global batch.
 
     Args:
-        arguments: flags of the verb, without output, batch size and strategy.
-        output: of the artifact.
-        processes: 1 runs without torchrun.
-        batch: global; a multiple of ``processes``.
-        strategy: of several processes.
+        arguments: Flags of the command, without output, batch size and strategy.
+        output: Path of the artifact.
+        processes: Number of processes; 1 runs without torchrun.
+        batch: Global batch size, a multiple of ``processes``.
+        strategy: Strategy of several processes.
         verb: ``teacher train`` or ``student distill``.
 
     Raises:
-        UserError: the training failed.
+        UserError: The training failed.
     """
     command = [sys.executable, "-m", "vpr"]
     if processes > 1:
@@ -58,17 +58,17 @@ def train_spread(
         command = [sys.executable, "-m", *launcher]
     command += [*verb.split(), *arguments, "--output", str(output), "--run.strategy", strategy]
     command += ["--loader.batch-size", str(batch // processes)]
-    # The number of threads changes the order of sums; one each makes the comparison of processes alone.
-    done = subprocess.run(
+    # The number of threads changes the order of sums; with one each, only the processes differ.
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    if done.returncode:
-        raise UserError(f"training failed: {done.stderr.strip()[-800:]}: run {' '.join(command)}")
+    if process.returncode:
+        raise UserError(f"training: it failed ({process.stderr.strip()[-800:]}). Run {' '.join(command)} by hand.")
     artifact, (log, column) = load_artifact(output), _LOGS[verb]
-    return Spread(artifact, read_losses(artifact.file(log), column))
+    return DistributedRun(artifact, read_losses(artifact.file(log), column))
 
 
 def read_losses(log: Path, column: str = "loss_step") -> dict[int, float]:
-    """Loss by step, from a training's CSV log."""
+    """Return the loss by step from a training's CSV log."""
     with log.open(newline="", encoding="utf-8") as stream:
         return {int(row["step"]): float(row[column]) for row in csv.DictReader(stream) if row.get(column)}

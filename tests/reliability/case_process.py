@@ -1,11 +1,10 @@
-"""A process that is given cases by their numbers, and who watches it: it may crash or hang.
+"""Worker process that runs cases by their numbers, with a watchdog for crashes and hangs.
 
-They talk in lines: once the process is ready it writes ``{}``, then for each number a line of JSON.
+The protocol is one line of JSON each: ``{}`` once the worker is ready, then one result for each number on its input.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -19,36 +18,36 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import psutil
+
 from vpr.common.errors import UserError
 
-_STILL = 60.0  # seconds by the clock, for what waits without working
-_START = 900.0  # the same, for a worker to load its libraries and run every verb once
-_TICKS = os.sysconf("SC_CLK_TCK")
-_LOOK = 0.1
-_MORE_MEMORY = 4 << 30  # address space beyond what the libraries have taken once they have run
+_MAX_WAIT = 60.0  # seconds by the clock, for a worker that waits without computing
+_MAX_START = 900.0  # the same, to load the libraries and run every command once
+_POLL_SECONDS = 0.1
+_EXTRA_MEMORY = 4 << 30  # bytes of address space beyond those of the loaded libraries
 
 
 class Worker:
-    """A process that answers cases, started when it is needed and after each death.
+    """A process that runs cases; it starts with the first case and again after each death.
 
     Args:
-        command: that starts it; it writes a first line when it is ready.
-        log: file of what else it writes.
-        longest: seconds of processor time that an answer may take.
+        command: Command line of the worker.
+        log: File for everything that the worker prints.
+        max_seconds: Processor time that one case may take.
     """
 
-    def __init__(self, command: list[str], log: Path, longest: float) -> None:
-        self._command, self._log, self._longest = command, log, longest
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self, command: list[str], log: Path, max_seconds: float) -> None:
+        self._command, self._log, self._max_seconds = command, log, max_seconds
+        self._process: psutil.Popen | None = None
 
-    def ask(self, case: int) -> dict[str, Any]:
-        """The worker's answer, or ``crash`` or ``hang``."""
-        process = self._started()
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died since its last answer, which is told below
+    def run(self, case: int) -> dict[str, Any]:
+        """Return the worker's result, or the outcome ``crash`` or ``hang``."""
+        process = self._start()
+        with suppress(BrokenPipeError):  # the worker died after its last result; _next_result reports the crash
             process.stdin.write(f"{case}\n")
             process.stdin.flush()
-        return self._next_answer(process, self._longest, _STILL)
+        return self._next_result(process, self._max_seconds, _MAX_WAIT)
 
     def __enter__(self) -> Self:
         return self
@@ -57,33 +56,33 @@ class Worker:
         self._close()
 
     def _close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(psutil.NoSuchProcess):
+                self._process.kill()
             self._process.communicate()
             self._process = None
 
-    def _last_words(self) -> str:
-        """The end of what the process wrote."""
+    def _log_tail(self) -> str:
         return " ".join(self._log.read_text(encoding="utf-8", errors="replace")[-300:].split())
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _start(self) -> psutil.Popen:
         if self._process is None:
             with self._log.open("w") as log:
-                self._process = subprocess.Popen(
+                self._process = psutil.Popen(
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
                 )
-            if self._next_answer(self._process, _START, _START):
-                raise UserError(f"fuzz: its worker does not start: {self._last_words()}: mend that first")
+            if self._next_result(self._process, _MAX_START, _MAX_START):
+                raise UserError(f"worker: it does not start ({self._log_tail()}). Fix this error and rerun.")
         return self._process
 
-    def _next_answer(self, process: subprocess.Popen[str], working: float, waiting: float) -> dict[str, Any]:
-        """The next line; ``crash`` or ``hang`` if none comes within seconds of work and seconds by the clock."""
-        assert process.stdout is not None
-        until, spent = time.monotonic() + waiting, _processor_seconds(process.pid) + working
+    def _next_result(self, process: psutil.Popen, max_processor: float, max_clock: float) -> dict[str, Any]:
+        """Return the next line, or the outcome ``crash`` or ``hang`` after the given seconds."""
+        clock_end = time.monotonic() + max_clock
+        processor_end = _processor_seconds(process) + max_processor
         ready: list[Any] = []
-        while not ready and time.monotonic() < until and _processor_seconds(process.pid) < spent:
-            ready, _, _ = select.select([process.stdout], [], [], _LOOK)
+        while not ready and time.monotonic() < clock_end and _processor_seconds(process) < processor_end:
+            ready, _, _ = select.select([process.stdout], [], [], _POLL_SECONDS)
         if ready and (line := process.stdout.readline()):
             return json.loads(line)
         if not ready:
@@ -92,49 +91,48 @@ class Worker:
         self._close()
         if not ready:
             return {"outcome": "hang", "line": ""}
-        ended = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return {"outcome": "crash", "line": f"{ended}: {self._last_words()}"}
+        end = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return {"outcome": "crash", "line": f"{end}: {self._log_tail()}"}
 
 
-def _processor_seconds(process: int) -> float:
-    """That a process has used so far, all threads together."""
-    after_name = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    return (int(after_name[11]) + int(after_name[12])) / _TICKS
+def _processor_seconds(process: psutil.Process) -> float:
+    """Return the processor time of all threads so far."""
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def limit_memory() -> None:
-    """Let the process take no more than some gigabytes beyond what it has."""
-    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + _MORE_MEMORY, resource.RLIM_INFINITY))
+    """Limit the address space of this process to some gigabytes beyond its present size."""
+    size = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (size + _EXTRA_MEMORY, resource.RLIM_INFINITY))
 
 
 def reset_peak() -> None:
-    """Forget the largest resident size so far, and give back what earlier cases have freed."""
+    """Reset the largest resident size of this process, and return freed memory to the system."""
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    psutil.heap_trim()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process since :func:`reset_peak`, bytes."""
+    """Return the largest resident size of this process since :func:`reset_peak`, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def answer(run: Callable[[int], dict[str, Any]], answers: TextIO) -> None:
-    """Say that the process is ready, then answer each number that its input gives, until it ends."""
-    print("{}", file=answers, flush=True)
+def serve_cases(run: Callable[[int], dict[str, Any]], results: TextIO) -> None:
+    """Report that the worker is ready, then run each case number of the input until the input ends."""
+    print("{}", file=results, flush=True)
     for line in sys.stdin:
         reset_peak()
-        begun = time.process_time()
-        told = run(int(line))
-        told.setdefault("seconds", round(time.process_time() - begun, 3))
-        told.setdefault("memory", peak_memory())
-        print(json.dumps(told), file=answers, flush=True)
+        start = time.process_time()
+        result = run(int(line))
+        result.setdefault("seconds", round(time.process_time() - start, 3))
+        result.setdefault("memory", peak_memory())
+        print(json.dumps(result), file=results, flush=True)
 
 
-def protocol() -> TextIO:
-    """Where answers go: verbs and libraries may print what they like, which goes with the errors."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def open_results() -> TextIO:
+    """Return a stream for results, and redirect what commands and libraries print to the errors."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return own
+    return stream

@@ -1,6 +1,6 @@
-"""``make figures TOPIC=reliability``: what faults, load and time do, into ``docs/results/reliability.json``.
+"""``make figures TOPIC=reliability``: effects of faults, load and time, into ``docs/results/reliability.json``.
 
-Parts can be named (``make figures TOPIC=reliability PARTS="kills"``); without any, all are measured.
+``PARTS="kills load"`` measures these parts only.
 """
 
 from __future__ import annotations
@@ -13,46 +13,53 @@ from app.config import DemoConfig
 from app.demo import demo
 from experiments.figures import command_of, measure, record
 from tests.reliability.faults.kills import kill_figures
-from tests.reliability.fuzz.guided import GuidedFuzzConfig, guided_fuzz, summarise
+from tests.reliability.fuzz import fuzz, guided
 from tests.reliability.hostile import hostile
 from tests.reliability.load import load
-from tests.reliability.load.many_threads import hand_off
-from tests.reliability.offline.offline import offline
+from tests.reliability.load.many_threads import measure_hand_off
+from tests.reliability.offline.offline import measure_offline
 from tests.reliability.soak import soak
 from vpr.data.catalog import load_catalog
 
 
-def measure_kills() -> None:
-    """Every stage, killed at random moments and started again."""
+def record_kills() -> None:
+    """Record every stage killed at random moments and resumed."""
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         figures, table = kill_figures(Path(folder), command_of("reliability", "kills"))
     record("reliability", figures, {"kills": table})
 
 
-def measure_hostile() -> None:
-    """Input that attacks, on every road that reads it."""
-    figures, rows = hostile.summarise(hostile.attack(hostile.HostileConfig()), command_of("reliability", "hostile"))
-    record("reliability", figures, {"hostile": rows})
+def record_hostile() -> None:
+    """Record hostile input on every route that reads it."""
+    results = hostile.attack(hostile.HostileConfig())
+    figures, table = hostile.summarise(results, command_of("reliability", "hostile"))
+    record("reliability", figures, {"hostile": table})
 
 
-def measure_fuzz() -> None:
-    """The coverage-guided fuzzer on every target; each is recorded when it is done."""
-    found = []
-    for one in guided_fuzz(GuidedFuzzConfig()):
-        found.append(one)
-        figures, rows = summarise(found, command_of("reliability", "fuzz"))
-        record("reliability", figures, {"fuzz": rows})
+def record_mutations() -> None:
+    """Record mutated files, given to every command that reads them."""
+    figures, table = fuzz.summarise(fuzz.fuzz(fuzz.FuzzConfig()), command_of("reliability", "mutations"))
+    record("reliability", figures, {"mutations": table})
 
 
-def measure_offline() -> None:
-    """Every verb, with sockets blocked."""
+def record_fuzz() -> None:
+    """Record the coverage-guided fuzzer, after each of its targets."""
+    results = []
+    for result in guided.guided_fuzz(guided.GuidedFuzzConfig()):
+        results.append(result)
+        figures, table = guided.summarise(results, command_of("reliability", "fuzz"))
+        record("reliability", figures, {"fuzz": table})
+
+
+def record_offline() -> None:
+    """Record every command with blocked sockets."""
     folder = Path("runs/figures-reliability/offline").resolve()
-    figures, rows = offline(folder, command_of("reliability", "offline"))
-    record("reliability", figures, {"offline": rows})
+    figures, table = measure_offline(folder, command_of("reliability", "offline"))
+    record("reliability", figures, {"offline": table})
 
 
-def measure_load() -> None:
-    """The demo's student behind the search page, and its hand-off to Triton; nothing else should run meanwhile."""
+def record_load() -> None:
+    """Record the search page with the demo's student, and its hand-off to Triton, on an otherwise idle machine."""
     demo(DemoConfig())
     demo_folder, folder = Path("runs/demo"), Path("runs/load")
     config = load.LoadConfig((str(demo_folder / "student"),), str(demo_folder / "catalog"), str(folder / "gallery"))
@@ -60,12 +67,12 @@ def measure_load() -> None:
     figures, table = load.summarise(config, load.put_under_load(config), command)
     record("reliability", figures, {"load": table})
     queries = load_catalog(config.catalog).select(split="test", role="query")
-    figures, table = hand_off(demo_folder / "fp32", folder / "gallery", queries, folder, command)
+    figures, table = measure_hand_off(demo_folder / "fp32", folder / "gallery", queries, folder, command)
     record("reliability", figures, {"hand-off": table})
 
 
-def measure_soak() -> None:
-    """Two hours, or whatever ``python -m tests.reliability.soak.soak`` left; its samples are read again rather than made again."""
+def record_soak() -> None:
+    """Record a soak of two hours, or the samples of an earlier ``python -m tests.reliability.soak.soak``."""
     config = soak.SoakConfig()
     path = Path(config.output) / soak.SAMPLES
     if not path.is_file():
@@ -75,12 +82,13 @@ def measure_soak() -> None:
 
 
 PARTS = {
-    "kills": measure_kills,
-    "hostile": measure_hostile,
-    "fuzz": measure_fuzz,
-    "offline": measure_offline,
-    "load": measure_load,
-    "soak": measure_soak,
+    "kills": record_kills,
+    "hostile": record_hostile,
+    "mutations": record_mutations,
+    "fuzz": record_fuzz,
+    "offline": record_offline,
+    "load": record_load,
+    "soak": record_soak,
 }
 
 

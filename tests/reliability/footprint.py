@@ -1,22 +1,21 @@
-"""What a process holds of the machine: memory, threads, open files."""
+"""Memory, threads and open files of a process."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one process, as Linux counts it.
+    """Resources of one process, as Linux counts them.
 
     Attributes:
-        resident: bytes of memory that are in RAM, files mapped into it included.
-        anonymous: of these, bytes that are not of files: heaps and stacks.
-        threads: how many.
-        files: open descriptors, sockets included.
+        resident: Bytes in RAM, mapped files included.
+        anonymous: Bytes in RAM that belong to no file or shared segment: heaps and stacks.
+        threads: Number of threads.
+        files: Number of open descriptors, sockets included.
     """
 
     resident: int
@@ -25,28 +24,15 @@ class Footprint:
     files: int
 
 
-def footprint(process: int | None = None) -> Footprint:
-    """Of a process by its number; of this one without."""
-    folder = Path("/proc") / str(process or os.getpid())
-    fields = dict(line.split(":", 1) for line in (folder / "status").read_text(encoding="utf-8").splitlines())
-    kilobytes = {name: int(fields[name].split()[0]) for name in ("VmRSS", "RssAnon")}
-    # Listing the folder of this process opens it.
-    files = len(os.listdir(folder / "fd")) - (process in (None, os.getpid()))
-    return Footprint(kilobytes["VmRSS"] << 10, kilobytes["RssAnon"] << 10, int(fields["Threads"]), files)
+def measure_footprint(pid: int | None = None) -> Footprint:
+    """Return the footprint of a process; of the calling process without ``pid``."""
+    process = psutil.Process(pid)
+    with process.oneshot():
+        memory = process.memory_info()
+        return Footprint(memory.rss, memory.rss - memory.shared, process.num_threads(), process.num_fds())
 
 
 def heap_in_use() -> int:
-    """Bytes that glibc's heaps have lent out in this process; of another C library, which cannot tell, 0."""
-    tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if tell is None:
-        return 0
-    tell.restype = _Mallinfo
-    info = tell()
-    return int(info.uordblks + info.hblkhd)
-
-
-class _Mallinfo(ctypes.Structure):
-    """glibc's ``struct mallinfo2``."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+    """Return the bytes that this process has allocated from the C library's heaps."""
+    heap = psutil.heap_info()
+    return int(heap.heap_used + heap.mmap_used)

@@ -1,4 +1,4 @@
-"""Unfinished work of a command: a folder next to the output, so that a killed run resumes and processes share the work."""
+"""Unfinished work of a command, next to its output: killed runs resume and processes share the work."""
 
 from __future__ import annotations
 

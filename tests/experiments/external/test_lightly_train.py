@@ -1,4 +1,4 @@
-"""The student as a timm ViT, and the cut of a classifier's graph; both without the other toolkits' environments."""
+"""Student as a timm ViT, and the cut of a classifier's graph, without other environments."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from experiments.external.lightly_train import INPUT, OUTPUT, end_at_scores, timm_arguments, timm_weights
+from experiments.external.lightly_train import INPUT, OUTPUT, cut_at_scores, timm_arguments, timm_weights
 from student.config import StudentConfig
 from student.model import Student
 from vpr.inference.onnx_graph import GraphSession
 
 
 @pytest.mark.parametrize(("size", "patch", "dim", "heads"), [(64, 16, 128, 2), (32, 8, 192, 3)])
-def test_timm_computes_what_the_student_does(size: int, patch: int, dim: int, heads: int) -> None:
+def test_timm_equals_student(size: int, patch: int, dim: int, heads: int) -> None:
     torch.manual_seed(0)
     config = StudentConfig(
         image_size=size, patch_size=patch, dim=dim, depth=2, heads=heads, mlp_dim=96, embedding_dim=24, stem="conv"
     )
     student = Student(config)
-    with torch.no_grad():  # norms that are the identity would hide a mistake
+    with torch.no_grad():  # identity norms would hide an error
         for value in (*student.parameters(), *student.buffers()):
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value) * 0.2 + 0.01)
     student.eval()
     body, projection = timm_weights(student.state_dict())
-    other = timm.create_model("vit_tiny_patch16_224", pretrained=False, **timm_arguments(asdict(config))).eval()
-    other.load_state_dict(body)
+    timm_model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **timm_arguments(asdict(config))).eval()
+    timm_model.load_state_dict(body)
     pixels = torch.randn(3, 3, size, size)
     with torch.inference_mode():
-        pooled = other.forward_features(pixels).mean(dim=1)
+        pooled = timm_model.forward_features(pixels).mean(dim=1)
         scores = torch.nn.functional.linear(pooled, projection["weight"], projection["bias"])
         expected = student(pixels)
     assert (expected[0] - expected[1]).abs().max() > 1e-5
@@ -47,8 +47,8 @@ def _classifier(kind: int) -> onnx.ModelProto:
     nodes = [
         helper.make_node("Softmax", ["images"], ["attended"]),
         helper.make_node("MatMul", ["attended", "weight"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["chances"]),
-        helper.make_node("TopK", ["chances", "one"], ["scores", "labels"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"]),
+        helper.make_node("TopK", ["probabilities", "one"], ["scores", "labels"]),
     ]
     graph = helper.make_graph(
         nodes,
@@ -61,12 +61,12 @@ def _classifier(kind: int) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(TensorProto.FLOAT, 1e-6), (TensorProto.FLOAT16, 5e-3)])
-def test_a_classifier_is_cut_at_its_scores(kind: int, tolerance: float) -> None:
-    cut = end_at_scores(_classifier(kind), width=6)
+def test_classifier_is_cut_at_scores(kind: int, tolerance: float) -> None:
+    cut = cut_at_scores(_classifier(kind), width=6)
     onnx.checker.check_model(cut, full_check=True)
     assert "TopK" not in {node.op_type for node in cut.graph.node}
     inputs = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-    found = GraphSession(cut, 1).run([OUTPUT], {INPUT: inputs})[0]
+    scores = GraphSession(cut, 1).run([OUTPUT], {INPUT: inputs})[0]
     attended = np.exp(inputs) / np.exp(inputs).sum(axis=1, keepdims=True)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, attended @ (np.arange(24).reshape(4, 6) / 10), atol=tolerance)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, attended @ (np.arange(24).reshape(4, 6) / 10), atol=tolerance)

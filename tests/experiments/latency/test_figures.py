@@ -16,13 +16,13 @@ def _run(**rows: tuple[float, str | None]) -> dict[str, Timing]:
     return {**timings, "absent": Timing(latency_ms=None, notes="not run: no GPU")}
 
 
-def test_rows_that_move_are_explained_or_counted() -> None:
+def test_moved_rows_are_explained_or_counted() -> None:
     first = _run(still=(10.0, None), jumpy=(10.0, "second half +9% against the first"), moved=(10.0, None))
     second = _run(still=(10.3, None), jumpy=(13.0, None), moved=(10.8, None))
     rows, moves = compare_runs(first, second)
-    assert moves == pytest.approx([0.03, 0.08])  # what a run calls unstable itself is not held against the harness
-    told = {row["model"]: row["unstable"] for row in rows}
-    assert told == {
+    assert moves == pytest.approx([0.03, 0.08])  # rows that a run itself marks unstable do not count
+    reasons = {row["model"]: row["unstable"] for row in rows}
+    assert reasons == {
         "still": "",
         "jumpy": "run 1: second half +9% against the first",
         "moved": "p50 moved by +8.0% between the runs",
@@ -30,7 +30,7 @@ def test_rows_that_move_are_explained_or_counted() -> None:
 
 
 @pytest.mark.slow
-def test_the_parts_run_through(student_artifact: Path, tmp_path: Path) -> None:
+def test_all_parts_run(student_artifact: Path, tmp_path: Path) -> None:
     fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp32"), images=2)))
     figures, rows = noise((fp32,), 0.02, ("onnxruntime-cpu",), "make")
     assert [row["model"] for row in rows] == ["fp32 (onnxruntime-cpu)"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.student.ablation import Setting, retention
-from experiments.student.dimension import teacher
-from experiments.student.sizes import GOALS, SIZES, Point, _kept, draw
+from experiments.student.ablation import Setting, compute_retention
+from experiments.student.dimension import synthetic_teacher
+from experiments.student.sizes import GOALS, SIZES, Point, _retention_figure, draw
 from student.model import Student, count_multiply_adds
 
 
@@ -18,36 +18,36 @@ def point(width: int, share: float, kept: float) -> Point:
     )
 
 
-def test_retention_is_the_ratio_and_its_interval_is_paired() -> None:
+def test_retention_has_paired_interval() -> None:
     rng = np.random.default_rng(0)
-    whole = rng.random(500) < 0.8
-    assert retention(whole.astype(float), whole) == (1.0, 1.0, 1.0)
-    half = whole & (rng.random(500) < 0.5)
-    value, low, high = retention(half.astype(float), whole)
-    assert value == pytest.approx(half.sum() / whole.sum())
+    teacher_hits = rng.random(500) < 0.8
+    assert compute_retention(teacher_hits.astype(float), teacher_hits) == (1.0, 1.0, 1.0)
+    half = teacher_hits & (rng.random(500) < 0.5)
+    value, low, high = compute_retention(half.astype(float), teacher_hits)
+    assert value == pytest.approx(half.sum() / teacher_hits.sum())
     assert low < value < high
-    # Of a share of hits p among n, the deviation is sqrt(p (1 - p) / n).
-    assert (high - low) / 4 == pytest.approx(np.sqrt(value * (1 - value) / whole.sum()), rel=0.15)
+    # The standard deviation of a share p of n hits is sqrt(p (1 - p) / n).
+    assert (high - low) / 4 == pytest.approx(np.sqrt(value * (1 - value) / teacher_hits.sum()), rel=0.15)
 
 
-def test_the_made_teacher_has_the_spectrum_it_is_said_to_have() -> None:
-    fitted, scored, products = teacher(1.0, 0.5, 0)
+def test_synthetic_teacher_has_its_spectrum() -> None:
+    fitted, scored, products = synthetic_teacher(1.0, 0.5, 0)
     assert len(scored) == len(products)
     values = np.linalg.svd(fitted.astype(np.float64), compute_uv=False) ** 2
-    # Unit length takes from the strongest directions most, so these are compared below them.
+    # Normalisation shrinks the strongest directions most, so weaker ones are compared.
     np.testing.assert_allclose(values[[15, 31, 63]] / values[7], [1 / 2, 1 / 4, 1 / 8], rtol=0.12)
 
 
-def test_each_share_is_shown_by_the_largest_student_within_it(tmp_path: Path) -> None:
+def test_largest_student_within_share_is_drawn(tmp_path: Path) -> None:
     points = [point(96, 0.1, 0.7), point(128, 0.2, 0.8), point(192, 0.4, 0.9), point(256, 0.8, 1.0)]
     setting = Setting("s", tmp_path, tmp_path, tmp_path, 1, 1, "command")
-    assert [_kept(points, share, goal, setting).value for share, goal in GOALS.items()] == [0.9, 0.8]
+    assert [_retention_figure(points, share, goal, setting).value for share, goal in GOALS.items()] == [0.9, 0.8]
     draw(points, tmp_path / "sizes.svg")
     text = (tmp_path / "sizes.svg").read_text()
     assert all(f">{p.width} wide<" in text for p in points)
 
 
-def test_the_curve_s_students_lie_on_both_sides_of_the_shares() -> None:
+def test_curve_brackets_the_shares() -> None:
     """A quarter and a half of the sample teacher's 201.6 million multiply-adds."""
     adds = [count_multiply_adds(Student(replace(shape, embedding_dim=256)), 96) / 201.6e6 for shape in SIZES.values()]
     assert adds == sorted(adds, reverse=True)

@@ -19,7 +19,7 @@ SMALL = StudentStepConfig("sample", "sample-vit", batch=2, steps=2, warmup=1, de
 
 
 @pytest.mark.parametrize("mode", ["cached", "online"])
-def test_the_student_learns_and_the_teacher_does_not(mode: str) -> None:
+def test_only_the_student_changes(mode: str) -> None:
     step = StudentStep(mode, SMALL)  # type: ignore[arg-type]
     step.set_batch(4)
     before = [p.clone() for p in step.student.parameters()]
@@ -29,28 +29,28 @@ def test_the_student_learns_and_the_teacher_does_not(mode: str) -> None:
     assert step.fits(2)
 
 
-def test_the_teacher_s_pass_is_counted_once_and_only_where_it_runs() -> None:
+def test_teacher_flops_count_where_it_runs() -> None:
     cached, online = (StudentStep(mode, SMALL) for mode in SMALL.modes)
-    own = 6 * count_multiply_adds(cached.student, 64)
-    assert needed_flops(SMALL, cached) == own
-    assert needed_flops(SMALL, online) == own + forward_flops("sample-vit")
+    student_flops = 6 * count_multiply_adds(cached.student, 64)
+    assert needed_flops(SMALL, cached) == student_flops
+    assert needed_flops(SMALL, online) == student_flops + forward_flops("sample-vit")
 
 
-def test_a_small_student_is_measured_on_the_cpu() -> None:
+def test_small_student_is_measured_on_cpu() -> None:
     figures, tables = student_step(SMALL)
     assert all(figure.value and figure.value > 0 for figure in figures)
     assert [row["signal"] for row in tables["student-step"]] == ["cached", "online"]
     assert [figure.name for figure in figures] == [figure.name for figure in unmeasured(SMALL)]
 
 
-def test_the_cpu_needs_a_batch() -> None:
+def test_cpu_needs_a_batch() -> None:
     with pytest.raises(UserError, match="--batch 8"):
         StudentStepConfig(device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_no_gpu_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
         main([])
-    assert ended.value.code == 2
+    assert end.value.code == 2
     assert "PyTorch finds no GPU here" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from experiments.teacher.input_pipeline import consumption, delivery
+from experiments.teacher.input_pipeline import consumption_rate, delivery_rate
 from teacher.config import TowerConfig
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
@@ -15,12 +15,12 @@ from vpr.imaging.preprocess import Preprocess
 
 def test_rates_count_images(catalog: Catalog) -> None:
     training = catalog.select(split="train")
-    assert delivery(training, Preprocess(size=32), LoaderConfig(16, workers=1), 0.2) > 16
-    assert consumption(training, TowerConfig("sample", "", 32), 16, 0.2) > 1
+    assert delivery_rate(training, Preprocess(size=32), LoaderConfig(16, workers=1), 0.2) > 16
+    assert consumption_rate(training, TowerConfig("sample", "", 32), 16, 0.2) > 1
 
 
-def test_large_jpegs_are_decoded_at_a_reduced_scale() -> None:
-    """By size, not by time: the decoder hands over a smaller image that still has twice the needed side."""
+def test_large_jpeg_is_decoded_at_reduced_scale() -> None:
+    """The decoder returns a smaller image with at least twice the needed side."""
     stream = io.BytesIO()
     Image.fromarray(np.zeros((3000, 4000, 3), dtype=np.uint8)).save(stream, "JPEG")
     assert decode_bytes(stream.getvalue(), "phone.jpg").size == (4000, 3000)

@@ -4,10 +4,10 @@ import pytest
 
 from tests.reliability.faults.pipeline import Pipeline
 
-LAST = "int8"  # engines and reports take longer
+LAST_STAGE = "int8"  # engines and reports take longer
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Every stage's unbroken run."""
-    return Pipeline(tmp_path_factory.mktemp("pipeline"), LAST)
+    """The uninterrupted run of every stage."""
+    return Pipeline(tmp_path_factory.mktemp("pipeline"), LAST_STAGE)

@@ -1,4 +1,4 @@
-"""Things that happen to the process that calls them: a disk that is full, a wrong clock, a kill at a given step."""
+"""Faults in the calling process: a full disk, a wrong clock, a kill at a given step."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from collections.abc import Callable
 from datetime import datetime, tzinfo
 from typing import Any, Self
 
-from vpr.artifacts import store as artifact
+from vpr.artifacts import store
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod")
 
 
-def limit_files(size: int) -> None:
-    """Let no file of this process grow beyond so many bytes, as on a disk that is full."""
+def limit_file_size(size: int) -> None:
+    """Let no file of this process grow beyond so many bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def set_clock_back() -> None:
-    """Let the clock of this process stand years before, and run backwards from there."""
-    seconds = itertools.count(1_000_000_000, -1)  # 2001
+    """Set the clock of this process to 2001, and let it run backwards from there."""
+    seconds = itertools.count(1_000_000_000, -1)
 
-    class Past(datetime):
+    class BackwardDatetime(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Self:
             return cls.fromtimestamp(next(seconds), tz)
 
     time.time = lambda: float(next(seconds))
     time.time_ns = lambda: next(seconds) * 10**9
-    artifact.datetime = Past  # type: ignore[attr-defined, misc]
+    store.datetime = BackwardDatetime  # type: ignore[attr-defined, misc]
 
 
-def die_at(step: int, folder: str) -> None:
-    """Let this process kill itself just before its n-th change of a file or folder below ``folder``, from 1."""
-    left = [step]
+def kill_at_change(number: int, folder: str) -> None:
+    """Kill this process just before its n-th change of a file or folder below ``folder``, counted from 1."""
+    remaining = [number]
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _CHANGES and not (event == "open" and (arguments[2] or 0) & _WRITING):
             return
-        # Where a folder is removed with all that it holds, names are relative to it.
+        # Names are relative where a folder is removed with its contents.
         name = str(arguments[0])
         if name.startswith(folder) or not os.path.isabs(name):
-            left[0] -= 1
-            if not left[0]:
+            remaining[0] -= 1
+            if not remaining[0]:
                 die()
 
-    sys.addaudithook(watch)
+    sys.addaudithook(count)
 
 
 def before_file(number: int, pattern: str, act: Callable[[], object]) -> None:
-    """Let this process act once, before it moves its n-th file to a name that the pattern matches, from 1.
+    """Call ``act`` before this process renames its n-th file to a matching name, counted from 1.
 
-    Those before it lie there whole and the run is not done: whatever the machine's speed, this is in the middle of it.
+    Earlier files are complete and the command has not finished: at any speed of the machine this is in the middle.
     """
-    left = [number]
+    remaining = [number]
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "os.rename" and fnmatch.fnmatch(str(arguments[1]), pattern):
-            left[0] -= 1
-            if not left[0]:
+            remaining[0] -= 1
+            if not remaining[0]:
                 act()
 
-    sys.addaudithook(watch)
+    sys.addaudithook(count)
 
 
 def die() -> None:
-    """``kill -9`` of this process."""
+    """Send SIGKILL to this process."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What ``kill -9`` costs: every stage killed at random moments, and some at each single step of writing."""
+"""Figures of ``kill -9``: every stage killed at random moments, and some stages at each step of writing."""
 
 from __future__ import annotations
 
@@ -9,94 +9,97 @@ from pathlib import Path
 import numpy as np
 
 from experiments.figures import Figure, Row
+from tests.reliability.commands import Command
 from tests.reliability.faults.killed_run import KilledRun, kill_at_random, kill_at_step
 from tests.reliability.faults.pipeline import Pipeline
-from tests.reliability.faults.stages import STAGES, Stage
+from tests.reliability.faults.stages import STAGES
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
 
 def kill_stages(
-    pipeline: Pipeline, times: int, seed: int, steps: Sequence[str]
+    pipeline: Pipeline, times: int, seed: int, stepped_stages: Sequence[str]
 ) -> tuple[list[KilledRun], list[KilledRun]]:
-    """Kill every stage so many times at random moments, and some at each of their steps.
+    """Kill every stage at random moments, and some stages at each of their steps.
 
     Args:
-        pipeline: the stages.
-        times: runs of each that are killed.
-        seed: of the moments.
-        steps: stages that are killed at every single change of a file or folder.
+        pipeline: Stages to kill.
+        times: Number of killed runs of each stage.
+        seed: Seed of the moments.
+        stepped_stages: Names of the stages to kill at every single change of a file or folder.
 
     Returns:
-        the runs killed at random moments, and those killed at each step.
+        Runs killed at random moments, and runs killed at each step.
     """
-    drawn: list[KilledRun] = []
-    stepped: list[KilledRun] = []
-    for place, stage in enumerate(pipeline.stages.values()):
+    random_runs: list[KilledRun] = []
+    stepped_runs: list[KilledRun] = []
+    for index, stage in enumerate(pipeline.stages.values()):
         for number in range(times):
-            rng = np.random.default_rng([seed, place, number])
-            drawn.append(kill_at_random(pipeline, stage, rng, pipeline.folder / f"kill-{len(drawn)}"))
-            _say_fault(drawn[-1], f"kill-{len(drawn) - 1}")
-        if stage.name in steps:
-            stepped += every_step(pipeline, stage)
-        log.info(f"  {stage.name}: {sum(one.kills for one in drawn if one.stage == stage.name)} kills")
-    return drawn, stepped
+            rng = np.random.default_rng([seed, index, number])
+            folder = f"kill-{len(random_runs)}"
+            random_runs.append(kill_at_random(pipeline, stage, rng, pipeline.folder / folder))
+            _log_fault(random_runs[-1], folder)
+        if stage.output in stepped_stages:
+            stepped_runs += kill_every_step(pipeline, stage)
+        log.info(f"  {stage.output}: {sum(run.kills for run in random_runs if run.stage == stage.output)} kills")
+    return random_runs, stepped_runs
 
 
-def every_step(pipeline: Pipeline, stage: Stage) -> list[KilledRun]:
-    """Runs of a stage, each killed at the next of its changes of a file or folder, until there are no more."""
-    killed: list[KilledRun] = []
+def kill_every_step(pipeline: Pipeline, stage: Command) -> list[KilledRun]:
+    """Run a stage again and again, each time killed one change later, until it ends before its kill."""
+    runs: list[KilledRun] = []
     while True:
-        name = f"{stage.name}-step-{len(killed) + 1}"
-        run = kill_at_step(pipeline, stage, len(killed) + 1, pipeline.folder / name)
-        _say_fault(run, name)
+        name = f"{stage.output}-step-{len(runs) + 1}"
+        run = kill_at_step(pipeline, stage, len(runs) + 1, pipeline.folder / name)
+        _log_fault(run, name)
         if not run.kills:
-            return killed
-        killed.append(run)
+            return runs
+        runs.append(run)
 
 
 def kill_figures(
-    folder: Path, command: str, times: int = 20, seed: int = 0, last: str = STAGES[-1].name
+    folder: Path, command: str, times: int = 20, seed: int = 0, last: str = STAGES[-1].output
 ) -> tuple[list[Figure], list[Row]]:
-    """What ``kill -9`` costs: figures over all stages, and the table by stage."""
-    drawn, stepped = kill_stages(Pipeline(folder, last), times, seed, ("shard-embeddings", "int8"))
+    """Return figures over all stages, and a table by stage."""
+    random_runs, stepped_runs = kill_stages(Pipeline(folder, last), times, seed, ("shard-embeddings", "int8"))
 
     def figure(name: str, value: float, goal: float | None) -> Figure:
         return Figure(name, value, "", goal, "<=", command, seeds=(seed,))
 
-    figures = [Figure("random kills", sum(one.kills for one in drawn), "", 200, ">=", command, seeds=(seed,))]
-    for what, killed in (("random kills", drawn), ("kills at every step of writing", stepped)):
+    kills = sum(run.kills for run in random_runs)
+    figures = [Figure("random kills", kills, "", 200, ">=", command, seeds=(seed,))]
+    for title, runs in (("random kills", random_runs), ("kills at every step of writing", stepped_runs)):
         figures += [
-            figure(f"{what}: damaged artifacts", sum(len(one.damaged) for one in killed), 0),
-            figure(f"{what}: runs that cannot go on", sum(bool(one.stuck) for one in killed), 0),
+            figure(f"{title}: damaged artifacts", sum(len(run.damaged) for run in runs), 0),
+            figure(f"{title}: runs that do not resume", sum(bool(run.failure) for run in runs), 0),
             figure(
-                f"{what}: results that are not the unbroken run's, bit for bit",
-                sum(bool(one.differs) for one in killed),
+                f"{title}: results that differ from the uninterrupted run",
+                sum(bool(run.differences) for run in runs),
                 0,
             ),
-            figure(f"{what}: runs that leave files or processes behind", sum(bool(one.left) for one in killed), 0),
+            figure(f"{title}: runs that leave files or processes", sum(bool(run.leftovers) for run in runs), 0),
         ]
-    figures.append(Figure("kills at every step of writing", len(stepped), "", None, ">=", command))
-    names = dict.fromkeys(one.stage for one in drawn)
-    return figures, [_row(name, [one for one in drawn if one.stage == name]) for name in names]
+    figures.append(Figure("kills at every step of writing", len(stepped_runs), "", None, ">=", command))
+    names = dict.fromkeys(run.stage for run in random_runs)
+    return figures, [_row(name, [run for run in random_runs if run.stage == name]) for name in names]
 
 
-def _row(name: str, killed: list[KilledRun]) -> Row:
-    found = Counter(one.found for one in killed)
+def _row(name: str, runs: list[KilledRun]) -> Row:
+    states = Counter(run.state for run in runs)
     return {
         "stage": name,
-        "runs": len(killed),
-        "kills": sum(one.kills for one in killed),
-        "found nothing / work / the artifact": f"{found['nothing']} / {found['work']} / {found['artifact']}",
-        "damaged": sum(len(one.damaged) for one in killed),
-        "cannot go on": sum(bool(one.stuck) for one in killed),
-        "another result": sum(bool(one.differs) for one in killed),
-        "files or processes left": sum(bool(one.left) for one in killed),
-        "work of the last run": f"{np.mean([one.again for one in killed]):.0%}",
+        "runs": len(runs),
+        "kills": sum(run.kills for run in runs),
+        "left nothing / work / the artifact": f"{states['nothing']} / {states['work']} / {states['artifact']}",
+        "damaged": sum(len(run.damaged) for run in runs),
+        "not resumed": sum(bool(run.failure) for run in runs),
+        "different result": sum(bool(run.differences) for run in runs),
+        "files or processes left": sum(bool(run.leftovers) for run in runs),
+        "work of the last run": f"{np.mean([run.share_of_work for run in runs]):.0%}",
     }
 
 
-def _say_fault(run: KilledRun, name: str) -> None:
-    if run.faulty:
-        log.info(f"  {name}: {run}")
+def _log_fault(run: KilledRun, name: str) -> None:
+    if run.is_faulty:
+        log.warning(f"  {name}: {run}")

@@ -1,7 +1,7 @@
-"""The stages as commands that something happens to (:mod:`tests.reliability.faults.injection`), and their unbroken results.
+"""Stages as processes for faults (:mod:`tests.reliability.faults.injection`), and their uninterrupted results.
 
-A process is forked from one that has imported the libraries and has no threads of its own, so that what is killed is
-the work and not its imports. From there on it is what ``python -m vpr`` is: a process with its own verb and files.
+Each process is forked from a server that has imported the libraries and runs a single thread. A kill therefore falls
+into the work of the command and not into its imports. Otherwise the process equals ``python -m vpr``.
 """
 
 from __future__ import annotations
@@ -15,43 +15,45 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import psutil
 
-from tests.reliability.faults.stages import STAGES, Stage, difference, leftovers, write_inputs
+from tests.reliability.commands import Command, paths_in, write_inputs
+from tests.reliability.faults.stages import STAGES, differences, leftovers
 from vpr.artifacts.paths import CARD_NAME
 from vpr.cli import COMMANDS
 from vpr.common.errors import UserError
 
-# What can be imported without starting a thread.
+# Libraries that start no thread on import.
 _PRELOADED = [
     *("torch", "torchvision", "lightning", "open_clip", "vit_pytorch", "onnx", "torch.onnx", "torch._dynamo"),
     *("torch.utils.tensorboard", "matplotlib", "jsonargparse", "pydantic", "rich.console"),
 ]
 # More threads would change the order of sums, and with it the last bits.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-OLDER = {"older": True}  # configuration of an artifact that lies at an output before
-_LOOK = 0.002
-_JITTER = 0.05  # seconds: a process that waits for its disk uses no processor time
-_PARTING = 10.0  # seconds that what a killed process had started may take to end
+OLDER_CONFIG = {"older": True}
+_POLL_SECONDS = 0.002
+_MAX_DELAY = 0.05  # seconds; a process that waits for its disk uses no processor time
+_MAX_SHUTDOWN = 10.0  # seconds for the children of a killed process to end
 
 Prepare = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedProcess:
     """A process that has ended.
 
     Attributes:
-        code: exit status; minus the signal that ended it.
-        seconds: of processor time, imports aside.
-        output: what it printed.
-        orphans: processes that it had started and that were still there a while after a kill.
+        code: Exit status; minus the signal for a process that a signal ended.
+        seconds: Processor time, imports aside.
+        output: Standard output and errors.
+        orphans: Child processes that were still alive some seconds later.
     """
 
     code: int
@@ -60,81 +62,82 @@ class Ended:
     orphans: tuple[str, ...] = ()
 
     @property
-    def killed(self) -> bool:
-        """Whether it was killed before it had finished."""
+    def was_killed(self) -> bool:
+        """Whether a kill ended the process before it had finished."""
         return self.code == -signal.SIGKILL
 
 
 class Pipeline:
-    """The stages' unbroken results, and the processes that make them again.
+    """Uninterrupted results of the stages, and processes that repeat a stage.
 
     Args:
-        folder: for everything.
-        last: name of the last stage that is wanted; those before it are run too.
+        folder: Folder for everything.
+        last: Name of the last stage; the constructor runs all stages up to it.
     """
 
-    def __init__(self, folder: Path, last: str = STAGES[-1].name) -> None:
+    def __init__(self, folder: Path, last: str = STAGES[-1].output) -> None:
         self.folder = folder
-        self._runs = 0
-        self.work: dict[str, float] = {}
-        self._paths = write_inputs(folder / "inputs")
-        names = [stage.name for stage in STAGES]
-        self.stages = {stage.name: stage for stage in STAGES[: names.index(last) + 1]}
+        self._starts = 0
+        self.seconds: dict[str, float] = {}
+        write_inputs(folder / "inputs")
+        self._paths = paths_in(folder / "inputs")
+        names = [stage.output for stage in STAGES]
+        self.stages = {stage.output: stage for stage in STAGES[: names.index(last) + 1]}
+        self._paths |= {name: str(self.expected(stage)) for name, stage in self.stages.items()}
         for stage in self.stages.values():
-            done = self.run(stage, self.unbroken(stage))
-            if done.code:
-                raise UserError(f"faults: {stage.verb}: {done.output[-500:]}: run it by hand")
-            self._paths[stage.name] = str(self.unbroken(stage))
-            self.work[stage.name] = done.seconds
+            process = self.run(stage, self.expected(stage))
+            if process.code:
+                raise UserError(f"faults: 'vpr {stage.verb}' failed ({process.output[-500:]}). Run it by hand.")
+            self.seconds[stage.output] = process.seconds
 
-    def unbroken(self, stage: Stage) -> Path:
-        """The artifact of the run that was left alone."""
-        return self.folder / "unbroken" / stage.name / stage.name
+    def expected(self, stage: Command) -> Path:
+        """Return the artifact of the uninterrupted run."""
+        return self.folder / "expected" / stage.output / stage.output
 
-    def command(self, stage: Stage, output: Path) -> list[str]:
-        """Words behind ``vpr``."""
-        return stage.command(self._paths, output)
+    def words(self, stage: Command, output: Path) -> list[str]:
+        """Return the stage's words after ``vpr``."""
+        return stage.words(self._paths, str(output))
 
-    def run(self, stage: Stage, output: Path, until: float = np.inf, prepare: Prepare | None = None) -> Ended:
-        """Run the stage's command; kill it after so many seconds of processor time, imports aside.
+    def run(
+        self, stage: Command, output: Path, max_seconds: float = np.inf, prepare: Prepare | None = None
+    ) -> EndedProcess:
+        """Run a stage to its end, or kill it.
 
         Args:
-            stage: whose command.
-            output: of it; its folder is made.
-            until: processor time.
-            prepare: called in the process before the command is.
+            stage: Command to run.
+            output: Path of its output; the parent folder is created.
+            max_seconds: Processor time after which the process is killed, imports aside.
+            prepare: Function that the process calls before the command.
         """
-        return self.start(stage, output, prepare).wait(until)
+        return self.start(stage, output, prepare).wait(max_seconds)
 
-    def start(self, stage: Stage, output: Path, prepare: Prepare | None = None) -> Running:
-        """Begin to run the stage's command; the arguments are those of :meth:`run`."""
+    def start(self, stage: Command, output: Path, prepare: Prepare | None = None) -> RunningProcess:
+        """Start a stage; for the arguments see :meth:`run`."""
         output.parent.mkdir(parents=True, exist_ok=True)
-        self._runs += 1
-        command = self.command(stage, output)
-        return Running(
-            command, COMMANDS[stage.verb].target.partition(":")[0], self.folder / f"{self._runs}.log", prepare
-        )
+        self._starts += 1
+        log = self.folder / f"{self._starts}.log"
+        return RunningProcess(self.words(stage, output), COMMANDS[stage.verb].target.partition(":")[0], log, prepare)
 
-    def departures(self, stage: Stage, output: Path) -> list[str]:
-        """What a result, and what lies beside it, has otherwise than the unbroken run's."""
-        unbroken = self.unbroken(stage)
-        return [*difference(stage, unbroken, output), *leftovers(unbroken.parent, output.parent)]
+    def differences(self, stage: Command, output: Path) -> list[str]:
+        """Return what differs from the uninterrupted run, in the result and in the files next to it."""
+        expected = self.expected(stage)
+        return [*differences(stage, expected, output), *leftovers(expected.parent, output.parent)]
 
-    def lay_older(self, stage: Stage, output: Path) -> None:
-        """An artifact of the same kind and another configuration, as an earlier training leaves it."""
-        shutil.copytree(self.unbroken(stage), output)
+    def write_older(self, stage: Command, output: Path) -> None:
+        """Write an artifact of the same kind and another configuration, as an earlier run leaves it."""
+        shutil.copytree(self.expected(stage), output)
         card = json.loads((output / CARD_NAME).read_bytes())
-        card["config"] = OLDER
+        card["config"] = OLDER_CONFIG
         (output / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
 
 
 @cache
-def _server() -> forkserver.ForkServer:
-    """What processes are forked from: it has the libraries, and one thread."""
+def _fork_server() -> forkserver.ForkServer:
+    """Return a server that has imported the libraries and runs one thread."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload(_PRELOADED)
     before = dict(os.environ)
-    os.environ.update(_ONE_THREAD)  # read by the libraries when they are loaded
+    os.environ.update(_ONE_THREAD)  # the libraries read these when they are loaded
     try:
         server.ensure_running()
     finally:
@@ -144,109 +147,96 @@ def _server() -> forkserver.ForkServer:
 
 
 class _Process(ForkServerProcess):
-    """Forked from that server: the usual one of this process may have been started for a training's images."""
+    """Process of that server: a training run may have started the default one for its data loader."""
 
     @staticmethod
     def _Popen(process: Any) -> Any:  # noqa: N802
-        usual = forkserver.connect_to_new_process
-        forkserver.connect_to_new_process = _server().connect_to_new_process
+        default = forkserver.connect_to_new_process
+        forkserver.connect_to_new_process = _fork_server().connect_to_new_process
         try:
             return ForkServerProcess._Popen(process)  # type: ignore[attr-defined]
         finally:
-            forkserver.connect_to_new_process = usual
+            forkserver.connect_to_new_process = default
 
 
-class Running:
-    """A command that has been started.
+class RunningProcess:
+    """A command that runs in a process.
 
     Args:
-        command: words behind ``vpr``.
-        module: of the verb; imported before anything is counted.
-        log: of what it prints.
-        prepare: called in it first.
+        words: Words after ``vpr``.
+        module: Module of the command; the process imports it before the processor time counts.
+        log: File for what the process prints.
+        prepare: Function that the process calls before the command.
     """
 
-    def __init__(self, command: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
+    def __init__(self, words: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
         self._log = log
-        self._process = _Process(target=_run, args=(command, module, log, prepare))
+        self._process = _Process(target=_run, args=(words, module, log, prepare))
         self._process.start()
         self._pid = cast(int, self._process.pid)
-        while not _begun(log).exists() and self._process.is_alive():
-            time.sleep(_LOOK)
-        self._before = self._seconds()
+        while not _start_mark(log).exists() and self._process.is_alive():
+            time.sleep(_POLL_SECONDS)
+        self._seconds_at_start = self._processor_seconds()
 
     @property
-    def alive(self) -> bool:
-        """Whether it is still at work."""
+    def is_alive(self) -> bool:
+        """Whether the command still runs."""
         return self._process.is_alive()
 
-    def wait(self, until: float = np.inf) -> Ended:
-        """Until it ends, or has used so many seconds of processor time: then it is killed."""
+    def wait(self, max_seconds: float = np.inf) -> EndedProcess:
+        """Wait for the end, or kill the process after so many seconds of processor time."""
         spent = 0.0
-        while self.alive and spent < until:
-            spent = max(spent, self._seconds() - self._before)
-            time.sleep(_LOOK)
-        if self.alive:
-            time.sleep(np.random.default_rng(int(spent * 1e9)).uniform(0, _JITTER))
-            self.kill()
+        while self.is_alive and spent < max_seconds:
+            spent = max(spent, self._processor_seconds() - self._seconds_at_start)
+            time.sleep(_POLL_SECONDS)
+        if self.is_alive:
+            time.sleep(np.random.default_rng(int(spent * 1e9)).uniform(0, _MAX_DELAY))
+            self._process.kill()
         self._process.join()
         output = self._log.read_text(encoding="utf-8", errors="replace")
-        return Ended(cast(int, self._process.exitcode), spent, output, survivors(partial(_members, self._pid)))
+        orphans = wait_for_orphans(lambda process: os.getsid(process.pid) == self._pid)
+        return EndedProcess(cast(int, self._process.exitcode), spent, output, orphans)
 
-    def kill(self) -> None:
-        """``kill -9``; nothing if it has ended."""
-        self._process.kill()
-        self._process.join()
-
-    def _seconds(self) -> float:
+    def _processor_seconds(self) -> float:
+        # psutil counts in ticks of 10 ms, as long as some stages take; this clock counts in nanoseconds.
         try:
-            return time.clock_gettime(~self._pid << 3 | 2)  # what clock_getcpuclockid(3) gives for a process
-        except OSError:  # it has ended
+            return time.clock_gettime(~self._pid << 3 | 2)  # the process's clock, as of clock_getcpuclockid(3)
+        except OSError:  # the process has ended
             return 0.0
 
 
-def survivors(alive: Callable[[], tuple[str, ...]], seconds: float = _PARTING) -> tuple[str, ...]:
-    """Processes that are still alive a while after what had started them has ended."""
-    until = time.monotonic() + seconds
-    while (left := alive()) and time.monotonic() < until:
-        time.sleep(_LOOK)
-    return left
+def wait_for_orphans(is_child: Callable[[psutil.Process], bool], seconds: float = _MAX_SHUTDOWN) -> tuple[str, ...]:
+    """Return the processes, as ``process 123``, that are still alive some seconds after their parent has ended."""
+    end = time.monotonic() + seconds
+    while (alive := _alive(is_child)) and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    return alive
 
 
-def _members(session: int) -> tuple[str, ...]:
-    return processes(lambda folder: int(_state(folder)[3]) == session)
+def _alive(is_child: Callable[[psutil.Process], bool]) -> tuple[str, ...]:
+    pids = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # the process has ended meanwhile, or belongs to another user
+            if is_child(process) and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                pids.append(process.pid)
+    return tuple(f"process {pid}" for pid in pids)
 
 
-def processes(wanted: Callable[[Path], bool]) -> tuple[str, ...]:
-    """Living processes by what their folder in ``/proc`` tells: ``process 123``."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            if _state(folder)[0] not in "ZX" and wanted(folder):
-                found.append(f"process {folder.name}")
-    return tuple(found)
+def _start_mark(log: Path) -> Path:
+    return log.with_suffix(".started")
 
 
-def _state(folder: Path) -> list[str]:
-    """State, parent, group and session."""
-    return (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
-
-
-def _begun(log: Path) -> Path:
-    return log.with_suffix(".begun")
-
-
-def _run(command: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
-    if len(os.listdir(f"/proc/{os.getppid()}/task")) != 1:
-        raise RuntimeError("the process that this one was forked from has threads: preload less")
-    os.setsid()  # so that what it starts can be told
+def _run(words: list[str], module: str, log: Path, prepare: Prepare | None) -> None:
+    if psutil.Process(os.getppid()).num_threads() != 1:
+        raise RuntimeError("the fork server runs threads. Remove the library that starts them from _PRELOADED.")
+    os.setsid()  # the session identifies the children of this process
     with log.open("ab") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     importlib.import_module(module)
     from vpr.cli import main
 
-    _begun(log).touch()
+    _start_mark(log).touch()
     if prepare is not None:
         prepare()
-    main(command)
+    main(words)

@@ -1,4 +1,4 @@
-"""Two processes that write the same name, and one that reads it meanwhile."""
+"""Two processes that write the same name while another one reads it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.reliability.faults.injection import before_file
 from tests.reliability.faults.pipeline import Pipeline
-from tests.reliability.faults.test_full_disk import refused
+from tests.reliability.faults.test_full_disk import error_line
 from vpr.artifacts.store import load_artifact
 
 WRITER = """
@@ -28,7 +28,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_writers_take_turns_and_a_reader_sees_whole_artifacts(tmp_path: Path) -> None:
+def test_reader_sees_complete_artifacts_only(tmp_path: Path) -> None:
     output = tmp_path / "shared"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(output), name]) for name in ("first", "second")]
     seen = set()
@@ -41,24 +41,24 @@ def test_writers_take_turns_and_a_reader_sees_whole_artifacts(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
-def test_two_commands_of_the_same_output_both_succeed(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_two_commands_with_one_output_succeed(pipeline: Pipeline, tmp_path: Path) -> None:
     stage, output = pipeline.stages["int8"], tmp_path / "int8"
-    both = [pipeline.start(stage, output) for _ in range(2)]
-    assert [one.wait().code for one in both] == [0, 0]
-    assert not pipeline.departures(stage, output)
+    processes = [pipeline.start(stage, output) for _ in range(2)]
+    assert [process.wait().code for process in processes] == [0, 0]
+    assert not pipeline.differences(stage, output)
 
 
-def test_a_training_that_is_started_twice_is_refused_the_second_time(pipeline: Pipeline, tmp_path: Path) -> None:
-    stage, output, go_on = pipeline.stages["teacher"], tmp_path / "teacher", tmp_path / "go-on"
-    first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", partial(wait_for, go_on)))
+def test_training_started_twice_is_rejected(pipeline: Pipeline, tmp_path: Path) -> None:
+    stage, output, resume = pipeline.stages["teacher"], tmp_path / "teacher", tmp_path / "resume"
+    first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", partial(wait_for, resume)))
     try:
-        while first.alive and not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
+        while first.is_alive and not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
             time.sleep(0.01)
-        assert "another process is at work here: wait for its end" in refused(pipeline.run(stage, output))
+        assert "another process is at work here: wait for its end" in error_line(pipeline.run(stage, output))
     finally:
-        go_on.touch()
-        done = first.wait()
-    assert done.code == 0, done.output
-    go_on.unlink()
+        resume.touch()
+        process = first.wait()
+    assert process.code == 0, process.output
+    resume.unlink()
     assert load_artifact(output)
-    assert not pipeline.departures(stage, output)
+    assert not pipeline.differences(stage, output)

@@ -1,8 +1,8 @@
-"""The process in which atheris fuzzes: ``python -m tests.reliability.fuzz.guided_worker TARGET FOLDER SECONDS ...``.
+"""Worker process of atheris: ``python -m tests.reliability.fuzz.guided_worker TARGET FOLDER SECONDS ...``.
 
-What follows is libFuzzer's: folders of inputs, of which the first grows, and options (``-merge=1`` keeps of the others
-what covers more). FOLDER holds ``told.json``, to which each run adds, and a file for each new fault with its traceback
-beside it; after a fault it goes on. It may crash or hang; :mod:`tests.reliability.fuzz.guided` watches it.
+Further arguments go to libFuzzer: folders of inputs, the first of which grows, and options. FOLDER holds
+``counts.json``, to which each run adds, and each new fault with its traceback in a ``.txt`` file. Fuzzing continues
+after a fault. The process may crash or hang; :mod:`tests.reliability.fuzz.guided` watches it.
 """
 
 from __future__ import annotations
@@ -21,91 +21,91 @@ from typing import TYPE_CHECKING
 
 import atheris
 
-if TYPE_CHECKING:  # instrumented when it is imported below
+if TYPE_CHECKING:  # main() imports and instruments it
     from tests.reliability.fuzz.targets import Target
 
-_OURS = ["vpr", "calibration", "export", "teacher", "tests.reliability.fuzz.targets"]
-_BY_FIELD = 0.5  # share of the mutations by field, of files that have fields
-_TELL_EVERY = 1.0  # seconds
+_INSTRUMENTED = ["vpr", "calibration", "export", "teacher", "tests.reliability.fuzz.targets"]
+_SHARE_BY_FIELD = 0.5  # share of the mutations by field, for files with fields
+_WRITE_SECONDS = 1.0  # interval between writes of the counts
 
 
-class Watched:
-    """A target that counts what becomes of its inputs, and keeps those that make a new fault.
+class CountedTarget:
+    """Target that counts the outcomes of its inputs, and stores inputs with a new fault.
 
     Args:
-        target: that is fuzzed.
-        folder: for ``told.json`` and the faults.
-        seconds: of processor time, all runs together, after which the process ends.
+        target: Target to fuzz.
+        folder: Folder of ``counts.json`` and the faults.
+        seconds: Processor time over all runs, after which the process ends.
     """
 
     def __init__(self, target: Target, folder: Path, seconds: float) -> None:
         self._target, self._folder, self._seconds = target, folder, seconds
-        self._seen = {path.stem for path in folder.glob("fault-*.txt")}
-        before = folder / "told.json"
-        self._told = Counter(json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {})
-        self._spent_before = self._told["seconds"] - time.process_time()
-        self._place = Path(tempfile.mkdtemp(prefix="fuzz-"))
-        self._due = 0.0
+        self._known_faults = {path.stem for path in folder.glob("fault-*.txt")}
+        before = folder / "counts.json"
+        self._counts = Counter(json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {})
+        self._spent_before = self._counts["seconds"] - time.process_time()
+        self._temporary = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        self._next_write = 0.0
 
     def run(self, data: bytes) -> None:
-        """One input; never raises."""
+        """Run one input; raises nothing."""
         from vpr.common.errors import UserError
 
         try:
-            self._target.run(self._place, data)
-            self._told["accepted"] += 1
+            self._target.run(self._temporary, data)
+            self._counts["accepted"] += 1
         except UserError:
-            self._told["refused"] += 1
+            self._counts["rejected"] += 1
         except (Exception, SystemExit) as error:
-            self._keep(data, error)
-        if time.monotonic() >= self._due:
-            self._tell()
+            self._store(data, error)
+        if time.monotonic() >= self._next_write:
+            self._write()
 
-    def _keep(self, data: bytes, error: BaseException) -> None:
-        """Faults are told apart by their kind and by where in our code they come from."""
+    def _store(self, data: bytes, error: BaseException) -> None:
+        """Store the input of a fault; faults are distinguished by exception class and by the project's frames."""
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-        ours = [f"{Path(frame.filename).name}:{frame.name}" for frame in frames if "/lib/python" not in frame.filename]
-        name = f"fault-{hashlib.sha256(f'{type(error).__name__} {ours}'.encode()).hexdigest()[:12]}"
-        if name in self._seen:
+        names = [f"{Path(frame.filename).name}:{frame.name}" for frame in frames if "/lib/python" not in frame.filename]
+        name = f"fault-{hashlib.sha256(f'{type(error).__name__} {names}'.encode()).hexdigest()[:12]}"
+        if name in self._known_faults:
             return
-        self._seen.add(name)
+        self._known_faults.add(name)
         (self._folder / name).write_bytes(data)
         (self._folder / f"{name}.txt").write_text("".join(traceback.format_exception(error))[-8000:], errors="replace")
 
-    def _tell(self) -> None:
+    def _write(self) -> None:
         spent = self._spent_before + time.process_time()
-        told = {"accepted": 0, "refused": 0, **self._told, "seconds": round(spent, 1)}
-        partial = self._folder / "told.partial"
-        partial.write_text(json.dumps(told), encoding="utf-8")
-        os.replace(partial, self._folder / "told.json")
+        counts = {"accepted": 0, "rejected": 0, **self._counts, "seconds": round(spent, 1)}
+        partial = self._folder / "counts.partial"
+        partial.write_text(json.dumps(counts), encoding="utf-8")
+        os.replace(partial, self._folder / "counts.json")
         if spent >= self._seconds:
-            os._exit(0)  # libFuzzer's own limit is by the clock, on which other work counts too
-        self._due = time.monotonic() + _TELL_EVERY
+            os._exit(0)  # libFuzzer's limit counts clock time, also that of other processes
+        self._next_write = time.monotonic() + _WRITE_SECONDS
 
 
 def main(name: str, folder: Path, seconds: float, options: list[str]) -> None:
-    """Fuzz until the time is over; does not return."""
+    """Fuzz until the time is over; this does not return."""
     import numpy as np
 
     from tests.reliability.fuzz.mutated_files import (
-        mutate_file,  # not instrumented: what it does is no coverage of ours
+        mutate_file,  # not instrumented: its coverage does not count
     )
 
-    with atheris.instrument_imports(include=_OURS):
+    with atheris.instrument_imports(include=_INSTRUMENTED):
         target: Target = importlib.import_module("tests.reliability.fuzz.targets").TARGETS[name]
 
-    def mutate(data: bytes, longest: int, seed: int) -> bytes:
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         rng = np.random.default_rng(seed)
-        if target.form and rng.random() < _BY_FIELD:
+        if target.suffix and rng.random() < _SHARE_BY_FIELD:
             try:
-                return mutate_file(f"input.{target.form}", data, rng)[1][:longest]
-            except Exception:  # it is written for well-formed files, and this is not one any more
+                return mutate_file(f"input.{target.suffix}", data, rng)[1][:max_size]
+            except Exception:  # mutate_file expects a well-formed file; earlier mutations may have broken it
                 pass
-        return atheris.Mutate(data, longest)
+        return atheris.Mutate(data, max_size)
 
-    watched = Watched(target, folder, seconds)
-    mutator = {"custom_mutator": mutate} if target.form else {}
-    atheris.Setup([sys.argv[0], f"-max_len={target.longest}", *options], watched.run, **mutator)
+    counted = CountedTarget(target, folder, seconds)
+    mutator = {"custom_mutator": mutate} if target.suffix else {}
+    atheris.Setup([sys.argv[0], f"-max_len={target.max_size}", *options], counted.run, **mutator)
     atheris.Fuzz()
 
 

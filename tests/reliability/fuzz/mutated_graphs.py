@@ -1,4 +1,4 @@
-"""ONNX graphs changed node by node, so that what comes out still parses and says something false. Pure, no I/O."""
+"""Seeded mutations of ONNX graphs, node by node, most of which still parse. No I/O."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
-from tests.reliability.fuzz.mutated_bytes import NUMBERS, TEXTS, Rng, pick, words
+from tests.reliability.fuzz.mutated_bytes import NUMBERS, TEXTS, Rng, describe, pick
 
-_SHARE_PLAUSIBLE, _TRIES = 0.75, 30
-# Operators that allocate, loop, or read and write what a graph of ours has no business with.
+_SHARE_VALID, _MAX_TRIES = 0.75, 30
+# Operators that allocate or loop, or that no exported graph has.
 _OPERATORS = (
     *("Fortune", "Loop", "If", "Scan", "Expand", "Tile", "ConstantOfShape", "Range", "Resize", "Reshape", "Gather"),
     *("MatMul", "Softmax", "Conv", "Pad", "Split", "Einsum", "NonZero", "OneHot", "QuantizeLinear", "StringNormalizer"),
@@ -19,25 +19,25 @@ _OPERATORS = (
 
 
 def mutate_graph(data: bytes, rng: Rng) -> tuple[str, bytes]:
-    """What was done to a graph, in words, and the file that comes of it.
+    """Return the mutations in words, and the mutated graph.
 
-    Most of the graphs are such that ONNX's checks have nothing against them: the others get no further.
+    Most of the graphs pass ONNX's checker: the checker stops all others.
     """
-    plausible = rng.random() < _SHARE_PLAUSIBLE
-    for left in reversed(range(_TRIES if plausible else 1)):
-        graph, done = onnx.ModelProto.FromString(data), []
-        if plausible:  # recorded shapes would give a change away
+    must_be_valid = rng.random() < _SHARE_VALID
+    for tries_left in reversed(range(_MAX_TRIES if must_be_valid else 1)):
+        graph, changes = onnx.ModelProto.FromString(data), []
+        if must_be_valid:  # recorded shapes would contradict a change
             del graph.graph.value_info[:]
         for _ in range(int(rng.integers(1, 4))):
             change = pick(rng, _CHANGES)
             change(graph, rng)
-            done.append(words(change))
-        if not left or _is_plausible(graph):
+            changes.append(describe(change))
+        if not tries_left or _is_valid(graph):
             break
-    return ", ".join(done), graph.SerializeToString()
+    return ", ".join(changes), graph.SerializeToString()
 
 
-def _is_plausible(graph: onnx.ModelProto) -> bool:
+def _is_valid(graph: onnx.ModelProto) -> bool:
     try:
         onnx.checker.check_model(graph.SerializeToString(), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError):
@@ -46,10 +46,10 @@ def _is_plausible(graph: onnx.ModelProto) -> bool:
 
 
 def _change_attribute(model: onnx.ModelProto, rng: Rng) -> None:
-    having = [node for node in model.graph.node if node.attribute]
-    if not having:
+    nodes = [node for node in model.graph.node if node.attribute]
+    if not nodes:
         return
-    node = pick(rng, having)
+    node = pick(rng, nodes)
     attribute = pick(rng, node.attribute)
     if rng.random() < 0.2:
         attribute.type = int(rng.integers(0, 15))
@@ -59,25 +59,25 @@ def _change_attribute(model: onnx.ModelProto, rng: Rng) -> None:
         node.attribute.remove(attribute)
     else:
         attribute.i, attribute.f = int(pick(rng, NUMBERS)), float(pick(rng, (0, -1, 1e38, np.nan, np.inf)))
-        for place in range(len(attribute.ints)):
-            attribute.ints[place] = int(pick(rng, (attribute.ints[place], *NUMBERS)))
+        for index in range(len(attribute.ints)):
+            attribute.ints[index] = int(pick(rng, (attribute.ints[index], *NUMBERS)))
 
 
 def _change_inputs(model: onnx.ModelProto, rng: Rng) -> None:
     node = pick(rng, [node for node in model.graph.node if node.input])
-    names = [name for one in model.graph.node for name in (*one.input, *one.output)]
-    at = int(rng.integers(len(node.input)))
+    names = [name for other in model.graph.node for name in (*other.input, *other.output)]
+    index = int(rng.integers(len(node.input)))
     if rng.random() < 0.2:
-        del node.input[at]
+        del node.input[index]
     elif rng.random() < 0.2:
         node.input.append(pick(rng, names))
     else:
-        node.input[at] = pick(rng, (*TEXTS, *node.output, *(pick(rng, names) for _ in range(8))))
+        node.input[index] = pick(rng, (*TEXTS, *node.output, *(pick(rng, names) for _ in range(8))))
 
 
 def _change_outputs(model: onnx.ModelProto, rng: Rng) -> None:
     node = pick(rng, [node for node in model.graph.node if node.output])
-    names = [name for one in model.graph.node for name in one.output]
+    names = [name for other in model.graph.node for name in other.output]
     node.output[0] = pick(rng, (*TEXTS, pick(rng, names), pick(rng, names)))
 
 
@@ -120,27 +120,27 @@ def _change_initialiser(model: onnx.ModelProto, rng: Rng) -> None:
         model.graph.initializer.remove(tensor)
 
 
-def _change_whole_numbers(model: onnx.ModelProto, rng: Rng) -> None:
-    """Shapes, axes and indices that the graph computes with, where it has some."""
-    having = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64]
-    if having:
-        tensor = pick(rng, having)
+def _change_integers(model: onnx.ModelProto, rng: Rng) -> None:
+    """Change constants of shapes, axes and indices, if the graph has any."""
+    tensors = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64]
+    if tensors:
+        tensor = pick(rng, tensors)
         values = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 8 * 8], np.int64).tolist()
         tensor.raw_data = b"".join(struct.pack("<q", pick(rng, (*NUMBERS, old))) for old in values)
 
 
 def _point_outside(model: onnx.ModelProto, rng: Rng) -> None:
-    """A weight that is said to lie in a file outside the artifact, or in one that never ends."""
+    """Refer a weight to a file outside the artifact, or to a file without end."""
     tensor = pick(rng, model.graph.initializer)
     tensor.data_location = TensorProto.EXTERNAL
     if rng.random() < 0.5:
         tensor.ClearField("raw_data")
-    lies = {
+    reference = {
         "location": pick(rng, ("../card.json", "/etc/passwd", "/dev/zero", "card.json", "", "x\0y")),
         "offset": str(pick(rng, NUMBERS)),
         "length": str(pick(rng, NUMBERS)),
     }
-    for key, value in lies.items():
+    for key, value in reference.items():
         tensor.external_data.add(key=key, value=value)
 
 
@@ -168,26 +168,26 @@ def _change_versions(model: onnx.ModelProto, rng: Rng) -> None:
         opset.version = int(pick(rng, (*NUMBERS, 11, 13, 17, 21)))
 
 
-def _add_a_body(model: onnx.ModelProto, rng: Rng) -> None:
-    """A graph within the graph: one that loops for ever, or a function that calls itself."""
+def _add_subgraph(model: onnx.ModelProto, rng: Rng) -> None:
+    """Add an endless loop, or a recursive function."""
     node = pick(rng, model.graph.node)
     if rng.random() < 0.5:
         body = onnx.GraphProto(name="body")
-        body.node.add(op_type="Identity", input=["again"], output=["goes_on"])
+        body.node.add(op_type="Identity", input=["again"], output=["continue"])
         body.input.extend([helper.make_tensor_value_info("turn", TensorProto.INT64, [])])
         body.input.extend([helper.make_tensor_value_info("again", TensorProto.BOOL, [])])
-        body.output.extend([helper.make_tensor_value_info("goes_on", TensorProto.BOOL, [])])
+        body.output.extend([helper.make_tensor_value_info("continue", TensorProto.BOOL, [])])
         yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
         model.graph.initializer.append(yes)
         loop = helper.make_node("Loop", ["", "yes"], [], name="endless")
         loop.attribute.append(AttributeProto(name="body", type=AttributeProto.GRAPH, g=body))
         model.graph.node.insert(0, loop)
     else:
-        node.op_type, node.domain = "Again", "own"
-        call = onnx.NodeProto(op_type="Again", domain="own", input=["x"], output=["y"])
-        function = onnx.FunctionProto(name="Again", domain="own", input=["x"], output=["y"], node=[call])
+        node.op_type, node.domain = "Again", "custom"
+        call = onnx.NodeProto(op_type="Again", domain="custom", input=["x"], output=["y"])
+        function = onnx.FunctionProto(name="Again", domain="custom", input=["x"], output=["y"], node=[call])
         model.functions.append(function)
-        model.opset_import.add(domain="own", version=1)
+        model.opset_import.add(domain="custom", version=1)
 
 
 _CHANGES = (
@@ -197,9 +197,9 @@ _CHANGES = (
     _change_operator,
     _move_nodes,
     _change_initialiser,
-    _change_whole_numbers,
+    _change_integers,
     _point_outside,
     _change_interface,
     _change_versions,
-    _add_a_body,
+    _add_subgraph,
 )

@@ -1,8 +1,8 @@
-"""What of ours parses bytes that someone sends: cards, CSV tables, ranges, and graphs that take Q/DQ.
+"""Fuzz targets: parsers of cards, CSV tables, ranges, and graphs that take Q/DQ.
 
-Each target is a function of a folder that it may write to and of the bytes. It returns where they are well-formed and
-raises :class:`UserError` where they are refused; anything else is a fault. :mod:`tests.reliability.fuzz.guided` looks for
-such bytes, and the tests give the kept ones (``tests/reliability/fuzz/corpus``) to the same functions. Run it by a fuzzer, or by a test.
+A target is a function of a folder to write to and of bytes. It returns for well-formed bytes and raises
+:class:`UserError` for rejected bytes; anything else is a fault. :mod:`tests.reliability.fuzz.guided` searches for such
+bytes. The tests give the stored ones (``tests/reliability/fuzz/corpus``) to the same functions.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _SIDE, _DIM = 16, 6
 _EMPTY = hashlib.sha256(b"").hexdigest()
 
 
-def card(folder: Path, data: bytes) -> None:
-    """``card.json``, read by all that reads cards; an empty ``model.onnx`` lies beside it."""
+def read_card(folder: Path, data: bytes) -> None:
+    """Read ``card.json``, next to an empty ``model.onnx``, by every reader of cards."""
     path = folder / "artifact"
     path.mkdir(exist_ok=True)
     (path / "card.json").write_bytes(data)
     (path / "model.onnx").touch()
-    if b"teacher" in data:  # of others it tells nothing
+    if b"teacher" in data:  # the command lists teachers only
         with redirect_stdout(StringIO()):
             runs(RunsConfig(str(folder)))
     try:
@@ -57,13 +57,13 @@ def card(folder: Path, data: bytes) -> None:
     finally:
         with suppress(UserError):
             check_output(path, "report")
-    found = artifact.card
-    assert all((path / name).resolve().is_relative_to(path.resolve()) for name in found.files), "a file outside"
-    find_up_to_date(path, found.kind, found.config, found.parents)
+    card = artifact.card
+    assert all((path / name).resolve().is_relative_to(path.resolve()) for name in card.files), "a file outside"
+    find_up_to_date(path, card.kind, card.config, card.parents)
 
 
-def table(folder: Path, data: bytes) -> None:
-    """A CSV table, read as what its columns say it is, and split."""
+def read_table(folder: Path, data: bytes) -> None:
+    """Read a CSV table with the reader of its columns, and split it."""
     path, kind = folder / "table.csv", "csv"
     if b"img_path" in data[:256]:
         kind = "aicrowd"
@@ -72,32 +72,32 @@ def table(folder: Path, data: bytes) -> None:
     elif b"class" in data[:256]:
         kind, path = "products10k", folder / "train.csv"
     path.write_bytes(data)
-    found = READERS[kind](path if kind == "csv" else folder)
-    rows = [{**row, "sha256": str(number)} for number, row in enumerate(found)]
+    images = READERS[kind](path if kind == "csv" else folder)
+    rows = [{**row, "sha256": str(number)} for number, row in enumerate(images)]
     if not rows:
         raise UserError("no images")
     for row in rows:
-        assert row["product"], "a row without its product"
+        assert row["product"], "a row without a product"
         assert (folder / row["image"]).resolve().is_relative_to(folder.resolve()), "an image outside"
-        assert row["box"] is None or all(math.isfinite(side) for side in row["box"].values()), "a box without end"
-    read = Catalog(split_by_product(rows_to_table(rows), 0.0, 0.5, 0), folder)
-    assert read.summary()["images"]["test"] >= 2, "a test split without a query and its gallery"
+        assert row["box"] is None or all(math.isfinite(side) for side in row["box"].values()), "an infinite box"
+    catalog = Catalog(split_by_product(rows_to_table(rows), 0.0, 0.5, 0), folder)
+    assert catalog.summary()["images"]["test"] >= 2, "a test split without a query and its gallery"
 
 
-def ranges(folder: Path, data: bytes) -> None:
-    """``ranges.json`` up to a zero byte, ``adjustments.safetensors`` behind it; what is read becomes Q/DQ."""
+def read_ranges_files(folder: Path, data: bytes) -> None:
+    """Read ``ranges.json`` up to a zero byte and ``adjustments.safetensors`` after it, and quantise a graph."""
     text, _, arrays = data.partition(b"\0")
     (folder / "ranges.json").write_bytes(text)
     (folder / "adjustments.safetensors").write_bytes(arrays or save({"bias:vit.first": np.ones(4, np.float32)}))
     graph, files = sample_graph(), ("ranges.json", "adjustments.safetensors")
     quantised = _quantise(graph, read_ranges(_artifact(folder, "ranges", files)))
-    scales = [numpy_helper.to_array(one) for one in quantised.graph.initializer if one.name.endswith("_scale")]
-    assert all(np.isfinite(np.float16(scale)).all() and (scale > 0).all() for scale in scales), "no scale"
+    scales = [numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer if tensor.name.endswith("_scale")]
+    assert all(np.isfinite(np.float16(scale)).all() and (scale > 0).all() for scale in scales), "an invalid scale"
     check_graph(quantised, _card("onnx", ()))
 
 
-def graph(folder: Path, data: bytes) -> None:
-    """``model.onnx``, loaded, and quantised as far as it goes."""
+def read_graph(folder: Path, data: bytes) -> None:
+    """Load ``model.onnx``, and quantise it as far as possible."""
     (folder / "model.onnx").write_bytes(data)
     artifact = _artifact(folder, "onnx", ("model.onnx",))
     loaded = load_graph(artifact)
@@ -107,11 +107,11 @@ def graph(folder: Path, data: bytes) -> None:
         check_graph(quantised, artifact.card)
 
 
-def _quantise(graph: onnx.ModelProto, found: Ranges) -> onnx.ModelProto:
-    """As ``vpr export int8`` does."""
-    smoothed = smooth(graph, found.smoothing)
+def _quantise(graph: onnx.ModelProto, ranges: Ranges) -> onnx.ModelProto:
+    """Quantise as ``vpr export int8`` does."""
+    smoothed = smooth(graph, ranges.smoothing)
     layers = list(quantised_nodes(smoothed, (), "full-mha"))
-    return to_fp16(quantise(smoothed, found.thresholds, layers, "int8", found.corrections))
+    return to_fp16(quantise(smoothed, ranges.thresholds, layers, "int8", ranges.corrections))
 
 
 @cache
@@ -130,13 +130,13 @@ def _card(kind: Kind, files: tuple[str, ...]) -> Card:
 
 
 def _artifact(folder: Path, kind: Kind, files: tuple[str, ...]) -> Artifact:
-    """Files that the checksums of their card are said to fit."""
+    """Return an artifact of the folder, whose checksums are not compared."""
     return Artifact(folder, _card(kind, files), _EMPTY)
 
 
 @cache
 def sample_graph() -> onnx.ModelProto:
-    """A graph of what an export of ours has: a LayerNormalization, linears as MatMul and as Gemm, an attention."""
+    """Return a graph with a LayerNormalization, linears as MatMul and as Gemm, and an attention."""
     rng = np.random.default_rng(0)
 
     def constant(name: str, *shape: int) -> onnx.TensorProto:
@@ -159,30 +159,30 @@ def sample_graph() -> onnx.ModelProto:
     constants += [constant("first.bias", 4), constant("last.weight", _DIM, 4), constant("last.bias", _DIM)]
     shapes = {"axes": [2, 3], "square": [-1, 2, 2], "flat": [-1, 4]}
     constants += [numpy_helper.from_array(np.array(values), name) for name, values in shapes.items()]
-    given = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", 3, _SIDE, _SIDE])
-    made = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", _DIM])
-    body = helper.make_graph(nodes, "sample", [given], [made], constants)
+    model_input = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", 3, _SIDE, _SIDE])
+    model_output = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", _DIM])
+    body = helper.make_graph(nodes, "sample", [model_input], [model_output], constants)
     return helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is fuzzed.
+    """Target of the fuzzer.
 
     Attributes:
-        run: returns, or raises :class:`UserError`.
-        form: suffix of the files that its bytes are, by which they are mutated; empty for bytes as such.
-        longest: bytes of an input.
+        run: Function that returns, or raises :class:`UserError`.
+        suffix: Suffix of the file format, which determines the mutations; empty for mutations of bytes.
+        max_size: Maximum size of an input, in bytes.
     """
 
     run: Callable[[Path, bytes], None]
-    form: str
-    longest: int
+    suffix: str
+    max_size: int
 
 
 TARGETS = {
-    "card": Target(card, "json", 1 << 15),
-    "table": Target(table, "", 1 << 12),
-    "ranges": Target(ranges, "", 1 << 13),
-    "graph": Target(graph, "onnx", 1 << 14),
+    "card": Target(read_card, "json", 1 << 15),
+    "table": Target(read_table, "", 1 << 12),
+    "ranges": Target(read_ranges_files, "", 1 << 13),
+    "graph": Target(read_graph, "onnx", 1 << 14),
 }

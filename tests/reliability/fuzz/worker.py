@@ -1,6 +1,6 @@
-"""The process that gives mutated files to the verbs: ``python -m tests.reliability.fuzz.worker FOLDER SEED``.
+"""Worker that gives mutated files to the commands: ``python -m tests.reliability.fuzz.worker FOLDER CASE SEED``.
 
-It answers numbers of cases (:mod:`tests.reliability.case_process`) for :mod:`tests.reliability.fuzz.fuzz`.
+:mod:`tests.reliability.fuzz.fuzz` sends it the numbers of the cases (:mod:`tests.reliability.case_process`).
 """
 
 from __future__ import annotations
@@ -13,138 +13,146 @@ from typing import Any
 
 import numpy as np
 
-from tests.reliability.case_process import answer, limit_memory, protocol
-from tests.reliability.commands import ARTIFACTS, COMMAND_CASES, RESULT, ROUTES, CommandCase, Route, sign
+from tests.reliability.case_process import limit_memory, open_results, serve_cases
+from tests.reliability.cases import ARTIFACTS, CASES, CSV, RESULT, ROUTES, Case, Route, sign
 from tests.reliability.fuzz.mutated_files import mutate_file
 from vpr.artifacts.store import load_artifact
 from vpr.cli import silence_libraries
 from vpr.common.errors import UserError
 
-_SIGNED = 0.85  # share of the cases in which the checksums are made to fit the mutated file
-_LONGEST_LINE = 2100
-_TABLE = "an older table\n"
+_SHARE_SIGNED = 0.85  # share of the cases whose checksums fit the mutated file
+_MAX_LINE = 2100
+_OLDER_TABLE = "an older table\n"
 
 
-def route_of(case: int) -> Route:
-    """The road of a case; they take turns."""
-    return ROUTES[case % len(ROUTES)]
+def route_of(number: int) -> Route:
+    """Return the route of a case; cases go through the routes in turn."""
+    return ROUTES[number % len(ROUTES)]
 
 
-def run_case(originals: Path, folder: Path, seed: int, case: int) -> dict[str, Any]:
-    """Mutate one file and give its artifact to a verb.
+def run_case(originals: Path, folder: Path, seed: int, number: int) -> dict[str, Any]:
+    """Mutate one file and run the case that reads its artifact.
 
     Args:
-        originals: artifacts of :func:`tests.reliability.commands.make_artifacts`.
-        folder: emptied first; what the verb is given and what it leaves.
-        seed: of all cases.
-        case: number; with the seed it says everything.
+        originals: Folder of :func:`tests.reliability.cases.make_artifacts`.
+        folder: Folder of the case, which is emptied first.
+        seed: Seed of all cases.
+        number: Number of the case.
 
     Returns:
-        ``mutation`` in words, and what :func:`outcome` tells.
+        ``mutation`` in words, whether it was ``signed``, and the keys of :func:`run_and_judge`.
     """
-    rng, route = np.random.default_rng([seed, case]), route_of(case)
-    verb = COMMAND_CASES[route.verb]
-    lay_out(originals, folder, verb)
+    rng, route = np.random.default_rng([seed, number]), route_of(number)
+    case = CASES[route.verb]
+    lay_out(originals, folder, case)
     path = folder / route.artifact / route.file
-    what, data = mutate_file(route.file, path.read_bytes(), rng)
+    mutation, data = mutate_file(route.file, path.read_bytes(), rng)
     path.write_bytes(data)
-    signed = bool(rng.random() < _SIGNED)
+    signed = bool(rng.random() < _SHARE_SIGNED)
     if signed:
         sign(folder, route.artifact, route.file)
-    return {"mutation": what, "signed": signed, **outcome(folder, verb)}
+    return {"mutation": mutation, "signed": signed, **run_and_judge(folder, case)}
 
 
-def lay_out(originals: Path, folder: Path, verb: CommandCase) -> None:
-    """Copies of all artifacts, and an older result of the verb at its output."""
+def lay_out(originals: Path, folder: Path, case: Case, with_older: bool = True) -> None:
+    """Copy all artifacts, and an older result to the output of the case."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
     for artifact in ARTIFACTS:
         if (originals / artifact).is_dir():
             shutil.copytree(originals / artifact, folder / artifact)
-    if verb.result == "csv":
-        (folder / f"{RESULT}.csv").write_text(_TABLE, encoding="utf-8")
-    elif (originals / verb.result / "card.json").is_file():
-        shutil.copytree(originals / verb.result, folder / RESULT)
+    if not with_older:
+        return
+    if case.older == CSV:
+        (folder / f"{RESULT}.csv").write_text(_OLDER_TABLE, encoding="utf-8")
+    elif (originals / case.older / "card.json").is_file():
+        shutil.copytree(originals / case.older, folder / RESULT)
 
 
-def outcome(folder: Path, verb: CommandCase, expected: type[Exception] | None = None) -> dict[str, Any]:
-    """What became of a verb.
+def run_and_judge(folder: Path, case: Case, expected: type[Exception] | None = None) -> dict[str, Any]:
+    """Run a case and judge how it ended.
 
     Args:
-        folder: as :func:`lay_out` left it, with what the verb is to be given.
-        verb: is run.
-        expected: an exception that tells another good end of the verb, after which its result is there.
+        folder: Folder as :func:`lay_out` left it, with the changed input.
+        case: Case to run.
+        expected: Exception of another valid end, after which the result exists.
 
     Returns:
-        ``outcome``: ``accepted``, ``refused``, ``exception``, ``half-written``, or the expected exception's name;
-        ``line`` says more.
+        ``outcome`` (``accepted``, ``rejected``, ``exception``, ``half-written``, or the name of the expected
+        exception) and ``line``, the message or a description of the fault.
     """
-    before = _result(folder)
+    before = _result_bytes(folder)
     try:
-        verb.run(folder)
-        ended, line = "accepted", ""
+        case.run(folder)
+        outcome, line = "accepted", ""
     except UserError as error:
-        ended, line = "refused", str(error)
-        if not line.isprintable() or len(line) > _LONGEST_LINE:
-            ended, line = "exception", f"no line for a terminal: {line[:200]!a}"
+        outcome, line = "rejected", str(error)
+        if not line.isprintable() or len(line) > _MAX_LINE:
+            outcome, line = "exception", f"message is not one printable line: {line[:200]!a}"
     except BaseException as error:
         if expected is not None and isinstance(error, expected):
             return {"outcome": expected.__name__, "line": str(error)}
-        last = traceback.extract_tb(error.__traceback__)
-        ours = [f"{Path(one.filename).name}:{one.lineno}" for one in last if "site-packages" not in one.filename]
-        ended, line = "exception", f"{type(error).__name__}: {str(error)[:300]!a} at {' '.join(ours[-3:])}"
-    fault = _fault(folder, verb, before, ended)
-    return {"outcome": "half-written", "line": fault} if fault else {"outcome": ended, "line": line}
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [
+            f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if "site-packages" not in frame.filename
+        ]
+        outcome, line = "exception", f"{type(error).__name__}: {str(error)[:300]!a} at {' '.join(lines[-3:])}"
+    fault = _output_fault(folder, case, before, outcome)
+    return {"outcome": "half-written", "line": fault} if fault else {"outcome": outcome, "line": line}
 
 
-def _result(folder: Path) -> bytes:
-    path = next(iter(_left(folder)), None)
+def _result_bytes(folder: Path) -> bytes:
+    path = next(iter(_outputs(folder)), None)
     if path is None:
         return b""
     return (path / "card.json" if path.is_dir() else path).read_bytes()
 
 
-def _left(folder: Path) -> list[Path]:
-    """What lies at the output, but for the parts that a run which did not end keeps beside it."""
+def _outputs(folder: Path) -> list[Path]:
+    """Return the files at the output, without the run folders that an unfinished command keeps next to it."""
     return [path for path in (folder / "out").iterdir() if not path.name.startswith(f"{Path(RESULT).name}.run-")]
 
 
-def _fault(folder: Path, verb: CommandCase, before: bytes, outcome: str) -> str:
-    """What is wrong with what a verb left behind: more than its result, a part of it, or a changed older one."""
-    names = sorted(path.name for path in _left(folder))
-    expected = {"": [], "csv": ["result.csv"]}.get(verb.result, ["result"])
+def _output_fault(folder: Path, case: Case, before: bytes, outcome: str) -> str:
+    """Describe what is wrong with the output: an extra or partial file, or a changed older result."""
+    names = sorted(path.name for path in _outputs(folder))
+    expected = {"": [], CSV: ["result.csv"]}.get(case.older, ["result"])
     if outcome != "accepted" and not before:
         expected = []
     if names != expected:
         return f"left {', '.join(names)}"
-    if outcome != "accepted" and _result(folder) != before:
+    if outcome != "accepted" and _result_bytes(folder) != before:
         return "changed the older result"
     if expected == ["result"]:
         try:
             load_artifact(folder / RESULT)
         except UserError as error:
             return str(error)
-    elif expected and outcome == "accepted" and not _result(folder).startswith(b"query,rank,"):
+    elif expected and outcome == "accepted" and not _result_bytes(folder).startswith(b"query,rank,"):
         return "wrote no table"
     return ""
 
 
 def warm_up(originals: Path, folder: Path) -> None:
-    """Run every verb on files that nobody mutated, so that libraries are loaded; none may refuse them."""
-    for name, verb in COMMAND_CASES.items():
-        lay_out(originals, folder, verb)
-        told = outcome(folder, verb)
-        if told["outcome"] != "accepted":
-            raise UserError(f"fuzz: {name}: unmutated files are not accepted: {told['line']}: mend that first")
+    """Run every case on unchanged files, which loads the libraries.
+
+    Raises:
+        UserError: A case rejects an unchanged file.
+    """
+    for name, case in CASES.items():
+        lay_out(originals, folder, case, with_older=False)
+        result = run_and_judge(folder, case)
+        if result["outcome"] != "accepted":
+            raise UserError(f"fuzz: '{name}' rejects unchanged files ({result['line']}). Fix this error and rerun.")
 
 
 def main(originals: Path, folder: Path, seed: int) -> None:
-    """Answer case by case until the input ends."""
-    answers = protocol()
+    """Run the cases of the input until it ends."""
+    results = open_results()
     silence_libraries()
     warm_up(originals, folder)
     limit_memory()
-    answer(lambda case: run_case(originals, folder, seed, case), answers)
+    serve_cases(lambda number: run_case(originals, folder, seed, number), results)
 
 
 if __name__ == "__main__":

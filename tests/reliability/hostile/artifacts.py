@@ -1,4 +1,4 @@
-"""ONNX graphs, safetensors and cards that attack whoever reads an artifact."""
+"""Hostile ONNX graphs, safetensors files and cards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from tests.reliability.commands import sign
+from tests.reliability.cases import sign
 from tests.reliability.fuzz.mutated_files import json_bytes
-from tests.reliability.hostile.inputs import Hostile, write, zipped
+from tests.reliability.hostile.inputs import Hostile, write, zip_file
 
-_HUGE: tuple[Any, ...] = (-1, 2**31, 2**63, 10**30, 10**400, 1e308, float("inf"), float("nan"), "9" * 5000, [], None)
-_TENSOR_LIES: dict[str, tuple[Any, ...]] = {
+_INVALID_NUMBERS: tuple[Any, ...] = (
+    -1,
+    2**31,
+    2**63,
+    10**30,
+    10**400,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "9" * 5000,
+    [],
+    None,
+)
+_INVALID_FIELDS: dict[str, tuple[Any, ...]] = {
     "shape": ([2**40, 2**40], [2**63], [-1], [], [1] * 100_000, None),
     "data_offsets": ([0, 2**63], [0, 2**40], [8, 0], [-8, 0], [0, 0], [2**40, 2**40 + 4], []),
     "dtype": ("F1", "", None, "F64", "pickle", "BOOL"),
@@ -27,74 +39,82 @@ _PICKLE = b"\x80\x04cos\nsystem\n(S'touch escaped'\ntR."
 
 
 def graphs() -> Iterator[Hostile]:
-    """Graphs whose weights lie elsewhere, that promise too much, or are none."""
-    roads = ("run by ONNX Runtime", "calibrate")
+    """Yield graphs with external weights, with huge sizes, and files that are no graphs."""
+    routes = ("ONNX Runtime", "calibrate")
     for name, change in _graph_changes():
-        yield Hostile("ONNX", name, "refused", roads, partial(_edit_graph, change))
-    for name, data in {"a zip": zipped("../x", b"x"), "nothing": b"", "9 MB of ones": b"\xff" * (9 << 20)}.items():
-        yield Hostile("ONNX", f"{name}, named .onnx", "refused", roads, partial(_replace, "fp32", "model.onnx", data))
+        yield Hostile("ONNX", name, "rejected", routes, partial(_edit_graph, change))
+    for name, data in {
+        "a zip": zip_file("../x", b"x"),
+        "an empty file": b"",
+        "9 MB of ones": b"\xff" * (9 << 20),
+    }.items():
+        yield Hostile("ONNX", f"{name}, named .onnx", "rejected", routes, partial(_replace, "fp32", "model.onnx", data))
 
 
 def _graph_changes() -> Iterator[tuple[str, Callable[[onnx.ModelProto], object]]]:
-    places = ("../card.json", "../../originals/fp32/model.onnx", "/etc/passwd", "/dev/zero", "card.json", "")
-    for place in (*places, "/proc/self/mem", "a/../../card.json", "~/.bashrc", "file:///etc/passwd"):
-        lies = {"location": place, "offset": "0", "length": "4096"}
-        yield f"weights in {place!r}", partial(_outside, lies, False)
-    for lies in ({"location": "x", "offset": "-1"}, {"location": "x", "length": str(2**63)}, {}):
-        yield f"weights said to lie outside: {lies}", partial(_outside, lies, True)
-    for place in ("/etc/passwd", "../card.json"):
-        yield f"a constant in {place!r}", partial(_constant, {"location": place})
-    yield from (("a weight of 2^60 numbers", _huge), ("opset 2^40", _opset), ("a function of itself", _function))
+    locations = ("../card.json", "../../originals/fp32/model.onnx", "/etc/passwd", "/dev/zero", "card.json", "")
+    for location in (*locations, "/proc/self/mem", "a/../../card.json", "~/.bashrc", "file:///etc/passwd"):
+        reference = {"location": location, "offset": "0", "length": "4096"}
+        yield f"weights in {location!r}", partial(_make_external, reference, False)
+    for reference in ({"location": "x", "offset": "-1"}, {"location": "x", "length": str(2**63)}, {}):
+        yield f"external weights: {reference}", partial(_make_external, reference, True)
+    for location in ("/etc/passwd", "../card.json"):
+        yield f"a constant in {location!r}", partial(_add_external_constant, {"location": location})
+    yield from (
+        ("a weight of 2^60 numbers", _set_huge_shape),
+        ("opset 2^40", _set_opset),
+        ("a recursive function", _add_recursion),
+    )
 
 
 def weights() -> Iterator[Hostile]:
-    """Weights whose header lies, and files that are none."""
-    roads = ("student embed", "export onnx")
-    for key, values in _TENSOR_LIES.items():
+    """Yield safetensors files with an invalid header, and other files with their suffix."""
+    routes = ("student embed", "export onnx")
+    for key, values in _INVALID_FIELDS.items():
         for value in values:
             put = partial(_edit_header, _first(key, value), None)
-            yield Hostile("safetensors", f"{key} {str(value)[:40]}", "refused", roads, put)
+            yield Hostile("safetensors", f"{key} {str(value)[:40]}", "rejected", routes, put)
     for length in (0, 1, 2**31, 2**40, 2**63, 2**64 - 1):
         put = partial(_edit_header, lambda header: None, length)
-        yield Hostile("safetensors", f"a header of {length} bytes", "refused", roads, put)
+        yield Hostile("safetensors", f"a header of {length} bytes", "rejected", routes, put)
     for change, name in (
         (_add_tensors, "100,000 more tensors"),
         (_overlap, "tensors that overlap"),
         (dict.clear, "no tensors"),
     ):
-        yield Hostile("safetensors", name, "refused", roads, partial(_edit_header, change, None))
-    for name, data in {"a pickle": _PICKLE, "a zip": zipped("../x", b"x")}.items():
+        yield Hostile("safetensors", name, "rejected", routes, partial(_edit_header, change, None))
+    for name, data in {"a pickle": _PICKLE, "a zip": zip_file("../x", b"x")}.items():
         put = partial(_replace, "student", "model.safetensors", data)
-        yield Hostile("safetensors", f"{name}, named .safetensors", "refused", roads, put)
+        yield Hostile("safetensors", f"{name}, named .safetensors", "rejected", routes, put)
 
 
 def cards() -> Iterator[Hostile]:
-    """Cards whose numbers no machine has, whose files lie elsewhere, or that are none."""
-    roads = ("student embed",)
+    """Yield cards with huge numbers, with files elsewhere, and files that are no cards."""
+    routes = ("student embed",)
     for path in (("preprocess", "size"), ("embedding", "dim"), ("schema",), ("config", "model", "dim")):
-        for value in _HUGE:
-            shown = "10^400" if value == 10**400 else str(value)[:24]
-            name = f"{'.'.join(path)} {shown} ({type(value).__name__})"
-            yield Hostile("card", name, "refused", roads, partial(_edit_card, path, value))
+        for value in _INVALID_NUMBERS:
+            text = "10^400" if value == 10**400 else str(value)[:24]
+            name = f"{'.'.join(path)} {text} ({type(value).__name__})"
+            yield Hostile("card", name, "rejected", routes, partial(_edit_card, path, value))
     for key in ("image_size", "depth", "heads", "mlp_dim", "registers"):
         put = partial(_edit_card, ("config", "model", key), 10**9)
-        yield Hostile("card", f"config.model.{key} 10^9", "refused", roads, put)
+        yield Hostile("card", f"config.model.{key} 10^9", "rejected", routes, put)
     for name in ("../../escaped", "/etc/passwd", "..\\escaped", "a/../../../x", "card.json/x", ""):
         put = partial(_edit_card, ("files",), {name: {"size": 1, "sha256": "0" * 64}})
-        yield Hostile("card", f"a file {name!r}", "refused", roads, put)
-    whole = {
+        yield Hostile("card", f"a file {name!r}", "rejected", routes, put)
+    files = {
         "5 MB of blanks": b" " * (5 << 20),
         "100,000 brackets": b"[" * 100_000,
         "a number of 100,000 digits": b'{"schema": ' + b"9" * 100_000 + b"}",
         "HTML": b"<html>",
         "not UTF-8": b'{"schema": "\xff"}',
-        "nothing": b"",
+        "an empty file": b"",
     }
-    for name, data in whole.items():
+    for name, data in files.items():
         put = partial(write, "student/card.json", data)
-        yield Hostile("card", f"{name} in its place", "refused", roads, put)
+        yield Hostile("card", f"{name} as the card", "rejected", routes, put)
     for target in ("/dev/zero", "/etc/passwd", "card.json"):
-        yield Hostile("card", f"a link to {target}", "refused", roads, partial(_replace_by_link, target))
+        yield Hostile("card", f"a link to {target}", "rejected", routes, partial(_replace_by_link, target))
 
 
 def _edit_graph(change: Callable[[onnx.ModelProto], object], folder: Path) -> None:
@@ -105,32 +125,32 @@ def _edit_graph(change: Callable[[onnx.ModelProto], object], folder: Path) -> No
     sign(folder, "fp32", "model.onnx")
 
 
-def _huge(graph: onnx.ModelProto) -> None:
+def _set_huge_shape(graph: onnx.ModelProto) -> None:
     graph.graph.initializer[0].dims[:] = [2**40, 2**20]
 
 
-def _opset(graph: onnx.ModelProto) -> None:
+def _set_opset(graph: onnx.ModelProto) -> None:
     graph.opset_import[0].version = 2**40
 
 
-def _function(graph: onnx.ModelProto) -> None:
-    call = onnx.NodeProto(op_type="Again", domain="own", input=["x"], output=["y"])
-    graph.functions.append(onnx.FunctionProto(name="Again", domain="own", input=["x"], output=["y"], node=[call]))
+def _add_recursion(graph: onnx.ModelProto) -> None:
+    call = onnx.NodeProto(op_type="Again", domain="custom", input=["x"], output=["y"])
+    graph.functions.append(onnx.FunctionProto(name="Again", domain="custom", input=["x"], output=["y"], node=[call]))
 
 
-def _outside(lies: dict[str, str], keep: bool, graph: onnx.ModelProto) -> None:
+def _make_external(reference: dict[str, str], keep_data: bool, graph: onnx.ModelProto) -> None:
     tensor = graph.graph.initializer[0]
     tensor.data_location = TensorProto.EXTERNAL
-    if not keep:
+    if not keep_data:
         tensor.ClearField("raw_data")
-    for key, value in lies.items():
+    for key, value in reference.items():
         tensor.external_data.add(key=key, value=value)
 
 
-def _constant(lies: dict[str, str], graph: onnx.ModelProto) -> None:
-    """The same in the attribute of a node."""
+def _add_external_constant(reference: dict[str, str], graph: onnx.ModelProto) -> None:
+    """Add a node with an attribute whose data is external."""
     tensor = onnx.TensorProto(name="x", dims=[4], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
-    for key, value in lies.items():
+    for key, value in reference.items():
         tensor.external_data.add(key=key, value=value)
     graph.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["outside"], value=tensor))
 
@@ -152,10 +172,12 @@ def _edit_header(change: Callable[[dict[str, Any]], object], length: int | None,
 
 
 def _first(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
-    """A change of the first tensor of many numbers: of one or none a lie could be the truth."""
-    return lambda header: next(one for one in header.values() if math.prod(one.get("shape", [])) > 1).update(
-        {key: value}
-    )
+    """Return a change of the first tensor with several numbers: with fewer, a wrong field could be correct."""
+
+    def change(header: dict[str, Any]) -> None:
+        next(entry for entry in header.values() if math.prod(entry.get("shape", [])) > 1)[key] = value
+
+    return change
 
 
 def _add_tensors(header: dict[str, Any]) -> None:
@@ -170,10 +192,10 @@ def _overlap(header: dict[str, Any]) -> None:
 def _edit_card(path: tuple[str, ...], value: Any, folder: Path) -> None:
     file = folder / "student" / "card.json"
     card = json.loads(file.read_bytes())
-    place = card
+    parent = card
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     file.write_bytes(json_bytes(card))
     sign(folder, "student", "card.json")
 

@@ -1,6 +1,7 @@
-"""Input that attacks, given to everything that reads it: each must be refused by a line, set aside, or read rightly.
+"""Give hostile input to every route that reads it: each must reject it in one line, set it aside, or read it correctly.
 
-``python -m tests.reliability.hostile.hostile`` prints what was found; ``make figures TOPIC=reliability PARTS=hostile`` records it.
+``python -m tests.reliability.hostile.hostile`` prints the results;
+``make figures TOPIC=reliability PARTS=hostile`` records them.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.command import run_command
-from experiments.figures import Figure, Row, show
+from experiments.command import check_minimums, run_command
+from experiments.figures import Figure, Row, print_figures
 from tests.reliability.case_process import Worker
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
-LONGEST = 10.0  # seconds of processor time, of a verb
-_WITH_ITS_FILE = 25.0  # the same, with the making of what it is given
-MOST_MEMORY = 2.0  # GB of a process, its libraries included
+MAX_SECONDS = 10.0  # processor time of a route
+_MAX_SECONDS_WITH_INPUT = 25.0  # the same, and the time to create the input
+MAX_MEMORY = 2.0  # GB of a process, its libraries included
 _FAULTS = ("crash", "hang", "exception", "half-written", "outside")
-_GOOD = {"taken": {"accepted"}, "refused": {"refused", "set aside"}, "set aside": {"set aside"}}
+_VALID = {"accepted": {"accepted"}, "rejected": {"rejected", "set aside"}, "set aside": {"set aside"}}
 
 
 @dataclass(frozen=True)
 class HostileConfig:
-    """Which cases are run.
+    """Choice of the cases.
 
     Attributes:
-        every: of the cases, which number lies this far apart; 1 runs all.
-        first: number of the first case.
-        count: most cases; 0 takes all that are left.
+        every: Step between the numbers of the cases; 1 runs all.
+        first: Number of the first case.
+        count: Maximum number of cases; 0 runs all that remain.
     """
 
     every: int = 1
@@ -42,34 +43,32 @@ class HostileConfig:
     count: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"every": 1, "first": 0, "count": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: {getattr(self, name)}: give {least} or more")
+        check_minimums(self, {"every": 1, "first": 0, "count": 0})
 
 
 @dataclass(frozen=True)
 class HostileResult:
-    """What became of one input on one road.
+    """Outcome of one input on one route.
 
     Attributes:
-        case: its number.
-        kind: of the attack.
-        name: what it does.
-        road: that it took.
-        expected: ``taken``, ``refused`` or ``set aside``.
-        outcome: ``refused`` by a line, ``set aside`` with a reason, ``accepted``, or one of the faults ``crash``,
-            ``hang``, ``exception`` (other than an error line), ``half-written`` and ``outside`` (written around the
-            artifact).
-        line: the refusal or the reason, or what is known of the fault.
-        seconds: of processor time that the verb took.
-        clock: the same by the clock.
-        memory: largest resident size of the process meanwhile, bytes.
+        case: Number of the case.
+        kind: Kind of the attack.
+        name: Name of the attack.
+        route: Route that read the input.
+        expected: ``accepted``, ``rejected`` or ``set aside``.
+        outcome: ``rejected`` in one line, ``set aside`` with a reason, ``accepted``, or one of the faults ``crash``,
+            ``hang``, ``exception`` (any but a one-line error message), ``half-written`` and ``outside`` (files written
+            outside of the artifact).
+        line: Error message or reason, or a description of the fault.
+        seconds: Processor time of the route.
+        clock: Time of the route by the clock, in seconds.
+        memory: Largest resident size of the process, in bytes.
     """
 
     case: int
     kind: str
     name: str
-    road: str
+    route: str
     expected: str
     outcome: str
     line: str
@@ -78,89 +77,94 @@ class HostileResult:
     memory: int
 
     @property
-    def faulty(self) -> bool:
-        """Whether this is what must not be."""
-        if self.outcome in _FAULTS or self.seconds > LONGEST or self.memory > MOST_MEMORY * 1e9:
+    def is_faulty(self) -> bool:
+        """Whether the outcome is a fault, unexpected, too slow or too large."""
+        if self.outcome in _FAULTS or self.seconds > MAX_SECONDS or self.memory > MAX_MEMORY * 1e9:
             return True
-        return self.outcome not in _GOOD[self.expected]
+        return self.outcome not in _VALID[self.expected]
 
 
 def attack(config: HostileConfig) -> list[HostileResult]:
-    """Run the cases one after another, in a process of their own that is replaced when it dies.
+    """Run the cases one after another, in a worker process that restarts when it dies.
 
     Raises:
-        UserError: there are none behind the first.
+        UserError: ``first`` is larger than the number of cases.
     """
     from tests.reliability.hostile.worker import cases
 
     numbers = range(config.first, len(cases()), config.every)
     if not numbers:
-        raise UserError(f"first: {config.first}: there are {len(cases())} cases: give a smaller number")
-    found = []
+        raise UserError(f"first: expected less than {len(cases())}, the number of cases, got {config.first}.")
+    results = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
-        place = Path(name) / "place"
-        command = [sys.executable, "-m", "tests.reliability.hostile.worker", str(place)]
-        with Worker(command, Path(name) / "worker.log", _WITH_ITS_FILE) as worker:
+        folder = Path(name) / "worker"
+        command = [sys.executable, "-m", "tests.reliability.hostile.worker", str(folder)]
+        with Worker(command, Path(name) / "worker.log", _MAX_SECONDS_WITH_INPUT) as worker:
             for number in numbers[: config.count or None]:
                 case = cases()[number]
-                told = {"seconds": _WITH_ITS_FILE, "clock": _WITH_ITS_FILE, "memory": 0, **worker.ask(number)}
-                one = HostileResult(number, case.kind, case.name, case.road, case.expected, **told)
-                found.append(one)
-                if one.faulty:
-                    log.info(f"  case {number}: {one.kind}: {one.name}: {one.road}: {one.outcome}: {one.line}")
-                    log.info(f"    {one.seconds} s, {one.memory / 1e9:.2f} GB, {one.expected} was expected")
-    return found
+                limits = {"seconds": _MAX_SECONDS_WITH_INPUT, "clock": _MAX_SECONDS_WITH_INPUT, "memory": 0}
+                answer = {**limits, **worker.run(number)}
+                result = HostileResult(number, case.kind, case.name, case.route, case.expected, **answer)
+                results.append(result)
+                if result.is_faulty:
+                    log.warning(
+                        f"  case {number}: {result.kind}: {result.name}: {result.route}: {result.outcome}: "
+                        f"{result.line}\n    {result.seconds} s, {result.memory / 1e9:.2f} GB, "
+                        f"expected: {result.expected}"
+                    )
+    return results
 
 
-def summarise(found: list[HostileResult], command: str) -> tuple[list[Figure], list[Row]]:
-    """Figures of what must not be, and a table of outcomes by kind of attack."""
-    seen = Counter(one.outcome for one in found)
+def summarise(results: list[HostileResult], command: str) -> tuple[list[Figure], list[Row]]:
+    """Return figures of faults, and a table of outcomes by kind of attack."""
+    outcomes = Counter(result.outcome for result in results)
 
     def figure(name: str, value: float, goal: float | None, unit: str = "runs") -> Figure:
         return Figure(f"hostile: {name}", value, unit, goal, "<=", command)
 
-    files = len({(one.kind, one.name) for one in found})
-    surprising = sum(one.outcome not in (*_GOOD[one.expected], *_FAULTS) for one in found)
+    inputs = len({(result.kind, result.name) for result in results})
+    hangs = sum(result.outcome == "hang" or result.seconds > MAX_SECONDS for result in results)
+    unexpected = sum(result.outcome not in (*_VALID[result.expected], *_FAULTS) for result in results)
     figures = [
-        Figure("hostile: distinct inputs", files, "inputs", 300, ">=", command),
-        figure("runs, each input on each of its roads", len(found), None),
-        figure("crashes", seen["crash"], 0),
-        figure(f"hangs over {LONGEST:g} s", sum(one.outcome == "hang" or one.seconds > LONGEST for one in found), 0),
-        figure("slowest, processor time", max(one.seconds for one in found), LONGEST, "s"),
-        figure("slowest, by the clock", max(one.clock for one in found), None, "s"),
-        figure("largest process", max(one.memory for one in found) / 1e9, MOST_MEMORY, "GB"),
-        figure("writes outside the artifact", seen["outside"], 0),
-        figure("exceptions other than an error line", seen["exception"], 0),
-        figure("files left half-written, older results changed", seen["half-written"], 0),
-        figure("refused where it is a good image, or taken where it is none", surprising, 0),
+        Figure("hostile: distinct inputs", inputs, "inputs", 300, ">=", command),
+        figure("runs, each input on each of its routes", len(results), None),
+        figure("crashes", outcomes["crash"], 0),
+        figure(f"hangs over {MAX_SECONDS:g} s", hangs, 0),
+        figure("slowest, processor time", max(result.seconds for result in results), MAX_SECONDS, "s"),
+        figure("slowest, by the clock", max(result.clock for result in results), None, "s"),
+        figure("largest process", max(result.memory for result in results) / 1e9, MAX_MEMORY, "GB"),
+        figure("writes outside the artifact", outcomes["outside"], 0),
+        figure("exceptions other than an error line", outcomes["exception"], 0),
+        figure("files left half-written, older results changed", outcomes["half-written"], 0),
+        figure("valid images rejected, invalid input accepted", unexpected, 0),
     ]
     rows = []
-    for kind in dict.fromkeys(one.kind for one in found):
-        some = [one for one in found if one.kind == kind]
-        counts = Counter(one.outcome for one in some)
+    for kind in dict.fromkeys(result.kind for result in results):
+        of_kind = [result for result in results if result.kind == kind]
+        counts = Counter(result.outcome for result in of_kind)
         rows.append(
             {
                 "attack": kind,
-                "inputs": len({one.name for one in some}),
-                "roads": ", ".join(dict.fromkeys(one.road for one in some)),
-                "refused by a line": counts["refused"],
+                "inputs": len({result.name for result in of_kind}),
+                "routes": ", ".join(dict.fromkeys(result.route for result in of_kind)),
+                "rejected": counts["rejected"],
                 "set aside": counts["set aside"],
-                "read": counts["accepted"],
-                "faults": sum(one.faulty for one in some),
-                "slowest, s": max(one.seconds for one in some),
-                "largest, GB": round(max(one.memory for one in some) / 1e9, 2),
+                "accepted": counts["accepted"],
+                "faults": sum(result.is_faulty for result in of_kind),
+                "slowest, s": max(result.seconds for result in of_kind),
+                "largest, GB": round(max(result.memory for result in of_kind) / 1e9, 2),
             }
         )
     return figures, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the cases that the flags ask for and print the table; ends with 1 where there is a fault."""
+    """Run the cases and print the table; exit code 1 on a fault."""
 
     def work(config: HostileConfig) -> bool:
-        found = attack(config)
-        show(*summarise(found, "python -m tests.reliability.hostile.hostile"))
-        return any(one.faulty for one in found)
+        results = attack(config)
+        print_figures(*summarise(results, "python -m tests.reliability.hostile.hostile"))
+        return any(result.is_faulty for result in results)
 
     run_command("tests.reliability.hostile.hostile", __doc__, HostileConfig, work, arguments)
 

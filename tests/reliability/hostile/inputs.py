@@ -1,7 +1,7 @@
-"""Input that attacks whoever reads it, laid into the folder of a case.
+"""Hostile input, and functions that write it into the folder of a case.
 
-The folder is that of a case of :mod:`tests.reliability.hostile.worker`: ``in`` holds the good image ``0/0.png``, ``shop``
-more of them, and beside them lie the artifacts of :mod:`tests.reliability.commands`.
+It is the folder of :mod:`tests.reliability.hostile.worker`: ``in`` holds the valid image ``0/0.png``, ``shop`` more
+images, next to the artifacts of :mod:`tests.reliability.cases`.
 """
 
 from __future__ import annotations
@@ -15,39 +15,42 @@ from typing import Literal
 
 Put = Callable[[Path], None]
 Data = bytes | str
-# Where a file that climbs out would lie; the run sees what is written anywhere around its folder.
-CLIMBS = ("../escaped.png", "../../escaped.png", "a/../../escaped.png", "/tmp/escaped.png", "a/../../../escaped.png")
+# Paths that lead out of the folder; the worker detects a file written anywhere around its output.
+OUTSIDE_PATHS = (
+    *("../escaped.png", "../../escaped.png", "a/../../escaped.png"),
+    *("/tmp/escaped.png", "a/../../../escaped.png"),
+)
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """Input that attacks.
+    """Hostile input.
 
     Attributes:
-        kind: of the attack, as the table of results groups them.
-        name: what it does.
-        expected: ``set aside`` is for members of a shard and files of a folder.
-        roads: of :data:`tests.reliability.hostile.routes.ROADS` that it takes.
-        put: lays it into a folder.
+        kind: Kind of the attack; the table of results has a row for each.
+        name: Name of the attack.
+        expected: Outcome; ``set aside`` is for members of a shard and files of a folder.
+        routes: Names in :data:`tests.reliability.hostile.routes.ROUTES`.
+        put: Function that writes the input into a folder.
     """
 
     kind: str
     name: str
-    expected: Literal["taken", "refused", "set aside"]
-    roads: tuple[str, ...]
+    expected: Literal["accepted", "rejected", "set aside"]
+    routes: tuple[str, ...]
     put: Put
 
 
 def write(name: str, data: Data | Callable[[], Data], folder: Path) -> None:
-    """Lay a file into a folder. What is large is made only now: the process that reads it is to hold nothing else."""
+    """Write a file into a folder; ``data`` that is a function creates large content only now."""
     path = folder / name
     data = data() if callable(data) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 
-def zipped(name: str, data: bytes) -> bytes:
-    """A zip of one file."""
+def zip_file(name: str, data: bytes) -> bytes:
+    """Return a ZIP archive of one file."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, data)

@@ -1,6 +1,6 @@
-"""The roads that hostile input takes: commands as they are typed, the search page, the report, a gallery's image.
+"""Routes of hostile input: commands, the search page, the report, an image of the gallery.
 
-All are run in the folder of a case, which :mod:`tests.reliability.hostile.worker` lays out.
+Each runs in the folder of a case, which :mod:`tests.reliability.hostile.worker` lays out.
 """
 
 from __future__ import annotations
@@ -24,64 +24,63 @@ from benchmarks.config import ReportConfig
 from benchmarks.report.build import build_report
 from benchmarks.report.render import draw_html, draw_markdown
 from benchmarks.report.schema import Report
-from student.embed import embed_catalog
-from tests.reliability.commands import COMMAND_CASES, RESULT, CommandCase, make_student, run_once
+from tests.reliability.cases import CASES, RESULT, Case, make_student, run_graphs
+from tests.reliability.commands import BY_OUTPUT, paths_in, run_in
 from vpr.artifacts.store import load_artifact
 from vpr.cli import main
 from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.data.catalog import Catalog
-from vpr.retrieval.config import EmbedConfig
 
-IMAGE = "2/0.png"  # of the shop's gallery: a hostile one takes its place
-IMAGE_ROADS = ("catalog", "embed the shop", "upload", "gallery image")
-_LINE = "vpr: error: "
+IMAGE = "2/0.png"  # the image of the gallery that a hostile one replaces
+IMAGE_ROUTES = ("catalog", "embed the shop", "upload", "gallery image")
+_ERROR = "vpr: error: "
 _HARMLESS = "chair"
 _TOP = 3
 
 
 class SetAside(Exception):
-    """A catalogue was made, without what was given; the message is the reason that it lists."""
+    """Raised where a catalogue was written without the hostile file; the message is the listed reason."""
 
 
 def make_originals(folder: Path, shop: Path) -> None:
-    """Artifacts, the shop's images and its catalogue, and a report to put names into.
+    """Write artifacts, the shop's images and catalogue, and a report to put names into.
 
     Args:
-        folder: where they are written.
-        shop: where the images of the shop will lie in every case.
+        folder: Folder to write to.
+        shop: Folder of the shop's images in every case.
     """
     make_student(folder, shop)
+    run_in(folder, "embeddings")
     student, catalog = str(folder / "student"), str(folder / "catalog")
-    embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings")))
-    drawn = build_report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
-    (folder / "report.json").write_bytes((drawn / "report.json").read_bytes())
+    report = build_report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
+    (folder / "report.json").write_bytes((report / "report.json").read_bytes())
     shop.rename(folder / "images")
 
 
-def command(*arguments: str) -> None:
-    """Run a command as it is typed.
+def run_vpr(*arguments: str) -> None:
+    """Run ``vpr`` with these arguments.
 
     Raises:
-        UserError: it ended with 2 and one line.
-        RuntimeError: it ended with anything else, or for lack of memory.
+        UserError: The command ended with exit code 2 and one line.
+        RuntimeError: The command ended with anything else, or for lack of memory.
     """
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(errors):
             main(arguments)
-    except SystemExit as ended:
-        lines = [line for line in said.getvalue().splitlines() if line.startswith("vpr: ")]
-        if ended.code != 2 or len(lines) != 1 or not lines[0].startswith(_LINE):
-            raise RuntimeError(f"exit status {ended.code} after {said.getvalue()[-500:]!r}") from None
-        if OUT_OF_MEMORY in lines[0]:  # what was given has made it ask for more than there is
+    except SystemExit as end:
+        lines = [line for line in errors.getvalue().splitlines() if line.startswith("vpr: ")]
+        if end.code != 2 or len(lines) != 1 or not lines[0].startswith(_ERROR):
+            raise RuntimeError(f"exit status {end.code} after {errors.getvalue()[-500:]!r}") from None
+        if OUT_OF_MEMORY in lines[0]:  # the input made the command allocate too much
             raise RuntimeError(lines[0]) from None
-        raise UserError(lines[0].removeprefix(_LINE)) from None
+        raise UserError(lines[0].removeprefix(_ERROR)) from None
 
 
 def _catalog(reader: str, root: str, folder: Path) -> None:
-    """Import what lies in the folder, and say so where something was set aside."""
+    """Import a folder; raise :class:`SetAside` if a file was set aside."""
     result = folder / RESULT
-    command(
+    run_vpr(
         *("catalog", "--reader", reader, "--root", str(folder / root), "--output", str(result)),
         "--skip-unreadable",
     )
@@ -90,16 +89,15 @@ def _catalog(reader: str, root: str, folder: Path) -> None:
 
 
 def _embed(folder: Path) -> None:
-    paths = {"model": "student", "catalog": "catalog", "output": RESULT}
-    command("student", "embed", *(word for key, name in paths.items() for word in (f"--{key}", str(folder / name))))
+    run_vpr(*BY_OUTPUT["embeddings"].words(paths_in(folder), str(folder / RESULT)))
 
 
 def _recipe(folder: Path) -> None:
-    command("catalog", "--recipe", str(folder / "in" / "recipe.yaml"), "--output", str(folder / RESULT))
+    run_vpr("catalog", "--recipe", str(folder / "in" / "recipe.yaml"), "--output", str(folder / RESULT))
 
 
-def _teach(folder: Path) -> None:
-    command(
+def _train_teacher(folder: Path) -> None:
+    run_vpr(
         *("teacher", "train", "--catalog", str(folder / "catalog"), "--output", str(folder / RESULT)),
         *("--tower.name", str(folder / "in" / "tower.json"), "--tower.pretrained", "", "--loader.batch-size", "4"),
         *("--stages", "{train: all, epochs: 1}"),
@@ -108,7 +106,7 @@ def _teach(folder: Path) -> None:
 
 @cache
 def _searchers(folder: Path) -> tuple[list[Searcher], Catalog]:
-    """The model and its gallery, embedded once, when the shop's images are still those that it was built from."""
+    """Return the model and its gallery, embedded once while the shop's images are still the original ones."""
     return load_searchers((str(folder / "student"),), str(folder / "catalog"), "", ())
 
 
@@ -117,13 +115,18 @@ def _app(folder: Path) -> Any:
     return make_app(*_searchers(folder), _TOP)
 
 
-def warm_up(folder: Path) -> None:
+def open_page(folder: Path) -> None:
     """Open the search page."""
     _app(folder)
 
 
-def ask(app: Any, method: str, path: str, body: bytes = b"") -> str:
-    """What the page answers; :class:`UserError` with its line where it refuses, RuntimeError where it fails."""
+def request(app: Any, method: str, path: str, body: bytes = b"") -> str:
+    """Return the page's answer.
+
+    Raises:
+        UserError: The page rejected the request with one line.
+        RuntimeError: The page failed.
+    """
     headers = [(b"host", ADDRESS.encode()), (b"content-length", str(len(body)).encode())]
     scope: dict[str, Any] = {
         "type": "http",
@@ -151,57 +154,57 @@ def ask(app: Any, method: str, path: str, body: bytes = b"") -> str:
 
 
 def _upload(folder: Path) -> None:
-    ask(_app(folder), "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
+    request(_app(folder), "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
 
 
 def _thumbnail(folder: Path) -> None:
     gallery = _searchers(folder)[1]
     row = gallery.table["image"].to_pylist().index(IMAGE)
-    ask(_app(folder), "GET", f"/image/{row}")
+    request(_app(folder), "GET", f"/image/{row}")
 
 
-class _Marks(HTMLParser):
-    """The tags of a page with the names of their attributes, and what its scripts say."""
+class _Tags(HTMLParser):
+    """Tags of a page with the names of their attributes, and its comments."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[Any] = []
+        self.tags: list[Any] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, [name for name, _ in attributes]))
+        self.tags.append((tag, [name for name, _ in attributes]))
 
     def handle_comment(self, data: str) -> None:
-        self.found.append("comment")
+        self.tags.append("comment")
 
 
 def _shows_as_text(draw: Callable[[str], str], folder: Path) -> None:
-    """A page may have no other tags for any name than it has for a harmless one."""
+    """Check that a page has the same tags for any name as for a harmless one, and shows the name."""
     name = (folder / "in" / "name.txt").read_bytes().decode()
-    drawn, harmless = draw(name), draw(_HARMLESS)
-    if _Marks(drawn).found != _Marks(harmless).found:
-        raise RuntimeError("the name has become a part of the page")
-    if name.isprintable() and not name.isspace() and name not in _text_of(drawn):
+    page, harmless_page = draw(name), draw(_HARMLESS)
+    if _Tags(page).tags != _Tags(harmless_page).tags:
+        raise RuntimeError("the name is part of the markup")
+    if name.isprintable() and not name.isspace() and name not in _text_of(page):
         raise RuntimeError("the name is not shown")
 
 
 def _text_of(page: str) -> str:
     class Text(HTMLParser):
-        said = ""
+        shown = ""
 
         def handle_data(self, data: str) -> None:
-            self.said += data
+            self.shown += data
 
     text = Text()
     text.feed(page)
-    return text.said
+    return text.shown
 
 
 def _report_page(folder: Path) -> None:
-    measured = json.loads((folder.parent / "originals" / "report.json").read_bytes())
+    report = json.loads((folder.parent / "originals" / "report.json").read_bytes())
 
     def draw(name: str) -> str:
-        named = json.loads(json.dumps(measured))
+        named = json.loads(json.dumps(report))
         for row in named["rows"]:
             row["name"] = row["notes"] = name
             if row["by_category"]:
@@ -211,10 +214,10 @@ def _report_page(folder: Path) -> None:
             for results in query["results"].values():
                 for hit in results:
                     hit["product"] = name
-        report = Report.model_validate(named)
-        if "<script" in (text := draw_markdown(report)) or "](" in text.replace("]\\(", ""):
-            raise RuntimeError("the name has become a part of report.md")
-        return draw_html(report)
+        changed = Report.model_validate(named)
+        if "<script" in (text := draw_markdown(changed)) or "](" in text.replace("]\\(", ""):
+            raise RuntimeError("the name is part of the markup of report.md")
+        return draw_html(changed)
 
     _shows_as_text(draw, folder)
 
@@ -225,30 +228,30 @@ def _results_page(folder: Path) -> None:
     def draw(name: str) -> str:
         table = gallery.table
         for column in ("product", "category"):
-            place = table.schema.get_field_index(column)
-            table = table.set_column(place, column, pa.array([name] * len(table), pa.string()))
-        named = [replace(one, name=name) for one in searchers]
+            index = table.schema.get_field_index(column)
+            table = table.set_column(index, column, pa.array([name] * len(table), pa.string()))
+        named = [replace(searcher, name=name) for searcher in searchers]
         app = make_app(named, Catalog(table, gallery.root), _TOP)
-        ask(app, "GET", "/")
-        return ask(app, "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
+        request(app, "GET", "/")
+        return request(app, "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
 
     _shows_as_text(draw, folder)
 
 
-ROADS: dict[str, CommandCase] = {
-    **{name: COMMAND_CASES[name] for name in ("calibrate", "student embed", "export onnx")},
-    "run by ONNX Runtime": CommandCase(lambda folder: run_once(folder / "fp32", "onnxruntime-cpu")),
-    "catalog": CommandCase(partial(_catalog, "folder", "shop"), "catalog"),
-    "catalog csv": CommandCase(partial(_catalog, "csv", "in/table.csv"), "catalog"),
+ROUTES: dict[str, Case] = {
+    **{name: CASES[name] for name in ("calibrate", "student embed", "export onnx")},
+    "ONNX Runtime": Case(partial(run_graphs, "onnxruntime-cpu", ("fp32",))),
+    "catalog": Case(partial(_catalog, "folder", "shop"), "catalog"),
+    "catalog csv": Case(partial(_catalog, "csv", "in/table.csv"), "catalog"),
     **{
-        f"catalog {reader}": CommandCase(partial(_catalog, reader, "in"), "catalog")
+        f"catalog {reader}": Case(partial(_catalog, reader, "in"), "catalog")
         for reader in ("folder", "images", "webdataset", "products10k", "aicrowd")
     },
-    "embed the shop": CommandCase(_embed, "embeddings"),
-    "recipe": CommandCase(_recipe, "catalog"),
-    "teacher train": CommandCase(_teach),
-    "upload": CommandCase(_upload),
-    "gallery image": CommandCase(_thumbnail),
-    "report page": CommandCase(_report_page),
-    "search page results": CommandCase(_results_page),
+    "embed the shop": Case(_embed, "embeddings"),
+    "recipe": Case(_recipe, "catalog"),
+    "teacher train": Case(_train_teacher),
+    "upload": Case(_upload),
+    "gallery image": Case(_thumbnail),
+    "report page": Case(_report_page),
+    "search page results": Case(_results_page),
 }

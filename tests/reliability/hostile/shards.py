@@ -1,4 +1,4 @@
-"""WebDataset shards that attack whoever reads them."""
+"""Hostile WebDataset shards."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from pathlib import Path
 from PIL import Image
 
 from tests.reliability.hostile.images import encoded
-from tests.reliability.hostile.inputs import CLIMBS, Data, Hostile, write, zipped
+from tests.reliability.hostile.inputs import OUTSIDE_PATHS, Data, Hostile, write, zip_file
 
-_ROADS = ("catalog webdataset",)
-_NAMES = (*CLIMBS, "x" * 2000 + ".png", "new\nline.png", "not-utf8-\udcff.png", ".hidden.png")
+_ROUTES = ("catalog webdataset",)
+_NAMES = (*OUTSIDE_PATHS, "x" * 2000 + ".png", "new\nline.png", "not-utf8-\udcff.png", ".hidden.png")
 
 
 def shards() -> Iterator[Hostile]:
-    """Shards with a member that is no image, with a label that is none, and files that are no shards."""
+    """Yield shards with a member that is no image, with an invalid label, and files that are no shards."""
     image = encoded(Image.new("RGB", (64, 64)), "PNG")
     good = (_member("good.png"), image)
     yield from _odd_members(good)
     for name, data in _labels().items():
         put = partial(_shard, [good, (_member("good.json"), data)])
-        yield Hostile("shard", f"a label of {name}", "refused", _ROADS, put)
-    for name, whole in _other_files(image).items():
-        yield Hostile("shard", f"{name}, named .tar", "refused", _ROADS, partial(write, "in/0.tar", whole))
-    yield Hostile("shard", "a gzip bomb", "refused", _ROADS, partial(write, "in/0.tar.gz", b"\x1f\x8b" + bytes(99)))
+        yield Hostile("shard", f"a label of {name}", "rejected", _ROUTES, put)
+    for name, data in _other_files(image).items():
+        yield Hostile("shard", f"{name}, named .tar", "rejected", _ROUTES, partial(write, "in/0.tar", data))
+    yield Hostile("shard", "a gzip bomb", "rejected", _ROUTES, partial(write, "in/0.tar.gz", b"\x1f\x8b" + bytes(99)))
 
 
 def _odd_members(good: tuple[tarfile.TarInfo, bytes]) -> Iterator[Hostile]:
-    """Members that lead out of the shard, are links or devices: each is set aside, beside a good one."""
+    """Yield shards with a valid member, and one that leads out of the shard or is a link or device."""
 
-    def aside(name: str, member: tarfile.TarInfo, form: int = tarfile.PAX_FORMAT) -> Hostile:
+    def set_aside(name: str, member: tarfile.TarInfo, form: int = tarfile.PAX_FORMAT) -> Hostile:
         put = partial(_shard, [good, (member, good[1] if member.isreg() else b"")], form=form)
-        return Hostile("shard", name, "set aside", _ROADS, put)
+        return Hostile("shard", name, "set aside", _ROUTES, put)
 
-    for form, said in ((tarfile.PAX_FORMAT, "pax"), (tarfile.GNU_FORMAT, "GNU")):
+    for form, label in ((tarfile.PAX_FORMAT, "pax"), (tarfile.GNU_FORMAT, "GNU")):
         for path in _NAMES:
-            yield aside(f"a member {path[:30]!r}, {said}", _member(path), form)
-    for said, kind in (("symbolic", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
+            yield set_aside(f"a member {path[:30]!r}, {label}", _member(path), form)
+    for label, kind in (("symbolic", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
         for target in ("/etc/passwd", "../../../escaped.png", "good.png"):
-            yield aside(f"a {said} link to {target}", _member("link.png", kind, target))
-    for said, kind in (("pipe", tarfile.FIFOTYPE), ("device", tarfile.CHRTYPE), ("disk", tarfile.BLKTYPE)):
-        yield aside(f"a {said}", _member("x.png", kind))
+            yield set_aside(f"a {label} link to {target}", _member("link.png", kind, target))
+    for label, kind in (("pipe", tarfile.FIFOTYPE), ("device", tarfile.CHRTYPE), ("disk", tarfile.BLKTYPE)):
+        yield set_aside(f"a {label}", _member("x.png", kind))
 
 
 def _labels() -> dict[str, bytes]:
@@ -54,23 +54,23 @@ def _labels() -> dict[str, bytes]:
         "a box without end": b'{"product": "a", "box": [0, 0, 1e999, 1]}',
         "a box of a million": b'{"product": "a", "box": [' + b"1," * 100_000 + b"1]}",
         "a product that is a list": b'{"product": ["a"]}',
-        "text that steers the terminal": b'{"product": "\\u001b[2J"}',
-        "no UTF-8": b'{"product": "\xff"}',
+        "terminal control codes": b'{"product": "\\u001b[2J"}',
+        "invalid UTF-8": b'{"product": "\xff"}',
     }
 
 
 def _other_files(image: bytes) -> dict[str, Data | Callable[[], Data]]:
-    """What is named as a shard, and is none."""
+    """Return files with the name of a shard that are no shards."""
     extended = _header(tarfile.XHDTYPE, 12) + b"12 path=abc\n".ljust(512, b"\0")
     return {
-        "a zip that climbs out": zipped("../../escaped.png", image),
-        "a zip of an absolute path": zipped("/tmp/escaped.png", image),
-        "a zip bomb": zipped("x.png", bytes(64 << 20)),
+        "a zip with a path outside": zip_file("../../escaped.png", image),
+        "a zip of an absolute path": zip_file("/tmp/escaped.png", image),
+        "a zip bomb": zip_file("x.png", bytes(64 << 20)),
         "HTML": b"<html>" * 500,
-        "nothing": b"",
+        "an empty file": b"",
         "a header of 2 GB": _header(tarfile.XHDTYPE, 2 << 30),
         "a long name of 2 GB": _header(tarfile.GNUTYPE_LONGNAME, 2 << 30),
-        "a member of 8 GB that is not there": _header(tarfile.REGTYPE, (8 << 30) - 1),
+        "a missing member of 8 GB": _header(tarfile.REGTYPE, (8 << 30) - 1),
         "extended headers without end": extended,
         "100,000 extended headers": lambda: extended * 100_000,
     }

@@ -5,77 +5,76 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.commands import CommandCase
-from tests.reliability.hostile.hostile import LONGEST, HostileConfig, HostileResult, attack, summarise
+from tests.reliability.hostile.hostile import MAX_SECONDS, HostileConfig, HostileResult, attack, summarise
 from tests.reliability.hostile.images import images
-from tests.reliability.hostile.routes import ROADS, command
-from tests.reliability.hostile.worker import _seen, cases
+from tests.reliability.hostile.routes import ROUTES, run_vpr
+from tests.reliability.hostile.worker import _file_states, cases
 from vpr.common.errors import UserError
 
 
-@pytest.mark.slow
-def test_some_of_every_kind_of_attack_do_no_harm() -> None:
-    """Each is refused by a line, set aside with a reason or read rightly; time, memory and what is written are seen."""
-    found = attack(HostileConfig(every=41))
-    assert [one for one in found if one.faulty] == []
-    assert len({one.kind for one in found}) >= 12
+@pytest.mark.reliability
+def test_attacks_of_every_kind_are_harmless() -> None:
+    """Each is rejected in one line, set aside with a reason or read correctly; time, memory and writes are checked."""
+    results = attack(HostileConfig(every=41))
+    assert [result for result in results if result.is_faulty] == []
+    assert len({result.kind for result in results}) >= 12
 
 
-@pytest.mark.slow
-def test_no_attack_does_harm() -> None:
-    found = attack(HostileConfig())
-    assert [one for one in found if one.faulty] == []
-    assert {one.road for one in found} == set(ROADS)
+@pytest.mark.reliability
+def test_all_attacks_are_harmless() -> None:
+    results = attack(HostileConfig())
+    assert [result for result in results if result.is_faulty] == []
+    assert {result.route for result in results} == set(ROUTES)
 
 
-def test_three_hundred_inputs_differ_in_more_than_their_names() -> None:
+def test_three_hundred_inputs_are_distinct() -> None:
     assert len({(case.kind, case.name) for case in cases()}) >= 300
-    assert len({(case.kind, case.name, case.road) for case in cases()}) == len(cases())
-    small = [one for one in images() if not one.kind.startswith("bomb")]
-    assert len({hashlib.sha256(one.make()).digest() for one in small if "50000000" not in one.name}) > 0.95 * len(small)
+    assert len({(case.kind, case.name, case.route) for case in cases()}) == len(cases())
+    small = [image for image in images() if not image.kind.startswith("bomb") and "50000000" not in image.name]
+    assert len({hashlib.sha256(image.make()).digest() for image in small}) > 0.95 * len(small)
 
 
-def test_what_is_written_around_an_artifact_is_seen(tmp_path: Path) -> None:
+def test_writes_around_the_output_are_detected(tmp_path: Path) -> None:
     (tmp_path / "case" / "out").mkdir(parents=True)
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "kept").write_text("a")
-    before = _seen(tmp_path)
+    (tmp_path / "home" / "settings").write_text("a")
+    before = _file_states(tmp_path)
     (tmp_path / "case" / "out" / "result").write_text("x")
-    assert _seen(tmp_path) == before
-    (tmp_path / "home" / "kept").write_text("b")
+    assert _file_states(tmp_path) == before
+    (tmp_path / "home" / "settings").write_text("b")
     (tmp_path / "escaped.png").write_text("")
-    after = _seen(tmp_path)
-    assert {name for name in after if after[name] != before.get(name)} == {"home/kept", "escaped.png"}
+    after = _file_states(tmp_path)
+    assert {name for name in after if after[name] != before.get(name)} == {"home/settings", "escaped.png"}
 
 
-def test_a_command_s_line_is_told_from_other_ends(tmp_path: Path) -> None:
+def test_error_line_becomes_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        command("catalog", "--reader", "folder", "--root", str(tmp_path / "absent"), "--output", str(tmp_path / "o"))
+        run_vpr("catalog", "--reader", "folder", "--root", str(tmp_path / "absent"), "--output", str(tmp_path / "o"))
     with pytest.raises(UserError, match="unknown command"):
-        command("spell")
-    assert isinstance(ROADS["upload"], CommandCase)
+        run_vpr("spell")
 
 
-def test_a_command_that_runs_out_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(arguments: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("vpr.cli.run", run)
     with pytest.raises(RuntimeError, match="there is too little memory"):
-        command("doctor")
+        run_vpr("doctor")
 
 
-def _told(outcome: str, expected: str = "refused", seconds: float = 0.1, memory: int = 10**9) -> HostileResult:
+def _result(outcome: str, expected: str = "rejected", seconds: float = 0.1, memory: int = 10**9) -> HostileResult:
     return HostileResult(
         0, "bomb", f"{outcome} {expected} {seconds}", "catalog", expected, outcome, "", seconds, 0.2, memory
     )
 
 
-def test_each_fault_has_its_figure() -> None:
-    found = [_told(one) for one in ("refused", "set aside", "crash", "hang", "exception", "half-written", "outside")]
-    found += [_told("refused", "taken"), _told("accepted"), _told("refused", seconds=LONGEST + 1)]
-    found += [_told("refused", memory=3 * 10**9)]
-    figures, rows = summarise(found, "make")
+def test_each_fault_has_a_figure() -> None:
+    outcomes = ("rejected", "set aside", "crash", "hang", "exception", "half-written", "outside")
+    results = [_result(outcome) for outcome in outcomes]
+    results += [_result("rejected", "accepted"), _result("accepted"), _result("rejected", seconds=MAX_SECONDS + 1)]
+    results += [_result("rejected", memory=3 * 10**9)]
+    figures, rows = summarise(results, "make")
     values = {figure.name.removeprefix("hostile: "): (figure.value, figure.met) for figure in figures}
     assert values["crashes"] == (1, False)
     assert values["hangs over 10 s"] == (2, False)
@@ -83,5 +82,5 @@ def test_each_fault_has_its_figure() -> None:
     assert values["writes outside the artifact"] == (1, False)
     assert values["exceptions other than an error line"] == (1, False)
     assert values["files left half-written, older results changed"] == (1, False)
-    assert values["refused where it is a good image, or taken where it is none"] == (2, False)
+    assert values["valid images rejected, invalid input accepted"] == (2, False)
     assert (rows[0]["inputs"], rows[0]["faults"]) == (10, 9)

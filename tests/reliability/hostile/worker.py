@@ -1,7 +1,7 @@
-"""The process that hostile input is given to: ``python -m tests.reliability.hostile.worker FOLDER``.
+"""Worker that gives hostile input to its routes: ``python -m tests.reliability.hostile.worker FOLDER``.
 
-It answers numbers of cases (:mod:`tests.reliability.case_process`) for :mod:`tests.reliability.hostile.hostile`. Everything
-around a case's folder, with the home, the temporary and the working folder, is compared before and after.
+:mod:`tests.reliability.hostile.hostile` sends it the numbers of the cases (:mod:`tests.reliability.case_process`).
+Everything around the case's output, with the home, temporary and working folders, is compared before and after.
 """
 
 from __future__ import annotations
@@ -17,153 +17,159 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.case_process import answer, limit_memory, peak_memory, protocol, reset_peak
-from tests.reliability.commands import CommandCase
-from tests.reliability.fuzz.worker import lay_out, outcome
+from tests.reliability import cases as command_cases
+from tests.reliability.case_process import limit_memory, open_results, peak_memory, reset_peak, serve_cases
+from tests.reliability.fuzz.worker import lay_out, run_and_judge
 from tests.reliability.hostile.artifacts import cards, graphs, weights
 from tests.reliability.hostile.catalogs import links, paths, tables
 from tests.reliability.hostile.images import HostileImage, images
 from tests.reliability.hostile.inputs import Hostile, Put
-from tests.reliability.hostile.routes import IMAGE, IMAGE_ROADS, ROADS, SetAside, make_originals, warm_up
+from tests.reliability.hostile.routes import IMAGE, IMAGE_ROUTES, ROUTES, SetAside, make_originals, open_page
 from tests.reliability.hostile.shards import shards
 from tests.reliability.hostile.texts import names, recipes, towers
 from vpr.artifacts.store import load_artifact
 from vpr.cli import silence_libraries
 
-_HOMES = {"home": "HOME", "temporary": "TMPDIR", "working": "PWD"}
-_Seen = dict[str, tuple[int, ...]]
+_USER_FOLDERS = {"home": "HOME", "temporary": "TMPDIR", "working": "PWD"}
+_States = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Hostile input on one of its roads; the fields are those of :class:`tests.reliability.hostile.inputs.Hostile`."""
+    """Hostile input on one of its routes; for the fields see :class:`tests.reliability.hostile.inputs.Hostile`."""
 
     kind: str
     name: str
     expected: str
-    road: str
+    route: str
     put: Put
 
 
 def inputs() -> list[Hostile]:
-    """All that is no image; no two of a kind and name."""
+    """Return all hostile input that is no image; the pairs of kind and name are distinct."""
     makers = (tables, paths, links, shards, recipes, names, graphs, weights, cards, towers)
-    return [one for make in makers for one in make()]
+    return [hostile for make in makers for hostile in make()]
 
 
 @cache
 def cases() -> tuple[Case, ...]:
-    """Every input on each of its roads; those of one input follow each other."""
-    found = [
-        Case(one.kind, one.name, one.expected, road, partial(_place, one)) for one in images() for road in IMAGE_ROADS
+    """Return every input on each of its routes; the routes of one input are adjacent."""
+    image_cases = [
+        Case(image.kind, image.name, image.expected, route, partial(_put_image, image))
+        for image in images()
+        for route in IMAGE_ROUTES
     ]
-    found += [Case(one.kind, one.name, one.expected, road, one.put) for one in inputs() for road in one.roads]
-    return tuple(found)
+    other_cases = [
+        Case(hostile.kind, hostile.name, hostile.expected, route, hostile.put)
+        for hostile in inputs()
+        for route in hostile.routes
+    ]
+    return (*image_cases, *other_cases)
 
 
-def _place(image: HostileImage, folder: Path) -> None:
-    """Put an image into the shop; it is made for its first road and kept for the others."""
-    kept = folder.parent / "made"
-    file = kept / f"{image.kind}-{image.name}".replace("/", " ")
+def _put_image(image: HostileImage, folder: Path) -> None:
+    """Put an image into the shop; its bytes are created for the first route and kept for the others."""
+    cached = folder.parent / "made"
+    file = cached / f"{image.kind}-{image.name}".replace("/", " ")
     if not file.is_file():
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir()
+        shutil.rmtree(cached, ignore_errors=True)
+        cached.mkdir()
         file.write_bytes(image.make())
     shutil.copyfile(file, folder / "shop" / IMAGE)
 
 
-def run_case(place: Path, number: int) -> dict[str, Any]:
-    """Give one input to one verb.
+def run_case(root: Path, number: int) -> dict[str, Any]:
+    """Give one input to one route.
 
     Args:
-        place: folder of ``originals``, and of ``case``, which is emptied first.
-        number: of :func:`cases`.
+        root: Folder of ``originals``, and of ``case``, which is emptied first.
+        number: Index in :func:`cases`.
 
     Returns:
-        ``outcome`` as of :func:`tests.reliability.fuzz.worker.outcome`, or ``set aside``, or ``outside``: something around the
-        artifact has changed; ``line``, ``seconds`` and ``clock`` of the verb alone, and ``memory`` of the process.
+        ``outcome``: as of :func:`tests.reliability.fuzz.worker.run_and_judge`, or ``set aside``, or ``outside`` for a
+        change around the output; ``line``; ``seconds`` and ``clock`` of the route alone; ``memory`` of the process.
     """
-    case, folder = cases()[number], place / "case"
-    verb = ROADS[case.road]
-    _lay_out(place, verb)
+    case, folder = cases()[number], root / "case"
+    route = ROUTES[case.route]
+    _lay_out(root, route)
     case.put(folder)
-    before = _seen(place)
+    before = _file_states(root)
     reset_peak()
     clock, processor = time.monotonic(), time.process_time()
-    told = outcome(folder, verb, SetAside)
-    used = {"seconds": round(time.process_time() - processor, 3), "clock": round(time.monotonic() - clock, 3)}
-    used["memory"] = peak_memory()
-    if told["outcome"] == SetAside.__name__:
-        told["outcome"] = "set aside"
+    result = run_and_judge(folder, route, SetAside)
+    usage = {"seconds": round(time.process_time() - processor, 3), "clock": round(time.monotonic() - clock, 3)}
+    usage["memory"] = peak_memory()
+    if result["outcome"] == SetAside.__name__:
+        result["outcome"] = "set aside"
         load_artifact(folder / "out" / "result")
-    after = _seen(place)
+    after = _file_states(root)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
-        told = {"outcome": "outside", "line": f"changed {', '.join(changed[:5])}"}
-    return {**told, **used}
+        result = {"outcome": "outside", "line": f"changed {', '.join(changed[:5])}"}
+    return {**result, **usage}
 
 
-def _lay_out(place: Path, verb: CommandCase) -> None:
-    """A folder in which nothing is hostile yet."""
-    originals, folder = place / "originals", place / "case"
-    lay_out(originals, folder, verb)
+def _lay_out(root: Path, route: command_cases.Case, with_older: bool = True) -> None:
+    """Write a folder without hostile input."""
+    originals, folder = root / "originals", root / "case"
+    lay_out(originals, folder, route, with_older)
     shutil.copytree(originals / "images", folder / "shop")
     (folder / "in" / "0").mkdir(parents=True)
     shutil.copyfile(folder / "shop" / IMAGE, folder / "in" / "0" / "0.png")
 
 
-def _seen(place: Path) -> _Seen:
-    """Everything around the artifact that a verb writes: by name, what changes when a file is written to."""
-    out = place / "case" / "out"
-    found: _Seen = {}
-    for folder, folders, files in os.walk(place):
+def _file_states(root: Path) -> _States:
+    """Return the state of each file and folder around the output, which changes when a route writes to it."""
+    out = root / "case" / "out"
+    states: _States = {}
+    for folder, folders, files in os.walk(root):
         if Path(folder) == out:
             folders.clear()
             continue
         for name in (*folders, *files):
             path = Path(folder, name)
-            state = path.lstat()
-            kept = (state.st_mode, state.st_ino, state.st_size, state.st_mtime_ns)
-            # A folder's time changes with what is in it, which is listed itself.
-            found[str(path.relative_to(place))] = kept[:2] if path.is_dir() and not path.is_symlink() else kept
-    return found
+            stat = path.lstat()
+            state = (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            # The time of a folder changes with its contents, which have their own entries.
+            states[str(path.relative_to(root))] = state[:2] if path.is_dir() and not path.is_symlink() else state
+    return states
 
 
-def main(place: Path) -> None:
-    """Make what the roads need, then answer case by case until the input ends."""
-    shutil.rmtree(place, ignore_errors=True)  # of a process that died
-    for name, variable in _HOMES.items():
-        (place / name).mkdir(parents=True)
-        os.environ[variable] = str(place / name)
-    tempfile.tempdir = str(place / "temporary")
-    answers = protocol()
+def main(root: Path) -> None:
+    """Write the originals, then run the cases of the input until it ends."""
+    shutil.rmtree(root, ignore_errors=True)  # a worker that died left it
+    for name, variable in _USER_FOLDERS.items():
+        (root / name).mkdir(parents=True)
+        os.environ[variable] = str(root / name)
+    tempfile.tempdir = str(root / "temporary")
+    results = open_results()
     silence_libraries()
-    folder = place / "case"
+    folder = root / "case"
     folder.mkdir()
-    # In a process of its own: the libraries that it takes are not counted with those of the roads.
-    making = multiprocessing.get_context("spawn").Process(
-        target=make_originals, args=(place / "originals", folder / "shop")
+    # In another process: its libraries do not count as memory of the routes.
+    maker = multiprocessing.get_context("spawn").Process(
+        target=make_originals, args=(root / "originals", folder / "shop")
     )
-    making.start()
-    making.join()
-    if making.exitcode:
-        raise RuntimeError("hostile: its artifacts cannot be made: see above")
-    os.chdir(place / "working")
-    _warm_up(place)
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise RuntimeError("hostile: the originals could not be written. The error is above.")
+    os.chdir(root / "working")
+    _warm_up(root)
     limit_memory()
-    answer(partial(run_case, place), answers)
+    serve_cases(partial(run_case, root), results)
 
 
-def _warm_up(place: Path) -> None:
-    """Every road once on what nobody has touched, so that libraries are loaded and have written what they keep."""
-    folder = place / "case"
-    for name, verb in ROADS.items():
-        _lay_out(place, verb)
-        warm_up(folder)
+def _warm_up(root: Path) -> None:
+    """Run every route once on harmless input, so that libraries are loaded and have written their caches."""
+    folder = root / "case"
+    for name, route in ROUTES.items():
+        _lay_out(root, route, with_older=False)
+        open_page(folder)
         (folder / "in" / "name.txt").write_text("a table", encoding="utf-8")
-        told = outcome(folder, verb, SetAside)
-        if told["outcome"] != "accepted" and not name.startswith(("catalog ", "recipe", "teacher")):
-            raise RuntimeError(f"hostile: {name}: does not take harmless input: {told['line']}")
+        result = run_and_judge(folder, route, SetAside)
+        if result["outcome"] != "accepted" and not name.startswith(("catalog ", "recipe", "teacher")):
+            raise RuntimeError(f"hostile: '{name}' rejects harmless input ({result['line']}). Fix this error first.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clients of the search page that know their answers: quick and slow ones, and those whose uploads break off."""
+"""Clients of the search page with known answers: quick, slow and aborted uploads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from app.search_page.upload_limits import ADDRESS
 
 _ROW = re.compile(r'src="/image/(\d+)"')
 _SCORE = re.compile(r"<b>\d+\. (-?\d\.\d{3})</b>")
-_NEAR = 0.0011  # of scores that are shown with three digits
-_PIECES, _PAUSE = 16, 0.25  # of a slow upload: how many, and seconds between
-_PATIENCE = 300.0
+_SCORE_TOLERANCE = 0.0011  # the page shows three digits
+_PIECES, _PAUSE = 16, 0.25  # number of pieces of a slow upload, and seconds between them
+_MAX_WAIT = 300.0  # seconds
 
 Way = Literal["at once", "in chunks", "slowly", "then stalls", "then breaks off", "then leaves"]
 Verdict = Literal["right", "lost", "mixed up", "wrong"]
@@ -25,31 +25,31 @@ Verdict = Literal["right", "lost", "mixed up", "wrong"]
 
 @dataclass(frozen=True)
 class Expected:
-    """A right answer.
+    """Correct answer.
 
     Attributes:
-        status: of HTTP; 0 where the client leaves before there is one.
-        rows: of the gallery, nearest first.
-        scores: their cosines.
-        said: what the text begins with, where there are no rows.
+        status: HTTP status; 0 for a client that leaves before the answer.
+        rows: Rows of the gallery, nearest first.
+        scores: Cosines of the rows.
+        text: Start of the text of an answer without rows.
     """
 
     status: int
     rows: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
-    said: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client sends.
+    """Upload of a client.
 
     Attributes:
-        kind: name, for the table.
-        body: of the request.
-        expected: known before it is sent.
-        way: how it is sent.
-        size: that its head says it has; None is that of the body.
+        kind: Name for the table.
+        body: Body of the request.
+        expected: Correct answer.
+        way: Way to send it.
+        size: Size in the header; None for the size of the body.
     """
 
     kind: str
@@ -61,13 +61,13 @@ class Upload:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a client got.
+    """Answer to an upload.
 
     Attributes:
-        kind: of the upload.
-        verdict: ``lost`` is no answer or one of another status, ``mixed up`` the right one of another image.
-        seconds: from the first byte sent to the last one received.
-        detail: of what is not right.
+        kind: Kind of the upload.
+        verdict: ``lost`` for no answer or another status, ``mixed up`` for the correct answer of another image.
+        seconds: Time from the first byte sent to the last byte received.
+        detail: Description of a wrong answer.
     """
 
     kind: str
@@ -77,73 +77,75 @@ class Outcome:
 
 
 def judge(upload: Upload, status: int, text: str, others: frozenset[tuple[int, ...]]) -> tuple[Verdict, str]:
-    """Compare an answer with what was expected; ``others`` are the rows of all images' right answers."""
+    """Compare an answer with the expected one; ``others`` are the rows of the correct answers of all images."""
     expected = upload.expected
     if status != expected.status:
         return "lost", f"status {status}: {text[:200]}"
     if not expected.rows:
-        return ("right", "") if text.startswith(expected.said) else ("wrong", text[:200])
+        return ("right", "") if text.startswith(expected.text) else ("wrong", text[:200])
     rows = tuple(map(int, _ROW.findall(text)))
     scores = tuple(map(float, _SCORE.findall(text)))
     if rows != expected.rows:
-        return ("mixed up" if rows in others else "wrong"), f"rows {rows} where {expected.rows} are right"
-    near = len(scores) == len(rows) and all(abs(a - b) < _NEAR for a, b in zip(scores, expected.scores, strict=True))
-    return ("right", "") if near else ("wrong", f"scores {scores} where {expected.scores} are right")
+        return ("mixed up" if rows in others else "wrong"), f"expected rows {expected.rows}, got {rows}"
+    is_close = len(scores) == len(rows) and all(
+        abs(a - b) < _SCORE_TOLERANCE for a, b in zip(scores, expected.scores, strict=True)
+    )
+    return ("right", "") if is_close else ("wrong", f"expected scores {expected.scores}, got {scores}")
 
 
 async def run_clients(port: int, plans: list[list[Upload]]) -> list[Outcome]:
-    """Each client does its uploads one after the other; all begin together, when every one is connected."""
+    """Run all clients, each with its uploads one after another; they start together once all are connected."""
     others = frozenset(upload.expected.rows for plan in plans for upload in plan if upload.expected.rows)
-    together = asyncio.Barrier(len(plans))
+    all_connected = asyncio.Barrier(len(plans))
 
     async def client(plan: list[Upload]) -> list[Outcome]:
         first = await _connect(port)
-        await together.wait()
-        outcomes = [await _ask(first, plan[0], others)]
+        await all_connected.wait()
+        outcomes = [await _upload(first, plan[0], others)]
         for upload in plan[1:]:
-            outcomes.append(await _ask(await _connect(port), upload, others))
+            outcomes.append(await _upload(await _connect(port), upload, others))
         return outcomes
 
-    return [outcome for some in await asyncio.gather(*map(client, plans)) for outcome in some]
+    return [outcome for of_client in await asyncio.gather(*map(client, plans)) for outcome in of_client]
 
 
-Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def _connect(port: int) -> Ends:
+async def _connect(port: int) -> Connection:
     return await asyncio.open_connection(ADDRESS, port)
 
 
-async def _ask(ends: Ends, upload: Upload, others: frozenset[tuple[int, ...]]) -> Outcome:
-    reader, writer = ends
-    begun = time.perf_counter()
+async def _upload(connection: Connection, upload: Upload, others: frozenset[tuple[int, ...]]) -> Outcome:
+    reader, writer = connection
+    start = time.perf_counter()
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(_MAX_WAIT):
             sending = asyncio.create_task(_send(writer, upload))
             if upload.expected.status == 0:
                 await sending
-                return Outcome(upload.kind, "right", time.perf_counter() - begun)
-            answer = await reader.read()  # to the end: the head asks for it
+                return Outcome(upload.kind, "right", time.perf_counter() - start)
+            answer = await reader.read()  # to the end: the request has "Connection: close"
             sending.cancel()
         head, _, text = answer.partition(b"\r\n\r\n")
-        found = re.match(rb"HTTP/1\.1 (\d{3}) ", head)
-        verdict, detail = judge(upload, int(found[1]) if found else 0, text.decode("utf-8", "replace"), others)
+        status = re.match(rb"HTTP/1\.1 (\d{3}) ", head)
+        verdict, detail = judge(upload, int(status[1]) if status else 0, text.decode("utf-8", "replace"), others)
     except (OSError, TimeoutError) as error:
         verdict, detail = "lost", repr(error)
     finally:
         writer.close()
-    return Outcome(upload.kind, verdict, time.perf_counter() - begun, detail)
+    return Outcome(upload.kind, verdict, time.perf_counter() - start, detail)
 
 
 async def _send(writer: asyncio.StreamWriter, upload: Upload) -> None:
-    with suppress(ConnectionError):  # who has refused an upload need not take all of it
+    with suppress(ConnectionError):  # a server that rejected an upload need not read all of it
         await _send_all(writer, upload)
 
 
 async def _send_all(writer: asyncio.StreamWriter, upload: Upload) -> None:
     length = len(upload.body) if upload.size is None else upload.size
-    told = "Transfer-Encoding: chunked" if upload.way == "in chunks" else f"Content-Length: {length}"
-    writer.write(f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n{told}\r\n\r\n".encode())
+    length_header = "Transfer-Encoding: chunked" if upload.way == "in chunks" else f"Content-Length: {length}"
+    writer.write(f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n{length_header}\r\n\r\n".encode())
     half = upload.body[: len(upload.body) // 2]
     step = -(-len(upload.body) // _PIECES)
     pieces = [upload.body[start : start + step] for start in range(0, len(upload.body), step)]
@@ -172,6 +174,6 @@ async def _send_all(writer: asyncio.StreamWriter, upload: Upload) -> None:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """End the connection as a process that is killed does: by a reset, with whatever was not yet sent."""
+    """Reset the connection and drop unsent data, as a killed process does."""
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

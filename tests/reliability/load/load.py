@@ -1,4 +1,4 @@
-"""The search page as a process of its own, under two hundred clients: answers, times, memory, and what is left over."""
+"""Load test of the search page with two hundred clients: answers, times, memory, leftovers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from app.search_page.lookup import load_searchers
 from experiments.figures import Figure, Row
-from tests.reliability.footprint import Footprint, footprint
+from tests.reliability.footprint import Footprint, measure_footprint
 from tests.reliability.load.clients import Outcome, Upload, run_clients
 from tests.reliability.load.uploads import SHARES, TOP, Uploads
 from vpr.common.errors import UserError
@@ -29,24 +29,24 @@ from vpr.data.catalog import load_catalog
 
 log = get_logger(__name__)
 
-_LOOK = 0.05  # seconds between looks at the page's memory
-_SETTLE = 15.0  # seconds for connections to end
-_MORE_MEMORY = 512.0  # MiB: eight whole uploads twice over, and a large image decoded
-_START = 300.0
+_POLL_SECONDS = 0.05  # interval between measurements of the page's memory
+_MAX_SETTLE = 15.0  # seconds for connections to end
+_MAX_MEMORY_GROWTH = 512.0  # MiB: twice eight full uploads, and a large decoded image
+_MAX_START = 300.0  # seconds
 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """What the page is put under.
+    """Page and its load.
 
     Attributes:
-        models: as ``vpr search serve`` takes them, one.
-        catalog: catalogue artifact.
-        embeddings: artifact that keeps the gallery's vectors; made where it is not there.
-        clients: at once.
-        uploads: of each client, one after the other.
-        rounds: of all clients; memory is compared after the first and the last.
-        seed: of who sends what.
+        models: Model, as for ``vpr search serve``.
+        catalog: Catalogue artifact.
+        embeddings: Artifact of the gallery's vectors; written if it is missing.
+        clients: Number of concurrent clients.
+        uploads: Number of uploads of each client, one after another.
+        rounds: Number of rounds of all clients; memory is compared after the first and the last.
+        seed: Seed of the uploads.
     """
 
     models: tuple[str, ...]
@@ -59,75 +59,76 @@ class LoadConfig:
 
 
 @dataclass
-class Seen:
-    """What was seen of the page.
+class LoadResult:
+    """Result of a load test.
 
     Attributes:
-        outcomes: of all uploads.
-        idle: before the first round.
-        after: of each round, once its connections had ended.
-        most: largest of each number under load.
-        left: names of files in the page's temporary folder.
-        said: what the process wrote after its address.
-        code: exit status.
+        idle: Footprint before the first round.
+        outcomes: Outcomes of all uploads.
+        after: Footprints after each round, once its connections had ended.
+        loaded: Footprints under load.
+        leftovers: Names of files in the page's temporary folder.
+        output: Output of the process after its address.
+        code: Exit status.
     """
 
     idle: Footprint
     outcomes: list[Outcome] = field(default_factory=list)
     after: list[Footprint] = field(default_factory=list)
-    most: list[Footprint] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    said: str = ""
+    loaded: list[Footprint] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    output: str = ""
     code: int = 0
 
 
-def put_under_load(config: LoadConfig) -> Seen:
-    """Serve the page, let the clients at it, and end it."""
+def put_under_load(config: LoadConfig) -> LoadResult:
+    """Serve the page, run the clients, and stop it."""
     searchers, _ = load_searchers(config.models, config.catalog, "test", (config.embeddings,))
     images = load_catalog(config.catalog).select(split="test", role="query")
     uploads = Uploads(searchers[0], images, config.seed)
     with tempfile.TemporaryDirectory(prefix="load-") as name, _serving(config, Path(name)) as (process, port):
-        asyncio.run(run_clients(port, [[uploads.draw("good")]]))  # what is made at the first call only
-        seen = Seen(_settled(process.pid, footprint(process.pid)))
+        asyncio.run(run_clients(port, [[uploads.draw("good")]]))  # the first call allocates buffers
+        result = LoadResult(_wait_until_settled(process.pid, measure_footprint(process.pid)))
         for number in range(config.rounds):
             plans = [[uploads.draw() for _ in range(config.uploads)] for _ in range(config.clients)]
-            asyncio.run(_watched(process.pid, port, plans, seen))
-            seen.after.append(_settled(process.pid, seen.idle))
-            log.info(f"  round {number + 1} of {config.rounds}: {len(seen.outcomes)} uploads so far")
+            asyncio.run(_run_watched(process.pid, port, plans, result))
+            result.after.append(_wait_until_settled(process.pid, result.idle))
+            log.info(f"  round {number + 1} of {config.rounds}: {len(result.outcomes)} uploads so far")
         process.send_signal(signal.SIGINT)
-        seen.code = process.wait(60)
-        seen.left = sorted(path.name for path in (Path(name) / "tmp").iterdir())
-        seen.said = (Path(name) / "said").read_text(encoding="utf-8").partition("ends it\n")[2]
-    return seen
+        result.code = process.wait(60)
+        result.leftovers = sorted(path.name for path in (Path(name) / "tmp").iterdir())
+        text = (Path(name) / "output").read_text(encoding="utf-8")
+        result.output = re.split(r"http://127\.0\.0\.1:\d+.*\n", text, maxsplit=1)[-1]
+    return result
 
 
-def summarise(config: LoadConfig, seen: Seen, command: str) -> tuple[list[Figure], list[Row]]:
-    """What must not be, the times of uploads that are sent at once, memory, and a table by kind of upload."""
-    verdicts = Counter(outcome.verdict for outcome in seen.outcomes)
-    quick = [1000 * outcome.seconds for outcome in seen.outcomes if outcome.kind == "good"]
-    most, last = max(one.resident for one in seen.most), seen.after[-1]
+def summarise(config: LoadConfig, result: LoadResult, command: str) -> tuple[list[Figure], list[Row]]:
+    """Return figures of faults, of times of uploads sent at once and of memory, and a table by kind of upload."""
+    verdicts = Counter(outcome.verdict for outcome in result.outcomes)
+    quick = [1000 * outcome.seconds for outcome in result.outcomes if outcome.kind == "good"]
+    peak, last = max(footprint.resident for footprint in result.loaded), result.after[-1]
 
     def figure(name: str, value: float, goal: float | None, unit: str = "") -> Figure:
         return Figure(f"load: {name}", value, unit, goal, "<=", command, seeds=(config.seed,))
 
     figures = [
         Figure("load: clients at once", config.clients, "", 200, ">=", command, seeds=(config.seed,)),
-        figure("uploads", len(seen.outcomes), None),
+        figure("uploads", len(result.outcomes), None),
         figure("answers lost", verdicts["lost"], 0),
         figure("answers mixed up", verdicts["mixed up"], 0),
         figure("answers wrong in another way", verdicts["wrong"], 0),
         figure("p50 of good images sent at once", float(np.percentile(quick, 50)), None, "ms"),
         figure("p99 of good images sent at once", float(np.percentile(quick, 99)), None, "ms"),
-        figure("memory before", seen.idle.resident / 2**20, None, "MiB"),
-        figure("most memory above that", (most - seen.idle.resident) / 2**20, _MORE_MEMORY, "MiB"),
-        figure("memory after the last round above that after the first", _growth(seen.after), None, "MiB"),
-        figure("more open files at the end", last.files - seen.idle.files, 0),
-        figure("more threads at the end", last.threads - seen.idle.threads, 0),
-        figure("files left in the temporary folder", len(seen.left), 0),
-        figure("exit status when interrupted", seen.code, 0),
-        figure("lines of error output", len(seen.said.removesuffix("ended\n").splitlines()), 0),
+        figure("memory before", result.idle.resident / 2**20, None, "MiB"),
+        figure("largest growth of memory under load", (peak - result.idle.resident) / 2**20, _MAX_MEMORY_GROWTH, "MiB"),
+        figure("growth of memory from the first to the last round", _growth(result.after), None, "MiB"),
+        figure("more open files at the end", last.files - result.idle.files, 0),
+        figure("more threads at the end", last.threads - result.idle.threads, 0),
+        figure("files left in the temporary folder", len(result.leftovers), 0),
+        figure("exit status when interrupted", result.code, 0),
+        figure("lines of error output", len(result.output.removesuffix("ended\n").splitlines()), 0),
     ]
-    return figures, [_by_kind(kind, seen.outcomes) for kind in SHARES]
+    return figures, [_by_kind(kind, result.outcomes) for kind in SHARES]
 
 
 def _growth(after: list[Footprint]) -> float:
@@ -135,15 +136,15 @@ def _growth(after: list[Footprint]) -> float:
 
 
 def _by_kind(kind: str, outcomes: list[Outcome]) -> Row:
-    some = [outcome for outcome in outcomes if outcome.kind == kind]
-    times = [outcome.seconds for outcome in some]
-    shown = [f"{value:.2f}" for value in np.percentile(times, [50, 99])] if times else ["", ""]
+    of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
+    times = [outcome.seconds for outcome in of_kind]
+    quantiles = [f"{value:.2f}" for value in np.percentile(times, [50, 99])] if times else ["", ""]
     return {
         "upload": kind,
-        "sent": len(some),
-        "answered right": sum(outcome.verdict == "right" for outcome in some),
-        "s, p50": shown[0],
-        "p99": shown[1],
+        "sent": len(of_kind),
+        "answered correctly": sum(outcome.verdict == "right" for outcome in of_kind),
+        "s, p50": quantiles[0],
+        "p99": quantiles[1],
     }
 
 
@@ -152,41 +153,40 @@ def _serving(config: LoadConfig, folder: Path) -> Iterator[tuple[subprocess.Pope
     arguments = ["--models", *config.models, "--embeddings", config.embeddings]
     arguments += ["--catalog", config.catalog, "--top", str(TOP), "--port", "0"]
     (folder / "tmp").mkdir()
-    with (folder / "said").open("wb") as said:
+    with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "vpr", "search", "serve", *arguments],
-            stderr=said,
+            stderr=output,
             env={**os.environ, "TMPDIR": str(folder / "tmp")},
         )
     try:
-        yield process, _port(process, folder / "said")
+        yield process, _port(process, folder / "output")
     finally:
         process.kill()
         process.wait()
 
 
-def _port(process: subprocess.Popen[bytes], said: Path) -> int:
-    until = time.monotonic() + _START
-    while not (found := re.search(r"http://127\.0\.0\.1:(\d+): open it", said.read_text(encoding="utf-8"))):
-        if process.poll() is not None or time.monotonic() > until:
-            raise UserError(
-                f"load: the page does not start: {said.read_text(encoding='utf-8')[-300:]}: mend that first"
-            )
-        time.sleep(_LOOK)
-    return int(found[1])
+def _port(process: subprocess.Popen[bytes], output: Path) -> int:
+    end = time.monotonic() + _MAX_START
+    while not (address := re.search(r"http://127\.0\.0\.1:(\d+)", output.read_text(encoding="utf-8"))):
+        if process.poll() is not None or time.monotonic() > end:
+            text = output.read_text(encoding="utf-8")[-300:]
+            raise UserError(f"load: the page does not start ({text}). Fix this error and rerun.")
+        time.sleep(_POLL_SECONDS)
+    return int(address[1])
 
 
-async def _watched(process: int, port: int, plans: list[list[Upload]], seen: Seen) -> None:
+async def _run_watched(process: int, port: int, plans: list[list[Upload]], result: LoadResult) -> None:
     clients = asyncio.create_task(run_clients(port, plans))
     while not clients.done():
-        seen.most.append(footprint(process))
-        await asyncio.wait([clients], timeout=_LOOK)
-    seen.outcomes += clients.result()
+        result.loaded.append(measure_footprint(process))
+        await asyncio.wait([clients], timeout=_POLL_SECONDS)
+    result.outcomes += clients.result()
 
 
-def _settled(process: int, idle: Footprint) -> Footprint:
-    """The page's footprint once it has no more files open than ``idle`` had, or after 15 s."""
-    until = time.monotonic() + _SETTLE
-    while (now := footprint(process)).files > idle.files and time.monotonic() < until:
-        time.sleep(_LOOK)
+def _wait_until_settled(process: int, idle: Footprint) -> Footprint:
+    """Return the page's footprint once it has no more open files than ``idle``, or after 15 s."""
+    end = time.monotonic() + _MAX_SETTLE
+    while (now := measure_footprint(process)).files > idle.files and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
     return now

@@ -1,4 +1,4 @@
-"""A serving hand-off as a server with many threads uses it: the same answers as one thread gets."""
+"""Serving hand-off under many threads: each must get the answers of a single thread."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _THREADS, _IMAGES, _ROUNDS, _TOP = 32, 64, 4, 10
 Answer = tuple[bytes, bytes, bytes]
 
 
-def hand_off(graph: Path, gallery: Path, images: Catalog, folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
-    """Answers of 32 threads that differ from a single thread's, for both indices and both runtimes of this CPU.
+def measure_hand_off(
+    graph: Path, gallery: Path, images: Catalog, folder: Path, command: str
+) -> tuple[list[Figure], list[Row]]:
+    """Count answers of 32 threads that differ from a single thread's, for both indices and both CPU runtimes.
 
     Args:
         graph: ``onnx`` artifact.
-        gallery: embeddings artifact of the same student.
-        images: queries.
-        folder: where the hand-offs are written.
-        command: makes the figures again.
+        gallery: Embeddings artifact of the same student.
+        images: Queries.
+        folder: Folder for the hand-offs.
+        command: Command that repeats the measurement.
     """
     figures, rows = [], []
     for kind in ("flat", "hnsw"):
@@ -40,26 +42,24 @@ def hand_off(graph: Path, gallery: Path, images: Catalog, folder: Path, command:
         for name, ask in open_hand_off(path).items():
             batches = _batches(path, images)
             differing = count_differing(ask, batches, _THREADS, _ROUNDS)
-            told = f"hand-off, {name}, {kind} index"
+            title = f"hand-off, {name}, {kind} index"
             figures.append(
-                Figure(f"{told}: answers that differ from a single thread's", differing, "", 0, "<=", command)
+                Figure(f"{title}: answers that differ from a single thread's", differing, "", 0, "<=", command)
             )
             total = _THREADS * _ROUNDS * len(batches)
-            rows.append(
-                {"model by": name, "index": kind, "threads": _THREADS, "answers": total, "differing": differing}
-            )
+            rows.append({"runtime": name, "index": kind, "threads": _THREADS, "answers": total, "differing": differing})
     return figures, rows
 
 
 def open_hand_off(path: Path) -> dict[str, Callable[[NDArray[np.float32]], Answer]]:
-    """By runtime: a batch to the bytes of its embedding, and of the scores and rows that the index gives."""
+    """Return for each runtime a function from a batch to the bytes of embeddings, scores and rows."""
     import faiss
 
     graph = path / "model_repository" / "model" / "1" / "model.onnx"
     index = faiss.read_index(str(path / "gallery" / "index.faiss"))
     session = open_session(graph.read_bytes(), threads=1)
 
-    def asking(forward: Forward) -> Callable[[NDArray[np.float32]], Answer]:
+    def search_with(forward: Forward) -> Callable[[NDArray[np.float32]], Answer]:
         def ask(batch: NDArray[np.float32]) -> Answer:
             vectors = forward(batch)
             scores, rows = index.search(vectors, _TOP)
@@ -68,27 +68,27 @@ def open_hand_off(path: Path) -> dict[str, Callable[[NDArray[np.float32]], Answe
         return ask
 
     return {
-        "ONNX Runtime": asking(lambda batch: session.run([OUTPUT], {INPUT: batch})[0]),
-        "OpenVINO": asking(openvino_forward(graph, 1)),
+        "ONNX Runtime": search_with(lambda batch: session.run([OUTPUT], {INPUT: batch})[0]),
+        "OpenVINO": search_with(openvino_forward(graph, 1)),
     }
 
 
 def count_differing(
     ask: Callable[[NDArray[np.float32]], Answer], batches: list[NDArray[np.float32]], threads: int, rounds: int
 ) -> int:
-    """How many answers differ, each thread asking for all batches in an order of its own."""
-    alone = [ask(batch) for batch in batches]
+    """Return the number of answers that differ; each thread sends all batches in a different order."""
+    expected = [ask(batch) for batch in batches]
 
-    def one_thread(seed: int) -> int:
+    def run_thread(seed: int) -> int:
         orders = [np.random.default_rng([seed, turn]).permutation(len(batches)) for turn in range(rounds)]
-        return sum(ask(batches[place]) != alone[place] for order in orders for place in order)
+        return sum(ask(batches[index]) != expected[index] for order in orders for index in order)
 
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(one_thread, range(threads)))
+        return sum(pool.map(run_thread, range(threads)))
 
 
 def _batches(path: Path, images: Catalog) -> list[NDArray[np.float32]]:
-    """Single images, as requests of the page are."""
+    """Return batches of a single image, as the page's requests are."""
     preprocess = load_artifact(path, "serving").card.preprocess
     assert preprocess is not None
     pixels = read_pixels(images, preprocess, range(min(_IMAGES, len(images))))

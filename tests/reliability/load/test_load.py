@@ -17,7 +17,7 @@ OTHERS = frozenset({(1, 2), (3, 4)})
 
 
 def page(rows: tuple[int, ...], scores: tuple[float, ...]) -> str:
-    """As the template writes it."""
+    """Return a page as the template writes it."""
     hits = enumerate(zip(rows, scores, strict=True), start=1)
     return "\n".join(f'<img src="/image/{row}" alt="">\n<b>{n}. {score:.3f}</b>' for n, (row, score) in hits)
 
@@ -38,20 +38,20 @@ def image(rows: tuple[int, ...], way: Way = "at once", body: bytes = b"x" * 64) 
         (0, "", "lost"),
     ],
 )
-def test_an_answer_is_judged_by_what_was_known_before(status: int, text: str, verdict: str) -> None:
+def test_answer_is_compared_with_expected(status: int, text: str, verdict: str) -> None:
     assert judge(image((1, 2)), status, text, OTHERS)[0] == verdict
 
 
-def test_a_refusal_is_judged_by_its_reason() -> None:
-    upload = Upload("no image", b"<svg>", Expected(422, said="not an image"))
+def test_rejection_is_judged_by_reason() -> None:
+    upload = Upload("no image", b"<svg>", Expected(422, text="not an image"))
     assert judge(upload, 422, "not an image: choose another", OTHERS)[0] == "right"
     assert judge(upload, 422, "truncated", OTHERS)[0] == "wrong"
     assert judge(upload, 200, page((1, 2), (0.9, 0.8)), OTHERS)[0] == "lost"
 
 
-def served(plans: list[list[Upload]], answer: str) -> tuple[list[Outcome], list[bytes]]:
-    """What clients get from a server that gives all the same answer, or none; and what it got from them."""
-    got: list[bytes] = []
+def serve_constant(plans: list[list[Upload]], answer: str) -> tuple[list[Outcome], list[bytes]]:
+    """Return the outcomes of a server with a constant answer, or none, and the requests that it got."""
+    requests: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         data = bytearray()
@@ -66,7 +66,7 @@ def served(plans: list[list[Upload]], answer: str) -> tuple[list[Outcome], list[
                 await writer.drain()
         except ConnectionResetError:
             data += b"(reset)"
-        got.append(bytes(data))
+        requests.append(bytes(data))
         writer.close()
 
     async def both() -> list[Outcome]:
@@ -76,32 +76,32 @@ def served(plans: list[list[Upload]], answer: str) -> tuple[list[Outcome], list[
         server.close()
         return outcomes
 
-    return asyncio.run(both()), got
+    return asyncio.run(both()), requests
 
 
-def test_a_server_that_mixes_answers_up_or_loses_them_is_found_out() -> None:
+def test_mixed_up_and_lost_answers_are_detected() -> None:
     plans = [[image((1, 2), body=b"end")] * 3, [image((3, 4), body=b"end")] * 2]
-    outcomes, _ = served(plans, page((1, 2), (0.9, 0.8)))
+    outcomes, _ = serve_constant(plans, page((1, 2), (0.9, 0.8)))
     assert [outcome.verdict for outcome in outcomes] == ["right"] * 3 + ["mixed up"] * 2
-    outcomes, _ = served(plans, "")
+    outcomes, _ = serve_constant(plans, "")
     assert [outcome.verdict for outcome in outcomes] == ["lost"] * 5
 
 
-def test_uploads_go_the_way_they_say() -> None:
+def test_uploads_are_sent_as_specified() -> None:
     body = bytes(range(97, 123)) * 10 + b"end"
-    _, (slow,) = served([[image((1, 2), "slowly", body)]], page((1, 2), (0.9, 0.8)))
+    _, (slow,) = serve_constant([[image((1, 2), "slowly", body)]], page((1, 2), (0.9, 0.8)))
     head, _, sent = slow.partition(b"\r\n\r\n")
     assert sent == body
     assert b"Content-Length: 263" in head
     leaver = Upload("breaks off", b"y" * 1000, Expected(0), "then breaks off")
-    (outcome,), (broken,) = served([[leaver]], "never read")
+    (outcome,), (broken,) = serve_constant([[leaver]], "never read")
     assert outcome.verdict == "right"
     assert broken.endswith(b"y(reset)")
     assert b"Content-Length: 1000" in broken
     assert broken.count(b"y") <= 500
 
 
-def test_the_page_under_load_answers_all(
+def test_page_answers_all_under_load(
     student_artifact: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = [kind for kind in load_uploads.SHARES if kind not in ("stalls", "good, 12 megapixels")]
@@ -111,10 +111,10 @@ def test_the_page_under_load_answers_all(
     config = LoadConfig(
         (str(student_artifact),), str(catalog.artifact.path), str(tmp_path / "kept"), clients=12, uploads=5
     )
-    seen = put_under_load(config)
-    assert [outcome for outcome in seen.outcomes if outcome.verdict != "right"] == []
-    sent = Counter(outcome.kind for outcome in seen.outcomes)
+    result = put_under_load(config)
+    assert [outcome for outcome in result.outcomes if outcome.verdict != "right"] == []
+    sent = Counter(outcome.kind for outcome in result.outcomes)
     assert (sent.total(), set(sent)) == (2 * 12 * 5, set(quick))
-    figures, table = summarise(config, seen, "command")
+    figures, table = summarise(config, result, "command")
     assert [figure.name for figure in figures if figure.met is False] == ["load: clients at once"]
     assert [row["sent"] for row in table] == [sent[kind] for kind in quick]

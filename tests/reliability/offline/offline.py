@@ -1,8 +1,8 @@
-"""Every verb as a process that has no network: ``make figures TOPIC=reliability PARTS="offline"``.
+"""Every command as a process without a network: ``make figures TOPIC=reliability PARTS=offline``.
 
-Python's sockets reach this machine alone (:mod:`benchmarks.no_network`), and what tries otherwise is written down.
-Where Linux lets a user have a network of their own (``unshare``), the processes have none but its loopback either, so
-that libraries which open sockets past Python are held to it too.
+Python's sockets reach this machine only (``no_network/sitecustomize.py``), which logs every other attempt. Where Linux
+lets a user have a network namespace (``unshare``), the processes see nothing but its loopback. That also holds for
+libraries that open sockets without Python.
 """
 
 from __future__ import annotations
@@ -10,82 +10,50 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.figures import ROOT, Figure, Row
-from tests.reliability.commands import write_images
+from tests.reliability.commands import COMMANDS as ALL_COMMANDS
+from tests.reliability.commands import Command, paths_in, write_inputs
 from vpr.cli import COMMANDS
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
-_LONGEST = 4 * 3600.0  # seconds; the demo trains two models, on a machine that may have other work
-_ALONE = ("unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
-_TOGETHER = "import json; from vpr.cli import silence_libraries, run; silence_libraries(); [run(one) for one in json.load(open('road.json'))]"
+_MAX_SECONDS = 4 * 3600.0  # the demo trains two models, on a machine that may have other work
+_UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+_RUN_ALL = """
+import json
+from vpr.cli import run, silence_libraries
+silence_libraries()
+for words in json.load(open("commands.json")):
+    run(words)
+"""
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
-_SERVE = "search serve"
-_LOADER = "--loader.batch-size 8 --run.precision 32-true"
-_STAGES = "'{train: all, epochs: 1, lr_head: 1.0e-3, lr_tower: 1.0e-3}'"
-_VIT = (
-    "--model.image-size 32 --model.patch-size 8 --model.dim 32 --model.depth 1 --model.heads 2 --model.dim-head 16"
-    " --model.mlp-dim 64"
+SERVE = "search serve"
+# This command downloads weights of open_clip.
+DOWNLOAD = Command(
+    "teacher train --tower.name RN50 --tower.pretrained openai --loader.batch-size 8 --catalog {catalog}", "download"
 )
-# Every verb, in an order in which each finds what it needs in the folder it is run in.
-ROAD = (
-    "catalog --reader folder --root images --validation 0.25 --test 0.25 --output catalog",
-    "teacher data --csv images.csv --validation 0.25 --output data",
-    f"teacher train --tower.name sample --tower.pretrained '' --tower.image-size 32 --stages {_STAGES} {_LOADER}"
-    " --catalog catalog --output teacher",
-    f"teacher train --tower.name sample --tower.pretrained '' --tower.image-size 32 --stages {_STAGES} {_LOADER}"
-    " --catalog catalog --output other --views.rotate 5",
-    "teacher soup --models teacher other --catalog catalog --output soup",
-    "teacher embed --model teacher --catalog catalog --output teacher-embeddings",
-    "teacher runs --folder .",
-    f"student distill {_VIT} --epochs 1 --targets.views 1 {_LOADER} --teacher teacher --catalog catalog"
-    " --output student",
-    "student embed --model student --catalog catalog --split test --output embeddings",
-    "export onnx --student student --images 8 --output fp32",
-    "calibrate --onnx fp32 --catalog catalog --count 8 --output ranges",
-    "export int8 --onnx fp32 --ranges ranges --output int8",
-    "export engine --onnx int8 --target sm86 --output engine",
-    "export serving --model fp32 --gallery embeddings --device cpu --output serving",
-    "export parity --student student --models fp32 int8 --catalog catalog --output parity",
-    "bench recall --models student int8 --catalog catalog --output recall",
-    "bench latency --models int8 --batches 1 --seconds 0.2 --starts 1 --output latency",
-    "bench scale --embeddings embeddings --sizes 1000 --kinds flat --seconds 0.1 --output scale",
-    "bench report --models teacher student int8 --catalog catalog --batches 1 --seconds 0.2 --output report",
-    "bench compare report report",
-    "search --queries embeddings --gallery embeddings --k 3 --output found.csv",
-    f"{_SERVE} --models int8 --catalog catalog --port 0",
-    "doctor",
-    "recipes list",
-    "recipes show teacher/sample",
-    "recipes copy teacher/sample",
-    "completion bash",
-    "demo --output demo",
-)
-# A verb that is asked for weights of open_clip, which lie elsewhere.
-DOWNLOAD = f"teacher train --tower.name RN50 --tower.pretrained openai {_LOADER} --catalog catalog --output asked"
 
 
 @dataclass(frozen=True)
-class VerbResult:
-    """How a verb ended without a network.
+class OfflineResult:
+    """How a command ended without a network.
 
     Attributes:
-        verb: as in :data:`vpr.cli.COMMANDS`.
-        code: its exit status.
-        attempts: what it tried to reach, as far as Python's sockets tell.
-        line: the last that it wrote.
+        verb: Name in :data:`vpr.cli.COMMANDS`.
+        code: Exit status.
+        attempts: Hosts that it tried to reach, as far as Python's sockets show.
+        line: Last line of its output.
     """
 
     verb: str
@@ -94,53 +62,45 @@ class VerbResult:
     line: str
 
     @property
-    def passed(self) -> bool:
-        """Whether it did its work and asked no one."""
+    def has_passed(self) -> bool:
+        """Whether the command succeeded and tried to reach no host."""
         return self.code == 0 and not self.attempts
 
 
-def prepare(folder: Path) -> None:
-    """The images that :data:`ROAD` begins with, and a table of them."""
-    write_images(folder / "images")
-    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "images").rglob("*.png"))
-    rows = [f"{name},{Path(name).parent.name}\n" for name in names]
-    (folder / "images.csv").write_text("".join(["image,product\n", *rows]), encoding="utf-8")
-
-
-def verb_of(command: str) -> str:
-    """The verb that a command line begins with."""
-    return max((verb for verb in COMMANDS if f"{command} ".startswith(f"{verb} ")), key=len)
-
-
-def run_each(commands: tuple[str, ...], folder: Path) -> Iterator[VerbResult]:
-    """Run commands one after another in a folder, each as a process of its own without a network."""
+def run_each(commands: Sequence[Command], folder: Path) -> Iterator[OfflineResult]:
+    """Run commands one after another in a folder, each in its own process without a network."""
     for command in commands:
-        module = "tests.reliability.offline.offline" if verb_of(command) == _SERVE else "vpr"
-        yield _ended(_start([sys.executable, "-m", module, *shlex.split(command)], folder), folder, verb_of(command))
+        module = "tests.reliability.offline.offline" if command.verb == SERVE else "vpr"
+        process = _start([sys.executable, "-m", module, *_words(command)], folder)
+        yield _wait(process, folder, command.verb)
 
 
-def run_together(commands: tuple[str, ...], folder: Path) -> VerbResult:
-    """Run commands in one process, which loads its libraries once."""
-    (folder / "road.json").write_text(json.dumps([shlex.split(one) for one in commands]), encoding="utf-8")
-    return _ended(_start([sys.executable, "-c", _TOGETHER], folder), folder, "all")
+def run_together(commands: Sequence[Command], folder: Path) -> OfflineResult:
+    """Run commands in a single process, which loads its libraries once."""
+    (folder / "commands.json").write_text(json.dumps([_words(command) for command in commands]), encoding="utf-8")
+    return _wait(_start([sys.executable, "-c", _RUN_ALL], folder), folder, "all")
 
 
-def has_network_of_its_own() -> bool:
-    """Whether a process can be given a network without anything in it here."""
-    if not shutil.which(_ALONE[0]):
+def _words(command: Command) -> list[str]:
+    return command.words(paths_in(""), command.output)
+
+
+def can_unshare_network() -> bool:
+    """Return whether a process can have its own empty network here."""
+    if not shutil.which(_UNSHARE[0]):
         return False
-    return subprocess.run([*_ALONE, "true"], capture_output=True, check=False).returncode == 0
+    return subprocess.run([*_UNSHARE, "true"], capture_output=True, check=False).returncode == 0
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
     (folder / "attempts.txt").write_text("", encoding="utf-8")
     paths = f"{Path(__file__).parent / 'no_network'}{os.pathsep}{ROOT}"
-    # What an earlier download left on this machine is not to be had either.
+    # An empty cache: earlier downloads on this machine do not count.
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HOME": str(folder / "hub")}
     environment["NO_NETWORK_LOG"] = str(folder / "attempts.txt")
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
-            [*(_ALONE if has_network_of_its_own() else ()), *command],
+            [*(_UNSHARE if can_unshare_network() else ()), *command],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -149,19 +109,22 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _ended(process: subprocess.Popen[bytes], folder: Path, verb: str) -> VerbResult:
+def _wait(process: subprocess.Popen[bytes], folder: Path, verb: str) -> OfflineResult:
     try:
-        code = process.wait(_LONGEST)
+        code = process.wait(_MAX_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         code = process.wait()
     lines = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     attempts = (folder / "attempts.txt").read_text(encoding="utf-8").splitlines()
-    return VerbResult(verb, code, tuple(dict.fromkeys(attempts)), lines[-1] if lines else "")
+    return OfflineResult(verb, code, tuple(dict.fromkeys(attempts)), lines[-1] if lines else "")
 
 
-def visit(arguments: list[str]) -> int:
-    """Start the page, look an image up on it and end it; its exit status. In a process beside it: it may be alone."""
+def visit_page(arguments: list[str]) -> int:
+    """Start the search page, search for an image and stop the page; return its exit status.
+
+    This runs in the network of the page, which may be empty.
+    """
     page = subprocess.Popen([sys.executable, "-m", "vpr", *arguments], stderr=subprocess.PIPE, text=True)
     assert page.stderr is not None
     address = None
@@ -179,36 +142,43 @@ def visit(arguments: list[str]) -> int:
     return page.returncode
 
 
-def offline(folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
-    """Figures and a table of all verbs, in a folder that is emptied first.
+def measure_offline(folder: Path, command: str) -> tuple[list[Figure], list[Row]]:
+    """Return figures and a table of all commands, run in a folder that is emptied first.
 
     Raises:
-        UserError: the guard does not see the verb that downloads.
+        UserError: The guard does not stop the command that downloads.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    prepare(folder)
-    told = []
-    for one in run_each(ROAD, folder):
-        log.info(f"  {one.verb}: exit status {one.code}, tried to reach {', '.join(one.attempts) or 'nothing'}")
-        told.append(one)
-    (asked,) = run_each((DOWNLOAD,), folder)
-    if asked.passed or not asked.attempts:
-        raise UserError(f"offline: '{DOWNLOAD}' was not held back, so nothing was: mend {Path(__file__).name}")
-    passed = {one.verb for one in told} - {one.verb for one in told if not one.passed}
-    attempts = sum(len(one.attempts) for one in told)
+    write_inputs(folder)
+    results = []
+    for result in run_each(ALL_COMMANDS, folder):
+        log.info(f"  {result.verb}: exit status {result.code}, attempts: {', '.join(result.attempts) or 'none'}")
+        results.append(result)
+    (download,) = run_each((DOWNLOAD,), folder)
+    if download.has_passed or not download.attempts:
+        raise UserError(
+            f"offline: '{DOWNLOAD.line}' was not stopped, so the results mean nothing. Fix sitecustomize.py."
+        )
+    passed = {result.verb for result in results} - {result.verb for result in results if not result.has_passed}
+    attempts = sum(len(result.attempts) for result in results)
     figures = [
         Figure("offline: verbs that pass with sockets blocked", len(passed), "verbs", len(COMMANDS), ">=", command),
         Figure("offline: attempts to reach another machine", attempts, "attempts", 0, "<=", command),
     ]
-    network = "loopback of its own" if has_network_of_its_own() else "refused by Python"
-    asked = replace(asked, verb="teacher train --tower.pretrained openai, which asks for it")
+    network = "its own loopback" if can_unshare_network() else "blocked by Python"
+    download = replace(download, verb="teacher train --tower.pretrained openai (downloads)")
     rows = [
-        {"verb": one.verb, "exit status": one.code, "attempts": len(one.attempts), "network": network}
-        for one in (*told, asked)
+        {
+            "verb": result.verb,
+            "exit status": result.code,
+            "attempts": len(result.attempts),
+            "network": network,
+        }
+        for result in (*results, download)
     ]
     return figures, rows
 
 
 if __name__ == "__main__":
-    sys.exit(visit(sys.argv[1:]))
+    sys.exit(visit_page(sys.argv[1:]))

@@ -7,63 +7,63 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.commands import COMMANDS, write_inputs
 from tests.reliability.offline.offline import (
+    _UNSHARE,
     DOWNLOAD,
-    ROAD,
-    VerbResult,
-    has_network_of_its_own,
-    prepare,
+    SERVE,
+    OfflineResult,
+    can_unshare_network,
     run_each,
     run_together,
-    verb_of,
 )
-from vpr.cli import COMMANDS
+from vpr import cli
 
-PAGE = tuple(one for one in ROAD if one.startswith("search serve"))
-DEMO = tuple(one for one in ROAD if one.startswith("demo"))
-OTHERS = tuple(one for one in ROAD if one not in PAGE + DEMO)
+PAGE = [command for command in COMMANDS if command.verb == SERVE]
+DEMO = [command for command in COMMANDS if command.verb == "demo"]
+OTHERS = [command for command in COMMANDS if command not in PAGE + DEMO]
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, VerbResult]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OfflineResult]:
     folder = tmp_path_factory.mktemp("offline")
-    prepare(folder)
+    write_inputs(folder)
     return folder, run_together(OTHERS, folder)
 
 
-def test_every_verb_is_on_the_road() -> None:
-    assert {verb_of(command) for command in ROAD} == set(COMMANDS)
+def test_every_verb_has_a_command() -> None:
+    assert {command.verb for command in COMMANDS} == set(cli.COMMANDS)
     assert [len(PAGE), len(DEMO)] == [1, 1]
 
 
-@pytest.mark.slow
-def test_verbs_reach_no_other_machine(walked: tuple[Path, VerbResult]) -> None:
-    """All but the page, which is below, and the demo, which runs the others (make figures runs it too)."""
-    told = walked[1]
-    assert (told.code, told.attempts) == (0, ()), told.line
+@pytest.mark.reliability
+def test_commands_use_no_network(together: tuple[Path, OfflineResult]) -> None:
+    """All but the search page, which has its own test, and the demo, which runs the others (make figures runs it)."""
+    result = together[1]
+    assert (result.code, result.attempts) == (0, ()), result.line
 
 
-@pytest.mark.slow
-def test_the_page_reaches_no_other_machine(walked: tuple[Path, VerbResult]) -> None:
-    (told,) = run_each(PAGE, walked[0])
-    assert (told.code, told.attempts, told.line) == (0, (), "ended")
+@pytest.mark.reliability
+def test_search_page_uses_no_network(together: tuple[Path, OfflineResult]) -> None:
+    (result,) = run_each(PAGE, together[0])
+    assert (result.code, result.attempts, result.line) == (0, (), "ended")
 
 
-@pytest.mark.slow
-def test_each_verb_alone_reaches_no_other_machine(tmp_path: Path) -> None:
-    prepare(tmp_path)
-    told = list(run_each(ROAD[: -len(DEMO)], tmp_path))
-    assert [one for one in told if not one.passed] == []
-    (asked,) = run_each((DOWNLOAD,), tmp_path)
-    assert asked.code == 2
-    assert [attempt.split()[0] for attempt in asked.attempts][0] == "socket.getaddrinfo"
+@pytest.mark.reliability
+def test_each_command_alone_uses_no_network(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    results = list(run_each([*OTHERS, *PAGE], tmp_path))
+    assert [result for result in results if not result.has_passed] == []
+    (download,) = run_each((DOWNLOAD,), tmp_path)
+    assert download.code == 2
+    assert [attempt.split()[0] for attempt in download.attempts][0] == "socket.getaddrinfo"
 
 
-def _guarded(code: str, log: Path) -> str:
-    """What a process with sockets blocked writes."""
+def _run_blocked(code: str, log: Path) -> str:
+    """Return the output of Python code with blocked sockets."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "no_network"), "NO_NETWORK_LOG": str(log)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return process.stdout + process.stderr
 
 
 @pytest.mark.parametrize(
@@ -76,19 +76,21 @@ def _guarded(code: str, log: Path) -> str:
         ("import socket; socket.socket(10).connect(('2001:db8::1', 80))", "socket.connect 2001:db8::1"),
     ],
 )
-def test_an_attempt_is_refused_and_written_down(code: str, attempt: str, tmp_path: Path) -> None:
-    assert "no network here" in _guarded(code, tmp_path / "log")
+def test_attempt_is_blocked_and_logged(code: str, attempt: str, tmp_path: Path) -> None:
+    assert "no network here" in _run_blocked(code, tmp_path / "log")
     assert attempt in (tmp_path / "log").read_text().splitlines()
 
 
-def test_an_attempt_of_a_child_that_hides_it_is_written_down(tmp_path: Path) -> None:
-    inner = "import socket\ntry:\n    socket.getaddrinfo('vpr.invalid', 80)\nexcept OSError:\n    print('hidden')"
-    said = _guarded(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])", tmp_path / "log")
-    assert said == "hidden\n"
+def test_hidden_attempt_of_child_is_logged(tmp_path: Path) -> None:
+    child = "import socket\ntry:\n    socket.getaddrinfo('vpr.invalid', 80)\nexcept OSError:\n    print('hidden')"
+    output = _run_blocked(
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", tmp_path / "log"
+    )
+    assert output == "hidden\n"
     assert (tmp_path / "log").read_text() == "socket.getaddrinfo vpr.invalid\n"
 
 
-def test_this_machine_s_own_addresses_are_open(tmp_path: Path) -> None:
+def test_local_addresses_are_open(tmp_path: Path) -> None:
     code = """
 import socket, tempfile
 with socket.create_server(("127.0.0.1", 0)) as server:
@@ -99,21 +101,24 @@ with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as s
     socket.socket(socket.AF_UNIX).connect(f"{folder}/s")
 print("open")
 """
-    assert _guarded(code, tmp_path / "log") == "open\n"
+    assert _run_blocked(code, tmp_path / "log") == "open\n"
     assert not (tmp_path / "log").exists()
 
 
-def test_where_a_network_can_be_had_alone_it_has_nothing_but_loopback(tmp_path: Path) -> None:
-    from tests.reliability.offline.offline import _ALONE
-
-    if not has_network_of_its_own():
-        pytest.skip("this machine lets no user have a network of their own (unshare --net)")
-    done = subprocess.run([*_ALONE, "cat", "/proc/net/dev"], capture_output=True, text=True, check=True)
-    assert [line.split(":")[0].strip() for line in done.stdout.splitlines()[2:]] == ["lo"]
+def test_unshared_network_has_loopback_only(tmp_path: Path) -> None:
+    if not can_unshare_network():
+        pytest.skip("this machine lets no user have a network namespace (unshare --net)")
+    process = subprocess.run([*_UNSHARE, "cat", "/proc/net/dev"], capture_output=True, text=True, check=True)
+    assert [line.split(":")[0].strip() for line in process.stdout.splitlines()[2:]] == ["lo"]
 
 
-def test_openvino_says_nothing_of_its_use(tmp_path: Path) -> None:
-    """It would tell Google Analytics of each import, from a thread, passing over any error."""
-    code = "from vpr.cli import silence_libraries; silence_libraries(); import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
-    assert _guarded(code, tmp_path / "log") == "openvino.tools.ovc.telemetry_stub\n"
+def test_openvino_telemetry_is_off(tmp_path: Path) -> None:
+    """OpenVINO would report each import from a thread, and hide any error."""
+    code = """
+from vpr.cli import silence_libraries
+silence_libraries()
+import openvino.tools.ovc.telemetry_utils as telemetry
+print(telemetry.tm.__name__)
+"""
+    assert _run_blocked(code, tmp_path / "log") == "openvino.tools.ovc.telemetry_stub\n"
     assert not (tmp_path / "log").exists()

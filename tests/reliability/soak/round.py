@@ -1,4 +1,4 @@
-"""What a soak repeats: a small training, embedding with what came of it and by its graphs, and a search."""
+"""Round of a soak: a small distillation, embedding by student and graphs, and a search."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _BATCH = 32
 _TOP = 5
 
 
-def make(folder: Path) -> None:
-    """A part of the embedded sample, a teacher of one epoch, a student and its graph."""
+def make_inputs(folder: Path) -> None:
+    """Write a part of the sample, a teacher trained for one epoch, a student and its graph."""
     sample, catalog = folder / "sample", folder / "catalog"
     build_catalog(CatalogConfig("sample", str(sample)))
     _write_part(sample)
@@ -46,37 +46,37 @@ def make(folder: Path) -> None:
     export_onnx(OnnxConfig(str(folder / "student"), str(folder / "fp32")))
 
 
-def one_round(made: Path, folder: Path) -> str:
-    """Distil a student for an epoch, embed with it and with its graphs, search; a digest of what was found."""
-    catalog, student = str(made / "catalog"), str(folder / "student")
-    _distil(made, folder / "student")
+def run_round(inputs: Path, folder: Path) -> str:
+    """Distil a student for an epoch, embed with it and with its graphs, search; return a digest of the results."""
+    catalog, student = str(inputs / "catalog"), str(folder / "student")
+    _distil(inputs, folder / "student")
     embeddings = str(embed_catalog(EmbedConfig(student, catalog, str(folder / "embeddings"), split="test")))
-    table = search_gallery(SearchConfig(embeddings, embeddings, str(folder / "found.csv"), k=_TOP))
+    table = search_gallery(SearchConfig(embeddings, embeddings, str(folder / "neighbours.csv"), k=_TOP))
     assert table is not None
-    found = [table.read_bytes()]
+    results = [table.read_bytes()]
     part = load_catalog(catalog).select(split="test")
-    for model in models_of(made / "fp32", _BACKENDS):
+    for model in models_of(inputs / "fp32", _BACKENDS):
         vectors = embed(part, model.preprocess, model.open(1), _BATCH)
         rows = search(vectors[part.roles == "query"], vectors[part.roles == "gallery"], _TOP)[1]
-        found.append(rows.tobytes())
+        results.append(rows.tobytes())
     shutil.rmtree(folder)
-    return hashlib.sha256(b"".join(found)).hexdigest()[:12]
+    return hashlib.sha256(b"".join(results)).hexdigest()[:12]
 
 
 def _write_part(sample: Path) -> None:
-    """All images of the first products of each split, as a table for the CSV reader."""
-    whole = load_catalog(sample)
+    """Write a CSV table of all images of the first products of each split."""
+    catalog = load_catalog(sample)
     with (sample / "part.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, ["image", "product", "role", "split"], extrasaction="ignore")
         writer.writeheader()
         for split in ("train", "validation", "test"):
-            part = whole.select(split=split)
-            chosen = set(np.unique(part.products)[:_PRODUCTS].tolist())
-            writer.writerows(row for row in part.table.to_pylist() if row["product"] in chosen)
+            part = catalog.select(split=split)
+            products = set(np.unique(part.products)[:_PRODUCTS].tolist())
+            writer.writerows(row for row in part.table.to_pylist() if row["product"] in products)
 
 
-def _distil(made: Path, output: Path) -> None:
+def _distil(inputs: Path, output: Path) -> None:
     model, targets = StudentConfig("sample", stem="conv"), TargetsConfig(views=1)
-    teacher, catalog = str(made / "teacher"), str(made / "catalog")
+    teacher, catalog = str(inputs / "teacher"), str(inputs / "catalog")
     loader = LoaderConfig(_BATCH, keep_in_memory=True)
     distill(DistillConfig(teacher, catalog, str(output), model=model, targets=targets, epochs=1, loader=loader))

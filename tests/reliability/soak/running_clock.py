@@ -1,23 +1,22 @@
-"""How long a process ran, without the time in which it was stopped."""
+"""Running time of a process, without the time in which it was suspended."""
 
 from __future__ import annotations
 
 import threading
 import time
 
-_TICK, _LATE = 0.5, 5.0  # seconds between looks at the clock, and the most that lie between two where the process runs
+_TICK = 0.5  # seconds between two readings of the clock
+_MAX_TICK = 5.0  # seconds; a longer gap between two readings is a suspension
 
 
 class RunningClock:
-    """Seconds that this process ran, busy or not: a thread looks at the clock, and longer gaps are a stop's."""
+    """Seconds that this process ran, busy or not: a thread reads the clock, and longer gaps are suspensions."""
 
     def __init__(self) -> None:
-        self._state = (
-            0.0,
-            time.monotonic(),
-        )  # seconds counted so far, and when; one tuple, so that both are of one look
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        # Counted seconds and the time of that reading; a single tuple keeps them consistent.
+        self._state = (0.0, time.monotonic())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read_clock, daemon=True)
 
     def __enter__(self) -> RunningClock:
         self._state = (0.0, time.monotonic())
@@ -25,15 +24,15 @@ class RunningClock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        self._stop.set()
         self._thread.join()
 
     @property
     def seconds(self) -> float:
-        """Until now."""
+        """Seconds until now."""
         counted, before = self._state
-        return counted + min(time.monotonic() - before, _LATE)
+        return counted + min(time.monotonic() - before, _MAX_TICK)
 
-    def _look(self) -> None:
-        while not self._ended.wait(_TICK):
+    def _read_clock(self) -> None:
+        while not self._stop.wait(_TICK):
             self._state = (self.seconds, time.monotonic())

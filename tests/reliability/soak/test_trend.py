@@ -20,16 +20,16 @@ def noise(series: int, memory: float, seed: int) -> NDArray[np.float64]:
 
 
 def textbook_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """What takes each sample for independent."""
+    """Return the interval that assumes independent samples."""
     (slope, _), covariance = np.polyfit(HOURS, values, 1, cov=True)
     return slope - 1.96 * covariance[0, 0] ** 0.5, slope + 1.96 * covariance[0, 0] ** 0.5
 
 
-def share_that_holds(truth: float, intervals: list[tuple[float, float]]) -> float:
+def share_covered(truth: float, intervals: list[tuple[float, float]]) -> float:
     return float(np.mean([low <= truth <= high for low, high in intervals]))
 
 
-def test_a_line_is_found_as_least_squares_finds_it() -> None:
+def test_slope_equals_least_squares() -> None:
     values = 700 + 3.5 * HOURS + noise(1, 0.5, seed=0)[0]
     trend = fit_trend(HOURS, values)
     assert trend.slope == pytest.approx(np.polyfit(HOURS, values, 1)[0], rel=1e-9)
@@ -39,22 +39,22 @@ def test_a_line_is_found_as_least_squares_finds_it() -> None:
 
 
 @pytest.mark.parametrize(("slope", "memory"), [(0.0, 0.0), (0.0, 0.8), (12.0, 0.8)])
-def test_intervals_hold_the_truth_95_times_in_100_whatever_the_autocorrelation(slope: float, memory: float) -> None:
+def test_interval_covers_95_percent(slope: float, memory: float) -> None:
     series = slope * HOURS + noise(800, memory, seed=1)
-    held = share_that_holds(slope, [fit_trend(HOURS, values).interval for values in series])
-    assert held == pytest.approx(0.95, abs=0.03)  # four standard errors of 800 trials
-    independent = share_that_holds(slope, [textbook_interval(values) for values in series[:200]])
-    assert (independent < 0.6) == (memory == 0.8)  # what the interval is for
+    coverage = share_covered(slope, [fit_trend(HOURS, values).interval for values in series])
+    assert coverage == pytest.approx(0.95, abs=0.03)  # four standard errors of 800 trials
+    independent = share_covered(slope, [textbook_interval(values) for values in series[:200]])
+    assert (independent < 0.6) == (memory == 0.8)  # the reason for the interval
 
 
-def test_a_leak_is_told_from_noise() -> None:
+def test_leak_differs_from_noise() -> None:
     noises = noise(200, 0.8, seed=2)
-    found = [fit_trend(HOURS, 700 + 12 * HOURS + values).interval[0] > 0 for values in noises]
-    assert np.mean(found) == 1
+    detections = [fit_trend(HOURS, 700 + 12 * HOURS + values).interval[0] > 0 for values in noises]
+    assert np.mean(detections) == 1
     alarms = [fit_trend(HOURS, 700 + values).interval[0] > 0 for values in noises]
     assert np.mean(alarms) < 0.06
 
 
-def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(UserError, match="31 samples: it needs 32"):
+def test_too_few_samples_are_rejected() -> None:
+    with pytest.raises(UserError, match="expected 32 samples or more, got 31"):
         fit_trend(HOURS[:31], HOURS[:31])

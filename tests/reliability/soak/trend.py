@@ -1,4 +1,4 @@
-"""The slope of a series of samples, with an interval that their autocorrelation does not make too narrow."""
+"""Slope of a series of samples, with an interval that holds under autocorrelation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from vpr.common.errors import UserError
 
 _WAVES = 8
-_T_QUANTILE = 2.306004  # 97.5 % of Student's t with as many degrees of freedom as there are waves
+_T_QUANTILE = 2.306004  # 97.5 % quantile of Student's t with one degree of freedom for each wave
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A straight line through samples.
+    """Straight line through samples.
 
     Attributes:
-        slope: rise per unit of time.
-        interval: its 95 % interval.
+        slope: Rise per unit of time.
+        interval: 95 % interval of the slope.
     """
 
     slope: float
@@ -27,25 +27,25 @@ class Trend:
 
 
 def fit_trend(times: NDArray[np.float64], values: NDArray[np.float64]) -> Trend:
-    """Least squares, and an interval by the series estimator of the long-run variance.
+    """Fit a line by least squares, with an interval from the series estimator of the long-run variance.
 
-    What autocorrelated noise does to a slope depends on its power at the lowest frequencies alone. That is taken from
-    the residuals' projections on 8 cosines made orthogonal to the line: the slope over its error then has Student's t
-    distribution of 8 degrees of freedom (Sun, "Robust trend inference with series variance estimator and
-    testing-optimal smoothing parameter", Journal of Econometrics 164, 2011). The number is fixed and small, the
-    cautious side. The interval holds the truth in 95 % of cases where noise forgets itself within a fiftieth of the
-    series, in 88 % within a fifteenth; of a random walk it is too narrow, so that one may be taken for growth.
+    The effect of autocorrelated noise on a slope depends on its power at the lowest frequencies only. The residuals'
+    projections on 8 cosines, made orthogonal to the line, estimate that power. The slope over its error then has
+    Student's t distribution with 8 degrees of freedom (Sun, "Robust trend inference with series variance estimator and
+    testing-optimal smoothing parameter", Journal of Econometrics 164, 2011). A small fixed number is conservative.
+    The interval covers the true slope in 95 % of cases if the correlation time is a fiftieth of the series, in 88 %
+    if it is a fifteenth. It is too narrow for a random walk, which can therefore look like growth.
 
     Args:
         times: (n,) increasing and about evenly spaced, n at least 32.
         values: (n,) at those times.
 
     Raises:
-        UserError: too few samples.
+        UserError: There are too few samples.
     """
     count = len(times)
     if count < 4 * _WAVES:
-        raise UserError(f"trend: {count} samples: it needs {4 * _WAVES}: measure longer")
+        raise UserError(f"trend: expected {4 * _WAVES} samples or more, got {count}. Measure longer.")
     centred = times - times.mean()
     spread = float(centred @ centred)
     slope = float(centred @ values) / spread
