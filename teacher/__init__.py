@@ -1,1 +1,1 @@
-"""Fine-tunes an OpenCLIP image tower on product images."""
+"""Teacher: an OpenCLIP image tower fine-tuned on product images."""

@@ -1,10 +1,10 @@
-"""Averages of weights, and which of them is chosen on the validation split."""
+"""Averages of weights, selected by recall on the validation split."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -20,36 +20,36 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class SoupResult:
-    """What a method came to.
+    """Selected soup.
 
     Attributes:
-        weights: of the soup, float32 on the CPU.
-        what: ``alpha`` or ``models`` of it.
-        scores: its validation scores.
-        rows: one per candidate: ``alpha`` or ``models``, ``val_recall_at_1``, ``val_map``.
+        weights: Weights of the soup, float32 on the CPU.
+        members: ``alpha`` or ``models`` of the soup, for the card.
+        scores: Validation scores of the soup.
+        rows: One row per candidate with ``alpha`` or ``models``, ``val_recall_at_1`` and ``val_map``.
     """
 
     weights: Weights
-    what: Row
+    members: Row
     scores: RetrievalScores
     rows: list[Row]
 
 
 def read_weights(teacher: Artifact) -> Weights:
-    """A teacher's weights on the CPU."""
+    """Load a teacher's weights on the CPU."""
     with reraise_as_artifact_error(teacher):
         return load_file(teacher.file("model.safetensors"))
 
 
-def average(parts: Iterable[Weights], shares: Sequence[float]) -> Weights:
-    """Weighted sum of weights in float64; what is not floating point (counters) is the first's.
+def average(models: Iterable[Weights], shares: Sequence[float]) -> Weights:
+    """Return the weighted sum in float64; integer tensors (counters) are copied from the first model.
 
     Args:
-        parts: of the same names and shapes; read one after the other, so that two are in memory at a time.
-        shares: one per part, together 1.
+        models: Weights with equal names and shapes. They are read in turn, so only two are in memory at a time.
+        shares: Share of each model; they sum to 1.
     """
     total: Weights = {}
-    for weights, share in zip(parts, shares, strict=True):
+    for weights, share in zip(models, shares, strict=True):
         if not total:
             total = {n: v.double() * share if v.is_floating_point() else v.clone() for n, v in weights.items()}
             continue
@@ -60,10 +60,10 @@ def average(parts: Iterable[Weights], shares: Sequence[float]) -> Weights:
 
 
 def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer: Scorer) -> SoupResult:
-    """(1 - alpha) zero-shot + alpha fine-tuned, for the alpha of best validation recall@1.
+    """Return (1 - alpha) zero-shot + alpha fine-tuned for the alpha with the best validation recall@1.
 
-    Equal recalls are told apart by mAP, then by the smaller alpha, which keeps more of the zero-shot model's
-    robustness. What was added to the tower has no zero-shot twin and stays fine-tuned.
+    Ties are broken by mAP, then by the smaller alpha, which keeps more of the zero-shot model's robustness. Layers
+    added to the tower have no zero-shot weights and stay fine-tuned.
 
     Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, eq. 1.
     """
@@ -71,9 +71,9 @@ def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer:
     rows: list[Row] = []
     best: tuple[float, RetrievalScores, Weights] | None = None
     for alpha in sorted(set(alphas)):
-        norms: Literal["kept", "added", "all"] = "kept" if alpha == 1 else "added" if alpha == 0 else "all"
-        scores = scorer.score(average([tuned, start], [alpha, 1 - alpha]), norms)
-        rows.append({"alpha": alpha} | _said(f"alpha {alpha:.3g}", scores))
+        weights = average([tuned, start], [alpha, 1 - alpha])
+        scores = scorer.evaluate(weights, recalibrate_bn="none" if alpha == 1 else "head" if alpha == 0 else "all")
+        rows.append({"alpha": alpha} | _log_scores(f"alpha {alpha:.3g}", scores))
         if best is None or (scores.recall_at_1, scores.map) > (best[1].recall_at_1, best[1].map):
             best = alpha, scores, scorer.weights()
     assert best is not None  # the configuration has at least one alpha
@@ -81,50 +81,52 @@ def wise_ft(alphas: Sequence[float], zero_shot: Weights, tuned: Weights, scorer:
 
 
 def uniform(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> SoupResult:
-    """The mean of all (Wortsman et al., "Model soups", ICML 2022); its members are scored beside it."""
+    """Return the mean of all teachers (Wortsman et al., "Model soups", ICML 2022); its rows include the members."""
     rows = [row for row, _ in _score_members(names, teachers, scorer)]
     shares = [1 / len(teachers)] * len(teachers)
-    scores = scorer.score(average((read_weights(teacher) for teacher in teachers), shares), "all")
-    what = {"models": list(names)}
-    return SoupResult(scorer.weights(), what, scores, [*rows, what | _said("all", scores)])
+    weights = average((read_weights(teacher) for teacher in teachers), shares)
+    scores = scorer.evaluate(weights, recalibrate_bn="all")
+    members = {"models": list(names)}
+    return SoupResult(scorer.weights(), members, scores, [*rows, members | _log_scores("all", scores)])
 
 
 def greedy(names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer) -> SoupResult:
-    """Best first, each is added if the mean's validation recall@1 does not fall (a tie adds it).
+    """Add teachers, best first, and keep each that does not lower the soup's validation recall@1.
 
-    So the soup is never below its best member on validation. Wortsman et al., "Model soups", ICML 2022, recipe 1.
+    The soup is therefore never below its best member on validation. Wortsman et al., "Model soups", ICML 2022,
+    recipe 1.
     """
     members = _score_members(names, teachers, scorer)
     order = sorted(range(len(names)), key=lambda i: (-members[i][1].recall_at_1, -members[i][1].map, i))
-    rows, kept, scores = [row for row, _ in members], [order[0]], members[order[0]][1]
+    rows, selected, scores = [row for row, _ in members], [order[0]], members[order[0]][1]
     mean = read_weights(teachers[order[0]])
     weights = mean
     for index in order[1:]:
-        share = 1 / (len(kept) + 1)
+        share = 1 / (len(selected) + 1)
         candidate = average([mean, read_weights(teachers[index])], [1 - share, share])
-        found = scorer.score(candidate, "all")
-        added = found.recall_at_1 >= scores.recall_at_1
-        row = _said(f"+ {names[index]}", found, "kept" if added else "left out")
-        rows.append({"models": [names[i] for i in [*kept, index]]} | row)
-        if added:
-            mean, weights, scores = candidate, scorer.weights(), found
-            kept.append(index)
-    return SoupResult(weights, {"models": [names[i] for i in kept]}, scores, rows)
+        candidate_scores = scorer.evaluate(candidate, recalibrate_bn="all")
+        is_kept = candidate_scores.recall_at_1 >= scores.recall_at_1
+        row = _log_scores(f"+ {names[index]}", candidate_scores, "kept" if is_kept else "left out")
+        rows.append({"models": [names[i] for i in [*selected, index]]} | row)
+        if is_kept:
+            mean, weights, scores = candidate, scorer.weights(), candidate_scores
+            selected.append(index)
+    return SoupResult(weights, {"models": [names[i] for i in selected]}, scores, rows)
 
 
 def _score_members(
     names: Sequence[str], teachers: Sequence[Artifact], scorer: Scorer
 ) -> list[tuple[Row, RetrievalScores]]:
-    """Each alone, in the same precision as the soups (a card's recall may be of bf16)."""
-    found = []
+    """Score each teacher alone, in float32 like the soups; a card's recall may be from bf16."""
+    members = []
     for name, teacher in zip(names, teachers, strict=True):
         with reraise_as_artifact_error(teacher):
-            scores = scorer.score(read_weights(teacher), "kept")
-        found.append(({"models": [name]} | _said(name, scores), scores))
-    return found
+            scores = scorer.evaluate(read_weights(teacher), recalibrate_bn="none")
+        members.append(({"models": [name]} | _log_scores(name, scores), scores))
+    return members
 
 
-def _said(label: str, scores: RetrievalScores, verdict: str = "") -> Row:
-    end = f": {verdict}" if verdict else ""
-    log.info(f"  {label}: validation recall@1 {scores.recall_at_1:.4f}, mAP {scores.map:.4f}{end}")
+def _log_scores(label: str, scores: RetrievalScores, verdict: str = "") -> Row:
+    """Log a candidate's validation scores and return them as a row."""
+    log.info(f"  recall@1 {scores.recall_at_1:.4f}  mAP {scores.map:.4f}  {label}{f': {verdict}' if verdict else ''}")
     return {"val_recall_at_1": scores.recall_at_1, "val_map": scores.map}

@@ -1,4 +1,4 @@
-"""Configuration of the teacher commands. Imports no heavy library, so help and errors in arguments are quick."""
+"""Configuration of the teacher commands. Imports no heavy library, so help and errors are instant."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vpr.training.config import RunConfig
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The margin softmax.
+    """Margin softmax of the training head.
 
     Attributes:
-        loss: ``arcface`` widens the angle (margins in radians), ``cosface`` lowers the cosine.
-        scale: inverse temperature s.
-        margin: at the start of the training.
-        margin_end: at its end.
-        margin_step: growth per epoch up to ``margin_end``; 0 grows evenly over the whole training.
-        min_margin_ratio: the class of most images has this share of the margin, that of fewest the whole, others lie
-            between by the fourth root of their size; 1 gives every class the same.
-        sub_centres: directions per class.
-        label_smoothing: share of the target that is spread over all classes.
-        class_weight_power: images of a class of n weigh n to the minus this; 0 weighs all alike.
+        loss: Kind of margin; ``arcface`` widens the angle (margins in radians), ``cosface`` lowers the cosine.
+        scale: Inverse temperature s of the logits.
+        margin: Margin at the start of the training.
+        margin_end: Margin at the end of the training.
+        margin_step: Growth of the margin per epoch, up to ``margin_end``; 0 grows it evenly over the training.
+        min_margin_ratio: Share of the margin for the largest class. The smallest class has the full margin, the others
+            lie in between by the fourth root of their size; 1 gives every class the same.
+        sub_centres: Directions per class.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weight_power: Power p of the weight n^-p of an image whose class has n images; 0 weights all alike.
     """
 
     loss: Literal["arcface", "cosface"] = "arcface"
@@ -42,40 +42,41 @@ class HeadConfig:
     class_weight_power: float = 0.0
 
     def __post_init__(self) -> None:
-        most = math.pi / 2 if self.loss == "arcface" else 2.0
-        if not 0 <= self.margin <= self.margin_end <= most:
+        largest = math.pi / 2 if self.loss == "arcface" else 2.0
+        if not 0 <= self.margin <= self.margin_end <= largest:
             raise UserError(
-                f"head.margin: {self.margin} to {self.margin_end}: give 0 or more, not falling, at most {most:.3g}"
+                f"head.margin: expected 0 <= margin <= margin_end <= {largest:.3g}, got margin {self.margin} and "
+                f"margin_end {self.margin_end}."
             )
         check_numbers(self, "head.", sub_centres=(1, 100))
         if not 0 < self.scale <= 1000:
-            raise UserError(f"head.scale: {self.scale}: give a number above 0, at most 1000")
+            raise UserError(f"head.scale: expected above 0, at most 1000, got {self.scale}.")
         check_numbers(self, "head.", min_margin_ratio=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
         if not 0 <= self.margin_step < math.inf:
-            raise UserError(f"head.margin_step: {self.margin_step}: give 0 or more")
+            raise UserError(f"head.margin_step: expected a finite number of 0 or more, got {self.margin_step}.")
 
 
-MAX_IMAGE_SIZE = 2048  # of an image, pixels; `Preprocess` has the same
+MAX_IMAGE_SIZE = 2048  # side in pixels, equal to the limit of `Preprocess`
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Which image tower, and how its output becomes the embedding.
+    """Image tower and its projection to the embedding.
 
     Attributes:
-        name: an ``open_clip`` model such as ``ViT-H-14``, a JSON file in open_clip's form, or the
-            name of one in ``teacher/towers`` (``sample``, ``sample-vit``).
-        pretrained: a tag of ``open_clip`` such as ``laion2b_s32b_b79k``, a local ``.safetensors``
-            file, a teacher artifact of the same tower (what is added to it starts from that teacher's too, where
-            it is of the same shape), or empty for random weights.
-        image_size: side of the input in pixels; 0 keeps the tower's own.
-        patch_stride: distance of the patches of a ViT in pixels, less than their side to let them overlap; 0 does not.
-        keep_projection: keep CLIP's own projection (ViT-H-14: 1280 to 1024).
-        dropout: share of the tower's output that is dropped in training.
-        embedding_dim: a new linear projection to this many dimensions; 0 adds none.
-        batch_norm: BatchNorm of the embedding before it is scaled to unit length.
-        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
-        squash: squash the whole image to the square instead of cropping its centre.
+        name: Name of an ``open_clip`` model such as ``ViT-H-14``, path of a JSON file in open_clip's form, or name of
+            a packaged tower (``sample``, ``sample-vit``).
+        pretrained: Initial weights; empty draws random weights. Otherwise a tag of ``open_clip`` such as
+            ``laion2b_s32b_b79k``, a local ``.safetensors`` file, or a teacher artifact of the same tower. A teacher
+            also initialises projection and BatchNorm where their shapes match.
+        image_size: Side of the input in pixels; 0 keeps the size of the tower.
+        patch_stride: Stride of a ViT's patches in pixels, below their side for overlapping patches; 0 does not overlap.
+        keep_projection: Keep CLIP's projection (ViT-H-14: 1280 to 1024).
+        dropout: Share of the tower's output that is dropped in training.
+        embedding_dim: Dimension of a new linear projection; 0 adds no projection.
+        batch_norm: Apply BatchNorm to the embedding before it is L2-normalised.
+        gradient_checkpointing: Recompute the activations of a block in the backward pass instead of keeping them.
+        squash: Squash the image to a square instead of cropping its centre.
     """
 
     name: str = "ViT-H-14"
@@ -90,44 +91,34 @@ class TowerConfig:
     squash: bool = True
 
     def __post_init__(self) -> None:
-        sides = (("image_size", 16, MAX_IMAGE_SIZE), ("patch_stride", 1, MAX_IMAGE_SIZE), ("embedding_dim", 1, 1 << 16))
-        for name, least, most in sides:
+        sizes = (("image_size", 16, MAX_IMAGE_SIZE), ("patch_stride", 1, MAX_IMAGE_SIZE), ("embedding_dim", 1, 1 << 16))
+        for name, smallest, largest in sizes:
             value = getattr(self, name)
-            if value != 0 and not least <= value <= most:
-                raise UserError(f"tower.{name}: {value}: give 0, or {least} to {most}")
+            if value != 0 and not smallest <= value <= largest:
+                raise UserError(f"tower.{name}: expected 0, or {smallest} to {largest}, got {value}.")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"tower.dropout: {self.dropout}: give a share from 0 to below 1")
-
-
-MAX_VALUES = {
-    "lr_head": 100.0,
-    "lr_tower": 100.0,
-    "weight_decay": 100.0,
-    "image_size": MAX_IMAGE_SIZE + 1,
-    "patch_stride": MAX_IMAGE_SIZE + 1,
-    "batch_size": 1 << 20,
-}
+            raise UserError(f"tower.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of epochs with its own parts, rates and image size; its optimiser starts anew.
+    """Training stage: a number of epochs with its own trainable parts, rates, image size and optimiser.
 
     Attributes:
-        train: ``head`` is the class directions and what is added to the tower (projection, BatchNorm); ``tower``
-            the tower alone; ``last`` the last blocks of the tower and the head; ``all`` everything.
-        epochs: length.
-        lr_head: peak learning rate of the head.
-        lr_tower: peak learning rate of the tower's last layer.
-        layer_decay: factor on the learning rate from each layer of the tower to the one before it.
-        last_blocks: how many blocks ``last`` trains.
-        optimizer: ``adamw``, or ``sgd`` with Nesterov momentum .9.
-        weight_decay: of matrices; biases, norms and other vectors have none.
-        warmup: share of the stage spent warming up.
-        image_size: side of the input, pixels; 0 keeps the tower's. Position embeddings are resized.
-        patch_stride: of overlapping patches, pixels; 0 keeps the tower's.
-        batch_size: images per step and process; 0 keeps the loader's.
-        views: augmentation; none keeps the training's.
+        train: Parts to train. ``head`` is the class directions and what is added to the tower (projection,
+            BatchNorm); ``tower`` is the tower; ``last`` is the last blocks of the tower and the head; ``all`` is both.
+        epochs: Number of epochs.
+        lr_head: Peak learning rate of the head.
+        lr_tower: Peak learning rate of the tower's last layer.
+        layer_decay: Factor on the learning rate from each layer of the tower to the layer before it.
+        last_blocks: Number of blocks that ``train: last`` trains.
+        optimizer: Optimiser; ``adamw``, or ``sgd`` with Nesterov momentum 0.9.
+        weight_decay: Weight decay of matrices; biases, norms and other vectors have none.
+        warmup: Share of the stage with a rising learning rate.
+        image_size: Side of the input in pixels; 0 keeps ``tower.image_size``. Position embeddings are resized.
+        patch_stride: Stride of overlapping patches in pixels; 0 keeps ``tower.patch_stride``.
+        batch_size: Images per step and process; 0 keeps ``loader.batch_size``.
+        views: Augmentation of the stage; empty keeps the augmentation of the training.
     """
 
     train: Literal["head", "tower", "last", "all"]
@@ -147,30 +138,32 @@ class StageConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "stages.", epochs=(1, None))
         if (self.train == "last") != (self.last_blocks > 0):
-            raise UserError(f"stages.last_blocks: {self.last_blocks} with train: {self.train}: they go together")
-        if not 0 < self.layer_decay <= 1 or not 0 <= self.warmup <= 1:
-            raise UserError("stages: layer_decay is above 0 and at most 1, warmup a share from 0 to 1")
-        for name in ("lr_head", "lr_tower", "weight_decay", "image_size", "patch_stride", "batch_size"):
-            if not 0 <= getattr(self, name) < MAX_VALUES[name]:
-                largest = MAX_VALUES[name]
-                raise UserError(f"stages.{name}: {getattr(self, name)}: give 0 or more, below {largest:g}")
+            raise UserError(
+                f"stages.last_blocks: expected 1 or more with train: last and 0 otherwise, got {self.last_blocks} with "
+                f"train: {self.train}."
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"stages.layer_decay: expected above 0, at most 1, got {self.layer_decay}.")
+        check_numbers(self, "stages.", warmup=(0, 1), lr_head=(0, 100), lr_tower=(0, 100), weight_decay=(0, 100))
+        sizes = (0, MAX_IMAGE_SIZE)
+        check_numbers(self, "stages.", image_size=sizes, patch_stride=sizes, batch_size=(0, (1 << 20) - 1))
 
     def tower(self, tower: TowerConfig) -> TowerConfig:
-        """The training's tower with what this stage changes of it."""
+        """Return the tower of the training with this stage's image size and patch stride."""
         size, stride = self.image_size or tower.image_size, self.patch_stride or tower.patch_stride
         return replace(tower, image_size=size, patch_stride=stride)
 
 
 @dataclass(frozen=True)
 class ScheduledStage:
-    """Where a stage lies in the training.
+    """Stage with its position in the training.
 
     Attributes:
-        stage: what it does.
-        before: epochs of the stages before it.
-        total: epochs of all stages.
-        views: its augmentation.
-        seed: of views and dropout.
+        stage: Configuration of the stage.
+        before: Epochs of all earlier stages.
+        total: Epochs of all stages.
+        views: Augmentation of the stage.
+        seed: Seed of views and dropout.
     """
 
     stage: StageConfig
@@ -182,22 +175,22 @@ class ScheduledStage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A teacher's training.
+    """Training of a teacher.
 
     Attributes:
-        catalog: catalogue artifact; its ``train`` split is trained on, ``validation`` chooses the epoch.
-        output: where the teacher is written.
-        recipe: name that ``vpr teacher runs`` shows.
-        tower: the image tower.
-        head: the margin.
-        stages: one after the other; each starts from the last weights of the one before, and the teacher is the
-            best epoch of the last one.
-        views: augmentation.
-        loader: batches.
-        run: how it is carried out.
-        allow_leak: train even if a scored product or image is inside; the card then says so.
-        dry_run: print the plan and the memory it needs, and stop.
-        seed: of weights, order, views and dropout.
+        catalog: Catalogue artifact; ``train`` is trained on, ``validation`` selects the best epoch.
+        output: Path of the teacher artifact to write.
+        recipe: Name of the recipe, shown by ``vpr teacher runs``.
+        tower: Image tower.
+        head: Margin softmax.
+        stages: Stages in order. Each starts from the last weights of the previous stage; the teacher is the best epoch
+            of the last stage.
+        views: Augmentation.
+        loader: Batches.
+        run: Settings of the training loop.
+        allow_leak: Train although a product or image is both trained on and scored; the card records the leak.
+        dry_run: Print the plan and the memory it needs, and stop.
+        seed: Seed of weights, order, views and dropout.
     """
 
     catalog: str
@@ -215,33 +208,33 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise UserError("stages: none: give at least one, such as {train: all, epochs: 10}")
+            raise UserError("stages: expected one or more. Add a stage such as {train: all, epochs: 10}.")
         if not 0 <= self.seed < 1 << 31:
-            raise UserError(f"seed: {self.seed}: give 0 or more, below 2^31")
+            raise UserError(f"seed: expected 0 or more, below 2^31, got {self.seed}.")
 
-    def places(self) -> list[ScheduledStage]:
-        """The stages with where each begins."""
-        places, before, total = [], 0, sum(stage.epochs for stage in self.stages)
+    def schedule(self) -> list[ScheduledStage]:
+        """Return the stages with their position in the training."""
+        schedule, before, total = [], 0, sum(stage.epochs for stage in self.stages)
         for stage in self.stages:
-            places.append(ScheduledStage(stage, before, total, stage.views or self.views, self.seed))
+            schedule.append(ScheduledStage(stage, before, total, stage.views or self.views, self.seed))
             before += stage.epochs
-        return places
+        return schedule
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a teacher is trained on.
+    """Training catalogue of a teacher, joined from data sets.
 
     Attributes:
-        output: where the catalogue is written.
-        products10k: folder of Products-10K; its train and test tables are both read. Empty leaves it out.
-        aicrowd: folder of the AIcrowd Visual Product Recognition development set. Empty leaves it out.
-        csv: further tables with columns ``image`` and ``product``; a table whose ``split`` column names
-            validation or test rows keeps its own split.
-        validation: share of each source's products held out to choose checkpoints.
-        test: share of each source's products held out to be scored.
-        seed: of the splits.
-        skip_unreadable: set unreadable images aside in ``set_aside.csv`` instead of refusing.
+        output: Path of the catalogue artifact to write.
+        products10k: Folder of Products-10K, whose train and test tables are both read; empty omits it.
+        aicrowd: Folder of the AIcrowd Visual Product Recognition development set; empty omits it.
+        csv: Further CSV tables with columns ``image`` and ``product``. If a ``split`` column names validation or test
+            rows, the table keeps its split.
+        validation: Share of each source's products held out to select checkpoints.
+        test: Share of each source's products held out for evaluation.
+        seed: Seed of the splits.
+        skip_unreadable: List unreadable images in ``set_aside.csv`` instead of stopping at the first.
     """
 
     output: str
@@ -255,32 +248,33 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_shares(self.validation, self.test, self.seed)
-        places = [path.resolve() for _, path in self.sources()]
-        if not places:
-            raise UserError("vpr teacher data: no source: give --products10k, --aicrowd or --csv")
-        if len(set(places)) < len(places):
-            raise UserError("vpr teacher data: one source is given twice: name each once")
+        paths = [path.resolve() for _, path in self.sources()]
+        if not paths:
+            raise UserError("vpr teacher data: no source is given. Use --products10k, --aicrowd or --csv.")
+        if len(set(paths)) < len(paths):
+            raise UserError("vpr teacher data: a source is given twice. Name each source once.")
 
     def sources(self) -> list[tuple[str, Path]]:
-        """Reader and place of each source, in the order in which they are joined."""
+        """Return reader and path of each source, in the order in which they are joined."""
         folders = [(reader, getattr(self, reader)) for reader in ("products10k", "aicrowd")]
-        return [(reader, Path(path)) for reader, path in [*folders, *(("csv", t) for t in self.csv)] if path]
+        tables = [("csv", table) for table in self.csv]
+        return [(reader, Path(path)) for reader, path in [*folders, *tables] if path]
 
 
 @dataclass(frozen=True)
 class SoupConfig:
-    """Which weights are joined, and how.
+    """Weight average of teachers, or of one teacher with its zero-shot weights.
 
     Attributes:
-        models: teacher artifacts of one network, trained on one catalogue; ``wise-ft`` takes a single one.
-        catalog: the catalogue that they were trained on; its ``validation`` split chooses.
-        output: where the soup is written, itself a teacher.
-        method: ``uniform`` averages all; ``greedy`` adds one after the other, best first, keeping each that does not
-            lower validation recall@1; ``wise-ft`` interpolates with the zero-shot weights.
-        alphas: shares of the fine-tuned weights that ``wise-ft`` tries.
-        batch_size: images at a time.
-        workers: processes that decode, where the images do not fit in memory.
-        seed: of the images that BatchNorm statistics are estimated on.
+        models: Teacher artifacts of one network, trained on one catalogue; ``wise-ft`` takes a single teacher.
+        catalog: Catalogue artifact that they were trained on; its ``validation`` split selects the weights.
+        output: Path of the soup to write, a teacher artifact.
+        method: Method of averaging. ``uniform`` averages all; ``greedy`` adds teachers, best first, and keeps each that
+            does not lower validation recall@1; ``wise-ft`` interpolates with the zero-shot weights.
+        alphas: Weights of the fine-tuned teacher that ``wise-ft`` evaluates.
+        batch_size: Images per batch.
+        workers: Decoding processes, used if the images do not fit in memory.
+        seed: Seed of the images that BatchNorm statistics are estimated on.
     """
 
     models: tuple[str, ...]
@@ -293,23 +287,23 @@ class SoupConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wanted = "exactly one" if self.method == "wise-ft" else "at least two"
+        expected = "one" if self.method == "wise-ft" else "two or more"
         if (len(self.models) == 1) != (self.method == "wise-ft") or not self.models:
-            raise UserError(f"models: {len(self.models)} given, {self.method} takes {wanted}: see --method")
+            raise UserError(f"models: {self.method} expects {expected}, got {len(self.models)}.")
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
-            raise UserError(f"alphas: {list(self.alphas)}: give one or more shares from 0 to 1")
+            raise UserError(f"alphas: expected one or more numbers from 0 to 1, got {list(self.alphas)}.")
         check_numbers(self, batch_size=(2, None), workers=(0, None), seed=(0, None))
         if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
-            raise UserError(f"output: {self.output} is one of the models and would be replaced: choose another")
+            raise UserError(f"output: {self.output} is one of the models and would be replaced. Choose another path.")
 
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """What to list.
+    """List of training runs.
 
     Attributes:
-        folder: looked through with everything below it, hidden folders and links aside.
-        output: CSV file of the table; empty prints it only.
+        folder: Folder to search, with its subfolders except hidden ones and links.
+        output: CSV file for the table; empty only prints the table.
     """
 
     folder: str = "runs"

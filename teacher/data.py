@@ -1,4 +1,4 @@
-"""``vpr teacher data``: data sets -> checked, split apart, joined -> one catalogue to train on."""
+"""``vpr teacher data``: check, split and join data sets into one training catalogue."""
 
 from __future__ import annotations
 
@@ -31,91 +31,90 @@ TABLES = {
 
 
 def build_data(config: DataConfig) -> Path:
-    """Write the training catalogue: validation carved from each source, then joined, nothing scored left in training.
+    """Write the training catalogue: split each source, join them, and drop what is held out from training.
 
-    ``duplicates.csv`` in the artifact lists repeated images by ``image``, ``of`` and ``kind``: ``same`` bytes,
-    ``near`` the same (with ``across splits`` where one is trained on and the other scored), and the rows that
-    :func:`drop_split_overlap` has ``dropped``. Nothing is done again while configuration and tables are unchanged; images
-    replaced under the same names are not noticed.
+    ``duplicates.csv`` in the artifact lists repeated images by ``image``, ``of`` and ``kind``. Kinds are ``same``
+    (equal bytes), ``near`` (near-duplicates, or ``near, across splits`` if one is trained on and the other held out)
+    and ``dropped`` (rows removed by :func:`drop_split_overlap`). The output is up to date while configuration and
+    tables are unchanged; images replaced under the same names are not detected.
 
     Raises:
-        UserError: a broken source, or (without ``skip_unreadable``) an image that cannot be read.
+        UserError: A source is broken, or an image cannot be read and ``skip_unreadable`` is off.
     """
     root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
-    values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _checksums(config)}
+    values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
     if find_up_to_date(config.output, "catalog", values, []):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
-    catalogs, refused = [], []
+    catalogs: list[Catalog] = []
+    set_aside: list[Rejected] = []
     for reader, path in config.sources():
-        catalog, aside = _read(config, reader, path)
-        above = catalog.root.resolve().relative_to(root)
-        refused += [((above / image).as_posix(), reason) for image, reason in aside]
+        catalog, rejected = _read_source(config, reader, path)
+        folder = catalog.root.resolve().relative_to(root)
+        set_aside += [((folder / image).as_posix(), reason) for image, reason in rejected]
         catalogs.append(catalog)
-    log.info("looking for images that repeat ...")
-    whole, duplicates = merge(catalogs)
-    joined, dropped = drop_split_overlap(whole)
+
+    log.info("searching for repeated images ...")
+    merged, duplicates = merge(catalogs)
+    joined, dropped = drop_split_overlap(merged)
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
-    repeats = list_repeats(whole, joined, duplicates, dropped)
+    repeats = list_repeats(merged, joined, duplicates, dropped)
     counts = {
         "same_bytes": len(duplicates.same_bytes),
         "near_same": len(duplicates.near_same),
         "near_same_across_splits": sum(kind == "near, across splits" for _, _, kind in repeats),
         "dropped": len(dropped),
     }
-    with write_artifact(config.output, "catalog", values) as draft:
-        write_catalog_files(draft, joined, refused)
-        with (draft.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
+    with write_artifact(config.output, "catalog", values) as writer:
+        write_catalog_files(writer, joined, set_aside)
+        with (writer.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows([("image", "of", "kind"), *repeats])
-        draft.metrics |= counts
-    _say_built(config, joined, catalogs, refused, counts)
+        writer.metrics |= counts
+    _log_summary(config, joined, catalogs, set_aside, counts)
     return Path(config.output)
 
 
 def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
-    """Take out what would be seen before it is scored.
+    """Drop rows whose image or product is held out in a later split.
 
-    An image (same bytes) or product of ``test`` leaves ``validation`` and ``train``, one of ``validation`` leaves
-    ``train``. Held-out products without a gallery lose their queries, which no result could be right for.
+    An image (same bytes) or product of ``test`` is dropped from ``validation`` and ``train``, one of ``validation``
+    from ``train``. Held-out queries without a gallery image of their product are dropped too, since no result could
+    be correct.
 
     Returns:
-        what is left, and the rows taken out, as (image, the held-out image or product, kind).
+        The remaining catalogue, and the dropped rows as (image, held-out image or product, kind).
     """
     dropped: list[Repeat] = []
-    for held in ("test", "validation"):
-        # First of all: what is no longer scored may be trained on.
-        alone = _queries_without_gallery(catalog, held)
-        rows = catalog.table.filter(pa.array(alone))
+    for held_out in ("test", "validation"):
+        # First, because images of dropped queries are no longer held out and may be trained on.
+        unanswerable = _queries_without_gallery(catalog, held_out)
+        rows = catalog.table.filter(pa.array(unanswerable))
         pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
         dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
-        catalog = catalog.where(~alone)
+        catalog = catalog.where(~unanswerable)
         splits = catalog.table["split"].to_numpy()
-        scored = catalog.table.filter(pa.array(splits == held))
-        below = np.isin(splits, ["train"] if held == "validation" else ["train", "validation"])
+        scored = catalog.table.filter(pa.array(splits == held_out))
+        is_earlier = np.isin(splits, ["train"] if held_out == "validation" else ["train", "validation"])
         for column, kind in (("sha256", "dropped"), ("product", "dropped, product")):
-            at = pc.index_in(catalog.table[column].combine_chunks(), scored[column].combine_chunks())
-            leaves = below & at.is_valid().to_numpy(zero_copy_only=False)
+            match = pc.index_in(catalog.table[column].combine_chunks(), scored[column].combine_chunks())
+            is_overlap = is_earlier & match.is_valid().to_numpy(zero_copy_only=False)
             name = "image" if column == "sha256" else "product"
-            of = scored[name].take(at.filter(pa.array(leaves))).to_pylist()
-            images = catalog.table["image"].filter(pa.array(leaves)).to_pylist()
-            dropped += [(image, other, kind) for image, other in zip(images, of, strict=True)]
-            catalog, below = catalog.where(~leaves), below[~leaves]
+            originals = scored[name].take(match.filter(pa.array(is_overlap))).to_pylist()
+            images = catalog.table["image"].filter(pa.array(is_overlap)).to_pylist()
+            dropped += [(image, original, kind) for image, original in zip(images, originals, strict=True)]
+            catalog, is_earlier = catalog.where(~is_overlap), is_earlier[~is_overlap]
     return catalog, dropped
 
 
-def list_repeats(whole: Catalog, left: Catalog, duplicates: Duplicates, dropped: list[Repeat]) -> list[Repeat]:
-    """The lines of ``duplicates.csv``: what was taken out first, then repeats.
+def list_repeats(merged: Catalog, joined: Catalog, duplicates: Duplicates, dropped: list[Repeat]) -> list[Repeat]:
+    """Return the rows of ``duplicates.csv``: dropped rows first, then the repeated images of all sources.
 
-    Args:
-        whole: all rows.
-        left: those that were not taken out, in which no two splits share an image.
-        duplicates: of all rows.
-        dropped: what was taken out.
+    In ``joined``, the remaining rows of ``merged``, no two splits share an image.
     """
-    # By bytes: of two copies the one that a pair names may have been taken out.
-    sha256 = dict(zip(whole.table["image"].to_pylist(), whole.table["sha256"].to_pylist(), strict=True))
-    split = dict(zip(left.table["sha256"].to_pylist(), left.table["split"].to_pylist(), strict=True))
+    # Look splits up by bytes, because the copy that a pair names may have been dropped.
+    sha256 = dict(zip(merged.table["image"].to_pylist(), merged.table["sha256"].to_pylist(), strict=True))
+    split = dict(zip(joined.table["sha256"].to_pylist(), joined.table["split"].to_pylist(), strict=True))
     near = []
     for pair in duplicates.near_same:
         splits = {split[sha256[image]] for image in pair if sha256[image] in split}
@@ -123,65 +122,65 @@ def list_repeats(whole: Catalog, left: Catalog, duplicates: Duplicates, dropped:
     return [*dropped, *((later, earlier, "same") for later, earlier in duplicates.same_bytes), *near]
 
 
-def _read(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Rejected]]:
-    """A source, checked and split."""
+def _read_source(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Rejected]]:
+    """Return a source's checked and split catalogue, and its rejected images with the reason."""
     rows = list(READERS[reader](path))
     if not rows:
-        raise UserError(f"{path}: no images here: check --{reader}")
+        raise UserError(f"{path}: the source has no images. Check --{reader}.")
     log.info(f"{path}: decoding {len(rows)} images ...")
     root = image_root(reader, str(path))
-    good, refused = check_images(root, rows, config.skip_unreadable)
-    if not good:
-        raise UserError(f"{path}: none of its {len(rows)} images can be read: check --{reader}")
-    table = rows_to_table(good)
+    accepted, rejected = check_images(root, rows, config.skip_unreadable)
+    if not accepted:
+        raise UserError(f"{path}: none of its {len(rows)} images can be read. Check --{reader}.")
+    table = rows_to_table(accepted)
     if table["split"].unique().to_pylist() == ["train"]:
         try:
             table = split_by_product(table, config.validation, config.test, config.seed)
         except UserError as error:
-            log.info(f"  {path}: all of it stays in training: {error}")
-    return Catalog(table, root), refused
+            log.warning(f"{path}: nothing is held out of this source. {error}")
+    return Catalog(table, root), rejected
 
 
 def _check_held_out(config: DataConfig, joined: Catalog) -> None:
-    """Refuse a catalogue without the held-out images that were asked for."""
+    """Raise :class:`UserError` if a requested split is empty."""
     for name, share in (("validation", config.validation), ("test", config.test)):
         if share and not len(joined.select(split=name)):
-            raise UserError(f"{name} {share}: no source has the products for it: raise it or add images")
+            raise UserError(f"{name}: no source has enough products for {share}. Raise it or add images.")
 
 
-def _checksums(config: DataConfig) -> dict[str, str]:
-    """Checksums of the tables that the sources consist of; a reader says what is wrong with a missing one."""
+def _table_checksums(config: DataConfig) -> dict[str, str]:
+    """Return the checksums of the sources' tables; the readers report missing tables."""
     tables = []
     for reader, path in config.sources():
         tables += [path / name for name in TABLES[reader]] if reader in TABLES else [path]
     return {str(table.resolve()): file_sha256(table) for table in tables if table.is_file()}
 
 
-def _queries_without_gallery(catalog: Catalog, held: str) -> NDArray[np.bool_]:
-    """(n,) whether a row is a query of a split whose gallery lacks its product."""
+def _queries_without_gallery(catalog: Catalog, split: str) -> NDArray[np.bool_]:
+    """Return (n,) bool: whether a row is a query of the split whose gallery lacks its product."""
     table = catalog.table
-    in_split = pc.equal(table["split"], held)
+    in_split = pc.equal(table["split"], split)
     gallery = table["product"].filter(pc.and_(in_split, pc.equal(table["role"], "gallery")))
-    answered = pc.is_in(table["product"], gallery.combine_chunks())
-    return pc.and_(pc.and_(in_split, pc.equal(table["role"], "query")), pc.invert(answered)).to_numpy()
+    has_gallery = pc.is_in(table["product"], gallery.combine_chunks())
+    return pc.and_(pc.and_(in_split, pc.equal(table["role"], "query")), pc.invert(has_gallery)).to_numpy()
 
 
-def _say_built(
-    config: DataConfig, joined: Catalog, catalogs: list[Catalog], refused: list[Rejected], counts: dict[str, Any]
+def _log_summary(
+    config: DataConfig, joined: Catalog, catalogs: list[Catalog], set_aside: list[Rejected], counts: dict[str, Any]
 ) -> None:
-    summary = joined.summary()
-    several = sum(len(catalog.table["product"].unique()) for catalog in catalogs)
-    several -= len(pa.chunked_array([c for catalog in catalogs for c in catalog.table["product"].chunks]).unique())
-    if several:
-        log.info(f"  {several} products have the same id in more than one source and are taken for one")
+    chunks = [chunk for catalog in catalogs for chunk in catalog.table["product"].chunks]
+    shared = sum(len(catalog.table["product"].unique()) for catalog in catalogs)
+    shared -= len(pa.chunked_array(chunks).unique())
+    if shared:
+        log.warning(f"{shared} product ids occur in more than one source; each is treated as one product")
     log.info(
         f"  repeated images: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
-        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows left out because their image "
-        "or product is scored (listed in duplicates.csv)"
+        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows dropped from training because "
+        "their image or product is held out (listed in duplicates.csv)"
     )
-    where = " (listed in set_aside.csv)" if refused else ""
-    parts = ", ".join(f"{n} {split}" for split, n in summary["images"].items() if n)
+    listed = " (listed in set_aside.csv)" if set_aside else ""
+    splits = ", ".join(f"{count} {split}" for split, count in joined.summary()["images"].items() if count)
     log.info(
-        f"{config.output}: {len(joined)} images of {len(joined.table['product'].unique())} products ({parts}), "
-        f"{len(refused)} set aside{where}"
+        f"{config.output}: {len(joined)} images of {len(joined.table['product'].unique())} products ({splits}), "
+        f"{len(set_aside)} set aside{listed}"
     )

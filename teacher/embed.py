@@ -1,4 +1,4 @@
-"""``vpr teacher embed``: a catalogue's embeddings by a teacher."""
+"""``vpr teacher embed``: embeddings of a catalogue by a teacher."""
 
 from __future__ import annotations
 

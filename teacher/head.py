@@ -1,4 +1,4 @@
-"""The margin head: one or more learned directions per class, and the loss of embeddings against them."""
+"""Margin head: learned directions per class, and the loss of embeddings against them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 
 
 class MarginHead(nn.Module):
-    """Directions of the classes, and the margin loss.
+    """Class directions and the margin loss.
 
     Args:
-        dim: of the embeddings.
-        counts: (classes,) int64, training images of each.
-        config: the margin.
+        dim: Dimension of the embeddings.
+        counts: (classes,) int64, number of training images of each class.
+        config: Configuration of the margin.
     """
 
     shares: Tensor
@@ -42,20 +42,20 @@ class MarginHead(nn.Module):
         self.register_buffer("weights", class_weights(counts, config.class_weight_power).float(), persistent=False)
 
     def margin(self, progress: float, epoch: int) -> float:
-        """The largest margin of any class after a share of the training, in its epoch from 0."""
+        """Return the largest margin of any class; ``progress`` is a share of the training, ``epoch`` counts from 0."""
         config = self.config
         if config.margin_step:
             return stepped_margin(epoch, config.margin, config.margin_step, config.margin_end)
         return growing_margin(progress, config.margin, config.margin_end)
 
     def cosine(self, embeddings: Tensor) -> Tensor:
-        """(batch, dim) of unit length to (batch, classes) cosines with the nearest direction of each, float32."""
+        """Map L2-normalised (batch, dim) to (batch, classes) float32 cosines with each class's nearest direction."""
         with torch.autocast(embeddings.device.type, enabled=False):
             directions = F.normalize(self.weight.float(), dim=1)
             return nearest_centre(F.linear(embeddings.float(), directions), self.config.sub_centres)
 
     def forward(self, embeddings: Tensor, labels: Tensor, progress: float, epoch: int) -> Tensor:
-        """Loss of L2-normalised (batch, dim) embeddings and (batch,) int64 labels, in float32 also under autocast."""
+        """Return the loss of L2-normalised (batch, dim) embeddings with (batch,) int64 labels; always in float32."""
         config = self.config
         with torch.autocast(embeddings.device.type, enabled=False):
             margins = self.margin(progress, epoch) * self.shares[labels]

@@ -1,4 +1,4 @@
-"""A teacher's layers in order of depth: which of them train, and how fast."""
+"""Layers of a teacher by depth: freezing and layer-wise learning-rate decay."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _STAGE = re.compile(r"layer(\d)\.(\d+)\.")
 
 
 def group_by_depth(teacher: Teacher) -> list[Layer]:
-    """The parameters by depth, from the stem over each block to the output; every parameter once.
+    """Return all parameters grouped by depth, from the stem through each block to the output.
 
-    The last layer holds the tower's final norm and projection and what is added to the tower.
+    The last group holds the tower's final norm and projection, and the layers added to the tower.
     """
     groups: dict[int, Layer] = {}
     depths = _depths(teacher)
@@ -29,7 +29,7 @@ def group_by_depth(teacher: Teacher) -> list[Layer]:
 
 
 def decay_factor(index: int, total: int, decay: float) -> float:
-    """Factor on the learning rate of a layer: 1 for the last, ``decay`` times the next one's for each before it.
+    """Return the factor on a layer's learning rate: 1 for the last, times ``decay`` for each layer before it.
 
     Clark et al., "ELECTRA", ICLR 2020; Bao et al., "BEiT", ICLR 2022.
     """
@@ -39,18 +39,18 @@ def decay_factor(index: int, total: int, decay: float) -> float:
 def freeze_except(
     teacher: Teacher, part: Literal["head", "tower", "last", "all"], last_blocks: int = 0
 ) -> list[nn.Module]:
-    """Let a part of the teacher learn and freeze the rest.
+    """Freeze the teacher except one part.
 
     Args:
-        teacher: changed in place (``requires_grad``).
-        part: ``head`` is what is added to the tower; ``last`` the last blocks and what follows them.
-        last_blocks: of ``last``.
+        teacher: Network, changed in place (``requires_grad``).
+        part: Trainable part; ``head`` is what is added to the tower, ``last`` the last blocks and all layers after.
+        last_blocks: Number of blocks of ``last``.
 
     Returns:
-        the modules that belong in training mode; the others keep their BatchNorm statistics and have no dropout.
+        The modules to set to training mode. The others keep their BatchNorm statistics and have no dropout.
 
     Raises:
-        UserError: more blocks than there are.
+        UserError: The tower has fewer blocks.
     """
     if part != "last":
         teacher.visual.requires_grad_(part != "head")
@@ -60,33 +60,33 @@ def freeze_except(
     depths = _depths(teacher)
     blocks = sorted({depth for depth in depths.values() if _STEM < depth < _END})
     if last_blocks > len(blocks):
-        raise UserError(f"stages.last_blocks: {last_blocks}, the tower has {len(blocks)} blocks: give at most that")
+        raise UserError(f"stages.last_blocks: expected at most {len(blocks)}, the tower's blocks, got {last_blocks}.")
     first = blocks[-last_blocks]
     for name, parameter in teacher.named_parameters():
         parameter.requires_grad_(depths[name] >= first)
-    learning = [m for m in teacher.modules() if list(m.parameters()) and all(p.requires_grad for p in m.parameters())]
-    return [*learning, teacher.project]
+    trainable = [m for m in teacher.modules() if list(m.parameters()) and all(p.requires_grad for p in m.parameters())]
+    return [*trainable, teacher.project]
 
 
 def _depths(teacher: Teacher) -> dict[str, int]:
-    """Depth of every parameter by its name in the teacher."""
+    """Return the depth of every parameter of the teacher by name."""
     visual: Any = teacher.visual
-    found = {name: _END for name, _ in teacher.named_parameters()}
+    depths = {name: _END for name, _ in teacher.named_parameters()}
     if hasattr(visual, "trunk"):
         from timm.models import group_parameters
 
         groups = group_parameters(visual.trunk, visual.trunk.group_matcher())
         for depth, names in groups.items():
-            # Layer 0 of timm is the stem; its last one may hold what belongs to no block (a pooling, a norm).
-            end = depth == max(groups) and not any(re.search(r"\.\d+\.", name) for name in names)
-            found.update({f"visual.trunk.{name}": _END if end else int(depth) - 1 for name in names})
-        return found
-    for name in found:
+            # timm's group 0 is the stem; its last group may hold layers outside the blocks (a pooling, a norm).
+            is_end = depth == max(groups) and not any(re.search(r"\.\d+\.", name) for name in names)
+            depths.update({f"visual.trunk.{name}": _END if is_end else int(depth) - 1 for name in names})
+        return depths
+    for name in depths:
         block, stage = _RESBLOCK.match(name.removeprefix("visual.")), _STAGE.match(name.removeprefix("visual."))
         if block:
-            found[name] = int(block[1])
+            depths[name] = int(block[1])
         elif stage:
-            found[name] = 1000 * int(stage[1]) + int(stage[2])
+            depths[name] = 1000 * int(stage[1]) + int(stage[2])
         elif re.match(r"visual\.(conv\d|bn\d|class_embedding|positional_embedding|ln_pre)", name):
-            found[name] = _STEM
-    return found
+            depths[name] = _STEM
+    return depths

@@ -1,4 +1,4 @@
-"""What a training needs of memory, estimated before it starts, without the weights being there."""
+"""Estimate of a training's memory before it starts, from a network without weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from teacher.model import Teacher
 
 _GIB = 1 << 30
-_FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, also under autocast
+_FLOAT_BYTES = 4  # weights, gradients and optimiser states are float32, also under autocast
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device.
+    """Memory of a training on one device, in bytes.
 
     Attributes:
-        weights: parameters and buffers.
-        gradients: of the parameters that learn.
-        optimiser: its states.
-        average: the moving average, if there is one.
-        activations: kept between the forward and the backward pass, of one batch.
+        weights: Parameters and buffers.
+        gradients: Gradients of the trainable parameters.
+        optimiser: Optimiser states.
+        average: Moving average of the weights; 0 if there is none.
+        activations: Activations that one batch keeps for the backward pass.
     """
 
     weights: int
@@ -37,7 +37,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimiser + self.average + self.activations
 
     def __str__(self) -> str:
@@ -46,128 +46,124 @@ class Memory:
 
 
 def estimate(
-    teacher: Teacher, head: nn.Module, batch: int, size: int, optimizer: str, average: bool, half: bool, share: int = 1
+    teacher: Teacher, head: nn.Module, batch: int, size: int, optimizer: str, has_ema: bool, is_half: bool, shards: int
 ) -> Memory:
-    """Estimate a training's memory; the frozen part of the network keeps no activations.
+    """Estimate the memory of a training; frozen parts of the network keep no activations.
 
     Args:
-        teacher: on any device, ``meta`` included; ``requires_grad`` says what learns.
-        head: of the classes.
-        batch: images on one device.
-        size: side of an image, pixels.
-        optimizer: ``adamw`` (two states) or ``sgd`` (momentum).
-        average: whether there is a moving average.
-        half: whether autocast computes in 16 bits.
-        share: processes that the weights are spread over (FSDP).
+        teacher: Network on any device, ``meta`` included; ``requires_grad`` marks the trainable parameters.
+        head: Margin head.
+        batch: Images per device.
+        size: Side of the images in pixels.
+        optimizer: Optimiser, ``adamw`` (two states) or ``sgd`` (one).
+        has_ema: Whether a moving average of the weights is kept.
+        is_half: Whether autocast computes in 16 bits.
+        shards: Processes that the weights are sharded over (FSDP).
     """
     parameters = [*teacher.parameters(), *head.parameters()]
     tensors = [*parameters, *teacher.buffers(), *head.buffers()]
-    learning = _FLOAT * sum(p.numel() for p in parameters if p.requires_grad)
+    trainable = _FLOAT_BYTES * sum(p.numel() for p in parameters if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in tensors)
     classes = sum(p.shape[0] for p in head.parameters())
-    # The head keeps its cosines, its softmax, and its directions as scaled to length 1.
-    directions = _FLOAT * sum(p.numel() for p in head.parameters())
-    activations = batch * activation_bytes(teacher, size, half) + 2 * _FLOAT * batch * classes + directions
-    states = learning * (2 if optimizer == "adamw" else 1)
-    mean = weights if average else 0
-    return Memory(weights // share, learning // share, states // share, mean // share, activations)
+    # The head keeps its cosines, its softmax and its normalised directions.
+    directions = _FLOAT_BYTES * sum(p.numel() for p in head.parameters())
+    activations = batch * activation_bytes(teacher, size, is_half)
+    activations += 2 * _FLOAT_BYTES * batch * classes + directions
+    states = trainable * (2 if optimizer == "adamw" else 1)
+    average = weights if has_ema else 0
+    return Memory(weights // shards, trainable // shards, states // shards, average // shards, activations)
 
 
-def activation_bytes(teacher: Teacher, size: int, half: bool) -> int:
-    """Bytes that autograd keeps for one image, counted in a forward pass of tensors without memory.
+def activation_bytes(teacher: Teacher, size: int, is_half: bool) -> int:
+    """Return the bytes that autograd keeps per image, counted in a forward pass of tensors without memory.
 
-    Under gradient checkpointing these are the inputs of the blocks, what lies outside of them, and all of the
-    largest block while it is at work.
+    With gradient checkpointing these are the inputs of the blocks, the activations outside the blocks and the
+    activations of the largest block, which exist while it is recomputed.
 
     Args:
-        teacher: its ``requires_grad`` decides what is kept; not changed.
-        size: side of the image, pixels.
-        half: under a GPU's autocast a ViT block keeps 36 instead of 64 bytes per value of its width, for its norms
-            and the residual stream stay float32; other towers are taken to do alike. A CPU's keeps less.
+        teacher: Network, not changed; ``requires_grad`` decides what is kept.
+        size: Side of the image in pixels.
+        is_half: Whether autocast computes in 16 bits. A ViT block on a GPU then keeps 36 instead of 64 bytes per value
+            of its width, because norms and residual stream stay float32. Other towers are assumed to behave alike;
+            a CPU keeps less.
     """
     shadow = copy.deepcopy(teacher).to("meta").train()
-    blocks = _take_checkpointing_off(shadow)
-    # The difference of two batches leaves out the weights.
-    larger, smaller = (_kept(shadow, blocks, batch, size) for batch in (4, 2))
-    (whole, _), *each = [((a - c) // 2, (b - d) // 2) for (a, b), (c, d) in zip(larger, smaller, strict=True)]
-    learning = [(inside, taken) for inside, taken in each if inside]
-    if learning:
-        whole += max(inside for inside, _ in learning) - sum(inside for inside, _ in learning)
-    return (whole * 36 // 64 if half else whole) + sum(taken for _, taken in learning)
+    blocks = _disable_checkpointing(shadow)
+    # The difference of two batch sizes excludes the weights.
+    larger, smaller = (_count_saved_bytes(shadow, blocks, batch_size, size) for batch_size in (4, 2))
+    (total, _), *per_block = [((a - c) // 2, (b - d) // 2) for (a, b), (c, d) in zip(larger, smaller, strict=True)]
+    trainable = [(inside, inputs) for inside, inputs in per_block if inside]
+    if trainable:
+        total += max(inside for inside, _ in trainable) - sum(inside for inside, _ in trainable)
+    return (total * 36 // 64 if is_half else total) + sum(inputs for _, inputs in trainable)
 
 
-def _kept(shadow: Teacher, blocks: list[nn.Module], batch: int, size: int) -> list[tuple[int, int]]:
-    """Bytes that autograd keeps and bytes that come in: of the whole teacher, then of each block."""
-    kept: dict[int, torch.UntypedStorage] = {}
-    found = dict.fromkeys(blocks, (0, 0))
+def _count_saved_bytes(shadow: Teacher, blocks: list[nn.Module], batch_size: int, size: int) -> list[tuple[int, int]]:
+    """Return the bytes that autograd saves and the bytes of the inputs: of the teacher, then of each block."""
+    saved: dict[int, torch.UntypedStorage] = {}
+    per_block = dict.fromkeys(blocks, (0, 0))
 
     def count() -> int:
-        return sum(storage.nbytes() for storage in kept.values())
+        return sum(storage.nbytes() for storage in saved.values())
 
     def enter(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found[block] = (count(), arguments[0].nbytes)
+        per_block[block] = (count(), arguments[0].nbytes)
 
     def leave(block: nn.Module, arguments: tuple[Tensor, ...], _: Tensor) -> None:
-        found[block] = (count() - found[block][0], arguments[0].nbytes)
+        per_block[block] = (count() - per_block[block][0], arguments[0].nbytes)
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that its address is not given to another
+        saved[storage._cdata] = storage  # keeps the storage alive, so that its address is not reused
         return tensor
 
-    # Fake CPU tensors choose the operators of real ones (meta tensors would materialise every attention matrix).
+    # Fake CPU tensors select the same operators as real ones; meta tensors would materialise attention matrices.
     with FakeTensorMode():
         state = {
             name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
             for name, value in (*shadow.named_parameters(), *shadow.named_buffers())
         }
-        images = torch.empty(batch, 3, size, size)
+        images = torch.empty(batch_size, 3, size, size)
         hooks = [block.register_forward_pre_hook(enter) for block in blocks]
         hooks += [block.register_forward_hook(leave) for block in blocks]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             torch.func.functional_call(shadow, state, (images,))
         for hook in hooks:
             hook.remove()
-    return [(count(), images.nbytes), *found.values()]
+    return [(count(), images.nbytes), *per_block.values()]
 
 
-def advice(memory: Memory, available: int, batch: int, checkpointing: bool, half: bool, processes: int) -> list[str]:
-    """What to change, in the order to try it, where a training does not fit; empty where it does.
-
-    Args:
-        memory: of one device.
-        available: bytes of it.
-        batch: images on it.
-        checkpointing: whether gradient checkpointing is on.
-        half: whether autocast computes in 16 bits.
-        processes: that share the work.
-    """
+def suggest_changes(
+    memory: Memory, available: int, batch_size: int, has_checkpointing: bool, is_half: bool, processes: int
+) -> list[str]:
+    """Return changes that make a training fit into ``available`` bytes, in the order to try them; empty if it fits."""
     if memory.total <= available:
         return []
-    lines = [f"needs {memory.total / _GIB:.1f} GiB, there are {available / _GIB:.1f}:"]
-    if not half:
-        lines.append("--run.precision bf16-mixed nearly halves the activations")
-    if not checkpointing:
-        lines.append("--tower.gradient_checkpointing true keeps a block's input only, for a third more computation")
+    lines = [f"memory: {memory.total / _GIB:.1f} GiB needed, {available / _GIB:.1f} GiB available. Try in this order:"]
+    if not is_half:
+        lines.append("--run.precision bf16-mixed: nearly halves the activations")
+    if not has_checkpointing:
+        lines.append("--tower.gradient-checkpointing: keeps only the input of a block, for a third more computation")
     fixed = memory.total - memory.activations
     if fixed < available:
-        fits = max(1, int(batch * (available - fixed) / max(1, memory.activations)))
-        lines.append(f"--loader.batch_size {fits} with --run.accumulate {-(-batch // fits)} keeps the step's batch")
+        fits = max(1, int(batch_size * (available - fixed) / max(1, memory.activations)))
+        accumulate = -(-batch_size // fits)
+        lines.append(f"--loader.batch-size {fits} --run.accumulate {accumulate}: keeps the images per step")
     elif processes == 1:
-        lines.append(f"weights and states alone are {fixed / _GIB:.1f} GiB: train the head or the last blocks only, or")
-    lines.append("torchrun with --run.strategy fsdp spreads weights and states over the processes")
+        lines.append(f"train: head or last, in stages: weights and optimiser states need {fixed / _GIB:.1f} GiB")
+    lines.append("torchrun with --run.strategy fsdp: shards weights and optimiser states over the processes")
     return lines
 
 
 def available_memory() -> int:
-    """Bytes of the GPU, or of the machine where there is none."""
+    """Return the memory of the GPU in bytes, or that of the machine without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _take_checkpointing_off(teacher: Teacher) -> list[nn.Module]:
-    """The blocks that are checkpointed, with checkpointing switched off so that all they keep can be counted."""
+def _disable_checkpointing(teacher: Teacher) -> list[nn.Module]:
+    """Switch checkpointing off, so that all activations are counted, and return the blocks that had it."""
     visual: Any = teacher.visual
     if not any(getattr(module, "grad_checkpointing", False) for module in visual.modules()):
         return []

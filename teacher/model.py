@@ -1,4 +1,4 @@
-"""The teacher: an OpenCLIP image tower, what is added to it, and an L2-normalised output."""
+"""Teacher network: an OpenCLIP image tower, an optional projection and an L2-normalised output."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_err
 from vpr.common.errors import UserError
 from vpr.imaging.decode import Preprocess
 
-# A tower may be described by a stranger's file: these bound what it can make a reader build.
+# A tower's JSON file is untrusted: these limit the network that it can describe.
 _MAX_TOWER_BYTES = 1 << 20
-_LARGEST, _MOST_LAYERS = 1 << 16, 512
+_MAX_SIZE, _MAX_LAYERS = 1 << 16, 512
 _TOWERS = Path(__file__).parent / "towers"
-# Only the image tower is used; the text tower is made as small as open_clip lets it be.
+# Only the image tower is used, so the text tower is as small as open_clip allows.
 _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
 
 
 class Teacher(nn.Module):
-    """Images to L2-normalised embeddings.
+    """Network from images to L2-normalised embeddings.
 
     Args:
         visual: OpenCLIP image tower, (batch, 3, size, size) to (batch, width).
-        width: of the tower's output.
-        config: what is added to it.
+        width: Width of the tower's output.
+        config: Configuration of the layers added to the tower.
     """
 
     def __init__(self, visual: nn.Module, width: int, config: TowerConfig) -> None:
@@ -51,49 +51,59 @@ class Teacher(nn.Module):
             self.project.add_module("norm", nn.BatchNorm1d(self.embedding_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) preprocessed to (batch, embedding_dim) float32 of unit length."""
+        """Map preprocessed (batch, 3, size, size) to L2-normalised (batch, embedding_dim) float32."""
         return F.normalize(self.project(self.visual(x)).float(), dim=1)
 
 
 def read_tower(name: str) -> dict[str, Any]:
-    """open_clip's JSON configuration of a tower, by its name or file."""
+    """Return open_clip's JSON configuration of a tower, by the tower's name or file.
+
+    Raises:
+        UserError: The name is unknown, or the file describes no valid tower.
+    """
     import open_clip
 
-    own = _TOWERS / f"{name}.json"
-    path = own if own.is_file() else Path(name)
-    if path.suffix == ".json" or own.is_file():
-        try:
-            if path.exists() and not path.is_file():  # a device might never end
-                raise ValueError("not a file")
-            if path.stat().st_size > _MAX_TOWER_BYTES:
-                raise ValueError(f"more than {_MAX_TOWER_BYTES} bytes")
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"tower.name: {path}: cannot be read as JSON ({error}): mend or rename it") from None
-        if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
-            raise UserError(f"tower.name: {path}: needs embed_dim and vision_cfg, as open_clip's configs have")
-        _check_tower(path, config)
-        return config
-    known = open_clip.get_model_config(name)
-    if known is None:
+    packaged = _TOWERS / f"{name}.json"
+    path = packaged if packaged.is_file() else Path(name)
+    if path.suffix == ".json":
+        return _read_tower_file(path)
+    config = open_clip.get_model_config(name)
+    if config is None:
         raise UserError(
-            f"tower.name: '{name}' is neither an open_clip model nor a JSON file: see open_clip.list_models()"
+            f"tower.name: '{name}' is neither an open_clip model nor a JSON file. See open_clip.list_models()."
         )
-    return known
+    return config
+
+
+def _read_tower_file(path: Path) -> dict[str, Any]:
+    try:
+        if path.exists() and not path.is_file():  # reading a device or a pipe may never end
+            raise ValueError("not a file")
+        if path.stat().st_size > _MAX_TOWER_BYTES:
+            raise ValueError(f"more than {_MAX_TOWER_BYTES} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"tower.name: {path} cannot be read as JSON ({error}). Repair it or name another file."
+        ) from None
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
+        raise UserError(f"tower.name: {path} lacks embed_dim or vision_cfg. Add both, as in open_clip's configs.")
+    _check_tower(path, config)
+    return config
 
 
 def _check_tower(path: Path, config: dict[str, Any]) -> None:
-    """Refuse sizes that no tower has, and a timm model that would be fetched from a hub."""
+    """Raise :class:`UserError` for unreasonable sizes, and for timm models that are downloaded from a hub."""
     vision = config["vision_cfg"]
     if not isinstance(vision, dict):
-        raise UserError(f"tower.name: {path}: vision_cfg is no object, as open_clip's configs have it: mend it")
+        raise UserError(f"tower.name: {path}: vision_cfg must be an object, as in open_clip's configs.")
     for key, value in {**vision, "embed_dim": config["embed_dim"]}.items():
-        most = _MOST_LAYERS if key == "layers" else _LARGEST
+        largest = _MAX_LAYERS if key == "layers" else _MAX_SIZE
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not 0 <= number <= most:
-                raise UserError(f"tower.name: {path}: {key} is not within 0 and {most}: give the size of a tower")
+            if isinstance(number, int | float) and not 0 <= number <= largest:
+                raise UserError(f"tower.name: {path}: {key}: expected 0 to {largest}, got {number}.")
     if ":" in str(vision.get("timm_model_name", "")):
-        raise UserError(f"tower.name: {path}: timm_model_name names a hub: give the name of a model of timm's own")
+        raise UserError(f"tower.name: {path}: timm_model_name names a hub. Use the name of a model in timm.")
 
 
 def build_teacher(
@@ -102,10 +112,10 @@ def build_teacher(
     """Create the network and its preprocessing.
 
     Args:
-        config: the choice made.
-        tower: open_clip's configuration, from :func:`read_tower`.
-        load_pretrained: read the weights that ``config.pretrained`` names.
-        device: ``meta`` gives shapes without memory.
+        config: Configuration of tower and projection.
+        tower: Configuration in open_clip's form, from :func:`read_tower`.
+        load_pretrained: Whether to load the weights of ``config.pretrained``.
+        device: Device of the weights; ``meta`` builds shapes without memory.
     """
     visual = _create_tower(config, tower, device)
     width = int(tower["embed_dim"]) if config.keep_projection else drop_projection(visual, config.name)
@@ -113,12 +123,12 @@ def build_teacher(
         overlap_patches(visual, config.patch_stride, config.name)
     if config.gradient_checkpointing:
         if not hasattr(visual, "transformer") and not hasattr(visual, "trunk"):
-            raise UserError(f"tower.gradient_checkpointing: {config.name} cannot do it: set it to false")
+            raise UserError(f"tower.gradient_checkpointing: {config.name} does not support it. Set it to false.")
         visual.set_grad_checkpointing(True)
     teacher = Teacher(visual, width, config).to(device)
     recorded = dict(visual.preprocess_cfg)
     if config.pretrained:
-        recorded.update(_load(config, tower, teacher, load_pretrained))
+        recorded.update(_load_pretrained(config, tower, teacher, load_pretrained))
     preprocess = Preprocess(
         size=input_size(visual),
         resize="squash" if config.squash else "shortest",
@@ -135,24 +145,26 @@ def load_teacher(path: Path | str) -> tuple[Teacher, Artifact]:
     artifact = load_artifact(path, "teacher")
     with reraise_as_artifact_error(artifact):
         config = TowerConfig(**artifact.card.config["network"])
-        # Where its training began does not matter any more.
+        # Initial weights and checkpointing matter in training only.
         config = replace(config, pretrained="", gradient_checkpointing=False)
         model, built = build_teacher(config, artifact.card.config["tower_config"], load_pretrained=False)
         recorded = artifact.card.preprocess
         if recorded is None or (recorded.size, recorded.resize) != (built.size, built.resize):
-            raise UserError(f"{path}: its preprocessing is not this tower's: train it again with this version")
+            raise UserError(f"{path}: the card's preprocessing does not match its tower. Train the teacher again.")
         model.load_state_dict(load_file(artifact.file("model.safetensors")))
     return model.eval(), artifact
 
 
 def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
-    """The image tower alone, with random weights."""
+    """Create the image tower alone, with random weights."""
     import open_clip
 
-    alone: dict[str, Any] = {key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower}
-    # open_clip reads configurations by name only; ours is added under one that cannot clash.
-    open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**alone, "text_cfg": _TEXT}
-    with torch.device(device):  # made there at once: a meta tower never has weights
+    image_config: dict[str, Any] = {
+        key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower
+    }
+    # open_clip reads configurations by name only, so register this one under a name that cannot clash.
+    open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**image_config, "text_cfg": _TEXT}
+    with torch.device(device):  # created there directly: a meta tower never allocates weights
         visual: Any = open_clip.create_model(
             "vpr-tower",
             load_weights=False,
@@ -161,23 +173,25 @@ def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> An
             force_image_size=config.image_size or None,
             device=device,
         ).visual
-    visual.output_tokens = False  # CoCa's tower would give its tokens too
-    # A timm tower is made in its own size, whatever its configuration says.
+    visual.output_tokens = False  # else CoCa's tower returns its tokens too
+    # timm creates its towers with their default size and ignores the configuration's.
     set_size(visual, input_size(visual))
     return visual
 
 
-def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:
-    """Load what ``config.pretrained`` names; the preprocessing that those weights were trained with."""
+def _load_pretrained(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:
+    """Load the weights of ``config.pretrained`` and return the preprocessing that they were trained with."""
     import open_clip
 
     path = Path(config.pretrained)
     if (path / CARD_NAME).is_file():
         start = load_artifact(path, "teacher")
         with reraise_as_artifact_error(start):
-            # Weights of the same shapes may be of another tower: with other heads, or another activation.
+            # Weights of equal shapes may still be from another tower, with other heads or another activation.
             if _architecture_key(start.card.config["tower_config"]) != _architecture_key(tower):
-                raise UserError(f"tower.pretrained: {path} has another tower than {config.name}: name that teacher's")
+                raise UserError(
+                    f"tower.pretrained: {path} has another tower than {config.name}. Set tower.name to its."
+                )
             if load:
                 file = start.file("model.safetensors")
                 load_tower_weights(teacher.visual, read_tower_weights(file))
@@ -191,11 +205,11 @@ def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bo
     tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)
     if not tag:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
-        raise UserError(f"tower.pretrained: {config.name} has no tag '{config.pretrained}': choose from {known}")
+        raise UserError(f"tower.pretrained: {config.name} has no tag '{config.pretrained}'. Choose from: {known}.")
     if tag.get("quick_gelu", False) and any(isinstance(module, nn.GELU) for module in teacher.visual.modules()):
         raise UserError(
-            f"tower.pretrained: '{config.pretrained}' was trained with QuickGELU, {config.name} computes GELU: "
-            f"set tower.name to {config.name}-quickgelu"
+            f"tower.pretrained: '{config.pretrained}' was trained with QuickGELU, {config.name} computes GELU. "
+            f"Set tower.name to {config.name}-quickgelu."
         )
     if load:
         load_tower_weights(teacher.visual, read_tower_weights(download(config.name, tag)))
@@ -203,37 +217,36 @@ def _load(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bo
 
 
 def _common_preprocessing(name: str) -> dict[str, Any]:
-    """The preprocessing that all published weights of a tower share: a file of weights does not tell its own."""
+    """Return the preprocessing shared by all published weights of a tower, since a weights file records none."""
     import open_clip
 
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    found: dict[str, Any] = {}
+    common: dict[str, Any] = {}
     for key in ("interpolation", "mean", "std"):
         values = {tag[key] for tag in tags if key in tag}
         if len(values) == 1:
-            found[key] = values.pop()
-    return found
+            common[key] = values.pop()
+    return common
 
 
 def _architecture_key(tower: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes towers the same, whatever the size of their images."""
+    """Return what identifies an architecture, without the image size."""
     vision = {key: value for key, value in tower["vision_cfg"].items() if key != "image_size"}
     return tower["embed_dim"], bool(tower.get("quick_gelu", False)), vision
 
 
 def _load_projection_from(teacher: Teacher, file: Path) -> None:
-    """Start what is added to the tower from another teacher's, as far as it has the same."""
-    own = teacher.project.state_dict()
+    """Load the layers added to the tower from another teacher, up to the first whose shapes differ."""
     with safe_open(file, "pt") as stored:
-        found = {
+        weights = {
             name.removeprefix("project."): stored.get_tensor(name)
             for name in stored.keys()  # noqa: SIM118 (no dictionary)
             if name.startswith("project.")
         }
-    # In this order: the statistics of a norm are those of the projection before it.
+    # In this order, because the statistics of a norm depend on the projection before it.
     for part in ("linear.", "norm."):
-        theirs = {name: value for name, value in found.items() if name.startswith(part)}
-        mine = {name: value.shape for name, value in own.items() if name.startswith(part)}
-        if mine != {name: value.shape for name, value in theirs.items()}:
+        stored_part = {name: value for name, value in weights.items() if name.startswith(part)}
+        shapes = {name: value.shape for name, value in teacher.project.state_dict().items() if name.startswith(part)}
+        if shapes != {name: value.shape for name, value in stored_part.items()}:
             return
-        teacher.project.load_state_dict(theirs, strict=False)
+        teacher.project.load_state_dict(stored_part, strict=False)

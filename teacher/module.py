@@ -1,4 +1,4 @@
-"""A stage of training: which parts of the teacher learn, how fast, and from what loss."""
+"""Lightning module of one training stage: trainable parts, learning rates and loss."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from vpr.training.loop import RecallModule, decay_groups
 
 
 class TeacherModule(RecallModule):
-    """Teacher, head and loss during one stage.
+    """Teacher, margin head and loss during one stage.
 
     Args:
-        place: the stage.
-        head: kind of margin.
-        teacher: the network.
-        preprocess: of its images.
-        train: images whose rows the batches carry.
-        validation: what is scored.
+        scheduled: Stage with its position in the training.
+        head: Configuration of the margin head.
+        teacher: Network to train.
+        preprocess: Preprocessing of the images.
+        train: Training split; batches carry its row numbers.
+        validation: Validation split.
     """
 
     labels: Tensor
 
     def __init__(
         self,
-        place: ScheduledStage,
+        scheduled: ScheduledStage,
         head: HeadConfig,
         teacher: Teacher,
         preprocess: Preprocess,
@@ -44,20 +44,20 @@ class TeacherModule(RecallModule):
         validation: Catalog,
     ) -> None:
         super().__init__(preprocess, validation, sharded=("teacher", "head"))
-        self.place = place
+        self.scheduled = scheduled
         self.teacher = teacher
         products, labels, counts = np.unique(train.products, return_inverse=True, return_counts=True)
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
         self.head = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head)
-        self.learning = freeze_except(teacher, place.stage.train, place.stage.last_blocks)
-        self.head.requires_grad_(place.stage.train != "tower")
+        self.trainable = freeze_except(teacher, scheduled.stage.train, scheduled.stage.last_blocks)
+        self.head.requires_grad_(scheduled.stage.train != "tower")
 
     def embed(self, x: Tensor) -> Tensor:
-        """(batch, 3, size, size) preprocessed to (batch, dim) of unit length."""
+        """Map preprocessed (batch, 3, size, size) to L2-normalised (batch, dim)."""
         return self.teacher(x)
 
-    def start_from(self, state: dict[str, Tensor]) -> None:
-        """Take over the weights of the stage before, whose images may have had another size."""
+    def load_previous_stage(self, state: dict[str, Tensor]) -> None:
+        """Load the weights of the previous stage, resizing position embeddings to this stage's image size."""
         visual = "teacher.visual."
         load_tower_weights(self.teacher.visual, {k.removeprefix(visual): v for k, v in state.items() if visual in k})
         rest = {name: value for name, value in state.items() if visual not in name}
@@ -66,40 +66,41 @@ class TeacherModule(RecallModule):
         assert all(name.startswith(visual) for name in missing), missing
 
     def on_train_epoch_start(self) -> None:
-        """Parts that do not learn keep their BatchNorm statistics and have no dropout."""
+        """Set frozen parts to evaluation mode, so that their BatchNorm statistics stay and dropout is off."""
         self.teacher.eval()
-        for part in self.learning:
+        for part in self.trainable:
             part.train()
 
-    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
-        """Loss of one batch of views."""
-        place, (rank, world) = self.place, rank_and_world()
-        epoch = place.before + self.current_epoch
-        self.seed_step(place.seed, epoch, number)
-        # By place in the epoch, not by image: an oversampled image comes as another view each time.
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Augment a batch and return its loss."""
+        scheduled, (rank, world) = self.scheduled, rank_and_world()
+        epoch = scheduled.before + self.current_epoch
+        self.seed_step(scheduled.seed, epoch, batch_index)
+        # Views depend on the position in the epoch, not on the image: repeated images get different views.
         size = len(batch["rows"])
-        index = (number * world + rank) * size + torch.arange(size)
-        views = draw_views(place.views, place.seed, index, torch.full_like(index, epoch))
+        positions = (batch_index * world + rank) * size + torch.arange(size)
+        views = draw_views(scheduled.views, scheduled.seed, positions, torch.full_like(positions, epoch))
         embeddings = self.teacher(self.normalise(apply_views(batch["pixels"], views)))
-        per_epoch = self.trainer.estimated_stepping_batches / place.stage.epochs
-        progress = (place.before + self.global_step / per_epoch) / place.total
+        steps_per_epoch = self.trainer.estimated_stepping_batches / scheduled.stage.epochs
+        progress = (scheduled.before + self.global_step / steps_per_epoch) / scheduled.total
         loss = self.head(embeddings, self.labels[batch["rows"]], progress, epoch)
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=size, sync_dist=world > 1)
-        return self.of_step(loss, number)
+        self.check_finite(loss, batch_index)
+        return self.rescale_for_accumulation(loss, batch_index)
 
     def configure_optimizers(self) -> Any:
-        """One optimiser with the stage's warm-up and cosine; rates differ by part and depth."""
-        stage = self.place.stage
+        """Return one optimiser with warm-up and cosine; learning rates depend on part and depth."""
+        stage = self.scheduled.stage
         groups = decay_groups(list(self.head.parameters()), stage.lr_head, stage.weight_decay)
-        depth = group_by_depth(self.teacher)
-        for index, layer in enumerate(depth):
-            rate = stage.lr_tower * decay_factor(index, len(depth), stage.layer_decay)
+        layers = group_by_depth(self.teacher)
+        for index, layer in enumerate(layers):
+            lr = stage.lr_tower * decay_factor(index, len(layers), stage.layer_decay)
             tower = [p for name, p in layer if name.startswith("visual.")]
             added = [p for name, p in layer if not name.startswith("visual.")]
-            groups += decay_groups(tower, rate, stage.weight_decay)
+            groups += decay_groups(tower, lr, stage.weight_decay)
             groups += decay_groups(added, stage.lr_head, stage.weight_decay)
         if stage.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
         else:
             optimizer = torch.optim.AdamW(groups)
-        return self.scheduled(optimizer, stage.warmup)
+        return self.with_warmup_cosine(optimizer, stage.warmup)

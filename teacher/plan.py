@@ -1,4 +1,4 @@
-"""What a training will do, told before it starts: stages, steps, and the memory they need."""
+"""Plan of a training, printed before it starts: stages, steps and memory."""
 
 from __future__ import annotations
 
@@ -11,82 +11,83 @@ import numpy as np
 import torch
 from torch import nn
 
-from teacher.config import HeadConfig, ScheduledStage, TowerConfig
+from teacher.config import ScheduledStage, TrainConfig
 from teacher.head import MarginHead
 from teacher.layers import freeze_except
-from teacher.memory import advice, available_memory, estimate
+from teacher.memory import available_memory, estimate, suggest_changes
 from teacher.model import build_teacher
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError, explain_system_error
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
-from vpr.data.config import LoaderConfig
 from vpr.data.loaders import EpochSampler
-from vpr.training.config import RunConfig
 from vpr.training.loop import best_precision
 
 log = get_logger(__name__)
 
 
-def print_plan(
-    places: list[ScheduledStage],
-    tower: TowerConfig,
-    tower_json: dict[str, Any],
-    head: HeadConfig,
-    train: Catalog,
-    validation: Catalog,
-    loader: LoaderConfig,
-    run: RunConfig,
-) -> None:
-    """Print the plan; networks are built on the meta device, so nothing of their size is allocated."""
-    products, counts = np.unique(train.products, return_counts=True)
-    world = rank_and_world()[1]
+def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, validation: Catalog) -> None:
+    """Print the plan of a training; networks are built on the meta device, which allocates no weights.
+
+    Raises:
+        UserError: A network cannot be built, or a batch has more images than the training split.
+    """
+    schedule, products = config.schedule(), np.unique(train.products)
     log.info(
-        f"teacher: {tower.name}, {len(train)} images of {len(products)} products, {places[0].total} epochs, "
-        f"validated on {len(set(validation.products.tolist()))} other products"
+        f"teacher: {config.tower.name}, {len(train)} images of {len(products)} products, {schedule[0].total} epochs, "
+        f"validated on {len(np.unique(validation.products))} other products"
     )
-    half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
-    for number, place in enumerate(places, start=1):
-        stage = place.stage
-        changed = stage.tower(tower)
-        with _building(f"tower.name: {tower.name} in stage {number}"):
-            teacher, preprocess = build_teacher(changed, tower_json, load_pretrained=False, device="meta")
-        classes = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head).to("meta")
-        freeze_except(teacher, stage.train, stage.last_blocks)
-        classes.requires_grad_(stage.train != "tower")
-        batch = stage.batch_size or loader.batch_size
-        batches = EpochSampler(train.products, replace(loader, batch_size=batch), 0, 0, world).batches
-        if not batches:
-            raise UserError(
-                f"stages {number}: {batch * world} images in a batch, the training has {len(train)}: "
-                "lower loader.batch_size or the stage's batch_size"
-            )
-        steps = -(-batches // run.accumulate)
-        spread = world if run.strategy == "fsdp" else 1
-        with _building(f"tower.image_size: {preprocess.size} in stage {number}"):
-            memory = estimate(teacher, classes, batch, preprocess.size, stage.optimizer, run.ema > 0, half, spread)
-        log.info(
-            f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
-            f"{batch * world * run.accumulate} images of {preprocess.size} pixels; {_learning(teacher)} "
-            f"parameters learn, and {_learning(classes)} of the head"
+    for number, scheduled in enumerate(schedule, start=1):
+        _print_stage(config, number, scheduled, tower, train)
+
+
+def _print_stage(
+    config: TrainConfig, number: int, scheduled: ScheduledStage, tower: dict[str, Any], train: Catalog
+) -> None:
+    stage, run, world = scheduled.stage, config.run, rank_and_world()[1]
+    counts = np.unique(train.products, return_counts=True)[1]
+    stage_tower = stage.tower(config.tower)
+    with _reraise_as_tower_error(f"tower.name: {config.tower.name} in stage {number}"):
+        teacher, preprocess = build_teacher(stage_tower, tower, load_pretrained=False, device="meta")
+    head = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), config.head).to("meta")
+    freeze_except(teacher, stage.train, stage.last_blocks)
+    head.requires_grad_(stage.train != "tower")
+
+    batch_size = stage.batch_size or config.loader.batch_size
+    batches = EpochSampler(train.products, replace(config.loader, batch_size=batch_size), 0, 0, world).batches
+    if not batches:
+        raise UserError(
+            f"stages {number}: a batch has {batch_size * world} images, the training split {len(train)}. "
+            "Lower loader.batch_size or the stage's batch_size."
         )
-        log.info(f"    memory: {memory}")
-        for line in advice(memory, available_memory(), batch, changed.gradient_checkpointing, half, world):
-            log.info(f"    {line}")
+    steps = -(-batches // run.accumulate)
+    is_half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
+    with _reraise_as_tower_error(f"tower.image_size: {preprocess.size} in stage {number}"):
+        shards = world if run.strategy == "fsdp" else 1
+        memory = estimate(teacher, head, batch_size, preprocess.size, stage.optimizer, run.ema > 0, is_half, shards)
+    log.info(
+        f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
+        f"{batch_size * world * run.accumulate} images of {preprocess.size} pixels, "
+        f"trainable: teacher {_trainable_share(teacher)}, head {_trainable_share(head)}"
+    )
+    log.info(f"    memory: {memory}")
+    checkpointing = stage_tower.gradient_checkpointing
+    if changes := suggest_changes(memory, available_memory(), batch_size, checkpointing, is_half, world):
+        log.warning("\n    ".join(changes))
 
 
 @contextmanager
-def _building(what: str) -> Iterator[None]:
-    """Turn what a library says of a configuration that no network can be made of into one line."""
+def _reraise_as_tower_error(prefix: str) -> Iterator[None]:
+    """Turn a library's exception about an invalid network into a :class:`UserError`."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if explain_system_error(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(f"{what}: cannot be built ({reason}): mend the configuration of the tower") from None
+        raise UserError(f"{prefix}: the network cannot be built ({reason}). Correct the tower's settings.") from None
 
 
-def _learning(module: nn.Module) -> str:
-    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return f"{learning / 1e6:.1f} of {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+def _trainable_share(module: nn.Module) -> str:
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{trainable / 1e6:.1f} of {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"

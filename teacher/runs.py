@@ -1,4 +1,4 @@
-"""``vpr teacher runs``: the experiment table, read from what trainings leave behind."""
+"""``vpr teacher runs``: table of training runs, read from artifacts and run folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,25 @@ from vpr.training.callbacks import MONITOR
 
 log = get_logger(__name__)
 
-_RUN = ".run-"
-_FILE_WIDTH = 180
+_RUN_MARK = ".run-"  # part of a run folder's name
+_FILE_WIDTH = 180  # characters, for output that is not a terminal
 
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table; None is what is not known.
+    """Training run; unknown values are None.
 
     Attributes:
-        name: path below the folder.
-        recipe: its name.
-        stages: what was trained, with epochs.
-        loss: of the head.
-        seed: of the training.
-        val_recall_at_1: best on the validation split.
-        best_epoch: that reached it, from 1 over all stages.
-        seconds: of training.
-        images: in the training split.
-        state: ``finished``, ``finished, leak``, ``unfinished at epoch n``, ``artifact gone`` or ``damaged: why``.
+        name: Path below the folder.
+        recipe: Name of the recipe.
+        stages: Trained parts with their epochs.
+        loss: Loss of the head.
+        seed: Seed of the training.
+        val_recall_at_1: Best recall@1 on the validation split.
+        best_epoch: Epoch of the best recall, from 1 over all stages.
+        seconds: Training time.
+        images: Images of the training split.
+        state: ``finished``, ``finished, leak``, ``unfinished at epoch n``, ``artifact gone`` or ``damaged: reason``.
     """
 
     name: str
@@ -62,49 +62,52 @@ class Run:
 
 
 def runs(config: RunsConfig) -> list[Run]:
-    """List teachers and unfinished runs, best validation recall@1 first; print them, and write them as CSV.
+    """List teachers and unfinished training runs, best validation recall@1 first; print and optionally write them.
 
-    Cards are read without verifying the weights beside them.
+    The weights of the teachers are not read or verified.
     """
     if not Path(config.folder).is_dir():
-        raise UserError(f"folder: {config.folder}: no such folder: give the one that holds the artifacts")
-    found = find_runs(Path(config.folder))
-    found.sort(key=lambda run: (1.0 if run.val_recall_at_1 is None else -run.val_recall_at_1, run.name))
-    _print(found)
+        raise UserError(f"folder: {config.folder} does not exist. Name the folder that holds the artifacts.")
+    run_list = find_runs(Path(config.folder))
+    run_list.sort(key=lambda run: (1.0 if run.val_recall_at_1 is None else -run.val_recall_at_1, run.name))
+    _print(run_list)
     if config.output:
-        _write(found, Path(config.output))
-        log.info(f"{config.output}: {len(found)} runs")
-    return found
+        _write(run_list, Path(config.output))
+        log.info(f"{config.output}: {len(run_list)} training runs")
+    return run_list
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Teachers and runs below a folder, in the order of their paths."""
-    found, finished, logged = [], set(), []
+    """Return the teachers and unfinished training runs below a folder, in the order of their paths."""
+    teachers: list[Run] = []
+    finished: set[Path] = set()
+    run_folders: list[tuple[str, Path]] = []
     for path in _folders(folder):
         name = path.relative_to(folder).as_posix()
-        if _RUN in path.name:
-            logged.append((name, path))
+        if _RUN_MARK in path.name:
+            run_folders.append((name, path))
             continue
-        card = _read(path / CARD_NAME)
+        card = _read_teacher_card(path / CARD_NAME)
         if isinstance(card, str):
-            found.append(Run(name, state=f"damaged: {card}"))
+            teachers.append(Run(name, state=f"damaged: {card}"))
         elif card is not None:
-            found.append(_finished(name, card))
+            teachers.append(_finished_run(name, card))
             finished.add(run_folder(str(path), card.config, card.parents))
-    return found + [run for name, path in logged if path not in finished and (run := _unfinished(name, path))]
+    unfinished = [_unfinished_run(name, path) for name, path in run_folders if path not in finished]
+    return teachers + [run for run in unfinished if run]
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    """Artifacts and run folders; what lies inside them (images by the thousand) is not looked at."""
-    for path, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        if CARD_NAME in files or _RUN in Path(path).name:
-            below.clear()
+    """Yield artifacts and run folders without entering them; they may hold thousands of images."""
+    for path, subfolders, files in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if CARD_NAME in files or _RUN_MARK in Path(path).name:
+            subfolders.clear()
             yield Path(path)
 
 
-def _read(path: Path) -> Card | str | None:
-    """A teacher's card, None for another kind's, or why it cannot be read."""
+def _read_teacher_card(path: Path) -> Card | str | None:
+    """Return a teacher's card, None for another kind of artifact, or the reason why it cannot be read."""
     try:
         raw = read_card_file(path)
         values = json.loads(raw)
@@ -116,19 +119,19 @@ def _read(path: Path) -> Card | str | None:
     except CorruptArtifact as error:
         return str(error)
     except OSError as error:
-        return error.strerror or "its card cannot be read"
+        return error.strerror or "the card cannot be read"
     except ValidationError as error:
-        return f"key '{'.'.join(map(str, error.errors()[0]['loc']))}' of its card"
+        return f"invalid key '{'.'.join(map(str, error.errors()[0]['loc']))}' in the card"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "its card is no card"
+        return "the card is invalid"
 
 
-def _finished(name: str, card: Card) -> Run:
+def _finished_run(name: str, card: Card) -> Run:
     config, metrics, catalog = card.config, card.metrics, card.catalog or {}
     try:
         return Run(
             name,
-            **_planned(config),
+            **_settings(config),
             val_recall_at_1=_number(metrics.get(MONITOR), float),
             best_epoch=_number(metrics.get("best_epoch"), int),
             seconds=_seconds(metrics.get("seconds")),
@@ -136,11 +139,11 @@ def _finished(name: str, card: Card) -> Run:
             state="finished, leak" if catalog.get("leak") else "finished",
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        return Run(name, state=f"damaged: its card's values ({type(error).__name__}: {error})")
+        return Run(name, state=f"damaged: invalid value in the card ({type(error).__name__}: {error})")
 
 
-def _planned(config: dict[str, Any]) -> dict[str, Any]:
-    """What a training's configuration tells of a run."""
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns that come from a training's configuration."""
     stages = [(stage["train"], stage["epochs"]) for stage in config.get("stages", [])]
     return {
         "recipe": config.get("recipe") or None,
@@ -150,79 +153,78 @@ def _planned(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(value: Any, kind: type[int] | type[float]) -> Any:
-    return None if value is None else kind(value)
+def _number(value: Any, number_type: type[int] | type[float]) -> Any:
+    return None if value is None else number_type(value)
 
 
 def _seconds(value: Any) -> float | None:
-    """A duration; what :class:`timedelta` cannot hold is none."""
+    """Return a duration in seconds; raise an error if :class:`timedelta` cannot hold it."""
     return None if value is None else timedelta(seconds=float(value)).total_seconds()
 
 
-def _unfinished(name: str, folder: Path) -> Run | None:
-    """What the logs of a run tell, or None where it has no stages (a student's, or nothing began).
+def _unfinished_run(name: str, folder: Path) -> Run | None:
+    """Return a run from its logs, or None if it has no stages (a student's, or one that has not started).
 
-    The recall is the best of the last stage that was validated, as it will be the teacher's.
+    Its recall is the best of the last validated stage, since that stage determines the teacher.
     """
     stages = [path for path in folder.glob("stage-*") if path.name.removeprefix("stage-").isdigit()]
+    if not stages:
+        return None
     before, best, best_epoch = 0, None, None
     for stage in sorted(stages, key=lambda path: int(path.name.removeprefix("stage-"))):
-        recalls, epochs = _logged(stage)
+        recalls, epochs = _read_logs(stage)
         if recalls:
             best = max(recalls.values())
             best_epoch = before + min(epoch for epoch, recall in recalls.items() if recall == best)
         before += epochs
-    # A run's checkpoints go when it finishes, its logs stay.
-    ended = before > 0 and not any(folder.glob("stage-*/last.ckpt"))
-    state = "artifact gone" if ended else f"unfinished at epoch {before}"
-    if not stages:
-        return None
+    # A finished training run deletes its checkpoints and keeps its logs.
+    is_finished = before > 0 and not any(folder.glob("stage-*/last.ckpt"))
+    state = "artifact gone" if is_finished else f"unfinished at epoch {before}"
     try:
-        planned = _planned(json.loads((folder / "config.json").read_bytes()))
+        settings = _settings(json.loads((folder / "config.json").read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        planned = {}  # cut off by a kill
-    return Run(name, **planned, val_recall_at_1=best, best_epoch=best_epoch, state=state)
+        settings = {}  # truncated by a kill
+    return Run(name, **settings, val_recall_at_1=best, best_epoch=best_epoch, state=state)
 
 
-def _logged(stage: Path) -> tuple[dict[int, float], int]:
-    """Validation recall@1 by epoch from 1, and the epochs that ended, over all the times a stage was started."""
+def _read_logs(stage: Path) -> tuple[dict[int, float], int]:
+    """Return validation recall@1 by epoch (from 1) and the number of finished epochs, over all starts of a stage."""
     recalls: dict[int, float] = {}
-    ended = 0
-    for log in stage.glob("csv-*/metrics.csv"):
-        with log.open(newline="", encoding="utf-8", errors="replace") as stream:
+    finished = 0
+    for path in stage.glob("csv-*/metrics.csv"):
+        with path.open(newline="", encoding="utf-8", errors="replace") as stream:
             for row in csv.DictReader(stream):
                 try:
                     epoch = int(row["epoch"]) + 1
                     recall = float(row.get(MONITOR) or "nan")
                 except (KeyError, TypeError, ValueError):
-                    continue  # the line that a kill cut off
-                # Losses are averaged over the epoch when it ends.
+                    continue  # a line truncated by a kill
+                # Epoch means are logged at the end of an epoch.
                 if math.isfinite(recall) or any(k and k.endswith("_epoch") and v for k, v in row.items()):
-                    ended = max(ended, epoch)
+                    finished = max(finished, epoch)
                 if math.isfinite(recall):
                     recalls[epoch] = max(recall, recalls.get(epoch, recall))
-    return recalls, ended
+    return recalls, finished
 
 
-def _print(found: list[Run]) -> None:
+def _print(run_list: list[Run]) -> None:
     table = Table(box=SIMPLE, padding=0)
-    for name, least in (("name", 10), ("recipe", 6), ("stages", 6), ("loss", 4)):
-        table.add_column(name, overflow="fold", min_width=least)
+    for name, min_width in (("name", 10), ("recipe", 6), ("stages", 6), ("loss", 4)):
+        table.add_column(name, overflow="fold", min_width=min_width)
     for name in ("seed", "recall@1", "epoch", "time", "images"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold", min_width=9)
-    for run in found:
+    for run in run_list:
         recall = None if run.val_recall_at_1 is None else f"{run.val_recall_at_1:.4f}"
-        spent = None if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
-        shown = (run.name, run.recipe, run.stages, run.loss, run.seed, recall, run.best_epoch, spent, run.images)
-        # As text, names are shown as they are, not read as markup; control characters would reach the terminal.
-        table.add_row(*[Text(printable("–" if value is None else str(value))) for value in (*shown, run.state)])
-    # A file or a pipe has no width to keep to.
+        time = None if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
+        cells = (run.name, run.recipe, run.stages, run.loss, run.seed, recall, run.best_epoch, time, run.images)
+        # `Text` shows markup in names as it is; `printable` keeps control characters from the terminal.
+        table.add_row(*[Text(printable("–" if cell is None else str(cell))) for cell in (*cells, run.state)])
     (Console() if Console().is_terminal else Console(width=_FILE_WIDTH)).print(table)
 
 
-def _write(found: list[Run], path: Path) -> None:
+def _write(run_list: list[Run], path: Path) -> None:
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([field.name for field in fields(Run)])
-        writer.writerows([[getattr(run, field.name) for field in fields(Run)] for run in found])
+        writer.writerows(map(astuple, run_list))

@@ -1,4 +1,4 @@
-"""Scores weights on the validation split, with BatchNorm statistics that belong to them."""
+"""Scoring of weights on the validation split, with BatchNorm statistics recomputed for them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from vpr.retrieval.embeddings import l2_normalize, score_split, torch_forward
 from vpr.retrieval.metrics import RetrievalScores
 
 Weights = dict[str, Tensor]
-_KEPT_BYTES = 2 << 30  # pixels of a split that are decoded once and kept
-_NORM_IMAGES = 2048  # that BatchNorm statistics are estimated on
+_MAX_KEPT_BYTES = 2 << 30  # pixels of a split that are kept in memory
+_CALIBRATION_IMAGES = 2048  # images for BatchNorm statistics
 
 
 @torch.no_grad()
-def estimate_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Tensor]) -> None:
+def recalibrate_batch_norm(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Tensor]) -> None:
     """Set BatchNorm statistics to the mean over batches of each batch's mean and unbiased variance.
 
-    As ``torch.optim.swa_utils.update_bn``, but the rest of the model stays in evaluation mode: the
-    statistics are those of features without dropout, as at inference.
+    Works like ``torch.optim.swa_utils.update_bn``, but keeps the rest of the model in evaluation mode, so that the
+    features have no dropout, as at inference.
 
     Args:
-        model: in evaluation mode; left so.
-        norms: the layers of it whose statistics are estimated.
-        batches: of one size, so that each image weighs the same.
+        model: Network in evaluation mode; it stays in that mode.
+        norms: BatchNorm layers of the network to recalibrate.
+        batches: Batches of equal size, so that each image has the same weight.
     """
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
+        norm.momentum = None  # cumulative average
         norm.train()
     for batch in batches:
         model(batch)
@@ -51,56 +51,57 @@ def estimate_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: Itera
 
 
 class Scorer:
-    """Puts weights into the network and scores them; images are decoded once where they fit in memory.
+    """Evaluator of weights in one network; images are decoded once if they fit in memory.
 
     Args:
-        model: teacher artifact whose network is scored.
-        catalog: ``validation`` is scored, ``train`` gives BatchNorm its statistics.
-        batch_size: images at a time.
-        workers: processes that decode, where the images do not fit in memory.
-        seed: of the images that BatchNorm statistics are estimated on.
+        model: Teacher artifact with the network.
+        catalog: Catalogue; ``validation`` is scored, ``train`` is used for BatchNorm statistics.
+        batch_size: Images per batch.
+        workers: Decoding processes, used if the images do not fit in memory.
+        seed: Seed of the images for BatchNorm statistics.
 
     Raises:
-        UserError: no validation split, or too few training images for BatchNorm.
+        UserError: The validation split is missing, or BatchNorm has too few training images.
     """
 
     def __init__(self, model: str, catalog: Catalog, batch_size: int, workers: int, seed: int) -> None:
         network, artifact = load_teacher(model)
-        assert artifact.card.preprocess is not None  # load_teacher has compared it
+        assert artifact.card.preprocess is not None  # checked by load_teacher
         self.model = network.to("cuda" if torch.cuda.is_available() else "cpu")
         self.preprocess: Preprocess = artifact.card.preprocess
         self._forward = torch_forward(self.model)
         self._catalog = catalog.select(split="validation")
         if not len(self._catalog):
-            raise UserError("catalog: has no validation split to choose on: build it with --validation 0.1")
+            raise UserError("catalog: a validation split is required. Build the catalogue with --validation 0.1.")
         self._validation = self._loader(self._catalog, batch_size, workers)
         self._norms = {n: m for n, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
         if self._norms:
-            drawn = _draw(catalog.select(split="train"), batch_size, seed)
-            self._drawn = self._loader(drawn, batch_size, workers)
+            sample = _sample_images(catalog.select(split="train"), batch_size, seed)
+            self._calibration = self._loader(sample, batch_size, workers)
 
-    def score(self, weights: Weights, norms: Literal["kept", "added", "all"]) -> RetrievalScores:
-        """Validation scores of weights, which stay in the network.
+    def evaluate(self, weights: Weights, recalibrate_bn: Literal["none", "head", "all"]) -> RetrievalScores:
+        """Load weights into the network, where they stay, and return their validation scores.
 
         Args:
-            weights: float32, or float64 and rounded here.
-            norms: which BatchNorm statistics no longer belong to the weights and are estimated anew on training
-                images: ``kept`` none, ``added`` those after the tower, ``all``.
+            weights: Weights of the network, float32 or float64; float64 is rounded.
+            recalibrate_bn: BatchNorm layers whose statistics do not belong to the weights: ``none``, ``head`` (those
+                after the tower) or ``all``. They are recomputed on training images.
         """
         self.model.load_state_dict(weights)
-        stale = [m for n, m in self._norms.items() if norms == "all" or not n.startswith("visual.")]
-        if stale and norms != "kept":
+        stale = [m for n, m in self._norms.items() if recalibrate_bn == "all" or not n.startswith("visual.")]
+        if stale and recalibrate_bn != "none":
             device = next(self.model.parameters()).device
-            estimate_norms(self.model, stale, (torch.from_numpy(b).to(device) for b in self._batches(self._drawn)))
+            batches = (torch.from_numpy(batch).to(device) for batch in self._batches(self._calibration))
+            recalibrate_batch_norm(self.model, stale, batches)
         vectors = l2_normalize(np.concatenate([self._forward(batch) for batch in self._batches(self._validation)]))
         return score_split(self._catalog, vectors)
 
     def weights(self) -> Weights:
-        """A copy of what is in the network, float32 on the CPU."""
+        """Return a copy of the network's weights, float32 on the CPU."""
         return {n: v.detach().cpu().clone().contiguous() for n, v in self.model.state_dict().items()}
 
     def _loader(self, catalog: Catalog, batch_size: int, workers: int) -> DataLoader[dict[str, Tensor]]:
-        keep = len(catalog) * 3 * self.preprocess.size**2 <= _KEPT_BYTES
+        keep = len(catalog) * 3 * self.preprocess.size**2 <= _MAX_KEPT_BYTES
         return validation_loader(ImageDataset(catalog, self.preprocess, keep), LoaderConfig(batch_size, workers))
 
     def _batches(self, loader: DataLoader[dict[str, Tensor]]) -> Iterator[NDArray[np.float32]]:
@@ -108,10 +109,10 @@ class Scorer:
             yield self.preprocess.normalise(batch["pixels"].numpy())
 
 
-def _draw(training: Catalog, batch_size: int, seed: int) -> Catalog:
-    """Seeded training images in random order, as whole batches: statistics of one product would not be the set's."""
+def _sample_images(training: Catalog, batch_size: int, seed: int) -> Catalog:
+    """Return a seeded random sample in full batches; consecutive rows would be images of few products."""
     if len(training) < 2:
-        raise UserError("catalog: BatchNorm needs two training images or more: give the training catalogue")
-    rows = np.random.default_rng(seed).permutation(len(training))[:_NORM_IMAGES]
-    whole = max(1, len(rows) // batch_size) * batch_size
-    return training.take(rows[:whole])
+        raise UserError("catalog: BatchNorm needs two or more training images. Use the catalogue of the training.")
+    rows = np.random.default_rng(seed).permutation(len(training))[:_CALIBRATION_IMAGES]
+    count = max(1, len(rows) // batch_size) * batch_size
+    return training.take(rows[:count])

@@ -1,4 +1,4 @@
-"""``vpr teacher train``: catalogue -> tower -> margin head -> stages -> artifact."""
+"""``vpr teacher train``: fine-tune an OpenCLIP tower with a margin head, in stages."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vpr.artifacts.store import (
     Artifact,
     ArtifactWriter,
     Embedding,
+    Parent,
     check_output,
     file_sha256,
     find_up_to_date,
@@ -41,48 +42,43 @@ log = get_logger(__name__)
 
 
 def train(config: TrainConfig) -> Path | None:
-    """Train a teacher and write it as an artifact of kind ``teacher``; a dry run writes nothing."""
-    catalog = load_catalog(config.catalog)
-    tower = read_tower(config.tower.name)
-    values = training_values(config)
-    values |= {"network": asdict(config.stages[-1].tower(config.tower)), "tower_config": tower}
-    parents = catalog.as_parents()
-    start = identify_init_weights(config.tower.pretrained)
-    if isinstance(start, Artifact):
-        parents.append(start.as_parent("start"))
-    elif start:
-        values["pretrained_sha256"] = start
+    """Train a teacher and write it as an artifact of kind ``teacher``; a dry run returns None and writes nothing."""
+    output = Path(config.output)
+    catalog, tower = load_catalog(config.catalog), read_tower(config.tower.name)
+    init = identify_init_weights(config.tower.pretrained)
+    values, parents = _artifact_inputs(config, catalog, tower, init)
     folder = run_folder(config.output, values, parents)
     if not config.dry_run and find_up_to_date(config.output, "teacher", values, parents):
-        drop_checkpoints(folder)  # of a run that was killed after its artifact was there
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+        drop_checkpoints(folder)  # left by a process killed after it wrote the artifact
+        log.info(f"{output}: up to date")
+        return output
+
     training, validation = training_and_validation(catalog, config.catalog)
     check_output(config.output, "teacher")
-    if isinstance(start, Artifact) and start.path.resolve() == Path(config.output).resolve():
-        raise UserError(f"output: {config.output} is tower.pretrained and would be replaced: choose another")
-    notes = _notes(config, catalog, start)
-    print_plan(config.places(), config.tower, tower, config.head, training, validation, config.loader, config.run)
+    if isinstance(init, Artifact) and init.path.resolve() == output.resolve():
+        raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
+    leaks = _leak_metadata(config, catalog, init)
+    print_plan(config, tower, training, validation)
     if config.dry_run:
         return None
+
     with run_lock(folder):
-        if is_first():  # what an unfinished run is shows in `vpr teacher runs`
+        if is_first():  # read by `vpr teacher runs` until the training is finished
             (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-        fits, preprocess, dim = _run_stages(config, tower, training, validation, folder)
+        stages, preprocess, dim = _run_stages(config, tower, training, validation, folder)
         if is_first():
-            with write_artifact(config.output, "teacher", values, parents) as draft:
-                draft.preprocess = preprocess
-                draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
-                draft.catalog = {**catalog.summary(), **notes}
-                _fill(draft, config, fits, folder)
+            with write_artifact(config.output, "teacher", values, parents) as writer:
+                writer.preprocess = preprocess
+                writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+                writer.catalog = {**catalog.summary(), **leaks}
+                _write_files(writer, config, stages, folder)
             drop_checkpoints(folder)
-            best = f"teacher of epoch {draft.metrics['best_epoch']}, validation recall@1 {fits[-1].best:.3f}"
-            log.info(f"{config.output}: {best}")
-    return Path(config.output)
+            log.info(f"{output}: teacher of epoch {writer.metrics['best_epoch']}, recall@1 {stages[-1].best:.3f}")
+    return output
 
 
 def identify_init_weights(pretrained: str) -> Artifact | str:
-    """What identifies the weights that training begins from: a teacher, or a file's sha256 (empty for tag or none)."""
+    """Return what identifies the initial weights: a teacher, a file's sha256, or "" for a tag or random weights."""
     path = Path(pretrained)
     if path.name == "model.safetensors" and (path.parent / CARD_NAME).is_file():
         path = path.parent
@@ -91,61 +87,75 @@ def identify_init_weights(pretrained: str) -> Artifact | str:
     return file_sha256(path) if path.suffix == ".safetensors" and path.is_file() else ""
 
 
-def warn_unverified_init(start: Artifact | str, catalog: Catalog) -> dict[str, str]:
-    """What a card says where training begins from a model of other images, which nobody compared with these."""
-    if not isinstance(start, Artifact) or (start.card.catalog or {}).get("sha256") == catalog.sha256:
+def warn_unverified_init(init: Artifact | str, catalog: Catalog) -> dict[str, str]:
+    """Warn if training starts from a teacher of another catalogue, and return the warning for the card.
+
+    That teacher may have been trained on images that this catalogue holds out; they are not compared.
+    """
+    if not isinstance(init, Artifact) or (init.card.catalog or {}).get("sha256") == catalog.sha256:
         return {}
-    text = f"{start.card.name} was trained on another catalogue: it may have seen what is scored on this one"
-    log.info(f"  {text}; the card says so")
+    text = f"{init.card.name} was trained on another catalogue and may have seen images held out in this one"
+    log.warning(f"{text}; the card records this")
     return {"start": text}
 
 
-def _notes(config: TrainConfig, catalog: Catalog, start: Artifact | str) -> dict[str, Any]:
-    """What the card says of leaks, also of one that the teacher has from which training begins."""
+def _artifact_inputs(
+    config: TrainConfig, catalog: Catalog, tower: dict[str, Any], init: Artifact | str
+) -> tuple[dict[str, Any], list[Parent]]:
+    """Return the values and parents that determine the teacher."""
+    network = asdict(config.stages[-1].tower(config.tower))
+    values = {**training_values(config), "network": network, "tower_config": tower}
+    parents = catalog.as_parents()
+    if isinstance(init, Artifact):
+        parents.append(init.as_parent("start"))
+    elif init:
+        values["pretrained_sha256"] = init
+    return values, parents
+
+
+def _leak_metadata(config: TrainConfig, catalog: Catalog, init: Artifact | str) -> dict[str, Any]:
+    """Return leak metadata for the card, including leaks inherited from the initial teacher."""
     leak = find_leaks(catalog, config.allow_leak)
-    if isinstance(start, Artifact) and (start.card.catalog or {}).get("leak"):
-        leak["start"] = (start.card.catalog or {})["leak"]
-    return {**({"leak": leak} if leak else {}), **warn_unverified_init(start, catalog)}
-
-
-def _fill(draft: ArtifactWriter, config: TrainConfig, fits: list[FitResult], folder: Path) -> None:
-    """Put what the stages came to into the artifact."""
-    for number in range(len(fits)):
-        copy_logs(folder / f"stage-{number + 1}", draft.path, f"metrics-stage-{number + 1}")
-    shutil.copyfile(folder / f"stage-{len(fits)}" / "best.safetensors", draft.path / "model.safetensors")
-    draft.metrics = {
-        "val_recall_at_1": fits[-1].best,
-        "best_epoch": config.places()[-1].before + fits[-1].epoch,
-        "steps": sum(fitted.steps for fitted in fits),
-        "seconds": round(sum(fitted.seconds for fitted in fits), 1),
-        "parameters": sum(value.numel() for name, value in fits[-1].last.items() if name.startswith("teacher.")),
-    }
+    if isinstance(init, Artifact) and (init.card.catalog or {}).get("leak"):
+        leak["start"] = (init.card.catalog or {})["leak"]
+    return {**({"leak": leak} if leak else {}), **warn_unverified_init(init, catalog)}
 
 
 def _run_stages(
     config: TrainConfig, tower: dict[str, Any], training: Catalog, validation: Catalog, folder: Path
 ) -> tuple[list[FitResult], Preprocess, int]:
-    """Fit one stage after the other; a run that was killed finds the finished ones by their checkpoints."""
-    fits: list[FitResult] = []
-    datasets: tuple[Preprocess, ImageDataset, ImageDataset] | None = None
-    for number, place in enumerate(config.places(), start=1):
+    """Train the stages in order; return their results, and the teacher's preprocessing and embedding dimension."""
+    results: list[FitResult] = []
+    datasets: tuple[ImageDataset, ImageDataset] | None = None
+    for number, scheduled in enumerate(config.schedule(), start=1):
+        stage = scheduled.stage
         L.seed_everything(config.seed, verbose=False)
-        teacher, preprocess = build_teacher(place.stage.tower(config.tower), tower, load_pretrained=not fits)
-        module = TeacherModule(place, config.head, teacher, preprocess, training, validation)
-        if fits:
-            module.start_from(fits[-1].last)
-        if datasets is None or datasets[0] != preprocess:
+        teacher, preprocess = build_teacher(stage.tower(config.tower), tower, load_pretrained=not results)
+        module = TeacherModule(scheduled, config.head, teacher, preprocess, training, validation)
+        if results:
+            module.load_previous_stage(results[-1].last)
+        if datasets is None or datasets[0].preprocess != preprocess:
             keep = config.loader.keep_in_memory
-            datasets = (
-                preprocess,
-                ImageDataset(training, preprocess, keep),
-                ImageDataset(validation, preprocess, keep),
-            )
-        loader = replace(config.loader, batch_size=place.stage.batch_size or config.loader.batch_size)
+            datasets = ImageDataset(training, preprocess, keep), ImageDataset(validation, preprocess, keep)
+        loader = replace(config.loader, batch_size=stage.batch_size or config.loader.batch_size)
         loaders = (
-            training_loader(datasets[1], loader, config.seed + number - 1, *rank_and_world()),
-            validation_loader(datasets[2], loader, *rank_and_world()),
+            training_loader(datasets[0], loader, config.seed + number - 1, *rank_and_world()),
+            validation_loader(datasets[1], loader, *rank_and_world()),
         )
-        log.info(f"stage {number}/{len(config.stages)}: {place.stage.train}, {place.stage.epochs} epochs")
-        fits.append(fit(module, loaders, teacher, folder / f"stage-{number}", place.stage.epochs, config.run))
-    return fits, preprocess, teacher.embedding_dim
+        log.info(f"stage {number}/{len(config.stages)}: {stage.train}, {stage.epochs} epochs")
+        results.append(fit(module, loaders, teacher, folder / f"stage-{number}", stage.epochs, config.run))
+    return results, preprocess, teacher.embedding_dim
+
+
+def _write_files(writer: ArtifactWriter, config: TrainConfig, stages: list[FitResult], folder: Path) -> None:
+    """Write logs, weights and metrics of the stages into the artifact."""
+    for number in range(1, len(stages) + 1):
+        copy_logs(folder / f"stage-{number}", writer.path, f"metrics-stage-{number}")
+    shutil.copyfile(folder / f"stage-{len(stages)}" / "best.safetensors", writer.path / "model.safetensors")
+    writer.metrics = {
+        "val_recall_at_1": stages[-1].best,
+        "best_epoch": config.schedule()[-1].before + stages[-1].epoch,
+        "steps": sum(stage.steps for stage in stages),
+        "seconds": round(sum(stage.seconds for stage in stages), 1),
+        "parameters": sum(value.numel() for name, value in stages[-1].last.items() if name.startswith("teacher.")),
+    }

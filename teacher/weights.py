@@ -1,4 +1,4 @@
-"""Weights of an image tower: read from where they are kept, and fitted to its image size."""
+"""Weights of an image tower: reading, downloading and fitting to its image size."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ _POSITIONS = ("positional_embedding", "pos_embed")
 
 
 def read_tower_weights(path: Path) -> dict[str, Tensor]:
-    """The image tower's part of a CLIP checkpoint, without its prefix ``visual.``; the text tower is not kept.
+    """Return the image tower of a CLIP checkpoint, names without the prefix ``visual.``.
 
     Args:
-        path: ``.safetensors`` of open_clip, or of a teacher.
+        path: ``.safetensors`` file of open_clip or of a teacher.
 
     Raises:
-        UserError: no such file, another form, or no image tower inside.
+        UserError: The file does not exist, is no safetensors file, or has no image tower.
     """
     if not path.exists():
-        raise UserError(f"tower.pretrained: {path}: no such file: check the path")
+        raise UserError(f"tower.pretrained: {path} does not exist. Check the path.")
     if path.suffix != ".safetensors":
         raise UserError(
-            f"tower.pretrained: {path}: pickled weights can run code: convert them to .safetensors (tensors named as "
-            "in open_clip) and give that file"
+            f"tower.pretrained: {path} is no .safetensors file, and pickled weights can run code. Convert it to "
+            ".safetensors with open_clip's tensor names."
         )
     if not path.is_file():
-        raise UserError(f"tower.pretrained: {path}: is no file: name a .safetensors file or a teacher")
+        raise UserError(f"tower.pretrained: {path} is not a file. Name a .safetensors file or a teacher.")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"tower.pretrained: {path}: no safetensors file ({error}): check or copy it again") from None
+        raise UserError(f"tower.pretrained: {path} is not a safetensors file ({error}). Copy it again.") from None
     visual = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
     if not visual:
-        raise UserError(f"tower.pretrained: {path}: no tensor named 'visual.…': give a checkpoint of open_clip's form")
+        raise UserError(f"tower.pretrained: {path} has no tensor 'visual.*'. Use a checkpoint in open_clip's form.")
     return visual
 
 
 def download(name: str, tag: dict[str, Any]) -> Path:
-    """The safetensors file of an open_clip tag, from the hub or its cache."""
+    """Return the safetensors file of an open_clip tag, from the hub or its cache."""
     import open_clip
 
     return Path(open_clip.download_pretrained(tag, prefer_hf_hub=True) or f"{name} (the tag names no file)")
@@ -54,34 +54,34 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
     """Load an image tower's weights, resizing its position embeddings to the tower's own grid.
 
     Args:
-        visual: the tower; a projection that it has dropped may be in ``state``.
-        state: weights of the same kind of tower, of any image size or patch stride.
+        visual: Image tower, with or without its projection.
+        state: Weights of the same kind of tower, of any image size or patch stride.
 
     Raises:
-        UserError: weights of another tower.
+        UserError: The weights belong to another tower.
     """
-    own = visual.state_dict()
+    expected = visual.state_dict()
     fitted = {}
     for name, value in state.items():
-        if name not in own:
+        if name not in expected:
             continue
-        position = name.rsplit(".", 1)[-1] in _POSITIONS
-        fitted[name] = resize_positions(value, own[name].shape) if position else value
-    strange = sorted(state.keys() - own.keys() - _droppable(state))
-    missing = sorted(own.keys() - state.keys())
-    other = sorted(name for name, value in fitted.items() if value.shape != own[name].shape)
-    for what, names in (("lack", missing), ("have", strange), ("differ in the shape of", other)):
+        is_position = name.rsplit(".", 1)[-1] in _POSITIONS
+        fitted[name] = resize_positions(value, expected[name].shape) if is_position else value
+    unexpected = sorted(state.keys() - expected.keys() - _projection_names(state))
+    missing = sorted(expected.keys() - state.keys())
+    reshaped = sorted(name for name, value in fitted.items() if value.shape != expected[name].shape)
+    for problem, names in (("lack", missing), ("have", unexpected), ("differ in the shape of", reshaped)):
         if names:
-            raise UserError(f"tower.pretrained: the weights {what} '{names[0]}': they are of another tower than named")
+            raise UserError(f"tower.pretrained: the weights {problem} '{names[0]}'. Set tower.name to their tower.")
     visual.load_state_dict(fitted)
 
 
 def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Position embeddings of a square grid, resized bicubically (antialiased) to another; a class token stays.
+    """Resize position embeddings between square grids, bicubic with antialiasing; a class token is copied.
 
     Args:
         positions: (tokens, width) or (1, tokens, width).
-        shape: of the result; the same number of axes.
+        shape: Shape of the result, with the same number of axes.
     """
     from timm.layers import resample_abs_pos_embed
 
@@ -96,6 +96,6 @@ def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     return resized.reshape(shape).contiguous()
 
 
-def _droppable(state: dict[str, Tensor]) -> set[str]:
-    """CLIP's projection, which a tower may be used without."""
+def _projection_names(state: dict[str, Tensor]) -> set[str]:
+    """Return the names of CLIP's projection, which a tower may lack."""
     return {name for name in state if name == "proj" or name.startswith(("head.proj.", "head.mlp."))}

@@ -114,5 +114,5 @@ def test_two_models_embeddings_are_not_compared(
     assert catalog.artifact is not None
     for name, model in (("a", student), ("b", student_artifact)):
         embed_catalog(EmbedConfig(str(model), str(catalog.artifact.path), str(tmp_path / name), "test"))
-    with pytest.raises(UserError, match="use one model"):
+    with pytest.raises(UserError, match="with one model"):
         search_gallery(SearchConfig(str(tmp_path / "a"), str(tmp_path / "b")))

@@ -18,11 +18,11 @@ from vpr.data.config import LoaderConfig
 from vpr.data.loaders import ImageDataset, training_loader
 from vpr.data.splits import check_leaks
 
-CLASSES, SHOP = 12, 8
+CLASSES, SHOP_PRODUCTS = 12, 8
 
 
-def _image(path: Path, rng: np.random.Generator, mark: tuple[int, int, int, int] | None = None) -> None:
-    """A texture of its own; a red rectangle where ``mark`` (left, top, right, bottom) says."""
+def _write_image(path: Path, rng: np.random.Generator, mark: tuple[int, int, int, int] | None = None) -> None:
+    """Write a random texture, with a red rectangle at ``mark`` (left, top, right, bottom)."""
     coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     image = coarse.resize((96, 72), Image.Resampling.NEAREST)
     if mark:
@@ -33,21 +33,21 @@ def _image(path: Path, rng: np.random.Generator, mark: tuple[int, int, int, int]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Products-10K and the AIcrowd development set in their own formats: 12 classes and 8 products."""
+    """Products-10K (12 classes) and the AIcrowd development set (8 products) in their formats."""
     root, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
     train, test = ["name,class,group"], ["name,class,Usage"]
     for number in range(CLASSES * 4):
         name, label = f"{number}.jpg", number % CLASSES
         folder, lines = ("train", train) if number < CLASSES * 3 else ("test", test)
-        _image(root / "p10k" / folder / name, rng)
+        _write_image(root / "p10k" / folder / name, rng)
         lines.append(f"{name},{label},{360 + label % 2 if folder == 'train' else 'Public'}")
     gallery = ["seller_img_id,img_path,product_id"]
     queries = ["user_img_id,img_path,product_id,bbox_x,bbox_y,bbox_w,bbox_h"]
-    for number in range(SHOP * 2):
-        _image(root / "aicrowd" / "gallery" / f"{number}.jpg", rng)
-        gallery.append(f"{number},gallery/{number}.jpg,{number % SHOP}")
-        _image(root / "aicrowd" / "queries" / f"{number}.jpeg", rng, (16, 8, 64, 48))
-        queries.append(f"{number},queries/{number}.jpeg,{number % SHOP},18,10,44,36")
+    for number in range(SHOP_PRODUCTS * 2):
+        _write_image(root / "aicrowd" / "gallery" / f"{number}.jpg", rng)
+        gallery.append(f"{number},gallery/{number}.jpg,{number % SHOP_PRODUCTS}")
+        _write_image(root / "aicrowd" / "queries" / f"{number}.jpeg", rng, (16, 8, 64, 48))
+        queries.append(f"{number},queries/{number}.jpeg,{number % SHOP_PRODUCTS},18,10,44,36")
     for path, lines in (
         ("p10k/train.csv", train),
         ("p10k/test_kaggletest.csv", test),
@@ -59,34 +59,32 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(sources: Path, tmp_path: Path) -> Path:
+def sources_copy(sources: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sources, tmp_path / "sources")
 
 
 def _build(root: Path, output: Path, **values: object) -> Catalog:
-    places = {"products10k": str(root / "p10k"), "aicrowd": str(root / "aicrowd")}
-    config = DataConfig(output=str(output), **{**places, "validation": 0.25, **values})
+    paths = {"products10k": str(root / "p10k"), "aicrowd": str(root / "aicrowd")}
+    config = DataConfig(output=str(output), **{**paths, "validation": 0.25, **values})
     return load_catalog(build_data(config))
 
 
-def _repeats(catalog: Catalog) -> list[list[str]]:
+def _read_duplicates(catalog: Catalog) -> list[list[str]]:
     with catalog.artifact.file("duplicates.csv").open(newline="") as stream:
         header, *lines = csv.reader(stream)
     assert header == ["image", "of", "kind"]
     return lines
 
 
-def test_both_sources_are_joined_and_each_gives_validation_products(sources: Path, tmp_path: Path) -> None:
+def test_each_source_has_validation_products(sources: Path, tmp_path: Path) -> None:
     built = _build(sources, tmp_path / "data")
-    assert len(built) == CLASSES * 4 + SHOP * 4
+    assert len(built) == CLASSES * 4 + SHOP_PRODUCTS * 4
     assert all(built.path(row).is_file() for row in range(len(built)))
     training, validation = built.select(split="train"), built.select(split="validation")
     assert not set(training.products) & set(validation.products)
-    held = {product.split("/")[0]: set() for product in validation.products}
-    for product in validation.products:
-        held[product.split("/")[0]].add(product)
-    assert {source: len(products) for source, products in held.items()} == {"products10k": 3, "aicrowd": 2}
-    for product in set(validation.products):
+    held_out = sorted(set(validation.products))
+    assert [product.split("/")[0] for product in held_out] == ["aicrowd"] * 2 + ["products10k"] * 3
+    for product in held_out:
         assert set(validation.roles[validation.products == product]) == {"gallery", "query"}
     assert set(training.roles) == {"train", "gallery", "query"}
     assert set(built.categories) == {"", "360", "361"}
@@ -98,74 +96,73 @@ def test_aicrowd_queries_are_cropped_to_their_box(sources: Path, tmp_path: Path)
 
     built = _build(sources, tmp_path / "data").select(role="query")
     rows = [row for row in range(len(built)) if built.box(row)]
-    assert len(rows) == SHOP * 2
+    assert len(rows) == SHOP_PRODUCTS * 2
     for row in rows[:4]:
         pixels = read_pixels(built, Preprocess(size=32), range(row, row + 1))[0]
         assert pixels[0].min() > 200
         assert pixels[1:].max() < 60
 
 
-@pytest.mark.parametrize("alone", ["products10k", "aicrowd"])
-def test_a_source_alone_will_do(alone: str, sources: Path, tmp_path: Path) -> None:
-    built = _build(sources, tmp_path / "data", **{"products10k" if alone == "aicrowd" else "aicrowd": ""})
-    assert set(built.table["source"].to_pylist()) == {alone}
-    assert built.summary()["products"]["validation"] == (3 if alone == "products10k" else 2)
+@pytest.mark.parametrize("source", ["products10k", "aicrowd"])
+def test_one_source_is_enough(source: str, sources: Path, tmp_path: Path) -> None:
+    built = _build(sources, tmp_path / "data", **{"products10k" if source == "aicrowd" else "aicrowd": ""})
+    assert set(built.table["source"].to_pylist()) == {source}
+    assert built.summary()["products"]["validation"] == (3 if source == "products10k" else 2)
 
 
-def test_images_that_are_scored_leave_training_and_are_listed(copy: Path, tmp_path: Path) -> None:
-    first = _build(copy, tmp_path / "data")
+def test_held_out_image_is_dropped_from_train(sources_copy: Path, tmp_path: Path) -> None:
+    first = _build(sources_copy, tmp_path / "data")
     scored = first.select(split="validation", role="gallery")
     trained = first.select(split="train")
-    at = int(np.flatnonzero(np.char.startswith(trained.products, "products10k/"))[0])
-    where, what = trained.path(at), scored.path(0)
-    shutil.copyfile(what, where)
-    second = _build(copy, tmp_path / "again")
+    row = int(np.flatnonzero(np.char.startswith(trained.products, "products10k/"))[0])
+    copied, original = trained.path(row), scored.path(0)
+    shutil.copyfile(original, copied)
+    second = _build(sources_copy, tmp_path / "again")
     check_leaks(second.select(split="train"), second.select(split="validation"))
     assert len(second) == len(first) - 1
-    names = [path.relative_to(copy).as_posix() for path in (where, what)]
-    assert [*names, "dropped"] in _repeats(second)
+    names = [path.relative_to(sources_copy).as_posix() for path in (copied, original)]
+    assert [*names, "dropped"] in _read_duplicates(second)
     assert second.artifact.card.metrics["dropped"] == 1
     assert second.artifact.card.metrics["same_bytes"] == 1
 
 
-def test_near_same_images_are_reported_and_stay(copy: Path, tmp_path: Path) -> None:
-    first = _build(copy, tmp_path / "data")
+def test_near_duplicates_are_listed_and_kept(sources_copy: Path, tmp_path: Path) -> None:
+    first = _build(sources_copy, tmp_path / "data")
     scored, trained = first.select(split="validation", role="gallery"), first.select(split="train")
     with Image.open(scored.path(0)) as image:
         image.resize((192, 144)).save(trained.path(0))
-    second = _build(copy, tmp_path / "again")
+    second = _build(sources_copy, tmp_path / "again")
     assert len(second) == len(first)
-    (line,) = [line for line in _repeats(second) if line[2] == "near, across splits"]
-    assert set(line[:2]) == {path.relative_to(copy).as_posix() for path in (scored.path(0), trained.path(0))}
+    (line,) = [line for line in _read_duplicates(second) if line[2] == "near, across splits"]
+    assert set(line[:2]) == {path.relative_to(sources_copy).as_posix() for path in (scored.path(0), trained.path(0))}
     assert second.artifact.card.metrics["near_same_across_splits"] == 1
 
 
-def test_a_table_that_names_a_split_keeps_it_and_a_product_scored_there_is_trained_on_nowhere(
-    copy: Path, tmp_path: Path
-) -> None:
+def test_csv_split_column_is_kept(sources_copy: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     lines = ["image,product,split,role"]
     for number in range(3):
-        _image(copy / "extra" / f"{number}.png", rng)
+        _write_image(sources_copy / "extra" / f"{number}.png", rng)
         lines.append(f"{number}.png,products10k/5,test,{'query' if number else 'gallery'}")
-    (copy / "extra" / "t.csv").write_text("\n".join(lines) + "\n")
-    built = _build(copy, tmp_path / "data", csv=(str(copy / "extra" / "t.csv"),))
+    (sources_copy / "extra" / "t.csv").write_text("\n".join(lines) + "\n")
+    built = _build(sources_copy, tmp_path / "data", csv=(str(sources_copy / "extra" / "t.csv"),))
     assert set(built.table["split"].filter(pa.array(built.products == "products10k/5")).to_pylist()) == {"test"}
-    dropped = [line for line in _repeats(built) if line[2] == "dropped, product"]
+    dropped = [line for line in _read_duplicates(built) if line[2] == "dropped, product"]
     assert len(dropped) == 4
     assert {line[1] for line in dropped} == {"products10k/5"}
 
 
-def test_a_source_too_small_to_hold_out_from_is_trained_on(copy: Path, tmp_path: Path) -> None:
-    _image(copy / "extra" / "a.png", np.random.default_rng(1))
-    (copy / "extra" / "t.csv").write_text("image,product\na.png,lamp\n")
-    built = _build(copy, tmp_path / "data", csv=(str(copy / "extra" / "t.csv"),))
+def test_small_source_stays_in_train(sources_copy: Path, tmp_path: Path) -> None:
+    _write_image(sources_copy / "extra" / "a.png", np.random.default_rng(1))
+    (sources_copy / "extra" / "t.csv").write_text("image,product\na.png,lamp\n")
+    table = str(sources_copy / "extra" / "t.csv")
+    built = _build(sources_copy, tmp_path / "data", csv=(table,))
     assert "lamp" in built.select(split="train").products
-    with pytest.raises(UserError, match=r"validation 0\.25: no source has the products for it"):
-        _build(copy, tmp_path / "alone", csv=(str(copy / "extra" / "t.csv"),), products10k="", aicrowd="")
+    with pytest.raises(UserError, match=r"validation: no source has enough products for 0\.25"):
+        _build(sources_copy, tmp_path / "alone", csv=(table,), products10k="", aicrowd="")
 
 
-def test_held_out_queries_without_a_gallery_are_taken_out() -> None:
+def test_queries_without_gallery_are_dropped() -> None:
     fixed = {"category": "", "box": None, "source": "made"}
     rows = [
         {**fixed, "image": image, "product": product, "split": split, "role": role, "sha256": sha}
@@ -178,37 +175,35 @@ def test_held_out_queries_without_a_gallery_are_taken_out() -> None:
             ("f", "4", "train", "train", "s4"),
         ]
     ]
-    left, dropped = drop_split_overlap(Catalog(rows_to_table(rows), Path()))
-    assert left.table["image"].to_pylist() == ["a", "b", "c", "f"]
+    remaining, dropped = drop_split_overlap(Catalog(rows_to_table(rows), Path()))
+    assert remaining.table["image"].to_pylist() == ["a", "b", "c", "f"]
     assert dropped == [("d", "c", "dropped"), ("e", "3", "dropped, no gallery")]
-    assert left.table.schema.equals(SCHEMA)
+    assert remaining.table.schema.equals(SCHEMA)
 
 
-def test_unreadable_images_are_refused_or_set_aside_by_name(copy: Path, tmp_path: Path) -> None:
-    (copy / "p10k" / "train" / "7.jpg").write_bytes(b"<html>")
+def test_unreadable_images_are_rejected_or_set_aside(sources_copy: Path, tmp_path: Path) -> None:
+    (sources_copy / "p10k" / "train" / "7.jpg").write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"train/7\.jpg: not an image"):
-        _build(copy, tmp_path / "data")
-    built = _build(copy, tmp_path / "data", skip_unreadable=True)
+        _build(sources_copy, tmp_path / "data")
+    built = _build(sources_copy, tmp_path / "data", skip_unreadable=True)
     assert built.artifact.file("set_aside.csv").read_text() == "image,reason\np10k/train/7.jpg,not an image\n"
     assert built.artifact.card.metrics["set_aside"] == 1
 
 
-def test_nothing_is_done_again_until_a_table_changes(copy: Path, tmp_path: Path) -> None:
-    first = _build(copy, tmp_path / "data").artifact
-    assert _build(copy, tmp_path / "data").artifact.sha256 == first.sha256
-    table = copy / "p10k" / "train.csv"
+def test_catalog_is_rebuilt_only_if_a_table_changes(sources_copy: Path, tmp_path: Path) -> None:
+    first = _build(sources_copy, tmp_path / "data").artifact
+    assert _build(sources_copy, tmp_path / "data").artifact.sha256 == first.sha256
+    table = sources_copy / "p10k" / "train.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:-1]) + "\n")
-    assert _build(copy, tmp_path / "data").artifact.card.metrics["images"] == first.card.metrics["images"] - 1
+    assert _build(sources_copy, tmp_path / "data").artifact.card.metrics["images"] == first.card.metrics["images"] - 1
 
 
-def test_the_command_builds_what_the_loader_trains_on(
-    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_loader_reads_the_catalogue(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vpr.imaging.decode import Preprocess
 
     arguments = ["--products10k", str(sources / "p10k"), "--aicrowd", str(sources / "aicrowd"), "--validation", "0.25"]
     main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
-    assert "0 rows left out" in capsys.readouterr().err
+    assert "0 rows dropped from training" in capsys.readouterr().err
     training = load_catalog(tmp_path / "data").select(split="train")
     loader = training_loader(
         ImageDataset(training, Preprocess(size=16)), LoaderConfig(7, max_per_product=3, min_per_product=3), 0
@@ -220,16 +215,16 @@ def test_the_command_builds_what_the_loader_trains_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no source: give --products10k, --aicrowd or --csv"),
-        (["--products10k", "x", "--validation", "-1"], "validation -1.0 and test 0.0: shares"),
-        (["--products10k", "x", "--validation", ".nan"], "validation nan and test 0.0: shares"),
-        (["--products10k", "x", "--seed", "-1"], "seed: -1: give 0 or more"),
-        (["--products10k", "x", "--aicrowd", "x"], "one source is given twice"),
-        (["--csv", "[absent.csv]"], "absent.csv: no such file"),
-        (["--aicrowd", "absent"], "gallery.csv: no such file"),
+        ([], "no source is given. Use --products10k, --aicrowd or --csv"),
+        (["--products10k", "x", "--validation", "-1"], "validation"),
+        (["--products10k", "x", "--validation", ".nan"], "validation"),
+        (["--products10k", "x", "--seed", "-1"], "seed: "),
+        (["--products10k", "x", "--aicrowd", "x"], "a source is given twice"),
+        (["--csv", "[absent.csv]"], "absent.csv: "),
+        (["--aicrowd", "absent"], "gallery.csv: "),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_errors_are_reported_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as caught:

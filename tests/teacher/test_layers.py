@@ -10,7 +10,7 @@ from teacher.model import Teacher, build_teacher, read_tower
 from vpr.common.errors import UserError
 
 
-def teacher_of(name: str, **changes: object) -> Teacher:
+def make_teacher(name: str, **changes: object) -> Teacher:
     config = TowerConfig(name, "", embedding_dim=16, batch_norm=True, **changes)  # type: ignore[arg-type]
     return build_teacher(config, read_tower(name), False, device="meta")[0]
 
@@ -25,47 +25,47 @@ def teacher_of(name: str, **changes: object) -> Teacher:
         ("ViT-B-16-SigLIP", 1 + 12 + 1, "visual.trunk.pos_embed", "visual.trunk.attn_pool.latent"),
     ],
 )
-def test_layers_run_from_the_stem_to_the_output(name: str, depth: int, first: str, last: str) -> None:
-    teacher = teacher_of(name)
-    found = group_by_depth(teacher)
-    names = [[key for key, _ in layer] for layer in found]
-    assert len(found) == depth
+def test_layers_are_ordered_from_stem_to_output(name: str, depth: int, first: str, last: str) -> None:
+    teacher = make_teacher(name)
+    layers = group_by_depth(teacher)
+    names = [[key for key, _ in layer] for layer in layers]
+    assert len(layers) == depth
     assert first in names[0]
     assert last in names[-1]
     assert "project.linear.weight" in names[-1]
     assert sorted(sum(names, [])) == sorted(key for key, _ in teacher.named_parameters())
 
 
-def test_rates_fall_from_the_output_to_the_stem() -> None:
+def test_decay_factor_falls_towards_the_stem() -> None:
     assert [decay_factor(index, 4, 0.5) for index in range(4)] == [0.125, 0.25, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("name", ["sample-vit", "sample", "RN50"])
-def test_the_last_blocks_train_with_what_follows_them(name: str) -> None:
-    teacher = teacher_of(name)
-    learning = freeze_except(teacher, "last", 2)
-    found = group_by_depth(teacher)
-    assert [all(p.requires_grad for _, p in layer) for layer in found] == [False] * (len(found) - 3) + [True] * 3
-    assert not any(p.requires_grad for layer in found[:-3] for _, p in layer)
+def test_last_blocks_and_output_layers_are_trainable(name: str) -> None:
+    teacher = make_teacher(name)
+    trainable = freeze_except(teacher, "last", 2)
+    layers = group_by_depth(teacher)
+    assert [all(p.requires_grad for _, p in layer) for layer in layers] == [False] * (len(layers) - 3) + [True] * 3
+    assert not any(p.requires_grad for layer in layers[:-3] for _, p in layer)
     teacher.eval()
-    for part in learning:
+    for part in trainable:
         part.train()
     for module in teacher.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             assert module.training == module.weight.requires_grad
 
 
-def test_head_tower_and_all() -> None:
-    teacher = teacher_of("sample-vit", dropout=0.1)
+def test_freezing_of_head_and_tower() -> None:
+    teacher = make_teacher("sample-vit", dropout=0.1)
     for part, tower, added in (("head", False, True), ("tower", True, False), ("all", True, True)):
         freeze_except(teacher, part)  # type: ignore[arg-type]
         assert {p.requires_grad for p in teacher.visual.parameters()} == {tower}
         assert {p.requires_grad for p in teacher.project.parameters()} == {added}
 
 
-def test_more_blocks_than_there_are_is_refused() -> None:
-    with pytest.raises(UserError, match=r"stages\.last_blocks: 5, the tower has 4 blocks"):
-        freeze_except(teacher_of("sample-vit"), "last", 5)
+def test_too_many_blocks_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"stages\.last_blocks: expected at most 4.*, got 5"):
+        freeze_except(make_teacher("sample-vit"), "last", 5)
 
 
 def test_frozen_blocks_get_no_gradient() -> None:

@@ -24,7 +24,7 @@ from teacher.margin import (
 @pytest.mark.parametrize("cosine", [-1.0, -1.0 - 1e-6, 0.0, 1.0, 1.0 + 1e-6])
 @pytest.mark.parametrize("margin", [0.0, 0.5, math.pi / 2])
 @pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
-def test_no_nan_where_the_angle_is_0_or_pi(cosine: float, margin: float, logits_of) -> None:  # type: ignore[no-untyped-def]
+def test_gradients_are_finite_at_angle_0_and_pi(cosine: float, margin: float, logits_of) -> None:  # type: ignore[no-untyped-def]
     values = torch.full((1, 3), cosine, requires_grad=True)
     logits = logits_of(values, torch.tensor([1]), margin, 30.0)
     logits.sum().backward()
@@ -35,7 +35,7 @@ def test_no_nan_where_the_angle_is_0_or_pi(cosine: float, margin: float, logits_
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
-def test_cosines_of_16_bits_are_computed_in_32(logits_of, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_16_bit_cosines_are_computed_in_float32(logits_of, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     cosine = torch.linspace(-1, 1, 12).reshape(4, 3).to(dtype)
     labels = torch.tensor([0, 1, 2, 0])
     logits = logits_of(cosine, labels, 0.3, 30.0)
@@ -43,9 +43,9 @@ def test_cosines_of_16_bits_are_computed_in_32(logits_of, dtype: torch.dtype) ->
     assert torch.equal(logits, logits_of(cosine.float(), labels, 0.3, 30.0))
 
 
-@settings(deadline=None)  # the first comparison of a process loads much of torch
+@settings(deadline=None)  # the first comparison in a process imports much of torch
 @given(st.floats(0, math.pi / 2), st.floats(0.5, 64))
-def test_the_target_never_rises_with_the_angle(margin: float, scale: float) -> None:
+def test_target_logit_falls_with_the_angle(margin: float, scale: float) -> None:
     angles = torch.linspace(0, math.pi, 400, dtype=torch.float64)
     logits = arcface_logits(torch.cos(angles)[:, None], torch.zeros(400, dtype=torch.int64), margin, scale)[:, 0]
     assert (logits.diff() <= 1e-9 * scale).all()
@@ -55,7 +55,7 @@ def test_the_target_never_rises_with_the_angle(margin: float, scale: float) -> N
 
 @pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
 @pytest.mark.parametrize("margin", [0.0, 0.3, math.pi / 2])
-def test_gradients_equal_differences_on_both_sides_of_the_guard(logits_of, margin: float) -> None:  # type: ignore[no-untyped-def]
+def test_gradients_equal_finite_differences(logits_of, margin: float) -> None:  # type: ignore[no-untyped-def]
     cosine = torch.linspace(-0.99, 0.99, 18, dtype=torch.float64).reshape(6, 3).requires_grad_()
     labels, weights = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0.5, 2.0, 1.0])
 
@@ -66,7 +66,7 @@ def test_gradients_equal_differences_on_both_sides_of_the_guard(logits_of, margi
 
 
 @pytest.mark.parametrize("logits_of", [arcface_logits, cosface_logits])
-def test_a_margin_per_image_is_that_image_s_alone(logits_of) -> None:  # type: ignore[no-untyped-def]
+def test_margin_per_image_affects_only_that_image(logits_of) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
     cosine = torch.rand(4, 6, generator=generator) * 2 - 1
     labels = torch.tensor([0, 2, 4, 5])
@@ -79,7 +79,7 @@ def test_a_margin_per_image_is_that_image_s_alone(logits_of) -> None:  # type: i
     assert torch.equal(changed, F.one_hot(labels, 6).bool() & (margins > 0)[:, None])
 
 
-def test_the_nearest_centre_of_each_class_counts() -> None:
+def test_nearest_centre_equals_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     cosine = torch.rand(5, 4 * 3, generator=generator)
     expected = [[max(row[3 * c : 3 * c + 3]) for c in range(4)] for row in cosine.tolist()]
@@ -91,16 +91,16 @@ def test_margins_by_count_equal_a_loop() -> None:
     counts = [3, 3, 20, 100, 1000]
     rarity = [n**-0.25 for n in counts]
     expected = [0.05 + 0.45 * (r - min(rarity)) / (max(rarity) - min(rarity)) for r in rarity]
-    found = margins_by_count(torch.tensor(counts), 0.05, 0.5)
-    assert found.tolist() == pytest.approx(expected)
-    assert found[0] == found[1] == 0.5
-    assert found[-1] == 0.05
+    margins = margins_by_count(torch.tensor(counts), 0.05, 0.5)
+    assert margins.tolist() == pytest.approx(expected)
+    assert margins[0] == margins[1] == 0.5
+    assert margins[-1] == 0.05
     assert margins_by_count(torch.tensor([7, 7]), 0.05, 0.5).tolist() == [0.5, 0.5]
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=20), st.floats(0, 1))
-def test_class_weights_keep_the_mean_over_images(counts: list[int], power: float) -> None:
+def test_class_weights_have_mean_one_over_images(counts: list[int], power: float) -> None:
     weights = class_weights(torch.tensor(counts), power).numpy()
     assert np.average(weights, weights=counts) == pytest.approx(1)
     for weight, count in zip(weights, counts, strict=True):
@@ -109,7 +109,7 @@ def test_class_weights_keep_the_mean_over_images(counts: list[int], power: float
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_loss_equals_a_float64_loop(smoothing: float, weighted: bool) -> None:
+def test_loss_equals_a_float64_loop(smoothing: float, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 5 * torch.randn(7, 4, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3, 3, 3, 0])
@@ -123,6 +123,6 @@ def test_the_loss_equals_a_float64_loop(smoothing: float, weighted: bool) -> Non
     assert margin_loss(logits, labels, smoothing, weights).item() == pytest.approx(total / 7)
 
 
-def test_margins_grow_evenly_or_by_epoch_up_to_their_end() -> None:
+def test_margins_grow_linearly_or_by_epoch() -> None:
     assert [growing_margin(p, 0.1, 0.5) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.1, 0.3, 0.5, 0.5])
     assert [stepped_margin(e, 0.3, 0.1, 0.8) for e in range(7)] == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8])

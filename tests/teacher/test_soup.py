@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 from teacher.averaging import average
 from teacher.config import SoupConfig, TowerConfig
 from teacher.model import Teacher, build_teacher, load_teacher, read_tower
-from teacher.scorer import Scorer, Weights, estimate_norms
+from teacher.scorer import Scorer, Weights, recalibrate_batch_norm
 from teacher.soup import soup
 from tests.catalogs import write_catalog
 from vpr.artifacts.store import Artifact, Embedding, load_artifact, write_artifact
@@ -37,17 +37,17 @@ NORMED = TowerConfig(name="sample", pretrained="", image_size=32)
 
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> TowerConfig:
-    """A tower without BatchNorm, from open_clip weights made here."""
+    """Tower without BatchNorm, initialised from random open_clip weights."""
     folder = tmp_path_factory.mktemp("tower")
     (folder / "vit.json").write_text(json.dumps(VIT))
     return TowerConfig(name=str(folder / "vit.json"), pretrained=str(clip_weights(VIT, folder / "vit.safetensors")))
 
 
 def clip_weights(tower: dict[str, Any], path: Path) -> Path:
-    """Random weights of a whole open_clip model; BatchNorm statistics too, which start at 0 and 1."""
-    open_clip.factory._MODEL_CONFIGS["made-here"] = tower
+    """Write random weights and BatchNorm means of an open_clip model."""
+    open_clip.factory._MODEL_CONFIGS["test-tower"] = tower
     torch.manual_seed(5)
-    state = open_clip.create_model("made-here", load_weights=False).state_dict()
+    state = open_clip.create_model("test-tower", load_weights=False).state_dict()
     for name, value in state.items():
         if name.endswith("running_mean"):
             value.normal_(0, 0.1)
@@ -55,13 +55,13 @@ def clip_weights(tower: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def start_of(config: TowerConfig) -> Weights:
+def initial_weights(config: TowerConfig) -> Weights:
     torch.manual_seed(3)
     return build_teacher(config, read_tower(config.name), load_pretrained=True)[0].state_dict()
 
 
-def moved(weights: Weights, seed: int, size: float) -> Weights:
-    """Weights with noise as large as ``size`` times each matrix's own deviation."""
+def add_noise(weights: Weights, seed: int, size: float) -> Weights:
+    """Add noise of ``size`` times each matrix's standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: value + size * value.std() * torch.randn(value.shape, generator=generator) if value.ndim > 1 else value
@@ -69,36 +69,36 @@ def moved(weights: Weights, seed: int, size: float) -> Weights:
     }
 
 
-def against(weights: Weights, moved_by: Weights) -> Weights:
-    """Moved as far to the other side, so that the mean of both is the start."""
-    return {name: 2 * value - moved_by[name] if value.ndim > 1 else value for name, value in weights.items()}
+def reflect(weights: Weights, noisy: Weights) -> Weights:
+    """Return the reflection of noisy weights, so that the mean of both is ``weights``."""
+    return {name: 2 * value - noisy[name] if value.ndim > 1 else value for name, value in weights.items()}
 
 
 def write_teacher(path: Path, config: TowerConfig, weights: Weights, catalog: Catalog, **extra: Any) -> str:
-    """A teacher artifact; ``in_config`` and ``in_catalog`` are put over what its card would say."""
+    """Write a teacher artifact; ``in_config`` and ``in_catalog`` override values of its card."""
     tower = read_tower(config.name)
     model, preprocess = build_teacher(config, tower, load_pretrained=False)
     model.load_state_dict(weights)
     values = {"tower": asdict(config), "network": asdict(config), "tower_config": tower}
     assert catalog.artifact is not None
     parents = [catalog.artifact.as_parent("catalog")]
-    with write_artifact(path, "teacher", {**values, **extra.get("in_config", {})}, parents) as draft:
-        save_file({name: value.contiguous() for name, value in weights.items()}, draft.path / "model.safetensors")
-        draft.preprocess = preprocess
-        draft.embedding = Embedding(dim=model.embedding_dim, normalised=True, dtype="float32")
-        draft.catalog = {**catalog.summary(), **extra.get("in_catalog", {})}
-        draft.metrics = {"val_recall_at_1": 0.5}
+    with write_artifact(path, "teacher", {**values, **extra.get("in_config", {})}, parents) as writer:
+        save_file({name: value.contiguous() for name, value in weights.items()}, writer.path / "model.safetensors")
+        writer.preprocess = preprocess
+        writer.embedding = Embedding(dim=model.embedding_dim, normalised=True, dtype="float32")
+        writer.catalog = {**catalog.summary(), **extra.get("in_catalog", {})}
+        writer.metrics = {"val_recall_at_1": 0.5}
     return str(path)
 
 
-def config_of(catalog: Catalog, output: Path, *models: str, **changes: Any) -> SoupConfig:
+def make_config(catalog: Catalog, output: Path, *models: str, **changes: Any) -> SoupConfig:
     assert catalog.artifact is not None
     method = "wise-ft" if len(models) == 1 else "greedy"
     return SoupConfig(models, str(catalog.artifact.path), str(output), **{"method": method, **changes})
 
 
-def scored(weights: Weights, config: TowerConfig, catalog: Catalog) -> float:
-    """Validation recall@1 by the toolkit's own embedding of a catalogue."""
+def validation_recall(weights: Weights, config: TowerConfig, catalog: Catalog) -> float:
+    """Return validation recall@1 by embedding the catalogue."""
     model, preprocess = build_teacher(config, read_tower(config.name), load_pretrained=False)
     model.load_state_dict(weights)
     part = catalog.select(split="validation")
@@ -109,29 +109,30 @@ def metrics(path: Path) -> dict[str, Any]:
     return load_artifact(path, "teacher").card.metrics
 
 
-def test_an_average_is_a_plain_loops_and_counters_are_the_firsts() -> None:
+def test_average_equals_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [
         {"w": torch.randn(3, 4, generator=generator), "n": torch.tensor(number), "b": torch.full((2,), 1e-8 + number)}
         for number in (7, 2, 4)
     ]
     shares = [0.5, 0.3, 0.2]
-    kept = [{name: value.clone() for name, value in part.items()} for part in parts]
-    found = average(iter(parts), shares)
+    copies = [{name: value.clone() for name, value in part.items()} for part in parts]
+    mean = average(iter(parts), shares)
     for name in ("w", "b"):
         flat = [part[name].flatten().tolist() for part in parts]
         expected = [
-            sum(share * value for share, value in zip(shares, at, strict=True)) for at in zip(*flat, strict=True)
+            sum(share * value for share, value in zip(shares, values, strict=True))
+            for values in zip(*flat, strict=True)
         ]
         torch.testing.assert_close(
-            found[name].flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-15, atol=0
+            mean[name].flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-15, atol=0
         )
-    assert found["n"].item() == 7
-    assert all(torch.equal(part[name], old[name]) for part, old in zip(parts, kept, strict=True) for name in part)
+    assert mean["n"].item() == 7  # counters are copied from the first
+    assert all(torch.equal(part[name], copy[name]) for part, copy in zip(parts, copies, strict=True) for name in part)
 
 
-def test_statistics_are_those_of_a_hand_written_pass() -> None:
-    """Two layers, so that the second's depend on the first's; dropout must not reach them."""
+def test_batch_norm_statistics_equal_a_numpy_pass() -> None:
+    """The second layer's statistics depend on the first; neither sees dropout."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.BatchNorm1d(4)).eval()
     first, second = model[1], model[4]
@@ -141,7 +142,7 @@ def test_statistics_are_those_of_a_hand_written_pass() -> None:
     first.bias.data.normal_()
     momentum = first.momentum
     batches = [torch.randn(6, 5) * scale for scale in (1, 3, 0.5)]
-    estimate_norms(model, [first, second], batches)
+    recalibrate_batch_norm(model, [first, second], batches)
     weight, bias = model[0].weight.double().detach().numpy(), model[0].bias.double().detach().numpy()
     gain, shift = first.weight.double().detach().numpy(), first.bias.double().detach().numpy()
     means, variances = ([], []), ([], [])  # type: ignore[var-annotated]
@@ -159,12 +160,12 @@ def test_statistics_are_those_of_a_hand_written_pass() -> None:
     assert first.momentum == momentum
 
 
-def test_a_soups_statistics_are_estimated_on_training_images(catalog: Catalog, tmp_path: Path) -> None:
-    """In one batch of all, whose order does not matter, against torch's own estimation."""
-    start = start_of(NORMED)
-    models = [write_teacher(tmp_path / str(s), NORMED, moved(start, s, 0.3), catalog) for s in (1, 2)]
-    soup(config_of(catalog, tmp_path / "soup", *models, method="uniform", batch_size=64))
-    found, artifact = load_teacher(tmp_path / "soup")
+def test_soup_statistics_come_from_training_images(catalog: Catalog, tmp_path: Path) -> None:
+    """Compare with ``update_bn`` of torch, in one batch of all images."""
+    start = initial_weights(NORMED)
+    models = [write_teacher(tmp_path / str(s), NORMED, add_noise(start, s, 0.3), catalog) for s in (1, 2)]
+    soup(make_config(catalog, tmp_path / "soup", *models, method="uniform", batch_size=64))
+    loaded, artifact = load_teacher(tmp_path / "soup")
     expected, preprocess = build_teacher(NORMED, read_tower("sample"), load_pretrained=False)
     weights = [load_file(Path(model) / "model.safetensors") for model in models]
     expected.load_state_dict({name: (value + weights[1][name]) / 2 for name, value in weights[0].items()})
@@ -172,8 +173,8 @@ def test_a_soups_statistics_are_estimated_on_training_images(catalog: Catalog, t
     update_bn((torch.from_numpy(batch) for batch in read_batches(train, preprocess, 64)), expected)
     for name, value in expected.state_dict().items():
         if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    assert artifact.card.metrics["val_recall_at_1"] == scored(found.state_dict(), NORMED, catalog)
+            torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert artifact.card.metrics["val_recall_at_1"] == validation_recall(loaded.state_dict(), NORMED, catalog)
 
 
 def zero_shot_case(kind: str, vit: TowerConfig, folder: Path) -> TowerConfig:
@@ -183,138 +184,136 @@ def zero_shot_case(kind: str, vit: TowerConfig, folder: Path) -> TowerConfig:
 
 
 @pytest.mark.parametrize("kind", ["vit", "batch norm"])
-def test_wise_ft_ends_at_the_zero_shot_and_the_fine_tuned_network(
-    kind: str, vit: TowerConfig, catalog: Catalog, tmp_path: Path
-) -> None:
+def test_wise_ft_includes_both_ends(kind: str, vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
     config = zero_shot_case(kind, vit, tmp_path)
-    tuned = moved(start_of(config), 1, 0.5)
+    tuned = add_noise(initial_weights(config), 1, 0.5)
     if kind == "batch norm":
         tuned = {name: value + 0.01 if name.endswith("running_mean") else value for name, value in tuned.items()}
     model = write_teacher(tmp_path / "tuned", config, tuned, catalog)
     for alpha in (0.0, 1.0):
-        soup(config_of(catalog, tmp_path / f"soup-{alpha}", model, alphas=(alpha,)))
+        soup(make_config(catalog, tmp_path / f"soup-{alpha}", model, alphas=(alpha,)))
     at_one, _ = load_teacher(tmp_path / "soup-1.0")
     assert all(torch.equal(value, tuned[name]) for name, value in at_one.state_dict().items())
 
     tower = read_tower(config.name)
-    open_clip.factory._MODEL_CONFIGS["made-here"] = tower
-    clip = open_clip.create_model("made-here", pretrained=config.pretrained, force_image_size=32).eval()
+    open_clip.factory._MODEL_CONFIGS["test-tower"] = tower
+    clip = open_clip.create_model("test-tower", pretrained=config.pretrained, force_image_size=32).eval()
     x = torch.randn(4, 3, 32, 32)
     at_zero, _ = load_teacher(tmp_path / "soup-0.0")
     with torch.inference_mode():
         expected = clip.visual(x)
-        if "project.linear.weight" in tuned:  # without a zero-shot twin: as fine-tuned
+        if "project.linear.weight" in tuned:  # has no zero-shot weights, stays fine-tuned
             expected = expected @ tuned["project.linear.weight"].T
         torch.testing.assert_close(at_zero(x), nn.functional.normalize(expected, dim=1))
 
 
-def test_wise_ft_keeps_the_alpha_of_the_best_recall(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
-    """The zero-shot weights lie off a good network on one side, the fine-tuned ones on the other."""
-    good = start_of(vit)
-    off = moved(good, 1, 4.0)
+def test_wise_ft_selects_the_best_alpha(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    """Zero-shot and fine-tuned weights are off a good network in opposite directions."""
+    good = initial_weights(vit)
+    off = add_noise(good, 1, 4.0)
     visual = {name: value.contiguous() for name, value in off.items() if name.startswith("visual.")}
-    whole = load_file(vit.pretrained) | visual
-    save_file(whole, tmp_path / "off.safetensors")
+    clip = load_file(vit.pretrained) | visual
+    save_file(clip, tmp_path / "off.safetensors")
     config = replace(vit, pretrained=str(tmp_path / "off.safetensors"))
-    model = write_teacher(tmp_path / "tuned", config, against(good, off), catalog)
-    soup(config_of(catalog, tmp_path / "soup", model, alphas=(0.0, 0.25, 0.5, 1.0)))
-    found = metrics(tmp_path / "soup")
-    rows = {row["alpha"]: row for row in found["candidates"]}
+    model = write_teacher(tmp_path / "tuned", config, reflect(good, off), catalog)
+    soup(make_config(catalog, tmp_path / "soup", model, alphas=(0.0, 0.25, 0.5, 1.0)))
+    card_metrics = metrics(tmp_path / "soup")
+    rows = {row["alpha"]: row for row in card_metrics["candidates"]}
     tuned = load_file(Path(model) / "model.safetensors")
     for alpha, row in rows.items():
-        by_hand = {name: (1 - alpha) * off[name] + alpha * value for name, value in tuned.items()}
-        assert row["val_recall_at_1"] == pytest.approx(scored(by_hand, config, catalog))
+        expected = {name: (1 - alpha) * off[name] + alpha * value for name, value in tuned.items()}
+        assert row["val_recall_at_1"] == pytest.approx(validation_recall(expected, config, catalog))
     best = max(row["val_recall_at_1"] for row in rows.values())
-    assert found["alpha"] == 0.5
+    assert card_metrics["alpha"] == 0.5
     assert rows[0.5]["val_recall_at_1"] == best > max(rows[0.0]["val_recall_at_1"], rows[1.0]["val_recall_at_1"])
-    assert scored(load_file(tmp_path / "soup" / "model.safetensors"), config, catalog) == found["val_recall_at_1"]
+    assert (
+        validation_recall(load_file(tmp_path / "soup" / "model.safetensors"), config, catalog)
+        == card_metrics["val_recall_at_1"]
+    )
 
 
-def test_a_uniform_soup_is_the_mean_of_all(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
-    start = start_of(vit)
-    parts = [moved(start, seed, 0.5) for seed in (1, 2, 3)]
+def test_uniform_soup_is_the_mean(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    start = initial_weights(vit)
+    parts = [add_noise(start, seed, 0.5) for seed in (1, 2, 3)]
     models = [write_teacher(tmp_path / str(i), vit, part, catalog) for i, part in enumerate(parts)]
-    soup(config_of(catalog, tmp_path / "soup", *models, method="uniform"))
-    found = load_file(tmp_path / "soup" / "model.safetensors")
-    for name, value in found.items():
+    soup(make_config(catalog, tmp_path / "soup", *models, method="uniform"))
+    weights = load_file(tmp_path / "soup" / "model.safetensors")
+    for name, value in weights.items():
         expected = np.mean([part[name].double().numpy() for part in parts], axis=0).astype(np.float32)
         torch.testing.assert_close(value, torch.from_numpy(expected), rtol=1e-6, atol=0)
     rows = metrics(tmp_path / "soup")["candidates"]
     assert [row["models"] for row in rows] == [[models[0]], [models[1]], [models[2]], models]
     recalls = [row["val_recall_at_1"] for row in rows]
-    assert recalls == [scored(part, vit, catalog) for part in [*parts, found]]
+    assert recalls == [validation_recall(part, vit, catalog) for part in [*parts, weights]]
 
 
-def test_a_greedy_soup_leaves_out_what_harms_it(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
-    """Two whose mean is better than both, and a third of large noise."""
-    good = start_of(vit)
-    one = moved(good, 1, 4.0)
-    harmful = {name: -20 * value for name, value in moved(good, 9, 4.0).items()}
-    named = {"harmful": harmful, "one": one, "two": against(good, one)}
+def test_greedy_soup_leaves_out_a_harmful_model(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    """Average two models whose mean is better than both; leave out one with large noise."""
+    good = initial_weights(vit)
+    first = add_noise(good, 1, 4.0)
+    harmful = {name: -20 * value for name, value in add_noise(good, 9, 4.0).items()}
+    named = {"harmful": harmful, "first": first, "second": reflect(good, first)}
     models = [write_teacher(tmp_path / name, vit, weights, catalog) for name, weights in named.items()]
-    soup(config_of(catalog, tmp_path / "soup", *models))
-    found = metrics(tmp_path / "soup")
-    assert sorted(found["models"]) == [str(tmp_path / "one"), str(tmp_path / "two")]
+    soup(make_config(catalog, tmp_path / "soup", *models))
+    card_metrics = metrics(tmp_path / "soup")
+    assert sorted(card_metrics["models"]) == [str(tmp_path / "first"), str(tmp_path / "second")]
     for name, value in load_file(tmp_path / "soup" / "model.safetensors").items():
-        torch.testing.assert_close(value, (named["one"][name] + named["two"][name]) / 2)
-    assert len(found["candidates"]) == 3 + 2
+        torch.testing.assert_close(value, (named["first"][name] + named["second"][name]) / 2)
+    assert len(card_metrics["candidates"]) == 3 + 2
 
 
-def test_a_greedy_soup_of_many_weighs_all_alike_and_keeps_ties(
-    vit: TowerConfig, catalog: Catalog, tmp_path: Path
-) -> None:
-    start = start_of(vit)
-    parts = [moved(start, seed, 1e-3) for seed in (1, 2, 3, 4)]
+def test_greedy_soup_keeps_ties_with_equal_shares(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    start = initial_weights(vit)
+    parts = [add_noise(start, seed, 1e-3) for seed in (1, 2, 3, 4)]
     models = [write_teacher(tmp_path / str(i), vit, part, catalog) for i, part in enumerate(parts)]
-    soup(config_of(catalog, tmp_path / "soup", *models))
-    found = metrics(tmp_path / "soup")
-    assert len({row["val_recall_at_1"] for row in found["candidates"]}) == 1
-    assert sorted(found["models"]) == models
+    soup(make_config(catalog, tmp_path / "soup", *models))
+    card_metrics = metrics(tmp_path / "soup")
+    assert len({row["val_recall_at_1"] for row in card_metrics["candidates"]}) == 1
+    assert sorted(card_metrics["models"]) == models
     for name, value in load_file(tmp_path / "soup" / "model.safetensors").items():
         expected = np.mean([part[name].double().numpy() for part in parts], axis=0)
         torch.testing.assert_close(value.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_greedy_soup_is_never_below_its_best_member(
+def test_greedy_soup_is_not_below_its_best_member(
     seed: int, vit: TowerConfig, catalog: Catalog, tmp_path: Path
 ) -> None:
-    start = start_of(vit)
+    start = initial_weights(vit)
     sizes = (0.5, 3.0, 1.0)
     models = [
-        write_teacher(tmp_path / str(i), vit, moved(start, 10 * seed + i, size), catalog)
+        write_teacher(tmp_path / str(i), vit, add_noise(start, 10 * seed + i, size), catalog)
         for i, size in enumerate(sizes)
     ]
-    soup(config_of(catalog, tmp_path / "soup", *models))
-    found = metrics(tmp_path / "soup")
-    members = [row["val_recall_at_1"] for row in found["candidates"][:3]]
-    assert found["val_recall_at_1"] >= max(members)
+    soup(make_config(catalog, tmp_path / "soup", *models))
+    card_metrics = metrics(tmp_path / "soup")
+    members = [row["val_recall_at_1"] for row in card_metrics["candidates"][:3]]
+    assert card_metrics["val_recall_at_1"] >= max(members)
     weights = load_file(tmp_path / "soup" / "model.safetensors")
-    assert scored(weights, vit, catalog) == found["val_recall_at_1"]
+    assert validation_recall(weights, vit, catalog) == card_metrics["val_recall_at_1"]
 
 
-def test_with_batch_norm_a_greedy_soup_of_one_keeps_its_own_statistics(catalog: Catalog, tmp_path: Path) -> None:
-    start = start_of(NORMED)
-    broken = {name: -30 * value if value.ndim > 1 else value for name, value in moved(start, 2, 3.0).items()}
+def test_greedy_soup_of_one_keeps_its_statistics(catalog: Catalog, tmp_path: Path) -> None:
+    start = initial_weights(NORMED)
+    broken = {name: -30 * value if value.ndim > 1 else value for name, value in add_noise(start, 2, 3.0).items()}
     models = [write_teacher(tmp_path / n, NORMED, w, catalog) for n, w in (("start", start), ("broken", broken))]
-    soup(config_of(catalog, tmp_path / "soup", *models))
-    found = metrics(tmp_path / "soup")
+    soup(make_config(catalog, tmp_path / "soup", *models))
+    card_metrics = metrics(tmp_path / "soup")
     weights = load_file(tmp_path / "soup" / "model.safetensors")
-    assert found["models"] == models[:1]
+    assert card_metrics["models"] == models[:1]
     assert all(torch.equal(value, start[name]) for name, value in weights.items())
-    assert scored(weights, NORMED, catalog) == found["val_recall_at_1"]
+    assert validation_recall(weights, NORMED, catalog) == card_metrics["val_recall_at_1"]
 
 
-def test_a_soup_is_a_teacher_and_is_not_cooked_twice(
+def test_soup_is_a_teacher_and_is_not_repeated(
     vit: TowerConfig, catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = start_of(vit)
-    models = [write_teacher(tmp_path / str(s), vit, moved(start, s, 0.3), catalog) for s in (1, 2)]
+    start = initial_weights(vit)
+    models = [write_teacher(tmp_path / str(s), vit, add_noise(start, s, 0.3), catalog) for s in (1, 2)]
     assert catalog.artifact is not None
     arguments = ["--models", f"[{', '.join(models)}]", "--method", "greedy", "--output", str(tmp_path / "soup")]
     main(["teacher", "soup", *arguments, "--catalog", str(catalog.artifact.path)])
-    said = capsys.readouterr().err
-    assert said.count("validation recall@1") == 2 + 1 + 1
+    assert capsys.readouterr().err.count("recall@1") == 2 + 1 + 1
     model, artifact = load_teacher(tmp_path / "soup")
     card = artifact.card
     assert [parent.role for parent in card.parents] == ["teacher", "teacher", "catalog"]
@@ -327,35 +326,33 @@ def test_a_soup_is_a_teacher_and_is_not_cooked_twice(
     assert "up to date" in capsys.readouterr().err
 
 
-def test_models_may_differ_in_what_weights_do_not_depend_on(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
-    start = start_of(vit)
+def test_models_may_differ_in_training_settings(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    start = initial_weights(vit)
     first = write_teacher(tmp_path / "first", vit, start, catalog)
     network = {"network": {**asdict(vit), "gradient_checkpointing": True}}
-    second = write_teacher(tmp_path / "second", vit, moved(start, 1, 0.1), catalog, in_config=network)
-    soup(config_of(catalog, tmp_path / "soup", first, second))
+    second = write_teacher(tmp_path / "second", vit, add_noise(start, 1, 0.1), catalog, in_config=network)
+    soup(make_config(catalog, tmp_path / "soup", first, second))
     assert metrics(tmp_path / "soup")["val_recall_at_1"] > 0
 
 
-def test_an_allowed_leak_is_carried_over_and_another_is_refused(
-    vit: TowerConfig, catalog: Catalog, tmp_path: Path
-) -> None:
+def test_allowed_leak_is_inherited(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
     rows = catalog.table.to_pylist()
     scored_row = next(row for row in rows if row["split"] == "test")
     leaking = Catalog(
         catalog.table.from_pylist([*rows, {**scored_row, "split": "train"}], catalog.table.schema), catalog.root
     )
     path = write_catalog(tmp_path / "catalog", leaking)
-    both = replace(leaking, artifact=load_artifact(path))
-    start, leak = start_of(vit), {"train in test": {"products": 1}}
-    first = write_teacher(tmp_path / "first", vit, start, both, in_catalog={"leak": leak})
-    second = write_teacher(tmp_path / "second", vit, moved(start, 1, 0.1), both)
-    soup(config_of(both, tmp_path / "soup", first, second))
+    leaking = replace(leaking, artifact=load_artifact(path))
+    start, leak = initial_weights(vit), {"train in test": {"products": 1}}
+    first = write_teacher(tmp_path / "first", vit, start, leaking, in_catalog={"leak": leak})
+    second = write_teacher(tmp_path / "second", vit, add_noise(start, 1, 0.1), leaking)
+    soup(make_config(leaking, tmp_path / "soup", first, second))
     card = load_artifact(tmp_path / "soup").card
     assert card.catalog is not None
     assert card.catalog["leak"] == leak
-    third = write_teacher(tmp_path / "third", vit, moved(start, 2, 0.1), both)
+    third = write_teacher(tmp_path / "third", vit, add_noise(start, 2, 0.1), leaking)
     with pytest.raises(UserError, match="leak: 1 products"):
-        soup(config_of(both, tmp_path / "other", second, third))
+        soup(make_config(leaking, tmp_path / "other", second, third))
     assert not (tmp_path / "other").exists()
 
 
@@ -371,115 +368,113 @@ def other_tower(config: TowerConfig) -> dict[str, Any]:
             lambda c: {"in_config": {"network": {**asdict(c), "pretrained": "x"}}},
             r"network\.pretrained differs.*'x', not",
         ),
-        (other_tower, "second: tower_config differs from .*first's: join what is alike"),
-        (lambda c: {"in_catalog": {"sha256": "0"}}, "second: was trained on another catalogue than --catalog"),
+        (other_tower, "second: tower_config differs from .*first. Soups need identical networks"),
+        (lambda c: {"in_catalog": {"sha256": "0"}}, "second: trained on another catalogue than --catalog"),
     ],
 )
-def test_models_that_do_not_fit_are_named(
+def test_models_that_do_not_match_are_rejected(
     card: Callable[[TowerConfig], dict[str, Any]], message: str, vit: TowerConfig, catalog: Catalog, tmp_path: Path
 ) -> None:
-    start = start_of(vit)
+    start = initial_weights(vit)
     first = write_teacher(tmp_path / "first", vit, start, catalog)
-    second = write_teacher(tmp_path / "second", vit, moved(start, 1, 0.1), catalog, **card(vit))
+    second = write_teacher(tmp_path / "second", vit, add_noise(start, 1, 0.1), catalog, **card(vit))
     with pytest.raises(UserError, match=message):
-        soup(config_of(catalog, tmp_path / "soup", first, second))
+        soup(make_config(catalog, tmp_path / "soup", first, second))
 
 
-def test_an_older_card_and_one_model_given_twice_are_named(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
-    first = write_teacher(tmp_path / "first", vit, start_of(vit), catalog)
-    with pytest.raises(UserError, match="are the same: give each once"):
-        soup(config_of(catalog, tmp_path / "soup", first, f"{first}/../first"))
+def test_old_cards_and_repeated_models_are_rejected(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    first = write_teacher(tmp_path / "first", vit, initial_weights(vit), catalog)
+    with pytest.raises(UserError, match="are the same. Name each once"):
+        soup(make_config(catalog, tmp_path / "soup", first, f"{first}/../first"))
     with write_artifact(tmp_path / "older", "teacher", {"tower": {}}):
         pass
-    with pytest.raises(UserError, match="older: its card has no 'network': train it again"):
-        soup(config_of(catalog, tmp_path / "soup", first, str(tmp_path / "older")))
+    with pytest.raises(UserError, match="older: the card has no 'network'. Train the teacher again"):
+        soup(make_config(catalog, tmp_path / "soup", first, str(tmp_path / "older")))
 
 
-def test_weights_of_another_shape_than_the_card_says_are_named(
-    vit: TowerConfig, catalog: Catalog, tmp_path: Path
-) -> None:
-    start = start_of(vit)
+def test_weights_that_contradict_the_card_are_rejected(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    start = initial_weights(vit)
     first = write_teacher(tmp_path / "first", vit, start, catalog)
     good = load_artifact(first).card
-    with write_artifact(tmp_path / "second", "teacher", good.config, []) as draft:
-        save_file({"visual.proj": torch.zeros(2, 2)}, draft.path / "model.safetensors")
-        draft.preprocess, draft.embedding, draft.catalog = good.preprocess, good.embedding, good.catalog
-    with pytest.raises(UserError, match="second: is no usable teacher"):
-        soup(config_of(catalog, tmp_path / "soup", first, str(tmp_path / "second")))
+    with write_artifact(tmp_path / "second", "teacher", good.config, []) as writer:
+        save_file({"visual.proj": torch.zeros(2, 2)}, writer.path / "model.safetensors")
+        writer.preprocess, writer.embedding, writer.catalog = good.preprocess, good.embedding, good.catalog
+    with pytest.raises(UserError, match="second: .*teacher"):
+        soup(make_config(catalog, tmp_path / "soup", first, str(tmp_path / "second")))
 
 
 @pytest.mark.parametrize(
     ("pretrained", "message"),
     [
-        ("", r"was trained from random weights \(tower\.pretrained is empty\)"),
-        ("absent.safetensors", "no such file"),
+        ("", r"trained from random weights \(tower\.pretrained is empty\)"),
+        ("absent.safetensors", "does not exist"),
     ],
 )
-def test_without_zero_shot_weights_wise_ft_is_refused(
+def test_wise_ft_needs_zero_shot_weights(
     pretrained: str, message: str, vit: TowerConfig, catalog: Catalog, tmp_path: Path
 ) -> None:
     config = replace(vit, pretrained=pretrained)
-    model = write_teacher(tmp_path / "tuned", config, start_of(vit), catalog)
+    model = write_teacher(tmp_path / "tuned", config, initial_weights(vit), catalog)
     with pytest.raises(UserError, match=message):
-        soup(config_of(catalog, tmp_path / "soup", model))
+        soup(make_config(catalog, tmp_path / "soup", model))
     assert not (tmp_path / "soup").exists()
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"models": ()}, "models: 0 given, greedy takes at least two"),
-        ({"models": ("a",)}, "models: 1 given, greedy takes at least two"),
-        ({"method": "wise-ft"}, "models: 2 given, wise-ft takes exactly one"),
+        ({"models": ()}, "models: greedy expects two or more, got 0"),
+        ({"models": ("a",)}, "models: greedy expects two or more, got 1"),
+        ({"method": "wise-ft"}, "models: wise-ft expects one, got 2"),
         ({"alphas": ()}, "alphas: "),
-        ({"alphas": (0.5, 1.5)}, r"alphas: \[0\.5, 1\.5\]: give one or more shares from 0 to 1"),
+        ({"alphas": (0.5, 1.5)}, r"alphas: expected .*, got \[0\.5, 1\.5\]"),
         ({"alphas": (float("nan"),)}, "alphas: "),
-        ({"batch_size": 1}, "batch_size: 1: give 2 or more"),
-        ({"workers": -1}, "workers: -1"),
-        ({"seed": -1}, "seed: -1"),
+        ({"batch_size": 1}, "batch_size: .*1"),
+        ({"workers": -1}, "workers: .*-1"),
+        ({"seed": -1}, "seed: .*-1"),
         ({"output": "x/../b"}, "output: x/../b is one of the models and would be replaced"),
     ],
 )
-def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_rejected(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SoupConfig(**{"models": ("a", "b"), "catalog": "c", "output": "o", **values})
 
 
-def test_a_catalogue_without_validation_is_refused(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+def test_catalogue_without_validation_is_rejected(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
     part = catalog.select(split="train")
     train = replace(part, artifact=load_artifact(write_catalog(tmp_path / "catalog", part)))
-    start = start_of(vit)
-    models = [write_teacher(tmp_path / str(s), vit, moved(start, s, 0.1), train) for s in (1, 2)]
-    with pytest.raises(UserError, match="has no validation split to choose on"):
-        soup(config_of(train, tmp_path / "soup", *models))
+    start = initial_weights(vit)
+    models = [write_teacher(tmp_path / str(s), vit, add_noise(start, s, 0.1), train) for s in (1, 2)]
+    with pytest.raises(UserError, match="a validation split is required"):
+        soup(make_config(train, tmp_path / "soup", *models))
 
 
-def test_the_sample_tower_has_norms() -> None:
-    """Without them the tests of statistics would prove nothing."""
+def test_sample_tower_has_batch_norm() -> None:
+    """The tests of BatchNorm statistics depend on this."""
     model, _ = build_teacher(NORMED, read_tower("sample"), load_pretrained=False)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     assert norms
     assert all(isinstance(norm.running_mean, Tensor) for norm in norms)
 
 
-def test_images_that_do_not_fit_in_memory_are_read_again(
+def test_result_does_not_depend_on_kept_pixels(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = start_of(NORMED)
-    models = [write_teacher(tmp_path / str(s), NORMED, moved(start, s, 0.3), catalog) for s in (1, 2)]
-    soup(config_of(catalog, tmp_path / "kept", *models, method="uniform", batch_size=16))
-    monkeypatch.setattr("teacher.scorer._KEPT_BYTES", 0)
-    soup(config_of(catalog, tmp_path / "read", *models, method="uniform", batch_size=16))
+    start = initial_weights(NORMED)
+    models = [write_teacher(tmp_path / str(s), NORMED, add_noise(start, s, 0.3), catalog) for s in (1, 2)]
+    soup(make_config(catalog, tmp_path / "kept", *models, method="uniform", batch_size=16))
+    monkeypatch.setattr("teacher.scorer._MAX_KEPT_BYTES", 0)
+    soup(make_config(catalog, tmp_path / "read", *models, method="uniform", batch_size=16))
     kept, read = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "read"))
     assert all(torch.equal(value, read[name]) for name, value in kept.items())
     assert metrics(tmp_path / "kept")["candidates"] == metrics(tmp_path / "read")["candidates"]
 
 
-def test_statistics_of_added_layers_alone_are_estimated_where_only_they_are_stale(
+def test_head_statistics_are_recalibrated_alone(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The zero-shot tower under a fine-tuned BatchNorm: the tower keeps its own statistics."""
-    model = write_teacher(tmp_path / "model", NORMED, start_of(NORMED), catalog)
+    """A zero-shot tower below a fine-tuned BatchNorm keeps its statistics."""
+    model = write_teacher(tmp_path / "model", NORMED, initial_weights(NORMED), catalog)
 
     def load_with_norm(path: str) -> tuple[Teacher, Artifact]:
         teacher, artifact = load_teacher(path)
@@ -489,7 +484,7 @@ def test_statistics_of_added_layers_alone_are_estimated_where_only_they_are_stal
     monkeypatch.setattr("teacher.scorer.load_teacher", load_with_norm)
     scorer = Scorer(model, catalog, 64, 0, 0)
     before = scorer.weights()
-    scorer.score(before, "added")
+    scorer.evaluate(before, recalibrate_bn="head")
     after = scorer.weights()
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {f"project.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -28,7 +29,7 @@ STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e
 RECIPES = sorted(Path(teacher.__file__).parent.glob("recipes/*.yaml"))
 
 
-def small(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
+def small_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
     assert catalog.artifact is not None
     config = TrainConfig(
         str(catalog.artifact.path),
@@ -45,11 +46,11 @@ def small(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
 @pytest.fixture(scope="module")
 def trained(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("teacher") / "teacher"
-    assert train(small(catalog, output)) == output
+    assert train(small_config(catalog, output)) == output
     return output
 
 
-def test_a_trained_teacher_is_loaded_with_its_weights_and_preprocessing(trained: Path) -> None:
+def test_trained_teacher_is_loaded(trained: Path) -> None:
     model, artifact = load_teacher(trained)
     assert not model.training
     assert artifact.card.metrics["steps"] == 3 * (64 // 16)
@@ -64,89 +65,89 @@ def test_a_trained_teacher_is_loaded_with_its_weights_and_preprocessing(trained:
     torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
 
 
-def test_an_unchanged_training_is_not_repeated(trained: Path, catalog: Catalog) -> None:
+def test_unchanged_training_is_skipped(trained: Path, catalog: Catalog) -> None:
     before = (trained / "card.json").stat().st_mtime_ns
-    train(small(catalog, trained))
+    train(small_config(catalog, trained))
     assert (trained / "card.json").stat().st_mtime_ns == before
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(
+def test_dry_run_prints_the_plan_and_writes_nothing(
     catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(small(catalog, tmp_path / "teacher", dry_run=True)) is None
+    assert train(small_config(catalog, tmp_path / "teacher", dry_run=True)) is None
     assert list(tmp_path.iterdir()) == []
-    said = capsys.readouterr().err
-    assert "64 images of 8 products" in said
-    assert "stage 2: all, 2 epochs, 8 steps" in said
+    printed = capsys.readouterr().err
+    assert "64 images of 8 products" in printed
+    assert "stage 2: all, 2 epochs, 8 steps" in printed
 
 
-def _nobody_trains(*_: object) -> None:
-    raise AssertionError("the training began")
+def _fail_if_trained(*_: object) -> None:
+    raise AssertionError("the training started")
 
 
-@pytest.mark.parametrize("place", ["folder", "file", "catalog"])
-def test_an_output_that_may_not_be_replaced_is_refused_before_training(
-    place: str, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("existing", ["folder", "file", "catalog"])
+def test_foreign_output_is_rejected_before_training(
+    existing: str, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher.train.fit", _nobody_trains)
+    monkeypatch.setattr("teacher.train.fit", _fail_if_trained)
     output = tmp_path / "output"
-    if place == "folder":
+    if existing == "folder":
         output.mkdir()
-        (output / "notes.txt").write_text("mine")
-    elif place == "file":
-        output.write_text("mine")
+        (output / "notes.txt").write_text("notes")
+    elif existing == "file":
+        output.write_text("notes")
     else:
         write_catalog(output, catalog)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"output: (exists and is not an artifact|.*catalog)"):
-        train(small(catalog, output))
+    with pytest.raises(UserError, match=r"output: "):
+        train(small_config(catalog, output))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_validation_split_without_queries_is_refused_before_training(
+def test_validation_without_queries_is_rejected(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher.train.fit", _nobody_trains)
+    monkeypatch.setattr("teacher.train.fit", _fail_if_trained)
     splits = np.array(catalog.table["split"].to_pylist())
     keep = (splits != "validation") | (catalog.roles != "query")
     path = write_catalog(tmp_path / "c", Catalog(catalog.table.filter(pa.array(keep)), catalog.root))
     with pytest.raises(UserError, match="no queries"):
-        train(replace(small(catalog, tmp_path / "t"), catalog=str(path)))
+        train(replace(small_config(catalog, tmp_path / "t"), catalog=str(path)))
 
 
-def test_a_batch_of_more_images_than_there_are_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_batch_larger_than_the_split_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     stages = (StageConfig("head", 1), StageConfig("all", 1, batch_size=5000))
-    with pytest.raises(UserError, match="stages 2: 5000 images in a batch, the training has 64"):
-        train(small(catalog, tmp_path / "t", stages=stages, dry_run=True))
+    with pytest.raises(UserError, match="stages 2: a batch has 5000 images, the training split 64"):
+        train(small_config(catalog, tmp_path / "t", stages=stages, dry_run=True))
 
 
-def test_a_size_that_no_tower_has_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_invalid_image_size_is_rejected(catalog: Catalog, tmp_path: Path) -> None:
     tower = TowerConfig(name="ViT-B-32", pretrained="", image_size=16)
     with pytest.raises(UserError, match="cannot be built"):
-        train(small(catalog, tmp_path / "t", tower=tower, dry_run=True))
-    with pytest.raises(UserError, match="tower.image_size: 5000: give 0, or 16 to 2048"):
+        train(small_config(catalog, tmp_path / "t", tower=tower, dry_run=True))
+    with pytest.raises(UserError, match="tower.image_size: expected 0, or 16 to 2048, got 5000"):
         TowerConfig(name="sample", image_size=5000)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_read_and_planned_for_its_own_tower(
+def test_every_recipe_is_planned(
     path: Path, catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the meta device: the towers are built with their true shapes, without their weights."""
+    """Build the towers in full size on the meta device, without weights."""
     assert catalog.artifact is not None
     arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", [*arguments, "--dry_run", "true", "--loader.batch_size", "16"])
     assert config.recipe == path.stem
     train(replace(config, stages=tuple(replace(stage, batch_size=0) for stage in config.stages)))
-    said = capsys.readouterr().err
-    assert f"stage {len(config.stages)}: {config.stages[-1].train}" in said
-    assert "optimiser" in said
+    printed = capsys.readouterr().err
+    assert f"stage {len(config.stages)}: {config.stages[-1].train}" in printed
+    assert "optimiser" in printed
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_path: Path) -> None:
-    """Everything of the recipe but the tower's size, the number of images in a batch, and the epochs."""
+    """Use all settings of the recipe except tower, batch size and epochs."""
     assert catalog.artifact is not None
     arguments = ["--config", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)
@@ -171,7 +172,7 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
         assert torch.isfinite(model(torch.randn(2, 3, size, size))).all()
 
 
-def module_of(catalog: Catalog, stage: StageConfig) -> TeacherModule:
+def make_module(catalog: Catalog, stage: StageConfig) -> TeacherModule:
     built, preprocess = build_teacher(SMALL, read_tower("sample"), False)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     return TeacherModule(
@@ -182,8 +183,8 @@ def module_of(catalog: Catalog, stage: StageConfig) -> TeacherModule:
 @pytest.mark.parametrize(
     ("part", "tower", "head"), [("head", False, True), ("tower", True, False), ("all", True, True)]
 )
-def test_a_stage_trains_its_parts_only(part: str, tower: bool, head: bool, catalog: Catalog) -> None:
-    module = module_of(catalog, StageConfig(part, 1))
+def test_stage_trains_only_its_parts(part: str, tower: bool, head: bool, catalog: Catalog) -> None:
+    module = make_module(catalog, StageConfig(part, 1))
     assert all(p.requires_grad == tower for p in module.teacher.visual.parameters())
     assert all(p.requires_grad == head for p in module.head.parameters())
     module.train()
@@ -193,36 +194,31 @@ def test_a_stage_trains_its_parts_only(part: str, tower: bool, head: bool, catal
     assert all(norm.training == tower for norm in norms)
 
 
-def test_stages_go_on_from_one_another_and_the_head_stage_leaves_the_tower(catalog: Catalog, tmp_path: Path) -> None:
-    one = small(catalog, tmp_path / "one", stages=STAGES[:1])
-    train(one)
-    torch.manual_seed(0)
-    start, _ = build_teacher(SMALL, read_tower("sample"), False)
-    found = load_file(tmp_path / "one" / "model.safetensors")
-    import lightning as L
-
+def test_head_stage_does_not_change_the_tower(catalog: Catalog, tmp_path: Path) -> None:
+    train(small_config(catalog, tmp_path / "teacher", stages=STAGES[:1]))
+    trained = load_file(tmp_path / "teacher" / "model.safetensors")
     L.seed_everything(0, verbose=False)
-    start, _ = build_teacher(SMALL, read_tower("sample"), False)
-    for name, value in start.state_dict().items():
-        assert torch.equal(value, found[name]), name
+    initial, _ = build_teacher(SMALL, read_tower("sample"), False)
+    for name, value in initial.state_dict().items():
+        assert torch.equal(value, trained[name]), name
 
 
-def test_an_average_of_the_weights_is_what_is_kept(catalog: Catalog, tmp_path: Path) -> None:
-    train(small(catalog, tmp_path / "plain"))
-    train(small(catalog, tmp_path / "ema", run=RunConfig(precision="32-true", ema=0.9)))
+def test_artifact_has_the_averaged_weights(catalog: Catalog, tmp_path: Path) -> None:
+    train(small_config(catalog, tmp_path / "plain"))
+    train(small_config(catalog, tmp_path / "ema", run=RunConfig(precision="32-true", ema=0.9)))
     plain, ema = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "ema"))
     assert set(plain) == set(ema)
     assert any(not torch.equal(plain[name], ema[name]) for name in plain)
 
 
-def test_a_leak_is_refused_and_when_allowed_stands_in_the_card(catalog: Catalog, tmp_path: Path) -> None:
+def test_leak_is_rejected_or_recorded_in_the_card(catalog: Catalog, tmp_path: Path) -> None:
     rows = catalog.table.to_pylist()
     scored = next(row for row in rows if row["split"] == "test")
     leaking = Catalog(
         catalog.table.from_pylist([*rows, {**scored, "split": "train"}], catalog.table.schema), catalog.root
     )
     path = write_catalog(tmp_path / "catalog", leaking)
-    config = replace(small(catalog, tmp_path / "teacher", stages=STAGES[:1]), catalog=str(path))
+    config = replace(small_config(catalog, tmp_path / "teacher", stages=STAGES[:1]), catalog=str(path))
     with pytest.raises(UserError, match="leak: 1 products are both trained and scored"):
         train(config)
     assert not (tmp_path / "teacher").exists()
@@ -230,10 +226,10 @@ def test_a_leak_is_refused_and_when_allowed_stands_in_the_card(catalog: Catalog,
     card = load_artifact(tmp_path / "teacher").card
     assert card.catalog is not None
     assert "train in test" in card.catalog["leak"]
-    begun = replace(
-        small(catalog, tmp_path / "second", stages=STAGES[:1]), tower=replace(SMALL, pretrained=config.output)
+    second_config = replace(
+        small_config(catalog, tmp_path / "second", stages=STAGES[:1]), tower=replace(SMALL, pretrained=config.output)
     )
-    train(begun)
+    train(second_config)
     second = load_artifact(tmp_path / "second").card
     assert second.catalog is not None
     assert second.catalog["leak"] == {"start": card.catalog["leak"]}
@@ -243,26 +239,26 @@ def test_a_leak_is_refused_and_when_allowed_stands_in_the_card(catalog: Catalog,
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StageConfig("all", 0), r"stages\.epochs: 0"),
-        (lambda: StageConfig("last", 1), r"stages\.last_blocks: 0 with train: last"),
+        (lambda: StageConfig("all", 0), r"stages\.epochs: .*0"),
+        (lambda: StageConfig("last", 1), r"stages\.last_blocks: .*got 0 with train: last"),
         (lambda: StageConfig("all", 1, layer_decay=0.0), "layer_decay"),
-        (lambda: StageConfig("all", 1, lr_head=float("nan")), r"stages\.lr_head: nan"),
-        (lambda: RunConfig(accumulate=0), r"run\.accumulate: 0"),
-        (lambda: RunConfig(ema=1.0), r"run\.ema: 1\.0"),
-        (lambda: ViewConfig(flip=2.0), r"views\.flip: 2\.0"),
+        (lambda: StageConfig("all", 1, lr_head=float("nan")), r"stages\.lr_head: .*nan"),
+        (lambda: RunConfig(accumulate=0), r"run\.accumulate: .*0"),
+        (lambda: RunConfig(ema=1.0), r"run\.ema: .*1\.0"),
+        (lambda: ViewConfig(flip=2.0), r"views\.flip: .*2\.0"),
         (lambda: ViewConfig(scale=(0.0, 1.0)), r"views\.scale"),
-        (lambda: TrainConfig("c", "o", stages=()), "stages: none"),
-        (lambda: TrainConfig("c", "o", seed=-1), "seed: -1"),
+        (lambda: TrainConfig("c", "o", stages=()), "stages: expected one or more"),
+        (lambda: TrainConfig("c", "o", seed=-1), "seed: .*-1"),
     ],
 )
-def test_values_out_of_range_are_named(make, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_values_out_of_range_are_rejected(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_rates_follow_depth_and_part(catalog: Catalog) -> None:
+def test_learning_rates_follow_depth_and_part(catalog: Catalog) -> None:
     stage = StageConfig("all", 1, lr_head=0.5, lr_tower=0.1, layer_decay=0.5)
-    module = module_of(catalog, stage)
+    module = make_module(catalog, stage)
     module._trainer = type("T", (), {"estimated_stepping_batches": 10})()  # type: ignore[assignment]
     optimizer = module.configure_optimizers()["optimizer"]
     rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 
-_BLOCK = 256
+Vectors = NDArray[np.float32]
+Ids = NDArray[np.str_]
+_BLOCK = 256  # queries
 _RESAMPLES = 2000
 
 
@@ -45,11 +47,7 @@ class RetrievalScores:
 
 
 def evaluate(
-    query_vectors: NDArray[np.float32],
-    query_products: NDArray[np.str_],
-    gallery_vectors: NDArray[np.float32],
-    gallery_products: NDArray[np.str_],
-    seed: int = 0,
+    query_vectors: Vectors, query_products: Ids, gallery_vectors: Vectors, gallery_products: Ids, seed: int = 0
 ) -> RetrievalScores:
     """Rank the gallery by inner product for every query and score the rankings.
 
@@ -71,10 +69,7 @@ def evaluate(
 
 
 def evaluate_similarities(
-    similarities: NDArray[np.float32],
-    query_products: NDArray[np.str_],
-    gallery_products: NDArray[np.str_],
-    seed: int = 0,
+    similarities: Vectors, query_products: Ids, gallery_products: Ids, seed: int = 0
 ) -> RetrievalScores:
     """Score given similarities like :func:`evaluate`: (queries, gallery) float32, larger is nearer."""
     _check_inputs(similarities, query_products, similarities.T, gallery_products, same_dim=False)
@@ -82,12 +77,7 @@ def evaluate_similarities(
     return _score((similarities[s : s + _BLOCK] for s in blocks), query_products, gallery_products, seed)
 
 
-def _score(
-    blocks: Iterator[NDArray[np.float32]],
-    query_products: NDArray[np.str_],
-    gallery_products: NDArray[np.str_],
-    seed: int,
-) -> RetrievalScores:
+def _score(blocks: Iterator[Vectors], query_products: Ids, gallery_products: Ids, seed: int) -> RetrievalScores:
     codes = {product: code for code, product in enumerate(dict.fromkeys(gallery_products.tolist()))}
     gallery_codes = np.array([codes[p] for p in gallery_products.tolist()])
     query_codes = np.array([codes[p] for p in query_products.tolist()])
@@ -149,11 +139,7 @@ def bootstrap_interval(values: NDArray[np.bool_] | NDArray[np.float64], seed: in
 
 
 def _check_inputs(
-    query_vectors: NDArray[np.float32],
-    query_products: NDArray[np.str_],
-    gallery_vectors: NDArray[np.float32],
-    gallery_products: NDArray[np.str_],
-    same_dim: bool = True,
+    query_vectors: Vectors, query_products: Ids, gallery_vectors: Vectors, gallery_products: Ids, same_dim: bool = True
 ) -> None:
     if not len(query_vectors) or not len(gallery_vectors):
         raise UserError("evaluation: the split has no queries or no gallery images. Choose a split with both roles.")

@@ -16,7 +16,8 @@ from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.search import check_k, search
 
 Vectors = NDArray[np.float32]
-Encoding = tuple[NDArray[np.int64], NDArray[np.float64]]  # members of a neighbourhood and their weights
+Rows = NDArray[np.int64]
+Encoding = tuple[Rows, NDArray[np.float64]]  # members of a neighbourhood and their weights
 _BLOCK = 1024  # rows of a block of the all-pairs product
 
 
@@ -138,7 +139,7 @@ def similarities(query: Vectors, gallery: Vectors, config: RerankConfig) -> Vect
     return query @ gallery.T
 
 
-def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tuple[Vectors, NDArray[np.int64]]:
+def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tuple[Vectors, Rows]:
     """Return the ``k`` nearest gallery rows of each query after all steps, best first.
 
     Returns:
@@ -174,7 +175,7 @@ def _farthest_distances(vectors: Vectors) -> NDArray[np.float64]:
     return np.maximum(2 * (1 - min_cosines.astype(np.float64)), 1e-12)
 
 
-def _reciprocal_neighbours(row: int, neighbours: NDArray[np.int64]) -> NDArray[np.int64]:
+def _reciprocal_neighbours(row: int, neighbours: Rows) -> Rows:
     """Return the neighbours that have ``row`` as a neighbour too (eq. 2), and ``row``.
 
     ``row`` is added because vectors equal to it may displace it from its own neighbours.
@@ -184,11 +185,7 @@ def _reciprocal_neighbours(row: int, neighbours: NDArray[np.int64]) -> NDArray[n
 
 
 def _encode(
-    row: int,
-    sets: list[NDArray[np.int64]],
-    half_sets: list[NDArray[np.int64]],
-    vectors: Vectors,
-    farthest: NDArray[np.float64],
+    row: int, sets: list[Rows], half_sets: list[Rows], vectors: Vectors, farthest: NDArray[np.float64]
 ) -> Encoding:
     """Encode a row by its expanded neighbourhood (eq. 3) and the weights of its members (eq. 7), sum 1.
 

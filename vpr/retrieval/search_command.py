@@ -18,6 +18,9 @@ from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.rerank import rank
 
+Strings = NDArray[np.str_]
+Rows = NDArray[np.int64]
+Scores = NDArray[np.float32]
 log = get_logger(__name__)
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
@@ -38,13 +41,13 @@ def search_gallery(config: SearchConfig) -> Path | None:
     k = max(config.k, SUBMITTED) if config.submission else config.k
     scores, ranking = rank(queries.vectors[query_rows], gallery.vectors[gallery_rows], config.rerank, k)
     hits = gallery_rows[ranking[:, : config.k]]
-    _print(queries, gallery, query_rows, hits[:_MAX_PRINTED], scores)
+    _print(queries.products[query_rows], gallery, hits[:_MAX_PRINTED], scores)
     if config.submission:
         atomic_save_npy(Path(config.submission), ranking[:, :SUBMITTED].astype(np.int64))
         log.info(f"{config.submission}: {len(query_rows)} queries, {SUBMITTED} of {len(gallery_rows)} gallery images")
     if not config.output:
         return None
-    _write(Path(config.output), queries, gallery, query_rows, hits, scores)
+    _write(Path(config.output), queries.images[query_rows], gallery, hits, scores)
     log.info(f"{config.output}: {len(query_rows)} queries, {config.k} results each")
     return Path(config.output)
 
@@ -78,34 +81,21 @@ def _check_complete(queries: Embeddings, gallery: Embeddings, gallery_size: int)
             )
 
 
-def _write(
-    path: Path,
-    queries: Embeddings,
-    gallery: Embeddings,
-    query_rows: NDArray[np.int64],
-    hits: NDArray[np.int64],
-    scores: NDArray[np.float32],
-) -> None:
+def _write(path: Path, query_images: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream)
         writer.writerow(["query", "rank", "image", "product", "score"])
-        for row, query in enumerate(query_rows):
+        for row, query_image in enumerate(query_images):
             for column, hit in enumerate(hits[row]):
-                values = [queries.images[query], column + 1, gallery.images[hit], gallery.products[hit]]
+                values = [query_image, column + 1, gallery.images[hit], gallery.products[hit]]
                 writer.writerow([*values, f"{scores[row, column]:.6f}"])
 
 
-def _print(
-    queries: Embeddings,
-    gallery: Embeddings,
-    query_rows: NDArray[np.int64],
-    hits: NDArray[np.int64],
-    scores: NDArray[np.float32],
-) -> None:
+def _print(query_products: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:
     """Print a table of the first queries; control characters and markup in names are neutralised."""
     table = Table("query", *[f"top {column + 1}" for column in range(hits.shape[1])])
     for row, hit_rows in enumerate(hits):
         pairs = zip(hit_rows, scores[row], strict=False)
         cells = [escape(printable(f"{gallery.products[hit]} {score:.2f}")) for hit, score in pairs]
-        table.add_row(escape(printable(queries.products[query_rows[row]])), *cells)
+        table.add_row(escape(printable(query_products[row])), *cells)
     Console().print(table)

@@ -58,15 +58,7 @@ def training_values(config: Any) -> dict[str, Any]:
 
 
 def training_and_validation(catalog: Catalog, path: str) -> tuple[Catalog, Catalog]:
-    """Return the train and validation splits.
-
-    Args:
-        catalog: Catalogue with both splits.
-        path: Path of the catalogue, for the error message.
-
-    Raises:
-        UserError: A split is missing, or the validation split cannot be scored.
-    """
+    """Return the train and validation splits; raise :class:`UserError` if one is missing or cannot be scored."""
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     if not len(training) or not len(validation):
         raise UserError(f"{path}: a train and a validation split are required. Build it with --validation 0.1.")
