@@ -6,11 +6,12 @@ import pytest
 
 from app.config import DoctorConfig
 from app.doctor import doctor, run_checks
+from export.backends.registry import BACKENDS
 from vpr.common.hardware import environment, package_versions, parse_gpus
 
 
 def test_every_backend_works_or_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.backends.runtimes.read_gpus", lambda: ([], None))
+    monkeypatch.setattr("export.backends.base.read_gpus", lambda: ([], None))
     findings = {finding.name: finding for finding in run_checks()}
     assert {backend.name for backend in BACKENDS} <= set(findings)
     for name in ("torch", "onnxruntime-cpu", "openvino", "build TensorRT-RTX engines"):

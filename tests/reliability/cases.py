@@ -18,7 +18,7 @@ from student.config import StudentConfig
 from student.model import load_student
 from student.qat import insert_fake_quant, read_thresholds
 from tests.reliability.commands import run_in, write_images
-from vpr.artifacts.store import reraise_as_artifact_error
+from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
 
 # Each artifact comes after those that its card names as parents.
@@ -118,7 +118,9 @@ def _check_engine(folder: Path) -> object:
 def _insert_fake_quant(folder: Path) -> object:
     """Read ranges as QAT does before it trains."""
     model, _ = load_student(folder / "student")
-    return insert_fake_quant(model, read_thresholds(folder / "plain-ranges"), DEFAULT_EXCLUDED_LAYERS)
+    return insert_fake_quant(
+        model, read_thresholds(load_artifact(folder / "plain-ranges", "ranges")), DEFAULT_EXCLUDED_LAYERS
+    )
 
 
 def _command(name: str, older: str = "") -> Case:
