@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -52,6 +53,13 @@ def build_parser(config_class: type[Any]) -> CommandParser:
     parser = CommandParser(add_help=False, print_config=None, exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(config_class)
+    for section in dataclasses.fields(config_class):
+        default = section.default
+        if dataclasses.is_dataclass(default) and default == type(default)():
+            # The default instance holds what __post_init__ derives, such as the sizes of a preset. A recipe that names
+            # another preset must not inherit them.
+            keys = [key for key in dataclasses.fields(default) if getattr(default, key.name) != key.default]
+            parser.set_defaults({f"{section.name}.{key.name}": key.default for key in keys})
     return parser
 
 
