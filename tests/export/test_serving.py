@@ -344,9 +344,9 @@ def test_mismatching_gallery_card_is_rejected(
         (["--instances", "0"], "instances: "),
         (["--preferred-batches", "0"], "preferred_batches: expected sizes from 1 to 32"),
         (["--index", "ivf"], "vpr export serving --help"),
-        (["--model", "GALLERY"], "is a embeddings artifact, a onnx or engine is needed"),
-        (["--gallery", "MODEL"], "is a onnx artifact, a embeddings is needed"),
-        (["--output", "MODEL"], "holds a onnx artifact, a serving would replace it"),
+        (["--model", "GALLERY"], "expected an artifact of kind onnx or engine, got embeddings"),
+        (["--gallery", "MODEL"], "expected an artifact of kind embeddings, got onnx"),
+        (["--output", "MODEL"], "holds an artifact of kind onnx, expected serving"),
     ],
 )
 def test_bad_input_is_one_line_without_output(

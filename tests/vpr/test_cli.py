@@ -80,9 +80,9 @@ def test_lists_need_no_quotes() -> None:
     assert (config.models, config.batches) == (("a", "it's, [b]", "null"), (1, 8))
     assert _distill("--views.scale", "0.5", "1.5").views.scale == (0.5, 1.5)
     words = ["--onnx", "a", "--ranges", "r", "--output", "o"]
-    assert read_config(Int8Config, "export int8", words).keep is None
-    assert read_config(Int8Config, "export int8", [*words, "--keep"]).keep == ()
-    assert read_config(Int8Config, "export int8", [*words, "--keep", "x", "y"]).keep == ("x", "y")
+    assert read_config(Int8Config, "export int8", words).exclude_layers is None
+    assert read_config(Int8Config, "export int8", [*words, "--exclude-layers"]).exclude_layers == ()
+    assert read_config(Int8Config, "export int8", [*words, "--exclude-layers", "x", "y"]).exclude_layers == ("x", "y")
 
 
 def test_list_of_sections_takes_one_word_each() -> None:
@@ -421,7 +421,7 @@ def test_card_of_a_newer_schema(capsys: pytest.CaptureFixture[str], student_arti
     card = copy / "card.json"
     card.write_text(card.read_text().replace('"schema": 2', '"schema": 99').replace('"schema":2', '"schema":99'))
     error = _error_of(capsys, "export", "onnx", "--student", str(copy), "--output", str(tmp_path / "onnx"))
-    assert f"{card}: card schema 99, this version reads up to 1: upgrade" in error
+    assert f"{card}: expected card schema up to 2, got 99. Upgrade" in error
 
 
 @pytest.mark.parametrize("kind", ["student", "onnx"])
@@ -431,5 +431,5 @@ def test_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path:
         (draft.path / name).write_bytes(b"\xff" * 100)
     verb = ["export", "onnx", "--student"] if kind == "student" else ["export", "engine", "--onnx"]
     error = _error_of(capsys, *verb, str(tmp_path / kind), "--output", str(tmp_path / "out"))
-    assert f"{tmp_path / kind}: is no usable {kind}" in error
+    assert f"{tmp_path / kind}: not a usable {kind}" in error
     assert not (tmp_path / "out").exists()

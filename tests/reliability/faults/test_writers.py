@@ -54,7 +54,7 @@ def test_training_started_twice_is_rejected(pipeline: Pipeline, tmp_path: Path) 
     try:
         while first.is_alive and not list(tmp_path.glob("*.run-*/stage-1/last.ckpt")):
             time.sleep(0.01)
-        assert "another process is at work here: wait for its end" in error_line(pipeline.run(stage, output))
+        assert "another process works in this folder. Wait until it ends" in error_line(pipeline.run(stage, output))
     finally:
         resume.touch()
         process = first.wait()

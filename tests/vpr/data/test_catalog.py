@@ -60,7 +60,7 @@ def test_table_with_other_columns_is_rejected(catalog: Catalog, tmp_path: Path) 
 
     with write_artifact(tmp_path / "c", "catalog", {"root": "."}) as draft:
         pq.write_table(pa.table({"image": ["a"]}), draft.path / "catalog.parquet")
-    with pytest.raises(UserError, match="is no usable catalog"):
+    with pytest.raises(UserError, match="not a usable catalog"):
         load_catalog(tmp_path / "c")
 
 
@@ -80,7 +80,7 @@ def test_damaged_table_is_rejected(catalog: Catalog, tmp_path: Path, damage: str
             "length": data[:-8] + b"\xff\xff\xff\x7f" + data[-4:],
         }
         path.write_bytes(broken[damage])
-    with pytest.raises(UserError, match="is no usable catalog"):
+    with pytest.raises(UserError, match="not a usable catalog"):
         load_catalog(tmp_path / "c")
 
 

@@ -83,7 +83,7 @@ def test_largest_threshold_has_a_finite_scale(tmp_path: Path) -> None:
     "entries", [[], {"x": 3.0}, {"x": {}}, {"x": {"threshold": "large"}}, {"x": {**ENTRY, "linears": 3}}, None]
 )
 def test_json_of_another_form_is_rejected(tmp_path: Path, entries: Any) -> None:
-    with pytest.raises(UserError, match="is no usable ranges"):
+    with pytest.raises(UserError, match="not a usable ranges"):
         read_ranges(_write_ranges(tmp_path / "r", entries))
 
 

@@ -160,7 +160,7 @@ def test_graph_that_no_export_writes_is_rejected(
     path = _write(tmp_path / "onnx", graph)
     with pytest.raises(UserError, match=message) as caught:
         load_graph(load_artifact(path))
-    assert str(caught.value).startswith(f"{path}: is no usable onnx (")
+    assert str(caught.value).startswith(f"{path}: not a usable onnx (")
 
 
 def _replace_graph(path: Path, data: bytes) -> None:
@@ -174,7 +174,7 @@ def _replace_graph(path: Path, data: bytes) -> None:
 def test_bytes_that_are_not_a_graph_are_rejected(tmp_path: Path) -> None:
     path = _write(tmp_path / "onnx", _graph())
     _replace_graph(path, b"\xff" * 200)
-    with pytest.raises(UserError, match="is no usable onnx"):
+    with pytest.raises(UserError, match="not a usable onnx"):
         load_graph(load_artifact(path))
 
 
@@ -182,7 +182,7 @@ def test_bytes_that_are_not_a_graph_are_rejected(tmp_path: Path) -> None:
 def test_name_that_is_not_utf8_is_rejected(tmp_path: Path, name: bytes) -> None:
     path = _write(tmp_path / "onnx", _graph())
     _replace_graph(path, (path / "model.onnx").read_bytes().replace(name, b"\x84" + name[1:]))
-    with pytest.raises(UserError, match="is no usable onnx .a name in it is not UTF-8 text"):
+    with pytest.raises(UserError, match="not a usable onnx .a name in it is not UTF-8 text"):
         load_graph(load_artifact(path))
 
 
