@@ -19,8 +19,9 @@ from calibration.onnx_layers import Linear, find_linears
 from calibration.ranges import METHODS, threshold
 from calibration.sampling import select_images
 from calibration.smoothquant import Smoothing, correct_bias, output_error, search_smoothing, smooth, smoothing_by_module
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -62,9 +63,9 @@ def calibrate(config: CalibrateConfig) -> Path:
     # The student is a parent too, because QAT checks that the ranges belong to it.
     parents = [model.as_parent("onnx"), *model.parents("student"), *catalog.as_parents()]
     parents += [] if evaluation is None else evaluation.as_parents("evaluation")
-    if find_up_to_date(config.output, "ranges", config_to_json(config), parents):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "ranges", config_to_json(config), parents)
+    if stage.find():
+        return stage.path
     graph, preprocess = load_graph(model), model.card.preprocess
     images = _select(config, graph, preprocess, catalog, evaluation)
 
@@ -84,7 +85,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     adjustments = {f"smooth:{module}": factors for module, factors in smoothing_by_module(smoothings).items()}
     if config.correct:
         adjustments |= _bias_corrections(linears, activations, ranges)
-    with write_artifact(config.output, "ranges", config_to_json(config), parents) as draft:
+    with stage.write() as draft:
         entries = {name: vars(range_) for name, range_ in ranges.items()}
         (draft.path / "ranges.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
         pq.write_table(images.table.select(["image", "product", "sha256"]), draft.path / "images.parquet")
@@ -97,7 +98,7 @@ def calibrate(config: CalibrateConfig) -> Path:
             "methods": {method: sum(range_.method == method for range_ in ranges.values()) for method in METHODS},
         }
     log.info(f"{config.output}: ranges of {len(ranges)} tensors from {len(images)} images, method {config.method}")
-    return Path(config.output)
+    return stage.path
 
 
 def choose_range(name: str, activations: Activations, linears: list[Linear], config: CalibrateConfig) -> Range:

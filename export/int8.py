@@ -21,8 +21,9 @@ from export.fp16 import to_fp16
 from export.mixed_precision import Budget, search_mixed_precision
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import count_operators, fill_graph_card, load_onnx
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -68,9 +69,9 @@ def export_int8(config: Int8Config) -> Path:
     parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
     parents += [] if validation is None else validation.as_parents()
     values = {**config_to_json(config), "precision": config.dtype}
-    if find_up_to_date(config.output, "onnx", values, parents):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "onnx", values, parents)
+    if stage.find():
+        return stage.path
 
     calibrated = read_calibrated(graph, model, ranges)
     recipe: Recipe = config.scope or ("linear" if validation is None else "full")
@@ -86,7 +87,7 @@ def export_int8(config: Int8Config) -> Path:
 
     unquantised = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
     is_mixed = not set(quantised_nodes(calibrated.graph, qat_excluded)) <= set(layers)
-    with write_artifact(config.output, "onnx", values, parents) as draft:
+    with stage.write() as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         fill_graph_card(draft, model, quantised)
         draft.metrics = {
@@ -101,7 +102,7 @@ def export_int8(config: Int8Config) -> Path:
             draft.metrics |= {key: decision[key] for key in ("within_budget", "drop", "drop_interval", "latency_ms")}
     precision = f"{config.dtype.upper()} over {config.base.upper()}"
     log.info(f"{config.output}: {precision}, {len(layers)} layers quantised, {len(unquantised)} not")
-    return Path(config.output)
+    return stage.path
 
 
 def read_calibrated(graph: onnx.ModelProto, model: Artifact, ranges: Artifact) -> Calibrated:

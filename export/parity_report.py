@@ -16,8 +16,9 @@ from export.config import ParityConfig
 from export.parity import parity, rank_changes
 from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
@@ -41,9 +42,9 @@ def compare_exports(config: ParityConfig) -> Path:
     exports = [load_onnx(path) for path in config.models]
     parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in exports)]
     parents += catalog.as_parents()
-    if find_up_to_date(config.output, "report", config_to_json(config), parents, "parity.json"):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "report", config_to_json(config), parents, "parity.json")
+    if stage.find():
+        return stage.path
     part = catalog.select(split=config.split)
     preprocess = student.card.preprocess
     if preprocess is None or not len(part):
@@ -68,11 +69,11 @@ def compare_exports(config: ParityConfig) -> Path:
             row |= compare_layers(model, graph, spread, config.min_layer_cosine)
         _log_row(artifact, row)
         rows.append(row)
-    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
+    with stage.write() as draft:
         draft.catalog = catalog.summary()
         (draft.path / "parity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     log.info(f"{config.output}: {len(rows)} models compared with {config.student}")
-    return Path(config.output)
+    return stage.path
 
 
 def compare_layers(

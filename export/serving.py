@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from export.config import MAX_BATCH, ServingConfig, check_model_name
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, model_config, to_text
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import check_output, config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import check_output, config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.imaging.preprocess import Preprocess
@@ -47,13 +48,13 @@ def export_serving(config: ServingConfig) -> Path:
     preprocess = _check_gallery(model, gallery)
     values = {**config_to_json(config), "name": name}
     parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings")]
-    if find_up_to_date(config.output, "serving", values, parents):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "serving", values, parents)
+    if stage.find():
+        return stage.path
     with reraise_as_artifact_error(model):
         scheduling = _choose_scheduling(model, config)
         fields = model_config(name, model, preprocess, scheduling)
-    with write_artifact(config.output, "serving", values, parents) as draft:
+    with stage.write() as draft:
         _write_repository(draft.path / "model_repository" / name, model, fields)
         images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
         text = _render_readme(name, model, preprocess, scheduling, images, config.index)
@@ -65,7 +66,7 @@ def export_serving(config: ServingConfig) -> Path:
     quality = "exact" if overlap is None else f"top-10 overlap with exact search {overlap:.3f}"
     log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches up to {scheduling.max_batch}")
     log.info(f"{config.output}: {images} gallery images, {config.index} index, {quality}")
-    return Path(config.output)
+    return stage.path
 
 
 def _check_model(model: Artifact, config: ServingConfig) -> None:

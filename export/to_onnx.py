@@ -14,8 +14,9 @@ from export.config import MAX_BATCH, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
 from export.parity import parity
 from vpr.artifacts.card import TensorSpec
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact
-from vpr.artifacts.writer import ArtifactWriter, config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import ArtifactWriter, config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -47,9 +48,9 @@ def export_onnx(config: OnnxConfig) -> Path:
     # The ranges of a student's QAT are also the ranges of its INT8 graph.
     parents = [student.as_parent("student"), *student.parents("ranges")]
     values = config_to_json(config)
-    if find_up_to_date(config.output, "onnx", values, parents):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "onnx", values, parents)
+    if stage.find():
+        return stage.path
     preprocess = student.card.preprocess
     if preprocess is None:
         raise UserError(f"{config.student}: the card has no preprocessing. Distil the student again.")
@@ -61,7 +62,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     if config.precision == "fp16":
         graph = to_fp16(graph, fp32_nodes)
     metrics = _compare(model, graph, _read_inputs(catalog, config, preprocess, config.split), config)
-    with write_artifact(config.output, "onnx", values, parents) as draft:
+    with stage.write() as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
@@ -70,7 +71,7 @@ def export_onnx(config: OnnxConfig) -> Path:
         f"{config.output}: {config.precision} graph, min cosine to PyTorch {metrics['cosine_min']:.6f}, "
         f"max abs difference {metrics['max_abs']:.1e}"
     )
-    return Path(config.output)
+    return stage.path
 
 
 def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:

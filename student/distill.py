@@ -26,8 +26,9 @@ from student.targets import CachedTargets, OnlineTargets, Targets, TwoSizeDatase
 from student.teacher_cache import TeacherCache, build_teacher_cache, cache_bytes
 from student.weight_selection import init_from_larger
 from vpr.artifacts.card import Embedding
-from vpr.artifacts.run_folder import run_folder, run_lock
-from vpr.artifacts.writer import ArtifactWriter, check_output, find_up_to_date, write_artifact
+from vpr.artifacts.run_folder import run_lock
+from vpr.artifacts.stage import Stage
+from vpr.artifacts.writer import ArtifactWriter, check_output
 from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
@@ -47,11 +48,11 @@ def distill(config: DistillConfig) -> Path | None:
     inputs = load_inputs(config)
     config = replace(config, model=replace(config.model, embedding_dim=inputs.student_dim))
     values, parents = training_values(config), inputs.parents
-    folder = run_folder(config.output, values, parents)
-    if not config.dry_run and find_up_to_date(config.output, "student", values, parents):
+    stage = Stage(config.output, "student", values, parents)
+    folder = stage.run_folder
+    if not config.dry_run and stage.find():
         drop_checkpoints(folder)  # A process killed after writing the artifact leaves them.
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+        return stage.path
     preprocess = inputs.teacher.preprocess.model_copy(update={"size": config.model.image_size})
     catalog_metadata = {**inputs.catalog.summary(), **inputs.unlabelled, **leak_metadata(inputs, config.allow_leak)}
     _log_plan(config, inputs)
@@ -69,13 +70,13 @@ def distill(config: DistillConfig) -> Path | None:
     with run_lock(folder):
         result = fit(module, loaders, student, folder, config.epochs, config.run)
         if is_first():
-            with write_artifact(config.output, "student", values, parents) as draft:
+            with stage.write() as draft:
                 draft.preprocess, draft.catalog = preprocess, catalog_metadata
                 draft.metrics = {**_summarise_training(config, student, result, seconds), **recalls}
                 _write_files(draft, config, folder, targets)
             drop_checkpoints(folder)
             log.info(f"{config.output}: student of epoch {result.epoch}, validation recall@1 {result.best:.3f}")
-    return Path(config.output)
+    return stage.path
 
 
 def _log_plan(config: DistillConfig, inputs: DistillInputs) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from student.config import TargetsConfig
 from student.teacher_model import TeacherModel
-from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_folder, run_lock, wait_until
+from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait_until
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import find_up_to_date, write_artifact
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
@@ -115,10 +115,10 @@ def build_teacher_cache(
         "images": _ordered_sha256(catalog),
     }
     parents = [teacher.artifact.as_parent("teacher")]
-    folder = run_folder(path, values, parents)
-    if artifact := find_up_to_date(path, "views", values, parents):
+    stage = Stage(path, "views", values, parents)
+    folder = stage.run_folder
+    if artifact := stage.find():
         shutil.rmtree(folder, ignore_errors=True)  # A process killed after writing the artifact leaves it.
-        log.info(f"{path}: up to date")
         return _open_cache(artifact)
     log.info(
         f"views: {config.views} of each of {len(catalog)} images, {teacher.dim} dimensions, "
@@ -130,7 +130,7 @@ def build_teacher_cache(
         if is_first():
             for file in files:
                 wait_until(partial(_is_complete, folder / file.name, file, teacher.dim))
-            with write_artifact(path, "views", values, parents) as draft:
+            with stage.write() as draft:
                 for file in files:
                     _link(folder / file.name, draft.path / file.name)
                 draft.preprocess, draft.embedding = teacher.preprocess, teacher.artifact.card.embedding

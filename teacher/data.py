@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher.config import DataConfig
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import file_sha256
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.build_catalog import check_images
@@ -44,9 +45,9 @@ def build_data(config: DataConfig) -> Path:
     """
     root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
     values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
-    if find_up_to_date(config.output, "catalog", values, []):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "catalog", values, [])
+    if stage.find():
+        return stage.path
     catalogs: list[Catalog] = []
     set_aside: list[Rejected] = []
     for reader, path in config.sources():
@@ -67,13 +68,13 @@ def build_data(config: DataConfig) -> Path:
         "near_same_across_splits": sum(kind == "near, across splits" for _, _, kind in repeats),
         "dropped": len(dropped),
     }
-    with write_artifact(config.output, "catalog", values) as writer:
+    with stage.write() as writer:
         write_catalog_files(writer, joined, set_aside)
         with (writer.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows([("image", "of", "kind"), *repeats])
         writer.metrics |= counts
     _log_summary(config, joined, catalogs, set_aside, counts)
-    return Path(config.output)
+    return stage.path
 
 
 def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:

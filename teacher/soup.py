@@ -18,8 +18,9 @@ from teacher.model import build_teacher
 from teacher.scorer import Scorer, Weights
 from teacher.train import identify_init_weights
 from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -46,9 +47,9 @@ def soup(config: SoupConfig) -> Path:
     card = teachers[0].card
     network = {key: card.config[key] for key in _NETWORK_KEYS}
     values = config_to_json(config) | {"recipe": f"{config.method} soup"} | network
-    if find_up_to_date(config.output, "teacher", values, parents):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "teacher", values, parents)
+    if stage.find():
+        return stage.path
     leak = inherited_leak(teachers, catalog)
     zero_shot = zero_shot_weights(teachers[0]) if config.method == "wise-ft" else {}
     scorer = Scorer(config.models[0], catalog, config.batch_size, config.workers, config.seed)
@@ -56,7 +57,7 @@ def soup(config: SoupConfig) -> Path:
         result = wise_ft(config.alphas, zero_shot, read_weights(teachers[0]), scorer)
     else:
         result = (greedy if config.method == "greedy" else uniform)(config.models, teachers, scorer)
-    with write_artifact(config.output, "teacher", values, parents) as writer:
+    with stage.write() as writer:
         save_file(result.weights, writer.path / "model.safetensors")
         writer.preprocess, writer.embedding = card.preprocess, card.embedding
         writer.catalog = {**(card.catalog or {}), **({"leak": leak} if leak else {})}
@@ -69,7 +70,7 @@ def soup(config: SoupConfig) -> Path:
             "parameters": sum(p.numel() for p in scorer.model.parameters()),
         }
     log.info(f"{config.output}: {config.method} soup, recall@1 {result.scores.recall_at_1:.4f}")
-    return Path(config.output)
+    return stage.path
 
 
 def check_comparable(teachers: Sequence[Artifact], catalog: Catalog) -> None:

@@ -16,9 +16,10 @@ from teacher.module import TeacherModule
 from teacher.plan import print_plan
 from vpr.artifacts.card import Embedding, Parent
 from vpr.artifacts.paths import CARD_NAME
-from vpr.artifacts.run_folder import run_folder, run_lock
+from vpr.artifacts.run_folder import run_lock
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, file_sha256, load_artifact
-from vpr.artifacts.writer import ArtifactWriter, check_output, find_up_to_date, write_artifact
+from vpr.artifacts.writer import ArtifactWriter, check_output
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
@@ -39,11 +40,11 @@ def train(config: TrainConfig) -> Path | None:
     catalog, tower = load_catalog(config.catalog), read_tower(config.tower.name)
     init = identify_init_weights(config.tower.pretrained)
     values, parents = _artifact_inputs(config, catalog, tower, init)
-    folder = run_folder(config.output, values, parents)
-    if not config.dry_run and find_up_to_date(config.output, "teacher", values, parents):
+    stage = Stage(config.output, "teacher", values, parents)
+    folder = stage.run_folder
+    if not config.dry_run and stage.find():
         drop_checkpoints(folder)  # left by a process killed after it wrote the artifact
-        log.info(f"{output}: up to date")
-        return output
+        return stage.path
 
     training, validation = training_and_validation(catalog, config.catalog)
     check_output(config.output, "teacher")
@@ -59,7 +60,7 @@ def train(config: TrainConfig) -> Path | None:
             (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         stages, preprocess, dim = _run_stages(config, tower, training, validation, folder)
         if is_first():
-            with write_artifact(config.output, "teacher", values, parents) as writer:
+            with stage.write() as writer:
                 writer.preprocess = preprocess
                 writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
                 writer.catalog = {**catalog.summary(), **leaks}

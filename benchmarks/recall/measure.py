@@ -18,8 +18,9 @@ from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, 
 from benchmarks.recall.paired_bootstrap import ChangedQuery, compare_with_reference, compute_recall_drop, write_changed
 from benchmarks.report.schema import LEAK_NOTE, Row
 from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
@@ -54,17 +55,17 @@ def measure_recall(config: RecallConfig) -> Path:
     catalog = load_catalog(config.catalog)
     artifacts = load_models(config.models)
     parents = [artifact.as_parent("model") for artifact in artifacts] + catalog.as_parents()
-    if find_up_to_date(config.output, "report", config_to_json(config), parents, "recall.json"):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "report", config_to_json(config), parents, "recall.json")
+    if stage.find():
+        return stage.path
     scored = score_models(catalog.select(split=config.split), artifacts, config.seed, config.rerank)
-    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
+    with stage.write() as draft:
         draft.catalog = catalog.summary()
         rows = [model.row.to_json() for model in scored]
         (draft.path / "recall.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
         write_changed(draft.path / "changed.csv", [query for model in scored for query in model.changed])
     log.info(f"{config.output}: recall of {len(scored)} models")
-    return Path(config.output)
+    return stage.path
 
 
 def load_models(paths: Sequence[str]) -> list[Artifact]:

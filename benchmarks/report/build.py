@@ -26,8 +26,9 @@ from benchmarks.report.schema import (
     parse_report,
 )
 from export.backends.registry import default_threads
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.writer import config_to_json
 from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger
@@ -47,9 +48,9 @@ def build_report(config: ReportConfig) -> Path:
     ranges = [load_artifact(path, "ranges") for path in config.ranges]
     parents = [model.as_parent("model") for model in models] + catalog.as_parents()
     parents += [artifact.as_parent("ranges") for artifact in ranges]
-    if find_up_to_date(config.output, "report", config_to_json(config), parents, "report.json"):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "report", config_to_json(config), parents, "report.json")
+    if stage.find():
+        return stage.path
     scored = score_models(catalog.select(split=config.split), models, config.seed, config.rerank)
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
@@ -57,7 +58,7 @@ def build_report(config: ReportConfig) -> Path:
     report = parse_report(values, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
 
-    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
+    with stage.write() as draft:
         draft.catalog = catalog.summary()
         (draft.path / "report.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
@@ -65,7 +66,7 @@ def build_report(config: ReportConfig) -> Path:
         (draft.path / "report.html").write_text(draw_html(report), encoding="utf-8")
         write_changed(draft.path / "changed.csv", [query for model in scored for query in model.changed])
     log.info(f"{config.output}: report of {len(report.rows)} rows")
-    return Path(config.output)
+    return stage.path
 
 
 def add_timings(scored: list[ScoredModel], timings: dict[str, Timing]) -> None:

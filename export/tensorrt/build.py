@@ -20,7 +20,8 @@ from export.tensorrt.bindings import Builder, choose_builder, error_logger, impo
 from export.tensorrt.inspector import count_layers, inspect_engine
 from export.to_onnx import fill_graph_card, load_onnx
 from vpr.artifacts.run_folder import atomic_write
-from vpr.artifacts.writer import config_to_json, find_up_to_date, write_artifact
+from vpr.artifacts.stage import Stage
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.inference.onnx_session import INPUT
@@ -41,15 +42,15 @@ def build_engine(config: EngineConfig) -> Path:
     trt = import_tensorrt(backend)
     values = {**config_to_json(config), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
-    if find_up_to_date(config.output, "engine", values, parents):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+    stage = Stage(config.output, "engine", values, parents)
+    if stage.find():
+        return stage.path
     targets = list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()]
     log.info(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(targets)}")
     start = time.monotonic()
     plan, layers = build_plan(trt, backend, graph, config)
     seconds = round(time.monotonic() - start, 2)
-    with write_artifact(config.output, "engine", values, parents) as draft:
+    with stage.write() as draft:
         (draft.path / "engine.plan").write_bytes(plan)
         fill_graph_card(draft, artifact, graph)
         draft.metrics = {
@@ -63,7 +64,7 @@ def build_engine(config: EngineConfig) -> Path:
             **layers,
         }
     log.info(f"{config.output}: engine {len(plan) / 1e6:.1f} MB, built in {seconds:.1f} s")
-    return Path(config.output)
+    return stage.path
 
 
 def build_plan(

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.writer import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
@@ -62,10 +63,10 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     """Build the catalogue of the embedded sample, with its images in the artifact."""
     from vpr.data.sample import unpack
 
-    if find_up_to_date(config.output, "catalog", values, []):
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
-    with write_artifact(config.output, "catalog", values) as draft:
+    stage = Stage(config.output, "catalog", values, [])
+    if stage.find():
+        return stage.path
+    with stage.write() as draft:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
         catalog = Catalog(
@@ -73,7 +74,7 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
         )
         write_catalog_files(draft, catalog, [])
     _log_summary(config, catalog, [])
-    return Path(config.output)
+    return stage.path
 
 
 def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Rejected]]:

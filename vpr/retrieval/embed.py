@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait_until
-from vpr.artifacts.writer import find_up_to_date
+from vpr.artifacts.stage import Stage
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
@@ -42,15 +42,15 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
     job = EmbedJob(config, model)
     # Listed before the output is checked: a first process that has finished has removed the parts.
     missing = [part for part in job.parts if not job.file(part).is_file()]
-    if find_up_to_date(config.output, "embeddings", job.values, job.parents):
+    stage = Stage(config.output, "embeddings", job.values, job.parents)
+    if stage.find():
         shutil.rmtree(job.folder, ignore_errors=True)  # left by a process killed after it wrote the artifact
-        log.info(f"{config.output}: up to date")
-        return Path(config.output)
+        return stage.path
     if not len(job.catalog):
         raise UserError(EMPTY_CATALOG)
     with run_lock(job.folder):
         _run(job, missing, network, load)
-    return Path(config.output)
+    return stage.path
 
 
 def _run(job: EmbedJob, missing: list[int], network: nn.Module, load: Loader) -> None:
