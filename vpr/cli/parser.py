@@ -56,7 +56,7 @@ def build_parser(config_class: type[Any]) -> CommandParser:
     for section in dataclasses.fields(config_class):
         default: Any = section.default
         section_class: Any = type(default)
-        if dataclasses.is_dataclass(section_class) and default == section_class():
+        if hasattr(section_class, "__dataclass_fields__") and default == section_class():
             # The default instance holds what __post_init__ derives, such as the sizes of a preset. A recipe that names
             # another preset must not inherit them.
             keys = [key for key in dataclasses.fields(default) if getattr(default, key.name) != key.default]
