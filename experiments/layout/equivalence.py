@@ -39,6 +39,9 @@ from vpr.data.config import CatalogConfig
 from vpr.retrieval.config import EmbedConfig
 
 
+_OLD_NAMES = {"images.parquet": "pictures.parquet"}
+
+
 def compare_with_reference(reference: Path, folder: Path) -> list[Row]:
     """Make every artifact again in ``folder`` and return one row per file: artifact, file, and what is equal.
 
@@ -65,7 +68,11 @@ def compare_with_reference(reference: Path, folder: Path) -> list[Row]:
     rows = []
     for path in sorted(folder.iterdir()):
         rows += [
-            {"artifact": path.name, "file": name, "equal": _compare(reference / path.name / name, path / name)}
+            {
+                "artifact": path.name,
+                "file": name,
+                "equal": _compare(reference / path.name / _OLD_NAMES.get(name, name), path / name),
+            }
             for name in sorted(load_artifact(path).card.files)
         ]
     return rows
