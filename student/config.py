@@ -1,7 +1,5 @@
 """Configuration of a distillation. Imports no heavy library."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """Training criterion of a student: the weighted losses and their layers that are dropped after training."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """``vpr student distill``: catalogue -> teacher embeddings -> vit-pytorch ViT -> training -> artifact."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from dataclasses import replace

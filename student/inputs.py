@@ -1,7 +1,5 @@
 """Inputs of a distillation. Each artifact is loaded and hashed once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

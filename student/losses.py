@@ -4,8 +4,6 @@ Embeddings are (batch, dim) float32 of unit length. Row i of student and teacher
 a mean over the batch, at least 0, and smallest where the student's embeddings equal the teacher's.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Student network: a ViT of vit-pytorch with scaled-dot-product attention and L2-normalised output."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

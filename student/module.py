@@ -1,7 +1,5 @@
 """Lightning module of a student: views, targets and losses of a step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

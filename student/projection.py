@@ -1,7 +1,5 @@
 """Projection from the teacher's embedding width D to the student's width d, and its cost in recall."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Quantisation-aware training: linear layers compute as they do in the INT8 graph."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

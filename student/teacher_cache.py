@@ -4,8 +4,6 @@ The cache is an artifact with one file per view and shard of images. A killed pr
 Files are memory-mapped, so a cache may exceed the memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

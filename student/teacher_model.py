@@ -1,7 +1,5 @@
 """Network that a student learns from: the teacher, or an assistant that was distilled from it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Images without labels for distillation, which learns from the teacher's embeddings of them."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

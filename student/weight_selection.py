@@ -4,8 +4,6 @@ The student takes the first blocks, and evenly spaced rows and columns of every 
 with Larger Ones", ICLR 2024).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Averages of weights, selected by recall on the validation split."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

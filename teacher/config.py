@@ -1,7 +1,5 @@
 """Configuration of the teacher commands. Imports no heavy library, so help and errors are instant."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``vpr teacher data``: check, split and join data sets into one training catalogue."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

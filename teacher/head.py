@@ -1,7 +1,5 @@
 """Margin head: learned directions per class, and the loss of embeddings against them."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Layers of a teacher by depth: freezing and layer-wise learning-rate decay."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 All functions compute in float32 or, for float64 inputs, in float64, also under autocast.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Estimate of a training's memory before it starts, from a network without weights."""
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import dataclass

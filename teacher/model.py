@@ -1,7 +1,5 @@
 """Teacher network: an OpenCLIP image tower, an optional projection and an L2-normalised output."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lightning module of one training stage: trainable parts, learning rates and loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

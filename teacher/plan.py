@@ -1,7 +1,5 @@
 """Plan of a training, printed before it starts: stages, steps and memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """``vpr teacher runs``: table of training runs, read from artifacts and run folders."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

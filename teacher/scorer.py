@@ -1,7 +1,5 @@
 """Scoring of weights on the validation split, with BatchNorm statistics recomputed for them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 

@@ -4,8 +4,6 @@ An average of weights costs nothing at inference. It is selected on the ``valida
 training.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Changes to an open_clip image tower: image size, overlapping patches, no projection."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

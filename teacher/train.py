@@ -1,7 +1,5 @@
 """``vpr teacher train``: fine-tune an OpenCLIP tower with a margin head, in stages."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Weights of an image tower: reading, downloading and fitting to its image size."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

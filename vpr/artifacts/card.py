@@ -1,7 +1,5 @@
 """The card of an artifact: its fields, its bounds, and how it is read."""
 
-from __future__ import annotations
-
 import json
 import stat
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Names of files in artifacts, and the check of output files. Imports no heavy library."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from vpr.common.errors import UserError

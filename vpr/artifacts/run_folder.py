@@ -1,7 +1,5 @@
 """Unfinished work of a command, next to its output: killed runs resume and processes share the work."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """The frame of every command that writes an artifact: skip if up to date, keep a run folder, write, announce."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Artifact directories (``card.json`` and the files it lists): loading with checksums, nothing unpickled."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -1,7 +1,5 @@
 """Writing of artifacts: into a temporary directory that is renamed into place, so readers see all of it or nothing."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Table of commands: the function and the configuration of each, found by name and imported when called."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import Any

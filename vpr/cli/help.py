@@ -1,7 +1,5 @@
 """Help: the overview of commands, and the keys of one command, short or complete."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shutil

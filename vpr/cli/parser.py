@@ -1,7 +1,5 @@
 """Command-line flags and recipes, read into a configuration dataclass."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

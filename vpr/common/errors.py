@@ -1,7 +1,5 @@
 """Errors that the command line prints as one line."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

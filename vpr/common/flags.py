@@ -1,7 +1,5 @@
 """Command-line flags that make a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any

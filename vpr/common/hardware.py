@@ -1,7 +1,5 @@
 """Hardware and package versions that results are recorded with; no host names, no paths."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

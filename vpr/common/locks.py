@@ -1,7 +1,5 @@
 """Locks between processes that end with the process that holds them."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Logging to standard error: plain lines, levels by ``-q`` and ``-v``, from one process of several."""
 
-from __future__ import annotations
-
 import logging
 
 from rich.console import Console

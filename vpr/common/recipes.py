@@ -1,7 +1,5 @@
 """YAML recipes: a bounded and safe loader, and the packaged recipes of the stages."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec

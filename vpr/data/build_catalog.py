@@ -1,7 +1,5 @@
 """``vpr catalog``: read, check and split the images of a data set."""
 
-from __future__ import annotations
-
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

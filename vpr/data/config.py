@@ -1,7 +1,5 @@
 """Configuration of catalogues and loaders. Imports no heavy library, so help and argument errors are instant."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Join catalogues, and find repeated images: same bytes, or near-duplicates by a perceptual hash."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Data loaders of the training loop: decoding once or by workers, in an order that only the seed decides."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading

@@ -1,7 +1,5 @@
 """Readers of product data sets, which yield catalogue rows. Columns are found by name, never by position."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator

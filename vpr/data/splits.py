@@ -1,7 +1,5 @@
 """Splits by product, and checks that no scored image or product is trained on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ Python's tarfile parses the headers. The ``webdataset`` package is not used beca
 files, such as the size of a member or a header.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

@@ -5,8 +5,6 @@ computed once and cached, and it matches the pixels that the student sees later 
 distillation: a good teacher is patient and consistent", CVPR 2022: teacher and student must see the same crop).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Configuration of the augmentation. Imports no heavy library, so help and argument errors are instant."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Decoding of image files to RGB, with bounded memory."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -4,8 +4,6 @@ Pillow limits only the pixels that it allocates. These limits cover other costs:
 one in Python, progressive scans that are decoded repeatedly, and TIFF directories that are unpacked at once.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator

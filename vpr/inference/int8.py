@@ -3,8 +3,6 @@
 QAT fine-tuning and export both use these functions, so a student is fine-tuned with the scales that its export writes.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 

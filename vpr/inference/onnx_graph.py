@@ -4,8 +4,6 @@ Runtimes parse and compile graphs as if they were well-formed. So :func:`check_g
 first, and errors that a library raises later become one-line messages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

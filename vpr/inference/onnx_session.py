@@ -1,7 +1,5 @@
 """ONNX Runtime sessions by execution provider, and names of a graph's input and output. Imports no torch or onnx."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

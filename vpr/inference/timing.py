@@ -1,7 +1,5 @@
 """Latency measurement of several calls in interleaved rounds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

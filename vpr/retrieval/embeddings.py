@@ -1,7 +1,5 @@
 """Embedding with any model, and the artifact that stores the vectors."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Retrieval metrics: recall@k, mean average precision and the bootstrap interval of recall@1."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Ray Data job that computes the parts of an embedding; each worker loads the model once."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -4,8 +4,6 @@ Each step is fitted on the gallery alone, so a query's result does not depend on
 k-reciprocal re-ranking, as published.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

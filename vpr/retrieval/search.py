@@ -1,7 +1,5 @@
 """Exact nearest-neighbour search by inner product (cosine, for L2-normalised vectors)."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """``vpr search``: nearest gallery images of queries, from two embeddings artifacts."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

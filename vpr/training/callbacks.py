@@ -1,7 +1,5 @@
 """Lightning callbacks: best weights, training time, epoch log and a resumable sampler; atomic checkpoints."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Exponential moving average of a module's weights during training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

@@ -1,7 +1,5 @@
 """Loggers of a training run: CSV, TensorBoard and an optional tracking service."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

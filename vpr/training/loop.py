@@ -4,8 +4,6 @@ Batches, views and dropout depend only on the seed and the step. A checkpoint is
 killed training run resumes to the same result.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
