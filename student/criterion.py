@@ -29,9 +29,6 @@ _MAX_TRIPLE_IMAGES = 128  # The angles of their triples take 8 MiB.
 class Labels:
     """Product numbers of the training rows.
 
-    Args:
-        training: Training images.
-
     Attributes:
         by_row: (n,) int64 product number of each row, -1 for images without a label.
         counts: (products,) int64 number of images of each product.
@@ -49,11 +46,8 @@ class Labels:
 class DistillationLoss(nn.Module):
     """Named losses of a batch and their weighted sum.
 
-    Args:
-        config: Weights of the losses.
-        student: Network to train. ``logits`` trains its layers inside vit-pytorch's wrapper.
-        labels: Labels of the training images.
-        dim: Width of the target embeddings. A learned projection leads to it from another student width.
+    ``logits`` trains the student's layers inside vit-pytorch's wrapper. A learned projection leads from another student
+    width to ``dim``, the width of the target embeddings.
 
     Raises:
         UserError: Fewer than two products for a loss of labels, or a family that ``logits`` does not support.
@@ -75,12 +69,12 @@ class DistillationLoss(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor | None, bank: Tensor | None, rows: Tensor, progress: float, epoch: int
     ) -> dict[str, Tensor]:
-        """Return the unweighted losses by name, in float32 also under autocast.
+        """Return the unweighted losses by name, in float32 also under autocast; all embeddings have unit length.
 
         Args:
-            student: (batch, student dim) embeddings of unit length.
-            teacher: (batch, dim) embeddings of unit length, of the same views. None computes the losses of labels only.
-            bank: (size, dim) teacher embeddings of unit length. Only ``similarity_kl`` needs them.
+            student: (batch, student dim) embeddings.
+            teacher: (batch, dim) embeddings of the same views. None computes the losses of labels only.
+            bank: (size, dim) teacher embeddings. Only ``similarity_kl`` needs them.
             rows: (batch,) rows of the training catalogue.
             progress: Completed share of the training, 0 to 1.
             epoch: Epoch from 0.
@@ -123,12 +117,8 @@ class LogitDistillation(nn.Module):
     """vit-pytorch's ``DistillWrapper`` around the layers of the student.
 
     A classifier follows the embedding. Classifier and distillation token are dropped after training. The wrapper calls
-    its teacher itself; here the teacher looks up the embeddings of the batch.
-
-    Args:
-        config: Share, temperature and scale.
-        student: Network whose layers are trained.
-        classes: (products, dim) mean teacher embeddings.
+    its teacher itself; here the teacher looks up the embeddings of the batch. ``classes`` are the (products, dim) mean
+    teacher embeddings.
 
     Raises:
         UserError: The wrapper does not support the student's family.
@@ -156,24 +146,13 @@ class LogitDistillation(nn.Module):
         self.teacher.classes = F.normalize(classes, dim=1)
 
     def forward(self, x: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        """Return the wrapper's loss.
-
-        Args:
-            x: (batch, 3, size, size) preprocessed images.
-            labels: (batch,) product numbers.
-            teacher: (batch, dim) teacher embeddings.
-        """
+        """Return the loss of (batch, 3, size, size) images, (batch,) products and (batch, dim) teacher embeddings."""
         self.teacher.embeddings = teacher
         return self.wrapper(x, labels)
 
 
 class ClassLogits(nn.Module):
-    """Teacher of the wrapper: scaled cosines to the products' mean embeddings.
-
-    Args:
-        classes: (products, dim) mean teacher embeddings.
-        scale: Factor on the cosines.
-    """
+    """Teacher of the wrapper: scaled cosines to the (products, dim) mean embeddings."""
 
     classes: Tensor
     embeddings: Tensor
@@ -189,12 +168,7 @@ class ClassLogits(nn.Module):
 
 
 def compute_class_means(vectors: NDArray[np.float32], labels: Labels) -> Tensor:
-    """Return the (products, dim) float32 mean embedding of each product.
-
-    Args:
-        vectors: (n, dim) embeddings of all training rows.
-        labels: Labels of these rows.
-    """
+    """Return the (products, dim) float32 mean embedding of each product from (n, dim) embeddings of all rows."""
     total = torch.zeros(len(labels.counts), vectors.shape[1])
     known = labels.by_row >= 0
     total.index_add_(0, labels.by_row[known], torch.from_numpy(vectors)[known])

@@ -23,16 +23,10 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity_kl(student: Tensor, teacher: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of softened similarities to a bank of teacher embeddings.
+    """Return the KL divergence of softened similarities to a (size, dim) bank of teacher embeddings.
 
     mean over the batch of KL(softmax(teacher bank^T / T) || softmax(student bank^T / T)): the student
     ranks the bank as the teacher does (Fang et al., "SEED", ICLR 2021, eq. 4-6).
-
-    Args:
-        student: (batch, dim) embeddings.
-        teacher: (batch, dim) embeddings.
-        bank: (size, dim) teacher embeddings of other views.
-        temperature: Temperature T of both softmaxes.
     """
     return _kl_divergence(student @ bank.T / temperature, teacher @ bank.T / temperature)
 

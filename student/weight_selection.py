@@ -41,16 +41,9 @@ _PIXEL_WEIGHTS = tuple(
 
 
 def init_from_larger(student: Student, artifact: Artifact) -> int:
-    """Initialise a student from a larger student, or from a teacher with a ViT of open_clip.
+    """Initialise a student in place from a larger student, or from a teacher with a ViT of open_clip.
 
-    A student of the same shape is copied.
-
-    Args:
-        student: Network to change in place.
-        artifact: ``student`` or ``teacher`` artifact.
-
-    Returns:
-        Number of the student's parameters that were selected.
+    A student of the same shape is copied. Returns the number of the student's parameters that were selected.
 
     Raises:
         UserError: Another kind of artifact or network, or a network that is narrower than the student.
@@ -78,15 +71,9 @@ def init_from_larger(student: Student, artifact: Artifact) -> int:
 
 
 def select_weights(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
-    """Select a student's weights from a larger network. Weights without a counterpart stay unchanged.
+    """Select a student's weights from a larger network in place and return the number of selected parameters.
 
-    Args:
-        student: Network to change in place.
-        weights: Weights of the larger network under the student's names.
-        heads: Number of attention heads of the larger network.
-
-    Returns:
-        Number of parameters that were selected.
+    ``weights`` are under the student's names. Weights without a counterpart stay unchanged.
     """
     state, count = student.state_dict(), 0
     for name, value in state.items():

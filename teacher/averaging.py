@@ -42,9 +42,7 @@ def read_weights(teacher: Artifact) -> Weights:
 def average(models: Iterable[Weights], shares: Sequence[float]) -> Weights:
     """Return the weighted sum in float64; integer tensors (counters) are copied from the first model.
 
-    Args:
-        models: Weights with equal names and shapes. They are read in turn, so only two are in memory at a time.
-        shares: Share of each model; they sum to 1.
+    The models have equal names and shapes, their shares sum to 1. They are read in turn: two are in memory at a time.
     """
     total: Weights = {}
     for weights, share in zip(models, shares, strict=True):

@@ -76,14 +76,11 @@ def build_data(config: DataConfig) -> Path:
 
 
 def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
-    """Drop rows whose image or product is held out in a later split.
+    """Drop rows whose image or product is held out in a later split; list them as (image, held-out name, kind).
 
     An image (same bytes) or product of ``test`` is dropped from ``validation`` and ``train``, one of ``validation``
     from ``train``. Held-out queries without a gallery image of their product are dropped too, since no result could
     be correct.
-
-    Returns:
-        The remaining catalogue, and the dropped rows as (image, held-out image or product, kind).
     """
     dropped: list[Repeat] = []
     for held_out in ("test", "validation"):

@@ -20,13 +20,7 @@ _LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
 
 
 class MarginHead(nn.Module):
-    """Class directions and the margin loss.
-
-    Args:
-        dim: Dimension of the embeddings.
-        counts: (classes,) int64, number of training images of each class.
-        config: Configuration of the margin.
-    """
+    """Class directions and the margin loss; ``counts`` is the (classes,) int64 number of training images."""
 
     shares: Tensor
     weights: Tensor

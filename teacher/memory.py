@@ -48,15 +48,8 @@ def estimate(
 ) -> Memory:
     """Estimate the memory of a training; frozen parts of the network keep no activations.
 
-    Args:
-        teacher: Network on any device, ``meta`` included; ``requires_grad`` marks the trainable parameters.
-        head: Margin head.
-        batch: Images per device.
-        size: Side of the images in pixels.
-        optimizer: Optimiser, ``adamw`` (two states) or ``sgd`` (one).
-        has_ema: Whether a moving average of the weights is kept.
-        is_half: Whether autocast computes in 16 bits.
-        shards: Processes that the weights are sharded over (FSDP).
+    The teacher may be on the ``meta`` device. ``batch`` is per device, ``size`` in pixels. ``is_half`` means 16-bit
+    autocast. Over ``shards`` processes the weights are sharded (FSDP).
     """
     parameters = [*teacher.parameters(), *head.parameters()]
     tensors = [*parameters, *teacher.buffers(), *head.buffers()]
@@ -76,14 +69,9 @@ def activation_bytes(teacher: Teacher, size: int, is_half: bool) -> int:
     """Return the bytes that autograd keeps per image, counted in a forward pass of tensors without memory.
 
     With gradient checkpointing these are the inputs of the blocks, the activations outside the blocks and the
-    activations of the largest block, which exist while it is recomputed.
-
-    Args:
-        teacher: Network, not changed; ``requires_grad`` decides what is kept.
-        size: Side of the image in pixels.
-        is_half: Whether autocast computes in 16 bits. A ViT block on a GPU then keeps 36 instead of 64 bytes per value
-            of its width, because norms and residual stream stay float32. Other towers are assumed to behave alike;
-            a CPU keeps less.
+    activations of the largest block, which exist while it is recomputed. If autocast computes in 16 bits (``is_half``),
+    a ViT block on a GPU keeps 36 instead of 64 bytes per value of its width, because norms and residual stream stay
+    float32. Other towers are assumed to behave alike; a CPU keeps less.
     """
     shadow = copy.deepcopy(teacher).to("meta").train()
     blocks = _disable_checkpointing(shadow)

@@ -30,10 +30,7 @@ _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers
 class Teacher(nn.Module):
     """Network from images to L2-normalised embeddings.
 
-    Args:
-        visual: OpenCLIP image tower, (batch, 3, size, size) to (batch, width).
-        width: Width of the tower's output.
-        config: Configuration of the layers added to the tower.
+    ``visual`` is an OpenCLIP image tower from (batch, 3, size, size) to (batch, width).
     """
 
     def __init__(self, visual: nn.Module, width: int, config: TowerConfig) -> None:
@@ -107,13 +104,9 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
 def build_teacher(
     config: TowerConfig, tower: dict[str, Any], load_pretrained: bool, device: str = "cpu"
 ) -> tuple[Teacher, Preprocess]:
-    """Create the network and its preprocessing.
+    """Create the network and its preprocessing; on the device ``meta`` it has shapes without memory.
 
-    Args:
-        config: Configuration of tower and projection.
-        tower: Configuration in open_clip's form, from :func:`read_tower`.
-        load_pretrained: Whether to load the weights of ``config.pretrained``.
-        device: Device of the weights; ``meta`` builds shapes without memory.
+    ``tower`` comes from :func:`read_tower`. ``load_pretrained`` loads the weights of ``config.pretrained``.
     """
     visual = _create_tower(config, tower, device)
     width = int(tower["embed_dim"]) if config.keep_projection else drop_projection(visual, config.name)

@@ -22,10 +22,7 @@ def set_size(visual: Any, size: int) -> None:
 
 
 def drop_projection(visual: Any, name: str) -> int:
-    """Remove CLIP's projection from a tower.
-
-    Returns:
-        Width of the tower's output without it.
+    """Remove CLIP's projection from a tower and return the width of its output without it.
 
     Raises:
         UserError: The tower does not end with a linear projection.

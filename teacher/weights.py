@@ -14,10 +14,7 @@ _POSITIONS = ("positional_embedding", "pos_embed")
 
 
 def read_tower_weights(path: Path) -> dict[str, Tensor]:
-    """Return the image tower of a CLIP checkpoint, names without the prefix ``visual.``.
-
-    Args:
-        path: ``.safetensors`` file of open_clip or of a teacher.
+    """Return the image tower of a CLIP checkpoint of open_clip, or of a teacher, names without ``visual.``.
 
     Raises:
         UserError: The file does not exist, is no safetensors file, or has no image tower.
@@ -49,11 +46,7 @@ def download(name: str, tag: dict[str, Any]) -> Path:
 
 
 def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load an image tower's weights, resizing its position embeddings to the tower's own grid.
-
-    Args:
-        visual: Image tower, with or without its projection.
-        state: Weights of the same kind of tower, of any image size or patch stride.
+    """Load an image tower's weights, of any image size or patch stride, with or without the projection.
 
     Raises:
         UserError: The weights belong to another tower.
@@ -77,9 +70,7 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
 def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Resize position embeddings between square grids, bicubic with antialiasing; a class token is copied.
 
-    Args:
-        positions: (tokens, width) or (1, tokens, width).
-        shape: Shape of the result, with the same number of axes.
+    They are (tokens, width) or (1, tokens, width), as is the ``shape`` of the result.
     """
     from timm.layers import resample_abs_pos_embed
 

@@ -61,9 +61,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears complete or not at all, whenever the process or the machine stops.
 
-    Args:
-        path: File to write. An existing file is replaced at the end, a link is followed.
-        mode: ``wb`` for bytes, ``w`` for UTF-8 text without translation of line ends.
+    An existing file is replaced at the end, a link is followed. Mode ``w`` is UTF-8 without translation of line ends.
     """
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")

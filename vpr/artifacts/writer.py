@@ -55,18 +55,10 @@ def write_artifact(
 ) -> Iterator[ArtifactWriter]:
     """Write an artifact so that it appears complete or not at all.
 
+    Yields a writer of a temporary directory on the same file system. An old artifact at ``path`` is replaced, any other
+    non-empty directory is rejected. ``config`` holds JSON values, everything needed to make the artifact again.
     Folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's images:
     its table has their checksums).
-
-    Args:
-        path: Directory of the finished artifact. An older artifact there is replaced, any other non-empty
-            directory is rejected.
-        kind: Kind of artifact.
-        config: JSON values, everything needed to make the artifact again.
-        parents: Artifacts that it is made from.
-
-    Yields:
-        The writer; its ``path`` is a temporary directory on the same file system.
     """
     target = Path(path)
     check_output(target, kind)
@@ -84,12 +76,9 @@ def write_artifact(
 
 
 def check_output(path: Path | str, kind: Kind, required_file: str = "") -> None:
-    """Raise if an artifact of this kind may not replace what is at ``path``; long work calls this before it starts.
+    """Check that an artifact of this kind may replace what is at ``path``; long work calls this before it starts.
 
-    Args:
-        path: Directory of the output.
-        kind: Kind of the artifact that will be written.
-        required_file: File that an older artifact there must have, where several commands write the kind.
+    If several commands write the kind, ``required_file`` must be in an older artifact there.
 
     Raises:
         UserError: The output is a link, a file, a directory of other content, or another kind of artifact.

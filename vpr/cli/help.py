@@ -41,13 +41,9 @@ def command_help(name: str, is_complete: bool = False) -> str:
 
 
 def config_help(prog: str, config_class: type[Any], command: Command, is_complete: bool) -> str:
-    """Return the help of a configuration.
+    """Return the help of a configuration; ``prog`` is the start of the command line.
 
-    Args:
-        prog: Start of the command line.
-        config_class: Configuration dataclass.
-        command: Description, common and positional keys.
-        is_complete: Whether every key is shown with its full description; else the required and the common keys.
+    If ``is_complete``, every key has its full description; else only the required and the common keys are shown.
     """
     flags = flags_of(build_parser(config_class))
     required = [action for action in flags.values() if action.required]

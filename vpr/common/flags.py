@@ -6,12 +6,7 @@ from typing import Any
 
 
 def to_flags(config_class: type[Any], values: Mapping[str, Any]) -> list[str]:
-    """Return the flags of ``vpr`` for the values that differ from the defaults.
-
-    Args:
-        config_class: Configuration dataclass.
-        values: Value of each key; a section is a dataclass or a mapping.
-    """
+    """Return the flags for the values that differ from the defaults; a section is a dataclass or a mapping."""
     words: list[str] = []
     for field in fields(config_class):
         value = values.get(field.name, field.default)

@@ -76,15 +76,9 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
 
 
 def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Rejected]]:
-    """Decode every image once and add its ``sha256``.
+    """Decode every image once; return the readable rows with ``sha256``, and (image, reason) of the others.
 
-    Args:
-        root: Folder that ``image`` is relative to.
-        rows: Rows of a reader; rows with ``rejected`` have the reason there and are not decoded.
-        skip_unreadable: Collect rejected images instead of raising the first error.
-
-    Returns:
-        Readable rows, and (image, reason) of rejected rows.
+    Rows with ``rejected`` have the reason there and are not decoded.
 
     Raises:
         ImageRejected: An image is unreadable and ``skip_unreadable`` is false.

@@ -31,13 +31,7 @@ _DECODE_BLOCK = 64  # images per task of a decoding thread
 class ImageDataset(Dataset[dict[str, Tensor]]):
     """Resized images of a catalogue, as uint8 pixels with their row.
 
-    Args:
-        catalog: Catalogue of n images.
-        preprocess: Preprocessing that resizes the images.
-        keep_in_memory: Decode all images now, with threads.
-
-    Attributes:
-        kept: Pixels of all images in memory, (n, 3, size, size) uint8, or None.
+    With ``keep_in_memory`` threads decode all images now; ``kept`` then holds (n, 3, size, size) uint8.
     """
 
     def __init__(self, catalog: Catalog, preprocess: Preprocess, keep_in_memory: bool = False) -> None:
@@ -62,13 +56,7 @@ class EpochSampler(Sampler[int]):
 
     An epoch consists of batches of ``world * batch_size`` rows, which the processes share. So two processes
     together see the batches that one process with twice the batch size sees. An incomplete last batch is dropped.
-
-    Args:
-        products: (n,) product of each row.
-        config: Batch size of a process, and limits on the rows of a product in an epoch.
-        seed: Seed of the order.
-        rank: Rank of this process.
-        world: Number of processes.
+    ``products`` is the (n,) product of each row.
     """
 
     def __init__(

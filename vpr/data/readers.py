@@ -131,11 +131,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 class PathGuard:
-    """Check that file names stay inside a folder, with links followed; each folder is resolved once.
-
-    Args:
-        root: Folder that the names are relative to.
-    """
+    """Check that file names stay inside a folder, with links followed; each folder is resolved once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -16,17 +16,11 @@ log = get_logger(__name__)
 
 
 def split_by_product(table: pa.Table, validation: float, test: float, seed: int) -> pa.Table:
-    """Assign each product to one split.
+    """Assign each product of a table to one split; the seed gives the same split in any order of the rows.
 
     Images of held-out products without a retrieval role get one. The first half (rounded up) of a product's
     images, by path, becomes its gallery; the other images become queries. Products with a single image have
-    no pair of gallery and query, so they stay in training.
-
-    Args:
-        table: Table of :data:`SCHEMA`.
-        validation: Share of the products for validation.
-        test: Share of the products for test.
-        seed: Seed of the split; it gives the same split for the same products, in any order of the rows.
+    no pair of gallery and query, so they stay in training. ``validation`` and ``test`` are shares of the products.
 
     Raises:
         UserError: The shares leave no training products, or a share selects no product.
@@ -66,16 +60,10 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
 def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dict[str, Any]:
     """Check that no training image or product is also scored.
 
-    Args:
-        train: Rows that are trained on.
-        evaluation: Rows that are scored.
-        allow: Return leaks instead of raising.
-
-    Returns:
-        Leaks by ``products`` and ``images``: their ``count`` and the ``first`` three names; empty without a leak.
+    Returns leaks by ``products`` and ``images``: their ``count`` and the ``first`` three names; empty without a leak.
 
     Raises:
-        UserError: There is a leak; the message has its count and the first three names.
+        UserError: There is a leak and ``allow`` is false; the message has its count and the first three names.
     """
     leaks: dict[str, Any] = {}
     for column, key, label in (("product", "products", "products"), ("sha256", "images", "images (same bytes)")):

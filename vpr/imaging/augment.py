@@ -18,16 +18,9 @@ _DRAWS = 16
 
 
 def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Tensor:
-    """Draw the parameters of views.
+    """Draw the (batch, 14) float32 parameters of views for :func:`apply_views`.
 
-    Args:
-        config: Ranges of the parameters.
-        seed: Seed of the training run.
-        index: (batch,) int64 row of each image in its table.
-        view: (batch,) int64 number of each view.
-
-    Returns:
-        (batch, 14) float32 parameters for :func:`apply_views`.
+    ``index`` is the (batch,) int64 row of each image in its table, ``view`` the (batch,) int64 number of its view.
     """
     rows = np.empty((len(index), _DRAWS), dtype=np.float32)
     for row, (i, v) in enumerate(zip(index.tolist(), view.tolist(), strict=True)):
@@ -57,14 +50,9 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
 
 
 def apply_views(pixels: Tensor, parameters: Tensor) -> Tensor:
-    """Apply drawn parameters to images.
+    """Apply (batch, 14) parameters of :func:`draw_views`, on any device, to images.
 
-    Args:
-        pixels: (batch, 3, height, width) uint8.
-        parameters: (batch, 14) float32 from :func:`draw_views`, on any device.
-
-    Returns:
-        (batch, 3, height, width) float32 in 0…255, on the device of ``pixels``.
+    Maps (batch, 3, height, width) uint8 to float32 in 0…255 of the same shape, on the device of ``pixels``.
     """
     # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):

@@ -52,10 +52,10 @@ class ImageRejected(UserError):
 
 
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
-    """Decode a file to RGB with bounded memory.
+    """Decode a file of one of :data:`FORMATS` to RGB with bounded memory.
 
     Args:
-        path: File of one of :data:`FORMATS`.
+        path: Image file.
         box: Crop (x, y, width, height) in pixels of the upright image, applied after decoding.
         shortest: Shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at
             which the image, or the crop, is still at least twice as large.
@@ -67,10 +67,7 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
 
 
 def read_image(path: Path) -> bytes:
-    """Read the bytes of an image.
-
-    Args:
-        path: Image file, or ``SHARD.tar#OFFSET+SIZE/MEMBER`` for an image in a shard (:mod:`vpr.data.webdataset`).
+    """Read the bytes of a file, or of ``SHARD.tar#OFFSET+SIZE/MEMBER`` in a shard (:mod:`vpr.data.webdataset`).
 
     Raises:
         ImageRejected: The file is missing, too large or not a regular file.

@@ -95,14 +95,8 @@ def _check_interface(values: Sequence[onnx.ValueInfoProto], name: str, shape: li
 class GraphSession:
     """ONNX Runtime session that raises :class:`UserError` on failure.
 
-    Args:
-        graph: Graph to run.
-        threads: Number of CPU threads; 0 uses one per core.
-        provider: Name of the ONNX Runtime execution provider.
-
-    Raises:
-        UserError: ONNX Runtime rejects the graph or lacks the provider
-            (:class:`vpr.inference.onnx_session.ProviderMissing`).
+    With 0 ``threads`` it uses one CPU thread per core. A missing ``provider`` raises
+    :class:`vpr.inference.onnx_session.ProviderMissing`.
     """
 
     def __init__(self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU) -> None:
@@ -121,12 +115,7 @@ class GraphSession:
 
 
 def session_with_outputs(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
-    """Open a session of a copy of a graph that also outputs inner tensors.
-
-    Args:
-        graph: Graph, not modified; tensors without a type count as FP32.
-        names: Names of the inner tensors.
-    """
+    """Open a session of a copy of a graph that also outputs inner tensors; those without a type count as FP32."""
     extended = onnx.ModelProto()
     extended.CopyFrom(graph)
     outputs = {value.name for value in extended.graph.output}

@@ -107,14 +107,8 @@ def _score(blocks: Iterator[Vectors], query_products: Ids, gallery_products: Ids
 def average_precision(relevant: NDArray[np.bool_], k: int | None = None) -> NDArray[np.float64]:
     """Return AP = (1 / GTP) * sum over ranks r <= k of precision@r * rel@r (AIcrowd VPR 2023, k = 1000).
 
-    GTP counts all relevant gallery images, also those beyond rank k.
-
-    Args:
-        relevant: (queries, gallery) bool, the full ranking of each query, best first.
-        k: Last rank that counts; None counts all.
-
-    Returns:
-        (queries,) float64.
+    GTP counts all relevant gallery images, also beyond rank k. ``relevant`` is the (queries, gallery) bool ranking of
+    each query, best first; the result is (queries,) float64. Without ``k`` all ranks count.
     """
     total = relevant.sum(axis=1)
     top = relevant[:, :k]
@@ -123,12 +117,7 @@ def average_precision(relevant: NDArray[np.bool_], k: int | None = None) -> NDAr
 
 
 def bootstrap_interval(values: NDArray[np.bool_] | NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979).
-
-    Args:
-        values: (n,) one value per query.
-        seed: Seed of the resampling.
-    """
+    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979) of (n,) values, one per query."""
     rng = np.random.default_rng(seed)
     n = len(values)
     means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)])

@@ -15,12 +15,7 @@ from vpr.retrieval.embed_job import EmbedJob, Loader
 
 
 class Worker:
-    """Compute parts in a Ray process.
-
-    Args:
-        config: Configuration of the embedding.
-        load: Function that loads a model artifact.
-    """
+    """Compute parts in a Ray process."""
 
     def __init__(self, config: EmbedConfig, load: Loader) -> None:
         network, model = load(config.model)

@@ -17,13 +17,7 @@ def search(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the ``k`` gallery vectors with the largest inner product for each query, best first.
 
-    Args:
-        query_vectors: (queries, dim) float32.
-        gallery_vectors: (gallery, dim) float32.
-        k: Results per query, at most the size of the gallery.
-
-    Returns:
-        Scores (queries, k) float32 and gallery rows (queries, k) int64.
+    Queries and gallery are (n, dim) float32; the result is (queries, k) float32 scores and int64 gallery rows.
 
     Raises:
         UserError: ``k`` is out of range, or the dimensions differ.

@@ -14,9 +14,6 @@ class Ema(Callback):
 
     ``shadow = d * shadow + (1 - d) * weight`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
     the random initial weights are soon forgotten (as in ``tf.train.ExponentialMovingAverage``).
-
-    Args:
-        decay: Decay d, 0 to 1.
     """
 
     state_key = "ema"

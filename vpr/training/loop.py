@@ -84,10 +84,7 @@ def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float)
 class RecallModule(L.LightningModule):
     """Base module, validated by recall on products that no stage trains on.
 
-    Args:
-        preprocess: Preprocessing of the images.
-        validation: Validation split.
-        sharded: Names of the child modules that FSDP shards.
+    ``sharded`` names the child modules that FSDP shards.
     """
 
     def __init__(self, preprocess: Preprocess, validation: Catalog, sharded: tuple[str, ...] = ()) -> None:
