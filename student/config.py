@@ -88,13 +88,9 @@ class StudentConfig:
                 object.__setattr__(self, name, value)
         check_numbers(self, "model.", **_BOUNDS)
         if self.image_size % self.patch_size:
-            raise UserError(
-                f"model.image_size: expected a multiple of the patch of {self.patch_size}, got {self.image_size}."
-            )
+            raise UserError(f"model.image_size: expected a multiple of patch {self.patch_size}, got {self.image_size}.")
         if (self.image_size // self.patch_size) ** 2 > _MAX_TOKENS:
-            raise UserError(
-                f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Use a larger patch."
-            )
+            raise UserError(f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Raise it.")
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise UserError(f"model.patch_size: the convolutional stem needs a power of two, got {self.patch_size}.")
         if not 0 <= self.registers <= _MAX_REGISTERS:
@@ -103,17 +99,7 @@ class StudentConfig:
             raise UserError(f"model.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
-TEACHER_LOSSES = (
-    "cosine",
-    "mse",
-    "similarity_kl",
-    "affinity",
-    "rkd_distance",
-    "rkd_angle",
-    "contrastive",
-    "logits",
-)
-
+TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
 LABEL_LOSSES = ("margin", "logits")
 
 
@@ -323,9 +309,7 @@ class DistillConfig:
         """Raise :class:`UserError` if a loss does not work with the other settings."""
         weights = self.losses.weights()
         if self.targets.mixup and weights.keys() & set(LABEL_LOSSES):
-            raise UserError(
-                "targets.mixup: a mixed image has no single label. Set losses.margin and losses.logits to 0."
-            )
+            raise UserError("targets.mixup: mixed images have no label. Set losses.margin and losses.logits to 0.")
         if "logits" in weights:
             if self.targets.mode == "online":
                 raise UserError("losses.logits: needs every product's mean embedding. Set targets.mode to cached.")

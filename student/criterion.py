@@ -7,16 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
+from student import losses
 from student.config import LABEL_LOSSES, LossConfig
-from student.losses import (
-    affinity_loss,
-    cosine_loss,
-    interactive_contrastive,
-    mse_loss,
-    rkd_angle,
-    rkd_distance,
-    similarity_kl,
-)
 from student.model import Student, build_vit
 from teacher.head import MarginHead
 from vpr.common.errors import UserError
@@ -80,14 +72,14 @@ class DistillationLoss(nn.Module):
             epoch: Epoch from 0.
         """
         with torch.autocast(student.device.type, enabled=False):
-            losses = {}
+            named = {}
             if self.head is not None:
-                losses["margin"] = self._margin_loss(self.head, student, rows, progress, epoch)
-            return losses if teacher is None else losses | self._teacher_losses(student, teacher, bank)
+                named["margin"] = self._margin_loss(self.head, student, rows, progress, epoch)
+            return named if teacher is None else named | self._teacher_losses(student, teacher, bank)
 
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
+    def total(self, named: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of named losses."""
-        return torch.stack([self.config.weights()[name] * value for name, value in losses.items()]).sum()
+        return torch.stack([self.config.weights()[name] * value for name, value in named.items()]).sum()
 
     def _margin_loss(self, head: MarginHead, student: Tensor, rows: Tensor, progress: float, epoch: int) -> Tensor:
         labels = self.labels.by_row[rows.cpu()].to(student.device)
@@ -101,16 +93,16 @@ class DistillationLoss(nn.Module):
         if self.project is not None:
             student = F.normalize(self.project(student), dim=1)
         triples = slice(_MAX_TRIPLE_IMAGES)
-        losses = {
-            "cosine": lambda: cosine_loss(student, teacher),
-            "mse": lambda: mse_loss(student, teacher),
-            "similarity_kl": lambda: similarity_kl(student, teacher, bank, config.temperature),  # type: ignore[arg-type]
-            "affinity": lambda: affinity_loss(student, teacher, config.temperature),
-            "rkd_distance": lambda: rkd_distance(student, teacher),
-            "rkd_angle": lambda: rkd_angle(student[triples], teacher[triples]),
-            "contrastive": lambda: interactive_contrastive(student, teacher, config.contrastive_temperature),
+        functions = {
+            "cosine": lambda: losses.cosine_loss(student, teacher),
+            "mse": lambda: losses.mse_loss(student, teacher),
+            "similarity_kl": lambda: losses.similarity_kl(student, teacher, bank, config.temperature),  # type: ignore[arg-type]
+            "affinity": lambda: losses.affinity_loss(student, teacher, config.temperature),
+            "rkd_distance": lambda: losses.rkd_distance(student, teacher),
+            "rkd_angle": lambda: losses.rkd_angle(student[triples], teacher[triples]),
+            "contrastive": lambda: losses.interactive_contrastive(student, teacher, config.contrastive_temperature),
         }
-        return {name: loss() for name, loss in losses.items() if config.weights().get(name)}
+        return {name: loss() for name, loss in functions.items() if config.weights().get(name)}
 
 
 class LogitDistillation(nn.Module):
@@ -134,12 +126,8 @@ class LogitDistillation(nn.Module):
         vit.mlp_head = nn.Sequential(student.vit.mlp_head, nn.Linear(student.config.embedding_dim, len(classes)))
         vit.num_classes = len(classes)
         self.teacher = ClassLogits(classes, config.head.scale)
-        self.wrapper = DistillWrapper(
-            teacher=self.teacher,
-            student=vit,
-            temperature=config.logits_temperature,
-            alpha=config.logits_alpha,
-        )
+        temperature, alpha = config.logits_temperature, config.logits_alpha
+        self.wrapper = DistillWrapper(teacher=self.teacher, student=vit, temperature=temperature, alpha=alpha)
 
     def set_classes(self, classes: Tensor) -> None:
         """Set the (products, dim) mean teacher embeddings."""

@@ -40,9 +40,8 @@ def affinity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     Raises:
         ValueError: A batch of fewer than two images has no relations.
     """
-    return _kl_divergence(
-        _off_diagonal(student @ student.T) / temperature, _off_diagonal(teacher @ teacher.T) / temperature
-    )
+    similarities = (_off_diagonal(vectors @ vectors.T) / temperature for vectors in (student, teacher))
+    return _kl_divergence(*similarities)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -111,18 +111,12 @@ class ConvStem(nn.Module):
 
 
 class Student(nn.Module):
-    """Network from images to L2-normalised embeddings.
-
-    Raises:
-        UserError: ``embedding_dim`` is 0.
-    """
+    """Network from images to L2-normalised embeddings; ``embedding_dim`` 0 raises :class:`UserError`."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         if not config.embedding_dim:
-            raise UserError(
-                "model.embedding_dim: expected 1 or more, got 0. Set it to the width of the teacher's embeddings."
-            )
+            raise UserError("model.embedding_dim: expected 1 or more, got 0. Set it to the teacher's width.")
         self.config = config
         self.vit = build_vit(SmallDataViT if config.family == "small-data" else ViT, config)
 
@@ -133,26 +127,15 @@ class Student(nn.Module):
 
 def build_vit(kind: Any, config: StudentConfig) -> Any:
     """Build a network of vit-pytorch (``ViT``, ``DistillableViT``, ...) and replace its attention, blocks and stem."""
-    vit = kind(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=config.embedding_dim,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_dim=config.mlp_dim,
-        pool=config.pool,
-        dim_head=config.dim_head,
-        dropout=config.dropout,
-    )
+    keys = ("image_size", "patch_size", "dim", "depth", "heads", "mlp_dim", "pool", "dim_head", "dropout")
+    vit = kind(num_classes=config.embedding_dim, **{key: getattr(config, key) for key in keys})
     # vit-pytorch draws positions with a standard deviation of 1, which hides the pixels at first.
     nn.init.trunc_normal_(vit.pos_embedding, std=0.02)
     if config.stem == "conv":
         vit.to_patch_embedding = ConvStem(config.patch_size, config.dim)
     tokens = vit.pos_embedding.shape[-2]
-    vit.transformer = TransformerBlocks(
-        vit.transformer, tokens, config.dim, config.registers, config.gradient_checkpointing
-    )
+    settings = (config.dim, config.registers, config.gradient_checkpointing)
+    vit.transformer = TransformerBlocks(vit.transformer, tokens, *settings)
     return vit
 
 

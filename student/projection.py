@@ -25,32 +25,22 @@ _LR = 1e-3
 
 
 def resolve_dimensions(config: DistillConfig, teacher_dim: int) -> tuple[int, int]:
-    """Return the width of the student's embeddings and of the targets that they are compared with.
-
-    Raises:
-        UserError: The method does not lead to the configured width.
-    """
+    """Return the widths of student and targets; raise :class:`UserError` if the method does not lead to them."""
     student_dim, method = config.model.embedding_dim or teacher_dim, config.dimension
     if student_dim != teacher_dim and method.method == "none" and config.losses.needs_teacher:
-        raise UserError(
-            f"model.embedding_dim: {student_dim} differs from the teacher's {teacher_dim}. Set it to {teacher_dim}, or "
-            "set dimension.method to pca, cosine or projector."
-        )
+        fix = f"Set it to {teacher_dim}, or set dimension.method to pca, cosine or projector"
+        raise UserError(f"model.embedding_dim: {student_dim} differs from the teacher's {teacher_dim}. {fix}.")
     if student_dim > teacher_dim and method.projects_teacher:
-        raise UserError(
-            f"model.embedding_dim: {student_dim} is more than the teacher's {teacher_dim}. Lower it, or set "
-            "dimension.method to projector."
-        )
+        fix = "Lower it, or set dimension.method to projector"
+        raise UserError(f"model.embedding_dim: {student_dim} is more than the teacher's {teacher_dim}. {fix}.")
     return student_dim, student_dim if method.projects_teacher else teacher_dim
 
 
 def check_directions(dim: int, max_dim: int) -> None:
     """Raise :class:`UserError` if the embeddings give fewer directions than the student has dimensions."""
     if dim > max_dim:
-        raise UserError(
-            f"model.embedding_dim: the embeddings give at most {max_dim} directions, got {dim}. Lower it, or raise "
-            "dimension.images."
-        )
+        limit = f"the embeddings give at most {max_dim} directions"
+        raise UserError(f"model.embedding_dim: {limit}, got {dim}. Lower it, or raise dimension.images.")
 
 
 def find_projection(
@@ -84,11 +74,7 @@ def find_projection(
 
 
 def fit_projection(config: DimensionConfig, vectors: Vectors, dim: int, seed: int) -> Tensor:
-    """Fit a (D, d) float32 projection on (n, D) embeddings of unit length; ``seed`` draws the batches of ``cosine``.
-
-    Raises:
-        UserError: d is more than D or n.
-    """
+    """Fit a (D, d) float32 projection on (n, D) unit vectors; raise :class:`UserError` if d is more than D or n."""
     start = principal_directions(vectors, dim)
     return start if config.method == "pca" else preserve_cosines(vectors, start, config.steps, seed)
 

@@ -73,18 +73,12 @@ def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], exclude_la
 def check_ranges(ranges: Artifact, start: Artifact) -> None:
     """Raise :class:`UserError` if the ranges were not measured on a graph of the student ``start``."""
     if start.sha256 not in {parent.sha256 for parent in ranges.card.parents}:
-        raise UserError(
-            f"quantise.ranges: {ranges.path} was not measured on a graph of {start.path}. Run `vpr export onnx` and "
-            "`vpr calibrate` on that student."
-        )
+        problem = f"{ranges.path} was not measured on a graph of {start.path}"
+        raise UserError(f"quantise.ranges: {problem}. Run `vpr export onnx` and `vpr calibrate` on that student.")
 
 
 def read_thresholds(artifact: Artifact) -> dict[str, float]:
-    """Return the threshold of each linear layer from a ``ranges`` artifact.
-
-    Raises:
-        UserError: The ranges do not name their layers, or come from a smoothed graph.
-    """
+    """Return the threshold of each linear layer; raise :class:`UserError` without any or for a smoothed graph."""
     ranges = read_ranges(artifact)
     thresholds = {name: ranges.thresholds[tensor] for tensor, names in ranges.linears.items() for name in names}
     if ranges.smoothing:

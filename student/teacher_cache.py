@@ -86,23 +86,16 @@ def build_teacher_cache(
 
     A killed process keeps every finished file. Several processes share the work.
     """
-    values = {
-        "views": asdict(views),
-        "count": config.views,
-        "shard": config.shard,
-        "seed": seed,
-        "images": _ordered_sha256(catalog),
-    }
+    values = {"views": asdict(views), "count": config.views, "shard": config.shard, "seed": seed}
+    values["images"] = _ordered_sha256(catalog)
     parents = [teacher.artifact.as_parent("teacher")]
     stage = Stage(path, "views", values, parents)
     folder = stage.run_folder
     if artifact := stage.find():
         shutil.rmtree(folder, ignore_errors=True)  # A process killed after writing the artifact leaves it.
         return _open_cache(artifact)
-    log.info(
-        f"views: {config.views} of each of {len(catalog)} images, {teacher.dim} dimensions, "
-        f"{cache_bytes(len(catalog), teacher.dim, config) / 1e6:.1f} MB"
-    )
+    size = f"{teacher.dim} dimensions, {cache_bytes(len(catalog), teacher.dim, config) / 1e6:.1f} MB"
+    log.info(f"views: {config.views} of each of {len(catalog)} images, {size}")
     files = list(_cache_files(len(catalog), config))
     with run_lock(folder):
         _embed_files(files, folder, teacher, catalog, views, seed, loader or LoaderConfig())

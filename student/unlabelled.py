@@ -43,10 +43,8 @@ def _open_catalog(folder: str, output: str) -> Catalog:
     """Load a catalogue, or build it from a folder of images."""
     if not (Path(folder) / CARD_NAME).is_file():
         if rank_and_world()[1] > 1:
-            raise UserError(
-                f"unlabelled: {folder} has no catalogue, which several processes need first. Run `vpr catalog --reader "
-                f"images --root {folder} --output {output}` and pass {output}."
-            )
+            fix = f"Run `vpr catalog --reader images --root {folder} --output {output}` and pass {output}."
+            raise UserError(f"unlabelled: {folder} has no catalogue, which several processes need first. {fix}")
         try:
             build_catalog(CatalogConfig("images", output, folder, skip_unreadable=True))
         except UserError as error:

@@ -33,11 +33,8 @@ _BLOCK_NAMES = {
     "mlp.c_proj.bias": "1.net.4.bias",
 }
 # Weights of vit-pytorch's linear embeddings whose last axis is the pixels of a patch.
-_PIXEL_WEIGHTS = tuple(
-    f"{part}.{name}"
-    for part in ("to_patch_embedding", "to_patch_tokens")
-    for name in ("1.weight", "1.bias", "2.weight")
-)
+_PARTS, _NAMES = ("to_patch_embedding", "to_patch_tokens"), ("1.weight", "1.bias", "2.weight")
+_PIXEL_WEIGHTS = tuple(f"{part}.{name}" for part in _PARTS for name in _NAMES)
 
 
 def init_from_larger(student: Student, artifact: Artifact) -> int:
@@ -63,10 +60,8 @@ def init_from_larger(student: Student, artifact: Artifact) -> int:
             heads = int(vision.get("heads", 0)) or len(weights[_NORM]) // int(vision.get("head_width", 64))
         dim = len(weights[_NORM])
     if dim < student.config.dim:
-        raise UserError(
-            f"start: {path} has tokens of width {dim}, the student of {student.config.dim}. Use a model that is not "
-            "narrower."
-        )
+        widths = f"has tokens of width {dim}, the student of {student.config.dim}"
+        raise UserError(f"start: {path} {widths}. Use a model that is not narrower.")
     return select_weights(student, weights, heads)
 
 

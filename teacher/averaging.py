@@ -18,13 +18,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class SoupResult:
-    """Selected soup.
+    """Selected soup: float32 weights on the CPU, its ``members`` for the card, and its validation scores.
 
-    Attributes:
-        weights: Weights of the soup, float32 on the CPU.
-        members: ``alpha`` or ``models`` of the soup, for the card.
-        scores: Validation scores of the soup.
-        rows: One row per candidate with ``alpha`` or ``models``, ``val_recall_at_1`` and ``val_map``.
+    ``rows`` has one row per candidate with ``alpha`` or ``models``, ``val_recall_at_1`` and ``val_map``.
     """
 
     weights: Weights

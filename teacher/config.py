@@ -42,10 +42,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         largest = math.pi / 2 if self.loss == "arcface" else 2.0
         if not 0 <= self.margin <= self.margin_end <= largest:
-            raise UserError(
-                f"head.margin: expected 0 <= margin <= margin_end <= {largest:.3g}, got margin {self.margin} and "
-                f"margin_end {self.margin_end}."
-            )
+            margins = f"margin {self.margin} and margin_end {self.margin_end}"
+            raise UserError(f"head.margin: expected 0 <= margin <= margin_end <= {largest:.3g}, got {margins}.")
         check_numbers(self, "head.", sub_centres=(1, 100))
         if not 0 < self.scale <= 1000:
             raise UserError(f"head.scale: expected above 0, at most 1000, got {self.scale}.")
@@ -136,10 +134,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "stages.", epochs=(1, None))
         if (self.train == "last") != (self.last_blocks > 0):
-            raise UserError(
-                f"stages.last_blocks: expected 1 or more with train: last and 0 otherwise, got {self.last_blocks} with "
-                f"train: {self.train}."
-            )
+            expected = "expected 1 or more with train: last and 0 otherwise"
+            raise UserError(f"stages.last_blocks: {expected}, got {self.last_blocks} with train: {self.train}.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"stages.layer_decay: expected above 0, at most 1, got {self.layer_decay}.")
         check_numbers(self, "stages.", warmup=(0, 1), lr_head=(0, 100), lr_tower=(0, 100), weight_decay=(0, 100))
@@ -154,15 +150,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ScheduledStage:
-    """Stage with its position in the training.
-
-    Attributes:
-        stage: Configuration of the stage.
-        before: Epochs of all earlier stages.
-        total: Epochs of all stages.
-        views: Augmentation of the stage.
-        seed: Seed of views and dropout.
-    """
+    """Stage with the epochs ``before`` it and in ``total``, its augmentation, and the seed of views and dropout."""
 
     stage: StageConfig
     before: int

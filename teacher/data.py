@@ -24,10 +24,7 @@ from vpr.data.splits import find_leaks, split_by_product
 log = get_logger(__name__)
 
 Repeat = tuple[str, str, str]
-TABLES = {
-    "products10k": ("train.csv", "test_kaggletest.csv"),
-    "aicrowd": ("gallery.csv", "queries.csv"),
-}
+TABLES = {"products10k": ("train.csv", "test_kaggletest.csv"), "aicrowd": ("gallery.csv", "queries.csv")}
 
 
 def build_data(config: DataConfig) -> Path:
@@ -60,12 +57,9 @@ def build_data(config: DataConfig) -> Path:
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
     repeats = list_repeats(merged, joined, duplicates, dropped)
-    counts = {
-        "same_bytes": len(duplicates.same_bytes),
-        "near_same": len(duplicates.near_same),
-        "near_same_across_splits": sum(kind == "near, across splits" for _, _, kind in repeats),
-        "dropped": len(dropped),
-    }
+    counts = {"same_bytes": len(duplicates.same_bytes), "near_same": len(duplicates.near_same)}
+    counts["near_same_across_splits"] = sum(kind == "near, across splits" for _, _, kind in repeats)
+    counts["dropped"] = len(dropped)
     with stage.write() as writer:
         write_catalog_files(writer, joined, set_aside)
         with (writer.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -177,7 +171,5 @@ def _log_summary(
     )
     listed = " (listed in set_aside.csv)" if set_aside else ""
     splits = ", ".join(f"{count} {split}" for split, count in joined.summary()["images"].items() if count)
-    log.info(
-        f"{config.output}: {len(joined)} images of {len(joined.table['product'].unique())} products ({splits}), "
-        f"{len(set_aside)} set aside{listed}"
-    )
+    products = f"{len(joined.table['product'].unique())} products ({splits})"
+    log.info(f"{config.output}: {len(joined)} images of {products}, {len(set_aside)} set aside{listed}")

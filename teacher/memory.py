@@ -17,15 +17,7 @@ _FLOAT_BYTES = 4  # weights, gradients and optimiser states are float32, also un
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a training on one device, in bytes.
-
-    Attributes:
-        weights: Parameters and buffers.
-        gradients: Gradients of the trainable parameters.
-        optimiser: Optimiser states.
-        average: Moving average of the weights; 0 if there is none.
-        activations: Activations that one batch keeps for the backward pass.
-    """
+    """Memory of a training on one device, in bytes; ``average`` is the moving average of the weights."""
 
     weights: int
     gradients: int
@@ -105,10 +97,8 @@ def _count_saved_bytes(shadow: Teacher, blocks: list[nn.Module], batch_size: int
 
     # Fake CPU tensors select the same operators as real ones; meta tensors would materialise attention matrices.
     with FakeTensorMode():
-        state = {
-            name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
-            for name, value in (*shadow.named_parameters(), *shadow.named_buffers())
-        }
+        values = (*shadow.named_parameters(), *shadow.named_buffers())
+        state = {n: torch.empty(v.shape, dtype=v.dtype, requires_grad=v.requires_grad) for n, v in values}
         images = torch.empty(batch_size, 3, size, size)
         hooks = [block.register_forward_pre_hook(enter) for block in blocks]
         hooks += [block.register_forward_hook(leave) for block in blocks]

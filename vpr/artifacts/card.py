@@ -14,18 +14,9 @@ SCHEMA = 2
 _MAX_CARD_BYTES = 4 << 20
 
 Kind = Literal[
-    "catalog",
-    "teacher",
-    "student",
-    "views",
-    "embeddings",
-    "calibration",
-    "onnx",
-    "ranges",
-    "engine",
-    "serving",
+    "catalog", "teacher", "student", "views", "embeddings", "calibration", "onnx", "ranges", "engine", "serving",
     "report",
-]
+]  # fmt: skip
 
 
 class _Part(BaseModel):
@@ -118,9 +109,8 @@ def parse_card(path: Path, raw: bytes) -> Card:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CorruptCard(f"{path}: not a card (broken JSON or no 'schema'). Make the artifact again.") from None
     if not isinstance(version, int) or version > SCHEMA:
-        raise UserError(
-            f"{path}: expected card schema up to {SCHEMA}, got {version!r}. Upgrade visual-product-recognition."
-        )
+        hint = "Upgrade visual-product-recognition."
+        raise UserError(f"{path}: expected card schema up to {SCHEMA}, got {version!r}. {hint}")
     if version < SCHEMA:
         raise CorruptCard(f"{path}: expected card schema {SCHEMA}, got {version!r}. Make the artifact again.")
     try:

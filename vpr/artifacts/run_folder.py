@@ -40,10 +40,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         UserError: Another run uses the folder, or a loader's worker imports the script that started this run.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError(
-            "loader.workers: worker processes import the script that trains. "
-            'Put its work under `if __name__ == "__main__":`.'
-        )
+        fix = 'Put its work under `if __name__ == "__main__":`.'
+        raise UserError(f"loader.workers: worker processes import the script that trains. {fix}")
     folder.mkdir(parents=True, exist_ok=True)
     if not is_first():
         yield

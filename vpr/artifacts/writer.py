@@ -135,13 +135,12 @@ def _reject_other_kind(target: Path, kind: Kind, required_file: str) -> None:
     except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if old_kind != kind:
-        raise UserError(
-            f"{target}: the output holds an artifact of kind {old_kind}, expected {kind}. Choose another output."
-        )
-    if required_file and required_file not in files:
-        raise UserError(
-            f"{target}: the output holds a {kind} of another command (without {required_file}). Choose another output."
-        )
+        problem = f"an artifact of kind {old_kind}, expected {kind}"
+    elif required_file and required_file not in files:
+        problem = f"a {kind} of another command (without {required_file})"
+    else:
+        return
+    raise UserError(f"{target}: the output holds {problem}. Choose another output.")
 
 
 def _write_card(writer: ArtifactWriter) -> None:
@@ -151,23 +150,10 @@ def _write_card(writer: ArtifactWriter) -> None:
         if path.is_file() and name.split("/")[0] not in writer.unlisted:
             sync(path)
             files[name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
-    card = Card(
-        schema=SCHEMA,
-        kind=writer.kind,
-        name=writer.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        code_version=__version__,
-        config=writer.config,
-        parents=writer.parents,
-        preprocess=writer.preprocess,
-        embedding=writer.embedding,
-        inputs=writer.inputs,
-        outputs=writer.outputs,
-        catalog=writer.catalog,
-        metrics=writer.metrics,
-        environment=environment(),
-        files=files,
-    )
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    values = {key: value for key, value in vars(writer).items() if key not in ("path", "unlisted")}
+    values |= {"created": created, "code_version": __version__, "environment": environment(), "files": files}
+    card = Card(schema=SCHEMA, **values)
     path = writer.path / CARD_NAME
     path.write_text(card.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
     sync(path)

@@ -67,9 +67,8 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     with stage.write() as draft:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
-        catalog = Catalog(
-            split_by_product(rows_to_table(rows), config.validation, config.test, config.seed), draft.path
-        )
+        table = split_by_product(rows_to_table(rows), config.validation, config.test, config.seed)
+        catalog = Catalog(table, draft.path)
         write_catalog_files(draft, catalog, [])
     _log_summary(config, catalog, [])
     return stage.path

@@ -100,18 +100,12 @@ class EpochSampler(Sampler[int]):
 def training_loader(
     dataset: ImageDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
-    """Build the loader of this process's shuffled batches; an incomplete last batch is dropped.
-
-    Raises:
-        UserError: An epoch has fewer images than one batch.
-    """
+    """Build the loader of shuffled full batches; raise :class:`UserError` if an epoch has fewer images than one."""
     sampler = EpochSampler(dataset.catalog.products, config, seed, rank, world)
     if not sampler.batches:
         processes = f" in each of {world} processes" if world > 1 else ""
-        raise UserError(
-            f"loader.batch_size: {config.batch_size}{processes} is more than the {sampler.rows_of_all} training "
-            "images of an epoch. Lower it."
-        )
+        limit = f"the {sampler.rows_of_all} training images of an epoch"
+        raise UserError(f"loader.batch_size: {config.batch_size}{processes} is more than {limit}. Lower it.")
     return _loader(dataset, config, sampler)
 
 

@@ -98,9 +98,7 @@ def read_webdataset(root: Path) -> Iterator[Row]:
             where = f"{root / shard}: sample '{sample.key}'"
             label = read_label(sample, where)
             if is_labelled not in (None, "product" in label):
-                raise UserError(
-                    f"{where} has no product, or is the only one with a product. Label all samples or none."
-                )
+                raise UserError(f"{where} has no product, or is the only one that has. Label all samples or none.")
             is_labelled = "product" in label
             if "box" in label:
                 label["box"] = _parse_box(label["box"], where)
@@ -139,11 +137,7 @@ class PathGuard:
         self._folders: dict[str, bool] = {}
 
     def check(self, name: str, table: Path | None = None, line: int = 0) -> str:
-        """Return ``name`` if it is relative and the file is inside the root.
-
-        Raises:
-            UserError: The name leads out of the root; the message has ``table`` and ``line`` if given.
-        """
+        """Return a name inside the root; else raise :class:`UserError`, with ``table`` and ``line`` if given."""
         folder, _, file = name.rpartition("/")
         if name.startswith("/") or "\0" in name or "\n" in name:
             is_inside = False
@@ -166,15 +160,8 @@ class PathGuard:
 
 
 def _row(image: str, product: str, category: str, source: str, role: str = "train") -> Row:
-    return {
-        "image": image,
-        "product": product,
-        "category": category,
-        "role": role,
-        "split": "train",
-        "box": None,
-        "source": source,
-    }
+    row = {"image": image, "product": product, "category": category, "role": role, "source": source}
+    return {**row, "split": "train", "box": None}
 
 
 def _parse_box(values: list[Any], where: str) -> dict[str, float]:

@@ -32,29 +32,24 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
     names = sorted(products.dictionary.to_pylist())
     codes = pc.index_in(products.dictionary, pa.array(names)).to_numpy()[products.indices.to_numpy()]
     counts = np.bincount(codes, minlength=len(names))
-    splittable = np.array(
-        [name for name, count in zip(names, counts.tolist(), strict=True) if count > 1], dtype=np.str_
-    )
+    splittable = np.array(names, dtype=np.str_)[counts > 1]
     np.random.default_rng(seed).shuffle(splittable)
     test_count, validation_count = round(test * len(names)), round(validation * len(names))
     held_out = dict.fromkeys(splittable[:test_count].tolist(), "test")
     held_out.update(dict.fromkeys(splittable[test_count : test_count + validation_count].tolist(), "validation"))
     for name, share in (("validation", validation), ("test", test)):
         if share and name not in held_out.values():
+            counted = f"none of {len(names)} products. {len(splittable)} products have two images"
             raise UserError(
-                f"{name}: {share} selects none of {len(names)} products. {len(splittable)} products have two images, "
-                "as a query and its gallery need. Raise it or add images."
+                f"{name}: {share} selects {counted}, as a query and its gallery need. Raise it or add images."
             )
     splits = np.array([held_out.get(name, "train") for name in names], dtype=object)[codes]
     roles = table["role"].to_numpy().copy()
     is_query = _rank_in_product(table, codes, splits != "train") * 2 >= counts[codes]
     has_role = (splits == "train") | (roles != "train")
     roles[~has_role] = np.where(is_query, "query", "gallery")[~has_role]
-    columns = {"split": splits, "role": roles}
-    return pa.table(
-        {name: pa.array(columns[name], pa.string()) if name in columns else table[name] for name in SCHEMA.names},
-        schema=SCHEMA,
-    )
+    columns = {"split": pa.array(splits, pa.string()), "role": pa.array(roles, pa.string())}
+    return pa.table({name: columns.get(name, table[name]) for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dict[str, Any]:
@@ -77,10 +72,8 @@ def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dic
             rows = pc.index_in(pa.array(first), trained).to_pylist()
             first = [train.table["image"][row].as_py() for row in rows]
         if not allow:
-            raise UserError(
-                f"leak: {len(shared)} {label} are both trained and scored, such as {', '.join(first)}. "
-                "Split the data again."
-            )
+            examples = ", ".join(first)
+            raise UserError(f"leak: {len(shared)} {label} are trained and scored: {examples}. Split the data again.")
         leaks[key] = {"count": len(shared), "first": first}
     return leaks
 

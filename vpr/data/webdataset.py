@@ -85,9 +85,8 @@ def read_label(sample: Sample, where: str) -> dict[str, Any]:
         label = {name: _text(values[name], where) for name in names}
         return {**label, "box": list(values["box"])} if values.get("box") else label
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"{where}: its .json is not an object with text values, and a box of four numbers. Rewrite the shard."
-        ) from None
+        problem = "its .json is not an object with text values, and a box of four numbers"
+        raise UserError(f"{where}: {problem}. Rewrite the shard.") from None
 
 
 def _text(value: object, where: str) -> str:

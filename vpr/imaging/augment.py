@@ -64,9 +64,8 @@ def _apply(pixels: Tensor, parameters: Tensor) -> Tensor:
     batch, _, height, width = pixels.shape
     cos, sin = torch.cos(p[:, 0]), torch.sin(p[:, 0])
     x_zoom, y_zoom = 1 / (p[:, 1] * p[:, 2]), p[:, 2] / p[:, 1]
-    theta = torch.stack(
-        [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]], dim=1
-    ).view(batch, 2, 3)
+    rows = [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]]
+    theta = torch.stack(rows, dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, [batch, 3, height, width], align_corners=False)
     x = F.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return _cutout(_recolour(x, p), p)

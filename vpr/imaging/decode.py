@@ -10,15 +10,8 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from vpr.common.errors import OUT_OF_MEMORY, UserError
-from vpr.imaging.limits import (
-    MAX_EXIF_BYTES,
-    MAX_FILE_BYTES,
-    MAX_PIXELS,
-    DecodeBudget,
-    DecodeLimitExceeded,
-    check_file,
-    check_image,
-)
+from vpr.imaging import limits
+from vpr.imaging.limits import MAX_FILE_BYTES, DecodeBudget, DecodeLimitExceeded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
@@ -36,7 +29,7 @@ _TRANSPOSES = {
 }
 
 _SWAPS_SIDES = (5, 6, 7, 8)
-_BUDGET = DecodeBudget(MAX_PIXELS, small=4_000_000)
+_BUDGET = DecodeBudget(limits.MAX_PIXELS, small=4_000_000)
 _STRIP_PIXELS = 4_000_000  # composited on white at a time
 
 Box = tuple[float, float, float, float]
@@ -97,9 +90,9 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         with warnings.catch_warnings():
             # Pillow only warns above its limit; check_image checks the header before any allocation.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            scans = check_file(data)
+            scans = limits.check_file(data)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            check_image(image, scans, len(data))
+            limits.check_image(image, scans, len(data))
             pixels = image.width * image.height
             edges, scale = None, 1.0
             if isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -120,12 +113,15 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         raise ImageRejected(name, f"{OUT_OF_MEMORY} to decode it") from None
     except Exception as error:  # Pillow's parsers raise many types on broken files
         raise ImageRejected(name, f"truncated or broken image ({error})") from None
-    return image if edges is None else _crop(image, edges, scale)
+    if edges is None:
+        return image
+    left, top, right, bottom = (round(edge / scale) for edge in edges)
+    return image.crop((left, top, right, bottom))
 
 
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 if the block is missing, broken, or larger than any camera writes."""
-    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+    if len(image.info.get("exif", b"")) > limits.MAX_EXIF_BYTES:
         return 1
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
@@ -186,8 +182,3 @@ def _draft_jpeg(image: Image.Image, edges: Edges | None, shortest: int) -> float
     drafted = image.draft("RGB", needed)
     # The exact factor: the last row and column of the reduced image may cover fewer pixels.
     return width / drafted[1][2] if drafted else 1.0
-
-
-def _crop(image: Image.Image, edges: Edges, scale: float) -> Image.Image:
-    left, top, right, bottom = (round(edge / scale) for edge in edges)
-    return image.crop((left, top, right, bottom))

@@ -44,18 +44,12 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
         session = ort.InferenceSession(graph, options, providers=[provider], disabled_optimizers=disabled)
     if provider not in session.get_providers():
         fallback = session.get_providers()[0]
-        raise ProviderMissing(
-            f"onnxruntime: {provider} cannot be loaded ({fallback} would run instead). See `vpr doctor`."
-        )
+        raise ProviderMissing(f"onnxruntime: {provider} cannot be loaded ({fallback} would run). See `vpr doctor`.")
     return session
 
 
 def rtx_devices() -> list[Any]:
-    """Return the GPUs that the TensorRT-RTX plugin supports; register it with ONNX Runtime on the first call.
-
-    Raises:
-        ImportError: The plugin's wheel is not installed.
-    """
+    """Return the GPUs of the TensorRT-RTX plugin, registered on the first call; raise ImportError without its wheel."""
     import onnxruntime as ort
 
     wheel = importlib.import_module(RTX_WHEEL)

@@ -16,12 +16,7 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Measurement:
-    """Latencies of one call.
-
-    Attributes:
-        rounds: milliseconds of the timed calls of each round.
-        warmed_up: Whether the call was steady when its warm-up ended.
-    """
+    """Milliseconds of each round of a call, and whether the call was steady when its warm-up ended."""
 
     rounds: tuple[NDArray[np.float64], ...]
     warmed_up: bool

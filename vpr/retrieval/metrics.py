@@ -132,16 +132,12 @@ def _check_inputs(
         raise UserError("evaluation: the split has no queries or no gallery images. Choose a split with both roles.")
     if len(query_vectors) != len(query_products) or len(gallery_vectors) != len(gallery_products):
         raise UserError("evaluation: vectors and product ids differ in number. Embed the catalogue again.")
-    if same_dim and query_vectors.shape[1] != gallery_vectors.shape[1]:
-        raise UserError(
-            f"evaluation: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}. "
-            "Embed both with the same model."
-        )
+    dim, gallery_dim = query_vectors.shape[1], gallery_vectors.shape[1]
+    if same_dim and dim != gallery_dim:
+        raise UserError(f"evaluation: queries have {dim} dimensions, the gallery {gallery_dim}. Embed with one model.")
     if not (np.isfinite(query_vectors).all() and np.isfinite(gallery_vectors).all()):
         raise UserError("evaluation: the embeddings contain NaN or infinity. Check the model with `vpr export parity`.")
     absent = sorted(set(query_products.tolist()) - set(gallery_products.tolist()))
     if absent:
-        raise UserError(
-            f"evaluation: {len(absent)} queried products are not in the gallery, first '{absent[0]}'. "
-            "Add images of them, or remove the queries."
-        )
+        problem = f"{len(absent)} queried products are not in the gallery, first '{absent[0]}'"
+        raise UserError(f"evaluation: {problem}. Add images of them, or remove the queries.")

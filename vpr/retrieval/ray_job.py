@@ -48,8 +48,7 @@ def compute_parts(job: EmbedJob, missing: list[int], load: Loader) -> None:
     workers = job.config.ray
     local: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
     ray.init(log_to_driver=False, configure_logging=False, **local)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
         computed = parts.map_batches(

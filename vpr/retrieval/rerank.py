@@ -21,12 +21,7 @@ _BLOCK = 1024  # rows of a block of the all-pairs product
 
 @dataclass(frozen=True)
 class Whitening:
-    """Affine map fitted on a gallery.
-
-    Attributes:
-        mean: (dim,) float64, subtracted first.
-        matrix: (dim, out) float64, applied to the centred vectors.
-    """
+    """Affine map fitted on a gallery: subtract (dim,) float64 ``mean``, then multiply with (dim, out) ``matrix``."""
 
     mean: NDArray[np.float64]
     matrix: NDArray[np.float64]
@@ -127,11 +122,7 @@ def similarities(query: Vectors, gallery: Vectors, config: RerankConfig) -> Vect
 
 
 def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tuple[Vectors, Rows]:
-    """Return scores (queries, k) float32 and gallery rows (queries, k) int64 after all steps, best first.
-
-    Raises:
-        UserError: ``k`` is out of range, or the dimensions differ.
-    """
+    """Return (queries, k) float32 scores and int64 gallery rows, best first; a wrong ``k`` is a :class:`UserError`."""
     if not config.k_reciprocal:
         return search(*transform(query, gallery, config), k)
     check_k(k, len(gallery))

@@ -25,11 +25,9 @@ def search(
     import faiss
 
     check_k(k, len(gallery_vectors))
-    if query_vectors.shape[1] != gallery_vectors.shape[1]:
-        raise UserError(
-            f"search: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}. "
-            "Embed both with the same model."
-        )
+    dim, gallery_dim = query_vectors.shape[1], gallery_vectors.shape[1]
+    if dim != gallery_dim:
+        raise UserError(f"search: queries have {dim} dimensions, the gallery {gallery_dim}. Embed both with one model.")
     # An index would copy the gallery, which costs as much as many searches at a million vectors.
     query, gallery = (np.ascontiguousarray(vectors, dtype=np.float32) for vectors in (query_vectors, gallery_vectors))
     scores, rows = faiss.knn(query, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)

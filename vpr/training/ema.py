@@ -48,11 +48,6 @@ class Ema(Callback):
         """Swap the weights back into the module."""
         self._swap(module)
 
-    def averaged(self, prefix: str) -> dict[str, Tensor]:
-        """Return the averages of the parameters under ``prefix``, on the CPU, names without the prefix."""
-        state = self.state_dict()["shadow"]
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
     def state_dict(self) -> dict[str, Any]:
         """Return the average for the checkpoint; every process must call it."""
         full = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in self.shadow.items()}

@@ -148,14 +148,9 @@ class RecallModule(L.LightningModule):
 
 @dataclass(frozen=True)
 class FitResult:
-    """Result of :func:`fit`.
+    """Best validation recall@1 and its epoch (from 1), optimiser steps, and seconds over all starts.
 
-    Attributes:
-        best: Best validation recall@1.
-        epoch: Epoch of the best recall, from 1.
-        steps: Number of optimiser steps.
-        seconds: Training time over all starts.
-        last: Weights of the Lightning module after the last epoch, or their moving average if there is one.
+    ``last`` holds the weights of the Lightning module after the last epoch, or their moving average if there is one.
     """
 
     best: float
@@ -198,15 +193,14 @@ def fit(
     trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
     if epochs % run.validate_every:
         trainer.validate(module, loaders[1], verbose=False)
-    state = ema.averaged("") if ema else full_state_dict(module)
+    state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
     return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), state)
 
 
 def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
     is_interactive = os.isatty(2)
-    checkpoint = ModelCheckpoint(
-        folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    checkpoint = ModelCheckpoint(folder, filename="last", save_top_k=1, **options)
     return L.Trainer(
         accelerator="auto",
         precision=run.precision if run.precision != "auto" else best_precision(),
