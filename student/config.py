@@ -118,7 +118,7 @@ class LossConfig:
         rkd_angle: Weight of the angles of image triples, from the first 128 images of the batch.
         contrastive: Weight of the contrastive loss between each image and the teacher's embeddings of the batch.
         margin: Weight of a margin softmax over the products, from labels without the teacher.
-        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. The teacher's logits
+        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. Logits of the teacher
             are its similarities to the products' mean embeddings.
         temperature: Temperature of the softened similarities.
         contrastive_temperature: Temperature of the contrastive loss.
@@ -204,8 +204,7 @@ class TargetsConfig:
             to the student, on new views in every epoch.
         views: Number of cached views of each image. Epochs cycle through them.
         shard: Number of images in a file of the cache.
-        bank: Number of teacher embeddings to compute similarities to. A cache samples them in each epoch; online they
-            are the latest ones.
+        bank: Number of teacher embeddings to compute similarities to: a sample of the cache, online the latest ones.
         mixup: Parameter a of the Beta(a, a) that mixes pairs of images for teacher and student alike. 0 turns it off;
             it needs mode ``online`` (Beyer et al., "Knowledge distillation: a good teacher is patient and
             consistent", CVPR 2022, section 3).
@@ -231,8 +230,7 @@ class QuantiseConfig:
 
     Attributes:
         ranges: ``ranges`` artifact of the graph of the student in ``start``. Empty trains without Q/DQ.
-        exclude_layers: Prefixes of the linear layers to leave in float, also in ``vpr export int8``. A convolutional
-            stem must be among them.
+        exclude_layers: Prefixes of layers to leave in float, also in the INT8 graph; a convolutional stem must be one.
     """
 
     ranges: str = ""
@@ -250,8 +248,7 @@ class DistillConfig:
         output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
         cache: Folder of the cached teacher embeddings instead, for students that share it.
         assistant: Student artifact that replaces the teacher, as in teacher -> base -> small.
-        start: Model to initialise from: a larger student, or a teacher with a ViT of open_clip. Its weights are
-            selected; a student of the same shape is copied.
+        start: Larger student, or teacher with a ViT of open_clip, whose weights are selected; same shapes are copied.
         unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``).
         model: Shape of the student.
         views: Augmentation, the same for teacher and student.

@@ -22,8 +22,7 @@ class HeadConfig:
         margin: Margin at the start of the training.
         margin_end: Margin at the end of the training.
         margin_step: Growth of the margin per epoch, up to ``margin_end``; 0 grows it evenly over the training.
-        min_margin_ratio: Share of the margin for the largest class. The smallest class has the full margin, the others
-            lie in between by the fourth root of their size; 1 gives every class the same.
+        min_margin_ratio: Share of the margin for the largest class; smaller ones have more, by the fourth root of size.
         sub_centres: Directions per class.
         label_smoothing: Share of the target that is spread over all classes.
         class_weight_power: Power p of the weight n^-p of an image whose class has n images; 0 weights all alike.
@@ -60,8 +59,7 @@ class TowerConfig:
     """Image tower and its projection to the embedding.
 
     Attributes:
-        name: Name of an ``open_clip`` model such as ``ViT-H-14``, path of a JSON file in open_clip's form, or name of
-            a packaged tower (``sample``, ``sample-vit``).
+        name: An ``open_clip`` model such as ``ViT-H-14``, a JSON file in its form, or ``sample`` or ``sample-vit``.
         pretrained: Initial weights; empty draws random weights. Otherwise a tag of ``open_clip`` such as
             ``laion2b_s32b_b79k``, a local ``.safetensors`` file, or a teacher artifact of the same tower. A teacher
             also initialises projection and BatchNorm where their shapes match.
@@ -169,8 +167,7 @@ class TrainConfig:
         recipe: Name of the recipe, shown by ``vpr teacher runs``.
         tower: Image tower.
         head: Margin softmax.
-        stages: Stages in order. Each starts from the last weights of the previous stage; the teacher is the best epoch
-            of the last stage.
+        stages: Stages, each from the last weights of the previous one. The best epoch of the last is the teacher.
         views: Augmentation.
         loader: Batches.
         run: Settings of the training loop.
@@ -215,8 +212,7 @@ class DataConfig:
         output: Path of the catalogue artifact to write.
         products10k: Folder of Products-10K, whose train and test tables are both read; empty omits it.
         aicrowd: Folder of the AIcrowd Visual Product Recognition development set; empty omits it.
-        csv: Further CSV tables with columns ``image`` and ``product``. If a ``split`` column names validation or test
-            rows, the table keeps its split.
+        csv: Further CSV tables with columns ``image`` and ``product``. Validation or test rows in ``split`` stay there.
         validation: Share of each source's products held out to select checkpoints.
         test: Share of each source's products held out for evaluation.
         seed: Seed of the splits.

@@ -18,12 +18,8 @@ def arcface_logits(cosine: Tensor, labels: Tensor, margin: Tensor | float, scale
     s * cos(theta + m) for the true class, s * cos(theta) for the others (Deng et al., "ArcFace",
     CVPR 2019, eq. 3). Beyond theta = pi - m, where cos(theta + m) would rise again, the target is
     cos(theta) - m * sin(m), so that it keeps falling.
-
-    Args:
-        cosine: (batch, classes) float, -1 to 1 up to rounding.
-        labels: (batch,) int64.
-        margin: Margin in radians, 0 to pi/2; one for all, or (batch,) one for each target.
-        scale: Inverse temperature s.
+    ``cosine`` is (batch, classes), -1 to 1 up to rounding, ``labels`` (batch,) int64, ``scale`` is s. The margin in
+    radians, 0 to pi/2, is one for all or (batch,) one for each target.
     """
     cosine = _at_least_float32(cosine)
     target = cosine.gather(1, labels[:, None])

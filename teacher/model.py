@@ -113,15 +113,9 @@ def build_teacher(
     recorded = dict(visual.preprocess_cfg)
     if config.pretrained:
         recorded.update(_load_pretrained(config, tower, teacher, load_pretrained))
-    resize, crop = ("squash", "none") if config.squash else ("shortest", "center")
-    values = {
-        "interpolation": recorded["interpolation"],
-        "mean": tuple(recorded["mean"]),
-        "std": tuple(recorded["std"]),
-    }
-    interpolation = recorded["interpolation"]
-    size = input_size(visual)
-    return teacher, Preprocess(size=size, resize=resize, crop=crop, interpolation=interpolation, **values)
+    values: dict[str, Any] = {key: recorded[key] for key in ("interpolation", "mean", "std")}
+    values |= {"resize": "squash", "crop": "none"} if config.squash else {"resize": "shortest", "crop": "center"}
+    return teacher, Preprocess(size=input_size(visual), **values)
 
 
 def load_teacher(path: Path | str, artifact: Artifact | None = None) -> tuple[Teacher, Artifact]:

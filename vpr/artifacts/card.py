@@ -83,12 +83,7 @@ class CorruptCard(CorruptArtifact):
 
 
 def read_card_file(path: Path) -> bytes:
-    """Return the bytes of a card.
-
-    Raises:
-        CorruptCard: The path is no plain file, or the file is larger than a card may be.
-        OSError: The file is missing or cannot be read.
-    """
+    """Return the bytes of a card; raise :class:`CorruptCard` for no plain or a too large file, or an OSError."""
     state = path.lstat()
     if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
         raise CorruptCard(f"{path}: not a plain file. Artifacts hold plain files: make it again.")

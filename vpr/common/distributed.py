@@ -64,7 +64,11 @@ def trainer_options(strategy: Strategy) -> dict[str, Any]:
             raise UserError("run.strategy: fsdp needs several processes. Start it with `torchrun --nproc-per-node N`.")
         return {"devices": 1}
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    fsdp = {"data_parallel_size": world, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    fsdp: dict[str, Any] = {
+        "data_parallel_size": world,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    }
     return {
         "devices": local_world,
         "num_nodes": world // local_world,

@@ -78,9 +78,7 @@ def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[li
     """Decode every image once; return the readable rows with ``sha256``, and (image, reason) of the others.
 
     Rows with ``rejected`` have the reason there and are not decoded.
-
-    Raises:
-        ImageRejected: An image is unreadable and ``skip_unreadable`` is false.
+    An unreadable image raises :class:`ImageRejected` unless ``skip_unreadable``.
     """
     readable: list[Row] = []
     rejected: list[Rejected] = []

@@ -40,9 +40,8 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
     for name, share in (("validation", validation), ("test", test)):
         if share and name not in held_out.values():
             counted = f"none of {len(names)} products. {len(splittable)} products have two images"
-            raise UserError(
-                f"{name}: {share} selects {counted}, as a query and its gallery need. Raise it or add images."
-            )
+            need = "as a query and its gallery need. Raise it or add images."
+            raise UserError(f"{name}: {share} selects {counted}, {need}")
     splits = np.array([held_out.get(name, "train") for name in names], dtype=object)[codes]
     roles = table["role"].to_numpy().copy()
     is_query = _rank_in_product(table, codes, splits != "train") * 2 >= counts[codes]

@@ -47,11 +47,9 @@ class ImageRejected(UserError):
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
     """Decode a file of one of :data:`FORMATS` to RGB with bounded memory.
 
-    Args:
-        path: Image file.
-        box: Crop (x, y, width, height) in pixels of the upright image, applied after decoding.
-        shortest: Shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at
-            which the image, or the crop, is still at least twice as large.
+    ``box`` is a crop (x, y, width, height) in pixels of the upright image, applied after decoding. ``shortest`` is the
+    shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at which the image, or the
+    crop, is still at least twice as large.
 
     Raises:
         ImageRejected: The file is not an image, truncated, or too large.

@@ -35,11 +35,7 @@ def measure_rounds(
     The warm-up of each call takes at least 10 calls and 0.25 s. It ends when the median of the last 5 calls is within
     5 % of the median of the 5 before, or after 60 calls. The first call of each round is not timed: it refills the
     caches and waits until the threads of the other calls are idle. Every round has at least one timed call.
-
-    Args:
-        calls: Functions to time, by name.
-        seconds: Duration of the timed calls of each function, over all rounds.
-        clock: Monotonic clock in seconds.
+    ``seconds`` is the duration of the timed calls of each function, over all rounds.
     """
     warmed_up = {name: _warm_up(call, clock) for name, call in calls.items()}
     rounds: dict[str, list[NDArray[np.float64]]] = {name: [] for name in calls}

@@ -47,14 +47,9 @@ class RetrievalScores:
 def evaluate(
     query_vectors: Vectors, query_products: Ids, gallery_vectors: Vectors, gallery_products: Ids, seed: int = 0
 ) -> RetrievalScores:
-    """Rank the gallery by inner product for every query and score the rankings.
+    """Rank the gallery by inner product for every query and score the rankings; ``seed`` is that of the bootstrap.
 
-    Args:
-        query_vectors: (queries, dim) float32, L2-normalised.
-        query_products: (queries,) product ids.
-        gallery_vectors: (gallery, dim) float32, L2-normalised.
-        gallery_products: (gallery,) product ids.
-        seed: Seed of the bootstrap.
+    Vectors are (n, dim) float32, L2-normalised; products are (n,) ids.
 
     Raises:
         UserError: There is nothing to score, a vector is not finite, or the gallery lacks the product of a query

@@ -81,13 +81,8 @@ def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, lambda_: fl
 
     Neighbourhoods contain queries and gallery images, so queries influence each other. The encoding of an image has
     some dozens of values, and all-pairs products are computed in blocks: the largest array is the result.
-
-    Args:
-        query: (queries, dim) float32, L2-normalised.
-        gallery: (gallery, dim) float32, L2-normalised.
-        k1: Number of neighbours in a neighbourhood.
-        k2: Number of neighbours whose encodings are averaged (local query expansion).
-        lambda_: Weight of the original distance.
+    Vectors are (n, dim) float32, L2-normalised. A neighbourhood has ``k1`` neighbours, the encodings of ``k2`` are
+    averaged (local query expansion), and ``lambda_`` is the weight of the original distance.
     """
     vectors = np.concatenate([query, gallery])
     rows = range(len(vectors))

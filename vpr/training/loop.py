@@ -171,14 +171,8 @@ def fit(
     """Train with Lightning, resuming from the folder's checkpoint if there is one.
 
     If the checkpoint is that of the last epoch, only restore the weights.
-
-    Args:
-        module: Module with losses and optimiser.
-        loaders: Training loader with an :class:`~vpr.data.loaders.EpochSampler`, and validation loader.
-        best_part: Part of ``module`` whose best weights are written to ``best.safetensors``.
-        folder: Folder for logs, checkpoint and best weights.
-        epochs: Number of epochs in all.
-        run: Settings of the training loop.
+    The training loader has an :class:`~vpr.data.loaders.EpochSampler`. The best weights of ``best_part`` are written to
+    ``best.safetensors`` in the folder, next to logs and checkpoint.
     """
     best, timer = BestWeights(best_part, folder / "best.safetensors"), TrainingTimer()
     ema = Ema(run.ema) if run.ema else None
