@@ -1,7 +1,5 @@
 """Configuration of a distillation. Imports no heavy library."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -90,13 +88,9 @@ class StudentConfig:
                 object.__setattr__(self, name, value)
         check_numbers(self, "model.", **_BOUNDS)
         if self.image_size % self.patch_size:
-            raise UserError(
-                f"model.image_size: expected a multiple of the patch of {self.patch_size}, got {self.image_size}."
-            )
+            raise UserError(f"model.image_size: expected a multiple of patch {self.patch_size}, got {self.image_size}.")
         if (self.image_size // self.patch_size) ** 2 > _MAX_TOKENS:
-            raise UserError(
-                f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Use a larger patch."
-            )
+            raise UserError(f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Raise it.")
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise UserError(f"model.patch_size: the convolutional stem needs a power of two, got {self.patch_size}.")
         if not 0 <= self.registers <= _MAX_REGISTERS:
@@ -105,17 +99,7 @@ class StudentConfig:
             raise UserError(f"model.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
-TEACHER_LOSSES = (
-    "cosine",
-    "mse",
-    "similarity_kl",
-    "affinity",
-    "rkd_distance",
-    "rkd_angle",
-    "contrastive",
-    "logits",
-)
-
+TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
 LABEL_LOSSES = ("margin", "logits")
 
 
@@ -134,7 +118,7 @@ class LossConfig:
         rkd_angle: Weight of the angles of image triples, from the first 128 images of the batch.
         contrastive: Weight of the contrastive loss between each image and the teacher's embeddings of the batch.
         margin: Weight of a margin softmax over the products, from labels without the teacher.
-        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. The teacher's logits
+        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. Logits of the teacher
             are its similarities to the products' mean embeddings.
         temperature: Temperature of the softened similarities.
         contrastive_temperature: Temperature of the contrastive loss.
@@ -220,8 +204,7 @@ class TargetsConfig:
             to the student, on new views in every epoch.
         views: Number of cached views of each image. Epochs cycle through them.
         shard: Number of images in a file of the cache.
-        bank: Number of teacher embeddings to compute similarities to. A cache samples them in each epoch; online they
-            are the latest ones.
+        bank: Number of teacher embeddings to compute similarities to: a sample of the cache, online the latest ones.
         mixup: Parameter a of the Beta(a, a) that mixes pairs of images for teacher and student alike. 0 turns it off;
             it needs mode ``online`` (Beyer et al., "Knowledge distillation: a good teacher is patient and
             consistent", CVPR 2022, section 3).
@@ -247,8 +230,7 @@ class QuantiseConfig:
 
     Attributes:
         ranges: ``ranges`` artifact of the graph of the student in ``start``. Empty trains without Q/DQ.
-        exclude_layers: Prefixes of the linear layers to leave in float, also in ``vpr export int8``. A convolutional
-            stem must be among them.
+        exclude_layers: Prefixes of layers to leave in float, also in the INT8 graph; a convolutional stem must be one.
     """
 
     ranges: str = ""
@@ -266,8 +248,7 @@ class DistillConfig:
         output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
         cache: Folder of the cached teacher embeddings instead, for students that share it.
         assistant: Student artifact that replaces the teacher, as in teacher -> base -> small.
-        start: Model to initialise from: a larger student, or a teacher with a ViT of open_clip. Its weights are
-            selected; a student of the same shape is copied.
+        start: Larger student, or teacher with a ViT of open_clip, whose weights are selected; same shapes are copied.
         unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``).
         model: Shape of the student.
         views: Augmentation, the same for teacher and student.
@@ -325,9 +306,7 @@ class DistillConfig:
         """Raise :class:`UserError` if a loss does not work with the other settings."""
         weights = self.losses.weights()
         if self.targets.mixup and weights.keys() & set(LABEL_LOSSES):
-            raise UserError(
-                "targets.mixup: a mixed image has no single label. Set losses.margin and losses.logits to 0."
-            )
+            raise UserError("targets.mixup: mixed images have no label. Set losses.margin and losses.logits to 0.")
         if "logits" in weights:
             if self.targets.mode == "online":
                 raise UserError("losses.logits: needs every product's mean embedding. Set targets.mode to cached.")

@@ -1,7 +1,5 @@
 """Training criterion of a student: the weighted losses and their layers that are dropped after training."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,16 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
+from student import losses
 from student.config import LABEL_LOSSES, LossConfig
-from student.losses import (
-    affinity_loss,
-    cosine_loss,
-    interactive_contrastive,
-    mse_loss,
-    rkd_angle,
-    rkd_distance,
-    similarity_kl,
-)
 from student.model import Student, build_vit
 from teacher.head import MarginHead
 from vpr.common.errors import UserError
@@ -30,9 +20,6 @@ _MAX_TRIPLE_IMAGES = 128  # The angles of their triples take 8 MiB.
 
 class Labels:
     """Product numbers of the training rows.
-
-    Args:
-        training: Training images.
 
     Attributes:
         by_row: (n,) int64 product number of each row, -1 for images without a label.
@@ -51,11 +38,8 @@ class Labels:
 class DistillationLoss(nn.Module):
     """Named losses of a batch and their weighted sum.
 
-    Args:
-        config: Weights of the losses.
-        student: Network to train. ``logits`` trains its layers inside vit-pytorch's wrapper.
-        labels: Labels of the training images.
-        dim: Width of the target embeddings. A learned projection leads to it from another student width.
+    ``logits`` trains the student's layers inside vit-pytorch's wrapper. A learned projection leads from another student
+    width to ``dim``, the width of the target embeddings.
 
     Raises:
         UserError: Fewer than two products for a loss of labels, or a family that ``logits`` does not support.
@@ -77,25 +61,25 @@ class DistillationLoss(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor | None, bank: Tensor | None, rows: Tensor, progress: float, epoch: int
     ) -> dict[str, Tensor]:
-        """Return the unweighted losses by name, in float32 also under autocast.
+        """Return the unweighted losses by name, in float32 also under autocast; all embeddings have unit length.
 
         Args:
-            student: (batch, student dim) embeddings of unit length.
-            teacher: (batch, dim) embeddings of unit length, of the same views. None computes the losses of labels only.
-            bank: (size, dim) teacher embeddings of unit length. Only ``similarity_kl`` needs them.
+            student: (batch, student dim) embeddings.
+            teacher: (batch, dim) embeddings of the same views. None computes the losses of labels only.
+            bank: (size, dim) teacher embeddings. Only ``similarity_kl`` needs them.
             rows: (batch,) rows of the training catalogue.
             progress: Completed share of the training, 0 to 1.
             epoch: Epoch from 0.
         """
         with torch.autocast(student.device.type, enabled=False):
-            losses = {}
+            named = {}
             if self.head is not None:
-                losses["margin"] = self._margin_loss(self.head, student, rows, progress, epoch)
-            return losses if teacher is None else losses | self._teacher_losses(student, teacher, bank)
+                named["margin"] = self._margin_loss(self.head, student, rows, progress, epoch)
+            return named if teacher is None else named | self._teacher_losses(student, teacher, bank)
 
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
+    def total(self, named: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of named losses."""
-        return torch.stack([self.config.weights()[name] * value for name, value in losses.items()]).sum()
+        return torch.stack([self.config.weights()[name] * value for name, value in named.items()]).sum()
 
     def _margin_loss(self, head: MarginHead, student: Tensor, rows: Tensor, progress: float, epoch: int) -> Tensor:
         labels = self.labels.by_row[rows.cpu()].to(student.device)
@@ -109,28 +93,24 @@ class DistillationLoss(nn.Module):
         if self.project is not None:
             student = F.normalize(self.project(student), dim=1)
         triples = slice(_MAX_TRIPLE_IMAGES)
-        losses = {
-            "cosine": lambda: cosine_loss(student, teacher),
-            "mse": lambda: mse_loss(student, teacher),
-            "similarity_kl": lambda: similarity_kl(student, teacher, bank, config.temperature),  # type: ignore[arg-type]
-            "affinity": lambda: affinity_loss(student, teacher, config.temperature),
-            "rkd_distance": lambda: rkd_distance(student, teacher),
-            "rkd_angle": lambda: rkd_angle(student[triples], teacher[triples]),
-            "contrastive": lambda: interactive_contrastive(student, teacher, config.contrastive_temperature),
+        functions = {
+            "cosine": lambda: losses.cosine_loss(student, teacher),
+            "mse": lambda: losses.mse_loss(student, teacher),
+            "similarity_kl": lambda: losses.similarity_kl(student, teacher, bank, config.temperature),  # type: ignore[arg-type]
+            "affinity": lambda: losses.affinity_loss(student, teacher, config.temperature),
+            "rkd_distance": lambda: losses.rkd_distance(student, teacher),
+            "rkd_angle": lambda: losses.rkd_angle(student[triples], teacher[triples]),
+            "contrastive": lambda: losses.interactive_contrastive(student, teacher, config.contrastive_temperature),
         }
-        return {name: loss() for name, loss in losses.items() if config.weights().get(name)}
+        return {name: loss() for name, loss in functions.items() if config.weights().get(name)}
 
 
 class LogitDistillation(nn.Module):
     """vit-pytorch's ``DistillWrapper`` around the layers of the student.
 
     A classifier follows the embedding. Classifier and distillation token are dropped after training. The wrapper calls
-    its teacher itself; here the teacher looks up the embeddings of the batch.
-
-    Args:
-        config: Share, temperature and scale.
-        student: Network whose layers are trained.
-        classes: (products, dim) mean teacher embeddings.
+    its teacher itself; here the teacher looks up the embeddings of the batch. ``classes`` are the (products, dim) mean
+    teacher embeddings.
 
     Raises:
         UserError: The wrapper does not support the student's family.
@@ -146,36 +126,21 @@ class LogitDistillation(nn.Module):
         vit.mlp_head = nn.Sequential(student.vit.mlp_head, nn.Linear(student.config.embedding_dim, len(classes)))
         vit.num_classes = len(classes)
         self.teacher = ClassLogits(classes, config.head.scale)
-        self.wrapper = DistillWrapper(
-            teacher=self.teacher,
-            student=vit,
-            temperature=config.logits_temperature,
-            alpha=config.logits_alpha,
-        )
+        temperature, alpha = config.logits_temperature, config.logits_alpha
+        self.wrapper = DistillWrapper(teacher=self.teacher, student=vit, temperature=temperature, alpha=alpha)
 
     def set_classes(self, classes: Tensor) -> None:
         """Set the (products, dim) mean teacher embeddings."""
         self.teacher.classes = F.normalize(classes, dim=1)
 
     def forward(self, x: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        """Return the wrapper's loss.
-
-        Args:
-            x: (batch, 3, size, size) preprocessed images.
-            labels: (batch,) product numbers.
-            teacher: (batch, dim) teacher embeddings.
-        """
+        """Return the loss of (batch, 3, size, size) images, (batch,) products and (batch, dim) teacher embeddings."""
         self.teacher.embeddings = teacher
         return self.wrapper(x, labels)
 
 
 class ClassLogits(nn.Module):
-    """Teacher of the wrapper: scaled cosines to the products' mean embeddings.
-
-    Args:
-        classes: (products, dim) mean teacher embeddings.
-        scale: Factor on the cosines.
-    """
+    """Teacher of the wrapper: scaled cosines to the (products, dim) mean embeddings."""
 
     classes: Tensor
     embeddings: Tensor
@@ -191,12 +156,7 @@ class ClassLogits(nn.Module):
 
 
 def compute_class_means(vectors: NDArray[np.float32], labels: Labels) -> Tensor:
-    """Return the (products, dim) float32 mean embedding of each product.
-
-    Args:
-        vectors: (n, dim) embeddings of all training rows.
-        labels: Labels of these rows.
-    """
+    """Return the (products, dim) float32 mean embedding of each product from (n, dim) embeddings of all rows."""
     total = torch.zeros(len(labels.counts), vectors.shape[1])
     known = labels.by_row >= 0
     total.index_add_(0, labels.by_row[known], torch.from_numpy(vectors)[known])

@@ -1,7 +1,5 @@
 """``vpr student distill``: catalogue -> teacher embeddings -> vit-pytorch ViT -> training -> artifact."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from dataclasses import replace
@@ -60,7 +58,8 @@ def distill(config: DistillConfig) -> Path | None:
     start = time.monotonic()
     loaders = _build_loaders(config, inputs, preprocess)
     student = _build_student(config, inputs)
-    criterion = _build_loss(config, inputs, student)
+    L.seed_everything(config.seed, verbose=False)
+    criterion = DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim)
     targets, recalls = _build_targets(config, inputs, criterion)
     module = StudentModule(config, student, criterion, targets, preprocess, inputs.validation)
     if config.dry_run:
@@ -104,11 +103,9 @@ def _build_loaders(config: DistillConfig, inputs: DistillInputs, preprocess: Pre
         training: ImageDataset = TwoSizeDataset(inputs.training, preprocess, inputs.teacher.preprocess, keep)
     else:
         training = ImageDataset(inputs.training, preprocess, keep)
-    validation = ImageDataset(inputs.validation, preprocess, keep)
-    return (
-        training_loader(training, config.loader, config.seed, *rank_and_world()),
-        validation_loader(validation, config.loader, *rank_and_world()),
-    )
+    validation, world = ImageDataset(inputs.validation, preprocess, keep), rank_and_world()
+    loader = training_loader(training, config.loader, config.seed, *world)
+    return loader, validation_loader(validation, config.loader, *world)
 
 
 def _build_student(config: DistillConfig, inputs: DistillInputs) -> Student:
@@ -121,11 +118,6 @@ def _build_student(config: DistillConfig, inputs: DistillInputs) -> Student:
         names = insert_fake_quant(student, read_thresholds(ranges), config.quantise.exclude_layers)
         log.info(f"  QAT: {len(names)} linear layers compute as in INT8")
     return student
-
-
-def _build_loss(config: DistillConfig, inputs: DistillInputs, student: Student) -> DistillationLoss:
-    L.seed_everything(config.seed, verbose=False)
-    return DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim)
 
 
 def _build_targets(
@@ -143,9 +135,8 @@ def _build_targets(
     if config.targets.mode == "cached":
         check_output(cache_path, "views")
     if config.targets.mode == "cached" and not config.dry_run:
-        cache = build_teacher_cache(
-            cache_path, teacher, inputs.training, config.views, config.targets, config.seed, config.loader
-        )
+        images, settings = inputs.training, (config.views, config.targets, config.seed, config.loader)
+        cache = build_teacher_cache(cache_path, teacher, images, *settings)
     if config.dry_run:
         projection = None if dim == teacher.dim else torch.eye(teacher.dim)[:, :dim]
     else:
@@ -153,14 +144,9 @@ def _build_targets(
     if cache is None:
         return OnlineTargets(teacher.network, teacher.preprocess, config.targets, dim, projection), recalls
     if criterion.logits is not None:
-        criterion.logits.set_classes(_average_views_by_product(cache, criterion.labels))
+        views = [cache.lookup(np.arange(len(cache)), view) for view in range(len(cache.shards))]
+        criterion.logits.set_classes(compute_class_means(np.mean(views, axis=0), criterion.labels))
     return CachedTargets(cache, config.targets, projection, config.seed), recalls
-
-
-def _average_views_by_product(cache: TeacherCache, labels: Labels) -> Tensor:
-    rows = np.arange(len(cache))
-    views = [cache.lookup(rows, view) for view in range(len(cache.shards))]
-    return compute_class_means(np.mean(views, axis=0), labels)
 
 
 def _train_one_step(module: StudentModule, images: Any, run: RunConfig) -> None:

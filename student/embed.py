@@ -1,7 +1,5 @@
 """``vpr student embed``: embed a catalogue with a student."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from student.model import load_student

@@ -1,7 +1,5 @@
 """Inputs of a distillation. Each artifact is loaded and hashed once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,9 @@ from vpr.training.loop import training_and_validation
 class DistillInputs:
     """Loaded inputs of a distillation.
 
-    Attributes:
-        catalog: Catalogue of the labelled images.
-        training: Training images: the labelled ones, then the unlabelled ones.
-        validation: Images that select the epoch.
-        teacher: Network that gives the targets: the assistant if there is one, else the teacher.
-        models: Artifacts by role: ``teacher``, and ``assistant``, ``start`` and ``ranges`` if configured.
-        parents: Parents of the student's card.
-        unlabelled: Entry of the unlabelled images in the card.
-        student_dim: Width of the student's embeddings.
-        target_dim: Width of the embeddings that the student is compared with.
+    ``training`` has the labelled images first. ``teacher`` is the assistant if there is one. ``models`` are artifacts
+    by role: ``teacher``, and ``assistant``, ``start`` and ``ranges`` if configured. ``parents`` and ``unlabelled`` are
+    entries of the card. ``student_dim`` and ``target_dim`` are widths of embeddings.
     """
 
     catalog: Catalog
@@ -49,34 +40,29 @@ class DistillInputs:
 
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
-    """Load and check everything that a distillation reads.
-
-    Raises:
-        UserError: An input does not fit the configuration, or the output would replace an input.
-    """
-    _check_output_path(config)
+    """Load and check all inputs; raise :class:`UserError` if one does not fit or would be replaced by the output."""
+    check_output(config.output, "student")
+    for key in ("teacher", "assistant", "start"):
+        path = getattr(config, key)
+        if path and Path(path).resolve() == Path(config.output).resolve():
+            raise UserError(f"output: {config.output} is also the {key}. Choose another output.")
     catalog = load_catalog(config.catalog)
     training, validation = training_and_validation(catalog, config.catalog)
     models = _load_models(config)
     teacher = load_teacher_model(models.get("assistant", models["teacher"]))
     student_dim, target_dim = resolve_dimensions(config, teacher.dim)
     scored = [validation, catalog.select(split="test")]
-    training, unlabelled, unlabelled_parents = add_unlabelled(
-        training, scored, config.unlabelled, config.output, config.dry_run
-    )
+    folders = config.unlabelled
+    training, unlabelled, more_parents = add_unlabelled(training, scored, folders, config.output, config.dry_run)
     if config.dimension.projects_teacher and student_dim != teacher.dim:
         check_directions(student_dim, min(config.dimension.images, len(training)))
     model_parents = [artifact.as_parent(role) for role, artifact in models.items()]
-    parents = [*catalog.as_parents(), *model_parents, *unlabelled_parents]
+    parents = [*catalog.as_parents(), *model_parents, *more_parents]
     return DistillInputs(catalog, training, validation, teacher, models, parents, unlabelled, student_dim, target_dim)
 
 
 def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:
-    """Return the leaks for the card, including those inherited from the inputs.
-
-    Raises:
-        UserError: Splits share products or images, and ``allow_leak`` is false.
-    """
+    """Return leaks for the card, inherited ones too; raise :class:`UserError` unless ``allow_leak`` allows them."""
     leak = find_leaks(inputs.catalog, allow_leak)
     unverified = []
     for role, artifact in inputs.models.items():
@@ -86,14 +72,6 @@ def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:
         unverified += [inherited.get("start"), warn_unverified_init(artifact, inputs.catalog).get("start")]
     start = "; ".join(dict.fromkeys(text for text in unverified if text))
     return {**({"start": start} if start else {}), **({"leak": leak} if leak else {})}
-
-
-def _check_output_path(config: DistillConfig) -> None:
-    check_output(config.output, "student")
-    for key in ("teacher", "assistant", "start"):
-        path = getattr(config, key)
-        if path and Path(path).resolve() == Path(config.output).resolve():
-            raise UserError(f"output: {config.output} is also the {key}. Choose another output.")
 
 
 def _load_models(config: DistillConfig) -> dict[str, Artifact]:

@@ -4,8 +4,6 @@ Embeddings are (batch, dim) float32 of unit length. Row i of student and teacher
 a mean over the batch, at least 0, and smallest where the student's embeddings equal the teacher's.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +23,10 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity_kl(student: Tensor, teacher: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of softened similarities to a bank of teacher embeddings.
+    """Return the KL divergence of softened similarities to a (size, dim) bank of teacher embeddings.
 
     mean over the batch of KL(softmax(teacher bank^T / T) || softmax(student bank^T / T)): the student
     ranks the bank as the teacher does (Fang et al., "SEED", ICLR 2021, eq. 4-6).
-
-    Args:
-        student: (batch, dim) embeddings.
-        teacher: (batch, dim) embeddings.
-        bank: (size, dim) teacher embeddings of other views.
-        temperature: Temperature T of both softmaxes.
     """
     return _kl_divergence(student @ bank.T / temperature, teacher @ bank.T / temperature)
 
@@ -48,9 +40,8 @@ def affinity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     Raises:
         ValueError: A batch of fewer than two images has no relations.
     """
-    return _kl_divergence(
-        _off_diagonal(student @ student.T) / temperature, _off_diagonal(teacher @ teacher.T) / temperature
-    )
+    similarities = (_off_diagonal(vectors @ vectors.T) / temperature for vectors in (student, teacher))
+    return _kl_divergence(*similarities)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:

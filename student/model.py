@@ -1,7 +1,5 @@
 """Student network: a ViT of vit-pytorch with scaled-dot-product attention and L2-normalised output."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,7 @@ class SdpaAttention(nn.Module):
     """vit-pytorch's ``Attention`` or ``LSA`` computed by ``scaled_dot_product_attention``.
 
     Parameters, their names and the output are the same. The scale is applied before the product, the form that
-    TensorRT fuses, and the attention exports as one operator.
-
-    Args:
-        attention: Original attention. Its layers are reused.
-        tokens: Number of input tokens. ``LSA`` hides each token from itself.
+    TensorRT fuses, and the attention exports as one operator. ``LSA`` hides each of the ``tokens`` from itself.
     """
 
     others: Tensor | None
@@ -59,12 +53,8 @@ class SdpaAttention(nn.Module):
 class TransformerBlocks(nn.Module):
     """vit-pytorch's ``Transformer`` with register tokens and gradient checkpointing, under the same names.
 
-    Args:
-        transformer: Original transformer. Its layers are reused.
-        tokens: Number of input tokens without registers.
-        dim: Width of the tokens.
-        registers: Number of tokens to add before the first block and drop after the last.
-        checkpointing: Recompute each block for its gradient.
+    Its layers are reused. ``registers`` tokens are added before the first block and dropped after the
+    last; ``tokens`` counts the others. ``checkpointing`` recomputes each block for its gradient.
     """
 
     registers: nn.Parameter | None
@@ -101,9 +91,7 @@ def _apply_block(layer: Any, x: Tensor) -> Tensor:
 class ConvStem(nn.Module):
     """Convolutions of stride 2 from pixels to tokens, in place of the linear patch embedding.
 
-    Args:
-        patch_size: Pixels a token covers along each side, a power of two.
-        dim: Width of the tokens.
+    ``patch_size`` is the number of pixels that a token covers along each side, a power of two.
     """
 
     def __init__(self, patch_size: int, dim: int) -> None:
@@ -123,21 +111,12 @@ class ConvStem(nn.Module):
 
 
 class Student(nn.Module):
-    """Network from images to L2-normalised embeddings.
-
-    Args:
-        config: Shape of the network.
-
-    Raises:
-        UserError: ``embedding_dim`` is 0.
-    """
+    """Network from images to L2-normalised embeddings; ``embedding_dim`` 0 raises :class:`UserError`."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         if not config.embedding_dim:
-            raise UserError(
-                "model.embedding_dim: expected 1 or more, got 0. Set it to the width of the teacher's embeddings."
-            )
+            raise UserError("model.embedding_dim: expected 1 or more, got 0. Set it to the teacher's width.")
         self.config = config
         self.vit = build_vit(SmallDataViT if config.family == "small-data" else ViT, config)
 
@@ -147,32 +126,16 @@ class Student(nn.Module):
 
 
 def build_vit(kind: Any, config: StudentConfig) -> Any:
-    """Build a vit-pytorch network and replace its attention, blocks and stem.
-
-    Args:
-        kind: Class of the network: ``ViT``, ``DistillableViT``, or ``ViT`` of ``vit_for_small_dataset``.
-        config: Shape of the network.
-    """
-    vit = kind(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=config.embedding_dim,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_dim=config.mlp_dim,
-        pool=config.pool,
-        dim_head=config.dim_head,
-        dropout=config.dropout,
-    )
+    """Build a network of vit-pytorch (``ViT``, ``DistillableViT``, ...) and replace its attention, blocks and stem."""
+    keys = ("image_size", "patch_size", "dim", "depth", "heads", "mlp_dim", "pool", "dim_head", "dropout")
+    vit = kind(num_classes=config.embedding_dim, **{key: getattr(config, key) for key in keys})
     # vit-pytorch draws positions with a standard deviation of 1, which hides the pixels at first.
     nn.init.trunc_normal_(vit.pos_embedding, std=0.02)
     if config.stem == "conv":
         vit.to_patch_embedding = ConvStem(config.patch_size, config.dim)
     tokens = vit.pos_embedding.shape[-2]
-    vit.transformer = TransformerBlocks(
-        vit.transformer, tokens, config.dim, config.registers, config.gradient_checkpointing
-    )
+    settings = (config.dim, config.registers, config.gradient_checkpointing)
+    vit.transformer = TransformerBlocks(vit.transformer, tokens, *settings)
     return vit
 
 
@@ -197,12 +160,7 @@ def count_multiply_adds(model: nn.Module, image_size: int) -> int:
 
 
 def load_student(path: Path | str, artifact: Artifact | None = None) -> tuple[Student, Artifact]:
-    """Load a student artifact: the network in evaluation mode, and the artifact.
-
-    Args:
-        path: Folder of the artifact.
-        artifact: The artifact, if it is loaded already.
-    """
+    """Load a student artifact, if it is not loaded already: the network in evaluation mode, and the artifact."""
     artifact = artifact or load_artifact(path, "student")
     with reraise_as_artifact_error(artifact):
         config = StudentConfig(**artifact.card.config["model"])

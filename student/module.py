@@ -1,7 +1,5 @@
 """Lightning module of a student: views, targets and losses of a step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,16 +16,7 @@ from vpr.training.loop import RecallModule, decay_groups
 
 
 class StudentModule(RecallModule):
-    """Student and criterion. The teacher is present only through its targets.
-
-    Args:
-        config: Configuration of the distillation.
-        student: Network to train.
-        criterion: Losses of the student.
-        targets: Teacher embeddings to learn from. None for losses of labels only.
-        preprocess: Preprocessing of the student.
-        validation: Images that select the epoch.
-    """
+    """Student and criterion. The teacher is present only through its targets, None for losses of labels only."""
 
     def __init__(
         self,

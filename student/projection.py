@@ -1,7 +1,5 @@
 """Projection from the teacher's embedding width D to the student's width d, and its cost in recall."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -27,36 +25,22 @@ _LR = 1e-3
 
 
 def resolve_dimensions(config: DistillConfig, teacher_dim: int) -> tuple[int, int]:
-    """Return the width of the student's embeddings and of the targets that they are compared with.
-
-    Args:
-        config: Configuration of the distillation.
-        teacher_dim: Width of the teacher's embeddings.
-
-    Raises:
-        UserError: The method does not lead to the configured width.
-    """
+    """Return the widths of student and targets; raise :class:`UserError` if the method does not lead to them."""
     student_dim, method = config.model.embedding_dim or teacher_dim, config.dimension
     if student_dim != teacher_dim and method.method == "none" and config.losses.needs_teacher:
-        raise UserError(
-            f"model.embedding_dim: {student_dim} differs from the teacher's {teacher_dim}. Set it to {teacher_dim}, or "
-            "set dimension.method to pca, cosine or projector."
-        )
+        fix = f"Set it to {teacher_dim}, or set dimension.method to pca, cosine or projector"
+        raise UserError(f"model.embedding_dim: {student_dim} differs from the teacher's {teacher_dim}. {fix}.")
     if student_dim > teacher_dim and method.projects_teacher:
-        raise UserError(
-            f"model.embedding_dim: {student_dim} is more than the teacher's {teacher_dim}. Lower it, or set "
-            "dimension.method to projector."
-        )
+        fix = "Lower it, or set dimension.method to projector"
+        raise UserError(f"model.embedding_dim: {student_dim} is more than the teacher's {teacher_dim}. {fix}.")
     return student_dim, student_dim if method.projects_teacher else teacher_dim
 
 
 def check_directions(dim: int, max_dim: int) -> None:
     """Raise :class:`UserError` if the embeddings give fewer directions than the student has dimensions."""
     if dim > max_dim:
-        raise UserError(
-            f"model.embedding_dim: the embeddings give at most {max_dim} directions, got {dim}. Lower it, or raise "
-            "dimension.images."
-        )
+        limit = f"the embeddings give at most {max_dim} directions"
+        raise UserError(f"model.embedding_dim: {limit}, got {dim}. Lower it, or raise dimension.images.")
 
 
 def find_projection(
@@ -64,15 +48,8 @@ def find_projection(
 ) -> tuple[Tensor | None, dict[str, float]]:
     """Fit the projection of the teacher and measure its recall on the validation images.
 
-    Args:
-        config: Configuration with the width of the student.
-        teacher: Network that gives the targets.
-        cache: Cached embeddings to fit on. None embeds training images.
-        training: Training images.
-        validation: Validation images.
-
-    Returns:
-        (D, d) projection, None if the targets keep the teacher's width; and the metrics of the card.
+    It is fitted on cached embeddings, or without a cache on embeddings of training images. Returns the (D, d)
+    projection, None if the targets keep the teacher's width, and the metrics of the card.
     """
     method, dim = config.dimension, config.model.embedding_dim
     if method.method == "none" or dim == teacher.dim:
@@ -97,17 +74,7 @@ def find_projection(
 
 
 def fit_projection(config: DimensionConfig, vectors: Vectors, dim: int, seed: int) -> Tensor:
-    """Fit a (D, d) float32 projection on embeddings.
-
-    Args:
-        config: Method and number of steps.
-        vectors: (n, D) embeddings of unit length.
-        dim: Width d.
-        seed: Seed of the batches of ``cosine``.
-
-    Raises:
-        UserError: d is more than D or n.
-    """
+    """Fit a (D, d) float32 projection on (n, D) unit vectors; raise :class:`UserError` if d is more than D or n."""
     start = principal_directions(vectors, dim)
     return start if config.method == "pca" else preserve_cosines(vectors, start, config.steps, seed)
 
@@ -133,17 +100,11 @@ def principal_directions(vectors: Vectors, dim: int) -> Tensor:
 
 
 def preserve_cosines(vectors: Vectors, start: Tensor, steps: int, seed: int) -> Tensor:
-    """Learn the linear projection that preserves cosines best.
+    """Learn the linear (D, d) projection that preserves cosines of (n, D) unit vectors best.
 
     min over P of the mean over pairs i, j of w_ij (cos(P^T x_i, P^T x_j) - cos(x_i, x_j))^2, by Adam from
-    ``start`` on seeded batches. Half of the weight is uniform, half is on the pairs that a search ranks first:
-    w_ij = 1/2 + 1/2 softmax_j(cos(x_i, x_j) / 0.05) n.
-
-    Args:
-        vectors: (n, D) embeddings of unit length.
-        start: (D, d) initial projection.
-        steps: Number of optimiser steps. The learning rate falls to 0 by a cosine.
-        seed: Seed of the batches.
+    ``start`` on seeded batches; the learning rate falls to 0 by a cosine. Half of the weight is uniform, half is on the
+    pairs that a search ranks first: w_ij = 1/2 + 1/2 softmax_j(cos(x_i, x_j) / 0.05) n.
     """
     data = torch.from_numpy(vectors)
     projection = start.clone().requires_grad_()

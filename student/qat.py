@@ -1,7 +1,5 @@
 """Quantisation-aware training: linear layers compute as they do in the INT8 graph."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,12 +12,9 @@ from vpr.inference.int8 import LEVELS, activation_scale, read_ranges, weight_sca
 class FakeQuantLinear(nn.Module):
     """Linear layer whose input and weight pass through the export's Q/DQ, with straight-through gradients.
 
-    The scale of the input is calibrated; the scales of the weight follow the weight during training. Values outside
-    their range have no gradient (Esser et al., "LSQ", ICLR 2020, eq. 3 for the data).
-
-    Args:
-        linear: Original layer. Its parameters are reused under their names.
-        threshold: Magnitude of the input that maps to 127.
+    ``threshold`` is the magnitude of the input that maps to 127; the scales of the weight follow the weight during
+    training. Values outside their range have no gradient (Esser et al., "LSQ", ICLR 2020, eq. 3 for the data). The
+    parameters of the original layer are reused under their names.
     """
 
     scale: Tensor
@@ -48,10 +43,7 @@ def _fake_quantise(x: Tensor, scale: Tensor, negative_levels: int) -> Tensor:
 def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], exclude_layers: tuple[str, ...]) -> list[str]:
     """Replace a network's linear layers by :class:`FakeQuantLinear` in place and return their names.
 
-    Args:
-        model: Network to change.
-        thresholds: Magnitude of the input that maps to 127, by the name of the layer.
-        exclude_layers: Prefixes of the layers to leave unchanged.
+    ``thresholds`` are by the name of the layer; layers with a prefix in ``exclude_layers`` stay unchanged.
 
     Raises:
         UserError: A range without a layer, a layer without a range, a convolution that is not excluded, or no layer
@@ -81,18 +73,12 @@ def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], exclude_la
 def check_ranges(ranges: Artifact, start: Artifact) -> None:
     """Raise :class:`UserError` if the ranges were not measured on a graph of the student ``start``."""
     if start.sha256 not in {parent.sha256 for parent in ranges.card.parents}:
-        raise UserError(
-            f"quantise.ranges: {ranges.path} was not measured on a graph of {start.path}. Run `vpr export onnx` and "
-            "`vpr calibrate` on that student."
-        )
+        problem = f"{ranges.path} was not measured on a graph of {start.path}"
+        raise UserError(f"quantise.ranges: {problem}. Run `vpr export onnx` and `vpr calibrate` on that student.")
 
 
 def read_thresholds(artifact: Artifact) -> dict[str, float]:
-    """Return the threshold of each linear layer from a ``ranges`` artifact.
-
-    Raises:
-        UserError: The ranges do not name their layers, or come from a smoothed graph.
-    """
+    """Return the threshold of each linear layer; raise :class:`UserError` without any or for a smoothed graph."""
     ranges = read_ranges(artifact)
     thresholds = {name: ranges.thresholds[tensor] for tensor, names in ranges.linears.items() for name in names}
     if ranges.smoothing:

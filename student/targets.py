@@ -19,13 +19,9 @@ from vpr.imaging.preprocess import Preprocess
 
 
 class CachedTargets(nn.Module):
-    """Embeddings from the cache, and a bank sampled from it in each epoch.
+    """Embeddings from the cache, and a seeded bank sampled from it in each epoch.
 
-    Args:
-        cache: Cached teacher embeddings.
-        config: Number of views and size of the bank.
-        projection: (D, d) projection from the teacher's width, or None.
-        seed: Seed of the bank.
+    ``projection`` is a (D, d) projection from the teacher's width, or None.
     """
 
     projection: Tensor | None
@@ -60,12 +56,8 @@ class CachedTargets(nn.Module):
 class OnlineTargets(nn.Module):
     """The teacher on the views of each step, and a queue of its latest embeddings.
 
-    Args:
-        teacher: Network in evaluation mode. It is neither trained nor stored in checkpoints.
-        preprocess: Preprocessing of the teacher.
-        config: Size of the queue.
-        dim: Width d of the targets.
-        projection: (D, d) projection from the teacher's width, or None.
+    The teacher is neither trained nor stored in checkpoints. ``projection`` is (D, d), or None;
+    ``dim`` is the width d of the targets.
     """
 
     projection: Tensor | None
@@ -110,12 +102,7 @@ Targets = CachedTargets | OnlineTargets
 
 
 class Mixup:
-    """Mix each image with another of its batch: share * x + (1 - share) * x[partner].
-
-    Args:
-        alpha: Parameter a of the Beta(a, a) that the share of the batch is drawn from.
-        batch_size: Number of images.
-    """
+    """Mix each image with another of its batch: share * x + (1 - share) * x[partner], share from Beta(alpha, alpha)."""
 
     def __init__(self, alpha: float, batch_size: int) -> None:
         # A Beta is a ratio of Gammas. Gammas come from torch's seeded generator.
@@ -129,14 +116,7 @@ class Mixup:
 
 
 class TwoSizeDataset(ImageDataset):
-    """Images in the student's size and, if it differs, in the teacher's size too.
-
-    Args:
-        catalog: n images.
-        student: Preprocessing of the student.
-        teacher: Preprocessing of the teacher.
-        keep_in_memory: Decode all images now.
-    """
+    """Images in the student's size and, if it differs, in the teacher's size too."""
 
     def __init__(
         self, catalog: Catalog, student: Preprocess, teacher: Preprocess, keep_in_memory: bool = False

@@ -4,8 +4,6 @@ The cache is an artifact with one file per view and shard of images. A killed pr
 Files are memory-mapped, so a cache may exceed the memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -59,12 +57,7 @@ class TeacherCache:
         return sum(len(shard) for shard in self.shards[0])
 
     def lookup(self, rows: NDArray[np.int64], view: int | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return (batch, dim) float32 embeddings.
-
-        Args:
-            rows: (batch,) rows of the training catalogue.
-            view: View of all rows, or (batch,) views.
-        """
+        """Return (batch, dim) float32 embeddings of (batch,) rows in one view, or in (batch,) views."""
         out = np.empty((len(rows), self.shards[0][0].shape[1]), dtype=np.float32)
         files = np.broadcast_to(view, rows.shape) * len(self.shards[0]) + rows // self.shard_size
         for file in np.unique(files):
@@ -74,12 +67,7 @@ class TeacherCache:
         return out
 
     def sample(self, size: int, seed: int) -> NDArray[np.float32]:
-        """Return (size, dim) float32 embeddings of random images, each in a random view.
-
-        Args:
-            size: Maximum number of images.
-            seed: Seed of images and views.
-        """
+        """Return at most (size, dim) float32 embeddings of random images, each in a random view."""
         rng = np.random.default_rng(seed)
         images = rng.permutation(len(self))[:size]
         return l2_normalize(self.lookup(images, rng.integers(0, len(self.shards), len(images))))
@@ -94,36 +82,20 @@ def build_teacher_cache(
     seed: int,
     loader: LoaderConfig | None = None,
 ) -> TeacherCache:
-    """Embed seeded views of every image, or load the cache if it is up to date.
+    """Embed seeded views of every image, or load the cache at ``path`` if it is up to date.
 
     A killed process keeps every finished file. Several processes share the work.
-
-    Args:
-        path: Folder of the artifact.
-        teacher: Network that gives the embeddings.
-        catalog: Training images.
-        views: Augmentation.
-        config: Number of views, and images in a file.
-        seed: Seed of the views.
-        loader: Workers that decode, and whether pixels stay in memory.
     """
-    values = {
-        "views": asdict(views),
-        "count": config.views,
-        "shard": config.shard,
-        "seed": seed,
-        "images": _ordered_sha256(catalog),
-    }
+    values = {"views": asdict(views), "count": config.views, "shard": config.shard, "seed": seed}
+    values["images"] = _ordered_sha256(catalog)
     parents = [teacher.artifact.as_parent("teacher")]
     stage = Stage(path, "views", values, parents)
     folder = stage.run_folder
     if artifact := stage.find():
         shutil.rmtree(folder, ignore_errors=True)  # A process killed after writing the artifact leaves it.
         return _open_cache(artifact)
-    log.info(
-        f"views: {config.views} of each of {len(catalog)} images, {teacher.dim} dimensions, "
-        f"{cache_bytes(len(catalog), teacher.dim, config) / 1e6:.1f} MB"
-    )
+    size = f"{teacher.dim} dimensions, {cache_bytes(len(catalog), teacher.dim, config) / 1e6:.1f} MB"
+    log.info(f"views: {config.views} of each of {len(catalog)} images, {size}")
     files = list(_cache_files(len(catalog), config))
     with run_lock(folder):
         _embed_files(files, folder, teacher, catalog, views, seed, loader or LoaderConfig())
@@ -204,13 +176,7 @@ def _embed_view(
 
 
 def embed_pixels(teacher: nn.Module, normalise: Normalise, pixels: Tensor) -> Tensor:
-    """Return the teacher's (batch, dim) float32 embeddings without gradients.
-
-    Args:
-        teacher: Network in evaluation mode.
-        normalise: Normalisation of the teacher.
-        pixels: (batch, 3, size, size) pixels from 0 to 255.
-    """
+    """Return (batch, dim) float32 embeddings, without gradients, of (batch, 3, size, size) pixels from 0 to 255."""
     is_bf16 = best_precision() == "bf16-mixed"
     with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=is_bf16):
         return teacher(normalise.to(pixels.device)(pixels)).float()

@@ -1,7 +1,5 @@
 """Network that a student learns from: the teacher, or an assistant that was distilled from it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,14 +13,7 @@ from vpr.imaging.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """Network of the targets.
-
-    Attributes:
-        network: Network in evaluation mode.
-        artifact: Artifact of the network.
-        preprocess: Preprocessing of its images.
-        dim: Width of its embeddings.
-    """
+    """Network of the targets in evaluation mode, with its artifact, preprocessing and embedding width."""
 
     network: nn.Module
     artifact: Artifact
@@ -31,11 +22,7 @@ class TeacherModel:
 
 
 def load_teacher_model(artifact: Artifact) -> TeacherModel:
-    """Load the network of a ``teacher`` artifact, or of an assistant's ``student`` artifact.
-
-    Raises:
-        UserError: The card has no preprocessing or embedding.
-    """
+    """Load a teacher or an assistant; raise :class:`UserError` if its card has no preprocessing or embedding."""
     card, load = artifact.card, load_student if artifact.card.kind == "student" else load_teacher
     network, _ = load(artifact.path, artifact)
     if card.preprocess is None or card.embedding is None:

@@ -1,7 +1,5 @@
 """Images without labels for distillation, which learns from the teacher's embeddings of them."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,10 @@ log = get_logger(__name__)
 def add_unlabelled(
     training: Catalog, scored: list[Catalog], folders: tuple[str, ...], output: str, dry_run: bool = False
 ) -> tuple[Catalog, dict[str, Any], list[Parent]]:
-    """Append unlabelled images to the training images.
+    """Append unlabelled images to the training images; return them, the entry and the parents for the card.
 
-    Args:
-        training: Labelled images. They come first.
-        scored: Validation and test images. Unlabelled duplicates and near-duplicates of them are left out.
-        folders: Folders of images, or catalogues of the reader ``images``.
-        output: Prefix of the folders' catalogues, ``<output>-unlabelled-<number>``.
-        dry_run: Write the catalogues to a temporary folder.
-
-    Returns:
-        The images, the entry for the card, and the parents for the card.
+    Duplicates and near-duplicates of the ``scored`` images are left out. ``folders`` hold images, or are catalogues of
+    the reader ``images``. Their catalogues are ``<output>-unlabelled-<number>``, in a dry run temporary.
     """
     if not folders:
         return training, {}, []
@@ -52,10 +43,8 @@ def _open_catalog(folder: str, output: str) -> Catalog:
     """Load a catalogue, or build it from a folder of images."""
     if not (Path(folder) / CARD_NAME).is_file():
         if rank_and_world()[1] > 1:
-            raise UserError(
-                f"unlabelled: {folder} has no catalogue, which several processes need first. Run `vpr catalog --reader "
-                f"images --root {folder} --output {output}` and pass {output}."
-            )
+            fix = f"Run `vpr catalog --reader images --root {folder} --output {output}` and pass {output}."
+            raise UserError(f"unlabelled: {folder} has no catalogue, which several processes need first. {fix}")
         try:
             build_catalog(CatalogConfig("images", output, folder, skip_unreadable=True))
         except UserError as error:

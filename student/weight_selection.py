@@ -4,8 +4,6 @@ The student takes the first blocks, and evenly spaced rows and columns of every 
 with Larger Ones", ICLR 2024).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -35,24 +33,14 @@ _BLOCK_NAMES = {
     "mlp.c_proj.bias": "1.net.4.bias",
 }
 # Weights of vit-pytorch's linear embeddings whose last axis is the pixels of a patch.
-_PIXEL_WEIGHTS = tuple(
-    f"{part}.{name}"
-    for part in ("to_patch_embedding", "to_patch_tokens")
-    for name in ("1.weight", "1.bias", "2.weight")
-)
+_PARTS, _NAMES = ("to_patch_embedding", "to_patch_tokens"), ("1.weight", "1.bias", "2.weight")
+_PIXEL_WEIGHTS = tuple(f"{part}.{name}" for part in _PARTS for name in _NAMES)
 
 
 def init_from_larger(student: Student, artifact: Artifact) -> int:
-    """Initialise a student from a larger student, or from a teacher with a ViT of open_clip.
+    """Initialise a student in place from a larger student, or from a teacher with a ViT of open_clip.
 
-    A student of the same shape is copied.
-
-    Args:
-        student: Network to change in place.
-        artifact: ``student`` or ``teacher`` artifact.
-
-    Returns:
-        Number of the student's parameters that were selected.
+    A student of the same shape is copied. Returns the number of the student's parameters that were selected.
 
     Raises:
         UserError: Another kind of artifact or network, or a network that is narrower than the student.
@@ -72,23 +60,15 @@ def init_from_larger(student: Student, artifact: Artifact) -> int:
             heads = int(vision.get("heads", 0)) or len(weights[_NORM]) // int(vision.get("head_width", 64))
         dim = len(weights[_NORM])
     if dim < student.config.dim:
-        raise UserError(
-            f"start: {path} has tokens of width {dim}, the student of {student.config.dim}. Use a model that is not "
-            "narrower."
-        )
+        widths = f"has tokens of width {dim}, the student of {student.config.dim}"
+        raise UserError(f"start: {path} {widths}. Use a model that is not narrower.")
     return select_weights(student, weights, heads)
 
 
 def select_weights(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
-    """Select a student's weights from a larger network. Weights without a counterpart stay unchanged.
+    """Select a student's weights from a larger network in place and return the number of selected parameters.
 
-    Args:
-        student: Network to change in place.
-        weights: Weights of the larger network under the student's names.
-        heads: Number of attention heads of the larger network.
-
-    Returns:
-        Number of parameters that were selected.
+    ``weights`` are under the student's names. Weights without a counterpart stay unchanged.
     """
     state, count = student.state_dict(), 0
     for name, value in state.items():

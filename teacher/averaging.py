@@ -1,7 +1,5 @@
 """Averages of weights, selected by recall on the validation split."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +18,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class SoupResult:
-    """Selected soup.
+    """Selected soup: float32 weights on the CPU, its ``members`` for the card, and its validation scores.
 
-    Attributes:
-        weights: Weights of the soup, float32 on the CPU.
-        members: ``alpha`` or ``models`` of the soup, for the card.
-        scores: Validation scores of the soup.
-        rows: One row per candidate with ``alpha`` or ``models``, ``val_recall_at_1`` and ``val_map``.
+    ``rows`` has one row per candidate with ``alpha`` or ``models``, ``val_recall_at_1`` and ``val_map``.
     """
 
     weights: Weights
@@ -44,9 +38,7 @@ def read_weights(teacher: Artifact) -> Weights:
 def average(models: Iterable[Weights], shares: Sequence[float]) -> Weights:
     """Return the weighted sum in float64; integer tensors (counters) are copied from the first model.
 
-    Args:
-        models: Weights with equal names and shapes. They are read in turn, so only two are in memory at a time.
-        shares: Share of each model; they sum to 1.
+    The models have equal names and shapes, their shares sum to 1. They are read in turn: two are in memory at a time.
     """
     total: Weights = {}
     for weights, share in zip(models, shares, strict=True):

@@ -1,7 +1,5 @@
 """Configuration of the teacher commands. Imports no heavy library, so help and errors are instant."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +22,7 @@ class HeadConfig:
         margin: Margin at the start of the training.
         margin_end: Margin at the end of the training.
         margin_step: Growth of the margin per epoch, up to ``margin_end``; 0 grows it evenly over the training.
-        min_margin_ratio: Share of the margin for the largest class. The smallest class has the full margin, the others
-            lie in between by the fourth root of their size; 1 gives every class the same.
+        min_margin_ratio: Share of the margin for the largest class; smaller ones have more, by the fourth root of size.
         sub_centres: Directions per class.
         label_smoothing: Share of the target that is spread over all classes.
         class_weight_power: Power p of the weight n^-p of an image whose class has n images; 0 weights all alike.
@@ -44,10 +41,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         largest = math.pi / 2 if self.loss == "arcface" else 2.0
         if not 0 <= self.margin <= self.margin_end <= largest:
-            raise UserError(
-                f"head.margin: expected 0 <= margin <= margin_end <= {largest:.3g}, got margin {self.margin} and "
-                f"margin_end {self.margin_end}."
-            )
+            margins = f"margin {self.margin} and margin_end {self.margin_end}"
+            raise UserError(f"head.margin: expected 0 <= margin <= margin_end <= {largest:.3g}, got {margins}.")
         check_numbers(self, "head.", sub_centres=(1, 100))
         if not 0 < self.scale <= 1000:
             raise UserError(f"head.scale: expected above 0, at most 1000, got {self.scale}.")
@@ -64,8 +59,7 @@ class TowerConfig:
     """Image tower and its projection to the embedding.
 
     Attributes:
-        name: Name of an ``open_clip`` model such as ``ViT-H-14``, path of a JSON file in open_clip's form, or name of
-            a packaged tower (``sample``, ``sample-vit``).
+        name: An ``open_clip`` model such as ``ViT-H-14``, a JSON file in its form, or ``sample`` or ``sample-vit``.
         pretrained: Initial weights; empty draws random weights. Otherwise a tag of ``open_clip`` such as
             ``laion2b_s32b_b79k``, a local ``.safetensors`` file, or a teacher artifact of the same tower. A teacher
             also initialises projection and BatchNorm where their shapes match.
@@ -138,10 +132,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "stages.", epochs=(1, None))
         if (self.train == "last") != (self.last_blocks > 0):
-            raise UserError(
-                f"stages.last_blocks: expected 1 or more with train: last and 0 otherwise, got {self.last_blocks} with "
-                f"train: {self.train}."
-            )
+            expected = "expected 1 or more with train: last and 0 otherwise"
+            raise UserError(f"stages.last_blocks: {expected}, got {self.last_blocks} with train: {self.train}.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"stages.layer_decay: expected above 0, at most 1, got {self.layer_decay}.")
         check_numbers(self, "stages.", warmup=(0, 1), lr_head=(0, 100), lr_tower=(0, 100), weight_decay=(0, 100))
@@ -156,15 +148,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ScheduledStage:
-    """Stage with its position in the training.
-
-    Attributes:
-        stage: Configuration of the stage.
-        before: Epochs of all earlier stages.
-        total: Epochs of all stages.
-        views: Augmentation of the stage.
-        seed: Seed of views and dropout.
-    """
+    """Stage with the epochs ``before`` it and in ``total``, its augmentation, and the seed of views and dropout."""
 
     stage: StageConfig
     before: int
@@ -183,8 +167,7 @@ class TrainConfig:
         recipe: Name of the recipe, shown by ``vpr teacher runs``.
         tower: Image tower.
         head: Margin softmax.
-        stages: Stages in order. Each starts from the last weights of the previous stage; the teacher is the best epoch
-            of the last stage.
+        stages: Stages, each from the last weights of the previous one. The best epoch of the last is the teacher.
         views: Augmentation.
         loader: Batches.
         run: Settings of the training loop.
@@ -229,8 +212,7 @@ class DataConfig:
         output: Path of the catalogue artifact to write.
         products10k: Folder of Products-10K, whose train and test tables are both read; empty omits it.
         aicrowd: Folder of the AIcrowd Visual Product Recognition development set; empty omits it.
-        csv: Further CSV tables with columns ``image`` and ``product``. If a ``split`` column names validation or test
-            rows, the table keeps its split.
+        csv: Further CSV tables with columns ``image`` and ``product``. Validation or test rows in ``split`` stay there.
         validation: Share of each source's products held out to select checkpoints.
         test: Share of each source's products held out for evaluation.
         seed: Seed of the splits.

@@ -1,7 +1,5 @@
 """``vpr teacher data``: check, split and join data sets into one training catalogue."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,7 @@ from vpr.data.splits import find_leaks, split_by_product
 log = get_logger(__name__)
 
 Repeat = tuple[str, str, str]
-TABLES = {
-    "products10k": ("train.csv", "test_kaggletest.csv"),
-    "aicrowd": ("gallery.csv", "queries.csv"),
-}
+TABLES = {"products10k": ("train.csv", "test_kaggletest.csv"), "aicrowd": ("gallery.csv", "queries.csv")}
 
 
 def build_data(config: DataConfig) -> Path:
@@ -62,12 +57,9 @@ def build_data(config: DataConfig) -> Path:
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
     repeats = list_repeats(merged, joined, duplicates, dropped)
-    counts = {
-        "same_bytes": len(duplicates.same_bytes),
-        "near_same": len(duplicates.near_same),
-        "near_same_across_splits": sum(kind == "near, across splits" for _, _, kind in repeats),
-        "dropped": len(dropped),
-    }
+    counts = {"same_bytes": len(duplicates.same_bytes), "near_same": len(duplicates.near_same)}
+    counts["near_same_across_splits"] = sum(kind == "near, across splits" for _, _, kind in repeats)
+    counts["dropped"] = len(dropped)
     with stage.write() as writer:
         write_catalog_files(writer, joined, set_aside)
         with (writer.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -78,14 +70,11 @@ def build_data(config: DataConfig) -> Path:
 
 
 def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
-    """Drop rows whose image or product is held out in a later split.
+    """Drop rows whose image or product is held out in a later split; list them as (image, held-out name, kind).
 
     An image (same bytes) or product of ``test`` is dropped from ``validation`` and ``train``, one of ``validation``
     from ``train``. Held-out queries without a gallery image of their product are dropped too, since no result could
     be correct.
-
-    Returns:
-        The remaining catalogue, and the dropped rows as (image, held-out image or product, kind).
     """
     dropped: list[Repeat] = []
     for held_out in ("test", "validation"):
@@ -182,7 +171,5 @@ def _log_summary(
     )
     listed = " (listed in set_aside.csv)" if set_aside else ""
     splits = ", ".join(f"{count} {split}" for split, count in joined.summary()["images"].items() if count)
-    log.info(
-        f"{config.output}: {len(joined)} images of {len(joined.table['product'].unique())} products ({splits}), "
-        f"{len(set_aside)} set aside{listed}"
-    )
+    products = f"{len(joined.table['product'].unique())} products ({splits})"
+    log.info(f"{config.output}: {len(joined)} images of {products}, {len(set_aside)} set aside{listed}")

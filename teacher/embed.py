@@ -1,7 +1,5 @@
 """``vpr teacher embed``: embeddings of a catalogue by a teacher."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from teacher.model import load_teacher

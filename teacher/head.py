@@ -1,34 +1,17 @@
 """Margin head: learned directions per class, and the loss of embeddings against them."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teacher import margin
 from teacher.config import HeadConfig
-from teacher.margin import (
-    arcface_logits,
-    class_weights,
-    cosface_logits,
-    growing_margin,
-    margin_loss,
-    margins_by_count,
-    nearest_centre,
-    stepped_margin,
-)
 
-_LOGITS = {"arcface": arcface_logits, "cosface": cosface_logits}
+_LOGITS = {"arcface": margin.arcface_logits, "cosface": margin.cosface_logits}
 
 
 class MarginHead(nn.Module):
-    """Class directions and the margin loss.
-
-    Args:
-        dim: Dimension of the embeddings.
-        counts: (classes,) int64, number of training images of each class.
-        config: Configuration of the margin.
-    """
+    """Class directions and the margin loss; ``counts`` is the (classes,) int64 number of training images."""
 
     shares: Tensor
     weights: Tensor
@@ -38,21 +21,23 @@ class MarginHead(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(len(counts) * config.sub_centres, dim))
         nn.init.xavier_uniform_(self.weight)
-        self.register_buffer("shares", margins_by_count(counts, config.min_margin_ratio, 1.0).float(), persistent=False)
-        self.register_buffer("weights", class_weights(counts, config.class_weight_power).float(), persistent=False)
+        shares = margin.margins_by_count(counts, config.min_margin_ratio, 1.0).float()
+        weights = margin.class_weights(counts, config.class_weight_power).float()
+        self.register_buffer("shares", shares, persistent=False)
+        self.register_buffer("weights", weights, persistent=False)
 
     def margin(self, progress: float, epoch: int) -> float:
         """Return the largest margin of any class; ``progress`` is a share of the training, ``epoch`` counts from 0."""
         config = self.config
         if config.margin_step:
-            return stepped_margin(epoch, config.margin, config.margin_step, config.margin_end)
-        return growing_margin(progress, config.margin, config.margin_end)
+            return margin.stepped_margin(epoch, config.margin, config.margin_step, config.margin_end)
+        return margin.growing_margin(progress, config.margin, config.margin_end)
 
     def cosine(self, embeddings: Tensor) -> Tensor:
         """Map L2-normalised (batch, dim) to (batch, classes) float32 cosines with each class's nearest direction."""
         with torch.autocast(embeddings.device.type, enabled=False):
             directions = F.normalize(self.weight.float(), dim=1)
-            return nearest_centre(F.linear(embeddings.float(), directions), self.config.sub_centres)
+            return margin.nearest_centre(F.linear(embeddings.float(), directions), self.config.sub_centres)
 
     def forward(self, embeddings: Tensor, labels: Tensor, progress: float, epoch: int) -> Tensor:
         """Return the loss of L2-normalised (batch, dim) embeddings with (batch,) int64 labels; always in float32."""
@@ -61,4 +46,4 @@ class MarginHead(nn.Module):
             margins = self.margin(progress, epoch) * self.shares[labels]
             logits = _LOGITS[config.loss](self.cosine(embeddings), labels, margins, config.scale)
             weights = self.weights if config.class_weight_power else None
-            return margin_loss(logits, labels, config.label_smoothing, weights)
+            return margin.margin_loss(logits, labels, config.label_smoothing, weights)

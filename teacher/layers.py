@@ -1,7 +1,5 @@
 """Layers of a teacher by depth: freezing and layer-wise learning-rate decay."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, Literal
 
@@ -39,18 +37,13 @@ def decay_factor(index: int, total: int, decay: float) -> float:
 def freeze_except(
     teacher: Teacher, part: Literal["head", "tower", "last", "all"], last_blocks: int = 0
 ) -> list[nn.Module]:
-    """Freeze the teacher except one part.
+    """Freeze the teacher except one part (``requires_grad``) and return the modules to set to training mode.
 
-    Args:
-        teacher: Network, changed in place (``requires_grad``).
-        part: Trainable part; ``head`` is what is added to the tower, ``last`` the last blocks and all layers after.
-        last_blocks: Number of blocks of ``last``.
-
-    Returns:
-        The modules to set to training mode. The others keep their BatchNorm statistics and have no dropout.
+    ``head`` is what is added to the tower, ``last`` the last blocks and all layers after. The other modules keep their
+    BatchNorm statistics and have no dropout.
 
     Raises:
-        UserError: The tower has fewer blocks.
+        UserError: The tower has fewer than ``last_blocks`` blocks.
     """
     if part != "last":
         teacher.visual.requires_grad_(part != "head")

@@ -3,8 +3,6 @@
 All functions compute in float32 or, for float64 inputs, in float64, also under autocast.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -20,15 +18,8 @@ def arcface_logits(cosine: Tensor, labels: Tensor, margin: Tensor | float, scale
     s * cos(theta + m) for the true class, s * cos(theta) for the others (Deng et al., "ArcFace",
     CVPR 2019, eq. 3). Beyond theta = pi - m, where cos(theta + m) would rise again, the target is
     cos(theta) - m * sin(m), so that it keeps falling.
-
-    Args:
-        cosine: (batch, classes) float, -1 to 1 up to rounding.
-        labels: (batch,) int64.
-        margin: Margin in radians, 0 to pi/2; one for all, or (batch,) one for each target.
-        scale: Inverse temperature s.
-
-    Returns:
-        (batch, classes) float32, or float64 for a float64 input.
+    ``cosine`` is (batch, classes), -1 to 1 up to rounding, ``labels`` (batch,) int64, ``scale`` is s. The margin in
+    radians, 0 to pi/2, is one for all or (batch,) one for each target.
     """
     cosine = _at_least_float32(cosine)
     target = cosine.gather(1, labels[:, None])
@@ -52,32 +43,19 @@ def cosface_logits(cosine: Tensor, labels: Tensor, margin: Tensor | float, scale
 
 
 def nearest_centre(cosine: Tensor, centres: int) -> Tensor:
-    """Return the cosine with the nearest of the ``centres`` directions of each class (Deng et al., ECCV 2020).
+    """Return the (batch, classes) cosine with the nearest of each class's directions (Deng et al., ECCV 2020).
 
-    Args:
-        cosine: (batch, classes * centres), the centres of a class next to each other.
-        centres: Directions per class, K.
-
-    Returns:
-        (batch, classes).
+    ``cosine`` is (batch, classes * centres), the centres of a class next to each other.
     """
     return cosine if centres == 1 else cosine.unflatten(1, (-1, centres)).amax(dim=2)
 
 
 def margins_by_count(counts: Tensor, low: float, high: float) -> Tensor:
-    """Return margins by class size: ``low`` for the largest class, ``high`` for the smallest.
+    """Return (classes,) float64 margins: ``low`` for the largest class, ``high`` for the smallest.
 
     m_c = low + (high - low) * (n_c^-p - min) / (max - min), with minimum and maximum over classes (Ha et al.,
     "Google Landmark Recognition 2020 Competition Third Place Solution", arXiv:2010.05350, sec. 2.2, p = 1/4).
-    If all classes have the same size, all margins are ``high``.
-
-    Args:
-        counts: (classes,) number of images of each class, at least 1.
-        low: Margin of the largest class.
-        high: Margin of the smallest class.
-
-    Returns:
-        (classes,) float64.
+    If all classes have the same size, all margins are ``high``. ``counts`` are the images of each class, at least 1.
     """
     rarity = counts.double() ** -0.25
     extent = rarity.max() - rarity.min()
@@ -96,14 +74,9 @@ def stepped_margin(epoch: int, start: float, step: float, end: float) -> float:
 
 
 def class_weights(counts: Tensor, power: float) -> Tensor:
-    """Return class weights n_c^-p, scaled so that their mean over all *images* is 1.
+    """Return (classes,) float64 weights n_c^-p, scaled so that their mean over all *images* is 1.
 
-    Args:
-        counts: (classes,) number of images of each class.
-        power: Power p; 0 weights all images alike, 1 gives every class the same total weight.
-
-    Returns:
-        (classes,) float64.
+    Power 0 weights all images alike, 1 gives every class the same total weight.
     """
     images = counts.double()
     weights = images**-power
@@ -111,16 +84,11 @@ def class_weights(counts: Tensor, power: float) -> Tensor:
 
 
 def margin_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy with label smoothing and class weights.
+    """Return the cross-entropy with label smoothing and (classes,) weights of an image by its label.
 
     The mean divides by the batch size. ``F.cross_entropy`` divides by the sum of the weights; the mean over processes
-    would then differ from the mean over their joint batch.
-
-    Args:
-        logits: (batch, classes).
-        labels: (batch,) int64.
-        smoothing: Share of the target spread over all classes (Szegedy et al., CVPR 2016, sec. 7).
-        weights: (classes,) weight of an image by its label; None weights all alike.
+    would then differ from the mean over their joint batch. ``smoothing`` is the share of the target that is spread over
+    all classes (Szegedy et al., CVPR 2016, sec. 7).
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     return (loss if weights is None else loss * weights[labels].to(loss.dtype)).mean()

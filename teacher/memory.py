@@ -1,7 +1,5 @@
 """Estimate of a training's memory before it starts, from a network without weights."""
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import dataclass
@@ -19,15 +17,7 @@ _FLOAT_BYTES = 4  # weights, gradients and optimiser states are float32, also un
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a training on one device, in bytes.
-
-    Attributes:
-        weights: Parameters and buffers.
-        gradients: Gradients of the trainable parameters.
-        optimiser: Optimiser states.
-        average: Moving average of the weights; 0 if there is none.
-        activations: Activations that one batch keeps for the backward pass.
-    """
+    """Memory of a training on one device, in bytes; ``average`` is the moving average of the weights."""
 
     weights: int
     gradients: int
@@ -50,15 +40,8 @@ def estimate(
 ) -> Memory:
     """Estimate the memory of a training; frozen parts of the network keep no activations.
 
-    Args:
-        teacher: Network on any device, ``meta`` included; ``requires_grad`` marks the trainable parameters.
-        head: Margin head.
-        batch: Images per device.
-        size: Side of the images in pixels.
-        optimizer: Optimiser, ``adamw`` (two states) or ``sgd`` (one).
-        has_ema: Whether a moving average of the weights is kept.
-        is_half: Whether autocast computes in 16 bits.
-        shards: Processes that the weights are sharded over (FSDP).
+    The teacher may be on the ``meta`` device. ``batch`` is per device, ``size`` in pixels. ``is_half`` means 16-bit
+    autocast. Over ``shards`` processes the weights are sharded (FSDP).
     """
     parameters = [*teacher.parameters(), *head.parameters()]
     tensors = [*parameters, *teacher.buffers(), *head.buffers()]
@@ -78,14 +61,9 @@ def activation_bytes(teacher: Teacher, size: int, is_half: bool) -> int:
     """Return the bytes that autograd keeps per image, counted in a forward pass of tensors without memory.
 
     With gradient checkpointing these are the inputs of the blocks, the activations outside the blocks and the
-    activations of the largest block, which exist while it is recomputed.
-
-    Args:
-        teacher: Network, not changed; ``requires_grad`` decides what is kept.
-        size: Side of the image in pixels.
-        is_half: Whether autocast computes in 16 bits. A ViT block on a GPU then keeps 36 instead of 64 bytes per value
-            of its width, because norms and residual stream stay float32. Other towers are assumed to behave alike;
-            a CPU keeps less.
+    activations of the largest block, which exist while it is recomputed. If autocast computes in 16 bits (``is_half``),
+    a ViT block on a GPU keeps 36 instead of 64 bytes per value of its width, because norms and residual stream stay
+    float32. Other towers are assumed to behave alike; a CPU keeps less.
     """
     shadow = copy.deepcopy(teacher).to("meta").train()
     blocks = _disable_checkpointing(shadow)
@@ -119,10 +97,8 @@ def _count_saved_bytes(shadow: Teacher, blocks: list[nn.Module], batch_size: int
 
     # Fake CPU tensors select the same operators as real ones; meta tensors would materialise attention matrices.
     with FakeTensorMode():
-        state = {
-            name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
-            for name, value in (*shadow.named_parameters(), *shadow.named_buffers())
-        }
+        values = (*shadow.named_parameters(), *shadow.named_buffers())
+        state = {n: torch.empty(v.shape, dtype=v.dtype, requires_grad=v.requires_grad) for n, v in values}
         images = torch.empty(batch_size, 3, size, size)
         hooks = [block.register_forward_pre_hook(enter) for block in blocks]
         hooks += [block.register_forward_hook(leave) for block in blocks]

@@ -1,7 +1,5 @@
 """Teacher network: an OpenCLIP image tower, an optional projection and an L2-normalised output."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from vpr.imaging.preprocess import Preprocess
 _MAX_TOWER_BYTES = 1 << 20
 _MAX_SIZE, _MAX_LAYERS = 1 << 16, 512
 _TOWERS = Path(__file__).parent / "towers"
+_IMAGE_KEYS = ("embed_dim", "vision_cfg", "quick_gelu")
 # Only the image tower is used, so the text tower is as small as open_clip allows.
 _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
 
@@ -32,10 +31,7 @@ _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers
 class Teacher(nn.Module):
     """Network from images to L2-normalised embeddings.
 
-    Args:
-        visual: OpenCLIP image tower, (batch, 3, size, size) to (batch, width).
-        width: Width of the tower's output.
-        config: Configuration of the layers added to the tower.
+    ``visual`` is an OpenCLIP image tower from (batch, 3, size, size) to (batch, width).
     """
 
     def __init__(self, visual: nn.Module, width: int, config: TowerConfig) -> None:
@@ -56,11 +52,7 @@ class Teacher(nn.Module):
 
 
 def read_tower(name: str) -> dict[str, Any]:
-    """Return open_clip's JSON configuration of a tower, by the tower's name or file.
-
-    Raises:
-        UserError: The name is unknown, or the file describes no valid tower.
-    """
+    """Return open_clip's configuration of a tower, by name or JSON file; raise :class:`UserError` if it is invalid."""
     import open_clip
 
     packaged = _TOWERS / f"{name}.json"
@@ -69,9 +61,7 @@ def read_tower(name: str) -> dict[str, Any]:
         return _read_tower_file(path)
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UserError(
-            f"tower.name: '{name}' is neither an open_clip model nor a JSON file. See open_clip.list_models()."
-        )
+        raise UserError(f"tower.name: '{name}' is no open_clip model and no JSON file. See open_clip.list_models().")
     return config
 
 
@@ -83,9 +73,7 @@ def _read_tower_file(path: Path) -> dict[str, Any]:
             raise ValueError(f"more than {_MAX_TOWER_BYTES} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"tower.name: {path} cannot be read as JSON ({error}). Repair it or name another file."
-        ) from None
+        raise UserError(f"tower.name: {path} is not readable JSON ({error}). Name another file.") from None
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
         raise UserError(f"tower.name: {path} lacks embed_dim or vision_cfg. Add both, as in open_clip's configs.")
     _check_tower(path, config)
@@ -109,13 +97,9 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
 def build_teacher(
     config: TowerConfig, tower: dict[str, Any], load_pretrained: bool, device: str = "cpu"
 ) -> tuple[Teacher, Preprocess]:
-    """Create the network and its preprocessing.
+    """Create the network and its preprocessing; on the device ``meta`` it has shapes without memory.
 
-    Args:
-        config: Configuration of tower and projection.
-        tower: Configuration in open_clip's form, from :func:`read_tower`.
-        load_pretrained: Whether to load the weights of ``config.pretrained``.
-        device: Device of the weights; ``meta`` builds shapes without memory.
+    ``tower`` comes from :func:`read_tower`. ``load_pretrained`` loads the weights of ``config.pretrained``.
     """
     visual = _create_tower(config, tower, device)
     width = int(tower["embed_dim"]) if config.keep_projection else drop_projection(visual, config.name)
@@ -129,15 +113,9 @@ def build_teacher(
     recorded = dict(visual.preprocess_cfg)
     if config.pretrained:
         recorded.update(_load_pretrained(config, tower, teacher, load_pretrained))
-    preprocess = Preprocess(
-        size=input_size(visual),
-        resize="squash" if config.squash else "shortest",
-        crop="none" if config.squash else "center",
-        interpolation=recorded["interpolation"],
-        mean=tuple(recorded["mean"]),
-        std=tuple(recorded["std"]),
-    )
-    return teacher, preprocess
+    values: dict[str, Any] = {key: recorded[key] for key in ("interpolation", "mean", "std")}
+    values |= {"resize": "squash", "crop": "none"} if config.squash else {"resize": "shortest", "crop": "center"}
+    return teacher, Preprocess(size=input_size(visual), **values)
 
 
 def load_teacher(path: Path | str, artifact: Artifact | None = None) -> tuple[Teacher, Artifact]:
@@ -159,9 +137,7 @@ def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> An
     """Create the image tower alone, with random weights."""
     import open_clip
 
-    image_config: dict[str, Any] = {
-        key: tower[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in tower
-    }
+    image_config: dict[str, Any] = {key: tower[key] for key in _IMAGE_KEYS if key in tower}
     # open_clip reads configurations by name only, so register this one under a name that cannot clash.
     open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**image_config, "text_cfg": _TEXT}
     with torch.device(device):  # created there directly: a meta tower never allocates weights
@@ -189,9 +165,7 @@ def _load_pretrained(config: TowerConfig, tower: dict[str, Any], teacher: Teache
         with reraise_as_artifact_error(start):
             # Weights of equal shapes may still be from another tower, with other heads or another activation.
             if _architecture_key(start.card.config["tower_config"]) != _architecture_key(tower):
-                raise UserError(
-                    f"tower.pretrained: {path} has another tower than {config.name}. Set tower.name to its."
-                )
+                raise UserError(f"tower.pretrained: {path} has another tower than {config.name}. Set tower.name to it.")
             if load:
                 file = start.file("model.safetensors")
                 load_tower_weights(teacher.visual, read_tower_weights(file))
@@ -207,10 +181,8 @@ def _load_pretrained(config: TowerConfig, tower: dict[str, Any], teacher: Teache
         known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
         raise UserError(f"tower.pretrained: {config.name} has no tag '{config.pretrained}'. Choose from: {known}.")
     if tag.get("quick_gelu", False) and any(isinstance(module, nn.GELU) for module in teacher.visual.modules()):
-        raise UserError(
-            f"tower.pretrained: '{config.pretrained}' was trained with QuickGELU, {config.name} computes GELU. "
-            f"Set tower.name to {config.name}-quickgelu."
-        )
+        problem = f"'{config.pretrained}' was trained with QuickGELU, {config.name} computes GELU"
+        raise UserError(f"tower.pretrained: {problem}. Set tower.name to {config.name}-quickgelu.")
     if load:
         load_tower_weights(teacher.visual, read_tower_weights(download(config.name, tag)))
     return {key: tag[key] for key in ("interpolation", "mean", "std") if key in tag}
@@ -238,11 +210,8 @@ def _architecture_key(tower: dict[str, Any]) -> tuple[Any, ...]:
 def _load_projection_from(teacher: Teacher, file: Path) -> None:
     """Load the layers added to the tower from another teacher, up to the first whose shapes differ."""
     with safe_open(file, "pt") as stored:
-        weights = {
-            name.removeprefix("project."): stored.get_tensor(name)
-            for name in stored.keys()  # noqa: SIM118 (no dictionary)
-            if name.startswith("project.")
-        }
+        names = [name for name in stored.keys() if name.startswith("project.")]  # noqa: SIM118 (no dictionary)
+        weights = {name.removeprefix("project."): stored.get_tensor(name) for name in names}
     # In this order, because the statistics of a norm depend on the projection before it.
     for part in ("linear.", "norm."):
         stored_part = {name: value for name, value in weights.items() if name.startswith(part)}

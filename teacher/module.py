@@ -1,7 +1,5 @@
 """Lightning module of one training stage: trainable parts, learning rates and loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -21,16 +19,7 @@ from vpr.training.loop import RecallModule, decay_groups
 
 
 class TeacherModule(RecallModule):
-    """Teacher, margin head and loss during one stage.
-
-    Args:
-        scheduled: Stage with its position in the training.
-        head: Configuration of the margin head.
-        teacher: Network to train.
-        preprocess: Preprocessing of the images.
-        train: Training split; batches carry its row numbers.
-        validation: Validation split.
-    """
+    """Teacher, margin head and loss during one stage; batches carry the row numbers of ``train``."""
 
     labels: Tensor
 

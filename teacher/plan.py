@@ -1,7 +1,5 @@
 """Plan of a training, printed before it starts: stages, steps and memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,10 +31,9 @@ def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, valid
         UserError: A network cannot be built, or a batch has more images than the training split.
     """
     schedule, products = config.schedule(), np.unique(train.products)
-    log.info(
-        f"teacher: {config.tower.name}, {len(train)} images of {len(products)} products, {schedule[0].total} epochs, "
-        f"validated on {len(np.unique(validation.products))} other products"
-    )
+    images = f"{len(train)} images of {len(products)} products, {schedule[0].total} epochs"
+    others = len(np.unique(validation.products))
+    log.info(f"teacher: {config.tower.name}, {images}, validated on {others} other products")
     for number, scheduled in enumerate(schedule, start=1):
         _print_stage(config, number, scheduled, tower, train)
 
@@ -56,10 +53,8 @@ def _print_stage(
     batch_size = stage.batch_size or config.loader.batch_size
     batches = EpochSampler(train.products, replace(config.loader, batch_size=batch_size), 0, 0, world).batches
     if not batches:
-        raise UserError(
-            f"stages {number}: a batch has {batch_size * world} images, the training split {len(train)}. "
-            "Lower loader.batch_size or the stage's batch_size."
-        )
+        sizes = f"a batch has {batch_size * world} images, the training split {len(train)}"
+        raise UserError(f"stages {number}: {sizes}. Lower loader.batch_size or the stage's batch_size.")
     steps = -(-batches // run.accumulate)
     is_half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
     with _reraise_as_tower_error(f"tower.image_size: {preprocess.size} in stage {number}"):

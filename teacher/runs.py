@@ -1,7 +1,5 @@
 """``vpr teacher runs``: table of training runs, read from artifacts and run folders."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -34,19 +32,9 @@ _FILE_WIDTH = 180  # characters, for output that is not a terminal
 
 @dataclass(frozen=True)
 class Run:
-    """Training run; unknown values are None.
+    """Training run; unknown values are None. ``best_epoch`` counts from 1 over all stages.
 
-    Attributes:
-        name: Path below the folder.
-        recipe: Name of the recipe.
-        stages: Trained parts with their epochs.
-        loss: Loss of the head.
-        seed: Seed of the training.
-        val_recall_at_1: Best recall@1 on the validation split.
-        best_epoch: Epoch of the best recall, from 1 over all stages.
-        seconds: Training time.
-        images: Images of the training split.
-        state: ``finished``, ``finished, leak``, ``unfinished at epoch n``, ``artifact gone`` or ``damaged: reason``.
+    ``state`` is ``finished``, ``finished, leak``, ``unfinished at epoch n``, ``artifact gone`` or ``damaged: reason``.
     """
 
     name: str
@@ -129,12 +117,13 @@ def _read_teacher_card(path: Path) -> Card | str | None:
 def _finished_run(name: str, card: Card) -> Run:
     config, metrics, catalog = card.config, card.metrics, card.catalog or {}
     try:
+        seconds = _number(metrics.get("seconds"), float)
         return Run(
             name,
             **_settings(config),
             val_recall_at_1=_number(metrics.get(MONITOR), float),
             best_epoch=_number(metrics.get("best_epoch"), int),
-            seconds=_seconds(metrics.get("seconds")),
+            seconds=None if seconds is None else timedelta(seconds=seconds).total_seconds(),  # raises if too long
             images=_number(catalog.get("images", {}).get("train"), int),
             state="finished, leak" if catalog.get("leak") else "finished",
         )
@@ -155,11 +144,6 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any, number_type: type[int] | type[float]) -> Any:
     return None if value is None else number_type(value)
-
-
-def _seconds(value: Any) -> float | None:
-    """Return a duration in seconds; raise an error if :class:`timedelta` cannot hold it."""
-    return None if value is None else timedelta(seconds=float(value)).total_seconds()
 
 
 def _unfinished_run(name: str, folder: Path) -> Run | None:

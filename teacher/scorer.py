@@ -1,7 +1,5 @@
 """Scoring of weights on the validation split, with BatchNorm statistics recomputed for them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -31,12 +29,7 @@ def recalibrate_batch_norm(model: nn.Module, norms: Sequence[_BatchNorm], batche
     """Set BatchNorm statistics to the mean over batches of each batch's mean and unbiased variance.
 
     Works like ``torch.optim.swa_utils.update_bn``, but keeps the rest of the model in evaluation mode, so that the
-    features have no dropout, as at inference.
-
-    Args:
-        model: Network in evaluation mode; it stays in that mode.
-        norms: BatchNorm layers of the network to recalibrate.
-        batches: Batches of equal size, so that each image has the same weight.
+    features have no dropout, as at inference. The batches have equal size, so that each image has the same weight.
     """
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -51,14 +44,9 @@ def recalibrate_batch_norm(model: nn.Module, norms: Sequence[_BatchNorm], batche
 
 
 class Scorer:
-    """Evaluator of weights in one network; images are decoded once if they fit in memory.
+    """Evaluator of weights in one network; images are decoded once if they fit in memory, else by ``workers``.
 
-    Args:
-        model: Teacher artifact with the network.
-        catalog: Catalogue; ``validation`` is scored, ``train`` is used for BatchNorm statistics.
-        batch_size: Images per batch.
-        workers: Decoding processes, used if the images do not fit in memory.
-        seed: Seed of the images for BatchNorm statistics.
+    The validation split is scored. ``seed`` selects training images for BatchNorm statistics.
 
     Raises:
         UserError: The validation split is missing, or BatchNorm has too few training images.
@@ -80,12 +68,10 @@ class Scorer:
             self._calibration = self._loader(sample, batch_size, workers)
 
     def evaluate(self, weights: Weights, recalibrate_bn: Literal["none", "head", "all"]) -> RetrievalScores:
-        """Load weights into the network, where they stay, and return their validation scores.
+        """Load weights into the network, where they stay, and return their validation scores; float64 is rounded.
 
-        Args:
-            weights: Weights of the network, float32 or float64; float64 is rounded.
-            recalibrate_bn: BatchNorm layers whose statistics do not belong to the weights: ``none``, ``head`` (those
-                after the tower) or ``all``. They are recomputed on training images.
+        ``recalibrate_bn`` names the BatchNorm layers whose statistics do not belong to the weights: ``none``, ``head``
+        (those after the tower) or ``all``. They are recomputed on training images.
         """
         self.model.load_state_dict(weights)
         stale = [m for n, m in self._norms.items() if recalibrate_bn == "all" or not n.startswith("visual.")]

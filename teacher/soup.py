@@ -4,8 +4,6 @@ An average of weights costs nothing at inference. It is selected on the ``valida
 training.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,10 +85,8 @@ def check_comparable(teachers: Sequence[Artifact], catalog: Catalog) -> None:
         paths[teacher.sha256] = teacher.path
         _check_same_network(first, teacher)
         if (teacher.card.catalog or {}).get("sha256") != catalog_sha256:
-            raise UserError(
-                f"{teacher.path}: trained on another catalogue than --catalog. Use the catalogue of its training, so "
-                "that the soup is not selected on training images."
-            )
+            # Else the soup might be selected on training images.
+            raise UserError(f"{teacher.path}: trained on another catalogue than --catalog. Use that of its training.")
 
 
 def _check_same_network(first: Artifact, teacher: Artifact) -> None:
@@ -127,15 +123,11 @@ def zero_shot_weights(teacher: Artifact) -> Weights:
     with reraise_as_artifact_error(teacher):
         network = TowerConfig(**teacher.card.config["network"])
         if not network.pretrained:
-            raise UserError(
-                f"{teacher.path}: trained from random weights (tower.pretrained is empty), so there are no zero-shot "
-                "weights. Use --method uniform or greedy."
-            )
+            problem = "trained from random weights (tower.pretrained is empty), so there are no zero-shot weights"
+            raise UserError(f"{teacher.path}: {problem}. Use --method uniform or greedy.")
         recorded, init = init_checksum(teacher), identify_init_weights(network.pretrained)
         if recorded and recorded != (init.sha256 if isinstance(init, Artifact) else init):
-            raise UserError(
-                f"{network.pretrained}: changed since {teacher.path} was trained from it. Restore the original."
-            )
+            raise UserError(f"{network.pretrained}: changed since {teacher.path} was trained from it. Restore it.")
         if (Path(network.pretrained) / CARD_NAME).is_file():
             log.info(f"  zero-shot weights: those of the teacher {network.pretrained}")
         model, _ = build_teacher(network, teacher.card.config["tower_config"], load_pretrained=True)

@@ -1,7 +1,5 @@
 """Changes to an open_clip image tower: image size, overlapping patches, no projection."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -24,14 +22,7 @@ def set_size(visual: Any, size: int) -> None:
 
 
 def drop_projection(visual: Any, name: str) -> int:
-    """Remove CLIP's projection from a tower.
-
-    Returns:
-        Width of the tower's output without it.
-
-    Raises:
-        UserError: The tower does not end with a linear projection.
-    """
+    """Remove CLIP's projection and return the tower's width without it; raise :class:`UserError` if it has none."""
     if getattr(visual, "proj", None) is not None:
         width = int(visual.proj.shape[0])
         visual.proj = None
@@ -66,11 +57,9 @@ def overlap_patches(visual: Any, stride: int, name: str) -> None:
     conv.stride = (stride, stride)
     shape = (*positions.shape[:-2], prefix + side * side, positions.shape[-1])
     setattr(holder, key, nn.Parameter(torch.randn(shape, device=positions.device) * positions.shape[-1] ** -0.5))
-    grid = (side, side)
-    if embed is not None:
-        embed.grid_size, embed.num_patches = grid, side * side
-        rope = getattr(trunk, "rope", None)
-        if rope is not None:
-            rope.update_feat_shape(list(grid))
-    else:
-        visual.grid_size = grid
+    if embed is None:
+        visual.grid_size = (side, side)
+        return
+    embed.grid_size, embed.num_patches = (side, side), side * side
+    if (rope := getattr(trunk, "rope", None)) is not None:
+        rope.update_feat_shape([side, side])

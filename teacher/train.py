@@ -1,7 +1,5 @@
 """``vpr teacher train``: fine-tune an OpenCLIP tower with a margin head, in stages."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -131,10 +129,8 @@ def _run_stages(
             keep = config.loader.keep_in_memory
             datasets = ImageDataset(training, preprocess, keep), ImageDataset(validation, preprocess, keep)
         loader = replace(config.loader, batch_size=stage.batch_size or config.loader.batch_size)
-        loaders = (
-            training_loader(datasets[0], loader, config.seed + number - 1, *rank_and_world()),
-            validation_loader(datasets[1], loader, *rank_and_world()),
-        )
+        train_loader = training_loader(datasets[0], loader, config.seed + number - 1, *rank_and_world())
+        loaders = (train_loader, validation_loader(datasets[1], loader, *rank_and_world()))
         log.info(f"stage {number}/{len(config.stages)}: {stage.train}, {stage.epochs} epochs")
         results.append(fit(module, loaders, teacher, folder / f"stage-{number}", stage.epochs, config.run))
     return results, preprocess, teacher.embedding_dim

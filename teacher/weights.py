@@ -1,7 +1,5 @@
 """Weights of an image tower: reading, downloading and fitting to its image size."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,7 @@ _POSITIONS = ("positional_embedding", "pos_embed")
 
 
 def read_tower_weights(path: Path) -> dict[str, Tensor]:
-    """Return the image tower of a CLIP checkpoint, names without the prefix ``visual.``.
-
-    Args:
-        path: ``.safetensors`` file of open_clip or of a teacher.
+    """Return the image tower of a CLIP checkpoint of open_clip, or of a teacher, names without ``visual.``.
 
     Raises:
         UserError: The file does not exist, is no safetensors file, or has no image tower.
@@ -27,10 +22,8 @@ def read_tower_weights(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"tower.pretrained: {path} does not exist. Check the path.")
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"tower.pretrained: {path} is no .safetensors file, and pickled weights can run code. Convert it to "
-            ".safetensors with open_clip's tensor names."
-        )
+        problem = f"{path} is no .safetensors file, and pickled weights can run code"
+        raise UserError(f"tower.pretrained: {problem}. Convert it to .safetensors with open_clip's tensor names.")
     if not path.is_file():
         raise UserError(f"tower.pretrained: {path} is not a file. Name a .safetensors file or a teacher.")
     try:
@@ -51,15 +44,7 @@ def download(name: str, tag: dict[str, Any]) -> Path:
 
 
 def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load an image tower's weights, resizing its position embeddings to the tower's own grid.
-
-    Args:
-        visual: Image tower, with or without its projection.
-        state: Weights of the same kind of tower, of any image size or patch stride.
-
-    Raises:
-        UserError: The weights belong to another tower.
-    """
+    """Load weights of any image size, stride and projection; raise :class:`UserError` if they fit another tower."""
     expected = visual.state_dict()
     fitted = {}
     for name, value in state.items():
@@ -67,7 +52,9 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
             continue
         is_position = name.rsplit(".", 1)[-1] in _POSITIONS
         fitted[name] = resize_positions(value, expected[name].shape) if is_position else value
-    unexpected = sorted(state.keys() - expected.keys() - _projection_names(state))
+    # A tower may lack CLIP's projection.
+    projection = {name for name in state if name == "proj" or name.startswith(("head.proj.", "head.mlp."))}
+    unexpected = sorted(state.keys() - expected.keys() - projection)
     missing = sorted(expected.keys() - state.keys())
     reshaped = sorted(name for name, value in fitted.items() if value.shape != expected[name].shape)
     for problem, names in (("lack", missing), ("have", unexpected), ("differ in the shape of", reshaped)):
@@ -79,9 +66,7 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
 def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Resize position embeddings between square grids, bicubic with antialiasing; a class token is copied.
 
-    Args:
-        positions: (tokens, width) or (1, tokens, width).
-        shape: Shape of the result, with the same number of axes.
+    They are (tokens, width) or (1, tokens, width), as is the ``shape`` of the result.
     """
     from timm.layers import resample_abs_pos_embed
 
@@ -94,8 +79,3 @@ def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
         return positions
     resized = resample_abs_pos_embed(positions.reshape(1, old, -1), [side, side], num_prefix_tokens=prefix)
     return resized.reshape(shape).contiguous()
-
-
-def _projection_names(state: dict[str, Tensor]) -> set[str]:
-    """Return the names of CLIP's projection, which a tower may lack."""
-    return {name for name in state if name == "proj" or name.startswith(("head.proj.", "head.mlp."))}

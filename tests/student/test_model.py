@@ -101,7 +101,7 @@ def test_checkpointing_keeps_the_gradients(family: str) -> None:
     ("values", "message"),
     [
         ({"preset": "huge"}, "model.preset: expected one of sample, tiny, small, base, got 'huge'"),
-        ({"image_size": 100}, "model.image_size: expected a multiple of the patch of 8, got 100"),
+        ({"image_size": 100}, "model.image_size: expected a multiple of patch 8, got 100"),
         ({"depth": -1}, "model.depth: .*-1"),
         ({"dim": 1 << 20}, "model.dim: .*1048576"),
         ({"image_size": 1024, "patch_size": 4}, "gives more than 4096 tokens"),

@@ -182,7 +182,7 @@ def test_killed_distillation_resumes_bit_equal(targets: dict[str, Any], config: 
         ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: distillation does not support fsdp"),
         ({"quantise": QuantiseConfig("x")}, r"quantise\.ranges: QAT fine-tunes a trained student"),
         ({"cache": "a", "output": "./a"}, r"cache: a is also the output"),
-        ({"targets": MIXED, "losses": LossConfig(margin=0.1)}, r"targets\.mixup: a mixed image has no single label"),
+        ({"targets": MIXED, "losses": LossConfig(margin=0.1)}, r"targets\.mixup: mixed images have no label"),
         ({"targets": ONLINE, "losses": LOGITS}, r"losses\.logits: .* Set targets\.mode to cached"),
         ({"dimension": DimensionConfig("pca"), "losses": LOGITS}, r"losses\.logits: .* Set dimension\.method to none"),
         ({"unlabelled": ("more",), "losses": LOGITS}, r"losses\.logits: .* Remove unlabelled"),

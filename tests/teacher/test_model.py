@@ -298,7 +298,7 @@ def test_projection_sets_the_dimension() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TowerConfig(name="ViT-Q-7"), "'ViT-Q-7' is neither an open_clip model nor a JSON file"),
+        (TowerConfig(name="ViT-Q-7"), "'ViT-Q-7' is no open_clip model and no JSON file"),
         (TowerConfig(name="absent.json"), r"absent\.json cannot be read"),
         (TowerConfig("ViT-B-32", "laion7b"), "ViT-B-32 has no tag 'laion7b'. Choose from"),
         (TowerConfig("ViT-B-32", "absent.safetensors"), "does not exist"),
@@ -347,7 +347,7 @@ def test_vit_h_14_trains_its_head_and_embeds(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("[" * 100_000, "is not readable JSON"),
         (" " * (2 << 20), "more than 1048576 bytes"),
         ('{"embed_dim": 16, "vision_cfg": [1]}', "vision_cfg must be an object"),
         ('{"embed_dim": 1e9, "vision_cfg": {}}', "embed_dim: expected 0 to 65536"),

@@ -219,7 +219,7 @@ def test_leak_is_rejected_or_recorded_in_the_card(catalog: Catalog, tmp_path: Pa
     )
     path = write_catalog(tmp_path / "catalog", leaking)
     config = replace(small_config(catalog, tmp_path / "teacher", stages=STAGES[:1]), catalog=str(path))
-    with pytest.raises(UserError, match="leak: 1 products are both trained and scored"):
+    with pytest.raises(UserError, match="leak: 1 products are trained and scored"):
         train(config)
     assert not (tmp_path / "teacher").exists()
     train(replace(config, allow_leak=True))

@@ -1,7 +1,5 @@
 """The card of an artifact: its fields, its bounds, and how it is read."""
 
-from __future__ import annotations
-
 import json
 import stat
 from pathlib import Path
@@ -16,18 +14,9 @@ SCHEMA = 2
 _MAX_CARD_BYTES = 4 << 20
 
 Kind = Literal[
-    "catalog",
-    "teacher",
-    "student",
-    "views",
-    "embeddings",
-    "calibration",
-    "onnx",
-    "ranges",
-    "engine",
-    "serving",
+    "catalog", "teacher", "student", "views", "embeddings", "calibration", "onnx", "ranges", "engine", "serving",
     "report",
-]
+]  # fmt: skip
 
 
 class _Part(BaseModel):
@@ -94,12 +83,7 @@ class CorruptCard(CorruptArtifact):
 
 
 def read_card_file(path: Path) -> bytes:
-    """Return the bytes of a card.
-
-    Raises:
-        CorruptCard: The path is no plain file, or the file is larger than a card may be.
-        OSError: The file is missing or cannot be read.
-    """
+    """Return the bytes of a card; raise :class:`CorruptCard` for no plain or a too large file, or an OSError."""
     state = path.lstat()
     if not stat.S_ISREG(state.st_mode):  # a link can lead anywhere, a pipe or a device never ends
         raise CorruptCard(f"{path}: not a plain file. Artifacts hold plain files: make it again.")
@@ -120,9 +104,8 @@ def parse_card(path: Path, raw: bytes) -> Card:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CorruptCard(f"{path}: not a card (broken JSON or no 'schema'). Make the artifact again.") from None
     if not isinstance(version, int) or version > SCHEMA:
-        raise UserError(
-            f"{path}: expected card schema up to {SCHEMA}, got {version!r}. Upgrade visual-product-recognition."
-        )
+        hint = "Upgrade visual-product-recognition."
+        raise UserError(f"{path}: expected card schema up to {SCHEMA}, got {version!r}. {hint}")
     if version < SCHEMA:
         raise CorruptCard(f"{path}: expected card schema {SCHEMA}, got {version!r}. Make the artifact again.")
     try:

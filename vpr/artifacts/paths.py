@@ -1,7 +1,5 @@
 """Names of files in artifacts, and the check of output files. Imports no heavy library."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from vpr.common.errors import UserError
@@ -10,14 +8,10 @@ CARD_NAME = "card.json"
 
 
 def check_file(key: str, name: str) -> None:
-    """Raise if no file can be written under this name; long work calls this before it starts.
-
-    Args:
-        key: Configuration key, for the message.
-        name: Name of the file; an empty name is accepted.
+    """Check that a file can be written under a name, before long work starts; an empty name is accepted.
 
     Raises:
-        UserError: The name is a directory, its folder is missing, or its folder is an artifact.
+        UserError: The name is a directory, its folder is missing, or its folder is an artifact; it starts with ``key``.
     """
     path = Path(name)
     if not name:

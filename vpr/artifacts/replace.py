@@ -1,7 +1,5 @@
 """Replacement of a directory by a finished one, and repair after a writer was killed."""
 
-from __future__ import annotations
-
 import glob
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Unfinished work of a command, next to its output: killed runs resume and processes share the work."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing
@@ -42,10 +40,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         UserError: Another run uses the folder, or a loader's worker imports the script that started this run.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError(
-            "loader.workers: worker processes import the script that trains. "
-            'Put its work under `if __name__ == "__main__":`.'
-        )
+        fix = 'Put its work under `if __name__ == "__main__":`.'
+        raise UserError(f"loader.workers: worker processes import the script that trains. {fix}")
     folder.mkdir(parents=True, exist_ok=True)
     if not is_first():
         yield
@@ -63,9 +59,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears complete or not at all, whenever the process or the machine stops.
 
-    Args:
-        path: File to write. An existing file is replaced at the end, a link is followed.
-        mode: ``wb`` for bytes, ``w`` for UTF-8 text without translation of line ends.
+    An existing file is replaced at the end, a link is followed. Mode ``w`` is UTF-8 without translation of line ends.
     """
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{rank_and_world()[0]}")

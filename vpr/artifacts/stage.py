@@ -1,7 +1,5 @@
 """The frame of every command that writes an artifact: skip if up to date, keep a run folder, write, announce."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +17,10 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One artifact that a command makes: where, of which kind, from what.
+    """One artifact that a command makes.
 
-    Attributes:
-        output: Directory of the artifact.
-        kind: Kind of the artifact.
-        config: JSON values that decide the result.
-        parents: Artifacts that the result is made from.
-        required_file: File that an older result must have, where several commands write the kind.
+    ``config`` holds the JSON values that decide the result. Where several commands write the kind, an older result must
+    have ``required_file``.
     """
 
     output: str
@@ -46,11 +40,7 @@ class Stage:
         return run_folder(self.output, dict(self.config), self.parents)
 
     def find(self) -> Artifact | None:
-        """Return the finished artifact and log that it is up to date; None if it has to be made.
-
-        Raises:
-            UserError: The output may not be written, see :func:`vpr.artifacts.writer.check_output`.
-        """
+        """Return the finished artifact or None; raise :class:`UserError` if the output may not be written."""
         artifact = find_up_to_date(self.output, self.kind, self.config, self.parents, self.required_file)
         if artifact is not None:
             log.info(f"{self.output}: up to date")

@@ -1,7 +1,5 @@
 """Artifact directories (``card.json`` and the files it lists): loading with checksums, nothing unpickled."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time
@@ -31,11 +29,7 @@ class Artifact:
     sha256: str
 
     def file(self, name: str) -> Path:
-        """Return the path of a listed file.
-
-        Raises:
-            UserError: The card does not list the file.
-        """
+        """Return the path of a listed file; raise :class:`UserError` for another name."""
         if name not in self.card.files:
             listed = ", ".join(sorted(self.card.files)[:5]) or "none"
             raise UserError(f"{self.path}: the artifact has no file '{name}'. Expected one of its files: {listed}.")
@@ -50,16 +44,10 @@ class Artifact:
         return [parent for parent in self.card.parents if parent.role == role]
 
     def names(self, metric: str) -> tuple[str, ...]:
-        """Return the names that a metric of the card lists; none if the card lacks it.
-
-        Raises:
-            UserError: The metric is not a list of names.
-        """
+        """Return the names that a metric of the card lists, if any; raise :class:`UserError` for other values."""
         names = self.card.metrics.get(metric, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(
-                f"{self.path / CARD_NAME}: key 'metrics.{metric}' is not a list of names. Make the artifact again."
-            )
+            raise UserError(f"{self.path / CARD_NAME}: 'metrics.{metric}' is not a list of names. Make it again.")
         return tuple(names)
 
 
@@ -102,17 +90,13 @@ def reraise_as_artifact_error(artifact: Artifact) -> Iterator[None]:
         yield
     except Exception as error:
         is_user_error = isinstance(error, UserError)
+        names_artifact = is_user_error and str(artifact.path) in str(error)
         # What the machine lacks is no fault of the artifact.
-        if (
-            isinstance(error, ImageRejected)
-            or (is_user_error and str(artifact.path) in str(error))
-            or explain_system_error(error)
-        ):
+        if isinstance(error, ImageRejected) or names_artifact or explain_system_error(error):
             raise
         reason = f"{'' if is_user_error else type(error).__name__ + ': '}{' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"{artifact.path}: not a usable {artifact.card.kind} ({reason.rstrip('.')}). Make it again."
-        ) from None
+        message = f"{artifact.path}: not a usable {artifact.card.kind} ({reason.rstrip('.')}). Make it again."
+        raise UserError(message) from None
 
 
 def _read_card(root: Path) -> bytes:
@@ -134,9 +118,7 @@ def _verify_file(root: Path, name: str, entry: FileEntry) -> None:
     if not os.path.isfile(path):
         raise CorruptArtifact(f"{path}: missing. Copy the artifact again or make it again.")
     if path.stat().st_size != entry.size or _sha256_once(path) != entry.sha256:
-        raise CorruptArtifact(
-            f"{path}: changed since it was written (checksum differs). Copy or make the artifact again."
-        )
+        raise CorruptArtifact(f"{path}: changed since it was written (checksum differs). Copy or make it again.")
 
 
 def _sha256_once(path: Path) -> str:

@@ -1,7 +1,5 @@
 """Writing of artifacts: into a temporary directory that is renamed into place, so readers see all of it or nothing."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -57,18 +55,10 @@ def write_artifact(
 ) -> Iterator[ArtifactWriter]:
     """Write an artifact so that it appears complete or not at all.
 
+    Yields a writer of a temporary directory on the same file system. An old artifact at ``path`` is replaced, any other
+    non-empty directory is rejected. ``config`` holds JSON values, everything needed to make the artifact again.
     Folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's images:
     its table has their checksums).
-
-    Args:
-        path: Directory of the finished artifact. An older artifact there is replaced, any other non-empty
-            directory is rejected.
-        kind: Kind of artifact.
-        config: JSON values, everything needed to make the artifact again.
-        parents: Artifacts that it is made from.
-
-    Yields:
-        The writer; its ``path`` is a temporary directory on the same file system.
     """
     target = Path(path)
     check_output(target, kind)
@@ -86,12 +76,9 @@ def write_artifact(
 
 
 def check_output(path: Path | str, kind: Kind, required_file: str = "") -> None:
-    """Raise if an artifact of this kind may not replace what is at ``path``; long work calls this before it starts.
+    """Check that an artifact of this kind may replace what is at ``path``; long work calls this before it starts.
 
-    Args:
-        path: Directory of the output.
-        kind: Kind of the artifact that will be written.
-        required_file: File that an older artifact there must have, where several commands write the kind.
+    If several commands write the kind, ``required_file`` must be in an older artifact there.
 
     Raises:
         UserError: The output is a link, a file, a directory of other content, or another kind of artifact.
@@ -148,13 +135,12 @@ def _reject_other_kind(target: Path, kind: Kind, required_file: str) -> None:
     except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if old_kind != kind:
-        raise UserError(
-            f"{target}: the output holds an artifact of kind {old_kind}, expected {kind}. Choose another output."
-        )
-    if required_file and required_file not in files:
-        raise UserError(
-            f"{target}: the output holds a {kind} of another command (without {required_file}). Choose another output."
-        )
+        problem = f"an artifact of kind {old_kind}, expected {kind}"
+    elif required_file and required_file not in files:
+        problem = f"a {kind} of another command (without {required_file})"
+    else:
+        return
+    raise UserError(f"{target}: the output holds {problem}. Choose another output.")
 
 
 def _write_card(writer: ArtifactWriter) -> None:
@@ -164,23 +150,10 @@ def _write_card(writer: ArtifactWriter) -> None:
         if path.is_file() and name.split("/")[0] not in writer.unlisted:
             sync(path)
             files[name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
-    card = Card(
-        schema=SCHEMA,
-        kind=writer.kind,
-        name=writer.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        code_version=__version__,
-        config=writer.config,
-        parents=writer.parents,
-        preprocess=writer.preprocess,
-        embedding=writer.embedding,
-        inputs=writer.inputs,
-        outputs=writer.outputs,
-        catalog=writer.catalog,
-        metrics=writer.metrics,
-        environment=environment(),
-        files=files,
-    )
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    values = {key: value for key, value in vars(writer).items() if key not in ("path", "unlisted")}
+    values |= {"created": created, "code_version": __version__, "environment": environment(), "files": files}
+    card = Card(schema=SCHEMA, **values)
     path = writer.path / CARD_NAME
     path.write_text(card.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
     sync(path)

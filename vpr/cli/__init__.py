@@ -4,8 +4,6 @@ The stages are imported when their command runs, so help and errors in arguments
 package depends on no stage.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

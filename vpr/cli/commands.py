@@ -1,7 +1,5 @@
 """Table of commands: the function and the configuration of each, found by name and imported when called."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -44,160 +42,65 @@ def _load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-_LATENCY = ("batches", "seconds", "threads")
+# fmt: off
 _TRAINING = ("loader.batch_size", "loader.workers", "loader.keep_in_memory", "run.ema", "run.precision", "dry_run")
 
-COMMANDS = {
-    "catalog": Command(
-        "vpr.data.build_catalog:build_catalog",
-        "vpr.data.config:CatalogConfig",
-        "read images into a checked, split catalogue",
-        ("root", "validation", "test", "skip_unreadable"),
-    ),
-    "teacher data": Command(
-        "teacher.data:build_data",
-        "teacher.config:DataConfig",
+COMMANDS = {  # name: target, configuration, help, common keys
+    "catalog": Command("vpr.data.build_catalog:build_catalog", "vpr.data.config:CatalogConfig",
+        "read images into a checked, split catalogue", ("root", "validation", "test", "skip_unreadable")),
+    "teacher data": Command("teacher.data:build_data", "teacher.config:DataConfig",
         "join data sets into one catalogue to train on",
-        ("products10k", "aicrowd", "csv", "validation", "test", "skip_unreadable"),
-    ),
-    "teacher train": Command(
-        "teacher.train:train",
-        "teacher.config:TrainConfig",
-        "fine-tune an OpenCLIP tower with ArcFace",
-        ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed"),
-    ),
-    "teacher embed": Command(
-        "teacher.embed:embed_catalog",
-        "vpr.retrieval.config:EmbedConfig",
-        "embed a catalogue with a teacher",
-        ("split", "batch_size", "threads"),
-    ),
-    "teacher soup": Command(
-        "teacher.soup:soup",
-        "teacher.config:SoupConfig",
-        "average teachers, or one with its zero-shot weights",
-        ("method", "batch_size"),
-    ),
-    "teacher runs": Command(
-        "teacher.runs:runs",
-        "teacher.config:RunsConfig",
-        "list teachers and unfinished training runs",
-        ("folder", "output"),
-    ),
-    "student distill": Command(
-        "student.distill:distill",
-        "student.config:DistillConfig",
+        ("products10k", "aicrowd", "csv", "validation", "test", "skip_unreadable")),
+    "teacher train": Command("teacher.train:train", "teacher.config:TrainConfig",
+        "fine-tune an OpenCLIP tower with ArcFace", ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed")),
+    "teacher embed": Command("teacher.embed:embed_catalog", "vpr.retrieval.config:EmbedConfig",
+        "embed a catalogue with a teacher", ("split", "batch_size", "threads")),
+    "teacher soup": Command("teacher.soup:soup", "teacher.config:SoupConfig",
+        "average teachers, or one with its zero-shot weights", ("method", "batch_size")),
+    "teacher runs": Command("teacher.runs:runs", "teacher.config:RunsConfig",
+        "list teachers and unfinished training runs", ("folder", "output")),
+    "student distill": Command("student.distill:distill", "student.config:DistillConfig",
         "distil a teacher into a small ViT",
-        ("model.preset", "model.stem", "start", "quantise.ranges", "epochs", "lr", *_TRAINING, "seed"),
-    ),
-    "student embed": Command(
-        "student.embed:embed_catalog",
-        "vpr.retrieval.config:EmbedConfig",
-        "embed a catalogue with a student",
-        ("split", "batch_size", "threads"),
-    ),
-    "calibrate": Command(
-        "calibration.calibrate:calibrate",
-        "calibration.config:CalibrateConfig",
-        "measure INT8 ranges on training images",
-        ("count", "method", "selection", "smooth", "correct"),
-    ),
-    "export onnx": Command(
-        "export.to_onnx:export_onnx",
-        "export.config:OnnxConfig",
-        "write a student as ONNX, FP32 or FP16",
-        ("precision", "catalog"),
-    ),
-    "export int8": Command(
-        "export.int8:export_int8",
-        "export.config:Int8Config",
-        "write an INT8 Q/DQ graph from ONNX and ranges",
-        ("base", "max_recall_drop", "catalog", "scope"),
-    ),
-    "export engine": Command(
-        "export.tensorrt.build:build_engine",
-        "export.config:EngineConfig",
-        "build TensorRT engines from an ONNX graph",
-        ("backend", "target", "min_batch", "opt_batch", "max_batch"),
-    ),
-    "export serving": Command(
-        "export.serving:export_serving",
-        "export.config:ServingConfig",
-        "write a Triton model repository and gallery",
-        ("name", "max_batch", "device", "index"),
-    ),
-    "export parity": Command(
-        "export.parity_report:compare_exports",
-        "export.config:ParityConfig",
-        "compare exports with the student, layer by layer",
-        ("split", "layers"),
-    ),
-    "bench recall": Command(
-        "benchmarks.recall.measure:measure_recall",
-        "benchmarks.config:RecallConfig",
-        "measure recall of models on the same queries",
-        ("split",),
-    ),
-    "bench latency": Command(
-        "benchmarks.latency.measure:measure_latency",
-        "benchmarks.config:LatencyConfig",
-        "measure latency of models on this machine",
-        (*_LATENCY, "backends"),
-    ),
-    "bench scale": Command(
-        "benchmarks.scale:measure_scale_table",
-        "benchmarks.config:ScaleConfig",
-        "measure exact and approximate search as a gallery grows",
-        ("sizes", "kinds"),
-    ),
-    "bench report": Command(
-        "benchmarks.report.build:build_report",
-        "benchmarks.config:ReportConfig",
-        "write recall and latency as JSON, Markdown and HTML",
-        ("split", *_LATENCY, "ranges"),
-    ),
-    "bench compare": Command(
-        "benchmarks.compare:compare_reports",
-        "benchmarks.config:CompareConfig",
+        ("model.preset", "model.stem", "start", "quantise.ranges", "epochs", "lr", *_TRAINING, "seed")),
+    "student embed": Command("student.embed:embed_catalog", "vpr.retrieval.config:EmbedConfig",
+        "embed a catalogue with a student", ("split", "batch_size", "threads")),
+    "calibrate": Command("calibration.calibrate:calibrate", "calibration.config:CalibrateConfig",
+        "measure INT8 ranges on training images", ("count", "method", "selection", "smooth", "correct")),
+    "export onnx": Command("export.to_onnx:export_onnx", "export.config:OnnxConfig",
+        "write a student as ONNX, FP32 or FP16", ("precision", "catalog")),
+    "export int8": Command("export.int8:export_int8", "export.config:Int8Config",
+        "write an INT8 Q/DQ graph from ONNX and ranges", ("base", "max_recall_drop", "catalog", "scope")),
+    "export engine": Command("export.tensorrt.build:build_engine", "export.config:EngineConfig",
+        "build TensorRT engines from an ONNX graph", ("backend", "target", "min_batch", "opt_batch", "max_batch")),
+    "export serving": Command("export.serving:export_serving", "export.config:ServingConfig",
+        "write a Triton model repository and gallery", ("name", "max_batch", "device", "index")),
+    "export parity": Command("export.parity_report:compare_exports", "export.config:ParityConfig",
+        "compare exports with the student, layer by layer", ("split", "layers")),
+    "bench recall": Command("benchmarks.recall.measure:measure_recall", "benchmarks.config:RecallConfig",
+        "measure recall of models on the same queries", ("split",)),
+    "bench latency": Command("benchmarks.latency.measure:measure_latency", "benchmarks.config:LatencyConfig",
+        "measure latency of models on this machine", ("batches", "seconds", "threads", "backends")),
+    "bench scale": Command("benchmarks.scale:measure_scale_table", "benchmarks.config:ScaleConfig",
+        "measure exact and approximate search as a gallery grows", ("sizes", "kinds")),
+    "bench report": Command("benchmarks.report.build:build_report", "benchmarks.config:ReportConfig",
+        "write recall and latency as JSON, Markdown and HTML", ("split", "batches", "seconds", "threads", "ranges")),
+    "bench compare": Command("benchmarks.compare:compare_reports", "benchmarks.config:CompareConfig",
         "show what changed from one report to another",
-        ("max_recall_drop", "max_latency_ratio", "max_size_ratio"),
-        positional=("before", "after"),
-    ),
-    "search": Command(
-        "vpr.retrieval.search_command:search_gallery",
-        "vpr.retrieval.config:SearchConfig",
-        "find the nearest gallery images of embedded queries",
-        ("output", "k"),
-    ),
-    "search serve": Command(
-        "app.search_page.server:serve",
-        "app.config:ServeConfig",
-        "serve a local page to search by image",
-        ("split", "embeddings", "port"),
-    ),
-    "recipes list": Command(
-        "vpr.common.recipes:list_recipes", "vpr.common.recipes:ListConfig", "list the packaged recipes"
-    ),
-    "recipes show": Command(
-        "vpr.common.recipes:show_recipe",
-        "vpr.common.recipes:ShowConfig",
-        "print a packaged recipe",
-        positional=("name",),
-    ),
-    "recipes copy": Command(
-        "vpr.common.recipes:copy_recipe",
-        "vpr.common.recipes:CopyConfig",
-        "copy a packaged recipe to a folder, to change it",
-        positional=("name", "folder"),
-    ),
-    "demo": Command(
-        "app.demo:demo", "app.config:DemoConfig", "run the pipeline on the embedded sample", ("output", "full")
-    ),
+        ("max_recall_drop", "max_latency_ratio", "max_size_ratio"), positional=("before", "after")),
+    "search": Command("vpr.retrieval.search_command:search_gallery", "vpr.retrieval.config:SearchConfig",
+        "find the nearest gallery images of embedded queries", ("output", "k")),
+    "search serve": Command("app.search_page.server:serve", "app.config:ServeConfig",
+        "serve a local page to search by image", ("split", "embeddings", "port")),
+    "recipes list": Command("vpr.common.recipes:list_recipes", "vpr.common.recipes:ListConfig",
+        "list the packaged recipes"),
+    "recipes show": Command("vpr.common.recipes:show_recipe", "vpr.common.recipes:ShowConfig",
+        "print a packaged recipe", positional=("name",)),
+    "recipes copy": Command("vpr.common.recipes:copy_recipe", "vpr.common.recipes:CopyConfig",
+        "copy a packaged recipe to a folder, to change it", positional=("name", "folder")),
+    "demo": Command("app.demo:demo", "app.config:DemoConfig",
+        "run the pipeline on the embedded sample", ("output", "full")),
     "doctor": Command("app.doctor:doctor", "app.config:DoctorConfig", "show what this machine can run, and why not"),
-    "completion": Command(
-        "vpr.cli.completion:print_completion",
-        "vpr.cli.completion:CompletionConfig",
-        "print a completion script for bash, zsh or fish",
-        positional=("shell",),
-    ),
+    "completion": Command("vpr.cli.completion:print_completion", "vpr.cli.completion:CompletionConfig",
+        "print a completion script for bash, zsh or fish", positional=("shell",)),
 }
+# fmt: on

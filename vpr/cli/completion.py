@@ -1,7 +1,5 @@
 """``vpr completion``: a script that completes commands and flags in a shell."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Help: the overview of commands, and the keys of one command, short or complete."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shutil
@@ -16,24 +14,16 @@ from vpr.cli.parser import build_parser, element_type, flags_of, without_none
 _INDENT = 28
 _METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 _RECIPE = ("--recipe NAME|FILE", "Packaged recipe (see `vpr recipes list`) or YAML file; flags override its keys.")
-_GLOBAL = (
-    ("-q, -v", "Print warnings only, or details too."),
-    ("--json", "Print the result as JSON to stdout and all else to stderr."),
-)
+_VERBOSITY = ("-q, -v", "Print warnings only, or details too.")
+_JSON = ("--json", "Print the result as JSON to stdout and all else to stderr.")
 
 
 def overview(group: str = "") -> str:
     """Return the commands, or those of a group."""
     names = [name for name in COMMANDS if not group or name.split()[0] == group]
-    return "\n".join(
-        [
-            f"usage: vpr {group or 'COMMAND'} {'COMMAND ' if group else ''}[--recipe NAME] [--key value ...]",
-            "",
-            *(f"  vpr {name:16} {COMMANDS[name].help}" for name in names),
-            "",
-            "vpr COMMAND --help shows the common keys of a command, --help-all all keys; vpr --version the version.",
-        ]
-    )
+    usage = f"usage: vpr {group or 'COMMAND'} {'COMMAND ' if group else ''}[--recipe NAME] [--key value ...]"
+    more = "vpr COMMAND --help shows the common keys of a command, --help-all all keys; vpr --version the version."
+    return "\n".join([usage, "", *(f"  vpr {name:16} {COMMANDS[name].help}" for name in names), "", more])
 
 
 def command_help(name: str, is_complete: bool = False) -> str:
@@ -43,13 +33,9 @@ def command_help(name: str, is_complete: bool = False) -> str:
 
 
 def config_help(prog: str, config_class: type[Any], command: Command, is_complete: bool) -> str:
-    """Return the help of a configuration.
+    """Return the help of a configuration; ``prog`` is the start of the command line.
 
-    Args:
-        prog: Start of the command line.
-        config_class: Configuration dataclass.
-        command: Description, common and positional keys.
-        is_complete: Whether every key is shown with its full description; else the required and the common keys.
+    If ``is_complete``, every key has its full description; else only the required and the common keys are shown.
     """
     flags = flags_of(build_parser(config_class))
     required = [action for action in flags.values() if action.required]
@@ -67,7 +53,7 @@ def config_help(prog: str, config_class: type[Any], command: Command, is_complet
     for section in dict.fromkeys(action.dest.rpartition(".")[0] for action in others):
         members = [action for action in others if action.dest.rpartition(".")[0] == section]
         lines += _section(section or "optional", [_entry(action, True) for action in members])
-    return "\n".join(lines + _section("all commands", [_RECIPE, *_GLOBAL]))
+    return "\n".join(lines + _section("all commands", [_RECIPE, _VERBOSITY, _JSON]))
 
 
 def _section(title: str, entries: Iterable[tuple[str, str]]) -> list[str]:

@@ -1,7 +1,5 @@
 """Command-line flags and recipes, read into a configuration dataclass."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -73,10 +71,8 @@ def flags_of(parser: CommandParser) -> dict[str, Action]:
 def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:
     """Build a configuration from flags over a recipe over defaults, checked by type.
 
-    Args:
-        config_class: Dataclass.
-        name: Command, whose stage has the packaged recipes, or how a script is started.
-        arguments: Flags, such as ``--recipe sample --run.ema 0.999 --dry-run``.
+    ``name`` is a command, whose stage has the packaged recipes, or how a script is started. ``arguments`` are flags,
+    such as ``--recipe sample --run.ema 0.999 --dry-run``.
 
     Raises:
         UserError: If a key is unknown, has no value, or a value of another type.

@@ -64,15 +64,15 @@ def trainer_options(strategy: Strategy) -> dict[str, Any]:
             raise UserError("run.strategy: fsdp needs several processes. Start it with `torchrun --nproc-per-node N`.")
         return {"devices": 1}
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    lightning_strategy = (
-        ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
-        if strategy == "fsdp"
-        else DDPStrategy()
-    )
+    fsdp: dict[str, Any] = {
+        "data_parallel_size": world,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    }
     return {
         "devices": local_world,
         "num_nodes": world // local_world,
-        "strategy": lightning_strategy,
+        "strategy": ModelParallelStrategy(**fsdp) if strategy == "fsdp" else DDPStrategy(),
         # PyTorch synchronises BatchNorm on GPUs only; on CPUs each process keeps separate statistics.
         "sync_batchnorm": torch.cuda.is_available() and strategy != "fsdp",
     }
@@ -118,7 +118,5 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
     state = module.state_dict()
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
-        for name, value in state.items()
-    }
+    full = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()}
+    return {name: value.detach().cpu().contiguous() for name, value in full.items()}

@@ -1,7 +1,5 @@
 """Errors that the command line prints as one line."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -38,12 +36,9 @@ class BudgetExceeded(Exception):
 
 
 def check_numbers(config: object, section: str = "", **bounds: tuple[float, float | None]) -> None:
-    """Check that numbers of a configuration are within their bounds.
+    """Check that numbers of a configuration are within their (smallest, largest) bounds; None for no upper bound.
 
-    Args:
-        config: Dataclass with the numbers.
-        section: Prefix of its fields in a recipe, such as ``loader.``.
-        bounds: Smallest and largest value of each field; None for no upper bound.
+    ``section`` is the prefix of the fields in a recipe, such as ``loader.``.
 
     Raises:
         UserError: A number is out of bounds or NaN.

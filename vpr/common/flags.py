@@ -1,19 +1,12 @@
 """Command-line flags that make a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 
 def to_flags(config_class: type[Any], values: Mapping[str, Any]) -> list[str]:
-    """Return the flags of ``vpr`` for the values that differ from the defaults.
-
-    Args:
-        config_class: Configuration dataclass.
-        values: Value of each key; a section is a dataclass or a mapping.
-    """
+    """Return the flags for the values that differ from the defaults; a section is a dataclass or a mapping."""
     words: list[str] = []
     for field in fields(config_class):
         value = values.get(field.name, field.default)

@@ -1,7 +1,5 @@
 """Hardware and package versions that results are recorded with; no host names, no paths."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -12,43 +10,13 @@ from typing import Any
 
 MAX_THREADS = 512  # some libraries abort the process if they cannot start all threads
 PACKAGES = (
-    "visual-product-recognition",
-    "torch",
-    "torchvision",
-    "lightning",
-    "open_clip_torch",
-    "timm",
-    "vit-pytorch",
-    "numpy",
-    "pillow",
-    "pyarrow",
-    "faiss-cpu",
-    "onnx",
-    "onnxscript",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu13-bindings",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-    "pycuda",
-)
+    "visual-product-recognition", "torch", "torchvision", "lightning", "open_clip_torch", "timm", "vit-pytorch",
+    "numpy", "pillow", "pyarrow", "faiss-cpu", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "openvino",
+    "tensorrt", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "pycuda",
+)  # fmt: skip
 # Instruction sets that decide which kernels a CPU runs: vector width, and dot products of INT8 and BF16.
-_CPU_FEATURES = (
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
+_X86_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+_CPU_FEATURES = (*_X86_FEATURES, "asimd", "asimddp", "i8mm", "bf16", "sve")
 _CPUINFO = Path("/proc/cpuinfo")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -56,15 +24,11 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 def environment() -> dict[str, Any]:
     """Return versions, CPU, memory, GPUs and driver of this machine, as JSON values."""
     gpus, driver = read_gpus()
+    cpu = {"model": cpu_model(), "cores": physical_cores(), "threads": len(available_cpus())}
     return {
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.machine()}",
-        "cpu": {
-            "model": cpu_model(),
-            "cores": physical_cores(),
-            "threads": len(available_cpus()),
-            "features": cpu_features(),
-        },
+        "cpu": {**cpu, "features": cpu_features()},
         "memory_bytes": memory_bytes(),
         "gpus": gpus,
         "driver": driver,

@@ -1,7 +1,5 @@
 """Locks between processes that end with the process that holds them."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -25,12 +23,8 @@ def file_lock(path: Path, busy: str = "") -> Iterator[None]:
     It is a POSIX record lock. The system releases it whenever its process ends, forked children do not keep it,
     and network file systems support it. It does not exclude other threads of the same process.
 
-    Args:
-        path: Path of the lock file; its folder must exist.
-        busy: Error message if another process holds the lock; an empty one waits for that process.
-
     Raises:
-        UserError: Another process holds the lock and ``busy`` is given.
+        UserError: Another process holds the lock; the message is ``busy``. An empty one waits for that process.
     """
     while True:
         stream = path.open("ab")

@@ -1,7 +1,5 @@
 """Logging to standard error: plain lines, levels by ``-q`` and ``-v``, from one process of several."""
 
-from __future__ import annotations
-
 import logging
 
 from rich.console import Console
@@ -33,11 +31,7 @@ def get_logger(module: str) -> logging.Logger:
 
 
 def configure_logging(verbosity: int = 0) -> None:
-    """Send log records to standard error.
-
-    Args:
-        verbosity: -1 prints warnings and errors, 0 also progress, 1 or more also debug records.
-    """
+    """Send log records to standard error: warnings and errors at -1, also progress at 0, also debug records above."""
     logger = logging.getLogger(_ROOT)
     logger.setLevel(logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity > 0 else logging.INFO)
     logger.propagate = False

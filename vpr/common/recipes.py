@@ -1,7 +1,5 @@
 """YAML recipes: a bounded and safe loader, and the packaged recipes of the stages."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -72,11 +70,7 @@ def copy_recipe(config: CopyConfig) -> Path:
 
 
 def find_recipe(name: str, stage: str) -> Path:
-    """Return the file of a recipe: a path that exists, or a packaged recipe of a stage.
-
-    Raises:
-        UserError: If there is no such file and no such recipe.
-    """
+    """Return a recipe's file, by path or packaged name; raise :class:`UserError` if there is none."""
     path = Path(name)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         if not path.is_file():

@@ -1,7 +1,5 @@
 """Usage reports of libraries."""
 
-from __future__ import annotations
-
 import os
 import sys
 

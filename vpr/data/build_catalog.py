@@ -1,7 +1,5 @@
 """``vpr catalog``: read, check and split the images of a data set."""
 
-from __future__ import annotations
-
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,27 +67,18 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     with stage.write() as draft:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
-        catalog = Catalog(
-            split_by_product(rows_to_table(rows), config.validation, config.test, config.seed), draft.path
-        )
+        table = split_by_product(rows_to_table(rows), config.validation, config.test, config.seed)
+        catalog = Catalog(table, draft.path)
         write_catalog_files(draft, catalog, [])
     _log_summary(config, catalog, [])
     return stage.path
 
 
 def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Rejected]]:
-    """Decode every image once and add its ``sha256``.
+    """Decode every image once; return the readable rows with ``sha256``, and (image, reason) of the others.
 
-    Args:
-        root: Folder that ``image`` is relative to.
-        rows: Rows of a reader; rows with ``rejected`` have the reason there and are not decoded.
-        skip_unreadable: Collect rejected images instead of raising the first error.
-
-    Returns:
-        Readable rows, and (image, reason) of rejected rows.
-
-    Raises:
-        ImageRejected: An image is unreadable and ``skip_unreadable`` is false.
+    Rows with ``rejected`` have the reason there and are not decoded.
+    An unreadable image raises :class:`ImageRejected` unless ``skip_unreadable``.
     """
     readable: list[Row] = []
     rejected: list[Rejected] = []

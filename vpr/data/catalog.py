@@ -139,11 +139,7 @@ def write_catalog_files(draft: ArtifactWriter, catalog: Catalog, rejected: list[
 
 
 def load_catalog(path: Path | str) -> Catalog:
-    """Load a catalogue artifact.
-
-    Raises:
-        UserError: The artifact is not a catalogue, or its table is invalid.
-    """
+    """Load a catalogue artifact; raise :class:`UserError` for another kind or an invalid table."""
     artifact = load_artifact(path, "catalog")
     with reraise_as_artifact_error(artifact):
         table = pq.read_table(artifact.file("catalog.parquet")).cast(SCHEMA)
@@ -159,11 +155,7 @@ def load_catalog(path: Path | str) -> Catalog:
 
 
 def rows_to_table(rows: list[Row]) -> pa.Table:
-    """Convert rows to a table.
-
-    Raises:
-        UserError: A role or split is not known.
-    """
+    """Convert rows to a table; raise :class:`UserError` for an unknown role or split."""
     for column, known in (("role", ROLES), ("split", SPLITS)):
         unknown = sorted({str(row[column]) for row in rows} - set(known))
         if unknown:

@@ -1,7 +1,5 @@
 """Configuration of catalogues and loaders. Imports no heavy library, so help and argument errors are instant."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,15 +7,9 @@ from vpr.common.errors import UserError, check_numbers
 
 
 def check_shares(validation: float, test: float, seed: int) -> None:
-    """Check that the shares leave products to train on, and that the seed is not negative.
-
-    Raises:
-        UserError: A share or the seed is out of range.
-    """
+    """Raise :class:`UserError` if the shares leave no products to train on, or the seed is negative."""
     if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise UserError(
-            f"validation, test: expected shares of the products, together less than 1, got {validation} and {test}."
-        )
+        raise UserError(f"validation, test: expected shares of together less than 1, got {validation} and {test}.")
     if seed < 0:
         raise UserError(f"seed: expected 0 or more, got {seed}.")
 
@@ -77,7 +69,5 @@ class LoaderConfig:
         products = {"max_per_product": (0, 1 << 20), "min_per_product": (0, 10_000)}
         check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), **products)
         if 0 < self.max_per_product < self.min_per_product:
-            raise UserError(
-                f"loader.min_per_product: expected at most loader.max_per_product {self.max_per_product}, "
-                f"got {self.min_per_product}."
-            )
+            expected = f"expected at most loader.max_per_product {self.max_per_product}"
+            raise UserError(f"loader.min_per_product: {expected}, got {self.min_per_product}.")

@@ -15,11 +15,7 @@ _MAX_COLUMNS = 1000
 
 
 def read_csv_rows(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read the rows of a CSV with their line numbers.
-
-    Args:
-        table: CSV file in UTF-8, with column names in its first line.
-        required: Columns that must exist and have a value in each row.
+    """Yield the rows of a CSV in UTF-8, with column names in its first line, after their line numbers.
 
     Raises:
         UserError: A required column or value is missing, a limit is exceeded, or the text is broken.
@@ -62,11 +58,7 @@ def _find_problem(values: dict[str, str], required: tuple[str, ...]) -> str:
 class BoundedLines:
     """Lines of a CSV that limit the length of a row, on any number of lines.
 
-    Args:
-        stream: Open table that keeps its line ends.
-
-    Attributes:
-        row_characters: Number of characters of the current row; the caller resets it after each row.
+    ``row_characters`` counts the characters of the current row; the caller resets it after each row.
     """
 
     def __init__(self, stream: IO[str]) -> None:

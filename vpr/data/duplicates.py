@@ -1,7 +1,5 @@
 """Join catalogues, and find repeated images: same bytes, or near-duplicates by a perceptual hash."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,16 +34,10 @@ class Duplicates:
 
 
 def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
-    """Join catalogues and find repeated images.
+    """Join catalogues under their common root, and find repeated images; every distinct image is decoded once.
 
     Rows with the same file, product and box become one row; all other rows stay. Products with the same id become
     one product. Near-duplicates need a manual check: small objects on a plain background have similar hashes.
-
-    Args:
-        catalogs: One or more catalogues; every distinct image is decoded once.
-
-    Returns:
-        The joined catalogue, whose root is the common root, and its duplicates.
     """
     roots = [catalog.root.resolve() for catalog in catalogs]
     root = common_root(roots)
@@ -82,12 +74,7 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
 
 
 def duplicates_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
-    """Return an (n,) bool mask of the images that repeat, or nearly repeat, an image of another catalogue.
-
-    Args:
-        catalog: Catalogue of n images.
-        others: Catalogue to compare with.
-    """
+    """Return an (n,) bool mask of the images that repeat, or nearly repeat, an image of another catalogue."""
     same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
     hashes, other_hashes = (_hash_files([part.path(row) for row in range(len(part))]) for part in (catalog, others))
     for start in range(0, len(hashes), step := max(1, _BLOCK // max(1, len(other_hashes)))):
@@ -109,18 +96,11 @@ def image_hash(image: Image.Image) -> int:
 
 
 def find_near_pairs(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """Find the nearest earlier hash of each hash, within ``bits``; the earliest one of equally near hashes.
+    """Find the nearest earlier hash of each (n,) uint64 hash, within ``bits``: (pairs, 2) int64 of (later, earlier).
 
-    Multi-index hashing (Norouzi, Punjani & Fleet, "Fast Search in Hamming Space with Multi-Index Hashing",
-    CVPR 2012): two hashes within ``bits`` agree on at least one of ``bits + 1`` bands of bits. So only hashes that
-    share a band are compared. Equal hashes are compared once, and blocks limit the memory.
-
-    Args:
-        hashes: (n,) uint64 hashes.
-        bits: Largest Hamming distance.
-
-    Returns:
-        (pairs, 2) int64 rows of (later, earlier).
+    Of equally near hashes it is the earliest. Multi-index hashing (Norouzi, Punjani & Fleet, "Fast Search in Hamming
+    Space with Multi-Index Hashing", CVPR 2012): two hashes within ``bits`` agree on at least one of ``bits + 1`` bands
+    of bits. So only hashes that share a band are compared. Equal hashes are compared once, and blocks limit the memory.
     """
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     distinct = np.sort(first)  # index of each value's first occurrence

@@ -1,7 +1,5 @@
 """Data loaders of the training loop: decoding once or by workers, in an order that only the seed decides."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading
@@ -33,13 +31,7 @@ _DECODE_BLOCK = 64  # images per task of a decoding thread
 class ImageDataset(Dataset[dict[str, Tensor]]):
     """Resized images of a catalogue, as uint8 pixels with their row.
 
-    Args:
-        catalog: Catalogue of n images.
-        preprocess: Preprocessing that resizes the images.
-        keep_in_memory: Decode all images now, with threads.
-
-    Attributes:
-        kept: Pixels of all images in memory, (n, 3, size, size) uint8, or None.
+    With ``keep_in_memory`` threads decode all images now; ``kept`` then holds (n, 3, size, size) uint8.
     """
 
     def __init__(self, catalog: Catalog, preprocess: Preprocess, keep_in_memory: bool = False) -> None:
@@ -64,13 +56,7 @@ class EpochSampler(Sampler[int]):
 
     An epoch consists of batches of ``world * batch_size`` rows, which the processes share. So two processes
     together see the batches that one process with twice the batch size sees. An incomplete last batch is dropped.
-
-    Args:
-        products: (n,) product of each row.
-        config: Batch size of a process, and limits on the rows of a product in an epoch.
-        seed: Seed of the order.
-        rank: Rank of this process.
-        world: Number of processes.
+    ``products`` is the (n,) product of each row.
     """
 
     def __init__(
@@ -114,18 +100,12 @@ class EpochSampler(Sampler[int]):
 def training_loader(
     dataset: ImageDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
-    """Build the loader of this process's shuffled batches; an incomplete last batch is dropped.
-
-    Raises:
-        UserError: An epoch has fewer images than one batch.
-    """
+    """Build the loader of shuffled full batches; raise :class:`UserError` if an epoch has fewer images than one."""
     sampler = EpochSampler(dataset.catalog.products, config, seed, rank, world)
     if not sampler.batches:
         processes = f" in each of {world} processes" if world > 1 else ""
-        raise UserError(
-            f"loader.batch_size: {config.batch_size}{processes} is more than the {sampler.rows_of_all} training "
-            "images of an epoch. Lower it."
-        )
+        limit = f"the {sampler.rows_of_all} training images of an epoch"
+        raise UserError(f"loader.batch_size: {config.batch_size}{processes} is more than {limit}. Lower it.")
     return _loader(dataset, config, sampler)
 
 

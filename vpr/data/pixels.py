@@ -1,7 +1,5 @@
 """Preprocessed pixels of catalogue rows."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

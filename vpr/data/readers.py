@@ -1,7 +1,5 @@
 """Readers of product data sets, which yield catalogue rows. Columns are found by name, never by position."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -100,9 +98,7 @@ def read_webdataset(root: Path) -> Iterator[Row]:
             where = f"{root / shard}: sample '{sample.key}'"
             label = read_label(sample, where)
             if is_labelled not in (None, "product" in label):
-                raise UserError(
-                    f"{where} has no product, or is the only one with a product. Label all samples or none."
-                )
+                raise UserError(f"{where} has no product, or is the only one that has. Label all samples or none.")
             is_labelled = "product" in label
             if "box" in label:
                 label["box"] = _parse_box(label["box"], where)
@@ -133,11 +129,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 class PathGuard:
-    """Check that file names stay inside a folder, with links followed; each folder is resolved once.
-
-    Args:
-        root: Folder that the names are relative to.
-    """
+    """Check that file names stay inside a folder, with links followed; each folder is resolved once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -145,11 +137,7 @@ class PathGuard:
         self._folders: dict[str, bool] = {}
 
     def check(self, name: str, table: Path | None = None, line: int = 0) -> str:
-        """Return ``name`` if it is relative and the file is inside the root.
-
-        Raises:
-            UserError: The name leads out of the root; the message has ``table`` and ``line`` if given.
-        """
+        """Return a name inside the root; else raise :class:`UserError`, with ``table`` and ``line`` if given."""
         folder, _, file = name.rpartition("/")
         if name.startswith("/") or "\0" in name or "\n" in name:
             is_inside = False
@@ -172,15 +160,8 @@ class PathGuard:
 
 
 def _row(image: str, product: str, category: str, source: str, role: str = "train") -> Row:
-    return {
-        "image": image,
-        "product": product,
-        "category": category,
-        "role": role,
-        "split": "train",
-        "box": None,
-        "source": source,
-    }
+    row = {"image": image, "product": product, "category": category, "role": role, "source": source}
+    return {**row, "split": "train", "box": None}
 
 
 def _parse_box(values: list[Any], where: str) -> dict[str, float]:

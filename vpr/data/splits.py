@@ -1,7 +1,5 @@
 """Splits by product, and checks that no scored image or product is trained on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,11 @@ log = get_logger(__name__)
 
 
 def split_by_product(table: pa.Table, validation: float, test: float, seed: int) -> pa.Table:
-    """Assign each product to one split.
+    """Assign each product of a table to one split; the seed gives the same split in any order of the rows.
 
     Images of held-out products without a retrieval role get one. The first half (rounded up) of a product's
     images, by path, becomes its gallery; the other images become queries. Products with a single image have
-    no pair of gallery and query, so they stay in training.
-
-    Args:
-        table: Table of :data:`SCHEMA`.
-        validation: Share of the products for validation.
-        test: Share of the products for test.
-        seed: Seed of the split; it gives the same split for the same products, in any order of the rows.
+    no pair of gallery and query, so they stay in training. ``validation`` and ``test`` are shares of the products.
 
     Raises:
         UserError: The shares leave no training products, or a share selects no product.
@@ -40,44 +32,32 @@ def split_by_product(table: pa.Table, validation: float, test: float, seed: int)
     names = sorted(products.dictionary.to_pylist())
     codes = pc.index_in(products.dictionary, pa.array(names)).to_numpy()[products.indices.to_numpy()]
     counts = np.bincount(codes, minlength=len(names))
-    splittable = np.array(
-        [name for name, count in zip(names, counts.tolist(), strict=True) if count > 1], dtype=np.str_
-    )
+    splittable = np.array(names, dtype=np.str_)[counts > 1]
     np.random.default_rng(seed).shuffle(splittable)
     test_count, validation_count = round(test * len(names)), round(validation * len(names))
     held_out = dict.fromkeys(splittable[:test_count].tolist(), "test")
     held_out.update(dict.fromkeys(splittable[test_count : test_count + validation_count].tolist(), "validation"))
     for name, share in (("validation", validation), ("test", test)):
         if share and name not in held_out.values():
-            raise UserError(
-                f"{name}: {share} selects none of {len(names)} products. {len(splittable)} products have two images, "
-                "as a query and its gallery need. Raise it or add images."
-            )
+            counted = f"none of {len(names)} products. {len(splittable)} products have two images"
+            need = "as a query and its gallery need. Raise it or add images."
+            raise UserError(f"{name}: {share} selects {counted}, {need}")
     splits = np.array([held_out.get(name, "train") for name in names], dtype=object)[codes]
     roles = table["role"].to_numpy().copy()
     is_query = _rank_in_product(table, codes, splits != "train") * 2 >= counts[codes]
     has_role = (splits == "train") | (roles != "train")
     roles[~has_role] = np.where(is_query, "query", "gallery")[~has_role]
-    columns = {"split": splits, "role": roles}
-    return pa.table(
-        {name: pa.array(columns[name], pa.string()) if name in columns else table[name] for name in SCHEMA.names},
-        schema=SCHEMA,
-    )
+    columns = {"split": pa.array(splits, pa.string()), "role": pa.array(roles, pa.string())}
+    return pa.table({name: columns.get(name, table[name]) for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dict[str, Any]:
     """Check that no training image or product is also scored.
 
-    Args:
-        train: Rows that are trained on.
-        evaluation: Rows that are scored.
-        allow: Return leaks instead of raising.
-
-    Returns:
-        Leaks by ``products`` and ``images``: their ``count`` and the ``first`` three names; empty without a leak.
+    Returns leaks by ``products`` and ``images``: their ``count`` and the ``first`` three names; empty without a leak.
 
     Raises:
-        UserError: There is a leak; the message has its count and the first three names.
+        UserError: There is a leak and ``allow`` is false; the message has its count and the first three names.
     """
     leaks: dict[str, Any] = {}
     for column, key, label in (("product", "products", "products"), ("sha256", "images", "images (same bytes)")):
@@ -91,10 +71,8 @@ def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dic
             rows = pc.index_in(pa.array(first), trained).to_pylist()
             first = [train.table["image"][row].as_py() for row in rows]
         if not allow:
-            raise UserError(
-                f"leak: {len(shared)} {label} are both trained and scored, such as {', '.join(first)}. "
-                "Split the data again."
-            )
+            examples = ", ".join(first)
+            raise UserError(f"leak: {len(shared)} {label} are trained and scored: {examples}. Split the data again.")
         leaks[key] = {"count": len(shared), "first": first}
     return leaks
 

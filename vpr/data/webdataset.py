@@ -6,8 +6,6 @@ Python's tarfile parses the headers. The ``webdataset`` package is not used beca
 files, such as the size of a member or a header.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile
@@ -44,13 +42,9 @@ class Sample:
 
 
 def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
-    """Read the samples of a shard, in the order of its members.
+    """Read the samples of an uncompressed shard, in the order of its members; ``suffixes`` of images are in lower case.
 
     Links, devices, too large members and members with absolute names or ``..`` are rejected; folders are skipped.
-
-    Args:
-        shard: Uncompressed tar file.
-        suffixes: Suffixes of images, in lower case.
 
     Raises:
         UserError: The tar file is broken or truncated.
@@ -78,15 +72,10 @@ def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
 def read_label(sample: Sample, where: str) -> dict[str, Any]:
     """Read the label of a sample from its ``.json``, or its product from ``.cls``; empty without a label.
 
-    Args:
-        sample: Sample with its labels.
-        where: Shard and sample, for error messages.
-
-    Returns:
-        Those of ``product``, ``category``, ``role`` and ``split`` (text) and ``box`` (list) that the label has.
+    The result has those of ``product``, ``category``, ``role``, ``split`` (text) and ``box`` (list) that the label has.
 
     Raises:
-        UserError: The label is not a JSON object, or a value has another type.
+        UserError: The label is not a JSON object, or a value has another type; it starts with ``where``.
     """
     if ".json" not in sample.labels:
         return {"product": _text(sample.labels[".cls"].decode(errors="replace"), where)} if sample.labels else {}
@@ -96,9 +85,8 @@ def read_label(sample: Sample, where: str) -> dict[str, Any]:
         label = {name: _text(values[name], where) for name in names}
         return {**label, "box": list(values["box"])} if values.get("box") else label
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"{where}: its .json is not an object with text values, and a box of four numbers. Rewrite the shard."
-        ) from None
+        problem = "its .json is not an object with text values, and a box of four numbers"
+        raise UserError(f"{where}: {problem}. Rewrite the shard.") from None
 
 
 def _text(value: object, where: str) -> str:
@@ -132,11 +120,7 @@ def _read_members(shard: Path, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 class _BoundedReader:
-    """File that rejects reads larger than any valid header.
-
-    Args:
-        stream: Tar file.
-    """
+    """File that rejects reads larger than any valid header."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.seek, self.tell = stream.seek, stream.tell

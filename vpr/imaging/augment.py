@@ -5,8 +5,6 @@ computed once and cached, and it matches the pixels that the student sees later 
 distillation: a good teacher is patient and consistent", CVPR 2022: teacher and student must see the same crop).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,16 +18,9 @@ _DRAWS = 16
 
 
 def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Tensor:
-    """Draw the parameters of views.
+    """Draw the (batch, 14) float32 parameters of views for :func:`apply_views`.
 
-    Args:
-        config: Ranges of the parameters.
-        seed: Seed of the training run.
-        index: (batch,) int64 row of each image in its table.
-        view: (batch,) int64 number of each view.
-
-    Returns:
-        (batch, 14) float32 parameters for :func:`apply_views`.
+    ``index`` is the (batch,) int64 row of each image in its table, ``view`` the (batch,) int64 number of its view.
     """
     rows = np.empty((len(index), _DRAWS), dtype=np.float32)
     for row, (i, v) in enumerate(zip(index.tolist(), view.tolist(), strict=True)):
@@ -59,14 +50,9 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
 
 
 def apply_views(pixels: Tensor, parameters: Tensor) -> Tensor:
-    """Apply drawn parameters to images.
+    """Apply (batch, 14) parameters of :func:`draw_views`, on any device, to images.
 
-    Args:
-        pixels: (batch, 3, height, width) uint8.
-        parameters: (batch, 14) float32 from :func:`draw_views`, on any device.
-
-    Returns:
-        (batch, 3, height, width) float32 in 0…255, on the device of ``pixels``.
+    Maps (batch, 3, height, width) uint8 to float32 in 0…255 of the same shape, on the device of ``pixels``.
     """
     # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):
@@ -78,9 +64,8 @@ def _apply(pixels: Tensor, parameters: Tensor) -> Tensor:
     batch, _, height, width = pixels.shape
     cos, sin = torch.cos(p[:, 0]), torch.sin(p[:, 0])
     x_zoom, y_zoom = 1 / (p[:, 1] * p[:, 2]), p[:, 2] / p[:, 1]
-    theta = torch.stack(
-        [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]], dim=1
-    ).view(batch, 2, 3)
+    rows = [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]]
+    theta = torch.stack(rows, dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, [batch, 3, height, width], align_corners=False)
     x = F.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return _cutout(_recolour(x, p), p)

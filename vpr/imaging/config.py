@@ -1,7 +1,5 @@
 """Configuration of the augmentation. Imports no heavy library, so help and argument errors are instant."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -49,6 +47,4 @@ class ViewConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise UserError(f"views.{name}: expected a finite number of 0 or more, got {getattr(self, name)}.")
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise UserError(
-                f"views.scale: expected the smallest and the largest zoom, above 0, got {list(self.scale)}."
-            )
+            raise UserError(f"views.scale: expected smallest and largest zoom, above 0, got {list(self.scale)}.")

@@ -1,7 +1,5 @@
 """Decoding of image files to RGB, with bounded memory."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -12,15 +10,8 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from vpr.common.errors import OUT_OF_MEMORY, UserError
-from vpr.imaging.limits import (
-    MAX_EXIF_BYTES,
-    MAX_FILE_BYTES,
-    MAX_PIXELS,
-    DecodeBudget,
-    DecodeLimitExceeded,
-    check_file,
-    check_image,
-)
+from vpr.imaging import limits
+from vpr.imaging.limits import MAX_FILE_BYTES, DecodeBudget, DecodeLimitExceeded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
@@ -38,7 +29,7 @@ _TRANSPOSES = {
 }
 
 _SWAPS_SIDES = (5, 6, 7, 8)
-_BUDGET = DecodeBudget(MAX_PIXELS, small=4_000_000)
+_BUDGET = DecodeBudget(limits.MAX_PIXELS, small=4_000_000)
 _STRIP_PIXELS = 4_000_000  # composited on white at a time
 
 Box = tuple[float, float, float, float]
@@ -54,13 +45,11 @@ class ImageRejected(UserError):
 
 
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
-    """Decode a file to RGB with bounded memory.
+    """Decode a file of one of :data:`FORMATS` to RGB with bounded memory.
 
-    Args:
-        path: File of one of :data:`FORMATS`.
-        box: Crop (x, y, width, height) in pixels of the upright image, applied after decoding.
-        shortest: Shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at
-            which the image, or the crop, is still at least twice as large.
+    ``box`` is a crop (x, y, width, height) in pixels of the upright image, applied after decoding. ``shortest`` is the
+    shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at which the image, or the
+    crop, is still at least twice as large.
 
     Raises:
         ImageRejected: The file is not an image, truncated, or too large.
@@ -69,10 +58,7 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
 
 
 def read_image(path: Path) -> bytes:
-    """Read the bytes of an image.
-
-    Args:
-        path: Image file, or ``SHARD.tar#OFFSET+SIZE/MEMBER`` for an image in a shard (:mod:`vpr.data.webdataset`).
+    """Read the bytes of a file, or of ``SHARD.tar#OFFSET+SIZE/MEMBER`` in a shard (:mod:`vpr.data.webdataset`).
 
     Raises:
         ImageRejected: The file is missing, too large or not a regular file.
@@ -102,9 +88,9 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         with warnings.catch_warnings():
             # Pillow only warns above its limit; check_image checks the header before any allocation.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            scans = check_file(data)
+            scans = limits.check_file(data)
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            check_image(image, scans, len(data))
+            limits.check_image(image, scans, len(data))
             pixels = image.width * image.height
             edges, scale = None, 1.0
             if isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -125,12 +111,15 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         raise ImageRejected(name, f"{OUT_OF_MEMORY} to decode it") from None
     except Exception as error:  # Pillow's parsers raise many types on broken files
         raise ImageRejected(name, f"truncated or broken image ({error})") from None
-    return image if edges is None else _crop(image, edges, scale)
+    if edges is None:
+        return image
+    left, top, right, bottom = (round(edge / scale) for edge in edges)
+    return image.crop((left, top, right, bottom))
 
 
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 if the block is missing, broken, or larger than any camera writes."""
-    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+    if len(image.info.get("exif", b"")) > limits.MAX_EXIF_BYTES:
         return 1
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
@@ -191,8 +180,3 @@ def _draft_jpeg(image: Image.Image, edges: Edges | None, shortest: int) -> float
     drafted = image.draft("RGB", needed)
     # The exact factor: the last row and column of the reduced image may cover fewer pixels.
     return width / drafted[1][2] if drafted else 1.0
-
-
-def _crop(image: Image.Image, edges: Edges, scale: float) -> Image.Image:
-    left, top, right, bottom = (round(edge / scale) for edge in edges)
-    return image.crop((left, top, right, bottom))

@@ -4,8 +4,6 @@ Pillow limits only the pixels that it allocates. These limits cover other costs:
 one in Python, progressive scans that are decoded repeatedly, and TIFF directories that are unpacked at once.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator
@@ -41,8 +39,7 @@ class DecodeLimitExceeded(Exception):
 def check_file(data: bytes) -> int:
     """Check the number of parts that Pillow's parsers would visit.
 
-    Returns:
-        Number of scans, for :func:`check_image`; 1 for all formats except JPEG.
+    Returns a JPEG's number of scans, for :func:`check_image`; 1 for other formats.
 
     Raises:
         DecodeLimitExceeded: The file has more parts than any real image.
@@ -59,12 +56,9 @@ def check_file(data: bytes) -> int:
 
 
 def check_image(image: Image.Image, scans: int, size: int) -> None:
-    """Check the number of pixels, and the cost of decoding them.
+    """Check the number of pixels of an opened image, and the cost of decoding them.
 
-    Args:
-        image: Image opened by Pillow, not decoded yet.
-        scans: Number of scans from :func:`check_file`.
-        size: Size of its file in bytes.
+    ``scans`` comes from :func:`check_file`, ``size`` is the size of the file in bytes.
 
     Raises:
         DecodeLimitExceeded: The image exceeds a limit.
@@ -156,9 +150,7 @@ def _check_directory(data: bytes) -> None:
 class DecodeBudget:
     """Limit of the pixels that all threads of a process decode at a time; large images wait for each other.
 
-    Args:
-        pixels: Limit of all large images together.
-        small: Number of pixels up to which an image never waits.
+    ``pixels`` limits all large images together; an image of up to ``small`` pixels never waits.
     """
 
     def __init__(self, pixels: int, small: int) -> None:

@@ -1,7 +1,5 @@
 """The one preprocessing that training, evaluation and deployment share."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import numpy as np

@@ -1,6 +1,4 @@
 """Defaults of quantisation that its configuration shares. Imports no heavy library."""
 
-from __future__ import annotations
-
 # QAT fine-tuning keeps the linear layers of these modules in float by default: the first and the last.
 DEFAULT_EXCLUDED_LAYERS = ("vit.to_patch_embedding", "vit.mlp_head")

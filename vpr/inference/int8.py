@@ -3,8 +3,6 @@
 QAT fine-tuning and export both use these functions, so a student is fine-tuned with the scales that its export writes.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 
@@ -38,11 +36,7 @@ class Ranges:
 
 
 def read_ranges(artifact: Artifact) -> Ranges:
-    """Read the ranges of an artifact.
-
-    Raises:
-        UserError: The artifact holds a number that no calibration writes.
-    """
+    """Read the ranges of an artifact; raise :class:`UserError` for a number that no calibration writes."""
     with reraise_as_artifact_error(artifact):
         entries = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8")).items()
         thresholds = {str(name): float(entry["threshold"]) for name, entry in entries}
@@ -55,10 +49,8 @@ def read_ranges(artifact: Artifact) -> Ranges:
             low = 0 if name.startswith("smooth:") else -np.inf
             if values.dtype != np.float32 or not (np.isfinite(values) & (values > low)).all():
                 raise UserError(f"'{name}' of adjustments.safetensors is not finite float32, or not positive")
-    smoothing, corrections = (
-        {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
-        for prefix in ("smooth:", "bias:")
-    )
+    smoothing = {n.removeprefix("smooth:"): values for n, values in arrays.items() if n.startswith("smooth:")}
+    corrections = {n.removeprefix("bias:"): values for n, values in arrays.items() if n.startswith("bias:")}
     return Ranges(thresholds, linears, smoothing, corrections)
 
 

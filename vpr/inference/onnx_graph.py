@@ -4,8 +4,6 @@ Runtimes parse and compile graphs as if they were well-formed. So :func:`check_g
 first, and errors that a library raises later become one-line messages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -20,20 +18,12 @@ from vpr.common.errors import UserError, explain_system_error
 from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, open_session
 
 _DOMAINS = ("", "ai.onnx")
-_FORBIDDEN_ATTRIBUTES = (
-    AttributeProto.GRAPH,
-    AttributeProto.GRAPHS,
-    AttributeProto.SPARSE_TENSOR,
-    AttributeProto.SPARSE_TENSORS,
-)
+_GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+_SPARSE = (AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS)
 
 
 def load_graph(artifact: Artifact) -> onnx.ModelProto:
-    """Load and check the graph of an ``onnx`` artifact.
-
-    Raises:
-        UserError: The graph is not one that an export writes.
-    """
+    """Load the graph of an ``onnx`` artifact; raise :class:`UserError` if it is not one that an export writes."""
     with reraise_as_artifact_error(artifact):
         # External data would be read from any path that the file names; exported graphs have none.
         graph = onnx.load(artifact.file("model.onnx"), load_external_data=False)
@@ -54,11 +44,8 @@ def check_graph(graph: onnx.ModelProto, card: Card) -> None:
     tensors = [tensor for attribute in attributes for tensor in (attribute.t, *attribute.tensors)]
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in (*body.initializer, *tensors)):
         raise UserError("it stores a weight in another file")
-    if (
-        graph.functions
-        or body.sparse_initializer
-        or any(attribute.type in _FORBIDDEN_ATTRIBUTES for attribute in attributes)
-    ):
+    has_forbidden = any(attribute.type in (*_GRAPHS, *_SPARSE) for attribute in attributes)
+    if graph.functions or body.sparse_initializer or has_forbidden:
         raise UserError("it has functions, loops or sparse weights")
     # OpenVINO 2026.4 never returns from its search for operators of an unknown opset.
     latest = onnx.defs.onnx_opset_version()
@@ -97,14 +84,8 @@ def _check_interface(values: Sequence[onnx.ValueInfoProto], name: str, shape: li
 class GraphSession:
     """ONNX Runtime session that raises :class:`UserError` on failure.
 
-    Args:
-        graph: Graph to run.
-        threads: Number of CPU threads; 0 uses one per core.
-        provider: Name of the ONNX Runtime execution provider.
-
-    Raises:
-        UserError: ONNX Runtime rejects the graph or lacks the provider
-            (:class:`vpr.inference.onnx_session.ProviderMissing`).
+    With 0 ``threads`` it uses one CPU thread per core. A missing ``provider`` raises
+    :class:`vpr.inference.onnx_session.ProviderMissing`.
     """
 
     def __init__(self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU) -> None:
@@ -123,21 +104,14 @@ class GraphSession:
 
 
 def session_with_outputs(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
-    """Open a session of a copy of a graph that also outputs inner tensors.
-
-    Args:
-        graph: Graph, not modified; tensors without a type count as FP32.
-        names: Names of the inner tensors.
-    """
+    """Open a session of a copy of a graph that also outputs inner tensors; those without a type count as FP32."""
     extended = onnx.ModelProto()
     extended.CopyFrom(graph)
     outputs = {value.name for value in extended.graph.output}
     dtypes = {value.name: value.type.tensor_type.elem_type for value in extended.graph.value_info}
-    extended.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, dtypes.get(name, TensorProto.FLOAT), None)
-        for name in names
-        if name not in outputs
-    )
+    for name in (name for name in names if name not in outputs):
+        dtype = dtypes.get(name, TensorProto.FLOAT)
+        extended.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, None))
     return GraphSession(extended)
 
 

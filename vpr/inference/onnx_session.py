@@ -1,7 +1,5 @@
 """ONNX Runtime sessions by execution provider, and names of a graph's input and output. Imports no torch or onnx."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 
@@ -19,14 +17,10 @@ class ProviderMissing(UserError):
 
 
 def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool = False) -> Any:
-    """Open an ONNX Runtime session.
+    """Open an ONNX Runtime session of a serialised model without external data.
 
-    Args:
-        graph: Serialised ONNX model without external data.
-        threads: Number of CPU threads within an operator; 0 uses one per core.
-        provider: Name of the execution provider; the CPU runs operators that it does not support.
-        fp8: Whether the graph has FP8 Q/DQ and runs on the CPU. This disables two wrong optimisations of ONNX
-            Runtime 1.31: moving Q/DQ past a Transpose that lacks FP8, and dropping a Relu before FP8 Q/DQ.
+    With 0 ``threads`` an operator uses one CPU thread per core. ``fp8`` (a graph with FP8 Q/DQ on the CPU) disables two
+    wrong optimisations of ONNX Runtime 1.31: moving Q/DQ past a Transpose that lacks FP8, dropping a Relu before it.
 
     Raises:
         ProviderMissing: The provider cannot be loaded. ONNX Runtime would silently use the CPU.
@@ -50,18 +44,12 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
         session = ort.InferenceSession(graph, options, providers=[provider], disabled_optimizers=disabled)
     if provider not in session.get_providers():
         fallback = session.get_providers()[0]
-        raise ProviderMissing(
-            f"onnxruntime: {provider} cannot be loaded ({fallback} would run instead). See `vpr doctor`."
-        )
+        raise ProviderMissing(f"onnxruntime: {provider} cannot be loaded ({fallback} would run). See `vpr doctor`.")
     return session
 
 
 def rtx_devices() -> list[Any]:
-    """Return the GPUs that the TensorRT-RTX plugin supports; register it with ONNX Runtime on the first call.
-
-    Raises:
-        ImportError: The plugin's wheel is not installed.
-    """
+    """Return the GPUs of the TensorRT-RTX plugin, registered on the first call; raise ImportError without its wheel."""
     import onnxruntime as ort
 
     wheel = importlib.import_module(RTX_WHEEL)

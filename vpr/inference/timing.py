@@ -1,7 +1,5 @@
 """Latency measurement of several calls in interleaved rounds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +16,7 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Measurement:
-    """Latencies of one call.
-
-    Attributes:
-        rounds: milliseconds of the timed calls of each round.
-        warmed_up: Whether the call was steady when its warm-up ended.
-    """
+    """Milliseconds of each round of a call, and whether the call was steady when its warm-up ended."""
 
     rounds: tuple[NDArray[np.float64], ...]
     warmed_up: bool
@@ -41,15 +34,8 @@ def measure_rounds(
 
     The warm-up of each call takes at least 10 calls and 0.25 s. It ends when the median of the last 5 calls is within
     5 % of the median of the 5 before, or after 60 calls. The first call of each round is not timed: it refills the
-    caches and waits until the threads of the other calls are idle.
-
-    Args:
-        calls: Functions to time, by name.
-        seconds: Duration of the timed calls of each function, over all rounds.
-        clock: Monotonic clock in seconds.
-
-    Returns:
-        Measurements by name; every round has at least one timed call.
+    caches and waits until the threads of the other calls are idle. Every round has at least one timed call.
+    ``seconds`` is the duration of the timed calls of each function, over all rounds.
     """
     warmed_up = {name: _warm_up(call, clock) for name, call in calls.items()}
     rounds: dict[str, list[NDArray[np.float64]]] = {name: [] for name in calls}

@@ -1,7 +1,5 @@
 """Configuration of embedding, search and re-ranking. Imports no heavy library, so help and errors are instant."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -31,9 +31,7 @@ log = get_logger(__name__)
 def embed_with(config: EmbedConfig, load: Loader) -> Path:
     """Embed a catalogue and write the artifact, unless it is up to date.
 
-    Args:
-        config: Configuration of the embedding.
-        load: Function that loads a model artifact. It must be importable by worker processes.
+    ``load`` loads a model artifact; worker processes must be able to import it.
 
     Raises:
         UserError: The split is empty, an image cannot be read, or Ray is requested but not installed.

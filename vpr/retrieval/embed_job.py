@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +28,7 @@ _RUNTIME_KEYS = ("images_per_part", "threads", "ray")  # keys that do not change
 
 
 class EmbedJob:
-    """Parts of a catalogue to embed, each stored in a file of its own until all are computed.
-
-    Args:
-        config: Configuration of the embedding.
-        model: Model artifact.
-
-    Raises:
-        UserError: The model's card has no preprocessing.
-    """
+    """Parts of a catalogue, one file each; a model without preprocessing raises :class:`UserError`."""
 
     def __init__(self, config: EmbedConfig, model: Artifact) -> None:
         if model.card.preprocess is None:
@@ -45,9 +37,7 @@ class EmbedJob:
         self.config, self.model = config, model
         self.preprocess: Preprocess = model.card.preprocess
         self.parents: list[Parent] = [model.as_parent("model"), *catalog.as_parents()]
-        self.values: dict[str, Any] = {
-            name: value for name, value in config_to_json(config).items() if name not in _RUNTIME_KEYS
-        }
+        self.values = {key: value for key, value in config_to_json(config).items() if key not in _RUNTIME_KEYS}
         self.catalog = catalog.select(split=config.split or None)
         # Full batches only, so that the vectors do not depend on the size of the parts.
         self.part_size = -(-config.images_per_part // config.batch_size) * config.batch_size

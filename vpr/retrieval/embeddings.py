@@ -1,7 +1,5 @@
 """Embedding with any model, and the artifact that stores the vectors."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,17 +48,9 @@ def read_batches(
 def embed(
     catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size: int = 64, threads: int = 0
 ) -> NDArray[np.float32]:
-    """Embed every image of a catalogue.
+    """Embed every image of a catalogue: (n, dim) float32, L2-normalised.
 
-    Args:
-        catalog: Catalogue of n images.
-        preprocess: Preprocessing of the model's card.
-        forward: Function from (batch, 3, size, size) float32 to (batch, dim) float32.
-        batch_size: Images per batch.
-        threads: Background decoding threads.
-
-    Returns:
-        (n, dim) float32, L2-normalised.
+    ``forward`` maps (batch, 3, size, size) float32 to (batch, dim) float32. ``threads`` decode in the background.
 
     Raises:
         UserError: The catalogue is empty, an image cannot be read, or a vector is zero or not finite.

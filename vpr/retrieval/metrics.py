@@ -1,7 +1,5 @@
 """Retrieval metrics: recall@k, mean average precision and the bootstrap interval of recall@1."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,14 +47,9 @@ class RetrievalScores:
 def evaluate(
     query_vectors: Vectors, query_products: Ids, gallery_vectors: Vectors, gallery_products: Ids, seed: int = 0
 ) -> RetrievalScores:
-    """Rank the gallery by inner product for every query and score the rankings.
+    """Rank the gallery by inner product for every query and score the rankings; ``seed`` is that of the bootstrap.
 
-    Args:
-        query_vectors: (queries, dim) float32, L2-normalised.
-        query_products: (queries,) product ids.
-        gallery_vectors: (gallery, dim) float32, L2-normalised.
-        gallery_products: (gallery,) product ids.
-        seed: Seed of the bootstrap.
+    Vectors are (n, dim) float32, L2-normalised; products are (n,) ids.
 
     Raises:
         UserError: There is nothing to score, a vector is not finite, or the gallery lacks the product of a query
@@ -109,14 +102,8 @@ def _score(blocks: Iterator[Vectors], query_products: Ids, gallery_products: Ids
 def average_precision(relevant: NDArray[np.bool_], k: int | None = None) -> NDArray[np.float64]:
     """Return AP = (1 / GTP) * sum over ranks r <= k of precision@r * rel@r (AIcrowd VPR 2023, k = 1000).
 
-    GTP counts all relevant gallery images, also those beyond rank k.
-
-    Args:
-        relevant: (queries, gallery) bool, the full ranking of each query, best first.
-        k: Last rank that counts; None counts all.
-
-    Returns:
-        (queries,) float64.
+    GTP counts all relevant gallery images, also beyond rank k. ``relevant`` is the (queries, gallery) bool ranking of
+    each query, best first; the result is (queries,) float64. Without ``k`` all ranks count.
     """
     total = relevant.sum(axis=1)
     top = relevant[:, :k]
@@ -125,12 +112,7 @@ def average_precision(relevant: NDArray[np.bool_], k: int | None = None) -> NDAr
 
 
 def bootstrap_interval(values: NDArray[np.bool_] | NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979).
-
-    Args:
-        values: (n,) one value per query.
-        seed: Seed of the resampling.
-    """
+    """Return the 95 % percentile bootstrap interval of the mean (Efron 1979) of (n,) values, one per query."""
     rng = np.random.default_rng(seed)
     n = len(values)
     means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)])
@@ -145,16 +127,12 @@ def _check_inputs(
         raise UserError("evaluation: the split has no queries or no gallery images. Choose a split with both roles.")
     if len(query_vectors) != len(query_products) or len(gallery_vectors) != len(gallery_products):
         raise UserError("evaluation: vectors and product ids differ in number. Embed the catalogue again.")
-    if same_dim and query_vectors.shape[1] != gallery_vectors.shape[1]:
-        raise UserError(
-            f"evaluation: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}. "
-            "Embed both with the same model."
-        )
+    dim, gallery_dim = query_vectors.shape[1], gallery_vectors.shape[1]
+    if same_dim and dim != gallery_dim:
+        raise UserError(f"evaluation: queries have {dim} dimensions, the gallery {gallery_dim}. Embed with one model.")
     if not (np.isfinite(query_vectors).all() and np.isfinite(gallery_vectors).all()):
         raise UserError("evaluation: the embeddings contain NaN or infinity. Check the model with `vpr export parity`.")
     absent = sorted(set(query_products.tolist()) - set(gallery_products.tolist()))
     if absent:
-        raise UserError(
-            f"evaluation: {len(absent)} queried products are not in the gallery, first '{absent[0]}'. "
-            "Add images of them, or remove the queries."
-        )
+        problem = f"{len(absent)} queried products are not in the gallery, first '{absent[0]}'"
+        raise UserError(f"evaluation: {problem}. Add images of them, or remove the queries.")

@@ -1,7 +1,5 @@
 """Ray Data job that computes the parts of an embedding; each worker loads the model once."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -17,12 +15,7 @@ from vpr.retrieval.embed_job import EmbedJob, Loader
 
 
 class Worker:
-    """Compute parts in a Ray process.
-
-    Args:
-        config: Configuration of the embedding.
-        load: Function that loads a model artifact.
-    """
+    """Compute parts in a Ray process."""
 
     def __init__(self, config: EmbedConfig, load: Loader) -> None:
         network, model = load(config.model)
@@ -55,8 +48,7 @@ def compute_parts(job: EmbedJob, missing: list[int], load: Loader) -> None:
     workers = job.config.ray
     local: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
     ray.init(log_to_driver=False, configure_logging=False, **local)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
         computed = parts.map_batches(

@@ -4,8 +4,6 @@ Each step is fitted on the gallery alone, so a query's result does not depend on
 k-reciprocal re-ranking, as published.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +21,7 @@ _BLOCK = 1024  # rows of a block of the all-pairs product
 
 @dataclass(frozen=True)
 class Whitening:
-    """Affine map fitted on a gallery.
-
-    Attributes:
-        mean: (dim,) float64, subtracted first.
-        matrix: (dim, out) float64, applied to the centred vectors.
-    """
+    """Affine map fitted on a gallery: subtract (dim,) float64 ``mean``, then multiply with (dim, out) ``matrix``."""
 
     mean: NDArray[np.float64]
     matrix: NDArray[np.float64]
@@ -46,10 +39,8 @@ def fit_centring(gallery: Vectors) -> Whitening:
 def fit_whitening(gallery: Vectors, dim: int, shrinkage: float = 1e-3) -> Whitening:
     """Fit PCA whitening (Jégou and Chum, "Negative evidences and co-occurences in image retrieval", ECCV 2012).
 
-    Args:
-        gallery: (n, d) float32.
-        dim: Number of directions of largest variance to keep, at most d.
-        shrinkage: Share of the mean variance added to each variance, so that zero variances stay finite.
+    It keeps the ``dim`` directions of largest variance of an (n, d) float32 gallery. ``shrinkage`` is the share of the
+    mean variance that is added to each variance, so that zero variances stay finite.
 
     Raises:
         UserError: ``dim`` is larger than the dimension of the embeddings.
@@ -65,13 +56,10 @@ def fit_whitening(gallery: Vectors, dim: int, shrinkage: float = 1e-3) -> Whiten
 
 
 def augment_database(gallery: Vectors, k: int, alpha: float) -> Vectors:
-    """Add its ``k`` nearest others to each gallery vector, weighted by similarity^alpha.
+    """Add its ``k`` nearest others to each (n, dim) gallery vector, weighted by similarity^alpha; L2-normalised.
 
     Arandjelović and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012, sec. 4;
     the weights are those of :func:`expand_queries`.
-
-    Returns:
-        (n, dim) float32, L2-normalised.
     """
     if not k:
         return gallery
@@ -80,32 +68,21 @@ def augment_database(gallery: Vectors, k: int, alpha: float) -> Vectors:
 
 
 def expand_queries(query: Vectors, gallery: Vectors, k: int, alpha: float) -> Vectors:
-    """Add its ``k`` nearest gallery vectors to each query, weighted by similarity^alpha (alpha-QE).
+    """Add its ``k`` nearest gallery vectors to each (n, dim) query, weighted by similarity^alpha; L2-normalised.
 
-    Radenović et al., "Fine-tuning CNN image retrieval with no human annotation", PAMI 2018, sec. 3.3.
+    Alpha-QE of Radenović et al., "Fine-tuning CNN image retrieval with no human annotation", PAMI 2018, sec. 3.3.
     Neighbours of negative similarity have weight 0.
-
-    Returns:
-        (queries, dim) float32, L2-normalised.
     """
     return _expand(query, gallery, k, alpha, query) if k else query
 
 
 def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, lambda_: float) -> Vectors:
-    """Return k-reciprocal distances (Zhong et al., CVPR 2017, eq. 2 to 12).
+    """Return (queries, gallery) float32 k-reciprocal distances (Zhong et al., CVPR 2017, eq. 2 to 12).
 
     Neighbourhoods contain queries and gallery images, so queries influence each other. The encoding of an image has
     some dozens of values, and all-pairs products are computed in blocks: the largest array is the result.
-
-    Args:
-        query: (queries, dim) float32, L2-normalised.
-        gallery: (gallery, dim) float32, L2-normalised.
-        k1: Number of neighbours in a neighbourhood.
-        k2: Number of neighbours whose encodings are averaged (local query expansion).
-        lambda_: Weight of the original distance.
-
-    Returns:
-        (queries, gallery) float32 distances, smaller is nearer.
+    Vectors are (n, dim) float32, L2-normalised. A neighbourhood has ``k1`` neighbours, the encodings of ``k2`` are
+    averaged (local query expansion), and ``lambda_`` is the weight of the original distance.
     """
     vectors = np.concatenate([query, gallery])
     rows = range(len(vectors))
@@ -140,14 +117,7 @@ def similarities(query: Vectors, gallery: Vectors, config: RerankConfig) -> Vect
 
 
 def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tuple[Vectors, Rows]:
-    """Return the ``k`` nearest gallery rows of each query after all steps, best first.
-
-    Returns:
-        Scores (queries, k) float32 and gallery rows (queries, k) int64.
-
-    Raises:
-        UserError: ``k`` is out of range, or the dimensions differ.
-    """
+    """Return (queries, k) float32 scores and int64 gallery rows, best first; a wrong ``k`` is a :class:`UserError`."""
     if not config.k_reciprocal:
         return search(*transform(query, gallery, config), k)
     check_k(k, len(gallery))
@@ -176,10 +146,7 @@ def _farthest_distances(vectors: Vectors) -> NDArray[np.float64]:
 
 
 def _reciprocal_neighbours(row: int, neighbours: Rows) -> Rows:
-    """Return the neighbours that have ``row`` as a neighbour too (eq. 2), and ``row``.
-
-    ``row`` is added because vectors equal to it may displace it from its own neighbours.
-    """
+    """Return the neighbours that have ``row`` as a neighbour too (eq. 2), and ``row``, which equals may displace."""
     candidates = neighbours[row]
     return np.union1d(candidates[(neighbours[candidates] == row).any(axis=1)], [row])
 
@@ -209,10 +176,7 @@ def _average(encodings: list[Encoding]) -> Encoding:
 
 
 def _jaccard(queries: list[Encoding], gallery: list[Encoding], members: int) -> NDArray[np.float64]:
-    """Return Jaccard distances of encodings (eq. 10): (queries, gallery).
-
-    Uses an inverted index from each member to the gallery rows that contain it.
-    """
+    """Return (queries, gallery) Jaccard distances of encodings (eq. 10), from an inverted index of members."""
     gallery_members = np.concatenate([m for m, _ in gallery])
     gallery_rows = np.repeat(np.arange(len(gallery)), [len(m) for m, _ in gallery])
     gallery_weights = np.concatenate([w for _, w in gallery])

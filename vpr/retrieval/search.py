@@ -1,7 +1,5 @@
 """Exact nearest-neighbour search by inner product (cosine, for L2-normalised vectors)."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,13 +17,7 @@ def search(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the ``k`` gallery vectors with the largest inner product for each query, best first.
 
-    Args:
-        query_vectors: (queries, dim) float32.
-        gallery_vectors: (gallery, dim) float32.
-        k: Results per query, at most the size of the gallery.
-
-    Returns:
-        Scores (queries, k) float32 and gallery rows (queries, k) int64.
+    Queries and gallery are (n, dim) float32; the result is (queries, k) float32 scores and int64 gallery rows.
 
     Raises:
         UserError: ``k`` is out of range, or the dimensions differ.
@@ -33,11 +25,9 @@ def search(
     import faiss
 
     check_k(k, len(gallery_vectors))
-    if query_vectors.shape[1] != gallery_vectors.shape[1]:
-        raise UserError(
-            f"search: queries have {query_vectors.shape[1]} dimensions, the gallery {gallery_vectors.shape[1]}. "
-            "Embed both with the same model."
-        )
+    dim, gallery_dim = query_vectors.shape[1], gallery_vectors.shape[1]
+    if dim != gallery_dim:
+        raise UserError(f"search: queries have {dim} dimensions, the gallery {gallery_dim}. Embed both with one model.")
     # An index would copy the gallery, which costs as much as many searches at a million vectors.
     query, gallery = (np.ascontiguousarray(vectors, dtype=np.float32) for vectors in (query_vectors, gallery_vectors))
     scores, rows = faiss.knn(query, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)

@@ -1,7 +1,5 @@
 """``vpr search``: nearest gallery images of queries, from two embeddings artifacts."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 
@@ -56,29 +54,22 @@ def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embedd
     """Raise :class:`UserError` if queries and gallery are not from the same model."""
     query_model, gallery_model = queries.model, gallery.model
     if query_model.sha256 != gallery_model.sha256:
-        raise UserError(
-            f"{config.queries}: embedded with '{query_model.name}', the gallery with '{gallery_model.name}'. "
-            "Embed both with one model."
-        )
-    if queries.vectors.shape[1] != gallery.vectors.shape[1]:
-        raise UserError(
-            f"{config.queries}: {queries.vectors.shape[1]} dimensions, the gallery has {gallery.vectors.shape[1]}. "
-            "Embed both again."
-        )
+        models = f"embedded with '{query_model.name}', the gallery with '{gallery_model.name}'"
+        raise UserError(f"{config.queries}: {models}. Embed both with one model.")
+    dim, gallery_dim = queries.vectors.shape[1], gallery.vectors.shape[1]
+    if dim != gallery_dim:
+        raise UserError(f"{config.queries}: {dim} dimensions, the gallery has {gallery_dim}. Embed both again.")
 
 
 def _check_complete(queries: Embeddings, gallery: Embeddings, gallery_size: int) -> None:
     """Raise :class:`UserError` if a submission would have too few images or shifted indices."""
     if gallery_size < SUBMITTED:
-        raise UserError(
-            f"submission: expected a gallery of {SUBMITTED} images or more, got {gallery_size}. Use --output instead."
-        )
+        expected = f"expected a gallery of {SUBMITTED} images or more"
+        raise UserError(f"submission: {expected}, got {gallery_size}. Use --output instead.")
     for embeddings in (queries, gallery):
         if embeddings.artifact.card.metrics.get("set_aside"):
-            raise UserError(
-                f"submission: {embeddings.artifact.path} lacks images that could not be read. Repair those in its "
-                "catalogue's set_aside.csv and embed again."
-            )
+            problem = f"{embeddings.artifact.path} lacks images that could not be read"
+            raise UserError(f"submission: {problem}. Repair those in its catalogue's set_aside.csv and embed again.")
 
 
 def _write(path: Path, query_images: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:

@@ -1,7 +1,5 @@
 """Lightning callbacks: best weights, training time, epoch log and a resumable sampler; atomic checkpoints."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -40,12 +38,7 @@ class AtomicCheckpoint(TorchCheckpointIO):
 
 
 class BestWeights(Callback):
-    """Keep the weights of the epoch with the best validation recall@1 as safetensors.
-
-    Args:
-        module: Part of the Lightning module to keep.
-        path: Target file, replaced atomically.
-    """
+    """Write the weights of a module's best epoch by validation recall@1 as safetensors, replaced atomically."""
 
     state_key = "best_weights"
 

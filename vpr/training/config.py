@@ -1,7 +1,5 @@
 """Configuration of the training loop. Imports no heavy library, so help and errors in arguments are instant."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +17,7 @@ class RunConfig:
         precision: Numeric precision; ``auto`` is bf16 where the hardware multiplies it, else float32.
         strategy: Strategy for several processes; ``auto`` is DDP, ``fsdp`` shards the weights.
         accumulate: Batches whose gradients make one optimiser step.
-        ema: Decay of the moving average of the weights; 0 keeps no average. With an average, it is the one that is
-            validated and kept.
+        ema: Decay of the moving average of the weights, which is then validated and kept; 0 keeps no average.
         clip: Largest norm of the gradient; 0 does not clip.
         validate_every: Epochs between validations; the last epoch is always validated.
         tracker: Service to log to, in addition to CSV and TensorBoard; its package must be installed.

@@ -1,7 +1,5 @@
 """Exponential moving average of a module's weights during training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L
@@ -16,9 +14,6 @@ class Ema(Callback):
 
     ``shadow = d * shadow + (1 - d) * weight`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
     the random initial weights are soon forgotten (as in ``tf.train.ExponentialMovingAverage``).
-
-    Args:
-        decay: Decay d, 0 to 1.
     """
 
     state_key = "ema"
@@ -52,11 +47,6 @@ class Ema(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Swap the weights back into the module."""
         self._swap(module)
-
-    def averaged(self, prefix: str) -> dict[str, Tensor]:
-        """Return the averages of the parameters under ``prefix``, on the CPU, names without the prefix."""
-        state = self.state_dict()["shadow"]
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average for the checkpoint; every process must call it."""

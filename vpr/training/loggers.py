@@ -1,7 +1,5 @@
 """Loggers of a training run: CSV, TensorBoard and an optional tracking service."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -22,10 +20,8 @@ def open_logs(folder: Path, tracker: str) -> list[Logger]:
     """Return the loggers of a training run; each start and each resume has its own CSV."""
     check_tracker(tracker)
     folder.mkdir(parents=True, exist_ok=True)
-    logs: list[Logger] = [
-        CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}"),
-        TensorBoardLogger(folder, name="", version="tb"),
-    ]
+    csv_log = CSVLogger(folder, name="", version=f"csv-{len(_csv_logs(folder))}")
+    logs: list[Logger] = [csv_log, TensorBoardLogger(folder, name="", version="tb")]
     if tracker == "wandb":
         from lightning.pytorch.loggers import WandbLogger
 

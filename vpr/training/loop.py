@@ -4,8 +4,6 @@ Batches, views and dropout depend only on the seed and the step. A checkpoint is
 killed training run resumes to the same result.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -86,10 +84,7 @@ def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float)
 class RecallModule(L.LightningModule):
     """Base module, validated by recall on products that no stage trains on.
 
-    Args:
-        preprocess: Preprocessing of the images.
-        validation: Validation split.
-        sharded: Names of the child modules that FSDP shards.
+    ``sharded`` names the child modules that FSDP shards.
     """
 
     def __init__(self, preprocess: Preprocess, validation: Catalog, sharded: tuple[str, ...] = ()) -> None:
@@ -153,14 +148,9 @@ class RecallModule(L.LightningModule):
 
 @dataclass(frozen=True)
 class FitResult:
-    """Result of :func:`fit`.
+    """Best validation recall@1 and its epoch (from 1), optimiser steps, and seconds over all starts.
 
-    Attributes:
-        best: Best validation recall@1.
-        epoch: Epoch of the best recall, from 1.
-        steps: Number of optimiser steps.
-        seconds: Training time over all starts.
-        last: Weights of the Lightning module after the last epoch, or their moving average if there is one.
+    ``last`` holds the weights of the Lightning module after the last epoch, or their moving average if there is one.
     """
 
     best: float
@@ -181,14 +171,8 @@ def fit(
     """Train with Lightning, resuming from the folder's checkpoint if there is one.
 
     If the checkpoint is that of the last epoch, only restore the weights.
-
-    Args:
-        module: Module with losses and optimiser.
-        loaders: Training loader with an :class:`~vpr.data.loaders.EpochSampler`, and validation loader.
-        best_part: Part of ``module`` whose best weights are written to ``best.safetensors``.
-        folder: Folder for logs, checkpoint and best weights.
-        epochs: Number of epochs in all.
-        run: Settings of the training loop.
+    The training loader has an :class:`~vpr.data.loaders.EpochSampler`. The best weights of ``best_part`` are written to
+    ``best.safetensors`` in the folder, next to logs and checkpoint.
     """
     best, timer = BestWeights(best_part, folder / "best.safetensors"), TrainingTimer()
     ema = Ema(run.ema) if run.ema else None
@@ -203,15 +187,14 @@ def fit(
     trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
     if epochs % run.validate_every:
         trainer.validate(module, loaders[1], verbose=False)
-    state = ema.averaged("") if ema else full_state_dict(module)
+    state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
     return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), state)
 
 
 def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
     is_interactive = os.isatty(2)
-    checkpoint = ModelCheckpoint(
-        folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    checkpoint = ModelCheckpoint(folder, filename="last", save_top_k=1, **options)
     return L.Trainer(
         accelerator="auto",
         precision=run.precision if run.precision != "auto" else best_precision(),

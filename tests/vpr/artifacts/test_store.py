@@ -247,7 +247,7 @@ def test_metric_without_names_is_rejected(tmp_path: Path) -> None:
     assert artifact.names("kept") == ("a", "b")
     assert artifact.names("absent") == ()
     for metric in ("wide", "mixed"):
-        with pytest.raises(UserError, match=rf"key 'metrics\.{metric}' is not a list of names"):
+        with pytest.raises(UserError, match=rf"'metrics\.{metric}' is not a list of names"):
             artifact.names(metric)
 
 

@@ -33,7 +33,7 @@ def test_foreign_output_is_rejected_before_reading(
     monkeypatch.setattr("vpr.data.build_catalog.check_images", lambda *_: pytest.fail("images were read"))
     for reader in ("folder", "sample"):
         config = CatalogConfig(reader=reader, root=str(texture_folder), output=str(tmp_path / "taken"))  # type: ignore[arg-type]
-        with pytest.raises(UserError, match="holds a ranges artifact"):
+        with pytest.raises(UserError, match="holds an artifact of kind ranges"):
             build_catalog(config)
 
 

@@ -1,7 +1,5 @@
 """Embedded sample of furniture renders; see ``README.md`` in this folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

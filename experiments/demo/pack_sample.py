@@ -1,7 +1,7 @@
 """Pack the embedded sample from a folder of ``home3d`` renders.
 
-``python -m vpr.data.sample.pack FOLDER`` writes ``shard-*.parquet`` and ``ATTRIBUTION.csv`` next to this file.
-The same folder gives the same bytes.
+``python -m experiments.demo.pack_sample FOLDER`` writes ``shard-*.parquet`` and ``ATTRIBUTION.csv`` to
+``vpr/data/sample``. The same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+import vpr.data.sample
+
 SIDE = 128
 QUALITY = 80
 SHARDS = 4
@@ -26,10 +28,10 @@ VALIDATION_PRODUCTS = 50
 SPLIT_SEED = 7
 GALLERY_VIEWS = 4
 QUERY_VIEWS = 6
-_HERE = Path(__file__).parent
+_SAMPLE = Path(vpr.data.sample.__file__).parent
 
 
-def pack(folder: Path, target: Path = _HERE) -> None:
+def pack(folder: Path, target: Path = _SAMPLE) -> None:
     """Write the shards and the attribution of all products that have enough views.
 
     Args:
