@@ -39,8 +39,7 @@ class ServeConfig:
         models: One or two artifacts: teacher, student, ONNX graph or engine. Each runs on its fastest backend here.
         catalog: Catalogue artifact.
         split: Split whose gallery images are searched; empty searches all splits.
-        embeddings: Embeddings artifact of each model, written if it does not exist. Without it, the gallery is embedded
-            at every start.
+        embeddings: Embeddings artifact of each model, written if it does not exist; empty embeds at every start.
         top: Number of results to show, 1 to 100.
         port: Port on 127.0.0.1; 0 takes a free one.
     """
@@ -56,10 +55,8 @@ class ServeConfig:
         if len(self.models) not in (1, 2):
             raise UserError(f"models: expected one artifact, or two to compare, got {len(self.models)}.")
         if self.embeddings and len(self.embeddings) != len(self.models):
-            raise UserError(
-                f"embeddings: expected {len(self.models)}, one for each model in the same order, got "
-                f"{len(self.embeddings)}."
-            )
+            expected, actual = len(self.models), len(self.embeddings)
+            raise UserError(f"embeddings: expected {expected}, one for each model in the same order, got {actual}.")
         if not 1 <= self.top <= 100:
             raise UserError(f"top: expected 1 to 100, got {self.top}.")
         if not 0 <= self.port <= 65535:

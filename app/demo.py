@@ -45,7 +45,7 @@ def steps(folder: str, full: bool) -> list[Step]:
 
     catalog = at("catalog")
     eight = {"onnx": at("fp32"), "ranges": at("ranges")}
-    road = [
+    pipeline = [
         step("catalogue", "catalog", "catalog", reader="sample"),
         step("teacher", "teacher train", "teacher", recipe=recipe, catalog=catalog),
         step("student", "student distill", "student", recipe=recipe, teacher=at("teacher"), catalog=catalog),
@@ -59,8 +59,8 @@ def steps(folder: str, full: bool) -> list[Step]:
     ]
     names = ("teacher", "student", "fp32", "fp16", "int8", "int8-cpu", "engine-fp16", "engine-int8")
     models = ("--models", *map(at, names))
-    road.append(step("report", "bench report", "report", *models, catalog=catalog, ranges=at("ranges")))
-    return road
+    pipeline.append(step("report", "bench report", "report", *models, catalog=catalog, ranges=at("ranges")))
+    return pipeline
 
 
 def demo(config: DemoConfig) -> Path:
@@ -88,12 +88,7 @@ def demo(config: DemoConfig) -> Path:
 
 
 def read_times(folder: Path) -> dict[str, Any]:
-    """Read the times of a demo folder.
-
-    Returns:
-        ``steps``: seconds of each step when it last ran; ``total``: seconds of the last demo that ran all steps, or
-        None.
-    """
+    """Return the seconds of each step when it last ran (``steps``) and of the last full demo (``total``, or None)."""
     path = folder / "times.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"steps": {}, "total": None}
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from app.config import DoctorConfig
 from export.backends.registry import BACKENDS
 from export.config import TARGETS
-from export.tensorrt.bindings import import_tensorrt
+from export.tensorrt.bindings import Builder, import_tensorrt
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
 from vpr.training.loop import best_precision
@@ -21,17 +21,11 @@ _MAIN_PACKAGES = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check.
+    """Result of one check."""
 
-    Attributes:
-        name: Name of the backend or of the builder.
-        works: Whether it runs on this machine.
-        detail: Version and devices, or the reason and the remedy.
-    """
-
-    name: str
-    works: bool
-    detail: str
+    name: str  # name of the backend or of the builder
+    works: bool  # whether it runs on this machine
+    detail: str  # version and devices, or the reason and the remedy
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
@@ -46,8 +40,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     table = Table("", "what", "detail", box=None, pad_edge=False)
     findings = run_checks()
     for finding in findings:
-        mark = "[green]yes[/]" if finding.works else "[red]no[/]"
-        table.add_row(mark, finding.name, finding.detail)
+        table.add_row("[green]yes[/]" if finding.works else "[red]no[/]", finding.name, finding.detail)
     console.print(table)
     versions = list(machine["packages"].items())[: None if config.verbose else _MAIN_PACKAGES]
     console.print("packages: " + ", ".join(f"{name} {version}" for name, version in versions), highlight=False)
@@ -60,17 +53,13 @@ def run_checks() -> list[Finding]:
     for backend in BACKENDS:
         reason = backend.missing()
         findings.append(Finding(backend.name, reason is None, backend.version() if reason is None else reason))
-    for name, check in (("build TensorRT-RTX engines", _check_rtx), ("build TensorRT engines", _check_tensorrt)):
+    builders: tuple[tuple[str, Builder, str], ...] = (
+        ("build TensorRT-RTX engines", "tensorrt-rtx", f"; builds for {', '.join(TARGETS)} without a GPU"),
+        ("build TensorRT engines", "tensorrt", ""),
+    )
+    for name, builder, note in builders:
         try:
-            findings.append(Finding(name, True, check()))
+            findings.append(Finding(name, True, f"{import_tensorrt(builder).__version__}{note}"))
         except UserError as error:
             findings.append(Finding(name, False, str(error)))
     return findings
-
-
-def _check_rtx() -> str:
-    return f"{import_tensorrt('tensorrt-rtx').__version__}; builds for {', '.join(TARGETS)} without a GPU"
-
-
-def _check_tensorrt() -> str:
-    return str(import_tensorrt("tensorrt").__version__)

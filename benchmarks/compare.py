@@ -20,27 +20,16 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Change:
-    """Change of one model on one backend.
+    """Change of one model on one backend."""
 
-    Attributes:
-        name: Model and backend.
-        drop: Recall@1 lost on the same queries.
-        interval: 95 % interval of the drop, paired bootstrap.
-        ratios: p50 after divided by p50 before, by batch.
-        significant_batches: Batches whose p50 moved beyond noise.
-        untimed: Batches that only the first report timed.
-        size: Bytes after divided by bytes before; None if one size is unknown.
-        instability: Reason not to rely on a latency; empty if there is none.
-    """
-
-    name: str
-    drop: float
-    interval: Interval
-    ratios: dict[str, float]
-    significant_batches: tuple[str, ...]
-    untimed: tuple[str, ...]
-    size: float | None
-    instability: str
+    name: str  # model and backend
+    drop: float  # recall@1 lost on the same queries
+    interval: Interval  # 95 % interval of the drop, paired bootstrap
+    ratios: dict[str, float]  # p50 after divided by p50 before, by batch
+    significant_batches: tuple[str, ...]  # batches whose p50 moved beyond noise
+    untimed: tuple[str, ...]  # batches that only the first report timed
+    size: float | None  # bytes after divided by bytes before; None if one size is unknown
+    instability: str  # reason not to rely on a latency; empty if there is none
 
     @property
     def is_recall_significant(self) -> bool:
@@ -51,18 +40,17 @@ class Change:
 def compare_reports(config: CompareConfig) -> list[Change]:
     """Print and return the changes.
 
-    Raises:
-        UserError: A report is missing, the queries differ, or a latency budget is set for two machines.
-        BudgetExceeded: A budget is exceeded. A model that is missing from the second report exceeds every budget.
+    :class:`UserError` if a report is missing, the queries differ, or a latency budget is set for two machines.
+    :class:`BudgetExceeded` if a budget is; a model that is missing from the second report exceeds every budget.
     """
     before, after = read_report(config.before), read_report(config.after)
-    _check_same_queries(before, after)
+    first, second = ((report.catalog.sha256, report.catalog.split) for report in (before, after))
+    if first != second:
+        raise UserError("after: the reports are of different catalogues or splits. Score both on the same queries.")
     machine = _machine_difference(before, after)
     if machine and config.max_latency_ratio is not None:
-        raise UserError(
-            f"max_latency_ratio: the reports are of different machines: {machine}. Measure both on one machine, or "
-            "leave out --max-latency-ratio."
-        )
+        remedy = "Measure both on one machine, or leave out --max-latency-ratio."
+        raise UserError(f"max_latency_ratio: the reports are of different machines: {machine}. {remedy}")
     old, new = _rows_by_title(before, config.before), _rows_by_title(after, config.after)
     changes = [_compare_rows(title, old[title], new[title], config) for title in old if title in new]
     _print(changes, after)
@@ -81,18 +69,10 @@ def compare_reports(config: CompareConfig) -> list[Change]:
     return changes
 
 
-def _check_same_queries(before: Report, after: Report) -> None:
-    first, second = ((report.catalog.sha256, report.catalog.split) for report in (before, after))
-    if first != second:
-        raise UserError("after: the reports are of different catalogues or splits. Score both on the same queries.")
-
-
 def _machine_difference(before: Report, after: Report) -> str:
     """Return the differences between the machines or their use; empty if there are none."""
-    first, second = (
-        (report.environment.cpu.get("model"), [gpu.get("name") for gpu in report.environment.gpus], report.threads)
-        for report in (before, after)
-    )
+    machines = ((report.environment, report.threads) for report in (before, after))
+    first, second = ((m.cpu.get("model"), [gpu.get("name") for gpu in m.gpus], threads) for m, threads in machines)
     values = zip(("processors", "GPUs", "threads"), first, second, strict=True)
     return ", ".join(f"different {name} ({a} and {b})" for name, a, b in values if a != b)
 
@@ -118,18 +98,12 @@ def _compare_rows(title: str, old: Row, new: Row, config: CompareConfig) -> Chan
         first, second = old.milliseconds(batch), new.milliseconds(batch)
         if first is not None and second is not None:
             ratios[batch] = second / first
-    return Change(
-        title,
-        drop.mean,
-        drop.ci95,
-        ratios,
-        tuple(
-            batch for batch, ratio in ratios.items() if _is_significant(old, new, batch, ratio, config.latency_noise)
-        ),
-        tuple(batch for batch in old.latency_ms or {} if batch not in ratios),
-        new.size_bytes / old.size_bytes if old.size_bytes and new.size_bytes else None,
-        "; ".join(dict.fromkeys([*old.instabilities.values(), *new.instabilities.values()])),
-    )
+    noise = config.latency_noise
+    significant = tuple(batch for batch, ratio in ratios.items() if _is_significant(old, new, batch, ratio, noise))
+    untimed = tuple(batch for batch in old.latency_ms or {} if batch not in ratios)
+    size = new.size_bytes / old.size_bytes if old.size_bytes and new.size_bytes else None
+    instability = "; ".join(dict.fromkeys([*old.instabilities.values(), *new.instabilities.values()]))
+    return Change(title, drop.mean, drop.ci95, ratios, significant, untimed, size, instability)
 
 
 def _is_significant(old: Row, new: Row, batch: str, ratio: float, noise: float) -> bool:
@@ -140,22 +114,20 @@ def _is_significant(old: Row, new: Row, batch: str, ratio: float, noise: float) 
 
 
 def _exceeded_budgets(change: Change, config: CompareConfig) -> list[str]:
-    messages = []
+    messages, name = [], change.name
     if config.max_recall_drop is not None and change.drop > config.max_recall_drop:
-        messages.append(f"{change.name}: recall@1 drops by {change.drop:.4f}, budget {config.max_recall_drop:g}")
+        messages.append(f"{name}: recall@1 drops by {change.drop:.4f}, budget {config.max_recall_drop:g}")
     if config.max_latency_ratio is not None:
         unstable = f" (unstable: {change.instability})" if change.instability else ""
+        budget = f"budget {config.max_latency_ratio:g}{unstable}"
         messages += [
-            f"{change.name}: p50 at batch {batch} is {ratio:.3f} times the p50 before, budget "
-            f"{config.max_latency_ratio:g}{unstable}"
+            f"{name}: p50 at batch {batch} is {ratio:.3f} times the p50 before, {budget}"
             for batch, ratio in change.ratios.items()
             if ratio > config.max_latency_ratio
         ]
-        messages += [
-            f"{change.name}: p50 at batch {batch} is missing from the report after" for batch in change.untimed
-        ]
+        messages += [f"{name}: p50 at batch {batch} is missing from the report after" for batch in change.untimed]
     if config.max_size_ratio is not None and change.size is not None and change.size > config.max_size_ratio:
-        messages.append(f"{change.name}: {change.size:.3f} times the bytes before, budget {config.max_size_ratio:g}")
+        messages.append(f"{name}: {change.size:.3f} times the bytes before, budget {config.max_size_ratio:g}")
     return messages
 
 
@@ -166,16 +138,12 @@ def _print(changes: list[Change], after: Report) -> None:
     for change in changes:
         low, high = map(format_signed, change.interval)
         star = " *" if change.is_recall_significant else ""
-        cells = [
-            _format_ratio(change.ratios.get(batch)) + (" *" if batch in change.significant_batches else "")
-            for batch in batches
-        ]
+        ratios, significant = change.ratios, change.significant_batches
+        cells = [_format_ratio(ratios.get(batch)) + (" *" if batch in significant else "") for batch in batches]
         mark = " (unstable latency)" if change.instability else ""
         drop = f"{format_signed(change.drop)} [{low}, {high}]{star}"
         table.add_row(escape(change.name + mark), escape(drop), *cells, _format_ratio(change.size))
-    console = Console()
-    console.width = max(110, console.width)
-    console.print(table)
+    Console(width=max(110, Console().width)).print(table)
     count = sum(change.is_recall_significant or bool(change.significant_batches) for change in changes)
     queries = next((row.queries for row in after.rows if row.queries), 0)
     log.info(f"{len(changes)} models on {queries} queries, {count} changed beyond noise (*)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from export.config import DEFAULT_BACKENDS, check_backends
+from export.config import DEFAULT_BACKENDS, check_backends, check_drop
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
 from vpr.retrieval.config import RerankConfig
@@ -72,8 +72,7 @@ class LatencyConfig:
         if not self.models:
             raise UserError("models: expected one or more artifacts, got none. Pass --models PATH.")
         _check_batches(self.batches)
-        at_least_0 = (0, None)
-        check_numbers(self, seconds=at_least_0, starts=at_least_0, rate=at_least_0, seed=at_least_0)
+        check_numbers(self, seconds=(0, None), starts=(0, None), rate=(0, None), seed=(0, None))
         check_numbers(self, threads=(0, MAX_THREADS))
         check_backends(self.backends)
 
@@ -114,10 +113,7 @@ class ScaleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least_1 = (1, None)
-        check_numbers(
-            self, queries=at_least_1, batch=at_least_1, nprobe=at_least_1, ef_search=at_least_1, seed=(0, None)
-        )
+        check_numbers(self, queries=(1, None), batch=(1, None), nprobe=(1, None), ef_search=(1, None), seed=(0, None))
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
             raise UserError(f"sizes: expected rising numbers of vectors, got {list(self.sizes)}. Change --sizes.")
 
@@ -156,7 +152,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))
-        _check_drop("drop", self.drop)
+        check_drop("drop", self.drop)
         _check_batches(self.batches)
 
 
@@ -183,8 +179,7 @@ class CompareConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_recall_drop is not None:
-            _check_drop("max_recall_drop", self.max_recall_drop)
+        check_drop("max_recall_drop", self.max_recall_drop)
         for name in ("max_latency_ratio", "max_size_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not ratio > 0:
@@ -195,8 +190,3 @@ class CompareConfig:
 def _check_batches(batches: tuple[int, ...]) -> None:
     if not batches or min(batches) < 1:
         raise UserError(f"batches: expected batch sizes of 1 or more, got {list(batches)}. Change --batches.")
-
-
-def _check_drop(name: str, drop: float) -> None:
-    if not -1 <= drop <= 1:
-        raise UserError(f"{name}: expected -1 to 1, a share of queries such as 0.01, got {drop}.")

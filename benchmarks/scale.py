@@ -38,33 +38,19 @@ _TIE = 1e-5  # float32 sums in a different order differ by less than this
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """One index of one gallery. Unmeasured values are None, with the reason in ``notes``.
+    """One index of one gallery. Unmeasured values are None, with the reason in ``notes``."""
 
-    Attributes:
-        size: Number of vectors in the gallery.
-        kind: Kind of the index.
-        train_seconds: Seconds to train the index, with all threads.
-        fill_seconds: Seconds to fill the index, with all threads.
-        index_bytes: Bytes of the written index; its memory apart from bookkeeping.
-        single_ms: Median milliseconds of a single query, with one thread.
-        batch_ms: Median milliseconds of a query in a batch, by number of threads.
-        recall_at_1: Share of queries whose first result is as near as the exact one.
-        recall_at_10: Share of the exact ten nearest that the index finds.
-        product_recall_at_1: Share of queries whose first result is of their product.
-        notes: Reasons for missing values.
-    """
-
-    size: int
-    kind: Kind
-    train_seconds: float | None = None
-    fill_seconds: float | None = None
-    index_bytes: int | None = None
-    single_ms: float | None = None
-    batch_ms: dict[int, float] | None = None
-    recall_at_1: float | None = None
-    recall_at_10: float | None = None
-    product_recall_at_1: float | None = None
-    notes: str = ""
+    size: int  # number of vectors in the gallery
+    kind: Kind  # kind of the index
+    train_seconds: float | None = None  # seconds to train the index, with all threads
+    fill_seconds: float | None = None  # seconds to fill the index, with all threads
+    index_bytes: int | None = None  # bytes of the written index; its memory apart from bookkeeping
+    single_ms: float | None = None  # median milliseconds of a single query, with one thread
+    batch_ms: dict[int, float] | None = None  # median milliseconds of a query in a batch, by number of threads
+    recall_at_1: float | None = None  # share of queries whose first result is as near as the exact one
+    recall_at_10: float | None = None  # share of the exact ten nearest that the index finds
+    product_recall_at_1: float | None = None  # share of queries whose first result is of their product
+    notes: str = ""  # reasons for missing values
 
 
 def measure_scale_table(config: ScaleConfig) -> Path:
@@ -73,9 +59,8 @@ def measure_scale_table(config: ScaleConfig) -> Path:
     embeddings = load_embeddings(config.embeddings)
     real = build_real_gallery(embeddings, config.queries, config.seed)
     rows = list(measure_scale(config, real))
-    with write_artifact(
-        config.output, "report", config_to_json(config), [embeddings.artifact.as_parent("embeddings")]
-    ) as draft:
+    parents = [embeddings.artifact.as_parent("embeddings")]
+    with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
         (draft.path / "scale.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     log.info(f"{config.output}: {len(rows)} indexes")
     return Path(config.output)
@@ -98,14 +83,7 @@ def measure_scale(config: ScaleConfig, real: Gallery) -> Iterator[ScaleRow]:
 
 
 def measure_index(kind: Kind, gallery: Gallery, exact: NDArray[np.float32], config: ScaleConfig) -> ScaleRow:
-    """Build an index, time it and compare its results with exact search.
-
-    Args:
-        kind: Kind of the index.
-        gallery: Gallery to index.
-        exact: (queries, 10) float32, inner products of the exact search, largest first.
-        config: Settings of the index and of the timing.
-    """
+    """Build an index, time it and compare it with ``exact``, the (queries, 10) descending products of exact search."""
     import faiss
 
     threads = default_threads()
@@ -118,29 +96,17 @@ def measure_index(kind: Kind, gallery: Gallery, exact: NDArray[np.float32], conf
     one_thread_times = _search(index, gallery.queries, config.batch, config.seconds)[1]
     faiss.omp_set_num_threads(threads)
     right = (gallery.products[rows[:, 0]] == gallery.query_products) & (rows[:, 0] >= 0)
-    return ScaleRow(
-        len(gallery.vectors),
-        kind,
-        train_seconds,
-        fill_seconds,
-        _index_bytes(index),
-        float(np.median(single_times)),
-        {1: float(np.median(one_thread_times)), threads: float(np.median(batch_times))},
-        recall_at_1,
-        recall_at_10,
-        float(right.mean()),
-    )
+    batch_ms = {1: float(np.median(one_thread_times)), threads: float(np.median(batch_times))}
+    costs = (train_seconds, fill_seconds, _index_bytes(index), float(np.median(single_times)), batch_ms)
+    return ScaleRow(len(gallery.vectors), kind, *costs, recall_at_1, recall_at_10, float(right.mean()))
 
 
 def neighbour_recall(gallery: Gallery, rows: NDArray[np.int64], exact: NDArray[np.float32]) -> tuple[float, float]:
     """Return recall@1 and recall@10 of the exact neighbours.
 
-    Neighbours are compared by inner product: equally near vectors are equally right.
-
-    Args:
-        gallery: Searched gallery.
-        rows: (queries, 10) rows that the index found; -1 is no result.
-        exact: (queries, 10) float32, inner products of the exact search, largest first.
+    Neighbours are compared by inner product: equally near vectors are equally right. ``rows`` are the (queries, 10)
+    rows that the index found, -1 for no result. ``exact`` has the inner products of the exact search, (queries, 10)
+    float32, largest first.
     """
     scores = np.einsum("qd,qkd->qk", gallery.queries, gallery.vectors[rows])
     scores[rows < 0] = -np.inf
@@ -176,10 +142,7 @@ def _build(kind: Kind, vectors: NDArray[np.float32], config: ScaleConfig) -> tup
 def _search(
     index: Any, queries: NDArray[np.float32], batch: int, seconds: float | None
 ) -> tuple[NDArray[np.int64], list[float]]:
-    """Return the rows of the results, and the milliseconds per query of each call.
-
-    ``seconds`` ends the search early; None searches all queries.
-    """
+    """Return the rows of the results, and the milliseconds per query of each call; ``seconds`` end the search early."""
     rows, times = [], []
     index.search(queries[:batch], _TOP)  # the first call fills the caches
     first = time.perf_counter()
@@ -214,7 +177,5 @@ def _log_row(row: ScaleRow) -> None:
     if row.single_ms is None or row.index_bytes is None:
         log.info(f"  {name} {row.notes}")
         return
-    log.info(
-        f"  {name} p50 {row.single_ms:.3f} ms  {row.index_bytes / 1e6:.0f} MB  recall@10 of exact search "
-        f"{row.recall_at_10:.3f}  product recall@1 {row.product_recall_at_1:.3f}"
-    )
+    recalls = f"recall@10 of exact search {row.recall_at_10:.3f}  product recall@1 {row.product_recall_at_1:.3f}"
+    log.info(f"  {name} p50 {row.single_ms:.3f} ms  {row.index_bytes / 1e6:.0f} MB  {recalls}")

@@ -16,50 +16,30 @@ _BLOCK = 1 << 16  # synthetic vectors per block
 
 @dataclass(frozen=True)
 class Gallery:
-    """A gallery and the queries that search their products in it.
+    """A gallery and the queries that search their products in it."""
 
-    Attributes:
-        vectors: (n, dim) float32, L2-normalised.
-        products: (n,) int32, number of the product.
-        queries: (q, dim) float32, L2-normalised.
-        query_products: (q,) int32, number of each query's product.
-    """
-
-    vectors: NDArray[np.float32]
-    products: NDArray[np.int32]
-    queries: NDArray[np.float32]
-    query_products: NDArray[np.int32]
+    vectors: NDArray[np.float32]  # (n, dim) float32, L2-normalised
+    products: NDArray[np.int32]  # (n,) int32, number of the product
+    queries: NDArray[np.float32]  # (q, dim) float32, L2-normalised
+    query_products: NDArray[np.int32]  # (q,) int32, number of each query's product
 
 
 def build_real_gallery(embeddings: Embeddings, max_queries: int, seed: int) -> Gallery:
-    """Return a random choice of the artifact's queries, and its other images as gallery.
-
-    Raises:
-        UserError: The artifact has no queries, or nothing else.
-    """
+    """Return random queries and the artifact's other images as gallery; :class:`UserError` if either is missing."""
     query = embeddings.roles == "query"
     if not query.any() or query.all():
-        raise UserError(
-            f"{embeddings.artifact.path}: expected query images and other images. Embed a catalogue with splits."
-        )
+        raise UserError(f"{embeddings.artifact.path}: expected query and other images. Embed a catalogue with splits.")
     codes = np.unique(embeddings.products, return_inverse=True)[1].astype(np.int32)
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(query))[:max_queries]
     return Gallery(embeddings.vectors[~query], codes[~query], embeddings.vectors[drawn], codes[drawn])
 
 
 def grow_gallery(real: Gallery, size: int, seed: int) -> Gallery:
-    """Append synthetic vectors to a gallery. A smaller gallery is a prefix of a larger one.
+    """Append synthetic vectors up to a size. A smaller gallery is a prefix of a larger one.
 
     A synthetic vector is a real vector plus or minus the offset of another real vector to its nearest neighbour, scaled
     by 0.5 to 1.5. It keeps the product of its real vector. So distances and directions are those of real images.
-
-    Args:
-        real: Gallery of n vectors.
-        size: Number of vectors of the result, n or more.
-        seed: Seed of the draws.
-
-    Raises:
-        UserError: The size is below n.
+    :class:`UserError` if the size is below that of the real gallery.
     """
     count = len(real.vectors)
     if size < count:

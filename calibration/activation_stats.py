@@ -20,26 +20,18 @@ ROWS = 512
 
 @dataclass
 class Activations:
-    """Statistics of one tensor. Memory does not grow with the number of images.
+    """Statistics of one tensor. Memory does not grow with the number of images."""
 
-    Attributes:
-        histogram: Histogram of the magnitudes of all values.
-        channel_max: (channels,) float32, the largest |x| of each channel.
-        rows: (at most 512, channels) float32, a uniform sample of all tokens.
-        seen: Number of tokens.
-    """
-
+    # histogram of the magnitudes of all values
     histogram: MagnitudeHistogram = field(default_factory=MagnitudeHistogram)
+    # (channels,) float32, the largest |x| of each channel
     channel_max: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    # (at most 512, channels) float32, a uniform sample of all tokens
     rows: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    seen: int = 0
+    seen: int = 0  # number of tokens
 
     def add(self, values: NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Add a batch, (..., channels). For images and feature maps only the magnitudes are meaningful.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
+        """Add a batch, (..., channels); of images, use only the magnitudes. ValueError if a value is not finite."""
         tokens = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
         self.histogram.add(tokens)
         batch_max = np.abs(tokens).max(axis=0)
@@ -59,18 +51,10 @@ class Activations:
 def measure_activations(
     graph: onnx.ModelProto, batches: Iterable[NDArray[np.float32]], seed: int = 0
 ) -> dict[str, Activations]:
-    """Run images through an FP32 graph and gather statistics of its activations.
+    """Return statistics of the inputs of all linears, convolutions and attention products, by tensor.
 
-    Args:
-        graph: FP32 graph.
-        batches: Inputs of the graph, (n, 3, size, size) float32 each.
-        seed: Seed of the sample of tokens.
-
-    Returns:
-        Statistics of the inputs of all linears, convolutions and attention products, by tensor.
-
-    Raises:
-        UserError: A tensor is not finite. The message names it.
+    ``batches`` are inputs of the FP32 graph, (n, 3, size, size) float32 each. ``seed`` is the seed of the sample of
+    tokens. :class:`UserError` names a tensor that is not finite.
     """
     names = [*dict.fromkeys([*(node.input[0] for node in weighted_nodes(graph)), *attention_inputs(graph)])]
     session = session_with_outputs(graph, names)

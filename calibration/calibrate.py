@@ -37,21 +37,13 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Range:
-    """Range of a tensor that linears, convolutions or attention read.
+    """Range of a tensor that linears, convolutions or attention read."""
 
-    Attributes:
-        threshold: Magnitude that maps to 127.
-        method: Method that chose the threshold.
-        thresholds: Threshold of every method.
-        largest: Largest magnitude seen.
-        linears: Modules of the linears that read the tensor; empty if only a convolution or attention reads it.
-    """
-
-    threshold: float
-    method: str
-    thresholds: dict[Method, float]
-    largest: float
-    linears: list[str]
+    threshold: float  # magnitude that maps to 127
+    method: str  # method that chose the threshold
+    thresholds: dict[Method, float]  # threshold of every method
+    largest: float  # largest magnitude seen
+    linears: list[str]  # modules of the linears that read the tensor; empty if only a convolution or attention reads it
 
 
 def calibrate(config: CalibrateConfig) -> Path:
@@ -83,8 +75,10 @@ def calibrate(config: CalibrateConfig) -> Path:
     linears = find_linears(graph)
     ranges = {name: choose_range(name, tensor, linears, config) for name, tensor in activations.items()}
     adjustments = {f"smooth:{module}": factors for module, factors in smoothing_by_module(smoothings).items()}
-    if config.correct:
-        adjustments |= _bias_corrections(linears, activations, ranges)
+    for linear in linears if config.correct else ():
+        if linear.bias is not None:
+            rows, limit = activations[linear.input].rows, ranges[linear.input].threshold
+            adjustments[f"bias:{linear.module}"] = correct_bias(rows, linear.weight, limit)
     with stage.write() as draft:
         entries = {name: vars(range_) for name, range_ in ranges.items()}
         (draft.path / "ranges.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
@@ -106,10 +100,8 @@ def choose_range(name: str, activations: Activations, linears: list[Linear], con
     thresholds = {method: threshold(activations.histogram, method, config.percentile) for method in METHODS}
     readers = [linear for linear in linears if linear.input == name]
     if config.method == "auto" and readers:
-        errors = {
-            method: sum(output_error(activations.rows, linear.weight, limit) for linear in readers)
-            for method, limit in thresholds.items()
-        }
+        rows, weights = activations.rows, [linear.weight for linear in readers]
+        errors = {name: sum(output_error(rows, weight, thresholds[name]) for weight in weights) for name in METHODS}
         method: Method = min(METHODS, key=lambda candidate: errors[candidate])
     else:
         method = "mse" if config.method == "auto" else config.method
@@ -122,21 +114,15 @@ def check_unchanged(graph: onnx.ModelProto, smoothed: onnx.ModelProto, batch: ND
     before, after = (GraphSession(version).embed(batch) for version in (graph, smoothed))
     difference = float(np.abs(before - after).max())
     if not difference <= _TOLERANCE:
-        raise UserError(
-            f"smooth: smoothing changes the embeddings by {difference:.1e} (limit {_TOLERANCE}). Remove --smooth."
-        )
+        raise UserError(f"smooth: it changes the embeddings by {difference:.1e} (limit {_TOLERANCE}). Remove --smooth.")
 
 
 def _select(
-    config: CalibrateConfig,
-    graph: onnx.ModelProto,
-    preprocess: Preprocess,
-    catalog: Catalog,
-    evaluation: Catalog | None,
+    config: CalibrateConfig, graph: onnx.ModelProto, preprocess: Preprocess, catalog: Catalog, scored: Catalog | None
 ) -> Catalog:
     """Return the calibration images: training images, none of them scored."""
     training = catalog.select(split="train")
-    scored = catalog if evaluation is None else evaluation
+    scored = catalog if scored is None else scored
     scored = scored.where(scored.table["split"].to_numpy() != "train")
 
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -147,23 +133,6 @@ def _select(
     return training.take(select_images(training, config.count, config.seed, config.selection, embed, scored))
 
 
-def _bias_corrections(
-    linears: list[Linear], activations: dict[str, Activations], ranges: dict[str, Range]
-) -> dict[str, NDArray[np.float32]]:
-    return {
-        f"bias:{linear.module}": correct_bias(
-            activations[linear.input].rows, linear.weight, ranges[linear.input].threshold
-        )
-        for linear in linears
-        if linear.bias is not None
-    }
-
-
 def _smoothing_entry(smoothing: Smoothing) -> dict[str, Any]:
-    """Return the entry of the card for one linear."""
-    return {
-        "linear": smoothing.linear,
-        "source": smoothing.source,
-        "alpha": smoothing.alpha,
-        "error": round(smoothing.error_ratio, 4),
-    }
+    error = round(smoothing.error_ratio, 4)
+    return {"linear": smoothing.linear, "source": smoothing.source, "alpha": smoothing.alpha, "error": error}

@@ -21,15 +21,12 @@ class CalibrateConfig:
         catalog: Catalogue. Only its ``train`` split is used.
         output: Output folder of the ranges.
         count: Number of calibration images.
-        selection: Rule that selects the images. ``stratified`` takes products in turn, ``random`` draws uniformly,
-            and ``k-centre`` covers the embedding space.
-        method: Method that chooses a range. ``auto`` takes, for each tensor, the method with the smallest error at
-            the output of its linears.
+        selection: ``stratified`` takes products in turn, ``random`` is uniform, ``k-centre`` covers embedding space.
+        method: Method that chooses a range; ``auto`` takes that of the smallest error after the linears of a tensor.
         percentile: Percentile of the method ``percentile``, in percent.
         smooth: Move outlying activation channels into the weights (SmoothQuant).
         correct: Correct the bias of each quantised linear by its mean error.
-        evaluation: Catalogue that is scored, if it is another one. Images and products outside its ``train`` split
-            are rejected.
+        evaluation: Another catalogue that is scored. Images and products outside its ``train`` split are rejected.
         seed: Seed of the image selection.
     """
 

@@ -14,27 +14,16 @@ from vpr.inference.onnx_graph import reraise_as_graph_error
 
 @dataclass(frozen=True)
 class Linear:
-    """A product with a constant matrix, and the bias that is added to it.
+    """A product with a constant matrix, and the bias that is added to it."""
 
-    Attributes:
-        node: Name of the MatMul or Gemm node.
-        module: PyTorch module of the node, such as ``vit.transformer.layers.0.0.to_qkv``.
-        input: Name of the input tensor.
-        matrix: Name of the weight's initialiser.
-        axis: Axis of the output channels in that initialiser.
-        weight: (in, out) float32.
-        adder: Name of the node that adds the bias, the Gemm itself or an Add; empty without a bias.
-        bias: (out,) float32, or None.
-    """
-
-    node: str
-    module: str
-    input: str
-    matrix: str
-    axis: int
-    weight: NDArray[np.float32]
-    adder: str
-    bias: NDArray[np.float32] | None
+    node: str  # name of the MatMul or Gemm node
+    module: str  # PyTorch module of the node, such as ``vit.transformer.layers.0.0.to_qkv``
+    input: str  # name of the input tensor
+    matrix: str  # name of the weight's initialiser
+    axis: int  # axis of the output channels in that initialiser
+    weight: NDArray[np.float32]  # (in, out) float32
+    adder: str  # name of the node that adds the bias, the Gemm itself or an Add; empty without a bias
+    bias: NDArray[np.float32] | None  # (out,) float32, or None
 
 
 def linear_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -45,13 +34,9 @@ def linear_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def weighted_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Return the products with constant weights, linears and the convolutions of a stem, in order."""
-    kernels = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 4}
-    linears = {node.name for node in linear_nodes(graph)}
-    return [
-        node
-        for node in graph.graph.node
-        if node.name in linears or (node.op_type == "Conv" and node.input[1] in kernels)
-    ]
+    body, linears = graph.graph, {node.name for node in linear_nodes(graph)}
+    kernels = {tensor.name for tensor in body.initializer if len(tensor.dims) == 4}
+    return [node for node in body.node if node.name in linears or (node.op_type == "Conv" and node.input[1] in kernels)]
 
 
 def attention_nodes(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
@@ -69,11 +54,6 @@ def attention_nodes(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 def attention_inputs(graph: onnx.ModelProto) -> list[str]:
     """Return the tensors that :func:`attention_nodes` read, without duplicates."""
     return list(dict.fromkeys(name for names in attention_nodes(graph).values() for name in names))
-
-
-def module_name(node: onnx.NodeProto) -> str:
-    """Return the PyTorch module of a node of our export, such as ``vit.transformer.layers.0.0.to_qkv``."""
-    return node.name.rpartition("/")[0]
 
 
 def channel_axis(node: onnx.NodeProto) -> int:
@@ -98,7 +78,8 @@ def find_linears(graph: onnx.ModelProto) -> list[Linear]:
         adder, bias = _find_bias(node, readers, constants)
         if bias is not None and bias.shape != (weight.shape[1],):
             adder, bias = "", None
-        linears.append(Linear(node.name, module_name(node), node.input[0], node.input[1], axis, weight, adder, bias))
+        module = node.name.rpartition("/")[0]
+        linears.append(Linear(node.name, module, node.input[0], node.input[1], axis, weight, adder, bias))
     return linears
 
 

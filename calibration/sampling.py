@@ -24,28 +24,15 @@ def select_images(
     embed: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
     evaluation: Catalog | None = None,
 ) -> NDArray[np.int64]:
-    """Select rows for calibration.
+    """Select ``count`` rows of training images for calibration: int64, sorted.
 
-    Args:
-        catalog: Training images only.
-        count: Number of images to select.
-        seed: Seed of the selection.
-        selection: ``stratified`` takes products in turn, and ``random`` draws uniformly. ``k-centre`` selects from a
-            larger stratified sample, so that every image of the sample is near a selected one.
-        embed: Function from rows to (rows, dim) float32 vectors of unit length, for ``k-centre``.
-        evaluation: Images that are scored and must not be selected.
-
-    Returns:
-        (count,) int64 rows, sorted.
-
-    Raises:
-        UserError: There are too few images, or an image is scored or outside the training split.
+    ``stratified`` takes products in turn, and ``random`` draws uniformly. ``k-centre`` selects from a larger stratified
+    sample, so that every image of the sample is near a selected one; for it, ``embed`` maps rows to (rows, dim) float32
+    vectors of unit length. :class:`UserError` if there are too few images, or if one is outside the training split or
+    scored: in ``evaluation``.
     """
-    scored_splits = set(catalog.table["split"].to_pylist()) - {"train"}
-    if scored_splits:
-        raise UserError(
-            f"calibration: images of the {sorted(scored_splits)[0]} split are scored later. Use the train split."
-        )
+    if scored := sorted(set(catalog.table["split"].to_pylist()) - {"train"}):
+        raise UserError(f"calibration: images of the {scored[0]} split are scored later. Use the train split.")
     if not 1 <= count <= len(catalog):
         raise UserError(f"count: expected 1 to {len(catalog)}, the size of the training split, got {count}.")
     rng = np.random.default_rng(seed)
@@ -65,15 +52,7 @@ def select_images(
 
 
 def k_centre(vectors: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Select vectors greedily, each the farthest from all selected before it (Gonzalez, 1985).
-
-    Args:
-        vectors: (n, dim) float32.
-        count: Number of vectors to select, at most n.
-
-    Returns:
-        (count,) int64 rows in the order of selection; the first is the one nearest to the mean.
-    """
+    """Select rows of (n, dim) greedily, the first near the mean, each farthest from those before (Gonzalez, 1985)."""
     mean = vectors.mean(axis=0)
     selected = [int(np.argmin(((vectors - mean) ** 2).sum(axis=1)))]
     distance = ((vectors - vectors[selected[0]]) ** 2).sum(axis=1)

@@ -15,53 +15,32 @@ Layers = frozenset[str]
 
 @dataclass(frozen=True)
 class LayerSetScore:
-    """Score of the embeddings that a set of quantised layers gives.
+    """Score of the embeddings that a set of quantised layers gives."""
 
-    Attributes:
-        hits: (queries,) bool, whether the first result is correct.
-        cosine: Mean cosine to the float model's embeddings.
-    """
-
-    hits: NDArray[np.bool_]
-    cosine: float
+    hits: NDArray[np.bool_]  # (queries,) bool, whether the first result is correct
+    cosine: float  # mean cosine to the float model's embeddings
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A set of layers that was quantised and scored.
+    """A set of layers that was quantised and scored."""
 
-    Attributes:
-        quantised: Names of the quantised layers.
-        recall: Recall@1.
-        drop: Drop of recall@1 from the float model's.
-        interval: 95 % interval of the drop, paired over the queries.
-        cosine: Mean cosine to the float model's embeddings.
-    """
-
-    quantised: Layers
-    recall: float
-    drop: float
-    interval: tuple[float, float]
-    cosine: float
+    quantised: Layers  # names of the quantised layers
+    recall: float  # recall@1
+    drop: float  # drop of recall@1 from the float model's
+    interval: tuple[float, float]  # 95 % interval of the drop, paired over the queries
+    cosine: float  # mean cosine to the float model's embeddings
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen set of layers, and the evidence.
+    """The chosen set of layers, and the evidence."""
 
-    Attributes:
-        chosen: Trial of the chosen set.
-        within_budget: Whether its drop is within the budget.
-        single_layer_trials: Trials of each layer alone, most harmful first.
-        trials: Trials of every scored set, in order.
-        reasons: Reason for each layer's precision, by layer.
-    """
-
-    chosen: Trial
-    within_budget: bool
-    single_layer_trials: list[Trial]
-    trials: list[Trial]
-    reasons: dict[str, str]
+    chosen: Trial  # trial of the chosen set
+    within_budget: bool  # whether its drop is within the budget
+    single_layer_trials: list[Trial]  # trials of each layer alone, most harmful first
+    trials: list[Trial]  # trials of every scored set, in order
+    reasons: dict[str, str]  # reason for each layer's precision, by layer
 
 
 def search_quantised_layers(
@@ -77,12 +56,8 @@ def search_quantised_layers(
     layers is quantised after all if the budget allows it, least harmful first. If no set is within the budget, the
     set with the smallest drop is chosen and ``within_budget`` is False.
 
-    Args:
-        layers: Names of the layers that may be quantised, one or more.
-        evaluate: Function that scores a set of quantised layers. The empty set is the float model.
-        budget: Largest drop of recall@1, such as 0.005.
-        reduced_sets: Kinds of layers. The chosen set is also tried reduced to each kind, because a smaller set may
-            be faster.
+    ``evaluate`` scores a set out of one or more layers; the empty set is the float model. The chosen set is also tried
+    reduced to each kind of layers in ``reduced_sets``, because a smaller set may be faster.
     """
     float_score = evaluate(frozenset())
     tried = {frozenset[str](): _trial(frozenset(), float_score, float_score)}
@@ -101,9 +76,8 @@ def search_quantised_layers(
             attempt(every_layer.quantised & frozenset(kind))
         reasons = dict.fromkeys(layers, "quantised: all layers together are within the budget")
         return Decision(every_layer, True, [], list(tried.values()), reasons)
-    single_layer_trials = sorted(
-        (attempt(frozenset([layer])) for layer in layers), key=lambda trial: (trial.cosine, -trial.drop)
-    )
+    alone = [attempt(frozenset([layer])) for layer in layers]
+    single_layer_trials = sorted(alone, key=lambda trial: (trial.cosine, -trial.drop))
     harmful = [next(iter(trial.quantised)) for trial in single_layer_trials]
     excluded = _count_excluded(harmful, is_within_budget)
     chosen = attempt(frozenset(harmful[excluded:]))

@@ -24,33 +24,21 @@ _MIN_MAGNITUDE = 1e-5
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Smoothing of one linear: the channels of its input are divided, its weight rows multiplied by the same factors.
+    """Smoothing of a linear: the channels of its input are divided, its weight rows multiplied by the same factors."""
 
-    Attributes:
-        linear: Module whose input is smoothed.
-        source: Node that absorbs the division: a LayerNormalization, or the linear that computes attention's values.
-        alpha: Migration strength from activations to weights; None if no strength lowers the error.
-        error_ratio: Error of the linear's output after smoothing, divided by the error before.
-        factors: (channels,) float32.
-    """
-
-    linear: str
-    source: str
-    alpha: float | None
-    error_ratio: float
-    factors: NDArray[np.float32]
+    linear: str  # module whose input is smoothed
+    source: str  # node that absorbs the division: a LayerNormalization, or the linear that computes attention's values
+    alpha: float | None  # migration strength from activations to weights; None if no strength lowers the error
+    error_ratio: float  # error of the linear's output after smoothing, divided by the error before
+    factors: NDArray[np.float32]  # (channels,) float32
 
 
 def search_smoothing(graph: onnx.ModelProto, activations: dict[str, Activations]) -> list[Smoothing]:
-    """Find the alpha of least output error for each linear whose input scale another node can absorb.
+    """Find the alpha of least output error for each linear of an FP32 graph whose input scale another node can absorb.
 
     ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (Xiao et al., "SmoothQuant", ICML 2023, eq. 4). A
     LayerNormalization absorbs the scale of the linear after it. The linear that computes attention's values absorbs
     that of the output projection, because attention mixes tokens and not channels.
-
-    Args:
-        graph: FP32 graph.
-        activations: Statistics of its activations, by tensor.
     """
     smoothings = []
     for linear, source in find_foldable(graph):
@@ -75,14 +63,9 @@ def smoothing_by_module(smoothings: list[Smoothing]) -> dict[str, NDArray[np.flo
 def smoothing_factors(
     channel_max: NDArray[np.float32], weight: NDArray[np.float32], alpha: float
 ) -> NDArray[np.float32]:
-    """Compute s of equation 4 as (channels,) float32.
+    """Compute s of equation 4 as (channels,) float32, from (channels,) and (channels, out) float32.
 
     The factors are scaled to a geometric mean of 1, which changes no quantised value and stays in FP16's range.
-
-    Args:
-        channel_max: (channels,) float32, largest |x| of each channel.
-        weight: (channels, out) float32.
-        alpha: Migration strength.
     """
     weight_max = np.maximum(np.abs(weight).max(axis=1), _MIN_MAGNITUDE).astype(np.float64)
     factors = np.maximum(channel_max, _MIN_MAGNITUDE).astype(np.float64) ** alpha / weight_max ** (1 - alpha)
@@ -93,12 +76,8 @@ def smoothing_factors(
 def smooth(graph: onnx.ModelProto, factors: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
     """Return a copy of an FP32 graph with smoothing factors folded in; it computes the same embeddings.
 
-    Args:
-        graph: FP32 graph.
-        factors: (channels,) float32 that divide the input of a linear, by the linear's module.
-
-    Raises:
-        UserError: The factors do not fit this graph.
+    The factors, (channels,) float32, divide the input of a linear, by the linear's module. :class:`UserError` if they
+    do not fit this graph.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -126,10 +105,7 @@ def smooth(graph: onnx.ModelProto, factors: Mapping[str, NDArray[np.float32]]) -
 def output_error(rows: NDArray[np.float32], weight: NDArray[np.float32], limit: float) -> float:
     """Compute the mean squared difference between a linear's output in INT8 and in FP32.
 
-    Args:
-        rows: (n, in) float32 inputs.
-        weight: (in, out) float32.
-        limit: Input magnitude that maps to 127.
+    Inputs are (n, in) float32, the weight is (in, out) float32, and the input magnitude ``limit`` maps to 127.
     """
     quantised = fake_quantise_activation(rows, limit) @ fake_quantise_weight(weight)
     return float(((quantised - rows @ weight) ** 2).mean())

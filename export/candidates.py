@@ -29,31 +29,18 @@ OpenEngine = Callable[[Path], AbstractContextManager[Forward]]
 
 @dataclass(frozen=True)
 class CandidateRunner:
-    """Loads candidate graphs on one backend.
+    """Loads candidate graphs on one backend."""
 
-    Attributes:
-        model: FP32 ``onnx`` artifact that the candidates come from.
-        backend: Backend from :func:`resolve_timing_backend`.
-        batch: Images per call. Engines are built for this batch only.
-        threads: CPU threads of OpenVINO; 0 lets OpenVINO choose.
-        fp32_nodes: Nodes whose values FP16 cannot represent.
-        open_engine: Function that loads an engine onto the GPU.
-    """
-
-    model: Artifact
-    backend: Literal["openvino"] | Builder
-    batch: int
-    threads: int = 0
-    fp32_nodes: tuple[str, ...] = ()
-    open_engine: OpenEngine = open_engine
+    model: Artifact  # FP32 ``onnx`` artifact that the candidates come from
+    backend: Literal["openvino"] | Builder  # backend from :func:`resolve_timing_backend`
+    batch: int  # images per call; engines are built for this batch only
+    threads: int = 0  # CPU threads of OpenVINO; 0 lets OpenVINO choose
+    fp32_nodes: tuple[str, ...] = ()  # nodes whose values FP16 cannot represent
+    open_engine: OpenEngine = open_engine  # function that loads an engine onto the GPU
 
     @contextmanager
     def load(self, graphs: Graphs) -> Iterator[dict[str, Forward]]:
-        """Load FP32 graphs, with or without Q/DQ, as functions of images; engines are built over FP16.
-
-        Raises:
-            UserError: An engine cannot be built or opened.
-        """
+        """Load FP32 graphs, with or without Q/DQ, as functions of images; engines are built over FP16."""
         if self.backend == "openvino":
             yield {name: openvino_forward(graph, self.threads) for name, graph in graphs.items()}
             return
@@ -69,18 +56,10 @@ class CandidateRunner:
         with write_artifact(folder / "graph", "onnx", {"precision": "candidate"}) as draft:
             onnx.save(half, draft.path / "model.onnx")
             fill_graph_card(draft, self.model, half)
-        gpu = this_gpu()
-        return build_engine(
-            EngineConfig(
-                str(folder / "graph"),
-                str(folder / "engine"),
-                builder,
-                target=gpu if gpu in TARGETS else EngineConfig.target,
-                min_batch=self.batch,
-                opt_batch=self.batch,
-                max_batch=self.batch,
-            )
-        )
+        gpu, batch = this_gpu(), self.batch
+        target = gpu if gpu in TARGETS else EngineConfig.target
+        graph_path, engine_path = str(folder / "graph"), str(folder / "engine")
+        return build_engine(EngineConfig(graph_path, engine_path, builder, target, batch, batch, batch))
 
 
 def resolve_timing_backend(backend: TimingBackend) -> Literal["openvino"] | Builder:

@@ -36,6 +36,12 @@ def check_backends(names: Sequence[str]) -> None:
         raise UserError(f"backends: unknown backend '{unknown[0]}'. Choose from all, {', '.join(BACKEND_NAMES)}.")
 
 
+def check_drop(name: str, drop: float | None) -> None:
+    """Raise :class:`UserError` if a limit on the drop of recall@1 is set and is no share of queries."""
+    if drop is not None and not -1 <= drop <= 1:
+        raise UserError(f"{name}: expected -1 to 1, a share of queries such as 0.01, got {drop}.")
+
+
 MAX_BATCH = 1024
 
 
@@ -48,8 +54,7 @@ class OnnxConfig:
         output: Output folder of the graph.
         precision: Precision of the arithmetic. ``fp16`` keeps an FP32 input and output.
         opset: ONNX opset. 23 has one ``Attention`` node per layer, which TensorRT fuses since 10.14. 20 spells
-            attention out for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both correctly and equally
-            fast.
+            attention out for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both equally fast.
         catalog: Catalogue whose images the graph is checked on. Random pixels if empty.
         split: Split of that catalogue. The check trains nothing, so the test images are allowed.
         images: Number of images to check.
@@ -65,9 +70,7 @@ class OnnxConfig:
 
 
 Recipe = Literal["linear", "full-mha", "full"]
-
 QuantDtype = Literal["int8", "fp8"]
-
 TimingBackend = Literal["auto", "openvino", "tensorrt", "tensorrt-rtx"]
 
 
@@ -79,20 +82,16 @@ class Int8Config:
         onnx: FP32 ``onnx`` artifact.
         ranges: ``ranges`` artifact that was measured on this graph.
         output: Output folder of the quantised graph.
-        base: Precision of the layers that are not quantised. Use ``fp16`` for TensorRT and ``fp32`` for CPUs.
-            OpenVINO computes the linears in INT8 over either. ONNX Runtime fuses them over ``fp32`` only, and over
-            ``fp16`` it is slower than without quantisation.
+        base: Precision of the layers that are not quantised. Use ``fp16`` for TensorRT and ``fp32`` for CPUs. ONNX
+            Runtime fuses INT8 linears over ``fp32`` only; over ``fp16`` it is slower than without quantisation.
         exclude_layers: Name prefixes of layers to leave in the base precision. None excludes the first and the last
             layer with weights, or the layers that QAT fine-tuning excluded.
-        scope: Kinds of layers to quantise. ``linear`` means linears only, ``full-mha`` adds the products of
-            attention, ``full`` also adds the convolutions of a stem. None means ``full`` with ``max_recall_drop``,
-            else ``linear``.
+        scope: ``linear`` quantises linears, ``full-mha`` also the products of attention, ``full`` also the convolutions
+            of a stem. None means ``full`` with ``max_recall_drop``, else ``linear``.
         dtype: Eight-bit type. ``fp8`` (E4M3) needs an Ada or Hopper GPU.
-        max_recall_drop: Largest drop of recall@1 on the validation split, such as 0.005. None quantises every layer
-            that ``exclude_layers`` does not name.
+        max_recall_drop: Largest drop of recall@1 on the validation split, such as 0.005. None sets no limit.
         catalog: Catalogue for ``max_recall_drop``. Its test split is never read.
-        timing_backend: Backend that times the candidates. ``auto`` means TensorRT engines if there is an NVIDIA
-            GPU, else OpenVINO.
+        timing_backend: Backend that times the candidates. ``auto`` means TensorRT with an NVIDIA GPU, else OpenVINO.
         batch: Images per call when candidates are timed.
         seconds: Seconds of timing per candidate.
         threads: CPU threads of OpenVINO when it times. 0 lets OpenVINO choose.
@@ -113,10 +112,7 @@ class Int8Config:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_recall_drop is not None and not -1 <= self.max_recall_drop <= 1:
-            raise UserError(
-                f"max_recall_drop: expected a share of queries from -1 to 1, such as 0.005, got {self.max_recall_drop}."
-            )
+        check_drop("max_recall_drop", self.max_recall_drop)
         if (self.max_recall_drop is None) != (not self.catalog):
             raise UserError("max_recall_drop: needs catalog, and catalog needs it. Set both or neither.")
         check_numbers(self, batch=(1, MAX_BATCH), threads=(0, MAX_THREADS))
@@ -138,15 +134,14 @@ class EngineConfig:
         onnx: ``onnx`` artifact. Its precision is the engine's.
         output: Output folder of the engine.
         backend: Builder of the engine. ``auto`` means TensorRT if it is installed, else TensorRT-RTX.
-        target: GPU architectures of a TensorRT-RTX build, separated by commas. One engine runs on all of them, and
-            fewer targets make it smaller. TensorRT ignores this and builds for the GPU of this machine.
+        target: GPU architectures of a TensorRT-RTX engine, separated by commas; fewer targets make it smaller.
+            TensorRT ignores this and builds for the GPU of this machine.
         min_batch: Smallest batch of the optimisation profile.
         opt_batch: Batch size that the engine is tuned for.
         max_batch: Largest batch of the optimisation profile.
         optimisation_level: Builder effort from 0 (quick build) to 5 (fast engine). None uses the builder's default.
         workspace_mb: Largest scratch memory of a layer, in MiB. None sets no limit.
-        timing_cache: File of kernel timings, read if it exists and written after the build. It belongs to one GPU
-            and one TensorRT version. TensorRT-RTX has none.
+        timing_cache: File of kernel timings of one GPU and TensorRT version, read if it exists and then updated.
         version_compatible: Build an engine that later TensorRT versions load too. It contains a lean runtime.
         weight_stripped: Build an engine without weights, to be refitted from the graph where it runs. Needs a GPU.
     """
@@ -192,10 +187,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 def check_model_name(name: str) -> None:
     """Raise :class:`UserError` if Triton does not accept a model of this name."""
     if not _NAME.fullmatch(name):
-        raise UserError(
-            f"name: expected 1 to 128 letters, digits, '_', '-' and '.', starting with a letter, digit or '_', "
-            f"got {name!r}. Set --name."
-        )
+        raise UserError(f"name: expected 1 to 128 of A-Za-z0-9_.- without a leading . or -, got {name!r}. Set --name.")
 
 
 @dataclass(frozen=True)
@@ -203,15 +195,14 @@ class ServingConfig:
     """Options of ``vpr export serving``.
 
     Attributes:
-        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For ONNX Runtime on CPUs with VNNI,
-            use an INT8 graph of ``--base fp32``. On GPUs, use an engine for INT8.
-        gallery: Embeddings artifact of the same student. Its ``gallery`` images are searched, or all of its images
-            if none has that role.
+        model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For INT8, use an engine on GPUs and a
+            graph of ``--base fp32`` on CPUs with VNNI.
+        gallery: Embeddings artifact of the same student. Its ``gallery`` images are searched, or all without that role.
         output: Output folder of the model repository, the gallery and their README.
         name: Name of the model in Triton. Empty uses the artifact's name.
         max_batch: Largest batch. None uses the engine's largest batch, or 32 for a graph.
-        preferred_batches: Batch sizes that Triton runs without further delay. None uses the engine's tuned batch
-            and ``max_batch``, and no size for a graph.
+        preferred_batches: Batch sizes that Triton runs without further delay. None uses the engine's tuned batch and
+            ``max_batch``, and no size for a graph.
         queue_delay_us: Longest wait for a fuller batch, in microseconds.
         instances: Model instances per device.
         device: Device that runs the model. Engines need ``gpu``.

@@ -24,16 +24,10 @@ _BATCH = 8
 
 @reraise_as_graph_error("FP16")
 def to_fp16(graph: onnx.ModelProto, fp32_nodes: Collection[str] = ()) -> onnx.ModelProto:
-    """Return a copy of an FP32 graph that computes in FP16.
+    """Return a copy of an FP32 graph from the dynamo exporter that computes in FP16.
 
-    The nodes from the last ``ReduceL2`` on (the L2 normalisation) stay FP32, as do the named nodes.
-
-    Args:
-        graph: FP32 graph from the dynamo exporter.
-        fp32_nodes: Names of nodes to leave in FP32, from :func:`find_overflow`.
-
-    Raises:
-        UserError: A weight exceeds FP16's range.
+    The nodes from the last ``ReduceL2`` on (the L2 normalisation) stay FP32, as do those of :func:`find_overflow`.
+    :class:`UserError` if a weight exceeds FP16's range.
     """
     model = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     body = model.graph
@@ -47,17 +41,13 @@ def to_fp16(graph: onnx.ModelProto, fp32_nodes: Collection[str] = ()) -> onnx.Mo
 
 
 def find_overflow(graph: onnx.ModelProto, inputs: NDArray[np.float32]) -> list[str]:
-    """Return the names of nodes whose values exceed half of FP16's largest value.
+    """Return the names of nodes whose values exceed half of FP16's largest value, on (n, 3, size, size) float32.
 
     These are nodes that read or write such a tensor, and LayerNormalizations whose sum of squared deviations is that
     large. The products inside ``Attention`` are not visible from outside.
 
     The graph must be FP32: on a CPU, ONNX Runtime and OpenVINO compute FP16 graphs in FP32, so an overflow would not
     show.
-
-    Args:
-        graph: FP32 graph.
-        inputs: (n, 3, size, size) float32.
     """
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     floats = _float_tensors(inferred.graph)

@@ -37,17 +37,11 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A float graph after calibration, and the values that quantise it.
+    """A float graph after calibration, and the values that quantise it."""
 
-    Attributes:
-        graph: FP32 graph, smoothed if the ranges contain smoothing factors.
-        thresholds: Magnitude that maps to the largest quantised value, by tensor.
-        corrections: (out,) float32 to subtract from the bias of a linear, by module.
-    """
-
-    graph: onnx.ModelProto
-    thresholds: dict[str, float]
-    corrections: dict[str, NDArray[np.float32]]
+    graph: onnx.ModelProto  # FP32 graph, smoothed if the ranges contain smoothing factors
+    thresholds: dict[str, float]  # magnitude that maps to the largest quantised value, by tensor
+    corrections: dict[str, NDArray[np.float32]]  # (out,) float32 to subtract from the bias of a linear, by module
 
     def quantise(self, layers: Collection[str], dtype: QuantDtype) -> onnx.ModelProto:
         """Return the FP32 graph with these layers quantised; the graph itself if there are none."""
@@ -55,12 +49,9 @@ class Calibrated:
 
 
 def export_int8(config: Int8Config) -> Path:
-    """Insert Q/DQ and write an artifact of kind ``onnx``.
+    """Insert Q/DQ and write an artifact; with ``max_recall_drop``, ``decision.json`` gives each layer's reason.
 
-    With ``max_recall_drop`` the artifact also has a ``decision.json``: the reason for each layer's precision.
-
-    Raises:
-        UserError: The ranges are of another graph, a layer has no range, or no layer is left to quantise.
+    :class:`UserError` if the ranges are of another graph, a layer has no range, or no layer is left to quantise.
     """
     graph, model = load_onnx(config.onnx)
     ranges = load_artifact(config.ranges, "ranges")
@@ -76,9 +67,12 @@ def export_int8(config: Int8Config) -> Path:
     calibrated = read_calibrated(graph, model, ranges)
     recipe: Recipe = config.scope or ("linear" if validation is None else "full")
     excluded = qat_excluded if config.exclude_layers is None else config.exclude_layers
-    layers = _select_layers(calibrated.graph, excluded, recipe)
-    decision = None if validation is None else _search_layers(config, model, calibrated, layers, validation)
-    if decision is not None:
+    layers = list(quantised_nodes(calibrated.graph, excluded, recipe))
+    if not layers:
+        raise UserError(f"exclude_layers: {', '.join(excluded or ())} leaves no layer to quantise. Exclude fewer.")
+    decision = None
+    if validation is not None:
+        decision = _search_layers(config, model, calibrated, layers, validation)
         layers = decision["quantised"]
     fp32_nodes = model.names("fp32_nodes")
     quantised = calibrated.quantise(layers, config.dtype)
@@ -108,8 +102,7 @@ def export_int8(config: Int8Config) -> Path:
 def read_calibrated(graph: onnx.ModelProto, model: Artifact, ranges: Artifact) -> Calibrated:
     """Apply the ranges' smoothing to an FP32 graph.
 
-    A student that was fine-tuned with QAT under these ranges has adapted its own weights. Only the thresholds apply
-    to it.
+    A student fine-tuned with QAT under these ranges has adapted its weights, so only the thresholds apply to it.
     """
     measured = read_ranges(ranges)
     if _is_qat_of(model, ranges):
@@ -123,17 +116,11 @@ def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> tup
         raise UserError(f"{config.onnx}: expected an FP32 graph. Export with --precision fp32; --base sets the rest.")
     if not _is_qat_of(model, ranges):
         if model.as_parent("onnx") not in ranges.card.parents:
-            raise UserError(
-                f"{config.ranges}: the ranges were measured on another graph than {config.onnx}. "
-                "Run `vpr calibrate` on this graph."
-            )
+            raise UserError(f"{config.ranges}: the ranges are of another graph. Run `vpr calibrate` on {config.onnx}.")
         return None
     excluded = model.names("quantise_keep")
     if config.exclude_layers not in (None, excluded):
-        raise UserError(
-            f"exclude_layers: QAT fine-tuned the student without [{', '.join(excluded)}]. "
-            "Remove --exclude-layers, or name the same layers."
-        )
+        raise UserError(f"exclude_layers: QAT excluded [{', '.join(excluded)}]. Name the same layers, or none.")
     return excluded
 
 
@@ -142,25 +129,13 @@ def _is_qat_of(model: Artifact, ranges: Artifact) -> bool:
     return ranges.as_parent("ranges") in model.card.parents
 
 
-def _select_layers(graph: onnx.ModelProto, excluded: tuple[str, ...] | None, recipe: Recipe) -> list[str]:
-    """Return the layers that may be quantised; :class:`UserError` if there are none."""
-    layers = list(quantised_nodes(graph, excluded, recipe))
-    if not layers:
-        raise UserError(
-            f"exclude_layers: {', '.join(excluded or ())} leaves nothing to quantise. Exclude fewer layers."
-        )
-    return layers
-
-
 def _search_layers(
     config: Int8Config, model: Artifact, calibrated: Calibrated, layers: list[str], validation: Catalog
 ) -> dict[str, Any]:
     """Return the record of the search for the layers that stay within the budget on the validation split."""
     assert config.max_recall_drop is not None
     if model.card.preprocess is None or not len(validation):
-        raise UserError(
-            f"{config.catalog}: the validation split is empty. Rebuild the catalogue with --validation above 0."
-        )
+        raise UserError(f"{config.catalog}: the validation split is empty. Rebuild it with --validation above 0.")
     backend = resolve_timing_backend(config.timing_backend)
     candidates = CandidateRunner(model, backend, config.batch, config.threads, model.names("fp32_nodes"))
     return search_mixed_precision(

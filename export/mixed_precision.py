@@ -33,17 +33,11 @@ Quantise = Callable[[list[str]], onnx.ModelProto]
 
 @dataclass(frozen=True)
 class Budget:
-    """Recall budget, and how candidates are timed.
+    """Recall budget, and how candidates are timed."""
 
-    Attributes:
-        drop: Largest drop of recall@1.
-        seconds: Seconds of timing per candidate.
-        candidates: Loader of the candidates.
-    """
-
-    drop: float
-    seconds: float
-    candidates: CandidateRunner
+    drop: float  # largest drop of recall@1
+    seconds: float  # seconds of timing per candidate
+    candidates: CandidateRunner  # loader of the candidates
 
 
 def search_mixed_precision(
@@ -61,8 +55,7 @@ def search_mixed_precision(
         graph: FP32 graph.
         quantise: Function from names of layers to the FP32 graph with these layers quantised.
         layers: Names of the layers that may be quantised.
-        reduced_sets: Kinds of layers. Eight bits may slow down the other kinds, so the chosen set is also timed
-            reduced to each kind.
+        reduced_sets: Kinds of layers. The chosen set is also timed reduced to each, as eight bits may slow the others.
         validation: Images with roles ``query`` and ``gallery`` that no score is reported on.
         batches: The same images as inputs.
         budget: Recall budget.
@@ -81,8 +74,9 @@ def search_mixed_precision(
 
     decision = search_quantised_layers(layers, evaluate, budget.drop, reduced_sets)
     names = _name_trials(decision)
-    candidates = {names[trial]: trial.quantised for trial in _select_candidates(decision, budget.drop)}
-    times = _time_candidates(graph, quantise, candidates, batches, budget)
+    candidates = _select_candidates(decision, budget.drop)
+    graphs = {_BASE: graph, **{names[trial]: quantise(sorted(trial.quantised)) for trial in candidates}}
+    times = _time_candidates(graphs, batches[0], budget)
     fastest = _pick_fastest(decision, names, times)
     queries = int((validation.roles == "query").sum())
     _log_choice(names[fastest], fastest, decision.within_budget, queries, budget.drop)
@@ -112,31 +106,22 @@ def _log_choice(name: str, trial: Trial, within_budget: bool, queries: int, budg
     if not within_budget:
         log.warning(f"no set of layers stays within a drop of {budget:g}; took the set with the smallest drop")
     elif high > budget:
-        log.warning(
-            f"95 % interval on {queries} queries exceeds the budget ({high:.4f} > {budget:g}). "
-            "Use more validation queries."
-        )
+        log.warning(f"95 % interval on {queries} queries ends at {high:.4f}, beyond the budget. Use more queries.")
 
 
 def _select_candidates(decision: Decision, budget: float) -> list[Trial]:
     """Return the trials to time: the chosen one, and the largest others within the budget."""
-    others = [
-        trial for trial in decision.trials if trial.quantised and trial.drop <= budget and trial != decision.chosen
-    ]
-    return [decision.chosen, *sorted(others, key=lambda trial: -len(trial.quantised))[:_MAX_ALTERNATIVES]]
+    chosen = decision.chosen
+    others = [trial for trial in decision.trials if trial.quantised and trial.drop <= budget and trial != chosen]
+    return [chosen, *sorted(others, key=lambda trial: -len(trial.quantised))[:_MAX_ALTERNATIVES]]
 
 
 def _time_candidates(
-    graph: onnx.ModelProto,
-    quantise: Quantise,
-    candidates: dict[str, Layers],
-    batches: list[NDArray[np.float32]],
-    budget: Budget,
+    graphs: dict[str, onnx.ModelProto], images: NDArray[np.float32], budget: Budget
 ) -> dict[str, float]:
-    """Return the p50 of the candidates and of the float graph in ms, timed in turns."""
-    graphs = {_BASE: graph, **{name: quantise(sorted(layers)) for name, layers in candidates.items()}}
+    """Return the p50 of graphs in ms, timed in turns on a batch of repeated images."""
     batch = budget.candidates.batch
-    pixels = np.concatenate([batches[0]] * -(-batch // len(batches[0])))[:batch]
+    pixels = np.concatenate([images] * -(-batch // len(images)))[:batch]
     with budget.candidates.load(graphs) as forwards:
         calls = {name: partial(forward, pixels) for name, forward in forwards.items()}
         return {name: summarise(times)["p50"] for name, times in measure(calls, budget.seconds).items()}
@@ -155,14 +140,9 @@ def _explain_faster(
     """Return the reasons of the layers in which the fastest set differs from the largest set."""
     largest = decision.chosen
     gain = f"{times[names[fastest]]:.2f} ms, against {times[names[largest]]:.2f} ms of the largest set"
-    removed = dict.fromkeys(
-        largest.quantised - fastest.quantised,
-        f"not quantised: the budget allows it, but the graph is faster without it: {gain}",
-    )
-    added = dict.fromkeys(
-        fastest.quantised - largest.quantised, f"quantised: in the fastest set within the budget: {gain}"
-    )
-    return removed | added
+    removed, added = largest.quantised - fastest.quantised, fastest.quantised - largest.quantised
+    reasons = dict.fromkeys(removed, f"not quantised: the budget allows it, but the graph is faster without it: {gain}")
+    return reasons | dict.fromkeys(added, f"quantised: in the fastest set within the budget: {gain}")
 
 
 def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -189,10 +169,5 @@ def _name_trials(decision: Decision) -> dict[Trial, str]:
 
 
 def _record(trial: Trial) -> dict[str, Any]:
-    return {
-        "quantised": sorted(trial.quantised),
-        "recall_at_1": trial.recall,
-        "drop": trial.drop,
-        "drop_interval": list(trial.interval),
-        "cosine": trial.cosine,
-    }
+    scores = {"recall_at_1": trial.recall, "drop": trial.drop, "drop_interval": list(trial.interval)}
+    return {"quantised": sorted(trial.quantised), **scores, "cosine": trial.cosine}

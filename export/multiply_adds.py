@@ -10,11 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def multiply_adds(graph: onnx.ModelProto) -> int | None:
-    """Count the multiply-adds of MatMul, Gemm, Conv and Attention for one image; None if a shape is unknown.
-
-    Args:
-        graph: Graph with one input, whose first axis is the batch.
-    """
+    """Count the multiply-adds of one image in MatMul, Gemm, Conv and Attention; None if a shape is unknown."""
     single = onnx.ModelProto()
     single.CopyFrom(graph)
     single.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1

@@ -51,9 +51,7 @@ def compare_exports(config: ParityConfig) -> Path:
         raise UserError(f"{config.catalog}: no images in the {config.split} split. Choose another --split.")
     for _, artifact in exports:
         if artifact.card.preprocess != preprocess:
-            raise UserError(
-                f"{artifact.path}: preprocessing differs from {config.student}. Use exports of this student."
-            )
+            raise UserError(f"{artifact.path}: preprocessing differs from {config.student}. Use its exports.")
     pixels = np.concatenate(list(read_batches(part, preprocess, _BATCH)))
     expected = l2_normalize(_run_student(model, pixels))
     query, gallery = part.roles == "query", part.roles == "gallery"
@@ -79,17 +77,10 @@ def compare_exports(config: ParityConfig) -> Path:
 def compare_layers(
     model: Student, graph: onnx.ModelProto, pixels: NDArray[np.float32], min_layer_cosine: float
 ) -> dict[str, Any]:
-    """Compare the outputs of the modules that PyTorch and a graph have in common.
+    """Compare the outputs of the modules that PyTorch, in evaluation mode, and its export have in common.
 
-    Args:
-        model: Student in evaluation mode.
-        graph: Its export in any precision.
-        pixels: (n, 3, size, size) float32.
-        min_layer_cosine: Cosine below which a layer counts as departing.
-
-    Returns:
-        ``layers``: the ``cosine`` over all values and the ``max_abs`` of each module in order; and
-        ``first_departing``: the first module below the limit, or None.
+    ``pixels`` are (n, 3, size, size) float32. The result has ``layers``, with the ``cosine`` over all values and the
+    ``max_abs`` of each module in order; and ``first_departing``, the first module below ``min_layer_cosine``, or None.
     """
     exported = graph_layers(graph, pixels)
     original = model_layers(model, pixels, set(exported))

@@ -41,12 +41,12 @@ def quantise(
     dtype: QuantDtype = "int8",
     corrections: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
-    """Return a copy of an FP32 graph with Q/DQ before each of the given layers.
+    """Return a copy of an FP32 graph with Q/DQ before each of the given layers, from :func:`quantised_nodes`.
 
     Args:
         graph: FP32 graph.
         thresholds: Magnitude that maps to the largest quantised value, by tensor.
-        layers: Names of the nodes to quantise, from :func:`quantised_nodes`.
+        layers: Names of the nodes to quantise.
         dtype: Eight-bit type; ``fp8`` is E4M3, for Ada and Hopper GPUs.
         corrections: (out,) float32 to subtract from the bias of a quantised linear, by module.
 
@@ -66,9 +66,7 @@ def quantise(
         pairs = inserted.setdefault(node.name, [])
         for position, name in enumerate(activations[node.name]):
             if name not in thresholds:
-                raise UserError(
-                    f"ranges: no range for '{name}', an input of '{node.name}'. Run `vpr calibrate` on this graph."
-                )
+                raise UserError(f"ranges: no range for '{name}', read by '{node.name}'. Rerun `vpr calibrate`.")
             if name not in dequantised:
                 dequantised[name] = _quantise_activation(body, name, thresholds[name], pairs, dtype)
             node.input[position] = dequantised[name]
@@ -88,10 +86,7 @@ def quantised_nodes(
 ) -> dict[str, tuple[str, ...]]:
     """Return the nodes that a recipe quantises, by name, with the activations that each reads.
 
-    Args:
-        graph: FP32 graph.
-        excluded: Name prefixes of nodes to exclude. None excludes the first and the last product with weights.
-        recipe: Kinds of products to quantise.
+    ``excluded`` are name prefixes of nodes; None excludes the first and the last product with weights.
     """
     weighted = weighted_nodes(graph)
     outer = {node.name for node in (*weighted[:1], *weighted[-1:])}
@@ -107,12 +102,8 @@ def quantised_nodes(
 def quantise_per_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantise a matrix or kernel to symmetric INT8 with one scale per channel.
 
-    Args:
-        weight: Float32 of shape (rows, columns) or (out, in, height, width).
-        axis: Axis of the output channels.
-
-    Returns:
-        Int8 of the same shape, from -127 to 127, and (channels,) float32 scales.
+    The weight is float32 of shape (rows, columns) or (out, in, height, width), with output channels along ``axis``. The
+    result is int8 of the same shape, from -127 to 127, and (channels,) float32 scales.
     """
     scale = weight_scales(weight, axis)
     # The scale is rounded to FP16, so the largest value may exceed 127 slightly.
@@ -146,11 +137,8 @@ def _correct_biases(
             constants = {tensor.name for tensor in model.graph.initializer}
             position = 2 if adder.op_type == "Gemm" else next(i for i, x in enumerate(adder.input) if x in constants)
             if corrections[linear.module].shape != linear.bias.shape:
-                raise UserError(
-                    f"ranges: the bias correction of '{linear.module}' does not fit this graph. Rerun `vpr calibrate`."
-                )
-            corrected = linear.bias - corrections[linear.module]
-            replace_constant(model, adder.name, adder.input[position], corrected)
+                raise UserError(f"ranges: the correction of '{linear.module}' does not fit. Rerun `vpr calibrate`.")
+            replace_constant(model, adder.name, adder.input[position], linear.bias - corrections[linear.module])
 
 
 def _quantise_activation(

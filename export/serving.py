@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from export.config import MAX_BATCH, ServingConfig, check_model_name
+from export.parity import mean_overlap
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, model_config, to_text
 from vpr.artifacts.stage import Stage
@@ -36,9 +36,8 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def export_serving(config: ServingConfig) -> Path:
     """Write a Triton model repository, the gallery and its index as an artifact of kind ``serving``.
 
-    Raises:
-        UserError: Triton cannot load the model, the name is invalid, or the gallery is of another model or
-            preprocessing.
+    :class:`UserError` if Triton cannot load the model, the name is invalid, or the gallery is of another model or
+    preprocessing.
     """
     model, gallery = load_artifact(config.model, ("onnx", "engine")), load_embeddings(config.gallery)
     name = config.name or model.card.name
@@ -82,16 +81,12 @@ def _check_model(model: Artifact, config: ServingConfig) -> None:
         rebuild = rebuild_command(model, backend="tensorrt", min_batch=1, weight_stripped=False)
         graph = built["onnx"]
     if built["backend"] != "tensorrt":
-        raise UserError(
-            f"{model.path}: built by {built['backend']}, but Triton loads TensorRT engines only. "
-            f"Use the graph {graph}, or rebuild where TensorRT is installed: {rebuild}"
-        )
+        remedy = f"Use the graph {graph}, or rebuild where TensorRT is installed: {rebuild}"
+        raise UserError(f"{model.path}: built by {built['backend']}, but Triton loads TensorRT engines only. {remedy}")
     if built.get("weight_stripped"):
         raise UserError(f"{model.path}: the engine has no weights, and Triton adds none. Rebuild: {rebuild}")
     if min_batch > 1:
-        raise UserError(
-            f"{model.path}: the smallest batch is {min_batch}, but a request may have one image. Rebuild: {rebuild}"
-        )
+        raise UserError(f"{model.path}: the smallest batch is {min_batch}, a request may have 1. Rebuild: {rebuild}")
     if config.device == "cpu":
         raise UserError(f"device: an engine needs a GPU, got cpu. Use the graph {graph}.")
 
@@ -171,15 +166,9 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
         return len(rows), None
     queries = gallery.rows_with_role("query")
     queries = queries[np.linspace(0, len(queries) - 1, min(len(queries), _MAX_QUERIES)).astype(int)]
-    return len(rows), _top10_overlap(index, gallery.vectors[queries], vectors)
-
-
-def _top10_overlap(index: Any, queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> float:
-    """Return the share of the exact ten nearest vectors that the index finds."""
     count = min(10, len(vectors))
-    exact, approximate = search(queries, vectors, count)[1], index.search(queries, count)[1]
-    pairs = zip(exact.tolist(), approximate.tolist(), strict=True)
-    return float(np.mean([len(set(a) & set(b)) / count for a, b in pairs]))
+    exact = search(gallery.vectors[queries], vectors, count)[1]
+    return len(rows), mean_overlap(exact, index.search(gallery.vectors[queries], count)[1])
 
 
 def _render_readme(
@@ -187,13 +176,8 @@ def _render_readme(
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    templates = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    templates = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, **blocks)
     compatible = model.card.config.get("version_compatible")
     return templates.get_template("serving.md").render(
         name=name,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -38,9 +39,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     """Export a student, compare it with PyTorch, and write an artifact of kind ``onnx``.
 
     The card's ``fp32_nodes`` lists the nodes whose values FP16 cannot represent, measured on training images.
-
-    Raises:
-        UserError: The FP32 graph differs from PyTorch by more than 1e-4 in any value.
+    :class:`UserError` if the FP32 graph differs from PyTorch by more than 1e-4 in any value.
     """
     from student.model import load_student
 
@@ -61,40 +60,25 @@ def export_onnx(config: OnnxConfig) -> Path:
         log.info(f"{config.output}: {len(fp32_nodes)} nodes exceed FP16's range and stay FP32, first {fp32_nodes[0]}")
     if config.precision == "fp16":
         graph = to_fp16(graph, fp32_nodes)
-    metrics = _compare(model, graph, _read_inputs(catalog, config, preprocess, config.split), config)
+    metrics = _compare(model, graph, _read_inputs(catalog, config, preprocess, config.split), config.precision)
     with stage.write() as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": fp32_nodes, "nodes": count_operators(graph)}
-    log.info(
-        f"{config.output}: {config.precision} graph, min cosine to PyTorch {metrics['cosine_min']:.6f}, "
-        f"max abs difference {metrics['max_abs']:.1e}"
-    )
+    difference = f"min cosine to PyTorch {metrics['cosine_min']:.6f}, max abs difference {metrics['max_abs']:.1e}"
+    log.info(f"{config.output}: {config.precision} graph, {difference}")
     return stage.path
 
 
 def trace(model: Student, size: int, opset: int) -> onnx.ModelProto:
-    """Export a student as an FP32 graph with dynamic batch, including the L2 normalisation.
-
-    Args:
-        model: Student in evaluation mode.
-        size: Side of the input in pixels.
-        opset: ONNX opset version.
-    """
+    """Export a student as an FP32 graph with dynamic batch and L2 normalisation, for images of ``size`` pixels."""
     import torch
 
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    program = torch.onnx.export(
-        model,
-        (torch.zeros(2, 3, size, size),),
-        dynamo=True,
-        opset_version=opset,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes=({0: batch},),
-        verbose=False,
-    )
+    tensors: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": ({0: batch},)}
+    example = torch.zeros(2, 3, size, size)
+    program = torch.onnx.export(model, (example,), dynamo=True, opset_version=opset, verbose=False, **tensors)
     if program is None:
         raise UserError("export: the exporter returned no program. Report this with the versions from `vpr doctor`.")
     graph = program.model_proto
@@ -125,8 +109,7 @@ def run_graph(graph: onnx.ModelProto, inputs: NDArray[np.float32], batch_size: i
 
 def count_operators(graph: onnx.ModelProto) -> dict[str, int]:
     """Count the nodes by operator."""
-    names = [node.op_type for node in graph.graph.node]
-    return {name: names.count(name) for name in sorted(set(names))}
+    return dict(sorted(Counter(node.op_type for node in graph.graph.node).items()))
 
 
 def _name_by_module(graph: onnx.ModelProto) -> None:
@@ -158,9 +141,7 @@ def _read_inputs(
     return preprocess.normalise(pixels)
 
 
-def _compare(
-    model: Student, graph: onnx.ModelProto, inputs: NDArray[np.float32], config: OnnxConfig
-) -> dict[str, float]:
+def _compare(model: Student, graph: onnx.ModelProto, inputs: NDArray[np.float32], precision: str) -> dict[str, float]:
     """Return the worst parity with PyTorch over several batch sizes."""
     import torch
 
@@ -169,14 +150,11 @@ def _compare(
     worst: dict[str, float] = {}
     for batch in _BATCHES:
         metrics = parity(expected, run_graph(graph, inputs, batch))
-        worst = {
-            key: (max if key == "max_abs" else min)(value, worst.get(key, value)) for key, value in metrics.items()
-        }
-    if config.precision == "fp32" and worst["max_abs"] > _TOLERANCE:
-        raise UserError(
-            f"export: the graph differs from PyTorch by {worst['max_abs']:.2e} (limit {_TOLERANCE}). "
-            "Try --opset 20, and report this with the versions from `vpr doctor`."
-        )
+        for key, value in metrics.items():
+            worst[key] = (max if key == "max_abs" else min)(value, worst.get(key, value))
+    if precision == "fp32" and worst["max_abs"] > _TOLERANCE:
+        remedy = "Try --opset 20, and report this with the versions from `vpr doctor`."
+        raise UserError(f"export: graph and PyTorch differ by {worst['max_abs']:.2e} (limit {_TOLERANCE}). {remedy}")
     return {**worst, "images": float(len(inputs))}
 
 

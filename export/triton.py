@@ -21,33 +21,20 @@ class Enumerator(str):
 
 @dataclass(frozen=True)
 class Scheduling:
-    """How Triton batches requests and distributes them.
+    """How Triton batches requests and distributes them."""
 
-    Attributes:
-        max_batch: Largest batch.
-        preferred: Batch sizes that run without further delay.
-        queue_delay_us: Longest wait for a fuller batch, in microseconds.
-        instances: Model instances per device.
-        device: ``gpu`` or ``cpu``.
-    """
-
-    max_batch: int
-    preferred: tuple[int, ...]
-    queue_delay_us: int
-    instances: int
-    device: str
+    max_batch: int  # largest batch
+    preferred: tuple[int, ...]  # batch sizes that run without further delay
+    queue_delay_us: int  # longest wait for a fuller batch, in microseconds
+    instances: int  # model instances per device
+    device: str  # ``gpu`` or ``cpu``
 
 
 def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling) -> dict[str, Any]:
     """Return the fields of Triton's ``ModelConfig`` for an ``onnx`` or ``engine`` artifact.
 
-    Warm-up runs the smallest and the largest batch when the model loads, so too little memory shows at once.
-
-    Args:
-        name: Name of the model.
-        model: Artifact whose inputs and outputs have the batch as their first dimension.
-        preprocess: Preprocessing of the card, written as parameters.
-        scheduling: Batching and instances.
+    The first dimension of its inputs and outputs is the batch. The preprocessing becomes parameters. Warm-up runs the
+    smallest and the largest batch when the model loads, so too little memory shows at once.
     """
     platform, backend = _PLATFORMS[model.card.kind]
     batching: dict[str, Any] = {"max_queue_delay_microseconds": scheduling.queue_delay_us}
@@ -60,9 +47,7 @@ def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling:
         "max_batch_size": scheduling.max_batch,
         "input": [{**_tensor(spec), "format": Enumerator("FORMAT_NCHW")} for spec in model.card.inputs],
         "output": [_tensor(spec) for spec in model.card.outputs],
-        "instance_group": [
-            {"kind": Enumerator(f"KIND_{scheduling.device.upper()}"), "count": scheduling.instances},
-        ],
+        "instance_group": [{"kind": Enumerator(f"KIND_{scheduling.device.upper()}"), "count": scheduling.instances}],
         "dynamic_batching": batching,
         "model_warmup": [_warm_up(model.card.inputs, batch) for batch in sorted({1, scheduling.max_batch})],
         "parameters": [
@@ -77,30 +62,20 @@ def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling:
 
 
 def _client_parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
-    """Return the values that a client needs: preprocessing, embedding, and an engine's builder and targets.
-
-    Strings are written as they are, numbers and lists as JSON.
-    """
+    """Return what a client needs; strings are written as they are, numbers and lists as JSON."""
     values: dict[str, Any] = {f"preprocess.{key}": value for key, value in preprocess.model_dump(mode="json").items()}
     values |= {"preprocess.colour": "RGB", "preprocess.value": "(pixel / 255 - mean) / std"}
     if model.card.embedding is not None:
         values |= {f"embedding.{key}": value for key, value in model.card.embedding.model_dump(mode="json").items()}
     if model.card.kind == "engine":
-        values |= {
-            "engine.builder": model.card.metrics["builder"],
-            "engine.targets": ",".join(model.card.metrics["targets"]),
-        }
+        values["engine.builder"] = model.card.metrics["builder"]
+        values["engine.targets"] = ",".join(model.card.metrics["targets"])
     values["artifact.card_sha256"] = model.sha256
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def to_text(fields: Mapping[str, Any], indent: int = 0) -> str:
-    """Return a message in protobuf's text format.
-
-    Args:
-        fields: Strings, numbers, booleans, :class:`Enumerator`, mappings (messages), and lists of these.
-        indent: Indentation in levels.
-    """
+    """Return fields in protobuf's text format: strings, numbers, booleans, enumerators, mappings and lists of these."""
     margin, lines = "  " * indent, []
     for key, value in fields.items():
         if isinstance(value, Mapping):
@@ -123,11 +98,8 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _warm_up(inputs: list[TensorSpec], batch: int) -> dict[str, Any]:
-    zeros = [
-        {
-            "key": spec.name,
-            "value": {"data_type": Enumerator(_TYPES[spec.dtype]), "dims": spec.shape[1:], "zero_data": True},
-        }
-        for spec in inputs
-    ]
+    zeros: list[dict[str, Any]] = []
+    for spec in inputs:
+        value = {"data_type": Enumerator(_TYPES[spec.dtype]), "dims": spec.shape[1:], "zero_data": True}
+        zeros.append({"key": spec.name, "value": value})
     return {"name": f"batch_{batch}", "batch_size": batch, "inputs": zeros}

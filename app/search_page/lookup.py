@@ -32,41 +32,24 @@ _BACKEND_SECONDS = 0.2  # timing of each backend, if an artifact has several
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Gallery images that one model found.
+    """Gallery images that one model found."""
 
-    Attributes:
-        rows: (top,) int64, rows of the gallery, nearest first.
-        scores: (top,) float32, cosines of these rows.
-        milliseconds: Milliseconds of each step, by name.
-    """
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    milliseconds: dict[str, float]
+    rows: NDArray[np.int64]  # (top,) int64, rows of the gallery, nearest first
+    scores: NDArray[np.float32]  # (top,) float32, cosines of these rows
+    milliseconds: dict[str, float]  # milliseconds of each step, by name
 
 
 @dataclass(frozen=True)
 class Searcher:
-    """A model and the gallery that it embedded.
+    """A model and the gallery that it embedded."""
 
-    Attributes:
-        name: Names of the artifact and the backend.
-        preprocess: Preprocessing of the model's card.
-        forward: Function that runs the model.
-        vectors: (gallery, dim) float32, L2-normalised.
-    """
-
-    name: str
-    preprocess: Preprocess
-    forward: Forward
-    vectors: NDArray[np.float32]
+    name: str  # names of the artifact and the backend
+    preprocess: Preprocess  # preprocessing of the model's card
+    forward: Forward  # function that runs the model
+    vectors: NDArray[np.float32]  # (gallery, dim) float32, L2-normalised
 
     def search_bytes(self, data: bytes, top: int) -> SearchResult:
-        """Return the ``top`` gallery images nearest to an image, given as the bytes of its file.
-
-        Raises:
-            ImageRejected: The bytes are no usable image.
-        """
+        """Return the ``top`` images nearest to that of a file's bytes; :class:`ImageRejected` if they are none."""
         start = time.perf_counter()
         image = decode_bytes(data, "upload", shortest=self.preprocess.size)
         batch = self.preprocess.normalise(self.preprocess.pixels(image)[None])
@@ -82,16 +65,11 @@ class Searcher:
 def load_searchers(
     models: tuple[str, ...], catalog: str, split: str, embeddings: tuple[str, ...]
 ) -> tuple[list[Searcher], Catalog]:
-    """Load each model on its fastest backend here, and the gallery that all of them search.
+    """Load each model on its fastest backend here, and the gallery of a split that all of them search.
 
-    Args:
-        models: Artifacts that embed images.
-        catalog: Catalogue artifact.
-        split: Split whose gallery is searched; empty searches all splits.
-        embeddings: Embeddings artifact of each model, written if it does not exist; empty embeds the gallery in memory.
-
-    Raises:
-        UserError: There is no gallery, a model cannot run here, or embeddings are of another model or gallery.
+    The embeddings artifact of each model is written if it does not exist; without ``embeddings`` the gallery is
+    embedded in memory. :class:`UserError` if there is no gallery, a model cannot run here, or embeddings are of another
+    model or gallery.
     """
     images = load_catalog(catalog).select(split=split or None)
     gallery = images.select(role="gallery")

@@ -56,11 +56,7 @@ _Result = TypeVar("_Result")
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve the page until an interrupt.
-
-    Raises:
-        UserError: The port is taken, or :func:`load_searchers` raises it.
-    """
+    """Serve the page until an interrupt; :class:`UserError` if the port is taken, or from :func:`load_searchers`."""
     with listen(config.port) as listener:
         searchers, gallery = load_searchers(config.models, config.catalog, config.split, config.embeddings)
         app = make_app(searchers, gallery, config.top)

@@ -27,27 +27,16 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server((ADDRESS, port))
     except OSError as error:
-        raise UserError(
-            f"port: cannot listen on {port} ({os.strerror(error.errno or 0)}). Pass another --port; 0 takes a free one."
-        ) from None
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"port: cannot listen on {port} ({reason}). Pass another --port; 0 takes a free one.") from None
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """Return the HTTP server with its limits."""
     logging.getLogger("uvicorn.error").addFilter(_is_failure)
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=2,
-        )
-    )
+    limits: dict[str, Any] = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": 2}
+    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="off", **quiet, **limits))
 
 
 def _is_failure(record: logging.LogRecord) -> bool:
@@ -61,10 +50,6 @@ class _Lingering:
 
     Closing a socket with unread input resets the connection. A reset discards an answer that the client has not read
     yet, such as the answer that its upload is too large.
-
-    Args:
-        transport: Transport of the connection.
-        loop: Event loop of the transport.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 from export.backends.registry import Model, models_of
@@ -25,20 +26,13 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Costs of starting a model. Unmeasured values are None.
+    """Costs of starting a model. Unmeasured values are None."""
 
-    Attributes:
-        cold_start_ms: Milliseconds from the start of Python to the first embedding.
-        load_ms: Milliseconds from the artifact to a ready model, with the imports of its runtime.
-        first_call_ms: Milliseconds of the first call, on one image.
-        peak_memory_bytes: Largest resident memory until the first embedding.
-        gpu_memory_bytes: Increase of the memory in use on the GPUs; includes other processes that allocate meanwhile.
-    """
-
-    cold_start_ms: float | None = None
-    load_ms: float | None = None
-    first_call_ms: float | None = None
-    peak_memory_bytes: int | None = None
+    cold_start_ms: float | None = None  # milliseconds from the start of Python to the first embedding
+    load_ms: float | None = None  # milliseconds from the artifact to a ready model, with the imports of its runtime
+    first_call_ms: float | None = None  # milliseconds of the first call, on one image
+    peak_memory_bytes: int | None = None  # largest resident memory until the first embedding
+    # increase of the memory in use on the GPUs; includes other processes that allocate meanwhile
     gpu_memory_bytes: float | None = None
 
 
@@ -58,11 +52,7 @@ def measure_cold_starts(model: Model, threads: int, starts: int) -> ColdStart:
 
 
 def start_once(model: Model, threads: int) -> ColdStart:
-    """Measure one start.
-
-    Raises:
-        UserError: The child fails.
-    """
+    """Measure one start; :class:`UserError` if the child fails."""
     has_gpu = bool(read_gpus()[0])
     memory_before = gpu_memory_used() if has_gpu else None
     path = str(model.artifact.path.resolve())
@@ -71,9 +61,7 @@ def start_once(model: Model, threads: int) -> ColdStart:
     # The child waits for its input to end, so that its memory on the GPU can be read.
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as child,
+        subprocess.Popen(command, cwd=_ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as child,
     ):
         assert child.stdout is not None
         line = child.stdout.readline()
@@ -83,9 +71,7 @@ def start_once(model: Model, threads: int) -> ColdStart:
         errors.seek(0)
         reason = last_error_line(errors.read())
     if child.returncode or not line.strip():
-        raise UserError(
-            f"{model.name}: starting it in a new process failed ({reason}). Free some memory or pass --starts 0."
-        )
+        raise UserError(f"{model.name}: its start in a new process failed ({reason}). Free memory or pass --starts 0.")
     gpu_memory = None
     if memory_before is not None and memory_after is not None:
         gpu_memory = float(max(0, memory_after - memory_before))
@@ -99,10 +85,7 @@ def last_error_line(errors: str) -> str:
 
 
 def parse_peak_memory(status: str) -> int | None:
-    """Return the bytes of ``VmHWM`` in the text of ``/proc/self/status``.
-
-    ``getrusage`` would not do: its maximum is inherited from the parent process.
-    """
+    """Return the bytes of ``VmHWM`` in ``/proc/self/status``; ``getrusage`` would inherit the parent's maximum."""
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])

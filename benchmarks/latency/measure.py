@@ -50,9 +50,8 @@ def measure_latency(config: LatencyConfig) -> Path:
     artifacts = [load_artifact(path, MODEL_KINDS) for path in config.models]
     threads = config.threads or default_threads()
     load = None if config.arrivals == "none" else Load(config.arrivals, config.rate, config.seed)
-    timings = time_models(
-        artifacts, config.batches, config.seconds, threads, config.backends, config.starts, config.catalog, load
-    )
+    options = (config.backends, config.starts, config.catalog, load)
+    timings = time_models(artifacts, config.batches, config.seconds, threads, *options)
     parents = [artifact.as_parent("model") for artifact in artifacts]
     with write_artifact(config.output, "report", {**config_to_json(config), "threads": threads}, parents) as draft:
         values = {name: timing.to_json() for name, timing in timings.items()}
@@ -72,20 +71,10 @@ def time_models(
     catalog: str = "",
     load: Load | None = None,
 ) -> dict[str, Timing]:
-    """Time every artifact on each backend, all with the same number of threads.
+    """Time every artifact on each backend with the same number of threads; return timings by ``artifact (backend)``.
 
-    Args:
-        sources: Artifacts or their paths.
-        batches: Images per call.
-        seconds: Seconds for each model and batch, after warm-up.
-        threads: Threads of every backend.
-        backends: Names of the backends.
-        starts: Cold starts of each model; 0 skips them.
-        catalog: Catalogue whose images are decoded; empty skips the preprocessing.
-        load: Arrivals of the open-loop load; None skips it.
-
-    Returns:
-        Timings by ``artifact (backend)``. A backend that cannot run has no latency, and the reason in ``notes``.
+    ``seconds`` are those for each model and batch, after warm-up. 0 ``starts`` skip cold starts, no ``catalog`` skips
+    preprocessing, no ``load`` skips the open loop. A backend that cannot run has the reason in ``notes``.
     """
     opened, timings = open_models(sources, threads, backends)
     for name, (model, _) in opened.items():
@@ -106,10 +95,7 @@ def time_models(
 def open_models(
     sources: Sequence[Artifact | Path | str], threads: int, backends: Sequence[str] = DEFAULT_BACKENDS
 ) -> tuple[dict[str, OpenedModel], dict[str, Timing]]:
-    """Load the models that can run here; return them by name, and a timing for each model.
-
-    The timing of a model that cannot run has the reason in ``notes``.
-    """
+    """Load the models that can run here; also return a timing for each, with the reason for those that cannot run."""
     opened: dict[str, OpenedModel] = {}
     timings: dict[str, Timing] = {}
     for model in (model for source in sources for model in models_of(source, backends)):
@@ -153,10 +139,9 @@ def _add_ceilings(
             rooflines[dtype] = measure_roofline(*dtype, threads)
         roofline = rooflines[dtype]
         timing.ceiling = Ceiling(**asdict(roofline), model_multiply_adds=multiply_adds)
-        timing.of_ceiling = {
-            batch: roofline_ms(roofline, model, multiply_adds, int(batch)) / latency.p50
-            for batch, latency in (timing.latency_ms or {}).items()
-        }
+        timing.of_ceiling = {}
+        for batch, latency in (timing.latency_ms or {}).items():
+            timing.of_ceiling[batch] = roofline_ms(roofline, model, multiply_adds, int(batch)) / latency.p50
 
 
 def _add_preprocessing(
@@ -187,22 +172,18 @@ def _log_timing(name: str, timing: Timing) -> None:
     name = f"{name:<32}"
     for batch, latency in (timing.latency_ms or {}).items():
         low, high = (f"{end:.2f}" if end is not None else "?" for end in latency.ci95["p50"])
-        throughput = (timing.throughput or {})[batch]
+        throughput = f"{(timing.throughput or {})[batch]:.0f} images/s"
         share = f"  {timing.of_ceiling[batch]:.0%} of the roofline" if timing.of_ceiling else ""
-        log.info(
-            f"  {name} batch {batch:<3} p50 {latency.p50:.2f} ms [{low}, {high}]  p99 {latency.p99:.2f} ms  "
-            f"{throughput:.0f} images/s{share}"
-        )
+        quantiles = f"p50 {latency.p50:.2f} ms [{low}, {high}]  p99 {latency.p99:.2f} ms"
+        log.info(f"  {name} batch {batch:<3} {quantiles}  {throughput}{share}")
         if latency.unstable:
             log.warning(f"{name.strip()}, batch {batch}: unstable latency: {latency.unstable}")
     if timing.cold_start_ms is not None and timing.peak_memory_bytes is not None:
         memory = timing.peak_memory_bytes / 1e6
         log.info(f"  {name} cold start {timing.cold_start_ms:.0f} ms  peak memory {memory:.0f} MB")
     if timing.preprocess_ms and timing.with_preprocess_ms:
-        log.info(
-            f"  {name} decode + preprocess p50 {timing.preprocess_ms.p50:.2f} ms  "
-            f"with the model {timing.with_preprocess_ms.p50:.2f} ms"
-        )
+        alone, together = timing.preprocess_ms.p50, timing.with_preprocess_ms.p50
+        log.info(f"  {name} decode + preprocess p50 {alone:.2f} ms  with the model {together:.2f} ms")
     if load := timing.open_loop:
         log.info(
             f"  {name} {load.arrivals} arrivals {load.rate:.1f} requests/s  p50 {load.p50:.2f} ms  "

@@ -28,38 +28,23 @@ _WARMUP = 3
 
 @dataclass(frozen=True)
 class Load:
-    """Arrival process of requests.
+    """Arrival process of requests."""
 
-    Attributes:
-        arrivals: ``fixed`` arrivals are evenly spaced; ``poisson`` has exponential gaps, like independent users.
-        rate: Mean number of requests per second; 0 is 80 % of the closed-loop rate.
-        seed: Seed of the gaps.
-    """
-
-    arrivals: Arrivals
-    rate: float = 0.0
-    seed: int = 0
+    arrivals: Arrivals  # ``fixed`` arrivals are evenly spaced; ``poisson`` has exponential gaps, like independent users
+    rate: float = 0.0  # mean number of requests per second; 0 is 80 % of the closed-loop rate
+    seed: int = 0  # seed of the gaps
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answered requests in the order of their due times.
+    """Answered requests in the order of their due times."""
 
-    Attributes:
-        latency: (requests,) float64, milliseconds from due time to answer.
-        service: (requests,) float64, milliseconds of the call alone.
-        seconds: Seconds from the first due time to the last answer.
-    """
-
-    latency: NDArray[np.float64]
-    service: NDArray[np.float64]
-    seconds: float
+    latency: NDArray[np.float64]  # (requests,) float64, milliseconds from due time to answer
+    service: NDArray[np.float64]  # (requests,) float64, milliseconds of the call alone
+    seconds: float  # seconds from the first due time to the last answer
 
     def summary(self) -> dict[str, float]:
-        """Return the numbers of :class:`OpenLoop`.
-
-        There are no intervals of the quantiles: requests in the same queue are not independent.
-        """
+        """Return the numbers of :class:`OpenLoop`, without intervals: requests in one queue are not independent."""
         busy = float(self.service.sum()) / 1000 / self.seconds
         service = {"service_p99": float(np.percentile(self.service, 99)), "busy": busy}
         return {**summarise(self.latency), **service, "requests_per_s": len(self.latency) / self.seconds}
@@ -106,11 +91,8 @@ def answer_requests(
 ) -> Answers:
     """Answer requests one at a time, in order, each when it is due and the previous one is answered.
 
-    Args:
-        call: Answers one request.
-        due: Seconds from :func:`schedule_requests`.
-        clock: Monotonic clock in seconds.
-        wait: Function that returns when the clock reaches a time.
+    ``due`` are seconds from :func:`schedule_requests`, on a monotonic ``clock``; ``wait`` returns when the clock
+    reaches a time.
     """
     for _ in range(_WARMUP):
         call()

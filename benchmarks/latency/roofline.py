@@ -21,40 +21,25 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Roofline:
-    """Best measured rates of a machine.
+    """Best measured rates of a machine."""
 
-    Attributes:
-        dtype: Number format of the matrix products.
-        threads: Number of threads that computed them.
-        multiply_adds: Multiply-adds per second of the fastest of several square matrix products.
-        bytes: Bytes per second, read and written by a copy of 256 MiB.
-    """
-
-    dtype: Dtype
-    threads: int
-    multiply_adds: float
-    bytes: float
+    dtype: Dtype  # number format of the matrix products
+    threads: int  # number of threads that computed them
+    multiply_adds: float  # multiply-adds per second of the fastest of several square matrix products
+    bytes: float  # bytes per second, read and written by a copy of 256 MiB
 
     def milliseconds(self, multiply_adds: float, size: float) -> float:
         """Return the roofline time (Williams, Waterman and Patterson, CACM 52(4), 2009): compute and memory overlap.
 
-        Args:
-            multiply_adds: Multiply-adds of the call.
-            size: Bytes that must come from memory at least once.
+        ``size`` is the number of bytes that must come from memory at least once.
         """
         return 1000 * max(multiply_adds / self.multiply_adds, size / self.bytes)
 
 
 def roofline_ms(roofline: Roofline, model: Model, multiply_adds: int, batch: int) -> float:
-    """Return the milliseconds of a batch at the roofline.
+    """Return the milliseconds of a batch at the roofline, from the multiply-adds of one image.
 
     Weights, images and embeddings are moved once; activations are assumed to stay in the caches.
-
-    Args:
-        roofline: Rates of the machine.
-        model: The model and its backend.
-        multiply_adds: Multiply-adds of one image.
-        batch: Images per call.
     """
     entries, embedding = model.artifact.card.files.items(), model.artifact.card.embedding
     weights = sum(entry.size for name, entry in entries if name.startswith(("model.", "engine.")))
@@ -68,9 +53,9 @@ def count_work(artifact: Artifact) -> int | None:
         return artifact.card.metrics.get("multiply_adds")
     if artifact.card.kind == "onnx":
         from export.multiply_adds import multiply_adds
-        from export.to_onnx import load_onnx
+        from vpr.inference.onnx_graph import load_graph
 
-        return multiply_adds(load_onnx(artifact.path)[0])
+        return multiply_adds(load_graph(artifact))
     from student.model import count_multiply_adds
 
     assert artifact.card.preprocess is not None

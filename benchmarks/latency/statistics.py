@@ -27,19 +27,12 @@ def summarize_latency(measurement: Measurement) -> Latency:
 
 
 def quantile_interval(ordered: NDArray[np.float64], share: float, level: float = _LEVEL) -> QuantileInterval:
-    """Return the interval of a quantile between two order statistics, for any distribution.
+    """Return the interval of a quantile, such as 0.99, between two of n ascending values, for any distribution.
 
     The number of values below the quantile is binomial, so the k-th smallest bounds it from below with the
     probability that this number is at least k (David and Nagaraja, "Order Statistics", 2003, section 7.1). It holds
-    for independent calls; :func:`instability_reason` looks for drift between rounds.
-
-    Args:
-        ordered: n values, ascending.
-        share: The quantile, such as 0.99.
-        level: Confidence level; each side leaves out half of the remainder.
-
-    Returns:
-        Lower and upper end; None where n is too small to bound that side (p99 needs 368 values from above).
+    for independent calls; :func:`instability_reason` looks for drift between rounds. Each side leaves out half of what
+    ``level``, the confidence, leaves. An end is None where n is too small (p99 needs 368 values from above).
     """
     count = len(ordered)
     outside = (1 - level) / 2

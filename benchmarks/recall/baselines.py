@@ -22,10 +22,7 @@ def raw_pixels(catalog: Catalog) -> NDArray[np.float32]:
 
 
 def colour_histogram(catalog: Catalog) -> NDArray[np.float32]:
-    """Return square roots of 8x8x8 RGB histograms: (n, 512) float32, L2-normalised.
-
-    Their cosine is the Bhattacharyya coefficient.
-    """
+    """Return square roots of 8x8x8 RGB histograms, (n, 512) float32, whose cosine is the Bhattacharyya coefficient."""
     return l2_normalize(np.concatenate([np.stack([histogram(p) for p in pixels]) for pixels in _blocks(catalog)]))
 
 

@@ -15,13 +15,7 @@ Vectors = NDArray[np.float32]
 
 
 def score_categories(part: Catalog, hits: NDArray[np.bool_], seed: int) -> dict[str, Category] | None:
-    """Return recall@1 of each category, categories with most queries first; None without categories.
-
-    Args:
-        part: Scored split.
-        hits: (queries,) bool, whether the first result is right.
-        seed: Seed of the bootstrap.
-    """
+    """Return recall@1 by category from (queries,) bool hits, most queries first; None without categories."""
     categories = part.categories[part.roles == "query"]
     names, counts = np.unique(categories[categories != ""], return_counts=True)
     if not len(names):
@@ -29,11 +23,8 @@ def score_categories(part: Catalog, hits: NDArray[np.bool_], seed: int) -> dict[
     scores = {}
     for name in names[np.argsort(-counts, kind="stable")]:
         in_category = hits[categories == name]
-        scores[str(name)] = Category(
-            queries=len(in_category),
-            recall_at_1=float(in_category.mean()),
-            ci95=bootstrap_interval(in_category, seed),
-        )
+        recall, interval = float(in_category.mean()), bootstrap_interval(in_category, seed)
+        scores[str(name)] = Category(queries=len(in_category), recall_at_1=recall, ci95=interval)
     return scores
 
 

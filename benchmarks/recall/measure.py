@@ -35,18 +35,13 @@ _BASELINES = {"raw-pixels": raw_pixels, "colour-histogram": colour_histogram}
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """A row of the report and the embeddings that it was computed from.
+    """A row of the report and the embeddings that it was computed from."""
 
-    Attributes:
-        row: Row of ``report.json``; costs are filled in later.
-        vectors: (n, dim) float32 of the split in order, or None if the model cannot run here.
-        model: The model and its backend; None for a baseline.
-        changed: Queries whose first result differs from the FP32 student's.
-    """
-
-    row: Row
+    row: Row  # row of ``report.json``; costs are filled in later
+    # (n, dim) float32 of the split in order, or None if the model cannot run here
     vectors: NDArray[np.float32] | None = None
-    model: Model | None = None
+    model: Model | None = None  # the model and its backend; None for a baseline
+    # queries whose first result differs from the FP32 student's
     changed: list[ChangedQuery] = field(default_factory=list)
 
 
@@ -69,11 +64,7 @@ def measure_recall(config: RecallConfig) -> Path:
 
 
 def load_models(paths: Sequence[str]) -> list[Artifact]:
-    """Load the artifacts to measure.
-
-    Raises:
-        UserError: There are no paths, or two artifacts have the same name: their rows could not be distinguished.
-    """
+    """Load the artifacts to measure; :class:`UserError` without paths, or if two artifacts have the same name."""
     if not paths:
         raise UserError("models: expected one or more artifacts, got none. Pass --models PATH.")
     artifacts = [load_artifact(path, MODEL_KINDS) for path in paths]
@@ -173,10 +164,8 @@ def _add_asymmetric(model: ScoredModel, part: Catalog, teacher: NDArray[np.float
         return
     model.row.asymmetric = score_asymmetric(part, model.vectors, teacher, seed)
     if model.row.asymmetric is None:
-        model.row.add_note(
-            f"no search in the teacher's gallery: it has {teacher.shape[1]} dimensions, the queries have "
-            f"{model.vectors.shape[1]}"
-        )
+        dims = f"it has {teacher.shape[1]} dimensions, the queries have {model.vectors.shape[1]}"
+        model.row.add_note(f"no search in the teacher's gallery: {dims}")
 
 
 def _add_differences(model: ScoredModel, part: Catalog, student: ScoredModel, seed: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report.schema import Changed, Interval
-from export.parity import parity
+from export.parity import mean_overlap, parity
 from vpr.data.catalog import Catalog
 from vpr.retrieval.metrics import bootstrap_interval
 from vpr.retrieval.search import search
@@ -21,61 +21,36 @@ _TOP = 10
 
 @dataclass(frozen=True)
 class RecallDrop:
-    """Recall@1 lost on the same queries.
+    """Recall@1 lost on the same queries."""
 
-    Attributes:
-        mean: Lost share of queries.
-        ci95: 95 % interval of the paired bootstrap.
-    """
-
-    mean: float
-    ci95: Interval
+    mean: float  # lost share of queries
+    ci95: Interval  # 95 % interval of the paired bootstrap
 
 
 @dataclass(frozen=True)
 class ChangedQuery:
-    """A query whose first result differs from the FP32 student's: a line of ``changed.csv``.
+    """A query whose first result differs from the FP32 student's: a line of ``changed.csv``."""
 
-    Attributes:
-        model: Name of the compared artifact.
-        backend: Name of its backend.
-        query: Image of the query.
-        product: Product of the query.
-        first_before: First image that the FP32 student finds.
-        product_before: Product of that image.
-        right_before: 1 if that product is the query's, else 0.
-        first_after: First image that the compared model finds.
-        product_after: Product of that image.
-        right_after: 1 if that product is the query's, else 0.
-    """
-
-    model: str
-    backend: str
-    query: str
-    product: str
-    first_before: str
-    product_before: str
-    right_before: int
-    first_after: str
-    product_after: str
-    right_after: int
+    model: str  # name of the compared artifact
+    backend: str  # name of its backend
+    query: str  # image of the query
+    product: str  # product of the query
+    first_before: str  # first image that the FP32 student finds
+    product_before: str  # product of that image
+    right_before: int  # 1 if that product is the query's, else 0
+    first_after: str  # first image that the compared model finds
+    product_after: str  # product of that image
+    right_after: int  # 1 if that product is the query's, else 0
 
 
 @dataclass(frozen=True)
 class ReferenceDifference:
-    """Differences between a model's embeddings and the FP32 student's.
+    """Differences between a model's embeddings and the FP32 student's."""
 
-    Attributes:
-        cosine_mean: Mean cosine over images; None where the dimensions differ.
-        cosine_min: Smallest cosine over images; None where the dimensions differ.
-        top10_overlap: Mean share of the first ten results that both models find.
-        changed: Queries whose first result differs.
-    """
-
-    cosine_mean: float | None
-    cosine_min: float | None
-    top10_overlap: float
-    changed: list[ChangedQuery]
+    cosine_mean: float | None  # mean cosine over images; None where the dimensions differ
+    cosine_min: float | None  # smallest cosine over images; None where the dimensions differ
+    top10_overlap: float  # mean share of the first ten results that both models find
+    changed: list[ChangedQuery]  # queries whose first result differs
 
     @property
     def first_changed(self) -> Changed:
@@ -88,13 +63,7 @@ class ReferenceDifference:
 
 
 def compute_recall_drop(before: str, after: str, seed: int) -> RecallDrop:
-    """Return the recall@1 lost on the same queries, with the interval of the paired bootstrap.
-
-    Args:
-        before: ``hits`` of a row, a 0 or 1 for each query.
-        after: ``hits`` of another row.
-        seed: Seed of the bootstrap.
-    """
+    """Return the recall@1 lost between the ``hits`` of two rows, with the interval of the paired bootstrap."""
     lost = np.array([int(a) - int(b) for a, b in zip(before, after, strict=True)], dtype=np.float64)
     return RecallDrop(float(lost.mean()), bootstrap_interval(lost, seed))
 
@@ -102,23 +71,12 @@ def compute_recall_drop(before: str, after: str, seed: int) -> RecallDrop:
 def compare_with_reference(
     part: Catalog, reference: NDArray[np.float32], vectors: NDArray[np.float32], model: str, backend: str
 ) -> ReferenceDifference:
-    """Compare a model's embeddings of a split with the FP32 student's.
-
-    Args:
-        part: Scored split.
-        reference: (n, dim) float32, embeddings of the FP32 student.
-        vectors: (n, any dim) float32, embeddings of the compared model.
-        model: Name of the compared artifact.
-        backend: Name of its backend.
-    """
+    """Compare a model's embeddings of a split, (n, any dim) float32, with the FP32 student's, (n, dim) float32."""
     before, after = _search_top(part, reference), _search_top(part, vectors)
-    shared = [len(set(a) & set(b)) / len(a) for a, b in zip(before, after, strict=True)]
     cosines = parity(reference, vectors) if reference.shape[1] == vectors.shape[1] else {}
+    changed = _changed_queries(part, before[:, 0], after[:, 0], model, backend)
     return ReferenceDifference(
-        cosines.get("cosine_mean"),
-        cosines.get("cosine_min"),
-        float(np.mean(shared)),
-        _changed_queries(part, before[:, 0], after[:, 0], model, backend),
+        cosines.get("cosine_mean"), cosines.get("cosine_min"), mean_overlap(before, after), changed
     )
 
 
@@ -143,19 +101,7 @@ def _changed_queries(
     queries, gallery = np.flatnonzero(part.roles == "query"), np.flatnonzero(part.roles == "gallery")
     changed = []
     for index in np.flatnonzero(before != after):
-        query, old, new = queries[index], gallery[before[index]], gallery[after[index]]
-        changed.append(
-            ChangedQuery(
-                model=model,
-                backend=backend,
-                query=images[query],
-                product=str(products[query]),
-                first_before=images[old],
-                product_before=str(products[old]),
-                right_before=int(products[old] == products[query]),
-                first_after=images[new],
-                product_after=str(products[new]),
-                right_after=int(products[new] == products[query]),
-            )
-        )
+        query, first = queries[index], (gallery[before[index]], gallery[after[index]])
+        old, new = ((images[row], str(products[row]), int(products[row] == products[query])) for row in first)
+        changed.append(ChangedQuery(model, backend, images[query], str(products[query]), *old, *new))
     return changed

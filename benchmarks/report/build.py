@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from benchmarks.report.schema import (
     ScoredCatalog,
     TensorRange,
     Timing,
-    json_schema,
     parse_report,
 )
 from export.backends.registry import default_threads
@@ -61,7 +59,9 @@ def build_report(config: ReportConfig) -> Path:
     with stage.write() as draft:
         draft.catalog = catalog.summary()
         (draft.path / "report.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-        (draft.path / "report.schema.json").write_text(json.dumps(json_schema(), indent=1), encoding="utf-8")
+        (draft.path / "report.schema.json").write_text(
+            json.dumps(Report.model_json_schema(), indent=1), encoding="utf-8"
+        )
         (draft.path / "report.md").write_text(draw_markdown(report), encoding="utf-8")
         (draft.path / "report.html").write_text(draw_html(report), encoding="utf-8")
         write_changed(draft.path / "changed.csv", [query for model in scored for query in model.changed])
@@ -79,11 +79,7 @@ def add_timings(scored: list[ScoredModel], timings: dict[str, Timing]) -> None:
 
 
 def assemble_report(
-    config: ReportConfig,
-    catalog: Catalog,
-    scored: list[ScoredModel],
-    models: Sequence[Artifact],
-    ranges: Sequence[Artifact],
+    config: ReportConfig, catalog: Catalog, scored: list[ScoredModel], models: list[Artifact], ranges: list[Artifact]
 ) -> Report:
     """Return the rows with the examples, calibrations and layer decisions around them."""
     part = catalog.select(split=config.split)

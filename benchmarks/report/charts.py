@@ -19,6 +19,7 @@ from benchmarks.report.schema import Calibration, Interval, LayerDecision, Repor
 
 _WIDTH = 4.5  # inches; at 72 points each and 9-point text, legible at 390 pixels
 _MARKERS = {"fp32": "o", "bf16": "D", "fp16": "s", "int8": "^", "int8-mixed": "v", "fp8": "P"}
+_ERROR_BARS = {"elinewidth": 0.7, "ecolor": "#333333"}
 _BAR_COLOURS = ("#b8c4d6", "#1f77b4", "#e08a1e")
 _MAX_CATEGORIES = 12
 _MAX_LABEL = 26  # characters of a name on an axis
@@ -66,15 +67,10 @@ def draw_categories(report: Report, chosen: Row | None) -> str:
     for index, row in enumerate(rows):
         categories = [(row.by_category or {})[name] for name in names]
         recalls = [category.recall_at_1 for category in categories]
-        axes.barh(
-            [line + (index - (len(rows) - 1) / 2) * height for line in range(len(names))],
-            recalls,
-            height=height * 0.9,
-            xerr=_errors(recalls, [category.ci95 for category in categories]),
-            color=_BAR_COLOURS[index],
-            error_kw={"elinewidth": 0.7, "ecolor": "#333333"},
-            label=row.title,
-        )
+        lines = [line + (index - (len(rows) - 1) / 2) * height for line in range(len(names))]
+        ends = _errors(recalls, [category.ci95 for category in categories])
+        style: dict[str, Any] = {"color": _BAR_COLOURS[index], "error_kw": _ERROR_BARS, "label": row.title}
+        axes.barh(lines, recalls, height * 0.9, xerr=ends, **style)
     queries = [(rows[0].by_category or {})[name].queries for name in names]
     axes.set_yticks(range(len(names)), [f"{_shorten(n)} ({q})" for n, q in zip(names, queries, strict=True)])
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -109,7 +105,7 @@ def draw_calibration(calibration: Calibration) -> str:
 @mpl.rc_context(_STYLE)
 def draw_sensitivity(decision: LayerDecision) -> str:
     """Draw the cost of each layer when only that layer is quantised; empty if no layer was tried alone."""
-    trials = decision.alone
+    trials = decision.single_layer_trials
     if not trials:
         return ""
     figure, axes = _figure(1.0 + 0.17 * len(trials))
@@ -156,17 +152,10 @@ def _tradeoff(rows: list[Row], values: Sequence[float | None], label: str, chose
     labels: set[str] = set()
     backends = list(dict.fromkeys(row.backend for row in rows if row.backend))
     for _, row, value, recall, interval in points:
-        name = f"{row.backend} {row.precision}"
-        axes.errorbar(
-            [value],
-            [recall],
-            yerr=_errors([recall], [interval]),
-            fmt=_MARKERS.get(row.precision or "", "X"),
-            color=f"C{backends.index(row.backend) % 10}" if row.backend else "C7",
-            capsize=2,
-            elinewidth=0.7,
-            label="" if name in labels else name,
-        )
+        name, marker = f"{row.backend} {row.precision}", _MARKERS.get(row.precision or "", "X")
+        style: dict[str, Any] = {"label": "" if name in labels else name, "capsize": 2, "elinewidth": 0.7}
+        style["color"] = f"C{backends.index(row.backend) % 10}" if row.backend else "C7"
+        axes.errorbar([value], [recall], yerr=_errors([recall], [interval]), fmt=marker, **style)
         labels.add(name)
         if row is chosen:
             axes.plot([value], [recall], "o", markersize=14, markerfacecolor="none", color="#1d7f4a", linewidth=2)
@@ -201,11 +190,9 @@ def _number_points(axes: Axes, points: list[tuple[int, float, float]]) -> None:
     for number, x, y in points:
         position = to_axes.transform((x, y))
         near = (numbers for at, numbers in groups if max(abs(to_axes.transform(at) - position)) < _LABEL_DISTANCE)
-        group = next(near, None)
-        if group is None:
-            groups.append(((x, y), [number]))
-        else:
-            group.append(number)
+        if (group := next(near, None)) is None:
+            groups.append(((x, y), group := []))
+        group.append(number)
     for at, numbers in groups:
         axes.annotate(", ".join(map(str, numbers)), at, (7, 4), textcoords="offset points", fontsize=8)
 

@@ -25,11 +25,7 @@ def draw_examples(part: Catalog, scored: list[ScoredModel], count: int, seed: in
 
 
 def draw_changed_examples(part: Catalog, scored: list[ScoredModel], count: int, seed: int) -> ChangedExamples | None:
-    """Return seeded queries whose first result INT8 changed from the student's, broken ones first.
-
-    Returns:
-        The examples; None without INT8, without a student or without a change.
-    """
+    """Return seeded queries whose first result INT8 changed from the student's, broken ones first; None without any."""
     columns = {heading: model for heading, model in _columns(scored).items() if heading in ("student", "INT8")}
     changed = columns["INT8"].changed if len(columns) == 2 else []
     if not changed:
@@ -61,9 +57,7 @@ def _columns(scored: list[ScoredModel]) -> dict[str, ScoredModel]:
 
 def _draw(part: Catalog, columns: dict[str, ScoredModel], queries: NDArray[np.int64]) -> list[ExampleQuery]:
     gallery, products = np.flatnonzero(part.roles == "gallery"), part.products
-    examples = [
-        ExampleQuery(product=str(products[row]), image=_thumbnail(part, int(row)), results={}) for row in queries
-    ]
+    examples = [ExampleQuery(product=str(products[i]), image=_thumbnail(part, int(i)), results={}) for i in queries]
     for heading, model in columns.items():
         assert model.vectors is not None  # _columns leaves the others out
         scores, rows = search(model.vectors[queries], model.vectors[gallery], min(_TOP, len(gallery)))

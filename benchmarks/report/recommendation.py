@@ -12,19 +12,12 @@ _AS_FAST = 1.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """First screen of the report.
+    """First screen of the report."""
 
-    Attributes:
-        headline: Model to deploy, in a few words.
-        facts: Name, value and remark of each number that the choice rests on.
-        rule: Rule of the choice.
-        caveats: Limits of the choice.
-    """
-
-    headline: str
-    facts: list[tuple[str, str, str]]
-    rule: str
-    caveats: list[str]
+    headline: str  # model to deploy, in a few words
+    facts: list[tuple[str, str, str]]  # name, value and remark of each number that the choice rests on
+    rule: str  # rule of the choice
+    caveats: list[str]  # limits of the choice
 
 
 def timed_batches(rows: Sequence[Row]) -> list[str]:
@@ -44,13 +37,14 @@ def recommend(report: Report) -> Row | None:
 
 def build_verdict(report: Report) -> Verdict:
     """Return the model to deploy on this machine, its evidence and its caveats."""
-    rule = (
-        "Rule: the fastest model on this machine whose recall@1 is at most "
-        f"{report.drop:g} below the FP32 student's, on the same queries."
-    )
+    limit = f"recall@1 is at most {report.drop:g} below the FP32 student's, on the same queries"
+    rule = f"Rule: the fastest model on this machine whose {limit}."
     chosen = recommend(report)
     if chosen is None:
-        return Verdict(f"No recommendation: {_why_none(report)}.", [], rule, _not_run(report))
+        reason = "no model within the budget was timed on this machine"
+        if report.reference is None:
+            reason = "the drop needs an FP32 student, and --models has none"
+        return Verdict(f"No recommendation: {reason}.", [], rule, _not_run(report))
     headline = f"Deploy {chosen.title} ({chosen.precision})"
     return Verdict(headline, _facts(report, chosen), rule, _caveats(report, chosen) + _not_run(report))
 
@@ -96,12 +90,6 @@ def _within_budget(report: Report) -> list[tuple[Row, float]]:
     return candidates
 
 
-def _why_none(report: Report) -> str:
-    if report.reference is None:
-        return "the drop needs an FP32 student, and --models has none"
-    return "no model within the budget was timed on this machine"
-
-
 def _facts(report: Report, chosen: Row) -> list[tuple[str, str, str]]:
     student = report.reference if report.reference is not chosen else None
     batch = timed_batches(report.rows)[0]
@@ -132,9 +120,8 @@ def _caveats(report: Report, chosen: Row) -> list[str]:
         caveats.append(f"The interval of the drop ends at {format_signed(high)}, beyond the budget. Use more queries.")
     if chosen.notes.startswith(LEAK_NOTE):
         caveats.append("The model was trained with a leak allowed, so its recall is overestimated.")
-    caveats += [
-        f"Its latency at batch {batch} is unstable: {reason}." for batch, reason in chosen.instabilities.items()
-    ]
+    unstable = chosen.instabilities.items()
+    caveats += [f"Its latency at batch {batch} is unstable: {reason}." for batch, reason in unstable]
     candidates = _within_budget(report)
     limit = _AS_FAST * min(time for _, time in candidates)
     if near := [row.title for row, time in candidates if row is not chosen and time <= limit]:

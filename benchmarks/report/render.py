@@ -49,11 +49,8 @@ def draw_html(report: Report) -> str:
     chosen = recommend(report)
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    drawn = {
-        "latency": charts.draw_latency(report, chosen),
-        "size": charts.draw_size(report, chosen),
-        "category": charts.draw_categories(report, chosen),
-    }
+    drawn = {"latency": charts.draw_latency(report, chosen), "size": charts.draw_size(report, chosen)}
+    drawn["category"] = charts.draw_categories(report, chosen)
     return templates.get_template("report.html").render(
         report=report,
         environment=report.environment.to_json(),

@@ -1,7 +1,4 @@
-"""Schema of ``report.json``: the one definition of a report and its rows, for writing, checking and reading.
-
-Unknown keys are kept: a later version may measure more.
-"""
+"""Schema of ``report.json``, to write, check and read it. Unknown keys are kept: a later version may measure more."""
 
 from __future__ import annotations
 
@@ -134,9 +131,7 @@ class Row(_Part):
     queries: int | None
     gallery: int | None
     ci95: Interval | None = Field(description="95 % bootstrap interval of recall_at_1 over the queries")
-    hits: str | None = Field(
-        pattern="^[01]+$", description="one digit per query, by image and box: 1 if its first result is right"
-    )
+    hits: str | None = Field(pattern="^[01]+$", description="one digit per query, by image and box: 1 is right")
     by_category: dict[str, Category] | None
     reranked: Retrieval | None = Field(description="scores after the report's rerank steps")
     asymmetric: Retrieval | None = Field(description="scores of this model's queries in the teacher's gallery")
@@ -271,7 +266,7 @@ class LayerDecision(_Part):
     drop: float
     quantised: list[str]
     layers: dict[str, str]
-    alone: list[LayerTrial]
+    single_layer_trials: list[LayerTrial]
     trials: list[LayerTrial]
 
 
@@ -297,17 +292,8 @@ class Report(_Part):
         return next((row for row in self.rows if row.reference), None)
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of ``report.json``."""
-    return Report.model_json_schema(by_alias=True)
-
-
 def read_report(path: Path | str) -> Report:
-    """Read a report from its file, or from the artifact that holds it.
-
-    Raises:
-        UserError: The path has no report, or a report that does not match the schema or has a newer one.
-    """
+    """Read a report from its file or artifact; :class:`UserError` if it is missing, invalid or of a newer schema."""
     file = Path(path)
     if (file / CARD_NAME).is_file():
         file = load_artifact(file, "report").file("report.json")
@@ -319,19 +305,12 @@ def read_report(path: Path | str) -> Report:
         raise UserError(f"{file}: the file is not JSON. Rerun `vpr bench report`.") from None
     version = values.get("schema") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
-        raise UserError(
-            f"{file}: expected schema {SCHEMA} or older, got {version}. Upgrade visual-product-recognition."
-        )
+        raise UserError(f"{file}: expected schema {SCHEMA} or older, got {version}. Upgrade this package.")
     return parse_report(values, str(file))
 
 
 def parse_report(values: Any, source: str) -> Report:
-    """Return JSON values as a report; raise :class:`UserError` that names the first invalid key.
-
-    Args:
-        values: Parsed JSON.
-        source: Name of the file for the error message.
-    """
+    """Return JSON values as a report; :class:`UserError` that names the source and the first invalid key."""
     try:
         return Report.model_validate(values)
     except ValidationError as error:

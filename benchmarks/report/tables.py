@@ -12,19 +12,13 @@ from benchmarks.report.schema import Interval, Row
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
+    """One column."""
 
-    Attributes:
-        heading: Title of the column.
-        value: Value of a row, which the column is sorted by; None if it was not measured.
-        to_text: Text of a value.
-        interval: 95 % interval that the text ends with, if any.
-    """
-
-    heading: str
+    heading: str  # title of the column
+    # value of a row, which the column is sorted by; None if it was not measured
     value: Callable[[Row], float | str | None]
-    to_text: Callable[[Any], str] = str
-    interval: Callable[[Row], Interval | None] = lambda _: None
+    to_text: Callable[[Any], str] = str  # text of a value
+    interval: Callable[[Row], Interval | None] = lambda _: None  # 95 % interval that the text ends with, if any
 
     def text(self, row: Row) -> str:
         """Return the cell of a row."""
@@ -78,16 +72,9 @@ def extra_columns(rows: Sequence[Row]) -> list[Column]:
     columns = [Column(key.replace("_", " "), _simple_extra(key), _plain_text) for key in simple]
     for key in keys:
         batches = {batch for row in rows for batch in _by_batch(row, key) if batch.isdigit()}
-        columns += [
-            Column(f"{key.replace('_', ' ')}, batch {batch}", _batch_extra(key, batch), _plain_text)
-            for batch in sorted(batches, key=int)
-        ]
+        for batch in sorted(batches, key=int):
+            columns.append(Column(f"{key.replace('_', ' ')}, batch {batch}", _batch_extra(key, batch), _plain_text))
     return [*_names(), *columns] if columns else []
-
-
-def format_rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Return a table as texts by heading."""
-    return [{column.heading: column.text(row) for column in columns} for row in rows]
 
 
 def _names() -> list[Column]:

@@ -17,7 +17,7 @@ from typing import Any
 from app.config import DemoConfig
 from app.demo import demo, read_times
 from benchmarks.report.schema import Row as ReportRow
-from benchmarks.report.tables import format_rows, main_columns
+from benchmarks.report.tables import main_columns
 from experiments.demo.interrupted import interrupt
 from experiments.figures import ROOT, Figure, Row, command_of, measure, record
 from student.model import count_multiply_adds, count_parameters, load_student
@@ -179,7 +179,8 @@ def _milliseconds(rows: list[Row], name: str, backend: str) -> float:
 
 def _table(rows: list[Row]) -> list[Row]:
     report_rows = [ReportRow.model_validate(row) for row in rows]
-    return [dict(row) for row in format_rows(main_columns(report_rows), report_rows)]
+    columns = main_columns(report_rows)
+    return [{column.heading: column.text(row) for column in columns} for row in report_rows]
 
 
 def _steps(seconds: dict[str, float]) -> list[Row]:

@@ -22,15 +22,10 @@ from vpr.retrieval.embeddings import Forward
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """Graphs by one execution provider of ONNX Runtime.
+    """Graphs by one execution provider of ONNX Runtime."""
 
-    Attributes:
-        name: Name in ``report.json``.
-        provider: ONNX Runtime's name of the execution provider.
-    """
-
-    name: str
-    provider: str
+    name: str  # name in ``report.json``
+    provider: str  # ONNX Runtime's name of the execution provider
     kinds: tuple[str, ...] = ("onnx",)
 
     def missing(self) -> str | None:

@@ -59,15 +59,7 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     """Return a graph, or an ONNX file, as a function of arrays that any number of threads may call.
 
     OpenVINO's INT8 kernels saturate on processors without VNNI, and no setting avoids it. The first such graph
-    logs a warning.
-
-    Args:
-        graph: Graph with the input and output of ``vpr export onnx``, or the path of its file.
-        threads: CPU threads; 0 lets OpenVINO choose.
-
-    Raises:
-        ImportError: OpenVINO is not installed.
-        UserError: OpenVINO cannot compile or run the graph.
+    logs a warning. With 0 ``threads`` OpenVINO chooses their number. :class:`UserError` if it cannot compile the graph.
     """
     disable_telemetry()
     import openvino

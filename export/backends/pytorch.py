@@ -14,17 +14,11 @@ from vpr.retrieval.embeddings import Forward, torch_forward
 
 @dataclass(frozen=True)
 class TorchBackend:
-    """Teachers and students by PyTorch.
+    """Teachers and students by PyTorch."""
 
-    Attributes:
-        name: Name in ``report.json``.
-        device: ``cpu`` or ``cuda``.
-        compiled: Use ``torch.compile``. The first call of a batch size then takes up to minutes.
-    """
-
-    name: str
-    device: str
-    compiled: bool
+    name: str  # name in ``report.json``
+    device: str  # ``cpu`` or ``cuda``
+    compiled: bool  # use ``torch.compile``; the first call of a batch size then takes up to minutes
     kinds: tuple[str, ...] = ("teacher", "student")
 
     def missing(self) -> str | None:
@@ -32,13 +26,9 @@ class TorchBackend:
         torch, reason = import_or_explain("torch", INSTALL)
         if torch is None:
             return reason
-        if self.device == "cuda":
-            return (
-                None
-                if torch.cuda.is_available()
-                else explain_no_gpu() or "PyTorch finds no CUDA device. Install its CUDA build."
-            )
-        if self.compiled and not _has_compiler():
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return explain_no_gpu() or "PyTorch finds no CUDA device. Install its CUDA build."
+        if self.device == "cpu" and self.compiled and not _has_compiler():
             return "needs a C++ compiler. Install g++, or name a compiler in CXX."
         return None
 
@@ -66,10 +56,10 @@ def load_module(artifact: Artifact) -> Any:
     if artifact.card.kind == "teacher":
         from teacher.model import load_teacher
 
-        return load_teacher(artifact.path)[0].eval()
+        return load_teacher(artifact.path, artifact)[0]
     from student.model import load_student
 
-    return load_student(artifact.path)[0]
+    return load_student(artifact.path, artifact)[0]
 
 
 def _has_compiler() -> bool:

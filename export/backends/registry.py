@@ -41,15 +41,10 @@ BACKENDS: tuple[Backend, ...] = (
 
 @dataclass(frozen=True)
 class Model:
-    """One artifact on one backend.
+    """One artifact on one backend."""
 
-    Attributes:
-        artifact: Artifact to run.
-        runner: Backend that runs it.
-    """
-
-    artifact: Artifact
-    runner: Backend
+    artifact: Artifact  # artifact to run
+    runner: Backend  # backend that runs it
 
     @property
     def stage(self) -> str:
@@ -72,11 +67,7 @@ class Model:
         return f"{self.artifact.card.name} ({self.backend})"
 
     def open(self, threads: int) -> Forward:
-        """Load the artifact for a number of threads.
-
-        Raises:
-            BackendUnavailable: The backend cannot run here.
-        """
+        """Load the artifact for a number of threads; :class:`BackendUnavailable` if the backend cannot run here."""
         if reason := self.runner.missing():
             targets = self.artifact.card.metrics.get("targets")
             raise BackendUnavailable(f"built for {', '.join(targets)}: {reason}" if targets else reason)
@@ -96,14 +87,10 @@ class Model:
 
 
 def models_of(source: Artifact | Path | str, backends: Sequence[str] = DEFAULT_BACKENDS) -> list[Model]:
-    """List the ways to run an artifact, including those that this machine cannot run.
+    """List the ways to run an artifact of :data:`MODEL_KINDS`, including those that this machine cannot run.
 
-    Args:
-        source: Artifact of :data:`MODEL_KINDS`, or its path. Only the builder's own runtime runs an engine.
-        backends: Names of the backends to consider; ``all`` means every one.
-
-    Raises:
-        UserError: No backend has one of these names.
+    ``all`` stands for every backend. Only the builder's own runtime runs an engine. :class:`UserError` if no backend
+    has one of the names.
     """
     selected = choose_backends(backends)
     artifact = source if isinstance(source, Artifact) else load_artifact(source, MODEL_KINDS)

@@ -13,13 +13,9 @@ from vpr.retrieval.embeddings import Forward
 
 @dataclass(frozen=True)
 class EngineBackend:
-    """Engines on a GPU, with CUDA graphs.
+    """Engines on a GPU, with CUDA graphs."""
 
-    Attributes:
-        name: Builder of the engine, ``tensorrt`` or ``tensorrt-rtx``; also the name in ``report.json``.
-    """
-
-    name: Builder
+    name: Builder  # builder of the engine, ``tensorrt`` or ``tensorrt-rtx``; also the name in ``report.json``
     kinds: tuple[str, ...] = ("engine",)
 
     def missing(self) -> str | None:

@@ -35,10 +35,7 @@ def import_tensorrt(backend: Builder) -> ModuleType:
     """Import the Python module of a builder.
 
     TensorRT-RTX's bindings contain no libraries. ONNX Runtime's provider wheel contains them, and importing that
-    wheel creates the links that the loader needs.
-
-    Raises:
-        UserError: The builder is not installed. The message gives the command that installs it.
+    wheel creates the links that the loader needs. :class:`UserError` with the command that installs a missing builder.
     """
     try:
         if backend == "tensorrt":

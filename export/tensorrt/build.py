@@ -32,11 +32,7 @@ _MAX_CACHE_BYTES = 1 << 28
 
 
 def build_engine(config: EngineConfig) -> Path:
-    """Build an engine and write it as an artifact of kind ``engine``.
-
-    Raises:
-        UserError: The builder is not installed, or it rejects the graph (the message names the layer).
-    """
+    """Build an engine and write it as an artifact; :class:`UserError` without a builder, or for a rejected graph."""
     graph, artifact = load_onnx(config.onnx)
     backend = choose_builder(config.backend)
     trt = import_tensorrt(backend)
@@ -70,11 +66,7 @@ def build_engine(config: EngineConfig) -> Path:
 def build_plan(
     trt: ModuleType, backend: Builder, graph: onnx.ModelProto, config: EngineConfig
 ) -> tuple[bytes, dict[str, Any]]:
-    """Parse a graph and build it.
-
-    Returns:
-        The serialised engine, and counts of the network's layers by type and by precision.
-    """
+    """Build a graph as a serialised engine; also count the network's layers by type and by precision."""
     errors: list[str] = []
     logger = error_logger(trt, errors)
     builder = trt.Builder(logger)

@@ -33,16 +33,7 @@ def rebuild_command(artifact: Artifact, **changes: Any) -> str:
 
 
 def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
-    """Compare an engine's card with the machine, before anything is loaded.
-
-    Args:
-        artifact: Engine.
-        version: Version of the installed TensorRT or TensorRT-RTX.
-        gpu: GPU that shall run the engine.
-
-    Raises:
-        UserError: The GPU architecture or the version differs, or the engine has no weights.
-    """
+    """Raise :class:`UserError` if an engine does not fit the installed version and the GPU, or has no weights."""
     config, targets = artifact.card.config, list(artifact.card.metrics["targets"])
     backend, built = str(config["backend"]), str(config["builder_version"])
     # The card says "this GPU" if nvidia-smi did not report the GPU of the build.
@@ -52,24 +43,17 @@ def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
             f"{_rebuild(artifact, **_options_for(backend, gpu))}"
         )
     if not _can_load(built, version, bool(config.get("version_compatible"))):
-        raise UserError(
-            f"{artifact.path}: built with {backend} {built}, but this machine has {version}. {_rebuild(artifact)}"
-        )
+        raise UserError(f"{artifact.path}: built with {backend} {built}, {version} is installed. {_rebuild(artifact)}")
     if config.get("weight_stripped"):
-        raise UserError(
-            f"{artifact.path}: the engine has no weights, and only TensorRT's refitter adds them. "
-            f"{_rebuild(artifact, weight_stripped=False)}"
-        )
+        remedy = _rebuild(artifact, weight_stripped=False)
+        raise UserError(f"{artifact.path}: the engine has no weights, and only TensorRT's refitter adds them. {remedy}")
 
 
 def engine_load_error(artifact: Artifact, version: str, cuda: str, errors: list[str]) -> UserError:
     """Return the error for a plan that TensorRT does not load although the card is compatible.
 
-    Args:
-        artifact: Engine.
-        version: Version of the installed TensorRT or TensorRT-RTX.
-        cuda: CUDA version that the driver supports, as ``CUDA 12.4``.
-        errors: Errors that TensorRT logged.
+    ``version`` is that of the installed TensorRT, ``cuda`` the version that the driver supports, as ``CUDA 12.4``, and
+    ``errors`` are those that TensorRT logged.
     """
     backend = artifact.card.config["backend"]
     if any("driver version is insufficient" in error or "error: 35" in error for error in errors):
@@ -78,9 +62,8 @@ def engine_load_error(artifact: Artifact, version: str, cuda: str, errors: list[
             f"Update the driver, or install a {backend} for {cuda}. {_rebuild(artifact)}"
         )
     reason = " ".join(errors[0].split())[:200] if errors else "no reason given"
-    return UserError(
-        f"{artifact.file('engine.plan')}: {backend} {version} cannot load it ({reason}). {_rebuild(artifact)}"
-    )
+    plan = artifact.file("engine.plan")
+    return UserError(f"{plan}: {backend} {version} cannot load it ({reason}). {_rebuild(artifact)}")
 
 
 def _rebuild(artifact: Artifact, **changes: Any) -> str:

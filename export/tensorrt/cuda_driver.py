@@ -1,4 +1,4 @@
-"""The CUDA driver calls that an engine needs, as a protocol and its implementation by PyCUDA.
+"""The CUDA driver calls that an engine needs, by PyCUDA.
 
 PyCUDA aborts the process if a thread ends with a context on its stack, and it frees memory only while a context
 is current. So the context is current only inside ``with driver.current()``, and every other call happens there.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,66 +34,12 @@ class Gpu:
     architecture: str
 
 
-class Stream(Protocol):
-    """A CUDA stream, which runs its work in order."""
-
-    @property
-    def handle(self) -> int:
-        """Address of the driver's ``CUstream``."""
-
-
-class Driver(Protocol):
-    """One GPU.
+class PyCudaDriver:
+    """One GPU, by its index in CUDA's order, in the primary context that other libraries of the process share.
 
     Call every method except ``current`` inside ``with driver.current()``. That block raises :class:`MemoryError`
-    if the GPU has too little memory, and :class:`DriverError` for every other failure.
-    """
-
-    gpu: Gpu
-    cuda: str
-
-    def current(self) -> AbstractContextManager[None]:
-        """Make the GPU current in the calling thread for the length of the block."""
-
-    def stream(self) -> Stream:
-        """Create a stream."""
-
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Allocate page-locked host memory."""
-
-    def allocate(self, size: int) -> Any:
-        """Allocate ``size`` bytes of device memory; ``int()`` of the result is the address."""
-
-    def free(self, memory: Any) -> None:
-        """Free memory of ``pinned`` or ``allocate``."""
-
-    def copy_in(self, device: Any, host: NDArray[np.float32], stream: Stream) -> None:
-        """Copy to the device asynchronously."""
-
-    def copy_out(self, host: NDArray[np.float32], device: Any, stream: Stream) -> None:
-        """Copy from the device asynchronously."""
-
-    def synchronise(self, stream: Stream) -> None:
-        """Wait until a stream has finished its work."""
-
-    def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> Any:
-        """Capture the work that ``enqueue`` puts on a stream as a CUDA graph, without running it."""
-
-    def launch(self, graph: Any, stream: Stream) -> None:
-        """Enqueue a graph on a stream."""
-
-    def discard(self, graph: Any) -> None:
-        """Destroy a graph."""
-
-
-class PyCudaDriver:
-    """One GPU by PyCUDA, in the primary context that it shares with other libraries of the process.
-
-    Args:
-        device: Index of the GPU in CUDA's order.
-
-    Raises:
-        UserError: PyCUDA is not installed, the GPU does not exist, or it has no driver.
+    if the GPU has too little memory, and :class:`DriverError` for every other failure. :class:`UserError` if PyCUDA is
+    not installed, the GPU does not exist, or it has no driver.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -118,7 +64,7 @@ class PyCudaDriver:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """See :class:`Driver`."""
+        """Make the GPU current in the calling thread for the length of the block."""
         self._context.push()
         try:
             yield
@@ -129,64 +75,56 @@ class PyCudaDriver:
         finally:
             self._context.pop()
 
-    def stream(self) -> Stream:
-        """See :class:`Driver`."""
+    def stream(self) -> Any:
+        """Create a stream."""
         return self._cuda.Stream(_NON_BLOCKING)
 
     def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """See :class:`Driver`."""
+        """Allocate page-locked host memory."""
         return self._cuda.pagelocked_empty(shape, np.float32)
 
     def allocate(self, size: int) -> Any:
-        """See :class:`Driver`."""
+        """Allocate ``size`` bytes of device memory; ``int()`` of the result is the address."""
         return self._cuda.mem_alloc(size)
 
     def free(self, memory: Any) -> None:
-        """See :class:`Driver`."""
+        """Free memory of ``pinned`` or ``allocate``."""
         owner: Any = memory.base if isinstance(memory, np.ndarray) else memory
         owner.free()
 
-    def copy_in(self, device: Any, host: NDArray[np.float32], stream: Stream) -> None:
-        """See :class:`Driver`."""
+    def copy_in(self, device: Any, host: NDArray[np.float32], stream: Any) -> None:
+        """Copy to the device asynchronously."""
         self._cuda.memcpy_htod_async(device, host, stream)
 
-    def copy_out(self, host: NDArray[np.float32], device: Any, stream: Stream) -> None:
-        """See :class:`Driver`."""
+    def copy_out(self, host: NDArray[np.float32], device: Any, stream: Any) -> None:
+        """Copy from the device asynchronously."""
         self._cuda.memcpy_dtoh_async(host, device, stream)
 
     def synchronise(self, stream: Any) -> None:
-        """See :class:`Driver`."""
+        """Wait until a stream has finished its work."""
         stream.synchronize()
 
-    def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> int:
-        """See :class:`Driver`."""
+    def capture(self, stream: Any, enqueue: Callable[[], bool]) -> int:
+        """Capture the work that ``enqueue`` puts on a stream as a CUDA graph, without running it."""
         return self._graphs.capture(stream.handle, enqueue)
 
-    def launch(self, graph: int, stream: Stream) -> None:
-        """See :class:`Driver`."""
+    def launch(self, graph: int, stream: Any) -> None:
+        """Enqueue a graph on a stream."""
         self._graphs.launch(graph, stream.handle)
 
     def discard(self, graph: int) -> None:
-        """See :class:`Driver`."""
+        """Destroy a graph."""
         self._graphs.discard(graph)
 
 
 class GraphCalls:
-    """CUDA graphs through the driver API, which PyCUDA 2026.1 does not wrap.
-
-    Args:
-        library: The loaded ``libcuda.so.1``.
-    """
+    """CUDA graphs through the driver API of the loaded ``libcuda.so.1``, which PyCUDA 2026.1 does not wrap."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
 
     def capture(self, stream: int, enqueue: Callable[[], bool]) -> int:
-        """Capture the work that ``enqueue`` puts on a stream and return the executable graph's handle.
-
-        Raises:
-            DriverError: ``enqueue`` returned False, or the driver rejected the capture.
-        """
+        """Capture what ``enqueue`` puts on a stream, as a graph's handle; :class:`DriverError` if that fails."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), _THREAD_LOCAL)
         is_enqueued = False

@@ -31,14 +31,7 @@ def inspect_engine(trt: ModuleType, plan: bytes, logger: Any) -> dict[str, Any]:
 
 
 def summarise_inspection(report: str) -> dict[str, Any]:
-    """Count the layers of a built engine by type and output format, and those with fused attention.
-
-    Args:
-        report: JSON of TensorRT's engine inspector, with detailed verbosity.
-
-    Returns:
-        ``layers`` and ``formats`` (counts), and ``fused_attention`` (number of such layers).
-    """
+    """Count the layers in the JSON of TensorRT's inspector by type and output format, and those of fused attention."""
     layers = [layer for layer in json.loads(report)["Layers"] if isinstance(layer, dict)]
     outputs = [layer["Outputs"][0] for layer in layers if layer.get("Outputs")]
     names = [f"{layer.get('Name', '')} {layer.get('TacticName', '')}".lower() for layer in layers]

@@ -10,14 +10,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.bindings import error_logger, import_tensorrt
 from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine, rebuild_command
-from export.tensorrt.cuda_driver import Driver, DriverError, PyCudaDriver
+from export.tensorrt.cuda_driver import DriverError, PyCudaDriver
 from export.tensorrt.profiles import Profile
 from export.tensorrt.thread_context import LoadedEngine, ThreadContext
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
@@ -56,20 +56,16 @@ class EngineRunner:
 
     Each thread has its own execution contexts, stream and buffers, created at its first call. The next new thread
     takes over those of a thread that has ended. ``close`` frees everything, at the latest when the process ends.
-
-    Args:
-        artifact: Artifact of kind ``engine``.
-        trt: Python module of its builder.
-        driver: GPU that runs the engine.
-        graphs: Replay CUDA graphs, one per batch size.
-        allow_host_code: As in :func:`open_engine`.
-
-    Raises:
-        UserError: As in :func:`open_engine`.
+    Arguments and errors are those of :func:`open_engine`.
     """
 
     def __init__(
-        self, artifact: Artifact, trt: ModuleType, driver: Driver, graphs: bool = True, allow_host_code: bool = False
+        self,
+        artifact: Artifact,
+        trt: ModuleType,
+        driver: PyCudaDriver,
+        graphs: bool = True,
+        allow_host_code: bool = False,
     ) -> None:
         self.artifact = artifact
         self._driver, self._graphs = driver, graphs
@@ -87,17 +83,10 @@ class EngineRunner:
         self._release = weakref.finalize(self, _release, driver, self._engine, self._contexts, self._lock)
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed images.
+        """Embed (n, 3, size, size) float32 images, preprocessed as the card says, as (n, dim) float32.
 
-        Args:
-            batch: (n, 3, size, size) float32 with n of 1 or more, preprocessed as the card says. Larger batches
-                than the engine's are split.
-
-        Returns:
-            (n, dim) float32.
-
-        Raises:
-            UserError: Wrong shape or dtype, a closed engine, too little GPU memory, or a GPU that fails.
+        Larger batches than the engine's are split. :class:`UserError` for a wrong shape or dtype, no images, a closed
+        engine, too little GPU memory, or a GPU that fails.
         """
         self._check_batch(batch)
         with self._gpu_current():
@@ -114,9 +103,7 @@ class EngineRunner:
     def __enter__(self) -> EngineRunner:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _check_batch(self, batch: NDArray[np.float32]) -> None:
@@ -156,24 +143,16 @@ class EngineRunner:
             smaller = {"max_batch": max(1, max_batch // 2)}
             for key in ("opt_batch", "min_batch"):
                 smaller[key] = min(int(config[key]), smaller["max_batch"])
-            raise UserError(
-                f"{self.artifact.path}: {self._driver.gpu.name} has too little free memory for batches of {max_batch} "
-                f"({error}). Free GPU memory, or rebuild for smaller batches: "
-                f"{rebuild_command(self.artifact, **smaller)}"
-            ) from None
+            problem = f"{self._driver.gpu.name} has too little free memory for batches of {max_batch} ({error})"
+            remedy = f"Free GPU memory, or rebuild for smaller batches: {rebuild_command(self.artifact, **smaller)}"
+            raise UserError(f"{self.artifact.path}: {problem}. {remedy}") from None
         except DriverError as error:
-            raise UserError(
-                f"{self.artifact.path}: {error}. Run the command again. If it fails again, rebuild: "
-                f"{rebuild_command(self.artifact)}"
-            ) from None
+            remedy = f"Run the command again. If it fails again, rebuild: {rebuild_command(self.artifact)}"
+            raise UserError(f"{self.artifact.path}: {error}. {remedy}") from None
 
 
-def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: Driver) -> LoadedEngine:
-    """Deserialise an engine, inside ``with driver.current()``.
-
-    Raises:
-        UserError: TensorRT cannot load it, or its tensors are not those of our exports.
-    """
+def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: PyCudaDriver) -> LoadedEngine:
+    """Deserialise an engine, inside ``with driver.current()``; :class:`UserError` if TensorRT cannot load it."""
     errors: list[str] = []
     try:
         runtime = trt.Runtime(error_logger(trt, errors))
@@ -185,10 +164,8 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: Driver) -> L
         raise engine_load_error(artifact, trt.__version__, driver.cuda, errors)
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     if names != {INPUT, OUTPUT}:
-        raise UserError(
-            f"{artifact.path}: expected the tensors {INPUT} and {OUTPUT}, got {', '.join(sorted(names))}. "
-            f"Rebuild: {rebuild_command(artifact)}"
-        )
+        tensors, rebuild = ", ".join(sorted(names)), rebuild_command(artifact)
+        raise UserError(f"{artifact.path}: expected tensors {INPUT} and {OUTPUT}, got {tensors}. Rebuild: {rebuild}")
     ranges = [engine.get_tensor_profile_shape(INPUT, index) for index in range(engine.num_optimization_profiles)]
     return LoadedEngine(
         trt=trt,
@@ -203,7 +180,7 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: Driver) -> L
 
 
 def _release(
-    driver: Driver, engine: LoadedEngine, contexts: dict[threading.Thread, ThreadContext], lock: threading.Lock
+    driver: PyCudaDriver, engine: LoadedEngine, contexts: dict[threading.Thread, ThreadContext], lock: threading.Lock
 ) -> None:
     with driver.current(), lock:
         for context in list(contexts.values()):

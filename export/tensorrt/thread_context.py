@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.tensorrt.cuda_driver import Driver, DriverError, Stream
+from export.tensorrt.cuda_driver import DriverError, PyCudaDriver
 from export.tensorrt.profiles import Chunk, Profile, split_batch
 from vpr.common.log import get_logger
 from vpr.inference.onnx_session import INPUT, OUTPUT
@@ -25,28 +25,18 @@ _FLOAT_BYTES = np.dtype(np.float32).itemsize
 
 @dataclass
 class LoadedEngine:
-    """A deserialised engine.
+    """A deserialised engine."""
 
-    Attributes:
-        trt: Python module that loaded the engine.
-        runtime: TensorRT's ``IRuntime``, which must outlive the engine.
-        engine: TensorRT's ``ICudaEngine``.
-        native_graphs: Whether the builder captures CUDA graphs itself. TensorRT-RTX does: it compiles the kernels
-            of a shape while it already runs, so only the library knows when to capture.
-        profiles: Optimisation profiles of the engine.
-        image: Shape of an input image, (3, size, size).
-        dim: Dimension of the embeddings.
-        errors: Errors that TensorRT has logged.
-    """
-
-    trt: ModuleType
-    runtime: Any
-    engine: Any
+    trt: ModuleType  # Python module that loaded the engine
+    runtime: Any  # TensorRT's ``IRuntime``, which must outlive the engine
+    engine: Any  # TensorRT's ``ICudaEngine``
+    # whether the builder captures CUDA graphs itself; TensorRT-RTX does: it compiles the kernels of a shape while it
+    # already runs, so only the library knows when to capture
     native_graphs: bool
-    profiles: tuple[Profile, ...]
-    image: tuple[int, ...]
-    dim: int
-    errors: list[str]
+    profiles: tuple[Profile, ...]  # optimisation profiles of the engine
+    image: tuple[int, ...]  # shape of an input image, (3, size, size)
+    dim: int  # dimension of the embeddings
+    errors: list[str]  # errors that TensorRT has logged
 
     @property
     def max_batch(self) -> int:
@@ -72,24 +62,19 @@ class _ExecutionContext:
 class ThreadContext:
     """Runs batches in sequence; one thread at a time uses it and holds ``lock``.
 
-    The second use of a batch size captures a CUDA graph. Each graph has its own execution context, because a graph
-    belongs to the state of its context and that context must not change its shape any more. All contexts share
-    their scratch memory, because one stream runs them in turn.
-
-    Args:
-        engine: Loaded engine.
-        driver: GPU that the engine was loaded on.
-        graphs: Whether to use CUDA graphs.
+    The second use of a batch size captures a CUDA graph, if ``graphs``. Each graph has its own execution context,
+    because a graph belongs to the state of its context and that context must not change its shape any more. All
+    contexts share their scratch memory, because one stream runs them in turn.
     """
 
-    def __init__(self, engine: LoadedEngine, driver: Driver, graphs: bool) -> None:
+    def __init__(self, engine: LoadedEngine, driver: PyCudaDriver, graphs: bool) -> None:
         self.lock = threading.Lock()
         self._engine, self._driver, self._graphs = engine, driver, graphs
         self._contexts: dict[int, _ExecutionContext] = {}
         self._replays: dict[int, tuple[_ExecutionContext, Any]] = {}
         self._uses: Counter[int] = Counter()
         self._buffers: list[Any] = []
-        self._stream: Stream | None = driver.stream()
+        self._stream: Any | None = driver.stream()
         image_bytes = _FLOAT_BYTES * math.prod(engine.image)
         try:
             self._host_in = self._keep(driver.pinned((engine.max_batch, *engine.image)))
@@ -130,7 +115,7 @@ class ThreadContext:
             self._driver.free(self._buffers.pop())
         self._stream = None
 
-    def _enqueue(self, chunk: Chunk, stream: Stream) -> None:
+    def _enqueue(self, chunk: Chunk, stream: Any) -> None:
         self._uses[chunk.size] += 1
         if chunk.size in self._replays:
             self._driver.launch(self._replays[chunk.size][1], stream)
@@ -139,7 +124,7 @@ class ThreadContext:
             self._contexts[chunk.profile] = self._create_context(chunk.profile, stream)
         self._execute(self._contexts[chunk.profile], chunk.size, stream)
 
-    def _capture(self, chunk: Chunk, stream: Stream) -> None:
+    def _capture(self, chunk: Chunk, stream: Any) -> None:
         """Capture the graph of a batch size; if that fails, continue without graphs and log a warning."""
         if len(self._replays) == _MAX_GRAPHS:
             return
@@ -155,7 +140,7 @@ class ThreadContext:
         finally:
             self._driver.synchronise(stream)
 
-    def _create_context(self, profile: int, stream: Stream) -> _ExecutionContext:
+    def _create_context(self, profile: int, stream: Any) -> _ExecutionContext:
         """Create an execution context whose tensors use this thread's buffers."""
         trt, engine = self._engine.trt, self._engine.engine
         settings: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -175,7 +160,7 @@ class ThreadContext:
                 raise self._engine.failure(f"cannot set the address of '{name}'")
         return _ExecutionContext(context, settings)
 
-    def _execute(self, execution: _ExecutionContext, size: int, stream: Stream) -> None:
+    def _execute(self, execution: _ExecutionContext, size: int, stream: Any) -> None:
         if execution.size != size:
             if not execution.context.set_input_shape(INPUT, (size, *self._engine.image)):
                 raise self._engine.failure(f"cannot set a batch of {size}")

@@ -109,7 +109,7 @@ def test_command_writes_its_table(catalog: Catalog, student_artifact: Path, tmp_
     with pytest.raises(UserError, match="sizes: expected 96 or more.*got 50"):
         measure_scale_table(ScaleConfig(vectors, str(tmp_path / "scale"), sizes=(50,)))
     embed_catalog(EmbedConfig(str(student_artifact), str(catalog.artifact.path), vectors, split="train"))
-    with pytest.raises(UserError, match="expected query images and other images"):
+    with pytest.raises(UserError, match="expected query and other images"):
         measure_scale_table(config)
 
 

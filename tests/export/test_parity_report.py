@@ -73,6 +73,6 @@ def test_export_of_another_student_is_rejected(fp32: Path, catalog: Catalog, tmp
     assert catalog.artifact is not None
     other = write_random_student(tmp_path / "other", replace(small_student("patch"), image_size=48))
     config = ParityConfig(str(other), (str(fp32),), str(catalog.artifact.path), str(tmp_path / "parity"))
-    with pytest.raises(UserError, match="Use exports of this student"):
+    with pytest.raises(UserError, match="Use its exports"):
         compare_exports(config)
     assert not (tmp_path / "parity").exists()

@@ -139,7 +139,7 @@ def test_export_excludes_the_layers_of_qat(qat_student: Path, tmp_path: Path) ->
     ranges, more = str(qat_student.parent / "ranges"), (*DEFAULT_EXCLUDED_LAYERS, "vit.transformer.layers.0")
     with pytest.raises(
         UserError,
-        match=r"exclude_layers: QAT fine-tuned the student without \[vit\.to_patch_embedding, vit\.mlp_head\]",
+        match=r"exclude_layers: QAT excluded \[vit\.to_patch_embedding, vit\.mlp_head\]",
     ):
         export_int8(Int8Config(str(qat_student.parent / "after"), ranges, str(tmp_path / "int8"), exclude_layers=more))
 

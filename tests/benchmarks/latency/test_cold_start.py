@@ -44,7 +44,7 @@ def test_failing_child_gives_a_one_line_error(student_artifact: Path, tmp_path: 
     (model,) = models_of(student_artifact)
     missing = replace(model, artifact=replace(model.artifact, path=tmp_path / "missing"))
     with pytest.raises(
-        UserError, match=r"student \(torch\): starting it in a new process failed \(.*missing.*--starts 0"
+        UserError, match=r"student \(torch\): its start in a new process failed \(.*missing.*--starts 0"
     ):
         start_once(missing, 1)
 

@@ -13,7 +13,7 @@ from benchmarks.config import ReportConfig
 from benchmarks.recall.baselines import colour_histogram, histogram, raw_pixels
 from benchmarks.report.build import format_command
 from benchmarks.report.render import draw_html, draw_markdown
-from benchmarks.report.schema import Report, json_schema, parse_report, read_report
+from benchmarks.report.schema import Report, parse_report, read_report
 from vpr.cli import read_config
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
@@ -44,7 +44,7 @@ def test_rows_have_the_documented_keys(report_values: dict[str, Any]) -> None:
 
 def test_jsonschema_accepts_reports_and_rejects_broken_ones(report_artifact: Path) -> None:
     schema = json.loads((report_artifact / "report.schema.json").read_text(encoding="utf-8"))
-    assert schema == json_schema()
+    assert schema == Report.model_json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     report_values = json.loads((report_artifact / "report.json").read_text(encoding="utf-8"))
