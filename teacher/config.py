@@ -25,7 +25,7 @@ class HeadConfig:
         margin_end: Margin at the end of the training.
         margin_step: Growth of the margin per epoch, up to ``margin_end``; 0 grows it evenly over the training.
         min_margin_ratio: Share of the margin for the largest class. The smallest class has the full margin, the others
-            lie in between by the fourth root of their size; 1 gives every class the same.
+            are in between, by the fourth root of their size; 1 gives every class the same.
         sub_centres: Directions per class.
         label_smoothing: Share of the target that is spread over all classes.
         class_weight_power: Power p of the weight n^-p of an image whose class has n images; 0 weights all alike.

@@ -1,6 +1,6 @@
 """Bit-equality with commit a7424ef: the same weights give the same embeddings, ranges, graphs and engines.
 
-The reference is made once with the old commit, in a worktree of its own::
+The reference is made once with the old commit, in a separate worktree::
 
     git worktree add ../before a7424ef && cd ../before && make demo && cd runs/demo
     vpr teacher embed --model teacher --catalog catalog --split test --output teacher-embeddings

@@ -28,7 +28,7 @@ _RUNTIME_KEYS = ("images_per_part", "threads", "ray")  # keys that do not change
 
 
 class EmbedJob:
-    """Parts of a catalogue to embed, each stored in a file of its own until all are computed.
+    """Parts of a catalogue to embed, each stored in a separate file until all are computed.
 
     Args:
         config: Configuration of the embedding.
