@@ -22,6 +22,7 @@ def student(
     return TrainedStudent("small", student_artifact, catalog.artifact.path, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_graph_becomes_an_engine(student: TrainedStudent, capsys: pytest.CaptureFixture[str]) -> None:
     graphs = export_variants(student)
     assert tuple(graphs) == GRAPHS

@@ -13,6 +13,7 @@ from tests.reliability.faults.injection import before_file, die, set_clock_back
 from tests.reliability.faults.pipeline import Pipeline
 from vpr.artifacts.store import load_artifact
 
+pytestmark = pytest.mark.reliability
 YEAR_2100 = 4102444800
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.reliability.faults.pipeline import Pipeline
 from tests.reliability.faults.test_full_disk import error_line
 
+pytestmark = pytest.mark.reliability
 STAGES = ("teacher", "student", "shard-embeddings", "int8")
 
 

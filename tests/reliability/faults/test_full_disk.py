@@ -11,6 +11,7 @@ from tests.reliability.faults.injection import limit_file_size
 from tests.reliability.faults.pipeline import EndedProcess, Pipeline
 from vpr.artifacts.store import load_artifact
 
+pytestmark = pytest.mark.reliability
 STAGES = ("catalog", "teacher", "student", "shard-embeddings", "fp32", "ranges", "int8")
 
 
@@ -24,7 +25,7 @@ def error_line(process: EndedProcess) -> str:
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("share", [pytest.param(0.9, marks=pytest.mark.reliability), 0.3])
+@pytest.mark.parametrize("share", [0.9, 0.3])
 def test_file_that_does_not_fit(pipeline: Pipeline, tmp_path: Path, name: str, share: float) -> None:
     stage, output = pipeline.stages[name], tmp_path / name
     expected = load_artifact(pipeline.expected(stage))

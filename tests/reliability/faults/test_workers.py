@@ -16,6 +16,7 @@ import pytest
 from tests.reliability.faults.pipeline import Pipeline, wait_for_orphans
 from tests.reliability.faults.stages import differences, leftovers
 
+pytestmark = pytest.mark.reliability
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # At its second file a process kills the process of the given rank.
 KILL_RANK = """
@@ -82,7 +83,6 @@ def write_script(path: Path, code: str) -> Path:
     return path
 
 
-@pytest.mark.reliability
 @pytest.mark.parametrize(
     ("name", "pattern", "killer", "rank"),
     [

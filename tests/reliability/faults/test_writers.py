@@ -8,6 +8,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tests.reliability.faults.injection import before_file
 from tests.reliability.faults.pipeline import Pipeline
 from tests.reliability.faults.test_full_disk import error_line
@@ -41,6 +43,7 @@ def test_reader_sees_complete_artifacts_only(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
+@pytest.mark.reliability
 def test_two_commands_with_one_output_succeed(pipeline: Pipeline, tmp_path: Path) -> None:
     stage, output = pipeline.stages["int8"], tmp_path / "int8"
     processes = [pipeline.start(stage, output) for _ in range(2)]
@@ -48,6 +51,7 @@ def test_two_commands_with_one_output_succeed(pipeline: Pipeline, tmp_path: Path
     assert not pipeline.differences(stage, output)
 
 
+@pytest.mark.reliability
 def test_training_started_twice_is_rejected(pipeline: Pipeline, tmp_path: Path) -> None:
     stage, output, resume = pipeline.stages["teacher"], tmp_path / "teacher", tmp_path / "resume"
     first = pipeline.start(stage, output, partial(before_file, 2, "*/stage-1/last.ckpt", partial(wait_for, resume)))
