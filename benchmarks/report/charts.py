@@ -109,7 +109,7 @@ def draw_calibration(calibration: Calibration) -> str:
 @mpl.rc_context(_STYLE)
 def draw_sensitivity(decision: LayerDecision) -> str:
     """Draw the cost of each layer when only that layer is quantised; empty if no layer was tried alone."""
-    trials = decision.alone
+    trials = decision.single_layer_trials
     if not trials:
         return ""
     figure, axes = _figure(1.0 + 0.17 * len(trials))

@@ -271,7 +271,7 @@ class LayerDecision(_Part):
     drop: float
     quantised: list[str]
     layers: dict[str, str]
-    alone: list[LayerTrial]
+    single_layer_trials: list[LayerTrial]
     trials: list[LayerTrial]
 
 
