@@ -1,6 +1,6 @@
 """Bit-equality with commit a7424ef: the same weights give the same embeddings, ranges, graphs and engines.
 
-The reference is made once with the old commit, in a worktree of its own::
+The reference is made once with the old commit, in a separate worktree::
 
     git worktree add ../before a7424ef && cd ../before && make demo && cd runs/demo
     vpr teacher embed --model teacher --catalog catalog --split test --output teacher-embeddings
@@ -22,8 +22,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vpr.artifacts.card import SCHEMA
-
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.figures import Row, markdown
@@ -33,11 +31,11 @@ from export.tensorrt.build import build_engine
 from export.to_onnx import export_onnx
 from student.embed import embed_catalog as embed_with_student
 from teacher.embed import embed_catalog as embed_with_teacher
+from vpr.artifacts.card import SCHEMA
 from vpr.artifacts.store import load_artifact
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
 from vpr.retrieval.config import EmbedConfig
-
 
 _OLD_NAMES = {"images.parquet": "pictures.parquet"}
 

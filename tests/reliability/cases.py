@@ -40,7 +40,7 @@ class Case:
 
     Attributes:
         run: Function of the folder; its output is ``out/result`` there.
-        older: Artifact whose copy is the older result at the output. ``csv`` stands for an older table; empty for a
+        older: Artifact whose copy is the older result at the output. ``csv`` means an older table; empty for a
             function without an output.
     """
 
@@ -108,7 +108,7 @@ def run_graphs(backend: str, names: tuple[str, ...], folder: Path) -> object:
 
 
 def _check_engine(folder: Path) -> object:
-    """Check an engine as far as that needs no GPU, and build the error of a plan that TensorRT rejects."""
+    """Check what needs no GPU about an engine, and build the error of a plan that TensorRT rejects."""
     artifact = load_engine(folder / "engine")
     with reraise_as_artifact_error(artifact):
         check_compatible(artifact, str(artifact.card.config["builder_version"]), _GPU)

@@ -36,7 +36,7 @@ class Command:
     """A ``vpr`` command on tiny inputs.
 
     Attributes:
-        line: Words after ``vpr`` as they are typed, without the output. ``{name}`` stands for the path of an input of
+        line: Words after ``vpr`` as they are typed, without the output. ``{name}`` means the path of an input of
             :func:`write_inputs`, or of the output of an earlier command.
         output: Name of the output; empty for a command that writes none.
     """

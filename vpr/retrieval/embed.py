@@ -1,7 +1,7 @@
 """Embedding of a catalogue of any size, in parts that are files until all are computed.
 
 A killed job resumes at the next part. Processes of torchrun, or the workers of a Ray Data job, share the parts. A part
-is a whole number of batches. The vectors are therefore bit-equal however the parts were shared, on the same device and
+consists of complete batches. The vectors are therefore bit-equal however the parts were shared, on the same device and
 with the same number of threads per process.
 """
 

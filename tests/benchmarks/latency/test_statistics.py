@@ -11,7 +11,7 @@ from vpr.inference.timing import Measurement
 
 
 def _inside(count: int, share: Fraction, low: int, high: int) -> Fraction:
-    """Exact probability that the quantile lies between the low-th and the high-th smallest of ``count`` values."""
+    """Exact probability that the quantile is between the low-th and the high-th smallest of ``count`` values."""
     return sum((comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(low, high)), start=Fraction(0))
 
 

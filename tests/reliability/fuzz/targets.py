@@ -97,7 +97,7 @@ def read_ranges_files(folder: Path, data: bytes) -> None:
 
 
 def read_graph(folder: Path, data: bytes) -> None:
-    """Load ``model.onnx``, and quantise it as far as possible."""
+    """Load ``model.onnx``, and quantise it if possible."""
     (folder / "model.onnx").write_bytes(data)
     artifact = _artifact(folder, "onnx", ("model.onnx",))
     loaded = load_graph(artifact)

@@ -52,7 +52,7 @@ class OfflineResult:
     Attributes:
         verb: Name in :data:`vpr.cli.COMMANDS`.
         code: Exit status.
-        attempts: Hosts that it tried to reach, as far as Python's sockets show.
+        attempts: Hosts that it tried to reach through Python's sockets.
         line: Last line of its output.
     """
 
