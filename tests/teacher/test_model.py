@@ -299,7 +299,7 @@ def test_projection_sets_the_dimension() -> None:
     ("config", "message"),
     [
         (TowerConfig(name="ViT-Q-7"), "'ViT-Q-7' is no open_clip model and no JSON file"),
-        (TowerConfig(name="absent.json"), r"absent\.json cannot be read"),
+        (TowerConfig(name="absent.json"), r"absent\.json is not readable"),
         (TowerConfig("ViT-B-32", "laion7b"), "ViT-B-32 has no tag 'laion7b'. Choose from"),
         (TowerConfig("ViT-B-32", "absent.safetensors"), "does not exist"),
         (TowerConfig("RN50", "", keep_projection=False), "has no projection to remove"),

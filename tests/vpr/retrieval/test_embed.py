@@ -140,5 +140,5 @@ def test_values_out_of_range_are_rejected(name: str, value: int) -> None:
 
 
 def test_output_that_is_an_input_is_rejected(student_artifact: Path, shards: Path) -> None:
-    with pytest.raises(UserError, match="is the model that is read"):
+    with pytest.raises(UserError, match="is also the input 'model'"):
         embed_catalog(EmbedConfig(str(student_artifact), str(shards), str(student_artifact)))
