@@ -92,7 +92,7 @@ def _describe_steps(rerank: dict[str, Any]) -> str:
     steps += [f"whitening to {rerank['whiten']} dimensions"] if rerank["whiten"] else []
     steps += [f"database augmentation with {rerank['dba']} neighbours"] if rerank["dba"] else []
     steps += [f"query expansion with {rerank['qe']} neighbours"] if rerank["qe"] else []
-    sizes = ", ".join(f"{name} {rerank[name]}" for name in ("k1", "k2", "weight"))
+    sizes = ", ".join(f"{name} {rerank[name]}" for name in ("k1", "k2", "original_weight"))
     steps += [f"k-reciprocal re-ranking ({sizes})"] if rerank["k_reciprocal"] else []
     return ", ".join(steps) or "no steps"
 
