@@ -118,7 +118,7 @@ def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> tup
         if model.as_parent("onnx") not in ranges.card.parents:
             raise UserError(f"{config.ranges}: the ranges are of another graph. Run `vpr calibrate` on {config.onnx}.")
         return None
-    excluded = model.names("quantise_keep")
+    excluded = model.names("quantise_exclude_layers")
     if config.exclude_layers not in (None, excluded):
         raise UserError(f"exclude_layers: QAT excluded [{', '.join(excluded)}]. Name the same layers, or none.")
     return excluded

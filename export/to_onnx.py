@@ -64,7 +64,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     with stage.write() as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
-        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_keep"}
+        kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_exclude_layers"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": fp32_nodes, "nodes": count_operators(graph)}
     difference = f"min cosine to PyTorch {metrics['cosine_min']:.6f}, max abs difference {metrics['max_abs']:.1e}"
     log.info(f"{config.output}: {config.precision} graph, {difference}")
