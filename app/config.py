@@ -1,7 +1,5 @@
 """Configuration of the demo, the machine check and the search page, without heavy imports: help is quick."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from vpr.common.errors import UserError

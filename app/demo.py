@@ -1,7 +1,5 @@
 """``vpr demo``: the full pipeline on the embedded sample, one command after another, each timed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """``vpr doctor``: backends and builders that run on this machine, and what the others lack."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``vpr bench compare``: changes from one report to another, their significance, and the budgets they break."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Configuration of the benchmark commands. It imports no heavy library, so that help and argument errors are quick."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -1,7 +1,5 @@
 """``vpr bench scale``: cost and recall of exact and approximate search in galleries of up to a million vectors."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A gallery of any size: real embeddings, and synthetic ones around them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

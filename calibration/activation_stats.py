@@ -1,7 +1,5 @@
 """Statistics of the activations at the inputs of linears, convolutions and attention, gathered in one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

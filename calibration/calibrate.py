@@ -1,7 +1,5 @@
 """``vpr calibrate``: run training images through the FP32 graph and write ranges for INT8."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

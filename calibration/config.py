@@ -1,7 +1,5 @@
 """Configuration of the calibration. Imports no heavy library, so help and errors in arguments are instant."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The layers of an exported graph that INT8 quantises: linears, convolutions and attention."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Activation ranges for symmetric INT8, from a streaming histogram of magnitudes. Pure numpy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import get_args
 

@@ -1,7 +1,5 @@
 """Seeded selection of calibration images from the training split, by one of three rules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Search for the largest set of quantised layers within a recall budget."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """SmoothQuant and bias correction: changes of the float weights before quantisation."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

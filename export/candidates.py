@@ -1,7 +1,5 @@
 """Candidate graphs, loaded for timing next to each other: as TensorRT engines on a GPU, by OpenVINO on a CPU."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager

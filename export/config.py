@@ -1,7 +1,5 @@
 """Configuration of the export commands. Imports no heavy library, so help and errors in arguments are instant."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +11,9 @@ from vpr.common.hardware import MAX_THREADS
 
 # Every backend, in the order of the report; ``export.backends.registry`` has the code that runs them.
 BACKEND_NAMES = (
-    "torch",
-    "torch-compile",
-    "torch-cuda",
-    "torch-compile-cuda",
-    "onnxruntime-cpu",
-    "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-tensorrt-rtx",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx",
+    *("torch", "torch-compile", "torch-cuda", "torch-compile-cuda"),
+    *("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
+    *("openvino", "tensorrt", "tensorrt-rtx"),
 )
 # The others are slow to start: torch.compile takes minutes at the first call, and ONNX Runtime's GPU providers build
 # engines of their own.

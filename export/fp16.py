@@ -3,8 +3,6 @@
 The graph sets the precision: TensorRT 11 has no FP16 flag and builds the types that the graph contains.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import numpy as np

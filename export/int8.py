@@ -1,7 +1,5 @@
 """``vpr export int8``: quantise an FP32 graph by its ranges, within a recall budget if one is given."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Search for the fastest quantised graph within a recall budget, with a record of the evidence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial

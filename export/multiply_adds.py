@@ -1,7 +1,5 @@
 """Multiply-adds of a graph, from the shapes of its products."""
 
-from __future__ import annotations
-
 import math
 
 import onnx

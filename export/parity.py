@@ -1,7 +1,5 @@
 """Differences between the embeddings, and the rankings, of two models."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

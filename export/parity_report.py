@@ -1,7 +1,5 @@
 """``vpr export parity``: compare exports with the student, and find the first layer that differs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ convolutions of a stem, whose outputs after a ReLU use only half of the symmetri
 Biases stay in floating point, because TensorRT's parser rejects quantised INT32 biases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -16,14 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.onnx_layers import (
-    attention_nodes,
-    channel_axis,
-    find_linears,
-    linear_nodes,
-    replace_constant,
-    weighted_nodes,
-)
+from calibration import onnx_layers
 from export.config import QuantDtype, Recipe
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
@@ -59,7 +50,7 @@ def quantise(
     body = model.graph
     activations = {name: inputs for name, inputs in quantised_nodes(model, (), "full").items() if name in layers}
     weights = {tensor.name: tensor for tensor in body.initializer}
-    weighted = {node.name for node in weighted_nodes(model)}
+    weighted = {node.name for node in onnx_layers.weighted_nodes(model)}
     inserted: dict[str, list[onnx.NodeProto]] = {}
     dequantised: dict[str, str] = {}
     for node in (node for node in body.node if node.name in activations):
@@ -73,7 +64,9 @@ def quantise(
         if node.name in weighted:
             weight = node.input[1]
             if weight not in dequantised:
-                dequantised[weight] = _quantise_weight(body, weights[weight], channel_axis(node), pairs, dtype)
+                dequantised[weight] = _quantise_weight(
+                    body, weights[weight], onnx_layers.channel_axis(node), pairs, dtype
+                )
             node.input[1] = dequantised[weight]
     _insert_before(body, inserted)
     onnx.checker.check_model(model)
@@ -88,12 +81,12 @@ def quantised_nodes(
 
     ``excluded`` are name prefixes of nodes; None excludes the first and the last product with weights.
     """
-    weighted = weighted_nodes(graph)
+    weighted = onnx_layers.weighted_nodes(graph)
     outer = {node.name for node in (*weighted[:1], *weighted[-1:])}
-    products = weighted if recipe == "full" else linear_nodes(graph)
+    products = weighted if recipe == "full" else onnx_layers.linear_nodes(graph)
     nodes: dict[str, tuple[str, ...]] = {node.name: (node.input[0],) for node in products}
     if recipe != "linear":
-        nodes |= attention_nodes(graph)
+        nodes |= onnx_layers.attention_nodes(graph)
     if excluded is None:
         return {name: inputs for name, inputs in nodes.items() if name not in outer}
     return {name: inputs for name, inputs in nodes.items() if not name.startswith(excluded)}
@@ -131,14 +124,16 @@ def _broadcast(scale: NDArray[np.float32], axis: int, dims: int) -> NDArray[np.f
 def _correct_biases(
     model: onnx.ModelProto, corrections: Mapping[str, NDArray[np.float32]], layers: Collection[str]
 ) -> None:
-    for linear in find_linears(model):
+    for linear in onnx_layers.find_linears(model):
         if linear.module in corrections and linear.bias is not None and linear.node in layers:
             adder = next(node for node in model.graph.node if node.name == linear.adder)
             constants = {tensor.name for tensor in model.graph.initializer}
             position = 2 if adder.op_type == "Gemm" else next(i for i, x in enumerate(adder.input) if x in constants)
             if corrections[linear.module].shape != linear.bias.shape:
                 raise UserError(f"ranges: the correction of '{linear.module}' does not fit. Rerun `vpr calibrate`.")
-            replace_constant(model, adder.name, adder.input[position], linear.bias - corrections[linear.module])
+            onnx_layers.replace_constant(
+                model, adder.name, adder.input[position], linear.bias - corrections[linear.module]
+            )
 
 
 def _quantise_activation(

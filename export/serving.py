@@ -1,7 +1,5 @@
 """``vpr export serving``: write a model repository for Triton and a gallery with a faiss index."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

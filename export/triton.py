@@ -1,7 +1,5 @@
 """Triton's ``config.pbtxt`` of a model, in the text format of its protobuf message ``ModelConfig``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -19,18 +19,15 @@ from vpr.common.errors import UserError
 
 _NORM = "vit.transformer.norm.weight"
 # Names in the blocks of open_clip, and in the blocks of the student.
-_BLOCK_NAMES = {
-    "ln_1.weight": "0.norm.weight",
-    "ln_1.bias": "0.norm.bias",
-    "attn.in_proj_weight": "0.to_qkv.weight",
-    "attn.out_proj.weight": "0.to_out.0.weight",
-    "attn.out_proj.bias": "0.to_out.0.bias",
-    "ln_2.weight": "1.net.0.weight",
-    "ln_2.bias": "1.net.0.bias",
-    "mlp.c_fc.weight": "1.net.1.weight",
-    "mlp.c_fc.bias": "1.net.1.bias",
-    "mlp.c_proj.weight": "1.net.4.weight",
-    "mlp.c_proj.bias": "1.net.4.bias",
+_BLOCK_LAYERS = {
+    "ln_1": "0.norm",
+    "attn.out_proj": "0.to_out.0",
+    "ln_2": "1.net.0",
+    "mlp.c_fc": "1.net.1",
+    "mlp.c_proj": "1.net.4",
+}
+_BLOCK_NAMES = {"attn.in_proj_weight": "0.to_qkv.weight"} | {
+    f"{tower}.{kind}": f"{student}.{kind}" for tower, student in _BLOCK_LAYERS.items() for kind in ("weight", "bias")
 }
 # Weights of vit-pytorch's linear embeddings whose last axis is the pixels of a patch.
 _PARTS, _NAMES = ("to_patch_embedding", "to_patch_tokens"), ("1.weight", "1.bias", "2.weight")

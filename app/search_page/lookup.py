@@ -1,7 +1,5 @@
 """Search by the bytes of an image: nearest gallery rows, and the time of each step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

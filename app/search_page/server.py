@@ -4,8 +4,6 @@ Requests write nothing to disk. An image is the request body itself, because a f
 files. It is decoded from memory, and gallery images are addressed by row only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import io
 import re

@@ -1,7 +1,5 @@
 """HTTP server of the local page, with limits on connections, time and memory."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

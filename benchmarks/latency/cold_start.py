@@ -3,8 +3,6 @@
 ``python -m benchmarks.latency.cold_start ARTIFACT BACKEND THREADS`` is the child; it prints one line of JSON.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

@@ -1,7 +1,5 @@
 """Milliseconds on the GPU alone: CUDA graphs between CUDA events, without copies and without the host."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

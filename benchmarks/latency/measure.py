@@ -1,7 +1,5 @@
 """``vpr bench latency``: milliseconds of models on this machine, measured in interleaved rounds."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

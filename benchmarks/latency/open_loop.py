@@ -5,8 +5,6 @@ have come meanwhile are never sent ("coordinated omission", Tene, "How NOT to Me
 request has a scheduled time, so a stall counts for every request that becomes due during it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Real images from file to model input, one per call, to time decoding and resizing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import cycle
 

@@ -1,7 +1,5 @@
 """Roofline of this machine: its best compute and memory rates, and the fewest milliseconds that a model needs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Confidence of measured latencies: intervals of their quantiles, and a check that the machine was steady."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

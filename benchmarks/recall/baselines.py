@@ -1,7 +1,5 @@
 """Baselines without training: the floor that recalls are compared with."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

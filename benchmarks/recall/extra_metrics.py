@@ -1,7 +1,5 @@
 """More scores of the same embeddings: by category, after re-ranking, and in the teacher's gallery."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """``vpr bench recall``: recall of every model on the same queries and gallery, on each backend that runs it here."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

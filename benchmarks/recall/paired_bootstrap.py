@@ -1,7 +1,5 @@
 """Comparison of a model with the FP32 student, query by query, and the interval of the difference."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields

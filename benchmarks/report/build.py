@@ -1,7 +1,5 @@
 """``vpr bench report``: recall and costs of every model, as JSON, Markdown and one HTML page."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import asdict
@@ -11,18 +9,8 @@ from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
 from benchmarks.recall.measure import ScoredModel, load_models, score_models
 from benchmarks.recall.paired_bootstrap import write_changed
+from benchmarks.report import schema
 from benchmarks.report.examples import draw_changed_examples, draw_examples
-from benchmarks.report.schema import (
-    SCHEMA,
-    Calibration,
-    Environment,
-    LayerDecision,
-    Report,
-    ScoredCatalog,
-    TensorRange,
-    Timing,
-    parse_report,
-)
 from export.backends.registry import default_threads
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
@@ -53,14 +41,14 @@ def build_report(config: ReportConfig) -> Path:
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
     values = assemble_report(config, catalog, scored, models, ranges).to_json()
-    report = parse_report(values, "report.json")
+    report = schema.parse_report(values, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
 
     with stage.write() as draft:
         draft.catalog = catalog.summary()
         (draft.path / "report.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         (draft.path / "report.schema.json").write_text(
-            json.dumps(Report.model_json_schema(), indent=1), encoding="utf-8"
+            json.dumps(schema.Report.model_json_schema(), indent=1), encoding="utf-8"
         )
         (draft.path / "report.md").write_text(draw_markdown(report), encoding="utf-8")
         (draft.path / "report.html").write_text(draw_html(report), encoding="utf-8")
@@ -69,7 +57,7 @@ def build_report(config: ReportConfig) -> Path:
     return stage.path
 
 
-def add_timings(scored: list[ScoredModel], timings: dict[str, Timing]) -> None:
+def add_timings(scored: list[ScoredModel], timings: dict[str, schema.Timing]) -> None:
     """Fill in the costs of every row."""
     for scores in scored:
         if scores.model is None:
@@ -80,13 +68,13 @@ def add_timings(scored: list[ScoredModel], timings: dict[str, Timing]) -> None:
 
 def assemble_report(
     config: ReportConfig, catalog: Catalog, scored: list[ScoredModel], models: list[Artifact], ranges: list[Artifact]
-) -> Report:
+) -> schema.Report:
     """Return the rows with the examples, calibrations and layer decisions around them."""
     part = catalog.select(split=config.split)
-    return Report(
-        schema=SCHEMA,
-        environment=Environment(**environment()),
-        catalog=ScoredCatalog(**catalog.summary(), split=config.split),
+    return schema.Report(
+        schema=schema.SCHEMA,
+        environment=schema.Environment(**environment()),
+        catalog=schema.ScoredCatalog(**catalog.summary(), split=config.split),
         threads=config.threads or default_threads(),
         drop=config.drop,
         command=format_command(config),
@@ -104,17 +92,17 @@ def format_command(config: ReportConfig) -> str:
     return shlex.join(["vpr", "bench", "report", *to_flags(ReportConfig, vars(config))])
 
 
-def read_calibration(artifact: Artifact) -> Calibration:
+def read_calibration(artifact: Artifact) -> schema.Calibration:
     """Read the ranges of a ``ranges`` artifact."""
     with reraise_as_artifact_error(artifact):
         ranges = json.loads(artifact.file("ranges.json").read_text(encoding="utf-8"))
         keys = ("threshold", "method", "thresholds", "largest")
-        tensors = [TensorRange(name=name, **{key: entry[key] for key in keys}) for name, entry in ranges.items()]
-    return Calibration(name=artifact.card.name, tensors=tensors)
+        tensors = [schema.TensorRange(name=name, **{key: entry[key] for key in keys}) for name, entry in ranges.items()]
+    return schema.Calibration(name=artifact.card.name, tensors=tensors)
 
 
-def read_decision(artifact: Artifact) -> LayerDecision:
+def read_decision(artifact: Artifact) -> schema.LayerDecision:
     """Read the ``decision.json`` of a graph that was made within a recall budget."""
     with reraise_as_artifact_error(artifact):
         decision = json.loads(artifact.file("decision.json").read_text(encoding="utf-8"))
-        return LayerDecision(name=artifact.card.name, **decision)
+        return schema.LayerDecision(name=artifact.card.name, **decision)

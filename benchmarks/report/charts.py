@@ -1,7 +1,5 @@
 """Charts of the report as inline SVG, drawn for the width of a phone."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -1,7 +1,5 @@
 """Example queries with their nearest images, as thumbnails for people to look at."""
 
-from __future__ import annotations
-
 import base64
 import io
 

@@ -1,7 +1,5 @@
 """Recommendation: the model to deploy by a stated rule, and its evidence, from ``report.json`` alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

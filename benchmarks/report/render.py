@@ -1,7 +1,5 @@
 """Rendering of ``report.json``: Markdown tables, and one HTML page that needs no network."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The protocol of a backend, and the checks and error handling that all backends share."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any, Protocol
 

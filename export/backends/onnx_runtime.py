@@ -1,19 +1,9 @@
 """ONNX graphs run by ONNX Runtime, on the CPU or by one of its GPU execution providers."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 
-from export.backends.base import (
-    INSTALL,
-    BackendUnavailable,
-    explain_no_gpu,
-    graph_precision,
-    import_or_explain,
-    name_artifact_in_errors,
-    single_line,
-)
+from export.backends import base
 from vpr.artifacts.store import Artifact
 from vpr.common.errors import UserError
 from vpr.inference.onnx_session import CPU, RTX_WHEEL, TENSORRT_RTX, ProviderMissing, rtx_devices
@@ -30,16 +20,16 @@ class OnnxRuntimeBackend:
 
     def missing(self) -> str | None:
         """See :class:`export.backends.base.Backend`."""
-        runtime, reason = import_or_explain("onnxruntime", INSTALL)
+        runtime, reason = base.import_or_explain("onnxruntime", base.INSTALL)
         if runtime is None or self.provider == CPU:
             return reason
         if self.provider == TENSORRT_RTX:
-            wheel, reason = import_or_explain(RTX_WHEEL, INSTALL)
+            wheel, reason = base.import_or_explain(RTX_WHEEL, base.INSTALL)
             if wheel is None:
                 return reason
         elif self.provider not in runtime.get_available_providers():
-            return f"this build of ONNX Runtime has no {self.provider}. {INSTALL}"
-        return explain_no_gpu() or (_explain_no_rtx_gpu() if self.provider == TENSORRT_RTX else None)
+            return f"this build of ONNX Runtime has no {self.provider}. {base.INSTALL}"
+        return base.explain_no_gpu() or (_explain_no_rtx_gpu() if self.provider == TENSORRT_RTX else None)
 
     def version(self) -> str:
         """See :class:`export.backends.base.Backend`."""
@@ -47,7 +37,7 @@ class OnnxRuntimeBackend:
 
     def precision(self, artifact: Artifact) -> str:
         """See :class:`export.backends.base.Backend`."""
-        return graph_precision(artifact)
+        return base.graph_precision(artifact)
 
     def open(self, artifact: Artifact, threads: int) -> Forward:
         """See :class:`export.backends.base.Backend`."""
@@ -57,10 +47,10 @@ class OnnxRuntimeBackend:
         try:
             session = GraphSession(graph, threads, self.provider)
         except ProviderMissing as error:
-            raise BackendUnavailable(str(error)) from None
+            raise base.BackendUnavailable(str(error)) from None
         except UserError as error:
             raise UserError(f"{artifact.path}: {error}") from None
-        return name_artifact_in_errors(artifact, session.embed)
+        return base.name_artifact_in_errors(artifact, session.embed)
 
 
 def _explain_no_rtx_gpu() -> str | None:
@@ -68,4 +58,4 @@ def _explain_no_rtx_gpu() -> str | None:
     try:
         return None if rtx_devices() else "TensorRT-RTX finds no GPU that it supports. See `nvidia-smi`."
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        return f"TensorRT-RTX's plugin cannot be loaded ({single_line(error)}). {INSTALL}"
+        return f"TensorRT-RTX's plugin cannot be loaded ({base.single_line(error)}). {base.INSTALL}"

@@ -1,7 +1,5 @@
 """Teachers and students run by PyTorch, eager or compiled."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The backends by name, and every way to run an artifact."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

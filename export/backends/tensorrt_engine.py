@@ -1,7 +1,5 @@
 """TensorRT engines run by PyCUDA and the runtime of the engine's own builder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from export.backends.base import INSTALL_GPU, BackendUnavailable, explain_no_gpu, import_or_explain

@@ -1,7 +1,5 @@
 """Python modules of TensorRT and TensorRT-RTX: choice, import, target GPU and error log."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 from pathlib import Path

@@ -5,8 +5,6 @@ PyPI. TensorRT builds for the GPU of the machine. Networks are strongly typed: t
 TensorRT 10.12+ and in 11.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Whether an engine runs on this machine, and the command that rebuilds it if not."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ PyCUDA aborts the process if a thread ends with a context on its stack, and it f
 is current. So the context is current only inside ``with driver.current()``, and every other call happens there.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

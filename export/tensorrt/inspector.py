@@ -1,7 +1,5 @@
 """Layer counts of a network before the build, and of a built engine where there is a GPU."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Optimisation profiles, and how a batch of any size is split to fit them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One thread's share of a loaded engine: execution contexts, stream, buffers and CUDA graphs."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections import Counter

@@ -1,7 +1,7 @@
 """The frame of every command that writes an artifact: skip if up to date, keep a run folder, write, announce."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,13 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One artifact that a command makes.
-
-    ``config`` holds the JSON values that decide the result. Where several commands write the kind, an older result must
-    have ``required_file``.
-    """
+    """One artifact that a command makes from its parents."""
 
     output: str
     kind: Kind
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # JSON values that decide the result
     parents: list[Parent]
-    required_file: str = ""
+    required_file: str = ""  # an older result must have it, where several commands write the kind
 
     @property
     def path(self) -> Path:
@@ -46,8 +42,6 @@ class Stage:
             log.info(f"{self.output}: up to date")
         return artifact
 
-    @contextmanager
-    def write(self) -> Iterator[ArtifactWriter]:
+    def write(self) -> AbstractContextManager[ArtifactWriter]:
         """Write the artifact, see :func:`vpr.artifacts.writer.write_artifact`."""
-        with write_artifact(self.output, self.kind, self.config, self.parents) as writer:
-            yield writer
+        return write_artifact(self.output, self.kind, self.config, self.parents)
