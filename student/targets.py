@@ -1,5 +1,7 @@
 """Teacher embeddings that the student is compared with: read from the cache, or computed in each step."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
