@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shlex
 import statistics
 import time
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.command import check_minimums
 from experiments.figures import Figure, Row, record
 from vpr.common.errors import UserError
+from vpr.common.flags import to_flags
 from vpr.common.log import get_logger
 from vpr.training.config import RunConfig
 from vpr.training.loop import decay_groups
@@ -119,8 +119,7 @@ def check_step(config: Any, minimums: Mapping[str, int]) -> None:
 def step_command(module: str, config: Any) -> str:
     """Return the command line that repeats the measurement of a configuration."""
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in changed.items()}
-    return " ".join([f"python -m experiments.{module}", *(f"--{n} {shlex.quote(t)}" for n, t in texts.items())])
+    return shlex.join(["python", "-m", f"experiments.{module}", *to_flags(type(config), changed)])
 
 
 def require_gpu(device: str, example: str) -> None:

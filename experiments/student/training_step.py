@@ -78,7 +78,7 @@ class StudentStepConfig:
     @property
     def command(self) -> str:
         """Command that repeats the measurement."""
-        return step_command("experiments.student.training_step", self)
+        return step_command("student.training_step", self)
 
 
 class StudentStep(Step):

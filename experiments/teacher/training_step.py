@@ -81,7 +81,7 @@ class TeacherStepConfig:
     @property
     def command(self) -> str:
         """Command that repeats the measurement."""
-        return step_command("experiments.teacher.training_step", self)
+        return step_command("teacher.training_step", self)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Model:
 def models_of(source: Artifact | Path | str, backends: Sequence[str] = DEFAULT_BACKENDS) -> list[Model]:
     """List the ways to run an artifact of :data:`MODEL_KINDS`, including those that this machine cannot run.
 
-    ``all`` stands for every backend. Only the builder's own runtime runs an engine. :class:`UserError` if no backend
+    ``all`` means every backend. Only the builder's own runtime runs an engine. :class:`UserError` if no backend
     has one of the names.
     """
     selected = choose_backends(backends)

@@ -11,7 +11,7 @@ from app.search_page import upload_limits as http_limits
 from experiments.figures import ROOT
 from vpr.artifacts import card as artifact
 from vpr.data import webdataset as shards
-from vpr.imaging import decode as images
+from vpr.imaging import decode, limits
 
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
@@ -31,10 +31,10 @@ def test_each_row_has_a_test(section: str) -> None:
 
 def test_limits_equal_the_code() -> None:
     for limit in (
-        f"at most {images.MAX_FILE_BYTES >> 20} MiB as a file",
-        f"at most {images.MAX_PIXELS // 10**6} megapixels ({images.MAX_PIXELS // 2 // 10**6} if not a JPEG, "
-        f"{images.MAX_PIXELS // 4 // 10**6} for WebP)",
-        f"members of at most {images.MAX_FILE_BYTES >> 20} MiB, labels of at most {shards._MAX_LABEL_BYTES >> 20} MiB",
+        f"at most {limits.MAX_FILE_BYTES >> 20} MiB as a file",
+        f"at most {limits.MAX_PIXELS // 10**6} megapixels ({limits.MAX_PIXELS // 2 // 10**6} if not a JPEG, "
+        f"{limits.MAX_PIXELS // 4 // 10**6} for WebP)",
+        f"members of at most {limits.MAX_FILE_BYTES >> 20} MiB, labels of at most {shards._MAX_LABEL_BYTES >> 20} MiB",
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",
         f"an upload may take {search_page.UPLOAD_SECONDS} s",
@@ -44,4 +44,4 @@ def test_limits_equal_the_code() -> None:
         f"listens on {search_page.ADDRESS} only",
     ):
         assert limit in PAGE
-    assert f"one of {', '.join(images.FORMATS)}".replace("WEBP", "WebP") in PAGE
+    assert f"one of {', '.join(decode.FORMATS)}".replace("WEBP", "WebP") in PAGE

@@ -253,7 +253,7 @@ def test_bad_settings_are_rejected_before_caching(
 
 
 def test_cache_of_another_kind_is_rejected(config: DistillConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds a teacher artifact"):
+    with pytest.raises(UserError, match="holds an artifact of kind teacher, expected views"):
         distill(replace(config, output=str(tmp_path / "s"), cache=config.teacher))
 
 

@@ -379,7 +379,7 @@ def test_rebuild_command_quotes_paths(write: Callable[..., Artifact]) -> None:
 
 
 def test_engine_of_another_model_is_rejected(write: Callable[..., Artifact]) -> None:
-    with pytest.raises(UserError, match="expected the tensors pixels and embedding, got image, logits"):
+    with pytest.raises(UserError, match="expected tensors pixels and embedding, got image, logits"):
         runner(write(), RecordedDriver(), tensors=("image", "logits"))
 
 

@@ -126,7 +126,7 @@ def summarise(config: LoadConfig, result: LoadResult, command: str) -> tuple[lis
         figure("more threads at the end", last.threads - result.idle.threads, 0),
         figure("files left in the temporary folder", len(result.leftovers), 0),
         figure("exit status when interrupted", result.code, 0),
-        figure("lines of error output", len(result.output.removesuffix("ended\n").splitlines()), 0),
+        figure("lines of error output", len(result.output.removesuffix("server stopped\n").splitlines()), 0),
     ]
     return figures, [_by_kind(kind, result.outcomes) for kind in SHARES]
 

@@ -46,7 +46,7 @@ def test_commands_use_no_network(together: tuple[Path, OfflineResult]) -> None:
 @pytest.mark.reliability
 def test_search_page_uses_no_network(together: tuple[Path, OfflineResult]) -> None:
     (result,) = run_each(PAGE, together[0])
-    assert (result.code, result.attempts, result.line) == (0, (), "ended")
+    assert (result.code, result.attempts, result.line) == (0, (), "server stopped")
 
 
 @pytest.mark.reliability
