@@ -57,7 +57,7 @@ def test_progress_lines_are_not_the_error() -> None:
 
 
 def test_running_a_graph_or_engine_imports_no_torch() -> None:
-    modules = "benchmarks.latency.cold_start, export.tensorrt.runner, export.backends.openvino_session"
+    modules = "benchmarks.latency.cold_start, export.tensorrt.runner, export.backends.openvino_runtime"
     code = f"import {modules}, sys; print('torch' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "False"

@@ -86,7 +86,7 @@ def test_steps_that_keep_the_ranking_keep_the_scores(shop_catalog: Catalog, vect
     part = shop_catalog.select(split="test")
     assert score_reranked(part, vectors, RerankConfig(), 0) is None
     # k-reciprocal with all weight on the original distance ranks as the embeddings do.
-    same = score_reranked(part, vectors, RerankConfig(k_reciprocal=True, weight=1.0), 0)
+    same = score_reranked(part, vectors, RerankConfig(k_reciprocal=True, original_weight=1.0), 0)
     assert same is not None
     assert same.recall_at_1 == pytest.approx(_first_right(part, vectors, vectors).mean())
     other = score_reranked(part, vectors, RerankConfig(qe=3), 0)
