@@ -55,6 +55,7 @@ def test_growth_is_seeded_and_keeps_the_prefix(real: Gallery) -> None:
     assert not np.array_equal(grow_gallery(real, 1000, seed=2).vectors, small.vectors)
 
 
+@pytest.mark.slow
 def test_every_index_is_compared_with_exact_search(real: Gallery) -> None:
     config = ScaleConfig("", "", sizes=(1000, 4000), queries=80, batch=32, seconds=0.01)
     rows = {(row.size, row.kind): row for row in measure_scale(config, real)}

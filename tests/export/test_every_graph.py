@@ -85,7 +85,15 @@ def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, i
     return counted["layers"]
 
 
-@pytest.mark.parametrize(("shape", "opset"), list(product(SHAPES, [20, 23])))
+def _graphs() -> list[Any]:
+    """Return every shape at the default opset 23, and at opset 20 one shape for `make test` and all for `test-all`."""
+    return [
+        pytest.param(shape, opset, marks=pytest.mark.slow if opset == 20 and shape != "patches" else ())
+        for shape, opset in product(SHAPES, [20, 23])
+    ]
+
+
+@pytest.mark.parametrize(("shape", "opset"), _graphs())
 def test_float_graphs_build_and_equal_pytorch(shape: str, opset: int) -> None:
     traced = _traced(shape, opset)
     graph = traced.graph
@@ -96,8 +104,7 @@ def test_float_graphs_build_and_equal_pytorch(shape: str, opset: int) -> None:
         assert "QUANTIZE" not in _build(exported)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize(("shape", "opset"), _graphs())
 @pytest.mark.parametrize(("recipe", "dtype"), QUANTISED)
 def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe: Recipe, dtype: QuantDtype) -> None:
     traced = _traced(shape, opset)

@@ -155,6 +155,7 @@ def arguments(config: DistillConfig) -> list[str]:
     return [*flags, "--run.validate-every", "2", "--run.ema", "0.8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [{"views": 2, "bank": 32}, {"mode": "online", "bank": 32, "mixup": 0.5}])
 def test_killed_distillation_resumes_bit_equal(targets: dict[str, Any], config: DistillConfig, tmp_path: Path) -> None:
     flags = [*arguments(config), "--epochs", "8", "--loader.batch-size", "16"]

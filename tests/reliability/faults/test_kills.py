@@ -23,7 +23,12 @@ from vpr.artifacts.paths import CARD_NAME
 NAMES = [stage.output for stage in STAGES]
 
 
-@pytest.mark.parametrize("name", NAMES[: NAMES.index(LAST_STAGE) + 1])
+_SLOW = {"teacher": pytest.mark.reliability}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=_SLOW.get(name, ())) for name in NAMES[: NAMES.index(LAST_STAGE) + 1]]
+)
 def test_killed_stage_resumes_to_same_result(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
     run = kill_at_random(pipeline, pipeline.stages[name], np.random.default_rng(len(name)), tmp_path / "killed")
     assert run.kills
@@ -68,6 +73,7 @@ def test_difference_and_leftover_are_detected(pipeline: Pipeline, tmp_path: Path
     assert leftovers(expected.parent, tmp_path) == [".int8.partial-x/model.onnx"]
 
 
+@pytest.mark.reliability
 def test_orphan_process_is_detected(pipeline: Pipeline, tmp_path: Path) -> None:
     stage = pipeline.stages["teacher"]
     process = pipeline.run(stage, tmp_path / "teacher", 0.1, partial(subprocess.Popen, ["sleep", "60"]))

@@ -27,6 +27,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.reliability
 def test_sixty_mutated_files_are_harmless() -> None:
     """Nearly two files of each route, in another process: a hostile graph may crash it."""
     results = fuzz(FuzzConfig(count=60, seed=1))

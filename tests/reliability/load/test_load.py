@@ -101,6 +101,7 @@ def test_uploads_are_sent_as_specified() -> None:
     assert broken.count(b"y") <= 500
 
 
+@pytest.mark.reliability
 def test_page_answers_all_under_load(
     student_artifact: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], 
     return train(folder, 1, "auto", 4), folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_train_and_resume_like_one(
     strategy: str, one_process: tuple[list[float], Path], tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_parts_do_not_change_the_vectors(student_artifact: Path, shards: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "1048576"]
 
 
+@pytest.mark.slow
 def test_killed_embedding_resumes_at_next_part(
     student_artifact: Path, shards: Path, one_process: Path, tmp_path: Path
 ) -> None:
