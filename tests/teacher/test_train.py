@@ -27,6 +27,7 @@ from vpr.training.config import RunConfig
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))
 RECIPES = sorted(Path(teacher.__file__).parent.glob("recipes/*.yaml"))
+_LONG = {"guie-1st": pytest.mark.slow}  # several stages
 
 
 def small_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
@@ -145,7 +146,7 @@ def test_every_recipe_is_planned(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=_LONG.get(path.stem, ())) for path in RECIPES])
 def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_path: Path) -> None:
     """Use all settings of the recipe except tower, batch size and epochs."""
     assert catalog.artifact is not None

@@ -18,6 +18,7 @@ from vpr.common.hardware import available_cpus
 from vpr.data.catalog import Catalog
 
 
+@pytest.mark.slow
 def test_every_backend_is_timed_or_gives_its_reason(student_artifact: Path, catalog: Catalog, tmp_path: Path) -> None:
     fp16 = export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "fp16"), precision="fp16"))
     engine = build_engine(EngineConfig(str(fp16), str(tmp_path / "engine"), target="sm86"))

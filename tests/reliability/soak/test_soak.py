@@ -120,7 +120,6 @@ with running_clock.RunningClock() as clock:
     assert counted > 0.2
 
 
-@pytest.mark.reliability
 def test_interned_names_are_no_growth() -> None:
     code = """
 import sys
