@@ -1,6 +1,7 @@
 """Help: the overview of commands, and the keys of one command, short or complete."""
 
 import dataclasses
+import inspect
 import re
 import shutil
 import textwrap
@@ -44,6 +45,8 @@ def config_help(prog: str, config_class: type[Any], command: Command, is_complet
     lines = [" ".join(f"usage: {prog} {usage} [--key value ...]".split()), "", f"{command.help}."]
     if longer := [f"vpr {other}" for other in COMMANDS if f"vpr {other}".startswith(f"{prog} ")]:
         lines.append(f"See also: {', '.join(longer)}.")
+    if details := (inspect.getdoc(config_class) or "").partition("\n\nAttributes:")[0].partition("\n\n")[2]:
+        lines += ["", *textwrap.wrap(" ".join(details.replace("``", "`").split()), 100)]
     lines += _section("required", [_entry(action, is_complete) for action in required])
     if not is_complete:
         common = [action for action in others if action.dest in command.common]

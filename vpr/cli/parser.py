@@ -8,7 +8,7 @@ from argparse import SUPPRESS, Action
 from collections import deque
 from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -52,11 +52,9 @@ def build_parser(config_class: type[Any]) -> CommandParser:
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(config_class)
     for section in dataclasses.fields(config_class):
-        default: Any = section.default
-        section_class: Any = type(default)
+        default, section_class = cast(Any, section.default), cast(Any, type(section.default))
         if hasattr(section_class, "__dataclass_fields__") and default == section_class():
-            # The default instance holds what __post_init__ derives, such as the sizes of a preset. A recipe that names
-            # another preset must not inherit them.
+            # The instance holds what __post_init__ derives. A recipe with another preset must not inherit its sizes.
             keys = [key for key in dataclasses.fields(default) if getattr(default, key.name) != key.default]
             parser.set_defaults({f"{section.name}.{key.name}": key.default for key in keys})
     return parser
