@@ -46,7 +46,7 @@ def config_help(prog: str, config_class: type[Any], command: Command, is_complet
     if longer := [f"vpr {other}" for other in COMMANDS if f"vpr {other}".startswith(f"{prog} ")]:
         lines.append(f"See also: {', '.join(longer)}.")
     if details := (inspect.getdoc(config_class) or "").partition("\n\nAttributes:")[0].partition("\n\n")[2]:
-        lines += ["", *textwrap.wrap(" ".join(details.replace("``", "`").split()), 100)]
+        lines += ["", *textwrap.wrap(" ".join(details.replace("``", "`").split()), 80)]
     lines += _section("required", [_entry(action, is_complete) for action in required])
     if not is_complete:
         common = [action for action in others if action.dest in command.common]
