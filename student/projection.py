@@ -80,8 +80,9 @@ def fit_projection(config: DimensionConfig, vectors: Vectors, dim: int, seed: in
 
 
 def project(vectors: Tensor, projection: Tensor) -> Tensor:
-    """Project (n, D) vectors to (n, d) of unit length."""
-    return F.normalize(vectors @ projection, dim=1)
+    """Return (n, d) float32 vectors of unit length from (n, D) vectors, in full precision also under autocast."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        return F.normalize(vectors.float() @ projection, dim=1)
 
 
 def principal_directions(vectors: Vectors, dim: int) -> Tensor:

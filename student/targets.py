@@ -88,7 +88,7 @@ class OnlineTargets(nn.Module):
         """Return the (batch, d) embeddings of the views, and the bank: these and earlier ones."""
         pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters)
         vectors = embed_pixels(self._teacher[0], self.normalise, pixels if mixup is None else mixup(pixels)).clone()
-        vectors = F.normalize(vectors if self.projection is None else vectors @ self.projection, dim=1)
+        vectors = F.normalize(vectors, dim=1) if self.projection is None else project(vectors, self.projection)
         self._enqueue(all_gather_cat(vectors))
         return vectors, self.queue[: int(self.filled)]
 

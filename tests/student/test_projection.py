@@ -92,3 +92,12 @@ def test_wrong_dimensions_are_rejected(method: Any, student_dim: int, reason: st
 def reduction(method: Any, student_dim: int) -> DistillConfig:
     model = StudentConfig(embedding_dim=student_dim)
     return DistillConfig("teacher", "catalog", "student", model=model, dimension=DimensionConfig(method))
+
+
+def test_projection_is_exact_under_autocast() -> None:
+    vectors, projection = torch.randn(6, 16), torch.randn(16, 4)
+    expected = project(vectors, projection)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = project(vectors, projection)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

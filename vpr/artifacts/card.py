@@ -14,7 +14,7 @@ SCHEMA = 2
 _MAX_CARD_BYTES = 4 << 20
 
 Kind = Literal[
-    "catalog", "teacher", "student", "views", "embeddings", "calibration", "onnx", "ranges", "engine", "serving",
+    "catalog", "teacher", "student", "views", "embeddings", "onnx", "ranges", "engine", "serving",
     "report",
 ]  # fmt: skip
 
