@@ -50,7 +50,7 @@ def test_smallest_drop_wins_if_nothing_fits() -> None:
     assert decision.chosen.quantised == {"b"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=7), st.integers(0, 40))
 def test_additive_harm_gives_the_largest_set(costs: list[int], budget: int) -> None:
     layers = {f"layer{i}": cost for i, cost in enumerate(costs)}

@@ -177,7 +177,7 @@ def test_killed_distillation_resumes_bit_equal(targets: dict[str, Any], config: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, r"^epochs: .*0"),
+        ({"epochs": 0}, r"^epochs: expected .+ got 0"),
         ({"lr": float("nan")}, r"^lr: .*nan"),
         ({"seed": -1}, r"^seed: expected 0 to below 2\^31, got -1"),
         ({"run": RunConfig(strategy="fsdp")}, r"run\.strategy: distillation does not support fsdp"),
@@ -206,8 +206,8 @@ def test_wrong_values_are_rejected_by_key(changes: dict[str, Any], message: str,
             lambda: TargetsConfig(mode="online", mixup=0.001),
             r"targets\.mixup: expected 0 \(off\) or 0\.05 to 100, got 0\.001",
         ),
-        (lambda: TargetsConfig(views=0), r"^targets\.views: .*0"),
-        (lambda: DimensionConfig(steps=0), r"^dimension\.steps: .*0"),
+        (lambda: TargetsConfig(views=0), r"^targets\.views: expected .+ got 0"),
+        (lambda: DimensionConfig(steps=0), r"^dimension\.steps: expected .+ got 0"),
         (lambda: StudentConfig(preset="huge"), r"model\.preset: expected one of .*, got 'huge'"),  # type: ignore[arg-type]
     ],
 )

@@ -269,10 +269,10 @@ def test_tag_sets_the_preprocessing() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 8}, r"tower\.image_size: .*8"),
-        ({"patch_stride": -1}, r"tower\.patch_stride: .*-1"),
-        ({"dropout": 1.0}, r"tower\.dropout: .*1\.0"),
-        ({"embedding_dim": -5}, r"tower\.embedding_dim: .*-5"),
+        ({"image_size": 8}, r"tower\.image_size: expected .+ got 8"),
+        ({"patch_stride": -1}, r"tower\.patch_stride: expected .+ got -1"),
+        ({"dropout": 1.0}, r"tower\.dropout: expected .+ got 1\.0"),
+        ({"embedding_dim": -5}, r"tower\.embedding_dim: expected .+ got -5"),
     ],
 )
 def test_values_out_of_range_are_rejected(changes: dict[str, float], message: str) -> None:

@@ -195,9 +195,9 @@ def test_default_config_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qe": -1}, r"rerank\.qe: .*-1"),
-        ({"k1": 0}, r"rerank\.k1: .*0"),
-        ({"original_weight": 1.5}, r"rerank\.original_weight: .*1\.5"),
+        ({"qe": -1}, r"rerank\.qe: expected .+ got -1"),
+        ({"k1": 0}, r"rerank\.k1: expected .+ got 0"),
+        ({"original_weight": 1.5}, r"rerank\.original_weight: expected .+ got 1\.5"),
         ({"alpha": float("nan")}, r"rerank\.alpha: .*nan"),
     ],
 )
