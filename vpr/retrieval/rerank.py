@@ -4,6 +4,7 @@ Each step is fitted on the gallery alone, so a query's result does not depend on
 k-reciprocal re-ranking, as published.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 from vpr.retrieval.config import RerankConfig
-from vpr.retrieval.search import check_k, search
+from vpr.retrieval.search import check_k, nearest_rows, search
 
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Encoding = tuple[Rows, NDArray[np.float64]]  # members of a neighbourhood and their weights
 _BLOCK = 1024  # rows of a block of the all-pairs product
+_BLOCK_VALUES = 1 << 25  # similarities of a block of queries
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ def expand_queries(query: Vectors, gallery: Vectors, k: int, alpha: float) -> Ve
     return _expand(query, gallery, k, alpha, query) if k else query
 
 
-def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, lambda_: float) -> Vectors:
-    """Return (queries, gallery) float32 k-reciprocal distances (Zhong et al., CVPR 2017, eq. 2 to 12).
+def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, lambda_: float) -> Iterator[Vectors]:
+    """Yield blocks of (queries, gallery) float32 k-reciprocal distances (Zhong et al., CVPR 2017, eq. 2 to 12).
 
     Neighbourhoods contain queries and gallery images, so queries influence each other. The encoding of an image has
-    some dozens of values, and all-pairs products are computed in blocks: the largest array is the result.
+    some dozens of values, and all-pairs products are computed in blocks: memory grows with the number of images.
     Vectors are (n, dim) float32, L2-normalised. A neighbourhood has ``k1`` neighbours, the encodings of ``k2`` are
     averaged (local query expansion), and ``lambda_`` is the weight of the original distance.
     """
@@ -94,9 +96,12 @@ def k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, lambda_: fl
     encodings = [_encode(row, sets, half_sets, vectors, farthest) for row in rows]
     if k2 > 1:
         encodings = [_average([encodings[neighbour] for neighbour in neighbours[row, :k2]]) for row in rows]
-    jaccard = _jaccard(encodings[: len(query)], encodings[len(query) :], len(vectors))
-    original = 2 * (1 - query @ gallery.T) / farthest[: len(query), None]
-    return ((1 - lambda_) * jaccard + lambda_ * original).astype(np.float32)
+    index = _InvertedIndex.build(encodings[len(query) :], len(vectors))
+    step = max(1, _BLOCK_VALUES // len(gallery))
+    for start in range(0, len(query), step):
+        block = slice(start, min(start + step, len(query)))
+        original = 2 * (1 - query[block] @ gallery.T) / farthest[block, None]
+        yield ((1 - lambda_) * index.jaccard(encodings[block]) + lambda_ * original).astype(np.float32)
 
 
 def transform(query: Vectors, gallery: Vectors, config: RerankConfig) -> tuple[Vectors, Vectors]:
@@ -108,12 +113,15 @@ def transform(query: Vectors, gallery: Vectors, config: RerankConfig) -> tuple[V
     return expand_queries(query, gallery, min(config.qe, len(gallery)), config.alpha), gallery
 
 
-def similarities(query: Vectors, gallery: Vectors, config: RerankConfig) -> Vectors:
-    """Return (queries, gallery) float32 scores after all steps, larger is nearer."""
+def similarities(query: Vectors, gallery: Vectors, config: RerankConfig) -> Iterator[Vectors]:
+    """Yield blocks of (queries, gallery) float32 scores after all steps, larger is nearer."""
     query, gallery = transform(query, gallery, config)
     if config.k_reciprocal:
-        return -k_reciprocal(query, gallery, config.k1, config.k2, config.original_weight)
-    return query @ gallery.T
+        distances = k_reciprocal(query, gallery, config.k1, config.k2, config.original_weight)
+        yield from (-block for block in distances)
+        return
+    step = max(1, _BLOCK_VALUES // len(gallery))
+    yield from (query[start : start + step] @ gallery.T for start in range(0, len(query), step))
 
 
 def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tuple[Vectors, Rows]:
@@ -121,9 +129,11 @@ def rank(query: Vectors, gallery: Vectors, config: RerankConfig, k: int) -> tupl
     if not config.k_reciprocal:
         return search(*transform(query, gallery, config), k)
     check_k(k, len(gallery))
-    scores = similarities(query, gallery, config)
-    rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, rows, axis=1), rows
+    scores, rows = [], []
+    for block in similarities(query, gallery, config):
+        rows.append(np.stack([nearest_rows(row, k) for row in block]))
+        scores.append(np.take_along_axis(block, rows[-1], axis=1))
+    return np.concatenate(scores), np.concatenate(rows)
 
 
 def _expand(start: Vectors, gallery: Vectors, k: int, alpha: float, query: Vectors | None = None) -> Vectors:
@@ -175,17 +185,29 @@ def _average(encodings: list[Encoding]) -> Encoding:
     return members, np.bincount(index, np.concatenate([w for _, w in encodings])) / len(encodings)
 
 
-def _jaccard(queries: list[Encoding], gallery: list[Encoding], members: int) -> NDArray[np.float64]:
-    """Return (queries, gallery) Jaccard distances of encodings (eq. 10), from an inverted index of members."""
-    gallery_members = np.concatenate([m for m, _ in gallery])
-    gallery_rows = np.repeat(np.arange(len(gallery)), [len(m) for m, _ in gallery])
-    gallery_weights = np.concatenate([w for _, w in gallery])
-    order = np.argsort(gallery_members, kind="stable")
-    gallery_rows, gallery_weights = gallery_rows[order], gallery_weights[order]
-    starts = np.searchsorted(gallery_members[order], np.arange(members + 1))
-    overlap = np.zeros((len(queries), len(gallery)))
-    for row, (query_members, query_weights) in enumerate(queries):
-        for member, weight in zip(query_members, query_weights, strict=True):
-            postings = slice(starts[member], starts[member + 1])
-            overlap[row, gallery_rows[postings]] += np.minimum(weight, gallery_weights[postings])
-    return 1 - overlap / (2 - overlap)  # weights sum to 1, so the union is 2 - overlap
+@dataclass(frozen=True)
+class _InvertedIndex:
+    """Gallery images by the members of their encodings."""
+
+    rows: Rows  # gallery rows, sorted by member
+    weights: NDArray[np.float64]  # weight of the member in the encoding of the row
+    starts: Rows  # first position of each member
+    gallery: int  # number of gallery images
+
+    @classmethod
+    def build(cls, gallery: list[Encoding], members: int) -> "_InvertedIndex":
+        """Index encodings with members below ``members``."""
+        gallery_members = np.concatenate([m for m, _ in gallery])
+        rows = np.repeat(np.arange(len(gallery)), [len(m) for m, _ in gallery])
+        order = np.argsort(gallery_members, kind="stable")
+        starts = np.searchsorted(gallery_members[order], np.arange(members + 1))
+        return cls(rows[order], np.concatenate([w for _, w in gallery])[order], starts, len(gallery))
+
+    def jaccard(self, queries: list[Encoding]) -> NDArray[np.float64]:
+        """Return (queries, gallery) Jaccard distances of encodings (eq. 10)."""
+        overlap = np.zeros((len(queries), self.gallery))
+        for row, (members, weights) in enumerate(queries):
+            for member, weight in zip(members, weights, strict=True):
+                postings = slice(self.starts[member], self.starts[member + 1])
+                overlap[row, self.rows[postings]] += np.minimum(weight, self.weights[postings])
+        return 1 - overlap / (2 - overlap)  # weights sum to 1, so the union is 2 - overlap

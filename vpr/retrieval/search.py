@@ -17,10 +17,11 @@ def search(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the ``k`` gallery vectors with the largest inner product for each query, best first.
 
+    Equal products are returned in the order of the gallery, as :func:`vpr.retrieval.metrics.evaluate` ranks them.
     Queries and gallery are (n, dim) float32; the result is (queries, k) float32 scores and int64 gallery rows.
 
     Raises:
-        UserError: ``k`` is out of range, or the dimensions differ.
+        UserError: ``k`` is out of range, the dimensions differ, or a vector is not finite.
     """
     import faiss
 
@@ -28,7 +29,21 @@ def search(
     dim, gallery_dim = query_vectors.shape[1], gallery_vectors.shape[1]
     if dim != gallery_dim:
         raise UserError(f"search: queries have {dim} dimensions, the gallery {gallery_dim}. Embed both with one model.")
+    # A sum is finite only if all values are, and takes no memory. faiss returns row -1 for such a query.
+    if not all(np.isfinite(vectors.sum(dtype=np.float64)) for vectors in (query_vectors, gallery_vectors)):
+        raise UserError("search: the embeddings contain NaN or infinity. Check the model with `vpr export parity`.")
     # An index would copy the gallery, which costs as much as many searches at a million vectors.
     query, gallery = (np.ascontiguousarray(vectors, dtype=np.float32) for vectors in (query_vectors, gallery_vectors))
-    scores, rows = faiss.knn(query, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return scores, rows
+    scores, rows = faiss.knn(query, gallery, min(k + 1, len(gallery)), metric=faiss.METRIC_INNER_PRODUCT)
+    order = np.lexsort((rows, -scores))
+    scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    # faiss keeps any of the equally near rows where its list ends.
+    for index in np.flatnonzero(scores[:, k - 1] == scores[:, -1]) if k < len(gallery) else ():
+        rows[index, :k] = nearest_rows(gallery @ query[index], k)
+    return np.ascontiguousarray(scores[:, :k]), np.ascontiguousarray(rows[:, :k])
+
+
+def nearest_rows(similarities: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Return the ``k`` nearest rows of one query's (gallery,) similarities, equal ones in the order of the gallery."""
+    candidates = np.flatnonzero(similarities >= np.partition(similarities, -k)[-k])
+    return candidates[np.argsort(-similarities[candidates], kind="stable")[:k]]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import timeit
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import pytrec_eval
@@ -7,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpr.common.errors import UserError
-from vpr.retrieval.metrics import average_precision, bootstrap_interval, evaluate, evaluate_similarities
+from vpr.retrieval import metrics as metrics_module
+from vpr.retrieval.metrics import average_precision, evaluate, evaluate_similarities, matching_ranks
 from vpr.retrieval.search import search
 
 
@@ -27,7 +31,7 @@ def _loop_average_precision(relevant: list[bool], k: int) -> float:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any), st.integers(1, 50))
 def test_average_precision_equals_a_loop(relevant: list[bool], k: int) -> None:
-    assert average_precision(np.array([relevant]), k)[0] == pytest.approx(_loop_average_precision(relevant, k))
+    assert average_precision(np.flatnonzero(relevant), k) == pytest.approx(_loop_average_precision(relevant, k))
 
 
 def test_average_precision_equals_scikit_learn() -> None:
@@ -39,7 +43,9 @@ def test_average_precision_equals_scikit_learn() -> None:
         if not relevant.any():
             continue
         order = np.argsort(-scores)
-        assert average_precision(relevant[order][None])[0] == pytest.approx(average_precision_score(relevant, scores))
+        assert average_precision(np.flatnonzero(relevant[order])) == pytest.approx(
+            average_precision_score(relevant, scores)
+        )
 
 
 def test_recall_equals_faiss() -> None:
@@ -53,6 +59,8 @@ def test_recall_equals_faiss() -> None:
     assert scores.recall_at_1 == pytest.approx(hit[:, 0].mean())
     assert scores.recall_at_5 == pytest.approx(hit[:, :5].any(axis=1).mean())
     assert scores.recall_at_10 == pytest.approx(hit.any(axis=1).mean())
+    assert scores.query_products == 20
+    assert scores.ci95 is not None
     assert scores.ci95[0] <= scores.recall_at_1 <= scores.ci95[1]
 
 
@@ -88,15 +96,61 @@ def test_gallery_as_queries_scores_one() -> None:
     assert (scores.recall_at_1, scores.map, scores.map_at_1000) == (1.0, 1.0, 1.0)
 
 
-@settings(max_examples=20)
-@given(st.integers(20, 200), st.floats(0.05, 0.95))
-def test_bootstrap_interval_is_near_the_normal_one(n: int, share: float) -> None:
-    values = np.arange(n) < round(n * share)
-    low, high = bootstrap_interval(values)
-    mean = values.mean()
-    half = 1.96 * np.sqrt(mean * (1 - mean) / n)
-    assert low == pytest.approx(mean - half, abs=0.35 * half + 1 / n)
-    assert high == pytest.approx(mean + half, abs=0.35 * half + 1 / n)
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from([0, 48]))
+def test_ranks_equal_a_stable_sort(data: st.DataObject, max_compared: int) -> None:
+    """Both ways of counting give the places of the matching images in a stable sort, with many ties."""
+    size = data.draw(st.integers(1, 60))
+    level = st.sampled_from([-1.0, -0.0, 0.0, 0.25, 1.0])
+    similarities = np.array(data.draw(st.lists(level, min_size=size, max_size=size)), dtype=np.float32)
+    matching = np.array(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1))))
+    order = np.argsort(-similarities, kind="stable")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_module, "_MAX_COMPARED", max_compared)
+        ranks = matching_ranks(similarities, matching)
+    assert ranks.tolist() == np.flatnonzero(np.isin(order, matching)).tolist()
+
+
+def test_many_matching_images_take_no_comparison_each() -> None:
+    """A comparison of the row for each of 20,000 matching images takes 20 times as long as a sort."""
+    similarities = np.random.default_rng(3).standard_normal(100_000).astype(np.float32)
+    matching = np.arange(0, 100_000, 5)
+
+    def seconds(function: Callable[[], object]) -> float:
+        return min(timeit.repeat(function, number=1, repeat=3))
+
+    counted = seconds(lambda: matching_ranks(similarities, matching))
+    assert counted < 4 * seconds(lambda: np.argsort(-similarities, kind="stable"))
+
+
+def test_blocks_give_the_scores_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    queries, gallery = _unit_vectors(rng, 50), _unit_vectors(rng, 60)
+    names, gallery_names = (np.arange(50) % 12).astype(str), (np.arange(60) % 12).astype(str)
+    whole = evaluate(queries, names, gallery, gallery_names)
+    monkeypatch.setattr(metrics_module, "_BLOCK_VALUES", 7 * 60)
+    blocks = evaluate(queries, names, gallery, gallery_names)
+    given_blocks = (queries[start : start + 9] @ gallery.T for start in range(0, 50, 9))
+    given = evaluate_similarities(given_blocks, names, gallery_names)
+    for other in (blocks, given):
+        assert (other.map, other.hits.tolist(), other.ci95) == (whole.map, whole.hits.tolist(), whole.ci95)
+
+
+def test_equal_images_rank_alike_in_evaluation_and_search() -> None:
+    """A gallery of copies: evaluation and search prefer the earlier copy, whatever its product."""
+    rng = np.random.default_rng(5)
+    images = _unit_vectors(rng, 40)
+    copies = rng.integers(0, 40, 300)
+    gallery, products = images[copies], rng.integers(0, 30, 300).astype(str)
+    queries, names = _unit_vectors(rng, 100), rng.choice(products, 100)
+    scores = evaluate(queries, names, gallery, products)
+    for k in (1, 3, 50):
+        _, rows = search(queries, gallery, k)
+        expected = np.argsort(-(queries @ images.T)[:, copies], axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(rows, expected)
+    assert scores.hits.tolist() == (products[search(queries, gallery, 1)[1][:, 0]] == names).tolist()
+    same = np.tile(images[:1], (50, 1))
+    assert search(same[:2], same, 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_invalid_evaluation_is_rejected() -> None:
@@ -105,6 +159,10 @@ def test_invalid_evaluation_is_rejected() -> None:
         evaluate(vectors, names, vectors[:3], names[:3])
     with pytest.raises(UserError, match="no queries"):
         evaluate(vectors[:0], names[:0], vectors, names)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        evaluate_similarities(np.full((4, 4), np.nan, dtype=np.float32), names, names)
+    with pytest.raises(UserError, match="differ in number"):
+        evaluate_similarities(np.zeros((3, 4), dtype=np.float32), names, names)
     with pytest.raises(UserError, match="NaN or infinity"):
         evaluate(vectors * np.nan, names, vectors, names)
     with pytest.raises(UserError, match="dimensions"):
@@ -123,5 +181,16 @@ def test_map_at_1000_equals_trec_eval(gallery: int) -> None:
     ranked = {str(q): {str(g): float(gallery - g) for g in range(gallery)} for q in range(12)}
     reference = pytrec_eval.RelevanceEvaluator(judged, {"map_cut_1000", "map"}).evaluate(ranked)
     expected = [reference[str(q)]["map_cut_1000"] for q in range(12)]
-    np.testing.assert_allclose(average_precision(relevant, 1000), expected, atol=1e-9)
-    np.testing.assert_allclose(average_precision(relevant), [reference[str(q)]["map"] for q in range(12)], atol=1e-9)
+    ranks = [np.flatnonzero(row) for row in relevant]
+    np.testing.assert_allclose([average_precision(row, 1000) for row in ranks], expected, atol=1e-9)
+    full = [reference[str(q)]["map"] for q in range(12)]
+    np.testing.assert_allclose([average_precision(row) for row in ranks], full, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("is_query", [True, False])
+def test_search_for_vectors_that_are_not_finite_is_an_error(value: float, is_query: bool) -> None:
+    queries, gallery = (_unit_vectors(np.random.default_rng(4), count) for count in (2, 20))
+    (queries if is_query else gallery)[1, 3] = value
+    with pytest.raises(UserError, match="search: the embeddings contain NaN or infinity"):
+        search(queries, gallery, 3)

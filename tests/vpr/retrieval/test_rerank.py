@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,13 +87,13 @@ def loop_k_reciprocal(query: Vectors, gallery: Vectors, k1: int, k2: int, lambda
 def test_k_reciprocal_equals_a_dense_loop(k1: int, k2: int, lambda_: float) -> None:
     rng = np.random.default_rng(0)
     query, gallery = unit_vectors(rng, 9, 6), unit_vectors(rng, 40, 6)
-    distances = k_reciprocal(query, gallery, k1, k2, lambda_)
+    distances = np.concatenate(list(k_reciprocal(query, gallery, k1, k2, lambda_)))
     np.testing.assert_allclose(distances, loop_k_reciprocal(query, gallery, k1, k2, lambda_), atol=2e-5)
 
 
 def test_k_reciprocal_of_equal_vectors_is_finite() -> None:
     same = np.tile(unit_vectors(np.random.default_rng(0), 1, 4), (60, 1))
-    assert np.isfinite(k_reciprocal(same[:3], same[3:], 5, 3, 0.3)).all()
+    assert all(np.isfinite(block).all() for block in k_reciprocal(same[:3], same[3:], 5, 3, 0.3))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
@@ -140,12 +141,29 @@ CONFIGS = [
 ]
 
 
+def dense(query: np.ndarray, gallery: np.ndarray, config: RerankConfig) -> np.ndarray:
+    """Return all blocks of similarities as one array."""
+    return np.concatenate(list(similarities(query, gallery, config)))
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=range(2))
+def test_blocks_give_what_one_block_gives(config: RerankConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    query, gallery = unit_vectors(rng, 11, 6), unit_vectors(rng, 30, 6)
+    k_reciprocal_config = replace(config, k_reciprocal=True, k1=5, k2=2)
+    whole = [dense(query, gallery, steps) for steps in (config, k_reciprocal_config)]
+    monkeypatch.setattr("vpr.retrieval.rerank._BLOCK_VALUES", 100)  # three queries
+    for steps, expected in zip((config, k_reciprocal_config), whole, strict=True):
+        assert len(list(similarities(query, gallery, steps))) == 4
+        np.testing.assert_allclose(dense(query, gallery, steps), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_order_of_the_gallery_is_irrelevant(config: RerankConfig) -> None:
     rng = np.random.default_rng(4)
     query, gallery = unit_vectors(rng, 5, 6), unit_vectors(rng, 30, 6)
     order = rng.permutation(30)
-    plain, shuffled = similarities(query, gallery, config), similarities(query, gallery[order], config)
+    plain, shuffled = dense(query, gallery, config), dense(query, gallery[order], config)
     np.testing.assert_allclose(plain[:, order], shuffled, atol=1e-5)
 
 
@@ -153,9 +171,9 @@ def test_order_of_the_gallery_is_irrelevant(config: RerankConfig) -> None:
 def test_queries_are_independent_without_k_reciprocal(config: RerankConfig) -> None:
     rng = np.random.default_rng(5)
     query, gallery = unit_vectors(rng, 5, 6), unit_vectors(rng, 30, 6)
-    together = similarities(query, gallery, config)
+    together = dense(query, gallery, config)
     for row in range(5):
-        np.testing.assert_allclose(similarities(query[row : row + 1], gallery, config)[0], together[row], atol=1e-6)
+        np.testing.assert_allclose(dense(query[row : row + 1], gallery, config)[0], together[row], atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -167,7 +185,7 @@ def test_ranking_follows_the_similarities(seed: int, k: int) -> None:
         if config.whiten > 5:
             continue
         scores, rows = rank(query, gallery, config, k)
-        expected = similarities(query, gallery, config)
+        expected = dense(query, gallery, config)
         np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :k], atol=1e-5)
         np.testing.assert_allclose(np.take_along_axis(expected, rows, axis=1), scores, atol=1e-5)
         assert all(len(set(row)) == k for row in rows.tolist())
@@ -208,7 +226,7 @@ def test_values_out_of_range_are_rejected(changes: dict[str, float], message: st
 
 def test_too_many_whitening_directions_are_rejected() -> None:
     with pytest.raises(UserError, match=r"rerank\.whiten: expected at most 5 .*, got 9"):
-        similarities(
+        dense(
             unit_vectors(np.random.default_rng(0), 2, 5),
             unit_vectors(np.random.default_rng(1), 9, 5),
             RerankConfig(whiten=9),
