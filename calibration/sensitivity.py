@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr.retrieval.metrics import bootstrap_interval
-
 Layers = frozenset[str]
 
 
@@ -17,17 +15,22 @@ class LayerSetScore:
 
     hits: NDArray[np.bool_]  # (queries,) bool, whether the first result is correct
     cosine: float  # mean cosine to the float model's embeddings
+    # correlation of changed hits within a product; None if too few products change to measure it
+    correlation: float | None = None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A set of layers that was quantised and scored."""
+    """A set of layers that was quantised and scored on the search's products.
+
+    Its drop steers the search and is no estimate of the true drop: a search picks sets that were lucky.
+    """
 
     quantised: Layers  # names of the quantised layers
     recall: float  # recall@1
     drop: float  # drop of recall@1 from the float model's
-    interval: tuple[float, float]  # 95 % interval of the drop, paired over the queries
     cosine: float  # mean cosine to the float model's embeddings
+    correlation: float | None = None  # correlation of changed hits within a product, if it could be measured
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Decision:
     trials: list[Trial]  # trials of every scored set, in order
     reasons: dict[str, str]  # reason for each layer's precision, by layer
 
+    @property
+    def correlation(self) -> float | None:
+        """Largest correlation of changed hits within a product of any trial; None if none could be measured."""
+        return max((trial.correlation for trial in self.trials if trial.correlation is not None), default=None)
+
 
 def search_quantised_layers(
     layers: Sequence[str],
@@ -49,10 +57,10 @@ def search_quantised_layers(
 ) -> Decision:
     """Find the largest set of quantised layers whose recall@1 drops by no more than the budget.
 
-    The search first tries all layers. If they cost too much, it tries each layer alone and ranks the layers by harm
-    (cosine, ties by recall). Bisection finds the fewest most harmful layers to leave in float. Then each of these
-    layers is quantised after all if the budget allows it, least harmful first. If no set is within the budget, the
-    set with the smallest drop is chosen and ``within_budget`` is False.
+    The search tries each layer alone and ranks the layers by harm (cosine, ties by recall), and it tries all layers
+    together. If they cost too much, bisection finds the fewest most harmful layers to leave in float. Then each of
+    these layers is quantised after all if the budget allows it, least harmful first. If no set is within the budget,
+    the set with the smallest drop is chosen and ``within_budget`` is False.
 
     ``evaluate`` scores a set out of one or more layers; the empty set is the float model. The chosen set is also tried
     reduced to each kind of layers in ``reduced_sets``, because a smaller set may be faster.
@@ -68,15 +76,15 @@ def search_quantised_layers(
     def is_within_budget(quantised: Layers) -> bool:
         return attempt(quantised).drop <= budget
 
+    alone = [attempt(frozenset([layer])) for layer in layers]
+    single_layer_trials = sorted(alone, key=lambda trial: (trial.cosine, -trial.drop))
+    harmful = [next(iter(trial.quantised)) for trial in single_layer_trials]
     every_layer = attempt(frozenset(layers))
     if every_layer.drop <= budget:
         for kind in reduced_sets:
             attempt(every_layer.quantised & frozenset(kind))
         reasons = dict.fromkeys(layers, "quantised: all layers together are within the budget")
-        return Decision(every_layer, True, [], list(tried.values()), reasons)
-    alone = [attempt(frozenset([layer])) for layer in layers]
-    single_layer_trials = sorted(alone, key=lambda trial: (trial.cosine, -trial.drop))
-    harmful = [next(iter(trial.quantised)) for trial in single_layer_trials]
+        return Decision(every_layer, True, single_layer_trials, list(tried.values()), reasons)
     excluded = _count_excluded(harmful, is_within_budget)
     chosen = attempt(frozenset(harmful[excluded:]))
     for layer in reversed(harmful[:excluded]):
@@ -105,7 +113,7 @@ def _count_excluded(harmful: list[str], is_within_budget: Callable[[Layers], boo
 
 def _trial(quantised: Layers, score: LayerSetScore, float_score: LayerSetScore) -> Trial:
     lost = float_score.hits.astype(np.float64) - score.hits
-    return Trial(quantised, float(score.hits.mean()), float(lost.mean()), bootstrap_interval(lost), score.cosine)
+    return Trial(quantised, float(score.hits.mean()), float(lost.mean()), score.cosine, score.correlation)
 
 
 def _explain_layers(chosen: Trial, single_layer_trials: list[Trial], budget: float) -> dict[str, str]:

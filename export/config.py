@@ -26,10 +26,16 @@ def check_backends(names: Sequence[str]) -> None:
         raise UserError(f"backends: unknown backend '{unknown[0]}'. Choose from all, {', '.join(BACKEND_NAMES)}.")
 
 
-def check_drop(name: str, drop: float | None) -> None:
-    """Raise :class:`UserError` if a limit on the drop of recall@1 is set and is no share of queries."""
-    if drop is not None and not -1 <= drop <= 1:
-        raise UserError(f"{name}: expected -1 to 1, a share of queries such as 0.01, got {drop}.")
+def check_drop(name: str, drop: float | None, lowest: int = 0) -> None:
+    """Raise :class:`UserError` if a limit on the drop of recall@1 is set and is not ``lowest`` to 1."""
+    if drop is not None and not lowest <= drop <= 1:
+        raise UserError(f"{name}: expected {lowest} to 1, a share of queries such as 0.005, got {drop}.")
+
+
+def check_confidence(name: str, confidence: float) -> None:
+    """Raise :class:`UserError` if a confidence is not a probability to rely on."""
+    if not 0.5 <= confidence < 1:
+        raise UserError(f"{name}: expected 0.5 or more and less than 1, such as 0.95, got {confidence}.")
 
 
 MAX_BATCH = 1024
@@ -79,7 +85,9 @@ class Int8Config:
         scope: ``linear`` quantises linears, ``full-mha`` also the products of attention, ``full`` also the convolutions
             of a stem. None means ``full`` with ``max_recall_drop``, else ``linear``.
         dtype: Eight-bit type. ``fp8`` (E4M3) needs an Ada or Hopper GPU.
-        max_recall_drop: Largest drop of recall@1 on the validation split, such as 0.005. None sets no limit.
+        max_recall_drop: Largest drop of recall@1, such as 0.005. Layers are searched on a third of the products of the
+            validation split, and the drop is confirmed on the others. None sets no limit.
+        confidence: Confidence that the true drop of a confirmed graph is within ``max_recall_drop``.
         catalog: Catalogue for ``max_recall_drop``. Its test split is never read.
         timing_backend: Backend that times the candidates. ``auto`` means TensorRT with an NVIDIA GPU, else OpenVINO.
         batch: Images per call when candidates are timed.
@@ -95,6 +103,7 @@ class Int8Config:
     scope: Recipe | None = None
     dtype: QuantDtype = "int8"
     max_recall_drop: float | None = None
+    confidence: float = 0.95
     catalog: str = ""
     timing_backend: TimingBackend = "auto"
     batch: int = 1
@@ -103,6 +112,7 @@ class Int8Config:
 
     def __post_init__(self) -> None:
         check_drop("max_recall_drop", self.max_recall_drop)
+        check_confidence("confidence", self.confidence)
         if (self.max_recall_drop is None) != (not self.catalog):
             raise UserError("max_recall_drop: needs catalog, and catalog needs it. Set both or neither.")
         check_numbers(self, batch=(1, MAX_BATCH), threads=(0, MAX_THREADS))

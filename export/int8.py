@@ -91,7 +91,8 @@ def export_int8(config: Int8Config) -> Path:
         }
         if decision is not None:
             (draft.path / "decision.json").write_text(json.dumps(decision, indent=1), encoding="utf-8")
-            draft.metrics |= {key: decision[key] for key in ("within_budget", "drop", "drop_interval", "latency_ms")}
+            keys = ("max_recall_drop", "confidence", "confirmed", "drop_upper_bound", "outcome", "latency_ms")
+            draft.metrics |= {key: decision[key] for key in keys}
     precision = f"{config.dtype.upper()} over {config.base.upper()}"
     log.info(f"{config.output}: {precision}, {len(layers)} layers quantised, {len(unquantised)} not")
     return stage.path
@@ -130,7 +131,7 @@ def _is_qat_of(model: Artifact, ranges: Artifact) -> bool:
 def _search_layers(
     config: Int8Config, model: Artifact, calibrated: Calibrated, layers: list[str], validation: Catalog
 ) -> dict[str, Any]:
-    """Return the record of the search for the layers that stay within the budget on the validation split."""
+    """Return the record of the search for layers that stay within the budget, and of its confirmation."""
     assert config.max_recall_drop is not None
     if model.card.preprocess is None or not len(validation):
         raise UserError(f"{config.catalog}: the validation split is empty. Rebuild it with --validation above 0.")
@@ -142,6 +143,6 @@ def _search_layers(
         layers,
         [[node.name for node in nodes_of(calibrated.graph)] for nodes_of in (weighted_nodes, linear_nodes)],
         validation,
-        list(read_batches(validation, model.card.preprocess, _BATCH)),
-        Budget(config.max_recall_drop, config.seconds, candidates),
+        np.concatenate(list(read_batches(validation, model.card.preprocess, _BATCH))),
+        Budget(config.max_recall_drop, config.confidence, config.seconds, candidates),
     )

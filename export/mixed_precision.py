@@ -1,4 +1,4 @@
-"""Search for the fastest quantised graph within a recall budget, with a record of the evidence."""
+"""Search for the fastest quantised graph within a recall budget, confirmed on products that the search has not seen."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from calibration.confirmation import Confirmation, confirm_sequence, order_candidates, split_products
 from calibration.sensitivity import Decision, Layers, LayerSetScore, Trial, search_quantised_layers
 from export.candidates import CandidateRunner
 from export.parity import parity
@@ -16,13 +17,17 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.inference.onnx_graph import GraphSession
 from vpr.inference.timing import measure, summarise
-from vpr.retrieval.embeddings import l2_normalize, score_split
+from vpr.retrieval.drop_test import DropTest, change_correlation, drop_test, state_result
+from vpr.retrieval.embeddings import l2_normalize
+from vpr.retrieval.metrics import RetrievalScores, evaluate
 
 log = get_logger(__name__)
 
 _BASE = "nothing quantised"
-# Number of sets within the budget that are timed next to the chosen one, largest sets first.
-_MAX_ALTERNATIVES = 3
+_BATCH = 16
+_SEED = 0
+# Number of confirmed sets that are timed, largest sets first.
+_MAX_TIMED = 4
 # An alternative must take less than this share of the chosen set's time; a smaller gain is noise.
 _FASTER = 0.98
 
@@ -34,8 +39,37 @@ class Budget:
     """Recall budget, and how candidates are timed."""
 
     drop: float  # largest drop of recall@1
+    confidence: float  # confidence that a confirmed graph keeps to it
     seconds: float  # seconds of timing per candidate
     candidates: CandidateRunner  # loader of the candidates
+
+
+class Queries:
+    """Queries of some products of the validation split against all of its gallery."""
+
+    def __init__(self, validation: Catalog, pixels: NDArray[np.float32], products: NDArray[np.str_]) -> None:
+        """Select the queries of ``products``; ``pixels`` are the inputs of all images of the split, in its order."""
+        is_query = (validation.roles == "query") & np.isin(validation.products, products)
+        rows = np.flatnonzero(is_query | (validation.roles == "gallery"))
+        self._pixels, self._rows = pixels, rows
+        self._products, self._is_query = validation.products[rows], is_query[rows]
+        self.products: list[str] = products.tolist()
+
+    @property
+    def query_products(self) -> NDArray[np.str_]:
+        """(queries,) ids of the queries' products."""
+        return self._products[self._is_query]
+
+    def embed(self, graph: onnx.ModelProto) -> NDArray[np.float32]:
+        """Embed queries and gallery: (n, dim) float32, L2-normalised."""
+        session, rows = GraphSession(graph), self._rows
+        blocks = (self._pixels[rows[start : start + _BATCH]] for start in range(0, len(rows), _BATCH))
+        return l2_normalize(np.concatenate([session.embed(block) for block in blocks]))
+
+    def score(self, vectors: NDArray[np.float32]) -> RetrievalScores:
+        """Score the embeddings of :meth:`embed`."""
+        queries, products = self._is_query, self._products
+        return evaluate(vectors[queries], products[queries], vectors[~queries], products[~queries])
 
 
 def search_mixed_precision(
@@ -44,74 +78,96 @@ def search_mixed_precision(
     layers: list[str],
     reduced_sets: Sequence[Collection[str]],
     validation: Catalog,
-    batches: list[NDArray[np.float32]],
+    pixels: NDArray[np.float32],
     budget: Budget,
 ) -> dict[str, Any]:
-    """Choose the layers to quantise by recall, then by the time next to the float graph.
+    """Search the layers to quantise on some products, confirm the drop on others, and choose by time.
 
     Args:
         graph: FP32 graph.
         quantise: Function from names of layers to the FP32 graph with these layers quantised.
         layers: Names of the layers that may be quantised.
-        reduced_sets: Kinds of layers. The chosen set is also timed reduced to each, as eight bits may slow the others.
+        reduced_sets: Kinds of layers. The found set is also tried reduced to each, as eight bits may slow the others.
         validation: Images with roles ``query`` and ``gallery`` that no score is reported on.
-        batches: The same images as inputs.
+        pixels: The same images as inputs, (n, 3, size, size) float32.
         budget: Recall budget.
 
     Returns:
-        The content of ``decision.json``: ``quantised`` layers; ``within_budget`` by the ``drop`` and ``certain`` by
-        the upper end of its interval; ``latency_ms`` of the candidates; a reason for each layer; and every trial.
+        The content of ``decision.json``, as ``docs/artifacts.md`` lists it. If no candidate is confirmed, the set that
+        the search found is ``quantised``, and ``confirmed`` is False.
     """
-    float_vectors = _embed(graph, batches)
+    is_query = validation.roles == "query"
+    search_products, confirmation_products = split_products(validation.products[is_query], _SEED)
+    decision = _search(graph, quantise, layers, reduced_sets, Queries(validation, pixels, search_products), budget.drop)
+    queries = Queries(validation, pixels, confirmation_products)
+    float_hits = queries.score(queries.embed(graph)).hits
 
-    def evaluate(quantised: Layers) -> LayerSetScore:
-        vectors = _embed(quantise(sorted(quantised)), batches) if quantised else float_vectors
-        score = LayerSetScore(score_split(validation, vectors).hits, parity(float_vectors, vectors)["cosine_mean"])
-        log.info(f"  recall@1 {score.hits.mean():.4f}  cosine {score.cosine:.6f}  {_set_name(quantised)}")
-        return score
+    def test(quantised: Layers) -> DropTest:
+        hits = queries.score(queries.embed(quantise(sorted(quantised)))).hits
+        result = drop_test(float_hits, hits, queries.query_products, decision.correlation)
+        bound = result.upper_bound(budget.confidence)
+        log.info(f"  drop {result.drop:+.4f}, upper bound {bound:.4f}  {_set_name(quantised)}")
+        return result
 
-    decision = search_quantised_layers(layers, evaluate, budget.drop, reduced_sets)
-    names = _name_trials(decision)
-    candidates = _select_candidates(decision, budget.drop)
-    graphs = {_BASE: graph, **{names[trial]: quantise(sorted(trial.quantised)) for trial in candidates}}
-    times = _time_candidates(graphs, batches[0], budget)
-    fastest = _pick_fastest(decision, names, times)
-    queries = int((validation.roles == "query").sum())
-    _log_choice(names[fastest], fastest, decision.within_budget, queries, budget.drop)
-    if times[names[fastest]] >= times[_BASE]:
+    log.info(f"confirmation on {len(queries.products)} other products")
+    sequence = confirm_sequence(order_candidates(decision, reduced_sets), test, budget.drop, budget.confidence)
+    confirmed = [step.quantised for step in sequence if step.confirmed]
+    names = _name_sets([trial.quantised for trial in decision.trials] + [step.quantised for step in sequence])
+    timed = confirmed[-_MAX_TIMED:] or [decision.chosen.quantised]
+    graphs = {names[quantised]: quantise(sorted(quantised)) for quantised in timed}
+    times = _time_candidates({_BASE: graph, **graphs}, pixels, budget)
+    chosen = _pick_fastest(timed, names, times)
+    # Without a confirmed set, the safest one shows what is missing.
+    tested = next((step for step in sequence if step.quantised == chosen and step.confirmed), sequence[0])
+    outcome = state_result(tested.test, budget.drop, budget.confidence, tested.upper_bound)
+    (log.info if confirmed else log.warning)(f"{names[tested.quantised]}: {outcome}")
+    if times[names[chosen]] >= times[_BASE]:
         log.warning("quantisation does not make this graph faster on this machine")
+    reasons = decision.reasons | _explain_unconfirmed(decision, timed[-1])
     return {
         "max_recall_drop": budget.drop,
-        "within_budget": decision.within_budget,
-        "certain": fastest.interval[1] <= budget.drop,
-        "split": "validation",
-        "queries": queries,
-        "recall_at_1": fastest.recall,
-        "drop": fastest.drop,
-        "drop_interval": list(fastest.interval),
+        "confidence": budget.confidence,
+        "confirmed": bool(confirmed),
+        "outcome": outcome,
+        "drop_upper_bound": tested.upper_bound if confirmed else None,
+        "smallest_confirmable_drop": tested.test.smallest_confirmable(budget.confidence),
+        "quantised": [name for name in layers if name in chosen],
+        "layers": reasons | _explain_faster(timed[-1], chosen, names, times),
         "latency_ms": times,
         "latency_by": f"{budget.candidates.backend}, batch {budget.candidates.batch}",
-        "quantised": [name for name in layers if name in fastest.quantised],
-        "layers": decision.reasons | _explain_faster(decision, fastest, names, times),
+        "split": "validation",
+        "search_products": search_products.tolist(),
+        "confirmation_products": queries.products,
+        "sequence": [{"name": names[step.quantised], **_record_confirmation(step)} for step in sequence],
         "single_layer_trials": [_record(trial) for trial in decision.single_layer_trials],
-        "trials": [{"name": names[trial], **_record(trial)} for trial in decision.trials],
+        "trials": [{"name": names[trial.quantised], **_record(trial)} for trial in decision.trials],
     }
 
 
-def _log_choice(name: str, trial: Trial, within_budget: bool, queries: int, budget: float) -> None:
-    low, high = trial.interval
-    log.info(f"  {name}: drop of recall@1 {trial.drop:.4f} [{low:.4f}, {high:.4f}], budget {budget:g}")
-    if not within_budget:
-        log.warning(f"no set of layers stays within a drop of {budget:g}; took the set with the smallest drop")
-    elif high > budget:
-        log.warning(f"95 % interval on {queries} queries ends at {high:.4f}, beyond the budget. Use more queries.")
+def _search(
+    graph: onnx.ModelProto,
+    quantise: Quantise,
+    layers: list[str],
+    reduced_sets: Sequence[Collection[str]],
+    queries: Queries,
+    max_drop: float,
+) -> Decision:
+    """Search the layers to quantise on the queries of the search's products."""
+    log.info(f"search of layers on {len(queries.products)} products")
+    float_vectors = queries.embed(graph)
+    float_hits = queries.score(float_vectors).hits
 
+    def score(quantised: Layers) -> LayerSetScore:
+        vectors = queries.embed(quantise(sorted(quantised))) if quantised else float_vectors
+        hits, cosine = queries.score(vectors).hits, parity(float_vectors, vectors)["cosine_mean"]
+        result = LayerSetScore(hits, cosine, change_correlation(float_hits, hits, queries.query_products))
+        log.info(f"  recall@1 {result.hits.mean():.4f}  cosine {result.cosine:.6f}  {_set_name(quantised)}")
+        return result
 
-def _select_candidates(decision: Decision, budget: float) -> list[Trial]:
-    """Return the trials to time: the chosen one, and the largest others within the budget."""
-    chosen = decision.chosen
-    others = [trial for trial in decision.trials if trial.quantised and trial.drop <= budget and trial != chosen]
-    return [chosen, *sorted(others, key=lambda trial: -len(trial.quantised))[:_MAX_ALTERNATIVES]]
+    decision = search_quantised_layers(layers, score, max_drop, reduced_sets)
+    if not decision.within_budget:
+        log.warning(f"no set of layers stays within a drop of {max_drop:g} in the search; took the smallest drop")
+    return decision
 
 
 def _time_candidates(
@@ -119,33 +175,32 @@ def _time_candidates(
 ) -> dict[str, float]:
     """Return the p50 of graphs in ms, timed in turns on a batch of repeated images."""
     batch = budget.candidates.batch
-    pixels = np.concatenate([images] * -(-batch // len(images)))[:batch]
+    pixels = images[np.arange(batch) % len(images)]
     with budget.candidates.load(graphs) as forwards:
         calls = {name: partial(forward, pixels) for name, forward in forwards.items()}
         return {name: summarise(times)["p50"] for name, times in measure(calls, budget.seconds).items()}
 
 
-def _pick_fastest(decision: Decision, names: dict[Trial, str], times: dict[str, float]) -> Trial:
-    """Return the chosen trial, or another timed trial that is clearly faster."""
-    timed = [trial for trial in decision.trials if names[trial] in times and trial.quantised]
-    best = min(timed, key=lambda trial: times[names[trial]])
-    return best if times[names[best]] < _FASTER * times[names[decision.chosen]] else decision.chosen
+def _pick_fastest(timed: list[Layers], names: dict[Layers, str], times: dict[str, float]) -> Layers:
+    """Return the largest of the timed sets, or a smaller one that is clearly faster."""
+    largest, best = timed[-1], min(timed, key=lambda quantised: times[names[quantised]])
+    return best if times[names[best]] < _FASTER * times[names[largest]] else largest
+
+
+def _explain_unconfirmed(decision: Decision, largest: Layers) -> dict[str, str]:
+    """Return the reasons of the layers that the search found but that the confirmation left out."""
+    reason = "not quantised: the search would quantise it, but with it the drop is not confirmed"
+    return dict.fromkeys(decision.chosen.quantised - largest, reason)
 
 
 def _explain_faster(
-    decision: Decision, fastest: Trial, names: dict[Trial, str], times: dict[str, float]
+    largest: Layers, fastest: Layers, names: dict[Layers, str], times: dict[str, float]
 ) -> dict[str, str]:
     """Return the reasons of the layers in which the fastest set differs from the largest set."""
-    largest = decision.chosen
     gain = f"{times[names[fastest]]:.2f} ms, against {times[names[largest]]:.2f} ms of the largest set"
-    removed, added = largest.quantised - fastest.quantised, fastest.quantised - largest.quantised
+    removed, added = largest - fastest, fastest - largest
     reasons = dict.fromkeys(removed, f"not quantised: the budget allows it, but the graph is faster without it: {gain}")
     return reasons | dict.fromkeys(added, f"quantised: in the fastest set within the budget: {gain}")
-
-
-def _embed(graph: onnx.ModelProto, batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    session = GraphSession(graph)
-    return l2_normalize(np.concatenate([session.embed(batch) for batch in batches]))
 
 
 def _set_name(quantised: Layers) -> str:
@@ -154,18 +209,27 @@ def _set_name(quantised: Layers) -> str:
     return f"{len(quantised)} layers quantised" if quantised else _BASE
 
 
-def _name_trials(decision: Decision) -> dict[Trial, str]:
-    """Return a unique name for each trial; sets of one size are numbered."""
-    names: dict[Trial, str] = {}
-    for trial in decision.trials:
-        name, number = _set_name(trial.quantised), 1
+def _name_sets(sets: Sequence[Layers]) -> dict[Layers, str]:
+    """Return a unique name for each set of layers; sets of one size are numbered."""
+    names: dict[Layers, str] = {}
+    for quantised in dict.fromkeys(sets):
+        name, number = _set_name(quantised), 1
         while name in names.values():
             number += 1
-            name = f"{_set_name(trial.quantised)} ({number})"
-        names[trial] = name
+            name = f"{_set_name(quantised)} ({number})"
+        names[quantised] = name
     return names
 
 
 def _record(trial: Trial) -> dict[str, Any]:
-    scores = {"recall_at_1": trial.recall, "drop": trial.drop, "drop_interval": list(trial.interval)}
-    return {"quantised": sorted(trial.quantised), **scores, "cosine": trial.cosine}
+    scores = {"recall_at_1": trial.recall, "drop": trial.drop, "cosine": trial.cosine}
+    return {"quantised": sorted(trial.quantised), **scores}
+
+
+def _record_confirmation(step: Confirmation) -> dict[str, Any]:
+    test = step.test
+    counts = {
+        key: getattr(test, key) for key in ("products", "queries", "broken", "corrected", "changed_products", "drop")
+    }
+    result = {"p_value": step.p_value, "upper_bound": step.upper_bound, "confirmed": step.confirmed}
+    return {"quantised": sorted(step.quantised), **counts, "correlation": test.correlation, **result}

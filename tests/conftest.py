@@ -61,6 +61,22 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> C
     return load_catalog(build_catalog(config))
 
 
+@pytest.fixture(scope="session")
+def pairs_catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Catalog:
+    """Catalogue of the textures as many products of two images, a quarter each for validation and test."""
+    table = texture_folder / "pairs.csv"
+    images = sorted(texture_folder.glob("*/*.jpg"))
+    lines = [f"{path.relative_to(texture_folder)},{path.parent.name}-{int(path.stem) // 2}" for path in images]
+    table.write_text("\n".join(["image,product", *lines]) + "\n", encoding="utf-8")
+    output = tmp_path_factory.mktemp("pairs") / "catalog"
+    try:
+        return load_catalog(
+            build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.25, seed=1))
+        )
+    finally:
+        table.unlink()
+
+
 def edit_card(path: Path, **changes: object) -> None:
     """Change fields of an artifact's card, which is not signed."""
     card = json.loads((path / "card.json").read_text())

@@ -13,12 +13,11 @@ import pytest
 
 from calibration.activation_stats import measure_activations
 from calibration.onnx_layers import attention_nodes, weighted_nodes
-from calibration.sensitivity import Decision, Trial
 from export import candidates as candidates_module
 from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Int8Config
 from export.int8 import export_int8
-from export.mixed_precision import _explain_faster, _name_trials, _pick_fastest
+from export.mixed_precision import _explain_faster, _name_sets, _pick_fastest
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import load_onnx, run_graph
 from vpr.artifacts.store import load_artifact
@@ -28,15 +27,15 @@ from vpr.retrieval.embeddings import Forward
 
 
 @pytest.fixture(scope="module")
-def decided(fp32: Path, ranges: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    assert catalog.artifact is not None
+def decided(fp32: Path, ranges: Path, pairs_catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert pairs_catalog.artifact is not None
     return export_int8(
         Int8Config(
             str(fp32),
             str(ranges),
             str(tmp_path_factory.mktemp("budget") / "int8"),
-            max_recall_drop=0.05,
-            catalog=str(catalog.artifact.path),
+            max_recall_drop=0.5,
+            catalog=str(pairs_catalog.artifact.path),
             timing_backend="openvino",
             seconds=0.05,
         )
@@ -46,14 +45,15 @@ def decided(fp32: Path, ranges: Path, catalog: Catalog, tmp_path_factory: pytest
 def test_graph_matches_decision(decided: Path, graph: onnx.ModelProto) -> None:
     decision = json.loads((decided / "decision.json").read_text(encoding="utf-8"))
     written, artifact = load_onnx(decided)
-    assert decision["within_budget"]
-    assert decision["drop"] <= 0.05
-    assert decision["certain"] is (decision["drop_interval"][1] <= 0.05)
+    assert decision["confirmed"]
+    assert decision["drop_upper_bound"] <= 0.5
+    assert decision["outcome"].startswith("confirmed: drop at most 0.5 with 95 % confidence (upper bound 0.")
     products = {node.name for node in weighted_nodes(graph)} | set(attention_nodes(graph))
     inputs = {node.name: node.input for node in written.graph.node}
     quantised = {name for name in products if inputs[name][0].endswith("_dq")}
     assert quantised == set(decision["quantised"])
     assert artifact.card.metrics["quantised"] == decision["quantised"]
+    assert artifact.card.metrics["confirmed"]
     for name, why in decision["layers"].items():
         assert why.startswith("quantised" if name in quantised else "not quantised"), name
     assert {"nothing quantised"} < set(decision["latency_ms"])
@@ -68,30 +68,74 @@ def test_trials_have_unique_names_and_skip_attention(decided: Path, graph: onnx.
     assert any(trial["quantised"] and not attention & set(trial["quantised"]) for trial in decision["trials"])
 
 
-def test_only_validation_decides(decided: Path, catalog: Catalog) -> None:
+def test_validation_products_are_searched_or_confirmed(decided: Path, pairs_catalog: Catalog) -> None:
     decision = json.loads((decided / "decision.json").read_text(encoding="utf-8"))
-    queries = catalog.select(split="validation").roles == "query"
-    assert decision["queries"] == int(queries.sum())
+    validation = pairs_catalog.select(split="validation")
+    products = set(validation.products[validation.roles == "query"].tolist())
+    searched, confirmed = set(decision["search_products"]), set(decision["confirmation_products"])
     assert decision["split"] == "validation"
+    assert searched | confirmed == products
+    assert not searched & confirmed
+    assert {step["products"] for step in decision["sequence"]} == {len(confirmed)}
+    sizes = [len(step["quantised"]) for step in decision["sequence"]]
+    assert sizes == sorted(sizes)
+    for step in decision["sequence"]:
+        assert step["confirmed"] is (step["p_value"] <= 0.05)
+        assert step["confirmed"] or step["upper_bound"] > 0.5
 
 
-def _trial(layers: str, drop: float = 0.0) -> Trial:
-    return Trial(frozenset(layers), 0.5, drop, (drop, drop), 0.99)
+def test_small_budget_is_not_confirmable(
+    fp32: Path, ranges: Path, pairs_catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert pairs_catalog.artifact is not None
+    config = Int8Config(
+        str(fp32),
+        str(ranges),
+        str(tmp_path / "int8"),
+        max_recall_drop=0.01,
+        catalog=str(pairs_catalog.artifact.path),
+        timing_backend="openvino",
+        seconds=0.02,
+    )
+    decision = json.loads((export_int8(config) / "decision.json").read_text(encoding="utf-8"))
+    assert not decision["confirmed"]
+    assert decision["drop_upper_bound"] is None
+    # 11 products with one query each: (1 - p)^11 = 0.05.
+    assert decision["smallest_confirmable_drop"] == pytest.approx(1 - 0.05 ** (1 / 11))
+    assert "not confirmable with 95 % confidence with these 11 products" in decision["outcome"]
+    assert "the smallest drop they can confirm is 0.2384" in decision["outcome"]
+    # The numbers are those of the safest set, which is not the written one.
+    assert f"{decision['sequence'][0]['name']}: {decision['outcome']}" in caplog.messages
+
+
+def test_too_few_validation_products_are_an_error(fp32: Path, ranges: Path, catalog: Catalog, tmp_path: Path) -> None:
+    assert catalog.artifact is not None
+    path, output = str(catalog.artifact.path), tmp_path / "int8"
+    config = Int8Config(
+        str(fp32), str(ranges), str(output), max_recall_drop=0.1, catalog=path, timing_backend="openvino"
+    )
+    with pytest.raises(UserError, match="queries of 4 products, and a search and a confirmation need 15"):
+        export_int8(config)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.4, 1.0, 1.5, float("nan")])
+def test_confidence_outside_its_range_is_an_error(confidence: float) -> None:
+    with pytest.raises(UserError, match=r"confidence: expected 0\.5 or more and less than 1"):
+        Int8Config("a", "b", "c", max_recall_drop=0.1, catalog="d", confidence=confidence)
 
 
 def test_clearly_faster_smaller_set_is_chosen() -> None:
-    largest, faster, slower = _trial("abc"), _trial("ab"), _trial("ac")
-    decision = Decision(
-        largest, True, [], [_trial(""), largest, faster, slower], dict.fromkeys("abc", "quantised: all")
-    )
-    names = _name_trials(decision)
+    largest, faster, slower = frozenset("abc"), frozenset("ab"), frozenset("ac")
+    timed = [slower, faster, largest]
+    names = _name_sets([frozenset(), largest, faster, slower])
     assert len(set(names.values())) == 4
     times = {names[largest]: 2.0, names[faster]: 1.99, names[slower]: 2.5, "nothing quantised": 1.0}
-    assert _pick_fastest(decision, names, times) is largest  # half a percent is noise
-    assert _explain_faster(decision, largest, names, times) == {}
+    assert _pick_fastest(timed, names, times) == largest  # half a percent is noise
+    assert _explain_faster(largest, largest, names, times) == {}
     times[names[faster]] = 1.5
-    assert _pick_fastest(decision, names, times) is faster
-    reasons = _explain_faster(decision, faster, names, times)
+    assert _pick_fastest(timed, names, times) == faster
+    reasons = _explain_faster(largest, faster, names, times)
     assert set(reasons) == {"c"}
     assert reasons["c"].startswith("not quantised: the budget allows it")
     assert "1.50 ms, against 2.00 ms" in reasons["c"]
@@ -143,9 +187,9 @@ def test_auto_timing_backend_follows_the_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_timing_engines_without_pycuda_is_an_error(
-    fp32: Path, ranges: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fp32: Path, ranges: Path, pairs_catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert catalog.artifact is not None
+    assert pairs_catalog.artifact is not None
     monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
     output = tmp_path / "int8"
     config = Int8Config(
@@ -153,7 +197,7 @@ def test_timing_engines_without_pycuda_is_an_error(
         str(ranges),
         str(output),
         max_recall_drop=1.0,
-        catalog=str(catalog.artifact.path),
+        catalog=str(pairs_catalog.artifact.path),
         timing_backend="tensorrt-rtx",
     )
     with pytest.raises(UserError, match="pycuda: cannot be loaded"):

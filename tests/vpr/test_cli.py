@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.config import LatencyConfig, RecallConfig, ReportConfig
+from benchmarks.config import CompareConfig, LatencyConfig, RecallConfig, ReportConfig
 from export.config import Int8Config
 from student.config import DistillConfig
 from teacher.config import StageConfig, TrainConfig
@@ -94,12 +94,11 @@ def test_list_of_sections_takes_one_word_each() -> None:
 
 
 def test_optional_values_and_negative_numbers() -> None:
-    config = read_config(
-        Int8Config,
-        "export int8",
-        ["--onnx", "a", "--ranges", "r", "--output", "-o", "--max-recall-drop", "-0.01", "--catalog", "c"],
-    )
-    assert (config.max_recall_drop, config.output) == (-0.01, "-o")
+    int8 = ["--onnx", "a", "--ranges", "r", "--output", "-o", "--max-recall-drop", "0.01", "--catalog", "c"]
+    config = read_config(Int8Config, "export int8", int8)
+    assert (config.max_recall_drop, config.output) == (0.01, "-o")
+    compare = read_config(CompareConfig, "bench compare", ["a", "b", "--max-recall-drop", "-0.01"])
+    assert compare.max_recall_drop == -0.01
 
 
 def test_flags_of_a_configuration_read_back() -> None:
