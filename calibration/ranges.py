@@ -110,10 +110,13 @@ def divergence(histogram: MagnitudeHistogram) -> NDArray[np.float64]:
     P is the histogram up to the threshold, with all larger values in its last bin. Q is the histogram in 128 levels;
     the count of each level is spread evenly over its non-empty bins (S. Migacz, "8-bit Inference with TensorRT",
     GTC 2017). As in MXNet, a bin that is empty in P or Q gets a count of 1e-4 there, taken from the other bins.
+    The first bin gets the count of the second, as in NVIDIA's pytorch-quantization: zeros are exact at every scale, and
+    the half of zeros that a ReLU leaves would outweigh all other bins.
     There is one level per magnitude of INT8, and 2,048 bins: with ONNX Runtime's default of 128 bins over both signs,
     every threshold would be the largest value. Fewer than 128 bins give infinity, as no level has more than one bin.
     """
     counts = histogram.counts.astype(np.float64)
+    counts[0] = counts[1]
     beyond = counts.sum() - np.cumsum(counts)
     levels, divergences = LEVELS + 1, np.full(BINS, np.inf)
     for size in range(levels, BINS + 1):

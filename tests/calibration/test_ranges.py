@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibration.config import Method
 from calibration.ranges import BINS, LEVELS, METHODS, MagnitudeHistogram, divergence, expected_error, threshold
 
 
@@ -83,7 +84,8 @@ def test_zeros_give_one_and_non_finite_raises() -> None:
 
 
 def _naive_divergence(counts: list[int], size: int) -> float:
-    """Migacz's algorithm with MXNet's smoothing, bin by bin."""
+    """Migacz's algorithm with MXNet's smoothing and pytorch-quantization's first bin, bin by bin."""
+    counts = [counts[1], *counts[1:]]
     p = [float(c) for c in counts[:size]]
     q = [0.0] * size
     for level in range(128):
@@ -159,6 +161,26 @@ def test_octav_minimises_its_error_model(shape: str) -> None:
     limit = threshold(_histogram(values), "octav")
     best = min(error(s) for s in np.linspace(0.01, 1, 400) * values.max())
     assert error(limit) <= 1.01 * best
+
+
+ONE_SIDED = {
+    "relu of normal": lambda rng: np.maximum(rng.normal(size=200_000), 0),
+    "relu of a mixture": lambda rng: np.maximum(rng.normal(size=200_000) * rng.choice([0.5, 2.0], 200_000), 0),
+    "half-normal": lambda rng: np.abs(rng.normal(size=200_000)),
+    "nine tenths of zeros": lambda rng: np.abs(rng.normal(size=200_000)) * (rng.random(200_000) < 0.1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", ONE_SIDED)
+def test_every_method_keeps_one_sided_values(shape: str, method: Method) -> None:
+    """Zeros are exact at every scale, so the half that a ReLU leaves must not attract the threshold."""
+    values = ONE_SIDED[shape](np.random.default_rng(9)).astype(np.float64)
+    limit = threshold(_histogram(values), method)
+    quantised = np.clip(np.rint(values * (LEVELS / limit)), 0, LEVELS) * (limit / LEVELS)
+    cosine = values @ quantised / np.sqrt((values @ values) * (quantised @ quantised))
+    assert 1 - cosine <= 5e-4
+    assert limit >= 0.5 * np.quantile(values[values > 0], 0.999)
 
 
 @settings(max_examples=30, deadline=None)
