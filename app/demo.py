@@ -102,18 +102,23 @@ def _write_times(folder: Path, seconds: dict[str, float], total: float | None) -
     os.replace(partial, folder / "times.json")
 
 
+def _format_recall(row: Row) -> str:
+    if row.recall_at_1 is None:
+        return "-"
+    return f"{row.recall_at_1:.3f}" + (f" [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]" if row.ci95 else "")
+
+
 def _print_table(rows: list[Row], seconds: dict[str, float]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("model", "backend", "precision", "recall@1 [95 %]", "retention", "ms, batch 1", "MB"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        low, high = row.ci95 or (0.0, 0.0)
         milliseconds = row.milliseconds("1")
         table.add_row(
             row.name,
             row.backend or "",
             row.precision or "",
-            "-" if row.recall_at_1 is None else f"{row.recall_at_1:.3f} [{low:.3f}, {high:.3f}]",
+            _format_recall(row),
             "-" if row.retention is None else f"{row.retention:.2f}",
             "-" if milliseconds is None else f"{milliseconds:.2f}",
             "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f}",

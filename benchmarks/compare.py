@@ -1,19 +1,22 @@
 """``vpr bench compare``: changes from one report to another, their significance, and the budgets they break."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.config import CompareConfig
-from benchmarks.recall.paired_bootstrap import compute_recall_drop
+from benchmarks.recall.paired_drop import compute_recall_drop
 from benchmarks.report.recommendation import format_signed, recommend, timed_batches
 from benchmarks.report.schema import Interval, Report, Row, read_report
 from vpr.common.errors import BudgetExceeded, UserError
 from vpr.common.log import get_logger
+from vpr.retrieval.intervals import MIN_PRODUCTS, adjust_p_values
 
 log = get_logger(__name__)
+
+_ERROR_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Change:
 
     name: str  # model and backend
     drop: float  # recall@1 lost on the same queries
-    interval: Interval  # 95 % interval of the drop, paired bootstrap
+    interval: Interval | None  # 95 % interval of the drop, paired, by product; None with fewer than 10 products
+    upper_bound: float | None  # one-sided 95 % upper bound of the drop
+    p_value: float | None  # of no change of recall@1, adjusted for the number of models (Holm)
     ratios: dict[str, float]  # p50 after divided by p50 before, by batch
     significant_batches: tuple[str, ...]  # batches whose p50 moved beyond noise
     untimed: tuple[str, ...]  # batches that only the first report timed
@@ -31,8 +36,8 @@ class Change:
 
     @property
     def is_recall_significant(self) -> bool:
-        """Whether the interval of the drop excludes 0."""
-        return not self.interval[0] <= 0 <= self.interval[1]
+        """Whether recall@1 changed, with an error rate of 5 % over all models of the comparison."""
+        return self.p_value is not None and self.p_value <= _ERROR_RATE
 
 
 def compare_reports(config: CompareConfig) -> list[Change]:
@@ -50,7 +55,7 @@ def compare_reports(config: CompareConfig) -> list[Change]:
         remedy = "Measure both on one machine, or leave out --max-latency-ratio."
         raise UserError(f"max_latency_ratio: the reports are of different machines: {machine}. {remedy}")
     old, new = _rows_by_title(before, config.before), _rows_by_title(after, config.after)
-    changes = [_compare_rows(title, old[title], new[title], config) for title in old if title in new]
+    changes = _adjust([_compare_rows(title, old[title], new[title], config) for title in old if title in new])
     _print(changes, after)
     if machine:
         log.warning(f"latencies are not comparable: {machine}")
@@ -59,6 +64,7 @@ def compare_reports(config: CompareConfig) -> list[Change]:
         if titles:
             log.info(f"only in the report {report}: {', '.join(titles)}")
     _log_recommended(before, after)
+    _warn_unconfirmed(changes, config)
     exceeded = [message for change in changes for message in _exceeded_budgets(change, config)]
     if (config.max_recall_drop, config.max_latency_ratio, config.max_size_ratio) != (None, None, None):
         exceeded += [f"{title}: missing from the report after" for title in removed]
@@ -88,8 +94,8 @@ def _rows_by_title(report: Report, path: str) -> dict[str, Row]:
 
 
 def _compare_rows(title: str, old: Row, new: Row, config: CompareConfig) -> Change:
-    if old.hits is None or new.hits is None or len(old.hits) != len(new.hits):
-        raise UserError(f"after: the numbers of queries of '{title}' differ. Rerun `vpr bench report`.")
+    assert old.hits is not None
+    assert new.hits is not None
     drop = compute_recall_drop(old.hits, new.hits, config.seed)
     ratios = {}
     for batch in timed_batches([old]):
@@ -101,7 +107,30 @@ def _compare_rows(title: str, old: Row, new: Row, config: CompareConfig) -> Chan
     untimed = tuple(batch for batch in old.latency_ms or {} if batch not in ratios)
     size = new.size_bytes / old.size_bytes if old.size_bytes and new.size_bytes else None
     instability = "; ".join(dict.fromkeys([*old.instabilities.values(), *new.instabilities.values()]))
-    return Change(title, drop.mean, drop.ci95, ratios, significant, untimed, size, instability)
+    evidence = (drop.mean, drop.ci95, drop.upper_bound, drop.p_value)
+    return Change(title, *evidence, ratios, significant, untimed, size, instability)
+
+
+def _adjust(changes: list[Change]) -> list[Change]:
+    """Adjust the p-values for the number of models that could be marked."""
+    tested = [change for change in changes if change.p_value is not None]
+    adjusted = iter(adjust_p_values([change.p_value for change in tested if change.p_value is not None]))
+    return [change if change.p_value is None else replace(change, p_value=next(adjusted)) for change in changes]
+
+
+def _warn_unconfirmed(changes: list[Change], config: CompareConfig) -> None:
+    """Warn of drops within the budget whose upper bound is beyond it."""
+    limit = config.max_recall_drop
+    for change in changes if limit is not None else ():
+        if limit is None or change.drop > limit:
+            continue
+        if change.upper_bound is None:
+            log.warning(
+                f"{change.name}: the drop is within the budget, but {MIN_PRODUCTS} products are needed for a bound"
+            )
+        elif change.upper_bound > limit:
+            bound = f"its 95 % upper bound is {change.upper_bound:.4f}"
+            log.warning(f"{change.name}: the drop is within the budget, but {bound}. Use more products.")
 
 
 def _is_significant(old: Row, new: Row, batch: str, ratio: float, noise: float) -> bool:
@@ -134,17 +163,21 @@ def _print(changes: list[Change], after: Report) -> None:
     batches = sorted({batch for change in changes for batch in change.ratios}, key=int)
     table = Table("model", "drop of recall@1 [95 %]", *[f"p50, batch {batch}" for batch in batches], "bytes", box=None)
     for change in changes:
-        low, high = map(format_signed, change.interval)
         star = " *" if change.is_recall_significant else ""
         ratios, significant = change.ratios, change.significant_batches
         cells = [_format_ratio(ratios.get(batch)) + (" *" if batch in significant else "") for batch in batches]
         mark = " (unstable latency)" if change.instability else ""
-        drop = f"{format_signed(change.drop)} [{low}, {high}]{star}"
+        interval = f" [{', '.join(map(format_signed, change.interval))}]" if change.interval else ""
+        drop = f"{format_signed(change.drop)}{interval}{star}"
         table.add_row(escape(change.name + mark), escape(drop), *cells, _format_ratio(change.size))
     Console(width=max(110, Console().width)).print(table)
     count = sum(change.is_recall_significant or bool(change.significant_batches) for change in changes)
-    queries = next((row.queries for row in after.rows if row.queries), 0)
-    log.info(f"{len(changes)} models on {queries} queries, {count} changed beyond noise (*)")
+    row = next((row for row in after.rows if row.queries), None)
+    queries = f"{row.queries} queries of {row.query_products} products" if row else "no queries"
+    correction = f"recall@1: 5 % error rate over {len(changes)} models, Holm's correction"
+    log.info(f"{len(changes)} models on {queries}, {count} changed beyond noise (*; {correction})")
+    if row and (row.query_products or 0) < MIN_PRODUCTS:
+        log.warning(f"recall@1 is not tested: fewer than {MIN_PRODUCTS} products")
 
 
 def _format_ratio(value: float | None) -> str:

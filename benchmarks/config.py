@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from export.config import DEFAULT_BACKENDS, check_backends, check_drop
+from export.config import DEFAULT_BACKENDS, check_backends, check_confidence, check_drop
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
 from vpr.retrieval.config import RerankConfig
@@ -129,6 +129,7 @@ class ReportConfig:
         seconds: Seconds for each model and batch, after warm-up.
         threads: Threads of every backend; 0 is one per processor.
         drop: Recall@1 that the recommended model may lose against the FP32 student.
+        confidence: Confidence that its true drop is within ``drop``. The choice is made on the validation split.
         rerank: Re-ranking steps. Every model is scored with and without them.
         ranges: Artifacts of ``vpr calibrate`` to draw.
         sheet_queries: Number of example queries with their top five.
@@ -143,6 +144,7 @@ class ReportConfig:
     seconds: float = 1.5
     threads: int = 0
     drop: float = 0.02
+    confidence: float = 0.95
     rerank: RerankConfig = RERANK
     ranges: tuple[str, ...] = ()
     sheet_queries: int = 12
@@ -151,6 +153,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))
         check_drop("drop", self.drop)
+        check_confidence("confidence", self.confidence)
         _check_batches(self.batches)
 
 
@@ -177,7 +180,7 @@ class CompareConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_drop("max_recall_drop", self.max_recall_drop)
+        check_drop("max_recall_drop", self.max_recall_drop, lowest=-1)
         for name in ("max_latency_ratio", "max_size_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not ratio > 0:

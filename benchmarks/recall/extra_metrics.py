@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from benchmarks.report.schema import Category, Retrieval
 from vpr.data.catalog import Catalog
 from vpr.retrieval.config import RerankConfig
-from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval, evaluate, evaluate_similarities
+from vpr.retrieval.intervals import mean_interval
+from vpr.retrieval.metrics import RetrievalScores, evaluate, evaluate_similarities
 from vpr.retrieval.rerank import similarities, transform
 
 Vectors = NDArray[np.float32]
@@ -14,15 +15,20 @@ Vectors = NDArray[np.float32]
 
 def score_categories(part: Catalog, hits: NDArray[np.bool_], seed: int) -> dict[str, Category] | None:
     """Return recall@1 by category from (queries,) bool hits, most queries first; None without categories."""
-    categories = part.categories[part.roles == "query"]
+    is_query = part.roles == "query"
+    categories, products = part.categories[is_query], part.products[is_query]
     names, counts = np.unique(categories[categories != ""], return_counts=True)
     if not len(names):
         return None
     scores = {}
     for name in names[np.argsort(-counts, kind="stable")]:
-        in_category = hits[categories == name]
-        recall, interval = float(in_category.mean()), bootstrap_interval(in_category, seed)
-        scores[str(name)] = Category(queries=len(in_category), recall_at_1=recall, ci95=interval)
+        rows = categories == name
+        scores[str(name)] = Category(
+            queries=int(rows.sum()),
+            products=len(np.unique(products[rows])),
+            recall_at_1=float(hits[rows].mean()),
+            ci95=mean_interval(hits[rows], products[rows], seed=seed),
+        )
     return scores
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.config import RERANK, RecallConfig
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
 from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
-from benchmarks.recall.paired_bootstrap import ChangedQuery, compare_with_reference, compute_recall_drop, write_changed
+from benchmarks.recall.paired_drop import ChangedQuery, compare_with_reference, compute_recall_drop, write_changed
 from benchmarks.report.schema import LEAK_NOTE, Row
 from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.stage import Stage
@@ -24,6 +24,7 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import embed
+from vpr.retrieval.intervals import TOO_FEW
 from vpr.retrieval.metrics import evaluate
 
 log = get_logger(__name__)
@@ -106,13 +107,23 @@ def add_scores(row: Row, part: Catalog, vectors: NDArray[np.float32], seed: int)
     """Fill in the retrieval metrics of a row from the embeddings of a split."""
     query, gallery = part.roles == "query", part.roles == "gallery"
     scores = evaluate(vectors[query], part.products[query], vectors[gallery], part.products[gallery], seed)
-    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "map", "map_at_1000", "ci95", "queries", "gallery"):
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "map_at_1000", "ci95")
+    for name in (*names, "queries", "query_products", "gallery"):
         setattr(row, name, getattr(scores, name))
-    row.hits = "".join("1" if scores.hits[index] else "0" for index in _order_by_name(part))
+    row.hits = hits_by_product(part, scores.hits)
     row.by_category = score_categories(part, scores.hits, seed)
-    low, high = scores.ci95
+    interval = f"[{scores.ci95[0]:.3f}, {scores.ci95[1]:.3f}]" if scores.ci95 else f"({TOO_FEW})"
     name = f"{row.name} ({row.backend})" if row.backend else row.name
-    log.info(f"  {name:<32} recall@1 {scores.recall_at_1:.3f} [{low:.3f}, {high:.3f}]  mAP {scores.map:.3f}")
+    log.info(f"  {name:<32} recall@1 {scores.recall_at_1:.3f} {interval}  mAP {scores.map:.3f}")
+
+
+def hits_by_product(part: Catalog, hits: NDArray[np.bool_]) -> dict[str, str]:
+    """Return the (queries,) hits of a split, in its order, as one digit per query, by product, image and box."""
+    products, digits = part.products[part.roles == "query"].tolist(), ["01"[hit] for hit in hits.tolist()]
+    grouped: dict[str, str] = {}
+    for index in sorted(_order_by_name(part), key=lambda index: products[index]):
+        grouped[products[index]] = grouped.get(products[index], "") + digits[index]
+    return grouped
 
 
 def _order_by_name(part: Catalog) -> list[int]:
@@ -172,7 +183,7 @@ def _add_differences(model: ScoredModel, part: Catalog, student: ScoredModel, se
         return
     row.reference = model is student
     drop = compute_recall_drop(student.row.hits, row.hits, seed)
-    row.recall_drop, row.recall_drop_ci95 = drop.mean, drop.ci95
+    row.recall_drop, row.recall_drop_ci95, row.recall_drop_upper_bound = drop.mean, drop.ci95, drop.upper_bound
     if row.backend is None:
         return
     difference = compare_with_reference(part, student.vectors, model.vectors, row.name, row.backend)

@@ -5,12 +5,16 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
 from benchmarks.recall.measure import ScoredModel, load_models, score_models
-from benchmarks.recall.paired_bootstrap import write_changed
+from benchmarks.recall.paired_drop import write_changed
 from benchmarks.report import schema
 from benchmarks.report.examples import draw_changed_examples, draw_examples
+from benchmarks.report.recommendation import SELECTION_SPLIT, timed_batches
+from benchmarks.report.selection import order_rows, select_row
 from export.backends.registry import default_threads
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
@@ -19,6 +23,7 @@ from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.retrieval.embeddings import embed, score_split
 
 log = get_logger(__name__)
 
@@ -40,7 +45,8 @@ def build_report(config: ReportConfig) -> Path:
     scored = score_models(catalog.select(split=config.split), models, config.seed, config.rerank)
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
-    values = assemble_report(config, catalog, scored, models, ranges).to_json()
+    selection = choose_row(catalog, scored, config)
+    values = assemble_report(config, catalog, scored, models, ranges, selection).to_json()
     report = schema.parse_report(values, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
 
@@ -66,8 +72,51 @@ def add_timings(scored: list[ScoredModel], timings: dict[str, schema.Timing]) ->
             scores.row.add_timing(timings[scores.model.name])
 
 
+def choose_row(catalog: Catalog, scored: list[ScoredModel], config: ReportConfig) -> schema.Selection | None:
+    """Choose the model to recommend on the validation split; None if there is none to choose from.
+
+    Products that a search for layers has used are left out: the search picked layers that suit them.
+    """
+    part = catalog.select(split=SELECTION_SPLIT)
+    rows = [scores.row for scores in scored]
+    batches = timed_batches(rows)
+    if config.split == SELECTION_SPLIT or not batches or not any(row.reference for row in rows):
+        return None
+    artifacts = [scores.model.artifact for scores in scored if scores.model]
+    searched = {
+        product
+        for artifact in artifacts
+        if "decision.json" in artifact.card.files
+        for product in read_decision(artifact).search_products
+    }
+    ordered = order_rows(rows, batches[0])
+    products = part.products[part.roles == "query"]
+    kept = ~np.isin(products, sorted(searched))
+    if not ordered or not ordered[0].reference or not kept.any() or "gallery" not in part.roles:
+        return None
+    hits = {}
+    for scores in scored:
+        if scores.model and any(row is scores.row for row in ordered):
+            log.info(f"choice on the validation split: {scores.row.title}")
+            vectors = embed(part, scores.model.preprocess, scores.model.open(default_threads()))
+            hits[scores.row.title] = score_split(part, vectors).hits
+    return select_row(
+        ordered,
+        {title: row_hits[kept] for title, row_hits in hits.items()},
+        products[kept],
+        SELECTION_SPLIT,
+        config.drop,
+        config.confidence,
+    )
+
+
 def assemble_report(
-    config: ReportConfig, catalog: Catalog, scored: list[ScoredModel], models: list[Artifact], ranges: list[Artifact]
+    config: ReportConfig,
+    catalog: Catalog,
+    scored: list[ScoredModel],
+    models: list[Artifact],
+    ranges: list[Artifact],
+    selection: schema.Selection | None,
 ) -> schema.Report:
     """Return the rows with the examples, calibrations and layer decisions around them."""
     part = catalog.select(split=config.split)
@@ -77,6 +126,7 @@ def assemble_report(
         catalog=schema.ScoredCatalog(**catalog.summary(), split=config.split),
         threads=config.threads or default_threads(),
         drop=config.drop,
+        selection=selection,
         command=format_command(config),
         rerank=asdict(config.rerank),
         rows=[scores.row for scores in scored],

@@ -69,10 +69,12 @@ def draw_categories(report: Report, chosen: Row | None) -> str:
         ends = _errors(recalls, [category.ci95 for category in categories])
         style: dict[str, Any] = {"color": _BAR_COLOURS[index], "error_kw": _ERROR_BARS, "label": row.title}
         axes.barh(lines, recalls, height * 0.9, xerr=ends, **style)
-    queries = [(rows[0].by_category or {})[name].queries for name in names]
-    axes.set_yticks(range(len(names)), [f"{_shorten(n)} ({q})" for n, q in zip(names, queries, strict=True)])
+    shown = [(rows[0].by_category or {})[name] for name in names]
+    sizes = [f"({category.queries}, {category.products})" for category in shown]
+    labels = [f"{_shorten(name)} {size}" for name, size in zip(names, sizes, strict=True)]
+    axes.set_yticks(range(len(names)), labels)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("recall@1 (in brackets: queries)")
+    axes.set_xlabel("recall@1 (in brackets: queries, products; fewer than 10 products have no interval)")
     axes.set_xlim(left=0)
     _legend(figure, axes, 1)
     return _svg(figure, "recall by category")
@@ -124,16 +126,22 @@ def draw_sensitivity(decision: LayerDecision) -> str:
 
 @mpl.rc_context(_STYLE)
 def draw_trials(decision: LayerDecision) -> str:
-    """Draw the recall drop of every tried set of layers against its size; the dashed line is the budget."""
+    """Draw the drop of every tested set of layers against its size: bars end at the upper bound; dashes: the budget."""
     figure, axes = _figure(2.9)
     sizes, drops = [len(trial.quantised) for trial in decision.trials], [trial.drop for trial in decision.trials]
-    error = _errors(drops, [trial.drop_interval for trial in decision.trials])
-    axes.errorbar(sizes, drops, yerr=error, fmt="o", color="#7a4fd0", markersize=4, capsize=2, alpha=0.8)
-    axes.plot([len(decision.quantised)], [decision.drop], "o", markersize=11, markerfacecolor="none", color="k")
+    axes.plot(sizes, drops, "o", color="#b9a6e3", markersize=4, label="search")
+    for step in decision.sequence:
+        colour = "#1d7f4a" if step.confirmed else "#d1495b"
+        error = [[0.0], [max(step.upper_bound - step.drop, 0.0)]]
+        axes.errorbar([len(step.quantised)], [step.drop], yerr=error, fmt="o", color=colour, markersize=4, capsize=2)
+    axes.plot([], [], "o", color="#1d7f4a", label="confirmed")
+    axes.plot([], [], "o", color="#d1495b", label="not confirmed")
+    axes.axvline(len(decision.quantised), color="k", linewidth=0.6, linestyle=":")
     axes.axhline(decision.max_recall_drop, color="#d1495b", linestyle="--", linewidth=1)
-    axes.set_xlabel("quantised layers (ring: chosen, dashes: budget)")
+    axes.set_xlabel("quantised layers (dotted: chosen, dashes: budget)")
     axes.set_ylabel("drop of recall@1, validation")
     axes.grid(alpha=0.3)
+    _legend(figure, axes, 3)
     return _svg(figure, f"sets of layers tried for {decision.name}")
 
 
@@ -142,7 +150,7 @@ def _tradeoff(rows: list[Row], values: Sequence[float | None], label: str, chose
     points = [
         (number, row, value, row.recall_at_1, row.ci95)
         for number, (row, value) in enumerate(zip(rows, values, strict=True), start=1)
-        if value is not None and row.recall_at_1 is not None and row.ci95 is not None
+        if value is not None and row.recall_at_1 is not None
     ]
     if not points:
         return ""
@@ -202,8 +210,9 @@ def _plain_ticks(axes: Axes, multiples: tuple[int, ...]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _errors(values: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
-    both = list(zip(values, intervals, strict=True))
+def _errors(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
+    """Return the lengths of error bars, 0 without an interval."""
+    both = [(value, interval or (value, value)) for value, interval in zip(values, intervals, strict=True)]
     return [[max(0.0, v - low) for v, (low, _) in both], [max(0.0, high - v) for v, (_, high) in both]]
 
 

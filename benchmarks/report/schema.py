@@ -12,11 +12,12 @@ from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 LEAK_NOTE = "trained with a leak allowed"
 Stage = Literal["baseline", "teacher", "student", "onnx", "engine"]
 Share = Annotated[float, Field(ge=0, le=1)] | None
 Interval = tuple[float, float]
+Hits = Annotated[str, Field(pattern="^[01]+$")]
 Batch = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
 
 
@@ -87,22 +88,23 @@ class Timing(_Part):
 
 
 class Retrieval(_Part):
-    """Recall and mean average precision, with the bootstrap interval of recall@1."""
+    """Recall and mean average precision, with the interval of recall@1 by product."""
 
     recall_at_1: float = Field(ge=0, le=1)
     recall_at_5: float = Field(ge=0, le=1)
     recall_at_10: float = Field(ge=0, le=1)
     map: float = Field(ge=0, le=1)
     map_at_1000: float = Field(ge=0, le=1)
-    ci95: Interval
+    ci95: Interval | None
 
 
 class Category(_Part):
     """Recall@1 of the queries of one category."""
 
     queries: int = Field(ge=1)
+    products: int = Field(ge=1)
     recall_at_1: float = Field(ge=0, le=1)
-    ci95: Interval
+    ci95: Interval | None = Field(description="95 % interval by product; null with fewer than 10 products")
 
 
 class Changed(_Part):
@@ -129,15 +131,17 @@ class Row(_Part):
     map: Share
     map_at_1000: Share
     queries: int | None
+    query_products: int | None = Field(description="number of products of the queries")
     gallery: int | None
-    ci95: Interval | None = Field(description="95 % bootstrap interval of recall_at_1 over the queries")
-    hits: str | None = Field(pattern="^[01]+$", description="one digit per query, by image and box: 1 is right")
+    ci95: Interval | None = Field(description="95 % interval of recall_at_1, bootstrap over products")
+    hits: dict[str, Hits] | None = Field(description="by product: one digit per query, by image and box; 1 is right")
     by_category: dict[str, Category] | None
     reranked: Retrieval | None = Field(description="scores after the report's rerank steps")
     asymmetric: Retrieval | None = Field(description="scores of this model's queries in the teacher's gallery")
     retention: float | None
     recall_drop: float | None = Field(description="recall@1 lost against the reference on the same queries")
-    recall_drop_ci95: Interval | None = Field(description="95 % interval of recall_drop, paired bootstrap")
+    recall_drop_ci95: Interval | None = Field(description="95 % interval of recall_drop, paired, by product")
+    recall_drop_upper_bound: float | None = Field(description="one-sided 95 % upper bound of recall_drop, by product")
     first_changed: Changed | None
     cosine_mean: float | None
     cosine_min: float | None
@@ -249,12 +253,23 @@ class Calibration(_Part):
 
 
 class LayerTrial(_Part):
-    """Set of quantised layers that was evaluated on the validation split."""
+    """Set of quantised layers that the search evaluated."""
 
     quantised: list[str]
     cosine: float
     drop: float
-    drop_interval: Interval
+
+
+class TestedLayers(_Part):
+    """Set of quantised layers that was tested on the confirmation products."""
+
+    quantised: list[str]
+    products: int
+    queries: int
+    drop: float
+    upper_bound: float = Field(description="upper bound of the drop at the decision's confidence")
+    p_value: float
+    confirmed: bool
 
 
 class LayerDecision(_Part):
@@ -262,12 +277,38 @@ class LayerDecision(_Part):
 
     name: str
     max_recall_drop: float
-    queries: int
-    drop: float
+    confidence: float
+    confirmed: bool
+    outcome: str
     quantised: list[str]
     layers: dict[str, str]
+    search_products: list[str]
     single_layer_trials: list[LayerTrial]
     trials: list[LayerTrial]
+    sequence: list[TestedLayers]
+
+
+class Candidate(_Part):
+    """Row that was tested for the recommendation, on products that the report does not score."""
+
+    title: str
+    drop: float
+    upper_bound: float | None
+    p_value: float | None = Field(description="of a drop above the report's; null for the reference itself")
+    confirmed: bool
+
+
+class Selection(_Part):
+    """Choice of the recommended row on the validation split, by fixed-sequence testing."""
+
+    split: str
+    products: int
+    queries: int
+    confidence: float
+    sequence: list[Candidate] = Field(description="rows from the safest to the fastest, until a test fails")
+    chosen: str | None = Field(description="title of the chosen row")
+    confirmed: bool = Field(description="whether the drop of the chosen row is confirmed")
+    reason: str = Field(description="result of the tests in words")
 
 
 class Report(_Part):
@@ -278,6 +319,7 @@ class Report(_Part):
     catalog: ScoredCatalog
     threads: int = Field(ge=1)
     drop: float = Field(description="recall@1 that the recommended model may lose against the reference")
+    selection: Selection | None = Field(description="null if the catalogue has no validation split to choose on")
     command: str
     rerank: dict[str, Any]
     rows: list[Row]
@@ -293,7 +335,7 @@ class Report(_Part):
 
 
 def read_report(path: Path | str) -> Report:
-    """Read a report from its file or artifact; :class:`UserError` if it is missing, invalid or of a newer schema."""
+    """Read a report from its file or artifact; :class:`UserError` if it is missing, invalid or of another schema."""
     file = Path(path)
     if (file / CARD_NAME).is_file():
         file = load_artifact(file, "report").file("report.json")
@@ -304,8 +346,9 @@ def read_report(path: Path | str) -> Report:
     except (ValueError, RecursionError):
         raise UserError(f"{file}: the file is not JSON. Rerun `vpr bench report`.") from None
     version = values.get("schema") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > SCHEMA:
-        raise UserError(f"{file}: expected schema {SCHEMA} or older, got {version}. Upgrade this package.")
+    if isinstance(version, int) and version != SCHEMA:
+        remedy = "Upgrade this package" if version > SCHEMA else "Rerun `vpr bench report`"
+        raise UserError(f"{file}: expected schema {SCHEMA}, got {version}. {remedy}.")
     return parse_report(values, str(file))
 
 

@@ -17,19 +17,26 @@ def _write(path: Path, report: dict[str, Any]) -> str:
     return str(path)
 
 
+def _lose(report: dict[str, Any], row: int, count: int) -> None:
+    """Make a row miss the first ``count`` products, and hit all others."""
+    hits = report["rows"][row]["hits"]
+    report["rows"][row]["hits"] = {name: "01"[number >= count] for number, name in enumerate(hits)}
+
+
 @pytest.fixture
 def before(report_values: dict[str, Any], tmp_path: Path) -> str:
     for row in report_values["rows"]:
         if row["latency_ms"]:
             row["latency_ms"] = {"1": {"p50": 2.0, "p90": 2.5, "p99": 3.0}}
+    _lose(report_values, -1, 8)
     return _write(tmp_path / "before.json", report_values)
 
 
 @pytest.fixture
 def worse(before: str, report_values: dict[str, Any], tmp_path: Path) -> str:
-    """Report in which INT8 on OpenVINO has no hits, 1.2 times the latency and twice the bytes."""
+    """Report in which INT8 on OpenVINO has no hits, with 1.2 times the latency and twice the bytes."""
     row = report_values["rows"][-1]
-    row["hits"] = "0" * len(row["hits"])
+    row["hits"] = {product: "0" * len(digits) for product, digits in row["hits"].items()}
     row["latency_ms"]["1"]["p50"] = 2.4
     row["size_bytes"] *= 2
     return _write(tmp_path / "worse.json", report_values)
@@ -50,13 +57,51 @@ def test_worse_model_is_marked_significant(
 ) -> None:
     old = json.loads(Path(before).read_text(encoding="utf-8"))["rows"][-1]
     change = _int8(CompareConfig(before, worse))
-    assert change.drop == pytest.approx(old["hits"].count("1") / 32)
+    assert change.drop == pytest.approx("".join(old["hits"].values()).count("1") / 32)
     assert change.is_recall_significant
+    assert change.interval is not None
     assert change.interval[0] < change.drop < change.interval[1]
     assert (change.ratios, change.significant_batches, change.size) == ({"1": pytest.approx(1.2)}, ("1",), 2.0)
     printed = capsys.readouterr()
     assert "x 1.200 *" in printed.out
-    assert "7 models on 32 queries, 1 changed beyond noise" in printed.err
+    assert "7 models on 32 queries of 32 products, 1 changed beyond noise" in printed.err
+    assert "5 % error rate over 7 models, Holm's correction" in printed.err
+
+
+def test_marks_are_corrected_for_the_number_of_models(
+    before: str, report_values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Six lost queries alone have p = 2 / 2^6 = .031; among seven models they are no change beyond noise."""
+    for row in range(7):
+        _lose(report_values, row, 0)
+    old = _write(tmp_path / "old.json", report_values)
+    _lose(report_values, 6, 6)
+    change = _int8(CompareConfig(old, _write(tmp_path / "six.json", report_values)))
+    assert change.p_value == pytest.approx(7 * 2 / 2**6, abs=0.03)
+    assert not change.is_recall_significant
+    report_values["rows"] = report_values["rows"][-1:]
+    only = json.loads(Path(old).read_text(encoding="utf-8"))
+    only["rows"] = only["rows"][-1:]
+    paths = _write(tmp_path / "old1.json", only), _write(tmp_path / "six1.json", report_values)
+    assert _int8(CompareConfig(*paths)).is_recall_significant
+
+
+def test_unconfirmed_drop_within_the_budget_is_a_warning(
+    before: str, report_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in range(7):
+        _lose(report_values, row, 0)
+    old = _write(tmp_path / "old.json", report_values)
+    compare_reports(CompareConfig(old, old, max_recall_drop=0.01))
+    # 32 products without a change: (1 - p)^32 = 0.05.
+    assert "within the budget, but its 95 % upper bound is 0.0894" in capsys.readouterr().err
+
+
+def test_hits_of_other_products_are_an_error(before: str, report_values: dict[str, Any], tmp_path: Path) -> None:
+    hits = report_values["rows"][3]["hits"]
+    hits["another product"] = hits.pop(next(iter(hits)))
+    with pytest.raises(UserError, match="after: the hits are of other products or queries"):
+        compare_reports(CompareConfig(before, _write(tmp_path / "other.json", report_values)))
 
 
 def test_latency_significance_needs_noise_and_intervals(

@@ -58,7 +58,19 @@ def test_categories_are_scored_on_their_queries(shop_catalog: Catalog, vectors: 
     assert counts == sorted(counts, reverse=True)
     for name, category in categories.items():
         assert category.recall_at_1 == pytest.approx(hits[part.categories[queries] == name].mean())
+        products = len(set(part.products[queries][part.categories[queries] == name]))
+        assert category.products == products >= 10
+        assert category.ci95 is not None
         assert category.ci95[0] <= category.recall_at_1 <= category.ci95[1]
+
+
+def test_category_of_few_products_has_no_interval(shop_catalog: Catalog, vectors: np.ndarray) -> None:
+    part = shop_catalog.select(split="test")
+    rows = np.flatnonzero(np.isin(part.products, np.unique(part.products)[:9]))
+    few = Catalog(part.table.take(pa.array(rows)), part.root, part.artifact)
+    categories = score_categories(few, _first_right(few, vectors[rows], vectors[rows]), 0)
+    assert categories is not None
+    assert {category.ci95 for category in categories.values()} == {None}
 
 
 def test_hits_have_an_order_independent_of_the_rows(shop_catalog: Catalog, vectors: np.ndarray) -> None:
@@ -70,7 +82,8 @@ def test_hits_have_an_order_independent_of_the_rows(shop_catalog: Catalog, vecto
     add_scores(row, part, vectors, 0)
     add_scores(other_row, other, vectors[order], 0)
     assert other_row.hits == row.hits
-    assert set(row.hits) == {"0", "1"}
+    assert set("".join(row.hits.values())) == {"0", "1"}
+    assert list(row.hits) == sorted(set(part.products.tolist()))
 
 
 def test_teacher_gallery_needs_equal_dimensions(shop_catalog: Catalog, vectors: np.ndarray) -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jsonschema
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from benchmarks.config import ReportConfig
 from benchmarks.recall.baselines import colour_histogram, histogram, raw_pixels
-from benchmarks.report.build import format_command
+from benchmarks.recall.measure import ScoredModel
+from benchmarks.report.build import choose_row, format_command
 from benchmarks.report.render import draw_html, draw_markdown
 from benchmarks.report.schema import Report, parse_report, read_report
 from vpr.cli import read_config
@@ -27,19 +29,46 @@ FIELDS = {
 
 
 def test_rows_have_the_documented_keys(report_values: dict[str, Any]) -> None:
-    assert report_values["schema"] == 1
+    assert report_values["schema"] == 2
     assert all(set(row) >= FIELDS for row in report_values["rows"])
     names = ["raw-pixels", "colour-histogram", "student", "fp32", "fp32", "int8", "int8"]
     assert [row["name"] for row in report_values["rows"]] == names
     for row in report_values["rows"]:
-        assert row["queries"] == row["gallery"] == len(row["hits"]) == 32
+        assert row["queries"] == row["query_products"] == row["gallery"] == len(row["hits"]) == 32
         assert row["ci95"][0] <= row["recall_at_1"] <= row["ci95"][1]
-        assert row["recall_at_1"] == row["hits"].count("1") / 32
+        assert row["recall_at_1"] == "".join(row["hits"].values()).count("1") / 32
     student, exported = report_values["rows"][2:4]
     assert student["reference"]
     assert exported["cosine_min"] > 0.99999
     assert exported["top10_overlap"] > 0.99
-    assert (exported["recall_drop"], exported["recall_drop_ci95"]) == (0, [0, 0])
+    # No query changed of 32 products: (1 - p)^32 is 2.5 % on each side, and 5 % on one side.
+    assert exported["recall_drop"] == 0
+    assert exported["recall_drop_ci95"] == pytest.approx([-(1 - 0.025 ** (1 / 32)), 1 - 0.025 ** (1 / 32)])
+    assert exported["recall_drop_upper_bound"] == pytest.approx(1 - 0.05 ** (1 / 32))
+
+
+def test_recommendation_is_chosen_on_validation_products(report_values: dict[str, Any]) -> None:
+    """The 5 products that the search for layers used are left out of the 16."""
+    selection, (decision,) = report_values["selection"], report_values["decisions"]
+    assert (selection["split"], selection["products"]) == ("validation", 16 - len(decision["search_products"]))
+    titles = [candidate["title"] for candidate in selection["sequence"]]
+    assert titles[0] == "student on torch"
+    assert selection["chosen"] in titles
+    assert selection["confirmed"]  # the report allows any drop
+
+
+def test_nothing_is_chosen_on_products_that_the_search_for_layers_used(
+    report_artifact: Path, shop_catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search may have used a larger catalogue with the same products."""
+    report = read_report(report_artifact)
+    every = [str(product) for product in np.unique(shop_catalog.products)]
+    decision = report.decisions[0].model_copy(update={"search_products": every})
+    monkeypatch.setattr("benchmarks.report.build.read_decision", lambda _: decision)
+    model = SimpleNamespace(artifact=SimpleNamespace(card=SimpleNamespace(files={"decision.json": None})))
+    scored = [ScoredModel(row, model=cast(Any, model)) for row in report.rows if row.stage != "baseline"]
+    config = ReportConfig(str(shop_catalog), ("student",), "report", drop=1.0)
+    assert choose_row(shop_catalog, scored, config) is None
 
 
 def test_jsonschema_accepts_reports_and_rejects_broken_ones(report_artifact: Path) -> None:
@@ -55,7 +84,7 @@ def test_jsonschema_accepts_reports_and_rejects_broken_ones(report_artifact: Pat
         ("recall_at_1", 1.5),
         ("stage", "model"),
         ("latency_ms", {"1": {"p50": 3.0}}),
-        ("hits", "012"),
+        ("hits", {"a": "012"}),
     ):
         broken = json.loads(json.dumps(report_values))
         broken["rows"][2][key] = value
@@ -71,7 +100,12 @@ def test_report_is_read_from_its_folder_or_its_file(
     assert report == read_report(report_artifact / "report.json")
     assert json.loads(json.dumps(report.to_json())) == report_values
     file = tmp_path / "report.json"
-    for content, message in (("{", "not JSON"), ("[]", "key 'report'"), ('{"schema": 2}', "schema 1 or older, got 2")):
+    for content, message in (
+        ("{", "not JSON"),
+        ("[]", "key 'report'"),
+        ('{"schema": 3}', "expected schema 2, got 3. Upgrade this package"),
+        ('{"schema": 1}', "expected schema 2, got 1. Rerun `vpr bench report`"),
+    ):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             read_report(file)

@@ -6,11 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.report.recommendation import build_verdict, collect_notes, recommend
 from benchmarks.report.render import draw_html, draw_markdown
-from benchmarks.report.schema import Latency, Report, Row
+from benchmarks.report.schema import Latency, Report, Row, ScoredCatalog, Selection
 
 
 class _Page(HTMLParser):
@@ -97,24 +95,34 @@ def test_unknown_keys_and_missing_values_are_drawn(report_values: dict[str, Any]
     assert "svg" not in page.tags
 
 
+PRODUCTS = 100
+
+
+def _hits(recall: float) -> dict[str, str]:
+    """Return the hits of one query of each product."""
+    return {f"{number:03}": "01"[number < round(recall * PRODUCTS)] for number in range(PRODUCTS)}
+
+
 def _row(name: str, stage: str, drop: float | None, p50: float | None, recall: float = 0.5) -> Row:
     row = Row.empty(name, stage, "torch", "fp32")
     row.reference = stage == "student"
     row.latency_ms = None if p50 is None else {"1": Latency(p50=p50, p90=p50, p99=p50)}
     if drop is not None:
-        row.recall_at_1, row.ci95 = recall - drop, (0, 1)
+        row.recall_at_1, row.ci95, row.hits = recall - drop, (0, 1), _hits(recall - drop)
         row.recall_drop, row.recall_drop_ci95 = drop, (drop - 0.01, drop + 0.01)
+        row.recall_drop_upper_bound = drop + 0.009
     return row
 
 
-def _report(rows: list[Row], drop: float) -> Report:
-    """Return a report that has rows and a budget only."""
-    return Report.model_construct(rows=rows, drop=drop)
+def _report(rows: list[Row], drop: float, selection: Selection | None = None) -> Report:
+    """Return a report that has rows, a budget, a split and a choice only."""
+    catalog = ScoredCatalog(sha256="", split="test", sources=[], products={})
+    return Report.model_construct(rows=rows, drop=drop, selection=selection, catalog=catalog)
 
 
 def _rows() -> list[Row]:
     return [
-        _row("teacher", "teacher", -0.4, 0.1),
+        _row("colours", "baseline", 0.4, None),
         _row("student", "student", 0.0, 5.0),
         _row("fp16", "onnx", 0.01, 3.0),
         _row("int8", "onnx", 0.03, 1.0),
@@ -122,37 +130,73 @@ def _rows() -> list[Row]:
     ]
 
 
-@pytest.mark.parametrize(("drop", "name"), [(0.02, "fp16"), (0.04, "int8"), (0.0, "student")])
-def test_fastest_within_the_budget_is_recommended(drop: float, name: str) -> None:
-    chosen = recommend(_report(_rows(), drop))
+def _selection(chosen: str, confirmed: bool = True, products: int = 200) -> Selection:
+    return Selection(
+        split="validation",
+        products=products,
+        queries=products,
+        confidence=0.95,
+        sequence=[],
+        chosen=f"{chosen} on torch",
+        confirmed=confirmed,
+        reason="confirmed: drop at most 0.02" if confirmed else "not confirmable: about 600 products are needed",
+    )
+
+
+def test_confirmed_choice_is_recommended_with_its_evidence() -> None:
+    report = _report(_rows(), 0.02, _selection("fp16"))
+    chosen, verdict = recommend(report), build_verdict(report)
     assert chosen is not None
-    assert chosen.name == name
+    assert chosen.name == "fp16"
+    assert verdict.headline == "Deploy fp16 on torch (fp32)"
+    evidence = (
+        "validation: confirmed: drop at most 0.02; this split: 95 % interval +0.000 to +0.020, upper bound +0.019"
+    )
+    assert verdict.facts[1] == ("drop to the FP32 student", "+0.010", evidence)
+    assert verdict.facts[2] == ("p50, batch 1", "3.00 ms", "1.7 times as fast as student on torch")
+    assert verdict.caveats == ["Not considered, because they cannot run on this machine: engine on torch."]
+    assert "at most 0.02 below the FP32 student's" in verdict.rule
 
 
-def test_verdict_has_its_facts_and_caveats() -> None:
+def test_doubtful_choice_is_called_preliminary() -> None:
     rows = _rows()
     rows[2].latency_ms["1"].unstable = "drift"
     rows.append(_row("fp16-b", "onnx", 0.0, 3.1))
-    verdict = build_verdict(_report(rows, 0.015))
-    assert verdict.headline == "Deploy fp16 on torch (fp32)"
-    assert verdict.facts[1] == ("drop to the FP32 student", "+0.010", "95 % interval +0.000 to +0.020")
-    assert verdict.facts[2] == ("p50, batch 1", "3.00 ms", "1.7 times as fast as student on torch")
+    verdict = build_verdict(_report(rows, 0.015, _selection("fp16", confirmed=False, products=12)))
+    assert verdict.headline == "Preliminary: fp16 on torch (fp32)"
     assert verdict.caveats == [
-        "The interval of the drop ends at +0.020, beyond the budget. Use more queries.",
+        "The drop is not confirmed: not confirmable: about 600 products are needed.",
+        "It was chosen on 12 products, fewer than 30.",
         "Its latency at batch 1 is unstable: drift.",
+        "On the products of this report, the 95 % upper bound of the drop is +0.019, beyond the budget. "
+        "Use more products.",
         "As fast within 5%: fp16-b on torch.",
         "Not considered, because they cannot run on this machine: engine on torch.",
     ]
-    assert "at most 0.015 below the FP32 student's" in verdict.rule
 
 
-def test_no_recommendation_without_student_or_latency() -> None:
+def test_nothing_is_recommended_where_a_baseline_is_as_good() -> None:
+    rows = _rows()
+    rows[0] = _row("colours", "baseline", 0.02, None)
+    report = _report(rows, 0.02, _selection("fp16"))
+    assert recommend(report) is None
+    headline = "No recommendation: colours on torch, which needs no model, is as good as fp16 on torch"
+    assert build_verdict(report).headline == headline
+
+
+def test_no_recommendation_without_student_latency_or_validation() -> None:
     assert recommend(_report(_rows()[-1:], 0.0)) is None
     assert "needs an FP32 student" in build_verdict(_report(_rows()[-1:], 0.0)).headline
-    assert "no model within the budget was timed" in build_verdict(_report(_rows()[1:2], -0.5)).headline
+    assert "has no validation split" in build_verdict(_report(_rows()[1:2], 0.0)).headline
+    scored = _report(_rows()[1:2], 0.0)
+    scored.catalog.split = "validation"
+    assert "scores the validation split" in build_verdict(scored).headline
+    untimed = _row("student", "student", 0.0, None)
+    assert "the FP32 student was not timed" in build_verdict(_report([untimed, *_rows()[2:3]], 0.0)).headline
+    assert "no model was timed" in build_verdict(_report([untimed], 0.0)).headline
 
 
 def test_rows_with_the_same_note_are_grouped() -> None:
     rows = _rows()
-    rows[0].notes = rows[1].notes = "peak memory: not measured"
-    assert collect_notes(rows) == ["teacher on torch, student on torch: peak memory: not measured"]
+    rows[1].notes = rows[2].notes = "peak memory: not measured"
+    assert collect_notes(rows) == ["student on torch, fp16 on torch: peak memory: not measured"]

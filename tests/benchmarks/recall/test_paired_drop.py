@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.recall.paired_bootstrap import compare_with_reference, compute_recall_drop, write_changed
+from benchmarks.recall.paired_drop import RecallDrop, compare_with_reference, compute_recall_drop, write_changed
 from export.parity import rank_changes
+from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.embeddings import l2_normalize
 
@@ -21,13 +22,29 @@ def test_paired_interval_is_narrow_and_nearly_normal() -> None:
     rng = np.random.default_rng(0)
     before = rng.random(1000) < 0.5
     after = before ^ (rng.random(1000) < 0.02)
-    hits = ("".join("01"[bit] for bit in bits) for bits in (before.tolist(), after.tolist()))
+    hits = ({str(row): "01"[bit] for row, bit in enumerate(bits)} for bits in (before.tolist(), after.tolist()))
     drop = compute_recall_drop(*hits, seed=0)
+    assert drop.ci95 is not None
+    assert drop.upper_bound is not None
     lost = before.astype(float) - after
     half = 1.96 * lost.std() / np.sqrt(1000)
     assert drop.mean == pytest.approx(before.mean() - after.mean())
     np.testing.assert_allclose(drop.ci95, [lost.mean() - half, lost.mean() + half], atol=0.1 * half)
+    assert drop.upper_bound == pytest.approx(lost.mean() + 1.645 * half / 1.96, abs=0.1 * half)
     assert half < 0.25 * 1.96 * np.sqrt(0.5 / 1000)  # the width of two independent intervals
+
+
+def test_few_products_have_no_bound() -> None:
+    hits = {str(product): "01" for product in range(9)}
+    assert compute_recall_drop(hits, hits, 0) == RecallDrop(0.0, None, None, None)
+
+
+def test_hits_of_other_products_are_an_error() -> None:
+    hits = {str(product): "01" for product in range(12)}
+    for other in ({**hits, "0": "011"}, {**hits, "new": "0"}, dict(list(hits.items())[1:])):
+        with pytest.raises(UserError, match="hits are of other products or queries"):
+            compute_recall_drop(hits, other, 0)
+    assert compute_recall_drop(hits, dict(reversed(hits.items())), 0).mean == 0
 
 
 def test_changes_match_full_rankings(part: Catalog, tmp_path: Path) -> None:

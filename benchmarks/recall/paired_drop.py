@@ -1,7 +1,7 @@
-"""Comparison of a model with the FP32 student, query by query, and the interval of the difference."""
+"""Comparison of a model with the FP32 student, query by query, and the evidence on the drop of recall@1."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from benchmarks.report.schema import Changed, Interval
 from export.parity import mean_overlap, parity
+from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.retrieval.metrics import bootstrap_interval
+from vpr.retrieval.drop_test import drop_test
+from vpr.retrieval.intervals import MIN_PRODUCTS, mean_interval, sign_flip_p_value
 from vpr.retrieval.search import search
 
 _TOP = 10
@@ -19,10 +21,12 @@ _TOP = 10
 
 @dataclass(frozen=True)
 class RecallDrop:
-    """Recall@1 lost on the same queries."""
+    """Recall@1 lost on the same queries. With fewer than 10 products, nothing but the mean is known."""
 
     mean: float  # lost share of queries
-    ci95: Interval  # 95 % interval of the paired bootstrap
+    ci95: Interval | None  # 95 % interval, paired, by product
+    upper_bound: float | None  # one-sided 95 % upper bound
+    p_value: float | None  # p-value of the hypothesis that recall@1 did not change
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,28 @@ class ReferenceDifference:
         )
 
 
-def compute_recall_drop(before: str, after: str, seed: int) -> RecallDrop:
-    """Return the recall@1 lost between the ``hits`` of two rows, with the interval of the paired bootstrap."""
-    lost = np.array([int(a) - int(b) for a, b in zip(before, after, strict=True)], dtype=np.float64)
-    return RecallDrop(float(lost.mean()), bootstrap_interval(lost, seed))
+def compute_recall_drop(before: Mapping[str, str], after: Mapping[str, str], seed: int) -> RecallDrop:
+    """Compare the ``hits`` of two rows: one digit per query, by product.
+
+    Raises:
+        UserError: The products or their numbers of queries differ.
+    """
+    if {name: len(hits) for name, hits in before.items()} != {name: len(hits) for name, hits in after.items()}:
+        raise UserError("after: the hits are of other products or queries. Score both reports on the same catalogue.")
+    products = np.repeat(list(before), [len(hits) for hits in before.values()])
+    first, second = (
+        np.array([digit == "1" for name in before for digit in hits[name]], dtype=np.bool_) for hits in (before, after)
+    )
+    lost = first.astype(np.float64) - second
+    if len(before) < MIN_PRODUCTS:
+        return RecallDrop(float(lost.mean()), None, None, None)
+    test = drop_test(first, second, products)
+    return RecallDrop(
+        float(lost.mean()),
+        mean_interval(lost, products, seed=seed, lowest=-1, correlation=test.correlation),
+        test.upper_bound(0.95),
+        sign_flip_p_value(lost, products, seed),
+    )
 
 
 def compare_with_reference(
