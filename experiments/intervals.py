@@ -1,4 +1,4 @@
-"""Texts of means and recalls with their 95 % intervals."""
+"""Texts of means and recalls with their 95 % intervals by product."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
+from vpr.retrieval.intervals import Interval, mean_interval
+from vpr.retrieval.metrics import RetrievalScores
 
 
-def mean_text(values: NDArray[Any], form: str = ".3f") -> str:
-    """Return the mean of (queries,) values with its bootstrap interval over the queries."""
-    low, high = bootstrap_interval(values)
-    return f"{values.mean():{form}} [{low:{form}}, {high:{form}}]"
+def interval_text(interval: Interval | None, form: str = ".3f") -> str:
+    """Return an interval in brackets; empty if there are too few products for one."""
+    return f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else ""
+
+
+def mean_text(values: NDArray[Any], products: NDArray[Any], form: str = ".3f") -> str:
+    """Return the mean of (queries,) values with its interval over the queries' products."""
+    return f"{values.mean():{form}}{interval_text(mean_interval(values, products), form)}"
+
+
+def gain_text(differences: NDArray[Any], products: NDArray[Any], form: str = "+.4f") -> str:
+    """Return the mean of (queries,) differences of two models with its paired interval."""
+    return f"{differences.mean():{form}}{interval_text(mean_interval(differences, products, lowest=-1), form)}"
 
 
 def recall_text(scores: RetrievalScores) -> str:
-    """Return recall@1 with its bootstrap interval over the queries."""
-    low, high = scores.ci95
-    return f"{scores.recall_at_1:.4f} [{low:.3f}, {high:.3f}]"
+    """Return recall@1 with its interval over the products."""
+    return f"{scores.recall_at_1:.4f}{interval_text(scores.ci95)}"
 
 
 def drop_text(before: RetrievalScores, after: RetrievalScores) -> str:
-    """Return the loss of recall@1 with the interval of the paired bootstrap; empty against itself."""
-    return "" if before is after else mean_text(before.hits.astype(float) - after.hits, "+.4f")
+    """Return the loss of recall@1 with its paired interval; empty against itself."""
+    return "" if before is after else gain_text(before.hits.astype(float) - after.hits, before.products)

@@ -19,6 +19,7 @@ from app.demo import demo, read_times
 from benchmarks.report.schema import Row as ReportRow
 from benchmarks.report.tables import main_columns
 from experiments.demo.interrupted import interrupt
+from experiments.demo.seeds import measure_seeds
 from experiments.figures import ROOT, Figure, Row, command_of, measure, record
 from student.model import count_multiply_adds, count_parameters, load_student
 from teacher.model import load_teacher
@@ -57,6 +58,11 @@ def measure_demo() -> None:
         ),
     ]
     record("demo", figures, {"demo": _table(rows), "steps": _steps(times["steps"])})
+
+
+def record_seeds() -> None:
+    """Record recall of teacher, student and INT8 with three seeds."""
+    record("demo", [], {"seeds": measure_seeds(_DEMO)})
 
 
 def measure_full() -> None:
@@ -110,6 +116,7 @@ def measure_bad_input() -> None:
 
 PARTS = {
     "demo": measure_demo,
+    "seeds": record_seeds,
     "full": measure_full,
     "interrupted": measure_interrupted,
     "vit-h": measure_vit_h,

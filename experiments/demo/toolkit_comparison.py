@@ -12,14 +12,14 @@ from experiments.external.lightly_train import PRECISIONS
 from experiments.figures import Figure, Row
 from experiments.int8 import tools as int8_tools
 from experiments.int8.tools import MeasuredGraph, TrainedStudent, export_graphs, measure_graphs, run_tool
-from experiments.intervals import drop_text, recall_text
+from experiments.intervals import drop_text, mean_text, recall_text
 from experiments.venv_runner import run_in_venv
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.retrieval.metrics import bootstrap_interval
+from vpr.retrieval.intervals import mean_interval
 
 log = get_logger(__name__)
 
@@ -111,7 +111,7 @@ def peer_figures(graphs: Mapping[str, MeasuredGraph], command: str) -> list[Figu
     lightly = next(name for name in others if name.endswith(": FP32"))
     best = max((name for name in others if "INT8" in name), key=lambda name: others[name].scores.recall_at_1)
     gain = int8.scores.hits.astype(float) - others[best].scores.hits
-    interval = bootstrap_interval(gain)
+    interval = mean_interval(gain, int8.scores.products, lowest=-1)
     title = f"peers: our INT8 less the best other INT8 ({best}), recall@1"
     figures = [
         Figure(f"peers: {lightly}, mean cosine to ours", graphs[lightly].cosine_mean, "", _MIN_COSINE, ">=", command),
@@ -126,12 +126,11 @@ def peer_figures(graphs: Mapping[str, MeasuredGraph], command: str) -> list[Figu
 
 
 def _row(name: str, graph: MeasuredGraph, fp32: MeasuredGraph) -> Row:
-    low, high = bootstrap_interval(graph.scores.precisions)
     return {
         "toolkit: graph": name,
         "recall@1 [95 %]": recall_text(graph.scores),
         "drop, paired [95 %]": drop_text(fp32.scores, graph.scores),
-        "mAP [95 %]": f"{graph.scores.map:.4f} [{low:.3f}, {high:.3f}]",
+        "mAP [95 %]": mean_text(graph.scores.precisions, graph.scores.products),
         "cosine mean": f"{graph.cosine_mean:.5f}",
         "cosine min": f"{graph.cosine_min:.5f}",
         "recall@1, OpenVINO": f"{graph.openvino_scores.recall_at_1:.4f}",

@@ -13,7 +13,7 @@ from calibration.config import CalibrateConfig
 from calibration.ranges import METHODS
 from experiments.figures import Row
 from experiments.int8.tools import TrainedStudent
-from experiments.intervals import mean_text
+from experiments.intervals import gain_text
 from export.backends.openvino_runtime import openvino_forward
 from export.config import Int8Config, OnnxConfig
 from export.int8 import export_int8
@@ -34,21 +34,21 @@ _BASE = CalibrateConfig("", "", "", method="mse")
 def study(student: TrainedStudent) -> list[Row]:
     """Measure cosine to FP32 and the drop of recall@1 of single changes, by OpenVINO on the test split.
 
-    Cosines are means over two draws of images. The interval of the drop is paired over the queries.
+    Cosines are means over two draws of images. The interval of the drop is paired, by product.
     """
     fp32 = export_onnx(OnnxConfig(str(student.artifact), str(student.folder / "fp32")))
     preprocess = load_artifact(fp32, "onnx").card.preprocess
     assert preprocess is not None
     test = load_catalog(student.catalog).select(split="test")
     expected = embed(test, preprocess, openvino_forward(load_onnx(fp32)[0]))
-    hits = score_split(test, expected).hits
+    scores = score_split(test, expected)
     rows = []
     for name, change in _changes().items():
         graphs = [_quantise(student, fp32, name, change, seed) for seed in SEEDS]
         embeddings = [embed(test, preprocess, openvino_forward(graph / "model.onnx")) for graph in graphs]
         parities = [parity(expected, vectors) for vectors in embeddings]
         cosine = sum(result["cosine_mean"] for result in parities) / len(parities)
-        drop = np.mean([hits.astype(float) - score_split(test, vectors).hits for vectors in embeddings], axis=0)
+        drop = np.mean([scores.hits.astype(float) - score_split(test, vectors).hits for vectors in embeddings], axis=0)
         log.info(f"  {student.name}, {name}: cosine {cosine:.6f}, drop {drop.mean():+.4f}")
         rows.append(
             {
@@ -56,7 +56,7 @@ def study(student: TrainedStudent) -> list[Row]:
                 "change": name,
                 "cosine mean": f"{cosine:.6f}",
                 "cosine min": f"{min(result['cosine_min'] for result in parities):.5f}",
-                "drop of recall@1, paired [95 %]": mean_text(drop, "+.4f"),
+                "drop of recall@1, paired [95 %]": gain_text(drop, scores.products),
             }
         )
     return rows

@@ -33,7 +33,8 @@ from vpr.inference.onnx_graph import GraphSession
 from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.inference.timing import measure, summarise
 from vpr.retrieval.embeddings import Forward, embed, read_batches, score_split
-from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
+from vpr.retrieval.intervals import mean_interval
+from vpr.retrieval.metrics import RetrievalScores
 
 log = get_logger(__name__)
 
@@ -234,7 +235,7 @@ def preprocess_of(student: TrainedStudent) -> Preprocess:
 
 def _gain(name: str, graph: MeasuredGraph, other: MeasuredGraph, command: str) -> Figure:
     gain = graph.scores.hits.astype(float) - other.scores.hits
-    return Figure(name, float(gain.mean()), "", 0, ">=", command, bootstrap_interval(gain))
+    return Figure(name, float(gain.mean()), "", 0, ">=", command, mean_interval(gain, graph.scores.products, lowest=-1))
 
 
 def _row(student: str, name: str, graph: MeasuredGraph, fp32: MeasuredGraph) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
-from experiments.intervals import mean_text
+from experiments.intervals import gain_text, interval_text, mean_text
 from student.config import DistillConfig, LossConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
@@ -20,7 +20,8 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import LoaderConfig
 from vpr.retrieval.embeddings import embed, score_split, torch_forward
-from vpr.retrieval.metrics import RetrievalScores, bootstrap_interval
+from vpr.retrieval.intervals import Interval, mean_interval, ratio_interval
+from vpr.retrieval.metrics import RetrievalScores
 from vpr.training.config import RunConfig
 
 log = get_logger(__name__)
@@ -100,6 +101,11 @@ class Scores:
     seconds: float
 
     @property
+    def products(self) -> NDArray[np.str_]:
+        """(queries,) products of the queries."""
+        return self.by_seed[0].products
+
+    @property
     def hits(self) -> NDArray[Any]:
         """(queries,) share of the seeds with a correct first result."""
         return np.mean([score.hits for score in self.by_seed], axis=0)
@@ -147,15 +153,10 @@ def score_students(paths: list[Path], test: Catalog) -> Scores:
     return Scores(scores, float(np.mean(seconds)))
 
 
-def compute_retention(
-    hits: NDArray[Any], teacher: NDArray[np.bool_], samples: int = 2000
-) -> tuple[float, float, float]:
-    """Return recall@1 over the teacher's, with its 95 % paired bootstrap interval over the queries."""
-    rng, n = np.random.default_rng(0), len(hits)
-    resampled = (rng.integers(0, n, n) for _ in range(samples))
-    shares = [hits[rows].mean() / max(teacher[rows].mean(), 1 / n) for rows in resampled]
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return float(hits.mean() / teacher.mean()), float(low), float(high)
+def compute_retention(hits: NDArray[Any], teacher: RetrievalScores) -> tuple[float, Interval | None]:
+    """Return recall@1 over the teacher's, with its 95 % paired interval by product."""
+    interval = ratio_interval(hits, teacher.hits, teacher.products)
+    return float(hits.mean() / teacher.recall_at_1), interval
 
 
 def distillation(setting: Setting, output: Path, model: StudentConfig, seed: int) -> DistillConfig:
@@ -195,21 +196,23 @@ def _distilled(config: DistillConfig) -> Path:
 
 def _paired_gain(setting: Setting, default: Scores, other: Scores, name: str, seeds: tuple[int, ...]) -> Figure:
     """Return a figure of the lower end of the paired interval, with the goal to exceed 0."""
-    low, high = bootstrap_interval(default.hits - other.hits)
+    low, high = mean_interval(default.hits - other.hits, default.products, lowest=-1) or (float("nan"), float("nan"))
     title = f"{setting.name}: default over {name}, recall@1, lower end of the paired interval"
     goal = 0.0 if VARIANTS[name].times == 1 else None  # a longer training is a comparison without a goal
     return Figure(title, low, "", goal, ">=", setting.command, (low, high), seeds)
 
 
 def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -> Row:
-    kept, low, high = compute_retention(scores.hits, teacher.hits)
+    kept, interval = compute_retention(scores.hits, teacher)
     return {
         "variant": name,
-        "recall@1 [95 %]": mean_text(scores.hits),
-        "mAP [95 %]": mean_text(scores.precisions),
-        "retention [95 %]": f"{kept:.2f} [{low:.2f}, {high:.2f}]",
+        "recall@1 [95 %]": mean_text(scores.hits, teacher.products),
+        "mAP [95 %]": mean_text(scores.precisions, teacher.products),
+        "retention [95 %]": f"{kept:.2f}{interval_text(interval, '.2f')}",
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.by_seed),
-        "default ahead by": "" if scores is default else mean_text(default.hits - scores.hits, "+.3f"),
+        "default ahead by": ""
+        if scores is default
+        else gain_text(default.hits - scores.hits, teacher.products, "+.3f"),
         "seconds": f"{scores.seconds:.0f}",
     }
 

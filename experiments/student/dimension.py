@@ -10,7 +10,8 @@ from experiments.figures import Figure, Row
 from student.config import DimensionConfig
 from student.projection import fit_projection, project
 from vpr.retrieval.embeddings import l2_normalize
-from vpr.retrieval.metrics import bootstrap_interval, evaluate
+from vpr.retrieval.intervals import mean_interval
+from vpr.retrieval.metrics import evaluate
 
 Vectors = NDArray[np.float32]
 _FROM, _TO, _FITTED, _SCORED, _VIEWS = 1024, 256, 4096, 2000, 2
@@ -36,7 +37,7 @@ def dimension_figures(command: str, seeds: tuple[int, ...] = (0, 1)) -> tuple[li
         mean = {method: np.mean(by_seed, axis=0) for method, by_seed in hits.items()}
         gain = mean["cosine"] - mean["pca"]
         title = f"{_FROM} to {_TO}, spectrum {name}: cosine-preserving compression less PCA, recall@1"
-        interval = bootstrap_interval(gain)
+        interval = mean_interval(gain, products[::2], lowest=-1)
         figures.append(Figure(title, float(gain.mean()), "", 0.0, ">=", command, interval, seeds))
         texts = {method: f"{value.mean():.3f}" for method, value in mean.items()}
         rows.append({"spectrum": name, f"{_FROM} dimensions": texts["full"], **_named(texts)})

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.latency.measure import time_models
 from experiments.figures import Figure, Row
+from experiments.intervals import interval_text
 from experiments.student.ablation import (
     SMALL,
     Scores,
@@ -25,6 +26,7 @@ from student.distill import distill
 from student.model import count_multiply_adds
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.data.catalog import load_catalog
+from vpr.retrieval.intervals import Interval
 
 # From the largest down: each starts with weights selected from the larger one, the best variant of the ablation.
 _HEADS = {256: 4, 192: 3, 128: 2, 96: 2}
@@ -56,7 +58,7 @@ class Point:
     multiply_adds: int
     share: float
     recall: float
-    retention: tuple[float, float, float]
+    retention: tuple[float, Interval | None]
     torch: float
     openvino: float
     seconds: float
@@ -71,7 +73,7 @@ class Point:
             "multiply-adds": f"{self.multiply_adds / 1e6:.1f} M",
             "of the teacher's": f"{self.share:.0%}",
             "recall@1": f"{self.recall:.3f}",
-            "retention [95 %]": "{:.2f} [{:.2f}, {:.2f}]".format(*self.retention),
+            "retention [95 %]": f"{self.retention[0]:.2f}{interval_text(self.retention[1], '.2f')}",
             "ms, PyTorch": f"{self.torch:.2f}",
             "ms, OpenVINO": f"{self.openvino:.2f}",
             "training, s": f"{self.seconds:.0f}",
@@ -102,7 +104,7 @@ def size_curve(setting: Setting, plot: Path) -> tuple[list[Figure], list[Row]]:
     for width, path in students.items():
         milliseconds = times[f"{path.name} (torch)"], times[f"{graphs[width].name} (openvino)"]
         scores = score_students([path], test)
-        retention = compute_retention(scores.hits, teacher.hits)
+        retention = compute_retention(scores.hits, teacher)
         points.append(
             _point(width, path, scores, retention, teacher_adds, milliseconds, points[-1].ladder if points else 0.0)
         )
@@ -116,7 +118,7 @@ def _point(
     width: int,
     path: Path,
     scores: Scores,
-    retention: tuple[float, float, float],
+    retention: tuple[float, Interval | None],
     teacher_adds: int,
     milliseconds: tuple[float, float],
     ladder: float,
@@ -160,7 +162,8 @@ def draw(points: list[Point], path: Path) -> None:
 
     drawing = Drawing(figsize=(8, 3.2), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)
-    retentions, lows, highs = zip(*(point.retention for point in points), strict=True)
+    retentions = [point.retention[0] for point in points]
+    lows, highs = zip(*(point.retention[1] or (point.retention[0],) * 2 for point in points), strict=True)
     errors = [np.subtract(retentions, lows), np.subtract(highs, retentions)]
     costs: list[tuple[Any, list[float], str]] = [
         (axes[0], [point.parameters / 1e6 for point in points], "parameters, millions"),
@@ -170,7 +173,7 @@ def draw(points: list[Point], path: Path) -> None:
         axis.errorbar(cost, retentions, errors, marker="o", capsize=3, color="#1f5fa8")
         for point, x in zip(points, cost, strict=True):
             label_style = {"textcoords": "offset points", "xytext": (0, 3), "ha": "center", "fontsize": 8}
-            axis.annotate(f"{point.width} wide", (x, point.retention[2]), **label_style)
+            axis.annotate(f"{point.width} wide", (x, highs[points.index(point)]), **label_style)
         axis.set_xlabel(label)
         axis.margins(x=0.15, y=0.12)
         axis.set_xlim(left=0)
@@ -184,7 +187,7 @@ def draw(points: list[Point], path: Path) -> None:
 def _retention_figure(points: list[Point], share: float, goal: float, setting: Setting) -> Figure:
     best = max((point for point in points if point.share <= share), key=lambda point: point.share)
     name = f"{setting.name}: retention at {best.share:.0%} of the teacher's multiply-adds (at most {share:.0%})"
-    return Figure(name, best.retention[0], "", goal, ">=", setting.command, best.retention[1:], (0,))
+    return Figure(name, best.retention[0], "", goal, ">=", setting.command, best.retention[1], (0,))
 
 
 def train_ladder(setting: Setting) -> dict[int, Path]:

@@ -150,7 +150,7 @@ def _embed(path: Path, test: Catalog, shop: Catalog) -> Embedded:
 
 
 def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config: RerankConfig) -> Row:
-    """Return scores averaged over seeds, with the bootstrap interval over the queries."""
+    """Return scores averaged over seeds, with their intervals by product."""
     query, gallery = test.roles == "query", test.roles == "gallery"
     shelf, single = [], []
     for images, shop_vectors in seeds:
@@ -161,8 +161,8 @@ def _row(name: str, seeds: list[Embedded], test: Catalog, shop: Catalog, config:
     return {
         "variant": name,
         "seeds": len(seeds),
-        "recall@1 [95 %]": mean_text(np.mean([score.hits for score in shelf], axis=0)),
-        "mAP [95 %]": mean_text(np.mean([score.precisions for score in shelf], axis=0)),
+        "recall@1 [95 %]": mean_text(np.mean([score.hits for score in shelf], axis=0), shelf[0].products),
+        "mAP [95 %]": mean_text(np.mean([score.precisions for score in shelf], axis=0), shelf[0].products),
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in shelf),
-        "shop image: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0)),
+        "shop image: recall@1 [95 %]": mean_text(np.mean([score.hits for score in single], axis=0), single[0].products),
     }

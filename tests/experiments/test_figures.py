@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from experiments.figures import ROOT, Figure, documents, draw_tables, figure_rows, measure, record, record_unmeasured
+from experiments.views import select_view
 from vpr.common.errors import UserError
+
+
+def test_headline_joins_seeds_with_costs() -> None:
+    run = {"model": "m", "backend": "b", "recall@1 [95 %]": "one seed", "ms, batch 1": "2", "MB": "3", "other": "4"}
+    seed = {"model": "m", "backend": "b", "recall@1 [95 %]": "three seeds", "retention [95 %]": "5", "more": "6"}
+    rows = select_view("demo.result", {"tables": {"demo": [run], "seeds": [seed]}, "figures": []})
+    expected = {"recall@1 [95 %]": "three seeds", "retention [95 %]": "5", "ms, batch 1": "2", "MB": "3"}
+    assert rows == [{"model": "m", "backend": "b"} | expected]
+    assert select_view("demo.result", {"tables": {"demo": [run]}, "figures": []}) is None
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,27 @@ from experiments.student.ablation import Setting, compute_retention
 from experiments.student.dimension import synthetic_teacher
 from experiments.student.sizes import GOALS, SIZES, Point, _retention_figure, draw
 from student.model import Student, count_multiply_adds
+from vpr.retrieval.metrics import evaluate_similarities
 
 
 def point(width: int, share: float, kept: float) -> Point:
     return Point(
-        width, 10_000 * width, 1_000_000 * width, share, 0.5, (kept, kept - 0.1, kept + 0.1), 2.0, 1.0, 3.0, 4.0
+        width, 10_000 * width, 1_000_000 * width, share, 0.5, (kept, (kept - 0.1, kept + 0.1)), 2.0, 1.0, 3.0, 4.0
     )
 
 
 def test_retention_has_paired_interval() -> None:
     rng = np.random.default_rng(0)
     teacher_hits = rng.random(500) < 0.8
-    assert compute_retention(teacher_hits.astype(float), teacher_hits) == (1.0, 1.0, 1.0)
+    products = np.arange(500).astype(str)  # one query of each
+    similarities = np.ones((500, 500), dtype=np.float32)
+    np.fill_diagonal(similarities, np.where(teacher_hits, 2, 0))  # a miss ranks last
+    teacher = evaluate_similarities(similarities, products, products)
+    assert compute_retention(teacher_hits.astype(float), teacher) == (1.0, (1.0, 1.0))
     half = teacher_hits & (rng.random(500) < 0.5)
-    value, low, high = compute_retention(half.astype(float), teacher_hits)
+    value, interval = compute_retention(half.astype(float), teacher)
+    assert interval is not None
+    low, high = interval
     assert value == pytest.approx(half.sum() / teacher_hits.sum())
     assert low < value < high
     # The standard deviation of a share p of n hits is sqrt(p (1 - p) / n).

@@ -1,0 +1,1 @@
+"""Simulations of the statistics, where the truth is known, and their speed."""
