@@ -129,7 +129,7 @@ def test_partly_quantised_graphs_build(dtype: QuantDtype) -> None:
         assert layers["QUANTIZE"] == len({name for layer in subset for name in every[layer]})
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_smoothed_and_corrected_graphs_build(fp32: Path, catalog: Catalog, dtype: QuantDtype, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     config = CalibrateConfig(str(fp32), str(catalog.artifact.path), str(tmp_path / "ranges"), count=16)

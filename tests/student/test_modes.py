@@ -346,6 +346,7 @@ def test_dry_run_takes_a_step_in_every_mode(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_epoch_time_is_measured(config: DistillConfig, tmp_path: Path) -> None:
     epoch, passes, ratio = (figure.value for figure in epoch_figures(config, tmp_path, "command"))
     assert epoch is not None

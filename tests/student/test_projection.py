@@ -45,6 +45,7 @@ def test_all_directions_lose_nothing() -> None:
     assert cosine_error(vectors, principal_directions(vectors, 12)) < 1e-10
 
 
+@pytest.mark.slow
 def test_learned_projection_generalises_better() -> None:
     vectors = decaying_vectors(1200, 48)
     fitted, heldout = vectors[:800], vectors[800:]

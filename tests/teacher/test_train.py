@@ -27,7 +27,7 @@ from vpr.training.config import RunConfig
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))
 RECIPES = sorted(Path(teacher.__file__).parent.glob("recipes/*.yaml"))
-_LONG = {"guie-1st": pytest.mark.slow}  # several stages
+_LONG = dict.fromkeys(("guie-1st", "guie-2nd", "aicrowd-margin"), pytest.mark.slow)
 
 
 def small_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:

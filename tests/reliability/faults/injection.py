@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import datetime, tzinfo
 from typing import Any, Self
 
-from vpr.artifacts import store
+from vpr.artifacts import writer
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod")
@@ -35,7 +35,7 @@ def set_clock_back() -> None:
 
     time.time = lambda: float(next(seconds))
     time.time_ns = lambda: next(seconds) * 10**9
-    store.datetime = BackwardDatetime  # type: ignore[attr-defined, misc]
+    writer.datetime = BackwardDatetime  # type: ignore[attr-defined, misc]
 
 
 def kill_at_change(number: int, folder: str) -> None:
