@@ -94,15 +94,15 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``shop/images.csv``: 24 products of 6 small JPEGs each, every product with its own texture."""
+    """A folder with ``shop/images.csv``: 80 products of 3 small JPEGs each, every product with its own texture."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
     rows = [("image", "product", "category")]
-    for product in range(24):
+    for product in range(80):
         coarse = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
         texture = Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
         (folder / f"shop/images/{product:02d}").mkdir(parents=True)
-        for view, (left, top) in enumerate(rng.integers(0, 48, (6, 2)).tolist()):
+        for view, (left, top) in enumerate(rng.integers(0, 48, (3, 2)).tolist()):
             name = f"images/{product:02d}/{view}.jpg"
             texture.crop((left, top, left + 48, top + 48)).save(folder / "shop" / name)
             rows.append((name, f"product-{product:02d}", "textures"))
