@@ -183,7 +183,9 @@ def _add_differences(model: ScoredModel, part: Catalog, student: ScoredModel, se
         return
     row.reference = model is student
     drop = compute_recall_drop(student.row.hits, row.hits, seed)
-    row.recall_drop, row.recall_drop_ci95, row.recall_drop_upper_bound = drop.mean, drop.ci95, drop.upper_bound
+    row.recall_drop = drop.mean
+    if not row.reference:  # its drop to itself is 0 by definition
+        row.recall_drop_ci95, row.recall_drop_upper_bound = drop.ci95, drop.upper_bound
     if row.backend is None:
         return
     difference = compare_with_reference(part, student.vectors, model.vectors, row.name, row.backend)

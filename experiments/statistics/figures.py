@@ -1,12 +1,13 @@
 """``make figures TOPIC=statistics``: intervals and budgets where the truth is known, into ``statistics.json``.
 
-Parts: ``coverage``, ``budget``, ``bounds``, ``entropy``, ``speed``. ``entropy`` needs the demo's artifacts.
+Parts: ``coverage``, ``errors``, ``budget``, ``bounds``, ``entropy``, ``speed``. ``entropy`` needs the demo's artifacts.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,17 @@ import numpy as np
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row, command_of, measure, record
-from experiments.statistics.simulation import correlated_hits, harmful_network, run_search, safe_network
+from experiments.statistics.simulation import (
+    Hits,
+    Products,
+    correlated_hits,
+    draw_noise,
+    draw_rare_loss,
+    draw_unequal_sizes,
+    harmful_network,
+    run_search,
+    safe_network,
+)
 from experiments.statistics.speed import measure_speed
 from export.backends.openvino_runtime import openvino_forward
 from export.config import Int8Config
@@ -23,8 +34,11 @@ from export.parity import parity
 from export.to_onnx import load_onnx
 from vpr.common.errors import UserError
 from vpr.data.catalog import load_catalog
+from vpr.retrieval.drop_test import drop_test
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.intervals import mean_interval
+
+Draw = Callable[[int, int, np.random.Generator], tuple[Hits, Hits, Products, float]]
 
 BUDGET = 0.005
 CONFIDENCE = 0.95
@@ -61,6 +75,35 @@ def budgets(
         "true search drop": float(np.mean([result.true_search_drop for result in results])),
         "search broken": float(np.mean([result.true_search_drop > max_drop for result in results])),
     }
+
+
+def error_rate(draw: Draw, runs: int, products: int, queries: int, seed: int = 0) -> float:
+    """Return how often the test confirms, at 95 % confidence, a drop that is exactly the true one."""
+    rng, confirmed = np.random.default_rng(seed), 0
+    for _ in range(runs):
+        before, after, names, drop = draw(products, queries, rng)
+        confirmed += drop_test(before, after, names).p_value(drop) <= 1 - CONFIDENCE
+    return confirmed / runs
+
+
+def measure_errors() -> None:
+    """Record the error rate of one test where the true drop is the limit, also where its assumptions fail."""
+    command = command_of("statistics", "errors")
+    rows: list[Row] = []
+    figures = []
+    for title, draw, goal in (
+        ("small changes of all margins", draw_noise, 0.06),  # two standard errors above .05
+        ("2 % of the products lose all hits", draw_rare_loss, None),
+        ("large products lose hits", draw_unequal_sizes, None),
+    ):
+        for products, queries in ((100, 12), (300, 12)):
+            rate = error_rate(draw, _RUNS, products, queries)
+            rows.append(
+                {"changes": title, "products": products, "queries of each": queries, "error rate": f"{rate:.1%}"}
+            )
+            name = f"{title}, {products} products: error rate of a test at 5 %"
+            figures.append(Figure(name, rate, "", goal, "<=", command))
+    record("statistics", figures, {"errors": rows})
 
 
 def measure_coverage() -> None:
@@ -100,18 +143,22 @@ def measure_budget() -> None:
     """Record how often confirmed graphs break the budget, and how often a safe one is confirmed."""
     command = command_of("statistics", "budget")
     rows, figures = [], []
-    for title, products, queries, is_safe in (
-        ("harmful layers", 100, 6, False),
-        ("harmful layers", 400, 6, False),
-        ("a safe graph exists", 100, 6, True),
-        ("a safe graph exists", 400, 6, True),
+    for title, products, queries, is_safe, max_drop in (
+        ("harmful layers", 100, 6, False, BUDGET),
+        ("harmful layers", 400, 6, False, BUDGET),
+        ("harmful layers", 400, 6, False, 2 * BUDGET),
+        ("harmful layers", 200, 12, False, 2 * BUDGET),
+        ("a safe graph exists", 100, 6, True, BUDGET),
+        ("a safe graph exists", 400, 6, True, BUDGET),
     ):
-        result = budgets(_BUDGET_RUNS, products, queries, is_safe)
-        rows.append({"layers": title, "products": products, "queries of each": queries, **_percent(result)})
-        name = f"{title}, {products} products"
+        result = budgets(_BUDGET_RUNS, products, queries, is_safe, max_drop)
+        sizes = {"products": products, "queries of each": queries}
+        rows.append({"layers": title, **sizes, "budget": max_drop, **_percent(result)})
+        name = f"{title}, {products} products, budget {max_drop:g}"
         figures.append(
             Figure(f"{name}: confirmed graphs that break the budget", result["broken"], "", 0.05, "<=", command)
         )
+        figures.append(Figure(f"{name}: bounds below the truth", result["bound below truth"], "", 0.05, "<=", command))
         goal = 0.8 if is_safe and products == 400 else None
         figures.append(Figure(f"{name}: runs that confirm a graph", result["confirmed"], "", goal, ">=", command))
         figures.append(
@@ -193,6 +240,7 @@ def _percent(result: dict[str, float]) -> Row:
 
 PARTS = {
     "coverage": measure_coverage,
+    "errors": measure_errors,
     "budget": measure_budget,
     "bounds": measure_bounds,
     "entropy": measure_entropy,

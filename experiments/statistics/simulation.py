@@ -117,6 +117,39 @@ def run_search(
     )
 
 
+def draw_noise(products: int, queries: int, rng: np.random.Generator) -> tuple[Hits, Hits, Products, float]:
+    """Draw hits before and after a quantisation that moves all margins a little, and the true drop."""
+    network = Network(np.array([0.02]), np.array([0.15]))
+    names, margins, changes = draw_hits(network, products, queries, rng)
+    return margins > 0, margins + changes[0] > 0, names, network.true_drop(frozenset(network.names))
+
+
+def draw_rare_loss(
+    products: int, queries: int, rng: np.random.Generator, share: float = 0.02, recall: float = 0.9
+) -> tuple[Hits, Hits, Products, float]:
+    """Draw hits where a share of the products loses all of them, and no other query changes."""
+    before, names = correlated_hits(products, queries, 0.25, recall, rng)
+    is_lost = rng.random(products) < share
+    return before, before & ~np.repeat(is_lost, queries), names, share * recall
+
+
+def draw_unequal_sizes(
+    products: int, queries: int, rng: np.random.Generator, recall: float = 0.8
+) -> tuple[Hits, Hits, Products, float]:
+    """Draw products of log-normal size, of which the largest tenth loses a fifth of its hits, query by query."""
+    scale = 0.8
+    sizes = np.maximum(1, np.rint(queries * np.exp(scale * rng.standard_normal(products)))).astype(np.int64)
+    large = queries * np.exp(scale * 1.2816)  # the 90 % quantile
+    codes = np.repeat(np.arange(products), sizes)
+    precision = 3.0  # intraclass correlation .25
+    recalls = rng.beta(recall * precision, (1 - recall) * precision, products)
+    before = rng.random(len(codes)) < recalls[codes]
+    after = before & ~((sizes[codes] > large) & (rng.random(len(codes)) < 0.2))
+    # Share of the queries in the largest tenth: the normal distribution of log-size, shifted by its variance.
+    in_large = 1 - ndtr(1.2816 - scale)
+    return before, after, codes.astype(np.str_), float(0.2 * recall * in_large)
+
+
 def correlated_hits(
     products: int, queries: int, correlation: float, share: float, rng: np.random.Generator
 ) -> tuple[Hits, Products]:

@@ -12,6 +12,7 @@ from vpr.retrieval.intervals import (
     MIN_PRODUCTS,
     MIN_VARYING,
     Ids,
+    ProductSums,
     clopper_pearson_upper,
     effective_queries,
     intraclass_correlation,
@@ -34,15 +35,20 @@ class DropTest:
     Where fewer than 10 products change, it is the exact binomial test of the broken queries alone (Clopper and
     Pearson, Biometrika 1934): corrected queries do not count in favour of the model.
 
+    Queries are correlated within products, so both tests are approximate. The number of queries is divided by a design
+    effect: the larger of that of the correlation and that of the drop as a ratio of sums over products.
+
     Attributes:
         products: Number of products.
         queries: Number of queries.
         broken: Number of queries that the model breaks.
         corrected: Number of queries that the model corrects.
         changed_products: Number of products with a changed query.
-        correlation: Correlation of changes within a product: measured where 10 products or more change, else assumed.
+        correlation: Correlation of changes within a product: measured where 10 products or more change, else the larger
+            of the measured and the assumed one.
         assumed_correlation: Correlation that is assumed where fewer products change.
         sizes: (products,) number of queries of each product.
+        ratio_effect: Design effect of the drop as a ratio of sums over products; 0 without a change.
     """
 
     products: int
@@ -53,6 +59,7 @@ class DropTest:
     correlation: float
     assumed_correlation: float
     sizes: NDArray[np.float64]
+    ratio_effect: float
 
     @property
     def drop(self) -> float:
@@ -62,7 +69,8 @@ class DropTest:
     @cached_property
     def effective_queries(self) -> float:
         """Number of independent queries that say as much as these."""
-        return effective_queries(self.sizes, self.correlation)
+        count = effective_queries(self.sizes, self.correlation)
+        return min(count, self.queries / self.ratio_effect) if self.ratio_effect > 0 else count
 
     def p_value(self, max_drop: float) -> float:
         """Return the p-value of the null hypothesis that the true drop exceeds ``max_drop``."""
@@ -135,10 +143,32 @@ def drop_test(
         broken=int((before & ~after).sum()),
         corrected=int((after & ~before).sum()),
         changed_products=changed_products,
-        correlation=intraclass_correlation(lost) if changed_products >= MIN_VARYING else correlation,
+        correlation=_change_correlation(lost, changed_products, correlation),
         assumed_correlation=correlation,
         sizes=lost.sizes,
+        ratio_effect=_ratio_effect(lost),
     )
+
+
+def _change_correlation(lost: ProductSums, changed_products: int, assumed: float) -> float:
+    """Return the correlation of changes: a few changed products may raise the assumed one, and not lower it."""
+    if not changed_products:
+        return assumed
+    measured = intraclass_correlation(lost)
+    return measured if changed_products >= MIN_VARYING else max(measured, assumed)
+
+
+def _ratio_effect(lost: ProductSums) -> float:
+    """Return the variance of the ratio of sums over products, over that of as many independent queries.
+
+    Rao and Scott, "A simple method for the analysis of clustered binary data", Biometrics 1992, eq. 2.
+    """
+    queries, drop = lost.queries, lost.mean
+    independent = float(lost.squares.sum()) / queries - drop**2
+    if independent <= 0:
+        return 0.0
+    residuals = lost.sums - drop * lost.sizes
+    return float((residuals**2).sum()) / queries / independent
 
 
 def state_result(test: DropTest, max_drop: float, confidence: float, bound: float) -> str:

@@ -87,7 +87,7 @@ def mean_interval(
         return None
     if grouped.varying < MIN_VARYING:
         return _exact_interval(np.asarray(values, dtype=np.float64), grouped, lowest, confidence, correlation)
-    return _percentiles(_resampled_means(grouped, seed), count, confidence)
+    return _percentiles(_resampled_means(grouped, seed), effective_queries(grouped.sizes, 1.0), confidence)
 
 
 def ratio_interval(
@@ -102,14 +102,17 @@ def ratio_interval(
     if len(upper.sizes) < MIN_PRODUCTS:
         return None
     tops, bottoms = _resampled_means(upper, seed), _resampled_means(lower, seed)
-    return None if (bottoms == 0).any() else _percentiles(tops / bottoms, len(upper.sizes), confidence)
+    if (bottoms == 0).any():
+        return None
+    return _percentiles(tops / bottoms, effective_queries(upper.sizes, 1.0), confidence)
 
 
 def sign_flip_p_value(values: Values, products: Ids, seed: int = 0) -> float:
-    """Return the two-sided p-value of the hypothesis that paired differences of (n,) queries have mean 0.
+    """Return the two-sided p-value of the hypothesis that paired differences of (n,) queries are symmetric around 0.
 
     Under the hypothesis, the differences of a product are as likely as their negatives; all queries of a product are
-    flipped together (randomisation test, Fisher 1935). 9,999 random flips and the data themselves are compared.
+    flipped together (randomisation test, Fisher 1935). 9,999 random flips and the data themselves are compared. Five
+    or fewer changed products cannot give less than .06.
     """
     sums = sum_by_product(values, products).sums
     changed = sums[np.abs(sums) > 1e-12]
@@ -132,7 +135,7 @@ def adjust_p_values(p_values: Sequence[float]) -> list[float]:
 
 
 def clopper_pearson_upper(share: float, count: float, confidence: float) -> float:
-    """Return the one-sided upper bound of a proportion that was ``share`` of ``count``, which need not be an integer."""
+    """Return the one-sided upper bound of a proportion, ``share`` of ``count``. ``count`` need not be an integer."""
     events = share * count
     return 1.0 if share >= 1 else float(betaincinv(events + 1, count - events, confidence))
 
@@ -156,17 +159,20 @@ def intraclass_correlation(grouped: ProductSums) -> float:
 
 
 def effective_queries(sizes: NDArray[np.float64], correlation: float) -> float:
-    """Return the number of independent queries that say as much as these (Rao and Scott, Biometrics 1992).
+    """Return the number of independent queries that say as much as these.
 
-    The design effect is 1 + (m - 1) * correlation, where m is the size of a product weighted by its queries.
+    Their number is divided by the design effect 1 + (m - 1) * correlation (Kish, "Survey Sampling", 1965), where m is
+    the size of a product weighted by its queries, as products differ in size (Donner and Klar, "Design and Analysis of
+    Cluster Randomization Trials in Health Research", 2000). Correlation 1 gives Kish's effective number of products.
     """
     queries = float(sizes.sum())
     weighted_size = float((sizes**2).sum()) / queries
     return queries / (1 + (weighted_size - 1) * correlation)
 
 
-def _percentiles(resampled: NDArray[np.float64], products: int, confidence: float) -> Interval:
-    """Return the percentiles of resampled statistics, widened for the number of products."""
+def _percentiles(resampled: NDArray[np.float64], products: float, confidence: float) -> Interval:
+    """Return the percentiles of resampled statistics, widened for the effective number of products."""
+    products = max(products, 2.0)
     tail = float(ndtr(np.sqrt(products / (products - 1)) * stdtrit(products - 1, (1 - confidence) / 2)))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)

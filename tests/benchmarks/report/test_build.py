@@ -39,6 +39,7 @@ def test_rows_have_the_documented_keys(report_values: dict[str, Any]) -> None:
         assert row["recall_at_1"] == "".join(row["hits"].values()).count("1") / 32
     student, exported = report_values["rows"][2:4]
     assert student["reference"]
+    assert (student["recall_drop"], student["recall_drop_ci95"], student["recall_drop_upper_bound"]) == (0, None, None)
     assert exported["cosine_min"] > 0.99999
     assert exported["top10_overlap"] > 0.99
     # No query changed of 32 products: (1 - p)^32 is 2.5 % on each side, and 5 % on one side.
