@@ -19,12 +19,10 @@ from vpr.artifacts.card import Parent
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import ArtifactWriter
 from vpr.common.errors import UserError
-from vpr.data.readers import Row
+from vpr.data.readers import ROLES, SPLITS, Row
 from vpr.imaging.decode import Box
 
 Rejected = tuple[str, str]
-ROLES = ("train", "gallery", "query")
-SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
     [
         ("image", pa.string()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +12,7 @@ from vpr.common.errors import UserError
 _MAX_FIELD = 1 << 20
 _MAX_ROW = 4 << 20  # characters, on any number of lines
 _MAX_COLUMNS = 1000
+_MAX_SHOWN = 200  # characters of the header in an error message
 
 
 def read_csv_rows(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -20,6 +21,8 @@ def read_csv_rows(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int,
     Raises:
         UserError: A required column or value is missing, a limit is exceeded, or the text is broken.
     """
+    if table.is_dir():
+        raise UserError(f"{table}: it is a folder. Give the path of the CSV file.")
     if not table.is_file():
         raise UserError(f"{table}: no such file. Check the path.")
     csv.field_size_limit(_MAX_FIELD)
@@ -31,7 +34,8 @@ def read_csv_rows(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int,
             if len(columns) > _MAX_COLUMNS:
                 raise UserError(f"{table}: more than {_MAX_COLUMNS} columns. Remove those that are not needed.")
             if missing := [name for name in required if name not in columns]:
-                raise UserError(f"{table}: column '{missing[0]}' is missing. It needs {', '.join(required)}.")
+                found, needed = _shorten(columns), ", ".join(required)
+                raise UserError(f"{table}: column '{missing[0]}' is missing. Found: {found}. Needed: {needed}.")
             for values in reader:
                 if problem := _find_problem(values, required):
                     raise UserError(f"{table}: line {reader.line_num}: {problem}")
@@ -39,6 +43,11 @@ def read_csv_rows(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int,
                 lines.row_characters = 0
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{table}: line {reader.line_num + 1}: {error}. Write it as CSV in UTF-8.") from None
+
+
+def _shorten(columns: Sequence[str]) -> str:
+    text = ", ".join(columns) or "an empty first line"
+    return f"{text[:_MAX_SHOWN]} ..." if len(text) > _MAX_SHOWN else text
 
 
 def _find_problem(values: dict[str, str], required: tuple[str, ...]) -> str:

@@ -12,6 +12,8 @@ from vpr.data.webdataset import read_label, read_samples
 
 Row = dict[str, Any]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+ROLES = ("train", "gallery", "query")
+SPLITS = ("train", "validation", "test")
 UNKNOWN_SUFFIX, FOLDER_LINK = "unknown suffix", "a link to a folder, which is not followed"
 UNLABELLED = "unlabelled"  # source of images without labels
 _MAX_COORDINATE = 1e6
@@ -57,7 +59,12 @@ def read_csv(table: Path) -> Iterator[Row]:
         row = _row(image, values["product"], values.get("category") or "", "csv", values.get("role") or "train")
         box_values = [values.get(name) or "" for name in box_columns]
         box = _parse_box(box_values, f"{table}: line {line}") if any(box_values) else None
-        yield {**row, "box": box, "split": values.get("split") or "train"}
+        row |= {"box": box, "split": values.get("split") or "train"}
+        for column, known in (("role", ROLES), ("split", SPLITS)):
+            if row[column] not in known:  # checked here too: the line is known, and no image has been decoded
+                problem = f"{column} '{row[column]}' is not known. Use {', '.join(known)}."
+                raise UserError(f"{table}: line {line}: {problem}")
+        yield row
 
 
 def read_folder(root: Path) -> Iterator[Row]:
@@ -149,7 +156,8 @@ class PathGuard:
             is_inside = self._folders[folder]
         if not is_inside:
             where = f"{table}: line {line}: " if table else ""
-            raise UserError(f"{where}'{name}' leads out of {self.root}. Use relative paths to files inside it.")
+            fix = f"Put {table.name} into a folder that contains all images" if table else "Copy the file into it"
+            raise UserError(f"{where}'{name}' leads out of {self.root}. {fix}, and use relative paths.")
         return name
 
     def _is_inside(self, name: str) -> bool:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.catalog import SCHEMA, SPLITS, Catalog
+from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.config import check_shares
+from vpr.data.readers import SPLITS
 
 log = get_logger(__name__)
 

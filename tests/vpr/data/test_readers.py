@@ -65,17 +65,21 @@ def test_csv_with_all_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,prod\na.jpg,1\n", "column 'product' is missing. It needs image, product"),
-        ("", "column 'image' is missing"),
+        ("image,prod\na.jpg,1\n", "column 'product' is missing. Found: image, prod. Needed: image, product"),
+        ("image;product\na.jpg;1\n", "column 'image' is missing. Found: image;product. Needed"),
+        ("x" * 300 + "\n", "Found: " + "x" * 200 + " .... Needed"),
+        ("", "column 'image' is missing. Found: an empty first line"),
         ("image,product\na.jpg,\n", "line 2: no value for 'product'"),
         ("image,product\na.jpg\n", "line 2: no value for 'product'"),
         ("image,product\n../../etc/passwd,1\n", "line 2: '../../etc/passwd' leads out of"),
-        ("image,product\n/etc/passwd,1\n", "line 2: '/etc/passwd' leads out of"),
+        ("image,product\n/etc/passwd,1\n", "line 2: '/etc/passwd' leads out of .* Put t.csv into a folder that"),
         ("image,product\nloop/a.jpg,1\n", "line 2: 'loop/a.jpg' leads out of"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,x,4\n", "is not four numbers"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,0,4\n", "has no area"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,nan,2,3,4\n", "out of range"),
         ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,5,nan,3,4\n", "out of range"),
+        ("image,product,split\na.jpg,1,\nb.jpg,1,val\n", "line 3: split 'val' is not known. Use train, validation"),
+        ("image,product,role\na.jpg,1,shop\n", "line 2: role 'shop' is not known. Use train, gallery, query"),
         ("image,product\na.jpg,Shoe, red\n", "line 2: more cells than columns"),
         ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,p3\n', "unexpected end of data"),
         ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,"\n', "line 4: 'product' has a line break. Look for a stray"),
@@ -89,6 +93,11 @@ def test_broken_csv_names_file_line_and_fix(tmp_path: Path, text: str, message: 
     with pytest.raises(UserError, match=message) as caught:
         list(read_csv(table))
     assert str(table) in str(caught.value)
+
+
+def test_folder_in_place_of_the_csv_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it is a folder\. Give the path of the CSV file"):
+        list(read_csv(tmp_path))
 
 
 def test_zero_byte_is_rejected(tmp_path: Path) -> None:
