@@ -33,7 +33,7 @@ def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, valid
     schedule, products = config.schedule(), np.unique(train.products)
     images = f"{len(train)} images of {len(products)} products, {schedule[0].total} epochs"
     others = len(np.unique(validation.products))
-    log.info(f"teacher: {config.tower.name}, {images}, validated on {others} other products")
+    log.info(f"teacher: {config.tower.name}, {images}, validated on {others} products")
     for number, scheduled in enumerate(schedule, start=1):
         _print_stage(config, number, scheduled, tower, train)
 

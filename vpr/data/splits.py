@@ -73,7 +73,8 @@ def check_leaks(train: Catalog, evaluation: Catalog, allow: bool = False) -> dic
             first = [train.table["image"][row].as_py() for row in rows]
         if not allow:
             examples = ", ".join(first)
-            raise UserError(f"leak: {len(shared)} {label} are trained and scored: {examples}. Split the data again.")
+            fix = "Rerun `vpr catalog` with --validation and --test, or correct the splits in its table."
+            raise UserError(f"leak: {len(shared)} {label} are trained and scored: {examples}. {fix}")
         leaks[key] = {"count": len(shared), "first": first}
     return leaks
 
@@ -86,7 +87,9 @@ def find_leaks(catalog: Catalog, allow: bool) -> dict[str, Any]:
         leak = check_leaks(parts[first], parts[second], allow)
         if leak:
             leaks[f"{first} in {second}"] = leak
-            log.warning(f"leak allowed: {first} and {second} share {leak}. The card records it.")
+            counts = (f"{value['count']} {key} ({', '.join(value['first'])})" for key, value in leak.items())
+            shared = " and ".join(counts)
+            log.warning(f"leak allowed: {first} and {second} share {shared}. The card records it.")
     return leaks
 
 

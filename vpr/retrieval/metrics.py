@@ -191,7 +191,7 @@ def _check_finite(values: Vectors) -> None:
 
 def _check_products(query_products: Ids, gallery_products: Ids) -> None:
     if not len(query_products) or not len(gallery_products):
-        raise UserError("evaluation: the split has no queries or no gallery images. Choose a split with both roles.")
+        raise UserError("evaluation: the split has no queries or no gallery images. Set both roles in its table.")
     absent = sorted(set(query_products.tolist()) - set(gallery_products.tolist()))
     if absent:
         problem = f"{len(absent)} queried products are not in the gallery, first '{absent[0]}'"

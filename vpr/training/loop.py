@@ -60,6 +60,10 @@ def training_and_validation(catalog: Catalog, path: str) -> tuple[Catalog, Catal
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     if not len(training) or not len(validation):
         raise UserError(f"{path}: a train and a validation split are required. Build it with --validation 0.1.")
+    for role in ("gallery", "query"):
+        if role not in validation.roles:
+            problem = f"its validation split has {len(validation)} images and none with the role {role}"
+            raise UserError(f"{path}: {problem}. Set the roles of its images in its table.")
     score_split(validation, np.ones((len(validation), 1), np.float32))  # raises before training, not after an epoch
     return training, validation
 

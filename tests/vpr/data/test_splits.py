@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog, rows_to_table
-from vpr.data.splits import check_leaks, split_by_product
+from vpr.data.splits import check_leaks, find_leaks, split_by_product
 
 
 def _rows(counts: list[int]) -> list[dict[str, object]]:
@@ -101,7 +101,7 @@ def test_splits_equal_a_simple_loop(drawn_rows: list[tuple[str, str, str, float 
 
 def test_leaks_of_products_and_images_are_rejected(catalog: Catalog) -> None:
     check_leaks(catalog.select(split="train"), catalog.select(split="test"))
-    with pytest.raises(UserError, match="leak: 4 products are trained and scored"):
+    with pytest.raises(UserError, match="leak: 4 products are trained and scored: .* Rerun `vpr catalog`"):
         check_leaks(catalog, catalog.select(split="test"))
     leaks = check_leaks(catalog, catalog.select(split="test"), allow=True)
     assert {key: value["count"] for key, value in leaks.items()} == {"products": 4, "images": 32}
@@ -112,6 +112,14 @@ def test_leaks_of_products_and_images_are_rejected(catalog: Catalog) -> None:
     with pytest.raises(UserError, match=r"leak: 32 images \(same bytes\) are trained and scored"):
         check_leaks(other_names, catalog.select(split="test"))
     assert list(check_leaks(other_names, catalog.select(split="test"), allow=True)) == ["images"]
+
+
+def test_warning_of_an_allowed_leak_names_products(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{**row, "product": "p", "sha256": str(i)} for i, row in enumerate(catalog.table.to_pylist())]
+    leaking = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), catalog.root)
+    with caplog.at_level("WARNING", logger="vpr"):
+        assert len(find_leaks(leaking, allow=True)) == 3
+    assert "train and validation share 1 products (p). The card records it." in caplog.text
 
 
 def test_shares_without_training_products_are_rejected() -> None:

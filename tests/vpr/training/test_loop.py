@@ -17,7 +17,7 @@ from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.imaging.preprocess import Preprocess
 from vpr.training.callbacks import AtomicCheckpoint
 from vpr.training.config import RunConfig
-from vpr.training.loop import RecallModule, decay_groups, fit, warmup_cosine
+from vpr.training.loop import RecallModule, decay_groups, fit, training_and_validation, warmup_cosine
 
 PREPROCESS = Preprocess(size=16)
 
@@ -65,6 +65,13 @@ def train(
     loader = LoaderConfig(batch_size=batch)
     loaders = training_loader(training, loader, 0), validation_loader(validation, loader)
     return module, fit(module, loaders, module.net, folder, epochs, config)
+
+
+@pytest.mark.parametrize("role", ["gallery", "query"])
+def test_validation_split_without_a_role_is_rejected(catalog: Catalog, role: str) -> None:
+    without = Catalog(catalog.table.filter(catalog.roles != role), catalog.root)
+    with pytest.raises(UserError, match=f"shop: its validation split has .* none with the role {role}"):
+        training_and_validation(without, "shop")
 
 
 def test_validation_uses_the_moving_average(catalog: Catalog, tmp_path: Path) -> None:
