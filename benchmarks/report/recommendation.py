@@ -45,7 +45,8 @@ def build_verdict(report: Report) -> Verdict:
         return Verdict(f"No recommendation: {_reason_without_choice(report)}.", [], rule, _not_run(report))
     if baseline := _baseline_as_good(report, chosen):
         headline = f"No recommendation: {baseline.title}, which needs no model, is as good as {chosen.title}"
-        return Verdict(headline, _facts(report, chosen), rule, _not_run(report))
+        remedy = "Train the models longer, or start the teacher from pretrained weights."
+        return Verdict(headline, _facts(report, chosen), rule, [remedy, *_not_run(report)])
     doubts = _doubts(report, selection, chosen)
     headline = f"{'Preliminary' if doubts else 'Deploy'}{':' if doubts else ''} {chosen.title} ({chosen.precision})"
     return Verdict(headline, _facts(report, chosen), rule, doubts + _caveats(report, chosen) + _not_run(report))

@@ -182,6 +182,7 @@ def test_nothing_is_recommended_where_a_baseline_is_as_good() -> None:
     assert recommend(report) is None
     headline = "No recommendation: colours on torch, which needs no model, is as good as fp16 on torch"
     assert build_verdict(report).headline == headline
+    assert build_verdict(report).caveats[0].startswith("Train the models longer")
 
 
 def test_no_recommendation_without_student_latency_or_validation() -> None:
