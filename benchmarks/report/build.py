@@ -24,6 +24,7 @@ from vpr.common.hardware import environment
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.embeddings import embed, score_split
+from vpr.retrieval.metrics import check_products
 
 log = get_logger(__name__)
 
@@ -42,6 +43,9 @@ def build_report(config: ReportConfig) -> Path:
     stage = Stage(config.output, "report", config_to_json(config), parents, "report.json")
     if stage.find():
         return stage.path
+    part = catalog.select(split=SELECTION_SPLIT)
+    if {"query", "gallery"} <= set(part.roles.tolist()):  # an error of the choice comes before the measurements
+        check_products(part.products[part.roles == "query"], part.products[part.roles == "gallery"])
     scored = score_models(catalog.select(split=config.split), models, config.seed, config.rerank)
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))

@@ -88,7 +88,7 @@ def evaluate_similarities(
     similarities: Vectors | Iterable[Vectors], query_products: Ids, gallery_products: Ids, seed: int = 0
 ) -> RetrievalScores:
     """Score similarities like :func:`evaluate`: (queries, gallery) float32, larger is nearer, in one or more blocks."""
-    _check_products(query_products, gallery_products)
+    check_products(query_products, gallery_products)
     blocks = [similarities] if isinstance(similarities, np.ndarray) else similarities
     return _score(_checked(blocks, len(query_products), len(gallery_products)), query_products, gallery_products, seed)
 
@@ -176,7 +176,7 @@ def _checked(blocks: Iterable[Vectors], queries: int, gallery: int) -> Iterator[
 def _check_inputs(query_vectors: Vectors, query_products: Ids, gallery_vectors: Vectors, gallery_products: Ids) -> None:
     if len(query_vectors) != len(query_products) or len(gallery_vectors) != len(gallery_products):
         raise UserError(_COUNTS)
-    _check_products(query_products, gallery_products)
+    check_products(query_products, gallery_products)
     dim, gallery_dim = query_vectors.shape[1], gallery_vectors.shape[1]
     if dim != gallery_dim:
         raise UserError(f"evaluation: queries have {dim} dimensions, the gallery {gallery_dim}. Embed with one model.")
@@ -189,7 +189,8 @@ def _check_finite(values: Vectors) -> None:
         raise UserError("evaluation: the embeddings contain NaN or infinity. Check the model with `vpr export parity`.")
 
 
-def _check_products(query_products: Ids, gallery_products: Ids) -> None:
+def check_products(query_products: Ids, gallery_products: Ids) -> None:
+    """Raise :class:`UserError` if there is nothing to score, or the gallery lacks the product of a query."""
     if not len(query_products) or not len(gallery_products):
         raise UserError("evaluation: the split has no queries or no gallery images. Set both roles in its table.")
     absent = sorted(set(query_products.tolist()) - set(gallery_products.tolist()))
