@@ -93,7 +93,7 @@ def search_mixed_precision(
         budget: Recall budget.
 
     Returns:
-        The content of ``decision.json``, as ``docs/artifacts.md`` lists it. If no candidate is confirmed, the set that
+        The content of ``decision.json``, as ``docs/export.md`` lists it. If no candidate is confirmed, the set that
         the search found is ``quantised``, and ``confirmed`` is False.
     """
     is_query = validation.roles == "query"
@@ -105,8 +105,7 @@ def search_mixed_precision(
     def test(quantised: Layers) -> DropTest:
         hits = queries.score(queries.embed(quantise(sorted(quantised)))).hits
         result = drop_test(float_hits, hits, queries.query_products, decision.correlation)
-        bound = result.upper_bound(budget.confidence)
-        log.info(f"  drop {result.drop:+.4f}, upper bound {bound:.4f}  {_set_name(quantised)}")
+        log.info(f"  drop {result.drop:+.4f}, p {result.p_value(budget.drop):.4f}  {_set_name(quantised)}")
         return result
 
     log.info(f"confirmation on {len(queries.products)} other products")
@@ -119,8 +118,9 @@ def search_mixed_precision(
     chosen = _pick_fastest(timed, names, times)
     # Without a confirmed set, the safest one shows what is missing.
     tested = next((step for step in sequence if step.quantised == chosen and step.confirmed), sequence[0])
-    outcome = state_result(tested.test, budget.drop, budget.confidence, tested.upper_bound)
-    (log.info if confirmed else log.warning)(f"{names[tested.quantised]}: {outcome}")
+    result = state_result(tested.test, budget.drop, budget.confidence, tested.upper_bound)
+    outcome = f"{names[tested.quantised]}: {result}"
+    (log.info if confirmed else log.warning)(outcome)
     if times[names[chosen]] >= times[_BASE]:
         log.warning("quantisation does not make this graph faster on this machine")
     reasons = decision.reasons | _explain_unconfirmed(decision, timed[-1])
