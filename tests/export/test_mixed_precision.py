@@ -47,7 +47,7 @@ def test_graph_matches_decision(decided: Path, graph: onnx.ModelProto) -> None:
     written, artifact = load_onnx(decided)
     assert decision["confirmed"]
     assert decision["drop_upper_bound"] <= 0.5
-    assert "quantised: confirmed: drop at most 0.5 with 95 % confidence (upper bound 0." in decision["outcome"]
+    assert ": confirmed: drop at most 0.5 with 95 % confidence (upper bound 0." in decision["outcome"]
     products = {node.name for node in weighted_nodes(graph)} | set(attention_nodes(graph))
     inputs = {node.name: node.input for node in written.graph.node}
     quantised = {name for name in products if inputs[name][0].endswith("_dq")}
