@@ -16,17 +16,21 @@ from typing import Any
 
 from app.config import DemoConfig
 from app.demo import demo, read_times
+from benchmarks.config import RecallConfig
+from benchmarks.recall.measure import measure_recall
 from benchmarks.report.schema import Row as ReportRow
 from benchmarks.report.tables import main_columns
 from experiments.demo.interrupted import interrupt
 from experiments.demo.seeds import measure_seeds
-from experiments.figures import ROOT, Figure, Row, command_of, measure, record
+from experiments.figures import RESULTS, ROOT, Figure, Row, command_of, measure, record
 from student.model import count_multiply_adds, count_parameters, load_student
 from teacher.model import load_teacher
 from vpr.artifacts.store import load_artifact
+from vpr.common.errors import UserError
 
 # Relative, as in the demo: paths are part of an artifact's configuration.
 _DEMO, _FULL = Path("runs/demo"), Path("runs/demo-full")
+_MODELS = ("teacher", "student", "fp32", "fp16", "int8", "int8-cpu", "engine-fp16", "engine-int8")
 
 
 def measure_demo() -> None:
@@ -58,6 +62,20 @@ def measure_demo() -> None:
         ),
     ]
     record("demo", figures, {"demo": _table(rows), "steps": _steps(times["steps"])})
+
+
+def measure_recalls() -> None:
+    """Record recall of the demo's artifacts, and keep the recorded latencies of the same files."""
+    models = tuple(str(_DEMO / name) for name in _MODELS)
+    folder = measure_recall(RecallConfig(str(_DEMO / "catalog"), models, str(_DEMO / "recall-all")))
+    rows = json.loads((folder / "recall.json").read_text(encoding="utf-8"))
+    recorded = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["tables"]["demo"]
+    table = []
+    for old, new in zip(recorded, _table(rows), strict=True):
+        if any(old[key] != new[key] for key in ("model", "backend", "MB")):
+            raise UserError(f"{old['model']}: the artifact is not the one that was timed. Measure PARTS=demo.")
+        table.append({key: old[key] if key.startswith("ms, ") else new[key] for key in old})
+    record("demo", _recalls("demo", rows, 0.60, command_of("demo", "recall")), {"demo": table})
 
 
 def record_seeds() -> None:
@@ -116,6 +134,7 @@ def measure_bad_input() -> None:
 
 PARTS = {
     "demo": measure_demo,
+    "recall": measure_recalls,
     "seeds": record_seeds,
     "full": measure_full,
     "interrupted": measure_interrupted,
