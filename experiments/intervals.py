@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from vpr.retrieval.intervals import Interval, mean_interval
+from vpr.retrieval.intervals import Interval, intraclass_correlation, mean_interval, sum_by_product
 from vpr.retrieval.metrics import RetrievalScores
 
 
@@ -20,9 +20,17 @@ def mean_text(values: NDArray[Any], products: NDArray[Any], form: str = ".3f") -
     return f"{values.mean():{form}}{interval_text(mean_interval(values, products), form)}"
 
 
-def gain_text(differences: NDArray[Any], products: NDArray[Any], form: str = "+.4f") -> str:
-    """Return the mean of (queries,) differences of two models with its paired interval."""
-    return f"{differences.mean():{form}}{interval_text(mean_interval(differences, products, lowest=-1), form)}"
+def gain_text(
+    differences: NDArray[Any], products: NDArray[Any], form: str = "+.4f", hits: NDArray[Any] | None = None
+) -> str:
+    """Return the mean of (queries,) differences of two models with its paired interval.
+
+    Where few products change, changes are taken to correlate within products as the (queries,) ``hits`` of the first
+    model do; None makes no assumption.
+    """
+    correlation = 1.0 if hits is None else intraclass_correlation(sum_by_product(hits, products))
+    interval = mean_interval(differences, products, lowest=-1, correlation=correlation)
+    return f"{differences.mean():{form}}{interval_text(interval, form)}"
 
 
 def recall_text(scores: RetrievalScores) -> str:
@@ -32,4 +40,4 @@ def recall_text(scores: RetrievalScores) -> str:
 
 def drop_text(before: RetrievalScores, after: RetrievalScores) -> str:
     """Return the loss of recall@1 with its paired interval; empty against itself."""
-    return "" if before is after else gain_text(before.hits.astype(float) - after.hits, before.products)
+    return "" if before is after else gain_text(before.hits.astype(float) - after.hits, before.products, hits=before.hits)

@@ -48,7 +48,7 @@ def measure_seeds(demo_folder: Path) -> list[Row]:
                 "retention [95 %]": "1.00" if model == "teacher" else f"{kept:.2f}{retention}",
                 "drop to student [95 %]": ""
                 if model == "student"
-                else gain_text(hits["student"] - hits[model], products, "+.3f"),
+                else gain_text(hits["student"] - hits[model], products, "+.3f", hits["student"]),
                 "recall@1 of each seed": ", ".join(f"{recall:.3f}" for recall in seeds),
             }
         )

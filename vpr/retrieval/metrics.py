@@ -102,11 +102,11 @@ def matching_ranks(similarities: Vectors, matching: Ranks) -> Ranks:
     values = similarities[matching]
     if len(matching) > _MAX_COMPARED:
         return _many_ranks(similarities, matching, np.sort(values))
-    nearer = [np.count_nonzero(similarities > value) for value in values]
-    earlier = [
-        np.count_nonzero(similarities[:row] == value) for row, value in zip(matching.tolist(), values, strict=True)
+    ranks = [
+        np.count_nonzero(similarities[:row] >= value) + np.count_nonzero(similarities[row:] > value)
+        for row, value in zip(matching.tolist(), values, strict=True)
     ]
-    return np.sort(np.array(nearer, dtype=np.int64) + np.array(earlier, dtype=np.int64))
+    return np.sort(np.array(ranks, dtype=np.int64))
 
 
 def average_precision(ranks: Ranks, k: int | None = None) -> float:
