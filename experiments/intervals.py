@@ -40,4 +40,6 @@ def recall_text(scores: RetrievalScores) -> str:
 
 def drop_text(before: RetrievalScores, after: RetrievalScores) -> str:
     """Return the loss of recall@1 with its paired interval; empty against itself."""
-    return "" if before is after else gain_text(before.hits.astype(float) - after.hits, before.products, hits=before.hits)
+    return (
+        "" if before is after else gain_text(before.hits.astype(float) - after.hits, before.products, hits=before.hits)
+    )
