@@ -112,7 +112,7 @@ def test_validation_without_queries_is_rejected(
     splits = np.array(catalog.table["split"].to_pylist())
     keep = (splits != "validation") | (catalog.roles != "query")
     path = write_catalog(tmp_path / "c", Catalog(catalog.table.filter(pa.array(keep)), catalog.root))
-    with pytest.raises(UserError, match="no queries"):
+    with pytest.raises(UserError, match="validation split has 16 images and none with the role query"):
         train(replace(small_config(catalog, tmp_path / "t"), catalog=str(path)))
 
 
