@@ -8,6 +8,7 @@ fails. The chance that any confirmed candidate exceeds the budget is then at mos
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,14 @@ _MIN_SEARCH_PRODUCTS = 5
 MIN_SPLIT_PRODUCTS = MIN_PRODUCTS + _MIN_SEARCH_PRODUCTS
 _SET_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
 
+Candidate = TypeVar("Candidate")
+
 
 @dataclass(frozen=True)
-class Confirmation:
-    """A tested candidate."""
+class Confirmation(Generic[Candidate]):
+    """A tested candidate: a set of layers, or a row of a report."""
 
-    quantised: Layers  # names of the quantised layers
+    candidate: Candidate
     test: DropTest  # its changes on the confirmation products
     p_value: float  # p-value of the hypothesis that its true drop exceeds the budget
     upper_bound: float  # upper bound of its true drop, valid for all candidates together (Bonferroni)
@@ -70,20 +73,20 @@ def order_candidates(decision: Decision, reduced_sets: Sequence[Collection[str]]
 
 
 def confirm_sequence(
-    candidates: Sequence[Layers], test: Callable[[Layers], DropTest], max_drop: float, confidence: float
-) -> list[Confirmation]:
-    """Test candidates in order until one fails; the failed one is the last of the result.
+    candidates: Sequence[Candidate], test: Callable[[Candidate], DropTest], max_drop: float, confidence: float
+) -> list[Confirmation[Candidate]]:
+    """Test one or more candidates in order until one fails; the failed one is the last of the result.
 
     ``test`` compares a candidate with the float model on the confirmation products. A sequence needs no correction for
     the number of candidates to confirm the budget. The bounds need one, as the candidate to report is chosen by them.
     """
     level = 1 - (1 - confidence) / len(candidates)
-    confirmations: list[Confirmation] = []
-    for quantised in candidates:
-        result = test(quantised)
+    confirmations: list[Confirmation[Candidate]] = []
+    for candidate in candidates:
+        result = test(candidate)
         p_value = result.p_value(max_drop)
         confirmed = p_value <= 1 - confidence
-        confirmations.append(Confirmation(quantised, result, p_value, result.upper_bound(level), confirmed))
+        confirmations.append(Confirmation(candidate, result, p_value, result.upper_bound(level), confirmed))
         if not confirmed:
             break
     return confirmations

@@ -100,37 +100,20 @@ def search_mixed_precision(
     search_products, confirmation_products = split_products(validation.products[is_query], _SEED)
     decision = _search(graph, quantise, layers, reduced_sets, Queries(validation, pixels, search_products), budget.drop)
     queries = Queries(validation, pixels, confirmation_products)
-    float_hits = queries.score(queries.embed(graph)).hits
-
-    def test(quantised: Layers) -> DropTest:
-        hits = queries.score(queries.embed(quantise(sorted(quantised)))).hits
-        result = drop_test(float_hits, hits, queries.query_products, decision.correlation)
-        log.info(f"  drop {result.drop:+.4f}, p {result.p_value(budget.drop):.4f}  {_set_name(quantised)}")
-        return result
-
-    log.info(f"confirmation on {len(queries.products)} other products")
-    sequence = confirm_sequence(order_candidates(decision, reduced_sets), test, budget.drop, budget.confidence)
-    confirmed = [step.quantised for step in sequence if step.confirmed]
-    names = _name_sets([trial.quantised for trial in decision.trials] + [step.quantised for step in sequence])
+    sequence = _confirm(graph, quantise, order_candidates(decision, reduced_sets), queries, decision, budget)
+    names = _name_sets([trial.quantised for trial in decision.trials] + [step.candidate for step in sequence])
+    confirmed = [step.candidate for step in sequence if step.confirmed]
     timed = confirmed[-_MAX_TIMED:] or [decision.chosen.quantised]
     graphs = {names[quantised]: quantise(sorted(quantised)) for quantised in timed}
     times = _time_candidates({_BASE: graph, **graphs}, pixels, budget)
     chosen = _pick_fastest(timed, names, times)
-    # Without a confirmed set, the safest one shows what is missing.
-    tested = next((step for step in sequence if step.quantised == chosen and step.confirmed), sequence[0])
-    result = state_result(tested.test, budget.drop, budget.confidence, tested.upper_bound)
-    outcome = f"{names[tested.quantised]}: {result}"
-    (log.info if confirmed else log.warning)(outcome)
     if times[names[chosen]] >= times[_BASE]:
         log.warning("quantisation does not make this graph faster on this machine")
     reasons = decision.reasons | _explain_unconfirmed(decision, timed[-1])
     return {
         "max_recall_drop": budget.drop,
         "confidence": budget.confidence,
-        "confirmed": bool(confirmed),
-        "outcome": outcome,
-        "drop_upper_bound": tested.upper_bound if confirmed else None,
-        "smallest_confirmable_drop": tested.test.smallest_confirmable(budget.confidence),
+        **_record_outcome(sequence, chosen, names, budget),
         "quantised": [name for name in layers if name in chosen],
         "layers": reasons | _explain_faster(timed[-1], chosen, names, times),
         "latency_ms": times,
@@ -138,7 +121,7 @@ def search_mixed_precision(
         "split": "validation",
         "search_products": search_products.tolist(),
         "confirmation_products": queries.products,
-        "sequence": [{"name": names[step.quantised], **_record_confirmation(step)} for step in sequence],
+        "sequence": [{"name": names[step.candidate], **_record_confirmation(step)} for step in sequence],
         "single_layer_trials": [_record(trial) for trial in decision.single_layer_trials],
         "trials": [{"name": names[trial.quantised], **_record(trial)} for trial in decision.trials],
     }
@@ -168,6 +151,43 @@ def _search(
     if not decision.within_budget:
         log.warning(f"no set of layers stays within a drop of {max_drop:g} in the search; took the smallest drop")
     return decision
+
+
+def _confirm(
+    graph: onnx.ModelProto,
+    quantise: Quantise,
+    candidates: Sequence[Layers],
+    queries: Queries,
+    decision: Decision,
+    budget: Budget,
+) -> list[Confirmation[Layers]]:
+    """Test the candidates in order on the queries of the confirmation's products."""
+    log.info(f"confirmation on {len(queries.products)} other products")
+    float_hits = queries.score(queries.embed(graph)).hits
+
+    def test(quantised: Layers) -> DropTest:
+        hits = queries.score(queries.embed(quantise(sorted(quantised)))).hits
+        result = drop_test(float_hits, hits, queries.query_products, decision.correlation)
+        log.info(f"  drop {result.drop:+.4f}, p {result.p_value(budget.drop):.4f}  {_set_name(quantised)}")
+        return result
+
+    return confirm_sequence(candidates, test, budget.drop, budget.confidence)
+
+
+def _record_outcome(
+    sequence: Sequence[Confirmation[Layers]], chosen: Layers, names: dict[Layers, str], budget: Budget
+) -> dict[str, Any]:
+    """Log and return the result of the chosen set; without a confirmed set, the safest one shows what is missing."""
+    tested = next((step for step in sequence if step.candidate == chosen and step.confirmed), sequence[0])
+    result = state_result(tested.test, budget.drop, budget.confidence, tested.upper_bound)
+    outcome = f"{names[tested.candidate]}: {result}"
+    (log.info if tested.confirmed else log.warning)(outcome)
+    return {
+        "confirmed": tested.confirmed,
+        "outcome": outcome,
+        "drop_upper_bound": tested.upper_bound if tested.confirmed else None,
+        "smallest_confirmable_drop": tested.test.smallest_confirmable(budget.confidence),
+    }
 
 
 def _time_candidates(
@@ -226,10 +246,10 @@ def _record(trial: Trial) -> dict[str, Any]:
     return {"quantised": sorted(trial.quantised), **scores}
 
 
-def _record_confirmation(step: Confirmation) -> dict[str, Any]:
+def _record_confirmation(step: Confirmation[Layers]) -> dict[str, Any]:
     test = step.test
     counts = {
         key: getattr(test, key) for key in ("products", "queries", "broken", "corrected", "changed_products", "drop")
     }
     result = {"p_value": step.p_value, "upper_bound": step.upper_bound, "confirmed": step.confirmed}
-    return {"quantised": sorted(step.quantised), **counts, "correlation": test.correlation, **result}
+    return {"quantised": sorted(step.candidate), **counts, "correlation": test.correlation, **result}

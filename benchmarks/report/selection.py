@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from benchmarks.report.recommendation import DEPLOYABLE
 from benchmarks.report.schema import Candidate, Row, Selection
+from calibration.confirmation import Confirmation, confirm_sequence
 from vpr.retrieval.drop_test import DropTest, change_correlation, drop_test, state_result
 from vpr.retrieval.intervals import MIN_PRODUCTS
 
@@ -55,44 +56,46 @@ def select_row(
         confidence: Confidence of the test.
     """
     reference, count = rows[0], len(np.unique(products))
-    sequence = [Candidate(title=reference.title, drop=0.0, upper_bound=0.0, p_value=None, confirmed=True)]
-    float_hits, tests = hits[reference.title], list[DropTest]()
+    certain = Candidate(title=reference.title, drop=0.0, upper_bound=0.0, p_value=None, confirmed=True)
+    float_hits = hits[reference.title]
     measured = [change_correlation(float_hits, row_hits, products) for row_hits in hits.values()]
     correlation = max((value for value in measured if value is not None), default=None)
-    level = 1 - (1 - confidence) / max(1, len(rows) - 1)  # the bounds hold for all rows together
-    for row in rows[1:] if count >= MIN_PRODUCTS else ():
-        tests.append(drop_test(float_hits, hits[row.title], products, correlation))
-        p_value = tests[-1].p_value(max_drop)
-        sequence.append(
-            Candidate(
-                title=row.title,
-                drop=tests[-1].drop,
-                upper_bound=tests[-1].upper_bound(level),
-                p_value=p_value,
-                confirmed=p_value <= 1 - confidence,
-            )
-        )
-        if not sequence[-1].confirmed:
-            break
-    confirmed = [candidate.title for candidate in sequence if candidate.confirmed]
-    chosen, is_confirmed = confirmed[-1], True
-    if len(confirmed) > 1:
-        last = tests[len(confirmed) - 2]
-        reason = state_result(last, max_drop, confidence, last.upper_bound(level))
-    elif len(rows) == 1:
-        reason = "no other model is faster than the FP32 student"
+
+    def test(row: Row) -> DropTest:
+        return drop_test(float_hits, hits[row.title], products, correlation)
+
+    is_tested = count >= MIN_PRODUCTS and len(rows) > 1
+    tested = confirm_sequence(rows[1:], test, max_drop, confidence) if is_tested else []
+    confirmed = [step for step in tested if step.confirmed]
+    if confirmed or len(rows) == 1:
+        chosen, is_confirmed = (confirmed[-1].candidate if confirmed else reference), True
     else:
-        within = [row.title for row in rows if float_hits.mean() - hits[row.title].mean() <= max_drop]
-        chosen, is_confirmed = within[-1], within[-1] == reference.title
-        needed = f"not tested: a test needs queries of {MIN_PRODUCTS} products, the {split} split has {count}"
-        reason = state_result(tests[0], max_drop, confidence, tests[0].upper_bound(level)) if tests else needed
+        within = [row for row in rows if float_hits.mean() - hits[row.title].mean() <= max_drop]
+        chosen, is_confirmed = within[-1], within[-1] is reference
+    if len(rows) == 1:
+        reason = "no other model is faster than the FP32 student"
+    elif not tested:
+        reason = f"not tested: a test needs queries of {MIN_PRODUCTS} products, the {split} split has {count}"
+    else:
+        last = (confirmed or tested)[-1]
+        reason = state_result(last.test, max_drop, confidence, last.upper_bound)
     return Selection(
         split=split,
         products=count,
         queries=len(products),
         confidence=confidence,
-        sequence=sequence,
-        chosen=chosen,
+        sequence=[certain, *map(_to_candidate, tested)],
+        chosen=chosen.title,
         confirmed=is_confirmed,
         reason=reason,
+    )
+
+
+def _to_candidate(step: Confirmation[Row]) -> Candidate:
+    return Candidate(
+        title=step.candidate.title,
+        drop=step.test.drop,
+        upper_bound=step.upper_bound,
+        p_value=step.p_value,
+        confirmed=step.confirmed,
     )

@@ -110,7 +110,7 @@ def run_search(
     chosen = passed[-1] if passed else sequence[0]
     return Result(
         bool(passed),
-        network.true_drop(chosen.quantised),
+        network.true_drop(chosen.candidate),
         chosen.upper_bound,
         decision.chosen.drop,
         network.true_drop(decision.chosen.quantised),
