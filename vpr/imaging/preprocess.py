@@ -1,5 +1,6 @@
 """The one preprocessing that training, evaluation and deployment share."""
 
+import math
 from typing import Annotated, Literal
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_LONG = 4  # ratio of the sides of an image that is resized as a whole
 # Bounded, so that no card can produce an infinite or NaN input.
 _Mean = Annotated[float, Field(ge=-10, le=10)]
 _Std = Annotated[float, Field(ge=1e-3, le=10)]
@@ -18,8 +20,9 @@ class Preprocess(BaseModel):
 
     Attributes:
         size: Side of the square input, in pixels.
-        resize: ``squash`` resizes to the square; ``shortest`` resizes the shorter side to ``size``.
+        resize: ``squash`` resizes to the square; ``shortest`` resizes the shorter side to ``size / crop_pct``.
         crop: ``none`` (with ``squash``) or ``center``.
+        crop_pct: With ``shortest``, ``size`` as a share of the resized shorter side, as in timm.
         interpolation: Filter of the resize, antialiased.
         mean: Mean of each channel, for values in 0…1.
         std: Standard deviation of each channel, for values in 0…1.
@@ -32,6 +35,7 @@ class Preprocess(BaseModel):
     size: int = Field(ge=16, le=2048)
     resize: Literal["squash", "shortest"] = "squash"
     crop: Literal["none", "center"] = "none"
+    crop_pct: float = Field(default=1.0, ge=0.1, le=1)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[_Mean, _Mean, _Mean] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[_Std, _Std, _Std] = (0.26862954, 0.26130258, 0.27577711)
@@ -40,8 +44,11 @@ class Preprocess(BaseModel):
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop an RGB image to (3, size, size) uint8."""
-        box = None if self.resize == "squash" else _center_crop_box(image.width, image.height, self.size)
-        image = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box)
+        resampling = _RESAMPLING[self.interpolation]
+        if self.resize == "squash":
+            image = image.resize((self.size, self.size), resampling)
+        else:
+            image = _resize_and_crop(image, math.floor(self.size / self.crop_pct), self.size, resampling)
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -57,14 +64,18 @@ class Preprocess(BaseModel):
         return scale.astype(np.float32)[:, None, None], offset.astype(np.float32)[:, None, None]
 
 
-def _center_crop_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """Return (left, top, right, bottom) of torchvision's ``Resize(size)`` and ``CenterCrop(size)``, before the resize.
+def _resize_and_crop(image: Image.Image, shorter: int, size: int, resampling: Image.Resampling) -> Image.Image:
+    """Apply torchvision's ``Resize(shorter)`` and ``CenterCrop(size)``.
 
-    Resizing only this box gives the same pixels, and never allocates the long side of a very long image.
+    Of a long image only the box of the crop is resized, to bound the memory. Its pixels differ by at most two grey
+    levels, because Pillow rounds the edges of the box to float32.
     """
-    shorter = min(width, height)
-    scaled = (int(size * width / shorter), int(size * height / shorter))
+    width, height = image.size
+    scaled = (int(shorter * width / min(width, height)), int(shorter * height / min(width, height)))
     left, top = (round((side - size) / 2.0) for side in scaled)
+    if max(scaled) <= _LONG * shorter:
+        return image.resize(scaled, resampling).crop((left, top, left + size, top + size))
     x_scale, y_scale = width / scaled[0], height / scaled[1]
     # Rounding may put the far edge slightly outside, which Pillow rejects.
-    return left * x_scale, top * y_scale, min((left + size) * x_scale, width), min((top + size) * y_scale, height)
+    right, bottom = min((left + size) * x_scale, width), min((top + size) * y_scale, height)
+    return image.resize((size, size), resampling, (left * x_scale, top * y_scale, right, bottom))

@@ -15,13 +15,15 @@ def _image(width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("size", [(60, 40), (40, 60), (224, 224), (33, 200), (333, 77), (101, 100)])
-def test_shortest_and_center_equal_torchvision(size: tuple[int, int]) -> None:
-    image = _image(*size)
-    preprocess = Preprocess(size=32, resize="shortest", crop="center")
-    transform = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (224, 224), (33, 200), (333, 77), (101, 100), (32, 32)])
+def test_shortest_and_center_equal_torchvision(size: tuple[int, int], crop_pct: float) -> None:
+    image, shorter = _image(*size), int(32 / crop_pct)
+    preprocess = Preprocess(size=32, resize="shortest", crop="center", crop_pct=crop_pct)
+    transform = v2.Compose([v2.Resize(shorter, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
     difference = np.abs(preprocess.pixels(image).astype(int) - transform(image).numpy().astype(int))
-    assert difference.max() <= 1  # one grey level: the same filter with one more rounding of its weights
+    # A long image differs by two grey levels: the same filter with one more rounding of its weights in each direction.
+    assert difference.max() <= (2 if max(size) > 4 * min(size) else 0)
 
 
 def test_very_long_image_needs_little_memory() -> None:
