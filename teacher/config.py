@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from teacher.tower_config import MAX_IMAGE_SIZE, TowerConfig
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
 from vpr.data.config import LoaderConfig, check_shares
@@ -49,49 +50,6 @@ class HeadConfig:
         check_numbers(self, "head.", min_margin_ratio=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
         if not 0 <= self.margin_step < math.inf:
             raise UserError(f"head.margin_step: expected a finite number of 0 or more, got {self.margin_step}.")
-
-
-MAX_IMAGE_SIZE = 2048  # side in pixels, equal to the limit of `Preprocess`
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """Image tower and its projection to the embedding.
-
-    Attributes:
-        name: An ``open_clip`` model such as ``ViT-H-14``, a JSON file in its form, or ``sample`` or ``sample-vit``.
-        pretrained: Initial weights; empty draws random weights. Otherwise a tag of ``open_clip`` such as
-            ``laion2b_s32b_b79k``, a local ``.safetensors`` file, or a teacher artifact of the same tower. A teacher
-            also initialises projection and BatchNorm where their shapes match.
-        image_size: Side of the input in pixels; 0 keeps the size of the tower.
-        patch_stride: Stride of a ViT's patches in pixels, below their side for overlapping patches; 0 does not overlap.
-        keep_projection: Keep CLIP's projection (ViT-H-14: 1280 to 1024).
-        dropout: Share of the tower's output that is dropped in training.
-        embedding_dim: Dimension of a new linear projection; 0 adds no projection.
-        batch_norm: Apply BatchNorm to the embedding before it is L2-normalised.
-        gradient_checkpointing: Recompute the activations of a block in the backward pass instead of keeping them.
-        squash: Squash the image to a square instead of cropping its centre.
-    """
-
-    name: str = "ViT-H-14"
-    pretrained: str = "laion2b_s32b_b79k"
-    image_size: int = 0
-    patch_stride: int = 0
-    keep_projection: bool = True
-    dropout: float = 0.0
-    embedding_dim: int = 0
-    batch_norm: bool = False
-    gradient_checkpointing: bool = False
-    squash: bool = True
-
-    def __post_init__(self) -> None:
-        sizes = (("image_size", 16, MAX_IMAGE_SIZE), ("patch_stride", 1, MAX_IMAGE_SIZE), ("embedding_dim", 1, 1 << 16))
-        for name, smallest, largest in sizes:
-            value = getattr(self, name)
-            if value != 0 and not smallest <= value <= largest:
-                raise UserError(f"tower.{name}: expected 0, or {smallest} to {largest}, got {value}.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"tower.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from vpr.common.errors import UserError
 
 Layer = list[tuple[str, nn.Parameter]]
 _STEM, _END = -1, 1 << 20
+# For models of timm that have none of their own.
+_MATCHER = {"stem": r"^(stem|patch_embed|pos_embed|cls_token)", "blocks": r"^(?:stages|transformers|blocks)\.(\d+)"}
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 _STAGE = re.compile(r"layer(\d)\.(\d+)\.")
 
@@ -68,7 +70,8 @@ def _depths(teacher: Teacher) -> dict[str, int]:
     if hasattr(visual, "trunk"):
         from timm.models import group_parameters
 
-        groups = group_parameters(visual.trunk, visual.trunk.group_matcher())
+        matcher = visual.trunk.group_matcher() if hasattr(visual.trunk, "group_matcher") else _MATCHER
+        groups = group_parameters(visual.trunk, matcher)
         for depth, names in groups.items():
             # timm's group 0 is the stem; its last group may hold layers outside the blocks (a pooling, a norm).
             is_end = depth == max(groups) and not any(re.search(r"\.\d+\.", name) for name in names)

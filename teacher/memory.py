@@ -150,5 +150,6 @@ def _disable_checkpointing(teacher: Teacher) -> list[nn.Module]:
     if hasattr(trunk, "blocks"):
         return list(trunk.blocks)
     names = [name for name in ("stages", "layers") if hasattr(trunk, name)]
-    stages = getattr(trunk, names[0]) if names else [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+    layers = [f"layer{number}" for number in range(1, 5)]
+    stages = getattr(trunk, names[0]) if names else [getattr(trunk, name) for name in layers if hasattr(trunk, name)]
     return [block for stage in stages for block in getattr(stage, "blocks", stage)]

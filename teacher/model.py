@@ -1,6 +1,5 @@
-"""Teacher network: an OpenCLIP image tower, an optional projection and an L2-normalised output."""
+"""Teacher network: an image tower of open_clip or timm, an optional projection and an L2-normalised output."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from teacher.config import TowerConfig
+from teacher.preprocessing import STATISTICS, published_values, timm_values, tower_preprocess
+from teacher.registry import architecture_key, check_timm_tag, open_clip_name
+from teacher.registry import read_tower as read_tower  # with build_teacher the two calls that make a teacher
 from teacher.tower import drop_projection, input_size, overlap_patches, set_size
-from teacher.weights import download, load_tower_weights, read_tower_weights
+from teacher.weights import (
+    download_open_clip,
+    download_timm,
+    load_tower_weights,
+    read_tower_weights,
+)
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.imaging.preprocess import Preprocess
 
-# A tower's JSON file is untrusted: these limit the network that it can describe.
-_MAX_TOWER_BYTES = 1 << 20
-_MAX_SIZE, _MAX_LAYERS = 1 << 16, 512
-_TOWERS = Path(__file__).parent / "towers"
 _IMAGE_KEYS = ("embed_dim", "vision_cfg", "quick_gelu")
 # Only the image tower is used, so the text tower is as small as open_clip allows.
 _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
@@ -31,7 +34,7 @@ _TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers
 class Teacher(nn.Module):
     """Network from images to L2-normalised embeddings.
 
-    ``visual`` is an OpenCLIP image tower from (batch, 3, size, size) to (batch, width).
+    ``visual`` is an image tower from (batch, 3, size, size) to (batch, width).
     """
 
     def __init__(self, visual: nn.Module, width: int, config: TowerConfig) -> None:
@@ -51,71 +54,23 @@ class Teacher(nn.Module):
         return F.normalize(self.project(self.visual(x)).float(), dim=1)
 
 
-def read_tower(name: str) -> dict[str, Any]:
-    """Return open_clip's configuration of a tower, by name or JSON file; raise :class:`UserError` if it is invalid."""
-    import open_clip
-
-    packaged = _TOWERS / f"{name}.json"
-    path = packaged if packaged.is_file() else Path(name)
-    if path.suffix == ".json":
-        return _read_tower_file(path)
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise UserError(f"tower.name: '{name}' is no open_clip model and no JSON file. See open_clip.list_models().")
-    return config
-
-
-def _read_tower_file(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():  # reading a device or a pipe may never end
-            raise ValueError("not a file")
-        if path.stat().st_size > _MAX_TOWER_BYTES:
-            raise ValueError(f"more than {_MAX_TOWER_BYTES} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"tower.name: {path} is not readable JSON ({error}). Name another file.") from None
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
-        raise UserError(f"tower.name: {path} lacks embed_dim or vision_cfg. Add both, as in open_clip's configs.")
-    _check_tower(path, config)
-    return config
-
-
-def _check_tower(path: Path, config: dict[str, Any]) -> None:
-    """Raise :class:`UserError` for unreasonable sizes, and for timm models that are downloaded from a hub."""
-    vision = config["vision_cfg"]
-    if not isinstance(vision, dict):
-        raise UserError(f"tower.name: {path}: vision_cfg must be an object, as in open_clip's configs.")
-    for key, value in {**vision, "embed_dim": config["embed_dim"]}.items():
-        largest = _MAX_LAYERS if key == "layers" else _MAX_SIZE
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not 0 <= number <= largest:
-                raise UserError(f"tower.name: {path}: {key}: expected 0 to {largest}, got {number}.")
-    if ":" in str(vision.get("timm_model_name", "")):
-        raise UserError(f"tower.name: {path}: timm_model_name names a hub. Use the name of a model in timm.")
-
-
 def build_teacher(
     config: TowerConfig, tower: dict[str, Any], load_pretrained: bool, device: str = "cpu"
 ) -> tuple[Teacher, Preprocess]:
     """Create the network and its preprocessing; on the device ``meta`` it has shapes without memory.
 
-    ``tower`` comes from :func:`read_tower`. ``load_pretrained`` loads the weights of ``config.pretrained``.
+    ``tower`` comes from :func:`teacher.registry.read_tower`. ``load_pretrained`` loads the weights of
+    ``config.pretrained``.
     """
     visual = _create_tower(config, tower, device)
     width = int(tower["embed_dim"]) if config.keep_projection else drop_projection(visual, config.name)
     if config.patch_stride:
         overlap_patches(visual, config.patch_stride, config.name)
     if config.gradient_checkpointing:
-        if not hasattr(visual, "transformer") and not hasattr(visual, "trunk"):
-            raise UserError(f"tower.gradient_checkpointing: {config.name} does not support it. Set it to false.")
-        visual.set_grad_checkpointing(True)
+        _enable_checkpointing(visual, config.name)
     teacher = Teacher(visual, width, config).to(device)
-    recorded = dict(visual.preprocess_cfg)
-    if config.pretrained:
-        recorded.update(_load_pretrained(config, tower, teacher, load_pretrained))
-    values: dict[str, Any] = {key: recorded[key] for key in ("interpolation", "mean", "std")}
-    values |= {"resize": "squash", "crop": "none"} if config.squash else {"resize": "shortest", "crop": "center"}
-    return teacher, Preprocess(size=input_size(visual), **values)
+    published = _load_pretrained(config, tower, teacher, load_pretrained)
+    return teacher, tower_preprocess(config, input_size(visual), published)
 
 
 def load_teacher(path: Path | str, artifact: Artifact | None = None) -> tuple[Teacher, Artifact]:
@@ -137,6 +92,10 @@ def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> An
     """Create the image tower alone, with random weights."""
     import open_clip
 
+    if tower.get("library") == "timm":
+        from teacher.timm_tower import create_tower
+
+        return create_tower(tower, config.image_size, device)
     image_config: dict[str, Any] = {key: tower[key] for key in _IMAGE_KEYS if key in tower}
     # open_clip reads configurations by name only, so register this one under a name that cannot clash.
     open_clip.factory._MODEL_CONFIGS["vpr-tower"] = {**image_config, "text_cfg": _TEXT}
@@ -155,56 +114,67 @@ def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> An
     return visual
 
 
+def _enable_checkpointing(visual: Any, name: str) -> None:
+    """Switch gradient checkpointing on; raise :class:`UserError` if the tower does not support it."""
+    try:
+        if not hasattr(visual, "transformer") and not hasattr(visual, "trunk"):
+            raise NotImplementedError
+        visual.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):
+        fix = "Set it to false"
+        raise UserError(f"tower.gradient_checkpointing: {name} does not support it. {fix}.") from None
+
+
 def _load_pretrained(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:
     """Load the weights of ``config.pretrained`` and return the preprocessing that they were trained with."""
-    import open_clip
-
     path = Path(config.pretrained)
+    published = published_values(config.name, tower, is_random=not config.pretrained)
+    if not config.pretrained:
+        return published
     if (path / CARD_NAME).is_file():
-        start = load_artifact(path, "teacher")
-        with reraise_as_artifact_error(start):
-            # Weights of equal shapes may still be from another tower, with other heads or another activation.
-            if _architecture_key(start.card.config["tower_config"]) != _architecture_key(tower):
-                raise UserError(f"tower.pretrained: {path} has another tower than {config.name}. Set tower.name to it.")
-            if load:
-                file = start.file("model.safetensors")
-                load_tower_weights(teacher.visual, read_tower_weights(file))
-                _load_projection_from(teacher, file)
-        recorded = start.card.preprocess
-        return {} if recorded is None else recorded.model_dump(include={"interpolation", "mean", "std"})
+        return published | _load_from_teacher(config, tower, teacher, load)
     if path.suffix or "/" in config.pretrained:
         if load:
             load_tower_weights(teacher.visual, read_tower_weights(path))
-        return _common_preprocessing(config.name)
-    tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)
-    if not tag:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
-        raise UserError(f"tower.pretrained: {config.name} has no tag '{config.pretrained}'. Choose from: {known}.")
-    if tag.get("quick_gelu", False) and any(isinstance(module, nn.GELU) for module in teacher.visual.modules()):
-        problem = f"'{config.pretrained}' was trained with QuickGELU, {config.name} computes GELU"
-        raise UserError(f"tower.pretrained: {problem}. Set tower.name to {config.name}-quickgelu.")
-    if load:
-        load_tower_weights(teacher.visual, read_tower_weights(download(config.name, tag)))
-    return {key: tag[key] for key in ("interpolation", "mean", "std") if key in tag}
+        return published
+    if tower.get("library") == "timm":
+        model = tower["vision_cfg"]["timm_model_name"]
+        check_timm_tag("tower.pretrained", model, config.pretrained)
+        if load:
+            load_tower_weights(teacher.visual, download_timm(model, config.pretrained))
+        return published | timm_values(model, config.pretrained)
+    return published | _load_open_clip_tag(config, teacher, load)
 
 
-def _common_preprocessing(name: str) -> dict[str, Any]:
-    """Return the preprocessing shared by all published weights of a tower, since a weights file records none."""
+def _load_from_teacher(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:
+    path = Path(config.pretrained)
+    start = load_artifact(path, "teacher")
+    with reraise_as_artifact_error(start):
+        # Weights of equal shapes may still be from another tower, with other heads or another activation.
+        if architecture_key(start.card.config["tower_config"]) != architecture_key(tower):
+            raise UserError(f"tower.pretrained: {path} has another tower than {config.name}. Set tower.name to it.")
+        if load:
+            file = start.file("model.safetensors")
+            load_tower_weights(teacher.visual, read_tower_weights(file))
+            _load_projection_from(teacher, file)
+    recorded = start.card.preprocess
+    return {} if recorded is None else recorded.model_dump(include=set(STATISTICS))
+
+
+def _load_open_clip_tag(config: TowerConfig, teacher: Teacher, load: bool) -> dict[str, Any]:
     import open_clip
 
-    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    common: dict[str, Any] = {}
-    for key in ("interpolation", "mean", "std"):
-        values = {tag[key] for tag in tags if key in tag}
-        if len(values) == 1:
-            common[key] = values.pop()
-    return common
-
-
-def _architecture_key(tower: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what identifies an architecture, without the image size."""
-    vision = {key: value for key, value in tower["vision_cfg"].items() if key != "image_size"}
-    return tower["embed_dim"], bool(tower.get("quick_gelu", False)), vision
+    name = open_clip_name(config.name)
+    tag = open_clip.get_pretrained_cfg(name, config.pretrained)
+    if not tag:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(f"tower.pretrained: {name} has no tag '{config.pretrained}'. Choose from: {known}.")
+    if tag.get("quick_gelu", False) and any(isinstance(module, nn.GELU) for module in teacher.visual.modules()):
+        problem = f"'{config.pretrained}' was trained with QuickGELU, {name} computes GELU"
+        raise UserError(f"tower.pretrained: {problem}. Set tower.name to {name}-quickgelu.")
+    if load:
+        load_tower_weights(teacher.visual, download_open_clip(name, tag))
+    return {key: tag[key] for key in STATISTICS if key in tag}
 
 
 def _load_projection_from(teacher: Teacher, file: Path) -> None:

@@ -1,6 +1,7 @@
-"""Weights of an image tower: reading, downloading and fitting to its image size."""
+"""Weights of an image tower: reading, downloading and fitting to its names and image size."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vpr.common.errors import UserError
+from teacher.naming import match_names, select_image_tower
+from vpr.common.errors import UserError, explain_system_error
 
 _POSITIONS = ("positional_embedding", "pos_embed")
+_PROJECTION = ("proj", "head.proj.", "head.mlp.")
+# Classifiers, and buffers that other versions of a library save.
+_CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.", "aux_head.")
+_BUFFERS = ("mask_token", "relative_position_index", "attn_mask", "position_ids", "num_batches_tracked")
+_SHOWN = 3  # names in a message
 
 
 def read_tower_weights(path: Path) -> dict[str, Tensor]:
-    """Return the image tower of a CLIP checkpoint of open_clip, or of a teacher, names without ``visual.``.
+    """Return the image tower of a checkpoint or a teacher, without prefixes such as ``visual.`` and ``module.``.
 
     Raises:
         UserError: The file does not exist, is no safetensors file, or has no image tower.
@@ -23,28 +30,55 @@ def read_tower_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"tower.pretrained: {path} does not exist. Check the path.")
     if path.suffix != ".safetensors":
         problem = f"{path} is no .safetensors file, and pickled weights can run code"
-        raise UserError(f"tower.pretrained: {problem}. Convert it to .safetensors with open_clip's tensor names.")
+        raise UserError(f"tower.pretrained: {problem}. Convert it with vpr teacher convert.")
     if not path.is_file():
         raise UserError(f"tower.pretrained: {path} is not a file. Name a .safetensors file or a teacher.")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"tower.pretrained: {path} is not a safetensors file ({error}). Copy it again.") from None
-    visual = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
-    if not visual:
-        raise UserError(f"tower.pretrained: {path} has no tensor 'visual.*'. Use a checkpoint in open_clip's form.")
-    return visual
+    tower = select_image_tower(state)
+    if not tower:
+        raise UserError(f"tower.pretrained: {path} has no tensor of an image tower. Use another checkpoint.")
+    return tower
 
 
-def download(name: str, tag: dict[str, Any]) -> Path:
-    """Return the safetensors file of an open_clip tag, from the hub or its cache."""
+def download_open_clip(name: str, tag: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the image tower of an open_clip tag, from the hub or its cache."""
     import open_clip
 
-    return Path(open_clip.download_pretrained(tag, prefer_hf_hub=True) or f"{name} (the tag names no file)")
+    file = open_clip.download_pretrained(tag, prefer_hf_hub=True) or f"{name} (the tag names no file)"
+    return read_tower_weights(Path(file))
+
+
+def download_timm(model: str, tag: str) -> dict[str, Tensor]:
+    """Return the weights of a timm tag, from the hub or its cache; raise :class:`UserError` if that fails."""
+    import timm
+
+    try:
+        return timm.create_model(f"{model}.{tag}", pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of the network, the hub and the file
+        if explain_system_error(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        fix = "Check the network, or set tower.pretrained to a .safetensors file"
+        raise UserError(f"tower.pretrained: cannot load timm/{model}.{tag} ({reason}). {fix}.") from None
 
 
 def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights of any image size, stride and projection; raise :class:`UserError` if they fit another tower."""
+    """Load weights of any image size, stride and projection, named as by timm, open_clip or Hugging Face.
+
+    Raises:
+        UserError: The weights fit another tower.
+    """
+    try:
+        state = match_names(visual, state)
+    except Exception as error:  # a library's conversion raises many types on weights of another network
+        if explain_system_error(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        problem = f"the weights are of another tower ({reason})"
+        raise UserError(f"tower.pretrained: {problem}. Set tower.name to their tower.") from None
     expected = visual.state_dict()
     fitted = {}
     for name, value in state.items():
@@ -52,15 +86,34 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
             continue
         is_position = name.rsplit(".", 1)[-1] in _POSITIONS
         fitted[name] = resize_positions(value, expected[name].shape) if is_position else value
-    # A tower may lack CLIP's projection.
-    projection = {name for name in state if name == "proj" or name.startswith(("head.proj.", "head.mlp."))}
-    unexpected = sorted(state.keys() - expected.keys() - projection)
-    missing = sorted(expected.keys() - state.keys())
-    reshaped = sorted(name for name, value in fitted.items() if value.shape != expected[name].shape)
+    unexpected = {name for name in state.keys() - expected.keys() if not _is_unused(visual, name)}
+    missing = {name for name in expected.keys() - state.keys() if not name.endswith(_BUFFERS)}
+    if missing and all(name.startswith(_PROJECTION) for name in missing):
+        fix = "Set tower.keep_projection to false"
+        raise UserError(f"tower.pretrained: the weights lack the projection {_first_names(missing)}. {fix}.")
+    reshaped = {name for name, value in fitted.items() if value.shape != expected[name].shape}
     for problem, names in (("lack", missing), ("have", unexpected), ("differ in the shape of", reshaped)):
         if names:
-            raise UserError(f"tower.pretrained: the weights {problem} '{names[0]}'. Set tower.name to their tower.")
-    visual.load_state_dict(fitted)
+            fix = "Set tower.name to their tower"
+            raise UserError(f"tower.pretrained: the weights {problem} {_first_names(names)}. {fix}.")
+    visual.load_state_dict(fitted, strict=False)
+
+
+def _is_unused(visual: nn.Module, name: str) -> bool:
+    """Return whether a tower needs no tensor of this name: a classifier, CLIP's projection or a buffer."""
+    if name.startswith(_PROJECTION) or name.endswith(_BUFFERS):
+        return True
+    trunk = getattr(visual, "trunk", None)
+    classifier = getattr(trunk, "pretrained_cfg", {}).get("classifier") or ()
+    classifiers = {
+        f"{part.partition('.')[0]}." for part in ([classifier] if isinstance(classifier, str) else classifier)
+    }
+    return name.removeprefix("trunk.").startswith((*_CLASSIFIERS, *classifiers))
+
+
+def _first_names(names: Collection[str]) -> str:
+    first = ", ".join(f"'{name}'" for name in sorted(names)[:_SHOWN])
+    return f"{first} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else first
 
 
 def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:

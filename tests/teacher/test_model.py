@@ -194,7 +194,7 @@ def test_weights_of_another_tower_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"have 'transformer\.resblocks\.2"):
         load_tower_weights(tiny_vit(), tiny_vit(layers=3).state_dict())
     save_file({"text.weight": torch.zeros(1)}, tmp_path / "text.safetensors")
-    with pytest.raises(UserError, match=r"has no tensor 'visual"):
+    with pytest.raises(UserError, match=r"has no tensor of an image tower"):
         read_tower_weights(tmp_path / "text.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="is not a safetensors file"):
@@ -298,7 +298,7 @@ def test_projection_sets_the_dimension() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TowerConfig(name="ViT-Q-7"), "'ViT-Q-7' is no open_clip model and no JSON file"),
+        (TowerConfig(name="ViT-Q-7"), "'ViT-Q-7' is no open_clip model, timm model or JSON file. Nearest names: "),
         (TowerConfig(name="absent.json"), r"absent\.json is not readable"),
         (TowerConfig("ViT-B-32", "laion7b"), "ViT-B-32 has no tag 'laion7b'. Choose from"),
         (TowerConfig("ViT-B-32", "absent.safetensors"), "does not exist"),
