@@ -66,6 +66,7 @@ COMMANDS = (
     Command("catalog --reader folder --root {images} --validation 0.25 --test 0.25", "catalog"),
     Command("catalog --reader webdataset --root {tars}", "shards"),
     Command("teacher data --csv {images.csv} --validation 0.25 --test 0.25", "data"),
+    Command("teacher convert --checkpoint {tower.pt}", "tower.safetensors"),
     Command(_TEACHER, "teacher"),
     Command(f"{_TEACHER} --views.rotate 5", "other-teacher"),
     Command("teacher soup --models {teacher} {other-teacher} --catalog {catalog}", "soup"),
@@ -114,7 +115,7 @@ def verb_of(line: str) -> str:
 
 def paths_in(folder: Path | str) -> dict[str, str]:
     """Return the path of every input and output by its name, all directly in one folder."""
-    return {name: str(Path(folder, name)) for name in ("images", "images.csv", "tars", *BY_OUTPUT)}
+    return {name: str(Path(folder, name)) for name in ("images", "images.csv", "tars", "tower.pt", *BY_OUTPUT)}
 
 
 def run_in(folder: Path, name: str, output: Path | None = None, **inputs: str) -> object:
@@ -133,8 +134,11 @@ def run_in(folder: Path, name: str, output: Path | None = None, **inputs: str) -
 
 
 def write_inputs(folder: Path) -> None:
-    """Write images in a folder per product, a CSV table of them, and the same images as WebDataset shards."""
+    """Write images in a folder per product, their CSV table and WebDataset shards, and a checkpoint of PyTorch."""
+    import torch
+
     write_images(folder / "images")
+    torch.save({"state_dict": {"conv1.weight": torch.ones(4, 3, 8, 8)}, "epoch": 3}, folder / "tower.pt")
     images = sorted((folder / "images").rglob("*.png"))
     rows = [f"{image.relative_to(folder).as_posix()},{image.parent.name}\n" for image in images]
     (folder / "images.csv").write_text("".join(["image,product\n", *rows]), encoding="utf-8")

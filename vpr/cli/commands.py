@@ -51,6 +51,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "teacher data": Command("teacher.data:build_data", "teacher.config:DataConfig",
         "join data sets into one catalogue to train on",
         ("products10k", "aicrowd", "csv", "validation", "test", "skip_unreadable")),
+    "teacher convert": Command("teacher.convert:convert", "teacher.tower_config:ConvertConfig",
+        "convert a PyTorch checkpoint to safetensors", ("key", "keep_head")),
     "teacher train": Command("teacher.train:train", "teacher.config:TrainConfig",
         "fine-tune an OpenCLIP tower with ArcFace", ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed")),
     "teacher embed": Command("teacher.embed:embed_catalog", "vpr.retrieval.config:EmbedConfig",
