@@ -11,7 +11,7 @@ from vpr.common.errors import UserError
 Layer = list[tuple[str, nn.Parameter]]
 _STEM, _END = -1, 1 << 20
 # For models of timm that have none of their own.
-_MATCHER = {"stem": r"^(stem|patch_embed|pos_embed|cls_token)", "blocks": r"^(?:stages|transformers|blocks)\.(\d+)"}
+_MATCHER = {"stem": r"^(?:stem|patch_embed|pos_embed|cls_token)", "blocks": r"^(?:stages|transformers|blocks)\.(\d+)"}
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 _STAGE = re.compile(r"layer(\d)\.(\d+)\.")
 

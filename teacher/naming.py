@@ -69,7 +69,7 @@ def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select_image_tower(state: Mapping[str, Tensor]) -> State:
-    """Return the tensors of the image tower, without the prefixes of wrappers, towers and whole models."""
+    """Return the tensors of the image tower, without the prefixes of wrappers and towers."""
     state = strip_prefixes(state)
     for prefix in _IMAGE_TOWERS:
         tower = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

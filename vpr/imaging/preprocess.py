@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_LONG = 4  # ratio of the sides of an image that is resized as a whole
+_LONG = 4  # largest ratio of the sides of an image that is resized before the crop
 # Bounded, so that no card can produce an infinite or NaN input.
 _Mean = Annotated[float, Field(ge=-10, le=10)]
 _Std = Annotated[float, Field(ge=1e-3, le=10)]
