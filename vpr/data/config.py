@@ -57,6 +57,9 @@ class LoaderConfig:
         keep_in_memory: Decode every image once and keep its pixels, for data sets that fit in memory.
         max_per_product: Largest number of images of a product in an epoch, a new sample each epoch. 0 takes all.
         min_per_product: Smallest number of images of a product in an epoch, by repetition. 0 repeats none.
+        images_per_product: Number of images of a product in a batch (M per class), by repetition if it has fewer. 0
+            draws images independently.
+        by_category: Fill each batch with products of one category, while the category has enough.
     """
 
     batch_size: int = 128
@@ -64,10 +67,16 @@ class LoaderConfig:
     keep_in_memory: bool = False
     max_per_product: int = 0
     min_per_product: int = 0
+    images_per_product: int = 0
+    by_category: bool = False
 
     def __post_init__(self) -> None:
         products = {"max_per_product": (0, 1 << 20), "min_per_product": (0, 10_000)}
+        products |= {"images_per_product": (0, 10_000)}
         check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), **products)
         if 0 < self.max_per_product < self.min_per_product:
             expected = f"expected at most loader.max_per_product {self.max_per_product}"
             raise UserError(f"loader.min_per_product: {expected}, got {self.min_per_product}.")
+        if self.images_per_product and self.batch_size % self.images_per_product:
+            expected = f"expected a multiple of loader.images_per_product {self.images_per_product}"
+            raise UserError(f"loader.batch_size: {expected}, got {self.batch_size}.")

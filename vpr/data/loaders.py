@@ -21,6 +21,7 @@ from vpr.common.hardware import available_cpus
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.pixels import read_pixels
+from vpr.data.product_batches import group_by_product, shuffle_batches, sort_by_category, sort_by_neighbours
 from vpr.imaging.preprocess import Preprocess
 
 _IGNORE_ALL = ("ignore", None, Warning, None, 0)  # the first filter after simplefilter("ignore")
@@ -56,16 +57,34 @@ class EpochSampler(Sampler[int]):
 
     An epoch consists of batches of ``world * batch_size`` rows, which the processes share. So two processes
     together see the batches that one process with twice the batch size sees. An incomplete last batch is dropped.
-    ``products`` is the (n,) product of each row.
+    ``products`` and ``categories`` are the (n,) product and category of each row. Set ``neighbours``, the (products, k)
+    most similar products of each product in the order of their names, to put similar products into a batch.
+
+    Raises:
+        UserError: Batches by category are requested without categories.
     """
 
     def __init__(
-        self, products: NDArray[np.str_], config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
+        self,
+        products: NDArray[np.str_],
+        config: LoaderConfig,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        categories: NDArray[np.str_] | None = None,
     ) -> None:
         _, self._labels, counts = np.unique(products, return_inverse=True, return_counts=True)
         targets = np.minimum(counts, config.max_per_product) if config.max_per_product else counts
-        self._counts, self._target_counts = counts, np.maximum(targets, config.min_per_product)
+        self._group = config.images_per_product or 1
+        targets = -(-np.maximum(targets, config.min_per_product) // self._group) * self._group
+        self._counts, self._target_counts = counts, targets
         self._batch, self._rank, self._world = config.batch_size, rank, world
+        self._categories = categories if config.by_category else None
+        if config.by_category and (categories is None or not np.any(categories != "")):
+            raise UserError(
+                "loader.by_category: the catalogue has no categories. Add them or use --no-loader.by-category."
+            )
+        self.neighbours: NDArray[np.int64] | None = None
         self.seed = seed
         self.epoch = 0
         self.rows_of_all = int(self._target_counts.sum())
@@ -83,9 +102,11 @@ class EpochSampler(Sampler[int]):
         return self.batches * self._batch
 
     def order(self) -> NDArray[np.int64]:
-        """Return the epoch's rows of all processes, (rows_of_all,) int64."""
+        """Return the epoch's rows of all processes, at least those of the full batches, as int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self._labels), generator=generator).numpy()
+        if self._group > 1 or self._categories is not None or self.neighbours is not None:
+            return self._grouped_order(order, generator)
         if np.array_equal(self._target_counts, self._counts):
             return order
         # Group the rows by product. Each product's rows stay in random order; the first ones are sampled.
@@ -96,12 +117,23 @@ class EpochSampler(Sampler[int]):
         sampled = np.repeat(order, repeats[labels] + (rank_in_product < remainder[labels]))
         return sampled[torch.randperm(len(sampled), generator=generator).numpy()]
 
+    def _grouped_order(self, order: NDArray[np.int64], generator: torch.Generator) -> NDArray[np.int64]:
+        draws = torch.rand(len(self._counts), generator=generator, dtype=torch.float64).numpy()
+        groups, products = group_by_product(order, self._labels, self._target_counts, self._group, draws)
+        if self.neighbours is not None:
+            groups = groups[sort_by_neighbours(products, self.neighbours)]
+        elif self._categories is not None:
+            groups = groups[sort_by_category(self._categories, groups, generator)]
+        return shuffle_batches(groups, self._world * self._batch // self._group, generator).ravel()
+
 
 def training_loader(
     dataset: ImageDataset, config: LoaderConfig, seed: int, rank: int = 0, world: int = 1
 ) -> DataLoader[dict[str, Tensor]]:
     """Build the loader of shuffled full batches; raise :class:`UserError` if an epoch has fewer images than one."""
-    sampler = EpochSampler(dataset.catalog.products, config, seed, rank, world)
+    catalog = dataset.catalog
+    categories = catalog.categories if config.by_category else None
+    sampler = EpochSampler(catalog.products, config, seed, rank, world, categories)
     if not sampler.batches:
         processes = f" in each of {world} processes" if world > 1 else ""
         limit = f"the {sampler.rows_of_all} training images of an epoch"

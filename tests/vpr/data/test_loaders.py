@@ -105,11 +105,81 @@ def test_processes_share_the_batches_of_one_process(world: int, limits: dict[str
         np.testing.assert_array_equal(np.concatenate(shares, axis=1), batches)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=2, max_size=12),
+    size=st.integers(2, 5),
+    max_per_product=st.sampled_from([0, 6]),
+    epoch=st.integers(0, 3),
+)
+def test_batches_hold_groups_of_images_of_a_product(
+    counts: list[int], size: int, max_per_product: int, epoch: int
+) -> None:
+    names = _names(counts)
+    config = LoaderConfig(2 * size, max_per_product=max_per_product, images_per_product=size)
+    sampler = EpochSampler(names, config, 0)
+    sampler.set_epoch(epoch)
+    groups = np.array(list(sampler)).reshape(-1, size)
+    assert len(groups) == 2 * sampler.batches
+    assert all(len(set(names[group])) == 1 for group in groups)
+    for name, count in Counter(names.tolist()).items():
+        rows = groups[names[groups[:, 0]] == name]
+        expected = -(-min(count, max_per_product or count) // size)
+        assert expected - 1 <= len(rows) <= expected  # the incomplete last batch is dropped
+        if count >= size:
+            assert all(len(set(group)) == size for group in rows.tolist())
+    parts = [EpochSampler(names, LoaderConfig(size, 0, False, max_per_product, 0, size), 0, rank, 2) for rank in (0, 1)]
+    for part in parts:
+        part.set_epoch(epoch)
+    shares = [np.array(list(part)).reshape(-1, size) for part in parts]
+    np.testing.assert_array_equal(np.stack(shares, axis=1).reshape(-1, size), groups)
+
+
+def test_groups_of_a_product_are_spread_over_the_epoch() -> None:
+    names = _names([40] * 10)
+    sampler = EpochSampler(names, LoaderConfig(20, images_per_product=4), 0)
+    batches = names[np.array(list(sampler))].reshape(-1, 20)
+    assert all(len(set(batch)) == 5 for batch in batches)
+    assert len(batches) == 20
+
+
+def test_batches_by_category_hold_one_category() -> None:
+    products = np.array([f"{category}-{number}" for category in "abc" for number in range(8) for _ in range(3)])
+    categories = np.array([name[0] for name in products])
+    sampler = EpochSampler(products, LoaderConfig(12, by_category=True), 0, categories=categories)
+    first = np.array(list(sampler)).reshape(-1, 12)
+    assert all(len(set(categories[batch])) == 1 for batch in first)
+    assert sorted(first.ravel().tolist()) == list(range(72))
+    sampler.set_epoch(1)
+    assert not np.array_equal(first, np.array(list(sampler)).reshape(-1, 12))
+
+
+@pytest.mark.parametrize("categories", [None, np.array(["", "", ""])])
+def test_batches_by_category_need_categories(categories: np.ndarray | None) -> None:
+    with pytest.raises(UserError, match=r"loader\.by_category: the catalogue has no categories"):
+        EpochSampler(_names([1, 2]), LoaderConfig(1, by_category=True), 0, categories=categories)
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_neighbours_share_a_batch(size: int) -> None:
+    products = np.repeat([f"{number:02d}" for number in range(12)], 4)
+    sampler = EpochSampler(products, LoaderConfig(8 if size else 4, images_per_product=size), 0)
+    sampler.neighbours = np.array([[number + 1 - 2 * (number % 2), -1] for number in range(12)])
+    rows = np.array(list(sampler))
+    assert sorted(rows.tolist()) == list(range(48))
+    for batch in rows.reshape(sampler.batches, -1):
+        numbers = Counter((batch // 4).tolist())
+        assert all(numbers[number] == numbers[number ^ 1] for number in numbers)
+
+
 def test_200k_rows_are_sampled_in_seconds() -> None:
     names = np.array([f"products10k/{row % 9691}" for row in range(200_000)])
     start = time.monotonic()
     sampler = EpochSampler(names, LoaderConfig(64, max_per_product=18, min_per_product=15), 0)
     assert len(list(sampler)) == 9691 * 18 // 64 * 64
+    sampler = EpochSampler(names, LoaderConfig(64, max_per_product=18, images_per_product=4), 0)
+    sampler.neighbours = np.random.default_rng(0).integers(0, 9691, (9691, 3))
+    assert len(list(sampler)) == 9691 * 20 // 64 * 64
     assert time.monotonic() - start < 20  # a bound against a loop over rows, not a benchmark
 
 
@@ -174,6 +244,11 @@ def test_too_few_images_for_a_batch_are_rejected(catalog: Catalog) -> None:
         ({"workers": -1}, r"loader\.workers: expected 0 to 512, got -1"),
         ({"max_per_product": -1}, r"loader\.max_per_product: expected 0 to 1048576, got -1"),
         ({"min_per_product": -2}, r"loader\.min_per_product: expected 0 to 10000, got -2"),
+        ({"images_per_product": -1}, r"loader\.images_per_product: expected 0 to 10000, got -1"),
+        (
+            {"batch_size": 10, "images_per_product": 4},
+            r"loader\.batch_size: expected a multiple of loader\.images_per_product 4, got 10",
+        ),
         (
             {"max_per_product": 5, "min_per_product": 6},
             r"loader\.min_per_product: expected at most loader\.max_per_product 5, got 6",
