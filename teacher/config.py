@@ -1,55 +1,16 @@
 """Configuration of the teacher commands. Imports no heavy library, so help and errors are instant."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from teacher.loss_config import HeadConfig, MiningConfig, PairConfig, ProxyConfig, StageLosses
 from teacher.tower_config import MAX_IMAGE_SIZE, TowerConfig
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
 from vpr.data.config import LoaderConfig, check_shares
 from vpr.imaging.config import ViewConfig
 from vpr.training.config import RunConfig
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Margin softmax of the training head.
-
-    Attributes:
-        loss: Kind of margin; ``arcface`` widens the angle (margins in radians), ``cosface`` lowers the cosine.
-        scale: Inverse temperature s of the logits.
-        margin: Margin at the start of the training.
-        margin_end: Margin at the end of the training.
-        margin_step: Growth of the margin per epoch, up to ``margin_end``; 0 grows it evenly over the training.
-        min_margin_ratio: Share of the margin for the largest class; smaller ones have more, by the fourth root of size.
-        sub_centres: Directions per class.
-        label_smoothing: Share of the target that is spread over all classes.
-        class_weight_power: Power p of the weight n^-p of an image whose class has n images; 0 weights all alike.
-    """
-
-    loss: Literal["arcface", "cosface"] = "arcface"
-    scale: float = 30.0
-    margin: float = 0.3
-    margin_end: float = 0.8
-    margin_step: float = 0.0
-    min_margin_ratio: float = 1.0
-    sub_centres: int = 1
-    label_smoothing: float = 0.0
-    class_weight_power: float = 0.0
-
-    def __post_init__(self) -> None:
-        largest = math.pi / 2 if self.loss == "arcface" else 2.0
-        if not 0 <= self.margin <= self.margin_end <= largest:
-            margins = f"margin {self.margin} and margin_end {self.margin_end}"
-            raise UserError(f"head.margin: expected 0 <= margin <= margin_end <= {largest:.3g}, got {margins}.")
-        check_numbers(self, "head.", sub_centres=(1, 100))
-        if not 0 < self.scale <= 1000:
-            raise UserError(f"head.scale: expected above 0, at most 1000, got {self.scale}.")
-        check_numbers(self, "head.", min_margin_ratio=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
-        if not 0 <= self.margin_step < math.inf:
-            raise UserError(f"head.margin_step: expected a finite number of 0 or more, got {self.margin_step}.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +31,12 @@ class StageConfig:
         image_size: Side of the input in pixels; 0 keeps ``tower.image_size``. Position embeddings are resized.
         patch_stride: Stride of overlapping patches in pixels; 0 keeps ``tower.patch_stride``.
         batch_size: Images per step and process; 0 keeps ``loader.batch_size``.
+        images_per_product: Images of a product in a batch; 0 keeps ``loader.images_per_product``.
         views: Augmentation of the stage; empty keeps the augmentation of the training.
+        margin_weight: Weight of the margin softmax; empty keeps the weight of the training.
+        head: Margin softmax of the stage; empty keeps that of the training.
+        proxy: Proxy loss of the stage; empty keeps that of the training.
+        pair: Pair loss of the stage; empty keeps that of the training.
     """
 
     train: Literal["head", "tower", "last", "all"]
@@ -85,7 +51,12 @@ class StageConfig:
     image_size: int = 0
     patch_stride: int = 0
     batch_size: int = 0
+    images_per_product: int = 0
     views: ViewConfig | None = None
+    margin_weight: float | None = None
+    head: HeadConfig | None = None
+    proxy: ProxyConfig | None = None
+    pair: PairConfig | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, "stages.", epochs=(1, None))
@@ -97,22 +68,29 @@ class StageConfig:
         check_numbers(self, "stages.", warmup=(0, 1), lr_head=(0, 100), lr_tower=(0, 100), weight_decay=(0, 100))
         sizes = (0, MAX_IMAGE_SIZE)
         check_numbers(self, "stages.", image_size=sizes, patch_stride=sizes, batch_size=(0, (1 << 20) - 1))
+        check_numbers(self, "stages.", images_per_product=(0, 10_000))
 
     def tower(self, tower: TowerConfig) -> TowerConfig:
         """Return the tower of the training with this stage's image size and patch stride."""
         size, stride = self.image_size or tower.image_size, self.patch_stride or tower.patch_stride
         return replace(tower, image_size=size, patch_stride=stride)
 
+    def loader(self, loader: LoaderConfig) -> LoaderConfig:
+        """Return the batches of the training with this stage's batch size and images per product."""
+        images = self.images_per_product or loader.images_per_product
+        return replace(loader, batch_size=self.batch_size or loader.batch_size, images_per_product=images)
+
 
 @dataclass(frozen=True)
 class ScheduledStage:
-    """Stage with the epochs ``before`` it and in ``total``, its augmentation, and the seed of views and dropout."""
+    """Stage with the epochs ``before`` it and in ``total``, its augmentation, seed of views and dropout, and losses."""
 
     stage: StageConfig
     before: int
     total: int
     views: ViewConfig
     seed: int
+    losses: StageLosses = StageLosses()
 
 
 @dataclass(frozen=True)
@@ -125,9 +103,13 @@ class TrainConfig:
         recipe: Name of the recipe, shown by ``vpr teacher runs``.
         tower: Image tower.
         head: Margin softmax.
+        margin_weight: Weight of the margin softmax; 0 trains without it.
+        proxy: Loss against class proxies, added to the margin softmax.
+        pair: Loss between the images of a batch or of a memory, added to the margin softmax.
         stages: Stages, each from the last weights of the previous one. The best epoch of the last is the teacher.
         views: Augmentation.
         loader: Batches.
+        mining: Hard negatives in the batches.
         run: Settings of the training loop.
         allow_leak: Train although a product or image is both trained on and scored; the card records the leak.
         dry_run: Print the plan and the memory it needs, and stop.
@@ -139,9 +121,13 @@ class TrainConfig:
     recipe: str = ""
     tower: TowerConfig = TowerConfig()
     head: HeadConfig = HeadConfig()
+    margin_weight: float = 1.0
+    proxy: ProxyConfig = ProxyConfig()
+    pair: PairConfig = PairConfig()
     stages: tuple[StageConfig, ...] = (StageConfig("head", 1), StageConfig("all", 9))
     views: ViewConfig = ViewConfig()
     loader: LoaderConfig = LoaderConfig()
+    mining: MiningConfig = MiningConfig()
     run: RunConfig = RunConfig()
     allow_leak: bool = False
     dry_run: bool = False
@@ -152,12 +138,15 @@ class TrainConfig:
             raise UserError("stages: expected one or more. Add a stage such as {train: all, epochs: 10}.")
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 or more, below 2^31, got {self.seed}.")
+        self.schedule()  # checks the losses of each stage
 
     def schedule(self) -> list[ScheduledStage]:
-        """Return the stages with their position in the training."""
+        """Return the stages with their position in the training and their losses."""
         schedule, before, total = [], 0, sum(stage.epochs for stage in self.stages)
         for stage in self.stages:
-            schedule.append(ScheduledStage(stage, before, total, stage.views or self.views, self.seed))
+            weight = self.margin_weight if stage.margin_weight is None else stage.margin_weight
+            losses = StageLosses(stage.head or self.head, weight, stage.proxy or self.proxy, stage.pair or self.pair)
+            schedule.append(ScheduledStage(stage, before, total, stage.views or self.views, self.seed, losses))
             before += stage.epochs
         return schedule
 

@@ -36,22 +36,29 @@ class Memory:
 
 
 def estimate(
-    teacher: Teacher, head: nn.Module, batch: int, size: int, optimizer: str, has_ema: bool, is_half: bool, shards: int
+    teacher: Teacher,
+    head: nn.Module,
+    batch: int,
+    size: int,
+    optimizer: str,
+    has_ema: bool,
+    is_half: bool,
+    shards: int,
+    pair_bytes: int = 0,
 ) -> Memory:
     """Estimate the memory of a training; frozen parts of the network keep no activations.
 
     The teacher may be on the ``meta`` device. ``batch`` is per device, ``size`` in pixels. ``is_half`` means 16-bit
-    autocast. Over ``shards`` processes the weights are sharded (FSDP).
+    autocast. Over ``shards`` processes the weights are sharded (FSDP). ``pair_bytes`` are those of a pair loss.
     """
     parameters = [*teacher.parameters(), *head.parameters()]
     tensors = [*parameters, *teacher.buffers(), *head.buffers()]
     trainable = _FLOAT_BYTES * sum(p.numel() for p in parameters if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in tensors)
-    classes = sum(p.shape[0] for p in head.parameters())
-    # The head keeps its cosines, its softmax and its normalised directions.
-    directions = _FLOAT_BYTES * sum(p.numel() for p in head.parameters())
-    activations = batch * activation_bytes(teacher, size, is_half)
-    activations += 2 * _FLOAT_BYTES * batch * classes + directions
+    # The head keeps its cosines, its softmax and its normalised directions, which have the embedding's dimension.
+    values = sum(p.numel() for p in head.parameters())
+    activations = batch * activation_bytes(teacher, size, is_half) + pair_bytes
+    activations += _FLOAT_BYTES * (2 * batch * (values // teacher.embedding_dim) + values)
     states = trainable * (2 if optimizer == "adamw" else 1)
     average = weights if has_ema else 0
     return Memory(weights // shards, trainable // shards, states // shards, average // shards, activations)

@@ -6,27 +6,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher.config import HeadConfig, ScheduledStage
-from teacher.head import MarginHead
+from teacher.config import ScheduledStage
 from teacher.layers import decay_factor, freeze_except, group_by_depth
+from teacher.loss_config import MiningConfig
+from teacher.losses import TrainingHead
+from teacher.mining import HardNegatives
 from teacher.model import Teacher
+from teacher.pair_loss import PairLoss
 from teacher.weights import load_tower_weights
 from vpr.common.distributed import rank_and_world
 from vpr.data.catalog import Catalog
+from vpr.data.loaders import EpochSampler
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import RecallModule, decay_groups
 
 
 class TeacherModule(RecallModule):
-    """Teacher, margin head and loss during one stage; batches carry the row numbers of ``train``."""
+    """Teacher, training head and losses during one stage; batches carry the row numbers of ``train``."""
 
     labels: Tensor
 
     def __init__(
         self,
         scheduled: ScheduledStage,
-        head: HeadConfig,
         teacher: Teacher,
         preprocess: Preprocess,
         train: Catalog,
@@ -37,28 +40,47 @@ class TeacherModule(RecallModule):
         self.teacher = teacher
         products, labels, counts = np.unique(train.products, return_inverse=True, return_counts=True)
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
-        self.head = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), head)
+        self.head = TrainingHead(teacher.embedding_dim, torch.from_numpy(counts), scheduled.losses)
         self.trainable = freeze_except(teacher, scheduled.stage.train, scheduled.stage.last_blocks)
         self.head.requires_grad_(scheduled.stage.train != "tower")
+        self._hard_negatives: HardNegatives | None = None
+
+    def mine_hard_negatives(self, config: MiningConfig, sampler: Any) -> None:
+        """Have the sampler put products into a batch that the embeddings of earlier epochs confuse."""
+        if config.every:
+            assert isinstance(sampler, EpochSampler)
+            self._hard_negatives = HardNegatives(config, sampler, int(self.labels.max()) + 1)
 
     def embed(self, x: Tensor) -> Tensor:
         """Map preprocessed (batch, 3, size, size) to L2-normalised (batch, dim)."""
         return self.teacher(x)
 
     def load_previous_stage(self, state: dict[str, Tensor]) -> None:
-        """Load the weights of the previous stage, resizing position embeddings to this stage's image size."""
+        """Load the weights of the previous stage, resizing position embeddings to this stage's image size.
+
+        Class directions and proxies are kept if both stages have them in the same shape.
+        """
         visual = "teacher.visual."
         load_tower_weights(self.teacher.visual, {k.removeprefix(visual): v for k, v in state.items() if visual in k})
+        shapes = {name: value.shape for name, value in self.head.state_dict(prefix="head.").items()}
         rest = {name: value for name, value in state.items() if visual not in name}
-        missing, unexpected = self.load_state_dict(rest, strict=False)
+        kept = {n: v for n, v in rest.items() if not n.startswith("head.") or shapes.get(n) == v.shape}
+        missing, unexpected = self.load_state_dict(kept, strict=False)
         assert not unexpected, unexpected
-        assert all(name.startswith(visual) for name in missing), missing
+        assert all(name.startswith((visual, "head.")) for name in missing), missing
 
     def on_train_epoch_start(self) -> None:
         """Set frozen parts to evaluation mode, so that their BatchNorm statistics stay and dropout is off."""
         self.teacher.eval()
         for part in self.trainable:
             part.train()
+        if self._hard_negatives is not None:
+            self._hard_negatives.start_epoch(self.current_epoch)
+
+    def on_train_epoch_end(self) -> None:
+        """Search hard negatives for the next epochs; Lightning calls this before it writes the checkpoint."""
+        if self._hard_negatives is not None:
+            self._hard_negatives.end_epoch()
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """Augment a batch and return its loss."""
@@ -72,15 +94,34 @@ class TeacherModule(RecallModule):
         embeddings = self.teacher(self.normalise(apply_views(batch["pixels"], views)))
         steps_per_epoch = self.trainer.estimated_stepping_batches / scheduled.stage.epochs
         progress = (scheduled.before + self.global_step / steps_per_epoch) / scheduled.total
-        loss = self.head(embeddings, self.labels[batch["rows"]], progress, epoch)
-        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=size, sync_dist=world > 1)
+        labels = self.labels[batch["rows"]]
+        if self._hard_negatives is not None:
+            self._hard_negatives.add(embeddings.detach(), labels)
+        losses = self.head(embeddings, labels, progress, epoch)
+        loss = self.head.total(losses)
+        named = {"loss": loss, **(losses if len(losses) > 1 else {})}
+        self.log_dict(named, on_step=True, on_epoch=True, batch_size=size, sync_dist=world > 1)
         self.check_finite(loss, batch_index)
         return self.rescale_for_accumulation(loss, batch_index)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save memory and hard negatives, so that a resumed training run sees the same embeddings and batches."""
+        for name, part in self._stateful():
+            checkpoint[name] = part.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore memory and hard negatives."""
+        for name, part in self._stateful():
+            part.load_state_dict(checkpoint[name])
+
+    def _stateful(self) -> list[tuple[str, PairLoss | HardNegatives]]:
+        parts = (("pair_memory", self.head.pair), ("hard_negatives", self._hard_negatives))
+        return [(name, part) for name, part in parts if part is not None]
 
     def configure_optimizers(self) -> Any:
         """Return one optimiser with warm-up and cosine; learning rates depend on part and depth."""
         stage = self.scheduled.stage
-        groups = decay_groups(list(self.head.parameters()), stage.lr_head, stage.weight_decay)
+        groups = self.head.parameter_groups(stage.lr_head, stage.weight_decay)
         layers = group_by_depth(self.teacher)
         for index, layer in enumerate(layers):
             lr = stage.lr_tower * decay_factor(index, len(layers), stage.layer_decay)

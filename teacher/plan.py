@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 from teacher.config import ScheduledStage, TrainConfig
-from teacher.head import MarginHead
 from teacher.layers import freeze_except
+from teacher.losses import TrainingHead
 from teacher.memory import available_memory, estimate, suggest_changes
 from teacher.model import build_teacher
 from vpr.common.distributed import rank_and_world
@@ -46,25 +45,33 @@ def _print_stage(
     stage_tower = stage.tower(config.tower)
     with _reraise_as_tower_error(f"tower.name: {config.tower.name} in stage {number}"):
         teacher, preprocess = build_teacher(stage_tower, tower, load_pretrained=False, device="meta")
-    head = MarginHead(teacher.embedding_dim, torch.from_numpy(counts), config.head).to("meta")
+    head = TrainingHead(teacher.embedding_dim, torch.from_numpy(counts), scheduled.losses).to("meta")
     freeze_except(teacher, stage.train, stage.last_blocks)
     head.requires_grad_(stage.train != "tower")
 
-    batch_size = stage.batch_size or config.loader.batch_size
-    batches = EpochSampler(train.products, replace(config.loader, batch_size=batch_size), 0, 0, world).batches
+    loader = stage.loader(config.loader)
+    batch_size = loader.batch_size
+    batches = EpochSampler(train.products, loader, 0, 0, world, train.categories).batches
     if not batches:
         sizes = f"a batch has {batch_size * world} images, the training split {len(train)}"
         raise UserError(f"stages {number}: {sizes}. Lower loader.batch_size or the stage's batch_size.")
+    scheduled.losses.check_batch(batch_size * world, loader.images_per_product)
     steps = -(-batches // run.accumulate)
     is_half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
     with _reraise_as_tower_error(f"tower.image_size: {preprocess.size} in stage {number}"):
         shards = world if run.strategy == "fsdp" else 1
-        memory = estimate(teacher, head, batch_size, preprocess.size, stage.optimizer, run.ema > 0, is_half, shards)
+        pairs = head.pair_bytes(batch_size * world)
+        memory = estimate(
+            teacher, head, batch_size, preprocess.size, stage.optimizer, run.ema > 0, is_half, shards, pairs
+        )
     log.info(
         f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
         f"{batch_size * world * run.accumulate} images of {preprocess.size} pixels, "
         f"trainable: teacher {_trainable_share(teacher)}, head {_trainable_share(head)}"
     )
+    weights = scheduled.losses.weights()
+    if list(weights) != ["margin"]:
+        log.info(f"    losses: {', '.join(f'{name} x {weight:g}' for name, weight in weights.items())}")
     log.info(f"    memory: {memory}")
     checkpointing = stage_tower.gradient_checkpointing
     if changes := suggest_changes(memory, available_memory(), batch_size, checkpointing, is_half, world):

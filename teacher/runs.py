@@ -137,9 +137,24 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": config.get("recipe") or None,
         "stages": " + ".join(f"{part} {epochs}" for part, epochs in stages) or None,
-        "loss": config.get("head", {}).get("loss"),
+        "loss": " + ".join(_losses(config)) or None,
         "seed": _number(config.get("seed"), int),
     }
+
+
+def _losses(config: dict[str, Any]) -> list[str]:
+    """Return the losses of all stages, in the order of their first use."""
+    names: list[str] = []
+    for stage in config.get("stages") or [{}]:
+        margin_weight = stage.get("margin_weight")
+        margin_weight = config.get("margin_weight", 1.0) if margin_weight is None else margin_weight
+        for section in ("head", "proxy", "pair"):
+            values = stage.get(section) or config.get(section, {})
+            weight = margin_weight if section == "head" else values.get("weight", 1.0)
+            name = values.get("loss", "none")
+            if weight and name not in ("none", *names):
+                names.append(name)
+    return names
 
 
 def _number(value: Any, number_type: type[int] | type[float]) -> Any:

@@ -1,8 +1,8 @@
-"""``vpr teacher train``: fine-tune an OpenCLIP tower with a margin head, in stages."""
+"""``vpr teacher train``: fine-tune an OpenCLIP tower with margin, proxy and pair losses, in stages."""
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +122,15 @@ def _run_stages(
         stage = scheduled.stage
         L.seed_everything(config.seed, verbose=False)
         teacher, preprocess = build_teacher(stage.tower(config.tower), tower, load_pretrained=not results)
-        module = TeacherModule(scheduled, config.head, teacher, preprocess, training, validation)
+        module = TeacherModule(scheduled, teacher, preprocess, training, validation)
         if results:
             module.load_previous_stage(results[-1].last)
         if datasets is None or datasets[0].preprocess != preprocess:
             keep = config.loader.keep_in_memory
             datasets = ImageDataset(training, preprocess, keep), ImageDataset(validation, preprocess, keep)
-        loader = replace(config.loader, batch_size=stage.batch_size or config.loader.batch_size)
+        loader = stage.loader(config.loader)
         train_loader = training_loader(datasets[0], loader, config.seed + number - 1, *rank_and_world())
+        module.mine_hard_negatives(config.mining, train_loader.sampler)
         loaders = (train_loader, validation_loader(datasets[1], loader, *rank_and_world()))
         log.info(f"stage {number}/{len(config.stages)}: {stage.train}, {stage.epochs} epochs")
         results.append(fit(module, loaders, teacher, folder / f"stage-{number}", stage.epochs, config.run))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments.figures import Figure, command_of
-from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig
+from teacher.config import ScheduledStage, StageConfig, TowerConfig
 from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
 from vpr.data.catalog import Catalog, load_catalog
@@ -73,7 +73,7 @@ def consumption_rate(training: Catalog, tower: TowerConfig, batch: int, seconds:
     stage = StageConfig("all", 1)
     teacher, preprocess = build_teacher(tower, read_tower(tower.name), False)
     scheduled = ScheduledStage(stage, 0, 1, ViewConfig(), 0)
-    module = TeacherModule(scheduled, HeadConfig(), teacher, preprocess, training, training)
+    module = TeacherModule(scheduled, teacher, preprocess, training, training)
     module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     rows = torch.arange(min(batch, len(training)))

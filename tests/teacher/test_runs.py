@@ -48,6 +48,14 @@ def test_finished_teacher_is_read_from_its_card(tmp_path: Path) -> None:
     assert (run.images, run.state) == (640, "finished")
 
 
+def test_losses_of_all_stages_are_listed(tmp_path: Path) -> None:
+    pair = {"loss": "contrastive", "weight": 1.0}
+    stages = [{"train": "all", "epochs": 1}, {"train": "all", "epochs": 3, "margin_weight": 0.0, "pair": pair}]
+    proxy = {"loss": "soft-triple", "weight": 0.0}
+    write_teacher(tmp_path / "teacher", 0.5, stages=stages, margin_weight=1.0, proxy=proxy, pair={"loss": "none"})
+    assert find_runs(tmp_path)[0].loss == "arcface + contrastive"
+
+
 def test_teachers_are_sorted_by_recall(tmp_path: Path) -> None:
     for name, recall in (("b", 0.25), ("c", 0.75), ("a", 0.25)):
         write_teacher(tmp_path / name, recall, leak=name == "c")

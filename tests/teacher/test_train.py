@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import teacher
 from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig, TrainConfig
+from teacher.loss_config import MiningConfig, PairConfig, ProxyConfig
 from teacher.model import build_teacher, load_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.train import train
@@ -27,7 +28,7 @@ from vpr.training.config import RunConfig
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))
 RECIPES = sorted(Path(teacher.__file__).parent.glob("recipes/*.yaml"))
-_LONG = dict.fromkeys(("guie-1st", "guie-2nd", "aicrowd-margin"), pytest.mark.slow)
+_LONG = dict.fromkeys(("guie-1st", "guie-2nd", "aicrowd-margin", "melgor"), pytest.mark.slow)
 
 
 def small_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
@@ -137,7 +138,7 @@ def test_every_recipe_is_planned(
     """Build the towers in full size on the meta device, without weights."""
     assert catalog.artifact is not None
     arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
-    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry-run", "--loader.batch-size", "16"])
+    config = read_config(TrainConfig, "teacher train", [*arguments, "--dry-run", "--loader.batch-size", "24"])
     assert config.recipe == path.stem
     train(replace(config, stages=tuple(replace(stage, batch_size=0) for stage in config.stages)))
     printed = capsys.readouterr().err
@@ -152,7 +153,7 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
     assert catalog.artifact is not None
     arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)
-    sizes = {0: 32, 280: 40, 290: 44}
+    sizes = {0: 32, 224: 24, 280: 40, 290: 44}
     stages = tuple(
         replace(
             stage, epochs=1, batch_size=0, image_size=sizes[stage.image_size], patch_stride=stage.patch_stride and 6
@@ -161,7 +162,7 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
     )
     tower = replace(config.tower, name="sample-vit", pretrained="", image_size=32)
     loader = LoaderConfig(
-        batch_size=16, max_per_product=config.loader.max_per_product, min_per_product=config.loader.min_per_product
+        batch_size=24, max_per_product=config.loader.max_per_product, min_per_product=config.loader.min_per_product
     )
     train(replace(config, tower=tower, stages=stages, loader=loader, run=replace(config.run, validate_every=1)))
     model, artifact = load_teacher(tmp_path / "t")
@@ -176,9 +177,7 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
 def make_module(catalog: Catalog, stage: StageConfig) -> TeacherModule:
     built, preprocess = build_teacher(SMALL, read_tower("sample"), False)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    return TeacherModule(
-        ScheduledStage(stage, 0, 1, ViewConfig(), 0), HeadConfig(), built, preprocess, training, validation
-    )
+    return TeacherModule(ScheduledStage(stage, 0, 1, ViewConfig(), 0), built, preprocess, training, validation)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +209,70 @@ def test_artifact_has_the_averaged_weights(catalog: Catalog, tmp_path: Path) -> 
     plain, ema = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "ema"))
     assert set(plain) == set(ema)
     assert any(not torch.equal(plain[name], ema[name]) for name in plain)
+
+
+ALL_LOSSES = {
+    "proxy": ProxyConfig("soft-triple", centres=2),
+    "pair": PairConfig("contrastive", miner=False, memory=48),
+    "mining": MiningConfig(every=2, products=1),
+    "loader": LoaderConfig(batch_size=16, images_per_product=2),
+    "stages": (StageConfig("all", 5, lr_head=1e-3, lr_tower=1e-3),),
+}
+
+
+def test_interrupted_training_with_memory_and_mining_resumes_bit_equal(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epochs after the interruption see the proxies, the memory and the hard negatives of before."""
+    train(small_config(catalog, tmp_path / "uninterrupted", **ALL_LOSSES))
+    config = small_config(catalog, tmp_path / "interrupted", **ALL_LOSSES)
+    start_epoch = TeacherModule.on_train_epoch_start
+
+    def interrupt(module: TeacherModule) -> None:
+        if module.current_epoch == 3:
+            raise RuntimeError("interrupted")
+        start_epoch(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherModule, "on_train_epoch_start", interrupt)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            train(config)
+    train(config)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("uninterrupted", "interrupted")]
+    assert weights[0] == weights[1]
+    model, artifact = load_teacher(tmp_path / "interrupted")
+    assert set(load_file(artifact.file("model.safetensors"))) == set(model.state_dict())
+    columns = artifact.file("metrics-stage-1.csv").read_text().partition("\n")[0].split(",")
+    assert {"loss_step", "margin_step", "soft_triple_step", "contrastive_step"} <= set(columns)
+
+
+def test_stage_with_other_losses_keeps_the_tower(catalog: Catalog, tmp_path: Path) -> None:
+    """The second stage drops the class directions and draws proxies; a rate of 0 shows the tower of the first."""
+    other = StageConfig("all", 1, lr_head=0.0, lr_tower=0.0, margin_weight=0.0, proxy=ProxyConfig("proxy-anchor"))
+    train(small_config(catalog, tmp_path / "one", stages=STAGES[:1]))
+    train(small_config(catalog, tmp_path / "two", stages=(*STAGES[:1], other)))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert "running" in name or "num_batches" in name or torch.equal(value, two[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pair": PairConfig("contrastive")}, r"loader\.images_per_product: contrastive compares"),
+        ({"pair": PairConfig("multi-similarity", memory=8)}, r"pair\.memory: expected at least 16.* got 8"),
+        (
+            {"pair": PairConfig("contrastive"), "loader": LoaderConfig(batch_size=4, images_per_product=4)},
+            r"loader\.batch_size: a batch of 4 images has one product",
+        ),
+    ],
+)
+def test_batches_without_pairs_are_rejected_before_training(
+    changes: dict[str, object], message: str, catalog: Catalog, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(small_config(catalog, tmp_path / "t", **changes))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leak_is_rejected_or_recorded_in_the_card(catalog: Catalog, tmp_path: Path) -> None:
@@ -264,10 +327,11 @@ def test_learning_rates_follow_depth_and_part(catalog: Catalog) -> None:
     optimizer = module.configure_optimizers()["optimizer"]
     rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(module.teacher.visual.named_parameters())
-    assert rates[id(module.head.weight)] == 0.5
+    assert module.head.margin is not None
+    assert rates[id(module.head.margin.weight)] == 0.5
     assert set(rates) == {id(p) for p in module.parameters()}
     stem = rates[id(named["trunk.conv1.0.weight"])] if "trunk.conv1.0.weight" in named else min(rates.values())
     assert stem < 0.1 <= rates[id(named["head.proj.weight"])]
     for group in optimizer.param_groups:
         assert group["weight_decay"] == 0 or all(p.ndim > 1 for p in group["params"])
-    assert np.isclose(max(rate for key, rate in rates.items() if key != id(module.head.weight)), 0.1)
+    assert np.isclose(max(rate for key, rate in rates.items() if key != id(module.head.margin.weight)), 0.1)
