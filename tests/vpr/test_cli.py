@@ -134,7 +134,7 @@ def test_flags_of_a_configuration_read_back() -> None:
         ("export onnx --student s --output o --opset 21", "opset: expected one of 20, 23, got '21'."),
         ("teacher train --recipe", "--recipe: no value given."),
         ("teacher train --recipe absent.yaml", "absent.yaml: no such recipe file."),
-        ("teacher train --recipe absent", "teacher/absent: unknown recipe. Choose one of teacher/aicrowd-margin,"),
+        ("teacher train --recipe absent", "teacher/absent: unknown recipe. Choose one of teacher/aicrowd-1st,"),
         ("recipes show sample", "sample: several stages have this recipe. Choose teacher/sample or student/sample."),
         ("completion tcsh", "shell: expected one of 'bash', 'zsh', 'fish', got 'tcsh'."),
     ],
@@ -355,7 +355,7 @@ def test_artifact_path_is_the_only_output(
 
 
 def test_run_returns_the_result() -> None:
-    assert [row["name"] for row in run(["recipes", "list"])][:1] == ["teacher/aicrowd-margin"]
+    assert [row["name"] for row in run(["recipes", "list"])][:1] == ["teacher/aicrowd-1st"]
 
 
 @pytest.mark.parametrize(("error", "code"), [(BudgetExceeded("too slow"), 1), (KeyboardInterrupt(), 130)])
