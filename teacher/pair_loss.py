@@ -2,10 +2,34 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from teacher.loss_config import PairConfig, ProxyConfig
-from vpr.common.distributed import all_gather_cat, all_gather_with_gradients
+from vpr.common.distributed import all_gather_cat, rank_and_world
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenation over the processes; a process receives the sum of all processes' gradients of its part."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_gather_cat(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (rank, world), total = rank_and_world(), gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(world)[rank]
+
+
+def all_gather_with_gradients(value: Tensor) -> Tensor:
+    """Concatenate the same-shaped tensors of all processes along the first axis, with gradients.
+
+    If all processes compute the same loss of the result, the mean over processes that DDP and FSDP take is the
+    gradient of one process with the joint batch. (torch.distributed.nn.functional.all_gather is deprecated.)
+    """
+    return value if rank_and_world()[1] == 1 else _AllGather.apply(value)
 
 
 class ProxyLoss(nn.Module):

@@ -113,18 +113,6 @@ def all_gather_cat(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def all_gather_with_gradients(value: Tensor) -> Tensor:
-    """Concatenate like :func:`all_gather_cat`; a gradient returns to the process that the value came from.
-
-    Each process receives the sum of all processes' gradients. If all compute the same loss of the result, DDP's and
-    FSDP's mean over the processes is the gradient that one process has.
-    """
-    import torch
-    from torch.distributed.nn.functional import all_gather
-
-    return value if rank_and_world()[1] == 1 else torch.cat(all_gather(value))
-
-
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's weights on the CPU, gathered if they are sharded; every process must call it."""
     from torch.distributed.tensor import DTensor
