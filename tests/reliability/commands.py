@@ -79,6 +79,7 @@ COMMANDS = (
     ),
     Command(f"{_EMBED} --catalog {{catalog}}", "embeddings"),
     Command(f"{_EMBED} --catalog {{shards}}", "shard-embeddings"),
+    Command("catalog check --embeddings {embeddings} --catalog {catalog}", "findings"),
     Command("export onnx --student {student} --catalog {catalog} --images 8", "fp32"),
     Command("export onnx --student {student} --precision fp16 --images 8", "fp16"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct", "plain-ranges"),

@@ -101,3 +101,42 @@ class SearchConfig:
         check_file("submission", self.submission)
         if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
             raise UserError(f"submission: {self.submission} is the output file too. Choose another file.")
+
+
+@dataclass(frozen=True)
+class CatalogCheckConfig:
+    """Suspicious images and products of an embedded catalogue, or a cleaned catalogue.
+
+    Without ``apply`` the command writes ``findings.csv`` and ``findings.html``. With ``apply`` it writes a catalogue.
+    Cosines are comparable for one model only. Embed with a model that was not trained on this catalogue.
+
+    Attributes:
+        embeddings: Embeddings artifact of the catalogue, or of one of its splits.
+        output: Folder of the findings, or of the cleaned catalogue.
+        catalog: Catalogue artifact of the embeddings. Empty takes the path that is recorded in the embeddings.
+        apply: CSV file with the columns ``image`` and ``decision``: ``keep``, ``drop``, ``move PRODUCT`` or
+            ``merge PRODUCT``. A column ``product`` distinguishes rows of the same image.
+        outlier: Report images whose mean cosine to the other images of their product is below this. Empty takes the
+            mean cosine of two images of different products.
+        duplicate: Report images of different products with this cosine or more.
+        merge: Report products to merge with this overlap or more; 1 is as similar as one product is to itself.
+        confusable: Report confusable products with this overlap or more.
+        shown: Findings of each kind in ``findings.html``; ``findings.csv`` has all.
+    """
+
+    embeddings: str
+    output: str
+    catalog: str = ""
+    apply: str = ""
+    outlier: float | None = None
+    duplicate: float = 0.98
+    merge: float = 0.5
+    confusable: float = 0.2
+    shown: int = 60
+
+    def __post_init__(self) -> None:
+        if self.outlier is not None:
+            check_numbers(self, outlier=(-1, 1))
+        check_numbers(self, duplicate=(-1, 1), merge=(0, 1), confusable=(0, 1), shown=(0, 10000))
+        if self.confusable > self.merge:
+            raise UserError(f"confusable: expected at most the value of merge, {self.merge}, got {self.confusable}.")
