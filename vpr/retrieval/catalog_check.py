@@ -20,6 +20,7 @@ from vpr.retrieval.label_scores import (
 
 Kind = Literal["wrong-label", "outlier", "duplicate", "merge", "confusable"]
 KINDS: tuple[Kind, ...] = ("wrong-label", "outlier", "duplicate", "merge", "confusable")
+_DUPLICATE_DISTANCE = 0.05  # of the distance between images of different products: .98 for a mean cosine of .6
 _PARTNERS = 5  # products that a product is compared with: those of most of its images' neighbours
 _CLOSEST = 10  # neighbours that vote for the partners
 _TESTED = 3  # images of the smaller product from which the mixing of two products is tested
@@ -31,7 +32,7 @@ class Thresholds:
     """Limits of the findings, see :class:`vpr.retrieval.config.CatalogCheckConfig`."""
 
     outlier: float | None = None
-    duplicate: float = 0.98
+    duplicate: float | None = None
     merge: float = 0.5
     confusable: float = 0.2
 
@@ -61,11 +62,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Findings, most suspicious first within each kind, and the label scores of all images."""
+    """Findings, most suspicious first within each kind, the label scores of all images, and the limits as cosines."""
 
     findings: list[Finding]
     scores: LabelScores
     outlier_below: float
+    duplicate_from: float
 
 
 def check_labels(
@@ -90,16 +92,17 @@ def check_labels(
     near = find_neighbours(images.vectors)
     scores = score_labels(images, near)
     below = images.chance if thresholds.outlier is None else thresholds.outlier
+    limit = 1 - _DUPLICATE_DISTANCE * (1 - images.chance) if thresholds.duplicate is None else thresholds.duplicate
     fit = np.nan_to_num(scores.own, nan=1)  # the only image of a product has no score: it stays
     if scored is not None:
         fit[scored] = np.inf
     findings = [
         *_find_wrong_labels(images, scores),
         *_find_outliers(scores, below),
-        *_find_duplicates(images, near, fit, thresholds.duplicate, contents),
+        *_find_duplicates(images, near, fit, limit, contents),
         *_find_similar_products(images, near, thresholds),
     ]
-    return CheckResult(findings, scores, below)
+    return CheckResult(findings, scores, below, limit)
 
 
 def _find_wrong_labels(images: LabelledVectors, scores: LabelScores) -> Iterator[Finding]:

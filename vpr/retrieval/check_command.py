@@ -54,6 +54,7 @@ def check_catalog(config: CatalogCheckConfig) -> Path:
             "findings": {kind: counts[kind] for kind in KINDS},
             "suggested_changes": sum(decision != "keep" for decision in decisions),
             "outlier_below": result.outlier_below,
+            "duplicate_from": result.duplicate_from,
         }
     log.info(f"{config.output}: {len(part)} images of {len(products)} products")
     for kind in KINDS:

@@ -40,6 +40,7 @@ def draw_page(result: CheckResult, decisions: list[str], part: Catalog, images: 
         images=len(part),
         products=len(images.counts),
         outlier_below=result.outlier_below,
+        duplicate_from=result.duplicate_from,
         size=_THUMBNAIL,
     )
 

@@ -118,7 +118,8 @@ class CatalogCheckConfig:
             ``merge PRODUCT``. A column ``product`` distinguishes rows of the same image.
         outlier: Report images whose mean cosine to the other images of their product is below this. Empty takes the
             mean cosine of two images of different products.
-        duplicate: Report images of different products with this cosine or more.
+        duplicate: Report images of different products with this cosine or more. Empty takes a distance of 5 % of that
+            between images of different products.
         merge: Report products to merge with this overlap or more; 1 is as similar as one product is to itself.
         confusable: Report confusable products with this overlap or more.
         shown: Findings of each kind in ``findings.html``; ``findings.csv`` has all.
@@ -129,7 +130,7 @@ class CatalogCheckConfig:
     catalog: str = ""
     apply: str = ""
     outlier: float | None = None
-    duplicate: float = 0.98
+    duplicate: float | None = None
     merge: float = 0.5
     confusable: float = 0.2
     shown: int = 60
@@ -137,6 +138,8 @@ class CatalogCheckConfig:
     def __post_init__(self) -> None:
         if self.outlier is not None:
             check_numbers(self, outlier=(-1, 1))
-        check_numbers(self, duplicate=(-1, 1), merge=(0, 1), confusable=(0, 1), shown=(0, 10000))
+        if self.duplicate is not None:
+            check_numbers(self, duplicate=(-1, 1))
+        check_numbers(self, merge=(0, 1), confusable=(0, 1), shown=(0, 10000))
         if self.confusable > self.merge:
             raise UserError(f"confusable: expected at most the value of merge, {self.merge}, got {self.confusable}.")
