@@ -1,6 +1,7 @@
 """``make figures TOPIC=teacher``: the teacher's figures, into ``docs/results/teacher.json``.
 
-``PARTS="grocery"`` measures this part only. The environment variable ``VPR_DATA`` is the folder of ``grocery``.
+``PARTS="grocery"`` measures this part only. The environment variable ``VPR_DATA`` is the folder of ``grocery``, which
+the parts ``grocery`` and ``wrong-labels`` need.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from experiments.teacher.ablation import ablate, grocery_data, sample_teacher
 from experiments.teacher.input_pipeline import pipeline_figures
 from experiments.teacher.training_step import TeacherStepConfig, teacher_step, unmeasured
 from experiments.teacher.two_processes import DistributedRun, train_spread
+from experiments.teacher.wrong_labels import wrong_label_figures
 from vpr.data.build_catalog import build_catalog
+from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
 
 # Relative: paths are part of an artifact's configuration.
@@ -28,6 +31,13 @@ def measure_grocery() -> None:
     data = grocery_data()
     start = sample_teacher("sample", _sample(), "runs/demo/teacher")  # in place of CLIP's weights
     record("teacher", [], {"grocery": ablate(data, start, _FOLDER / "grocery")})
+
+
+def measure_wrong_labels() -> None:
+    """Record how many injected wrong labels ``vpr catalog check`` finds among photographs."""
+    root = str(grocery_data() / "grocery" / "train")
+    catalog = load_catalog(build_catalog(CatalogConfig("folder", str(_FOLDER / "wrong-labels" / "catalog"), root)))
+    record("teacher", *wrong_label_figures(catalog))
 
 
 def measure_pipeline() -> None:
@@ -67,6 +77,7 @@ def measure_gpu() -> None:
 
 PARTS = {
     "grocery": measure_grocery,
+    "wrong-labels": measure_wrong_labels,
     "pipeline": measure_pipeline,
     "processes": measure_processes,
     "gpu": measure_gpu,
