@@ -84,8 +84,8 @@ def consumption_rate(training: Catalog, tower: TowerConfig, batch: int, seconds:
         views = draw_views(scheduled.views, 0, rows, torch.full_like(rows, number))
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             embeddings = module.teacher(module.normalise(apply_views(pixels, views)))
-            loss = module.head(embeddings, module.labels[rows], 0.0, 0)
-        loss.backward()
+            losses = module.head(embeddings, module.labels[rows], 0.0, 0)
+        module.head.total(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,4 +1,4 @@
-"""Similarity of images to products, each image left out of its own product: the evidence for wrong labels."""
+"""Similarity of images to products, without the image itself: the evidence for wrong labels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def score_labels(images: LabelledVectors, near: Neighbours) -> LabelScores:
     """Score each image's product and the most similar other product; there must be two products or more.
 
     The similarity of an image to a product is the mean of two cosines: to the product's centroid, and to its three
-    nearest images, as a product may have views that differ. An image is left out of its own product.
+    nearest images, as a product may have views that differ. An image is not compared with itself.
 
     The decision is that of confident learning (Northcutt, Jiang & Chuang, "Confident Learning: Estimating Uncertainty
     in Dataset Labels", JAIR 2021, eq. 1 and 2), with similarities in place of predicted probabilities: a label is
