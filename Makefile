@@ -11,13 +11,14 @@ DEV_STAMP := .venv/.installed-dev
 GPU_STAMP := .venv/.installed-gpu
 SCALE_STAMP := .venv/.installed-scale
 FUZZ_STAMP := .venv/.installed-fuzz
+PHOTOS_STAMP := .venv/.installed-photos
 TOPIC ?= demo
 PARTS ?=
 # Processes of make test; each needs 3 GB of memory.
 PROCESSES ?= 2
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-full test test-all test-gpu reliability check lint figures docs lock audit licences scale fuzzer \
+.PHONY: help demo demo-full test test-all test-gpu reliability check lint figures docs lock audit licences scale fuzzer photos-weights \
 	other-quantisers other-metrics other-toolkits clean
 
 help: ## list the targets
@@ -85,6 +86,8 @@ scale: $(SCALE_STAMP) ## install Ray, to embed on several machines
 
 fuzzer: $(FUZZ_STAMP) ## install atheris, for coverage-guided fuzzing
 
+photos-weights: $(PHOTOS_STAMP) ## install ImageNet weights, for the experiments on photographs
+
 # The requirements of these tools clash with those of the toolkit and with each other.
 other-quantisers: ## install NNCF and ModelOpt, each in its own environment
 	@test -x .venv-nncf/bin/python || $(PYTHON) -m venv .venv-nncf
@@ -123,6 +126,10 @@ $(GPU_STAMP): requirements-gpu.txt $(STAMP)
 
 $(SCALE_STAMP): requirements-scale.txt $(STAMP)
 	@$(PIP) -r requirements-scale.txt
+	@touch $@
+
+$(PHOTOS_STAMP): requirements-photos.txt $(STAMP)
+	@$(PIP) -r requirements-photos.txt
 	@touch $@
 
 $(FUZZ_STAMP): requirements-fuzz.txt $(STAMP)

