@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from teacher.config import TowerConfig
 from teacher.registry import open_clip_name, timm_tags
+from teacher.tower_config import TowerConfig
 from vpr.common.errors import UserError
 from vpr.imaging.preprocess import Preprocess
 

@@ -1,4 +1,4 @@
-"""``vpr teacher train``: fine-tune an OpenCLIP tower with margin, proxy and pair losses, in stages."""
+"""``vpr teacher train``: fine-tune a tower of open_clip or timm with margin, proxy and pair losses, in stages."""
 
 import json
 import shutil

@@ -89,7 +89,7 @@ def test_pair_losses_equal_pytorch_metric_learning(config: PairConfig, reference
 @pytest.mark.parametrize("miner", [False, True])
 @pytest.mark.parametrize("loss", ["contrastive", "multi-similarity"])
 def test_memory_equals_a_batch_with_the_last_images(loss: Any, miner: bool) -> None:
-    """Compare with a loss whose reference is the last 80 of 160 embeddings, without an image's pair with itself."""
+    """Compare with a loss against the last 80 of 160 embeddings, without the pairs of an image with itself."""
     config = PairConfig(loss, miner=miner, positives="hard", negatives="hard", negative_margin=0.0, memory=80)
     memory, plain = PairLoss(DIM, config), PairLoss(DIM, config)
     history: list[tuple[Tensor, Tensor]] = []
