@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from student.config import DistillConfig
 from student.criterion import DistillationLoss, Labels, compute_class_means
 from student.inputs import DistillInputs, leak_metadata, load_inputs
-from student.model import Student, count_multiply_adds, count_parameters
+from student.model import Student
 from student.module import StudentModule
 from student.projection import find_projection
 from student.qat import insert_fake_quant, read_thresholds
@@ -31,6 +31,7 @@ from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
 from vpr.imaging.preprocess import Preprocess
+from vpr.inference.model_size import count_multiply_adds, count_parameters
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.config import RunConfig
 from vpr.training.loggers import check_tracker, copy_logs

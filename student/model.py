@@ -139,26 +139,6 @@ def build_vit(kind: Any, config: StudentConfig) -> Any:
     return vit
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Return the multiply-adds of one image, by PyTorch's FLOP counter (two FLOPs each)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    # The counter supports the plain attention, not the fused CPU kernel.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
-    model.train(was_training)
-    return counter.get_total_flops() // 2
-
-
 def load_student(path: Path | str, artifact: Artifact | None = None) -> tuple[Student, Artifact]:
     """Load a student artifact, if it is not loaded already: the network in evaluation mode, and the artifact."""
     artifact = artifact or load_artifact(path, "student")

@@ -54,7 +54,7 @@ def count_work(artifact: Artifact) -> int | None:
         from vpr.inference.onnx_graph import load_graph
 
         return multiply_adds(load_graph(artifact))
-    from student.model import count_multiply_adds
+    from vpr.inference.model_size import count_multiply_adds
 
     assert artifact.card.preprocess is not None
     return count_multiply_adds(load_module(artifact), artifact.card.preprocess.size)

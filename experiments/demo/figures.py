@@ -23,10 +23,11 @@ from benchmarks.report.tables import main_columns
 from experiments.demo.interrupted import interrupt
 from experiments.demo.seeds import measure_seeds
 from experiments.figures import RESULTS, ROOT, Figure, Row, command_of, measure, record
-from student.model import count_multiply_adds, count_parameters, load_student
+from student.model import load_student
 from teacher.model import load_teacher
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
+from vpr.inference.model_size import count_multiply_adds, count_parameters
 
 # Relative, as in the demo: paths are part of an artifact's configuration.
 _DEMO, _FULL = Path("runs/demo"), Path("runs/demo-full")

@@ -23,9 +23,9 @@ from experiments.student.ablation import (
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from student.distill import distill
-from student.model import count_multiply_adds
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.data.catalog import load_catalog
+from vpr.inference.model_size import count_multiply_adds
 from vpr.retrieval.intervals import Interval
 
 # From the largest down: each starts with weights selected from the larger one, the best variant of the ablation.

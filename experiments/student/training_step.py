@@ -31,7 +31,7 @@ from experiments.training_step import (
 )
 from student.config import LossConfig, Preset, StudentConfig
 from student.losses import cosine_loss, similarity_kl
-from student.model import Student, count_multiply_adds
+from student.model import Student
 from student.teacher_cache import embed_pixels
 from teacher.config import TowerConfig
 from teacher.model import build_teacher, read_tower
@@ -39,6 +39,7 @@ from vpr.common.log import get_logger
 from vpr.data.loaders import Normalise
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
+from vpr.inference.model_size import count_multiply_adds
 
 log = get_logger(__name__)
 

@@ -12,10 +12,11 @@ from vit_pytorch import ViT
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.config import PRESETS, StudentConfig
-from student.model import ConvStem, Student, count_multiply_adds, count_parameters, load_student
+from student.model import ConvStem, Student, load_student
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
+from vpr.inference.model_size import count_multiply_adds, count_parameters
 
 
 def published(config: StudentConfig) -> torch.nn.Module:

@@ -55,6 +55,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
         ("products10k", "aicrowd", "csv", "validation", "test", "skip_unreadable")),
     "teacher convert": Command("teacher.convert:convert", "teacher.tower_config:ConvertConfig",
         "convert a PyTorch checkpoint to safetensors", ("key", "keep_head")),
+    "teacher choose": Command("teacher.choose:choose", "teacher.choose_config:ChooseConfig",
+        "compare untrained towers on your validation split", ("output", "batch_size", "threads", "seed")),
     "teacher train": Command("teacher.train:train", "teacher.config:TrainConfig",
         "fine-tune an image tower with margin, proxy and pair losses",
         ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed")),

@@ -12,7 +12,8 @@ from export.backends.registry import Model, models_of
 from export.config import OnnxConfig
 from export.multiply_adds import multiply_adds
 from export.to_onnx import export_onnx, load_onnx
-from student.model import count_multiply_adds, load_student
+from student.model import load_student
+from vpr.inference.model_size import count_multiply_adds
 
 # 10 G multiply-adds and 2 GB a second.
 MACHINE = Roofline("fp32", 1, 10e9, 2e9)

@@ -9,7 +9,8 @@ import pytest
 from experiments.student.ablation import Setting, compute_retention
 from experiments.student.dimension import synthetic_teacher
 from experiments.student.sizes import GOALS, SIZES, Point, _retention_figure, draw
-from student.model import Student, count_multiply_adds
+from student.model import Student
+from vpr.inference.model_size import count_multiply_adds
 from vpr.retrieval.metrics import evaluate_similarities
 
 

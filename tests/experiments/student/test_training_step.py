@@ -11,9 +11,9 @@ from experiments.student.training_step import (
     student_step,
     unmeasured,
 )
-from student.model import count_multiply_adds
 from tests.experiments.teacher.test_training_step import forward_flops
 from vpr.common.errors import UserError
+from vpr.inference.model_size import count_multiply_adds
 
 SMALL = StudentStepConfig("sample", "sample-vit", batch=2, steps=2, warmup=1, device="cpu")
 
