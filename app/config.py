@@ -24,9 +24,17 @@ class DoctorConfig:
 
     Attributes:
         verbose: List the versions of all packages, not only of the main ones.
+        models: Model artifacts; their licences are checked instead of the machine.
+        require_licence: Reject models without a recorded licence.
     """
 
     verbose: bool = False
+    models: tuple[str, ...] = ()
+    require_licence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.require_licence and not self.models:
+            raise UserError("require_licence: there is no model to check. Pass --models PATH.")
 
 
 @dataclass(frozen=True)

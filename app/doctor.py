@@ -1,5 +1,6 @@
 """``vpr doctor``: backends and builders that run on this machine, and what the others lack."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.config import DoctorConfig
+from app.licences import check_licences
 from export.backends.registry import BACKENDS
 from export.config import TARGETS
 from export.tensorrt.bindings import Builder, import_tensorrt
@@ -26,8 +28,10 @@ class Finding:
     detail: str  # version and devices, or the reason and the remedy
 
 
-def doctor(config: DoctorConfig) -> dict[str, Any]:
-    """Print and return the machine, its packages and the result of every check."""
+def doctor(config: DoctorConfig) -> Mapping[str, Any]:
+    """Print and return the machine, its packages and the result of every check; with models, their licences only."""
+    if config.models:
+        return check_licences(config.models, config.require_licence)
     machine = environment()
     cpu = machine["cpu"]
     console = Console(width=max(100, Console().width))

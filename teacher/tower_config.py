@@ -7,6 +7,7 @@ from typing import Literal
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError
 
+MAX_LICENCE = 100  # characters, equal to the limit of `Card`
 MAX_IMAGE_SIZE = 2048  # side in pixels, equal to the limit of `Preprocess`
 
 
@@ -31,6 +32,7 @@ class TowerConfig:
         mean: Mean of each channel, for values in 0…1; empty takes that of the weights.
         std: Standard deviation of each channel, for values in 0…1; empty takes that of the weights.
         interpolation: Filter of the resize; empty takes that of the weights.
+        licence: Licence of the initial weights for the card, such as ``apache-2.0``; empty takes that of the tag.
     """
 
     name: str = "ViT-H-14"
@@ -46,6 +48,7 @@ class TowerConfig:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     interpolation: Literal["", "bicubic", "bilinear"] = ""
+    licence: str = ""
 
     def __post_init__(self) -> None:
         sizes = (("image_size", 16, MAX_IMAGE_SIZE), ("patch_stride", 1, MAX_IMAGE_SIZE), ("embedding_dim", 1, 1 << 16))
@@ -60,6 +63,9 @@ class TowerConfig:
                 raise UserError(f"tower.{name}: {expected}, got {list(values)}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"tower.dropout: expected 0 to below 1, got {self.dropout}.")
+        if len(self.licence) > MAX_LICENCE or not self.licence.isprintable() or self.licence != self.licence.strip():
+            expected = f"expected an SPDX identifier or one line of at most {MAX_LICENCE} characters"
+            raise UserError(f"tower.licence: {expected} without spaces at its ends, got {self.licence!r}.")
 
 
 @dataclass(frozen=True)

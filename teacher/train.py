@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from teacher.config import TrainConfig
+from teacher.licence import start_parent, weights_licences
 from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.plan import print_plan
@@ -59,6 +60,7 @@ def train(config: TrainConfig) -> Path | None:
         stages, preprocess, dim = _run_stages(config, tower, training, validation, folder)
         if is_first():
             with stage.write() as writer:
+                writer.licences = weights_licences(config.tower, tower)
                 writer.preprocess = preprocess
                 writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
                 writer.catalog = {**catalog.summary(), **leaks}
@@ -96,9 +98,12 @@ def _artifact_inputs(
     """Return the values and parents that determine the teacher."""
     network = asdict(config.stages[-1].tower(config.tower))
     values = {**training_values(config), "network": network, "tower_config": tower}
+    # No part of the network. Cards written before the key existed must stay up to date.
+    for section in (network, *([] if config.tower.licence else [values["tower"]])):
+        section.pop("licence")
     parents = catalog.as_parents()
     if isinstance(init, Artifact):
-        parents.append(init.as_parent("start"))
+        parents.append(start_parent(init, config.tower))
     elif init:
         values["pretrained_sha256"] = init
     return values, parents

@@ -145,6 +145,7 @@ def _score(model: Model, part: Catalog, seed: int, rerank: RerankConfig) -> Scor
     row = Row.empty(card.name, model.stage, model.backend, model.precision)
     row.size_bytes = sum(e.size for name, e in card.files.items() if name.startswith(("model.", "engine.")))
     row.params = card.metrics.get("parameters")
+    row.licences = card.licences
     try:
         forward = model.open(default_threads())
     except BackendUnavailable as reason:

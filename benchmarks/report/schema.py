@@ -150,6 +150,7 @@ class Row(_Part):
     throughput: dict[Batch, float] | None = Field(description="images per second, by images per call")
     cold_start_ms: float | None
     peak_memory_bytes: int | None
+    licences: list[str] | None = Field(None, description="licences of the weights; empty if unknown")
     notes: str
 
     @classmethod

@@ -60,6 +60,7 @@ def detail_columns(rows: Sequence[Row]) -> list[Column]:
         *[_latency(f"p99 ms, batch {batch}", batch, "p99") for batch in timed_batches(rows)],
         Column("cold start, ms", lambda row: row.cold_start_ms, _fixed(0)),
         Column("peak memory, MB", lambda row: _millions(row.peak_memory_bytes), _fixed(0)),
+        Column("licences", lambda row: None if row.licences is None else ", ".join(row.licences) or "unknown"),
     ]
 
 

@@ -2,8 +2,9 @@
 
 import json
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,12 +24,43 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Licence of weights: an SPDX identifier or a short text.
+MAX_LICENCE = 100
+Licence = Annotated[str, Field(min_length=1, max_length=MAX_LICENCE)]
+UNKNOWN_LICENCE = "unknown"
+
+
 class Parent(_Part):
-    """An artifact that this one was made from: its role, its name and the sha256 of its card."""
+    """An artifact that this one was made from: its role, its name and the sha256 of its card.
+
+    ``licences`` are those of the artifact. The sha256 determines them, so they are no part of the identity: entries
+    written before cards had licences are equal to those of today.
+    """
 
     role: str
     name: str
     sha256: str
+    licences: list[Licence] = []
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Values that determine the artifact, as JSON."""
+        return {"role": self.role, "name": self.name, "sha256": self.sha256}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Parent) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.identity.values()))
+
+
+def combine_licences(own: Iterable[str], parents: Iterable[Parent]) -> list[str]:
+    """Return an artifact's licences and those of its parents, sorted; empty if all are unknown.
+
+    Next to known licences, ``unknown`` stays, so that a parent without a licence is not hidden.
+    """
+    found = {*own, *(licence for parent in parents for licence in parent.licences)}
+    return [] if found <= {UNKNOWN_LICENCE} else sorted(found)
 
 
 class FileEntry(_Part):
@@ -64,6 +96,7 @@ class Card(_Part):
     code_version: str
     config: dict[str, Any]
     parents: list[Parent] = []
+    licences: list[Licence] = []  # of the weights, with those of the parents; empty if unknown
     preprocess: Preprocess | None = None
     embedding: Embedding | None = None
     inputs: list[TensorSpec] = []

@@ -20,6 +20,7 @@ from vpr.common.errors import UserError
 from vpr.common.locks import file_lock
 
 _POLL_SECONDS = 0.5
+_IDENTITY = ("role", "name", "sha256")  # keys of `Parent.identity`
 
 
 def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Path:
@@ -27,7 +28,7 @@ def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Pa
 
     Another configuration has another folder, so a run never resumes from another run's checkpoint.
     """
-    identity = json.dumps([config, [parent.model_dump() for parent in parents]], sort_keys=True)
+    identity = json.dumps([config, [parent.identity for parent in parents]], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Path(output).parent / f"{Path(output).name}.run-{digest}"
 
@@ -90,7 +91,7 @@ def is_written(path: str, config: dict[str, Any], parents: list[Parent]) -> bool
     """Return whether the card at ``path`` has this configuration and these parents; files are not verified."""
     try:
         card = json.loads(read_card_file(Path(path) / CARD_NAME))
-        identity = card["config"], card["parents"]
+        identity = card["config"], [{key: parent[key] for key in _IDENTITY} for parent in card["parents"]]
     except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or no card
         return False
-    return identity == (json.loads(json.dumps(config)), [parent.model_dump() for parent in parents])
+    return identity == (json.loads(json.dumps(config)), [parent.identity for parent in parents])

@@ -8,7 +8,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vpr.artifacts.card import Card, CorruptArtifact, FileEntry, Kind, Parent, parse_card, read_card_file
+from vpr.artifacts.card import (
+    UNKNOWN_LICENCE,
+    Card,
+    CorruptArtifact,
+    FileEntry,
+    Kind,
+    Parent,
+    parse_card,
+    read_card_file,
+)
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.replace import restore_previous
 from vpr.common.errors import UserError, explain_system_error
@@ -37,7 +46,9 @@ class Artifact:
 
     def as_parent(self, role: str) -> Parent:
         """Return this artifact as an entry of another artifact's ``parents``."""
-        return Parent(role=role, name=self.card.name, sha256=self.sha256)
+        # A catalogue has no weights, so it needs no licence; a model without one passes on that it is unknown.
+        unknown = [] if self.card.kind == "catalog" else [UNKNOWN_LICENCE]
+        return Parent(role=role, name=self.card.name, sha256=self.sha256, licences=self.card.licences or unknown)
 
     def parents(self, role: str) -> list[Parent]:
         """Return the parents of that role."""

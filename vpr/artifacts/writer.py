@@ -20,6 +20,7 @@ from vpr.artifacts.card import (
     Kind,
     Parent,
     TensorSpec,
+    combine_licences,
     read_card_file,
 )
 from vpr.artifacts.paths import CARD_NAME
@@ -40,6 +41,7 @@ class ArtifactWriter:
     name: str
     config: dict[str, Any]
     parents: list[Parent]
+    licences: list[str] = field(default_factory=list)  # without those of the parents, which are added
     preprocess: Preprocess | None = None
     embedding: Embedding | None = None
     inputs: list[TensorSpec] = field(default_factory=list)
@@ -152,6 +154,7 @@ def _write_card(writer: ArtifactWriter) -> None:
             files[name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     values = {key: value for key, value in vars(writer).items() if key not in ("path", "unlisted")}
+    values["licences"] = combine_licences(writer.licences, writer.parents)
     values |= {"created": created, "code_version": __version__, "environment": environment(), "files": files}
     card = Card(schema=SCHEMA, **values)
     path = writer.path / CARD_NAME

@@ -19,7 +19,7 @@ from vpr import __version__
 from vpr.artifacts.paths import CARD_NAME
 from vpr.cli.commands import COMMANDS
 from vpr.common.distributed import destroy_process_group, is_first
-from vpr.common.errors import BudgetExceeded, UserError, explain_system_error
+from vpr.common.errors import CheckFailed, UserError, explain_system_error
 from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
 
@@ -34,8 +34,8 @@ _HELP = {"-h", "--help", "--help-all"}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and print its result.
 
-    Exit codes: 1 if the command finds a budget exceeded, 2 and one line for an error that the caller can fix, 130 for
-    Ctrl-C.
+    Exit codes: 1 if a check fails, such as a budget that is exceeded, 2 and one line for an error that the caller can
+    fix, 130 for Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     silence_libraries()
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _print_result(result, as_json)
     except UserError as error:
         _fail(str(error))
-    except BudgetExceeded as error:
+    except CheckFailed as error:
         print(f"vpr: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:

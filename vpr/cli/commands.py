@@ -106,7 +106,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
         "copy a packaged recipe to a folder, to change it", positional=("name", "folder")),
     "demo": Command("app.demo:demo", "app.config:DemoConfig",
         "run the pipeline on the embedded sample", ("output", "full")),
-    "doctor": Command("app.doctor:doctor", "app.config:DoctorConfig", "show what this machine can run, and why not"),
+    "doctor": Command("app.doctor:doctor", "app.config:DoctorConfig",
+        "show what this machine can run, and why not, or the licences of models", ("models", "require_licence")),
     "completion": Command("vpr.cli.completion:print_completion", "vpr.cli.completion:CompletionConfig",
         "print a completion script for bash, zsh or fish", positional=("shell",)),
 }

@@ -31,8 +31,12 @@ class UserError(Exception):
         super().__init__(printable(line))
 
 
-class BudgetExceeded(Exception):
-    """Measurement that exceeds the user's budget. The command line prints it and exits with 1."""
+class CheckFailed(Exception):
+    """Check that the user requested and that failed. The command line prints it and exits with 1."""
+
+
+class BudgetExceeded(CheckFailed):
+    """Measurement that exceeds the user's budget."""
 
 
 def check_numbers(config: object, section: str = "", **bounds: tuple[float, float | None]) -> None:
