@@ -21,7 +21,8 @@ RESTRICTED = (
         "research only",
     ),
     (r"^apple-amlr\b", "Apple Machine Learning Research Model licence: research purposes only"),
-    (r"(^|[-_ ])nc($|[-_ ])", "NC stands for non-commercial"),
+    (r"^seer-license\b", "SEER licence agreement, section 1a: non-commercial research purposes"),
+    (r"(^|[-_ ])nc($|[-_ ])", "the name has the part NC, non-commercial"),
 )
 
 
