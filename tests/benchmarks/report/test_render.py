@@ -74,6 +74,29 @@ def test_names_from_the_data_are_escaped(report_artifact: Path, report_values: d
     assert evil not in draw_markdown(report).replace(f"    {evil}", "")  # the command is an indented code block
 
 
+def test_licences_are_drawn(report_values: dict[str, Any]) -> None:
+    evil = "<script>alert(3)</script>"
+    models = [row for row in report_values["rows"] if row["stage"] != "baseline"]
+    assert all(row["licences"] == [] for row in models)  # the small models come from random weights
+    assert all(row["licences"] is None for row in report_values["rows"] if row["stage"] == "baseline")
+    models[0]["licences"] = ["cc-by-nc-4.0", evil]
+    models[1].pop("licences")  # a report of an earlier version
+    report = Report.model_validate(report_values)
+    page, markdown = draw_html(report), draw_markdown(report)
+    for text in (page, markdown):
+        assert "cc-by-nc-4.0, &lt;script" in text
+        assert evil not in text
+        assert "licences" in text
+    headings, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in markdown.split("## Details")[1].splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    cells = [line[headings.index("licences")] for line in lines[: len(report.rows)]]
+    assert [cell for cell, row in zip(cells, report.rows, strict=True) if row.stage == "baseline"] == ["–", "–"]
+    assert cells.count("unknown") == len(models) - 2
+
+
 def test_unknown_keys_and_missing_values_are_drawn(report_values: dict[str, Any]) -> None:
     row = report_values["rows"][3]
     row |= {"load_ms": 12.345, "of_ceiling": {"1": 0.5, "8": None}, "ceiling": {"flops": 1.0}}
