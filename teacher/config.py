@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from teacher.loss_config import HeadConfig, MiningConfig, PairConfig, ProxyConfig, StageLosses
-from teacher.tower_config import MAX_IMAGE_SIZE, TowerConfig
+from teacher.tower_config import MAX_IMAGE_SIZE, LoraConfig, TowerConfig
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
 from vpr.data.config import LoaderConfig, check_shares
@@ -102,6 +102,7 @@ class TrainConfig:
         output: Path of the teacher artifact to write.
         recipe: Name of the recipe, shown by ``vpr teacher runs``.
         tower: Image tower.
+        lora: Low-rank adapters on the linear layers of the tower.
         head: Margin softmax.
         margin_weight: Weight of the margin softmax; 0 trains without it.
         proxy: Loss against class proxies, added to the margin softmax.
@@ -120,6 +121,7 @@ class TrainConfig:
     output: str
     recipe: str = ""
     tower: TowerConfig = TowerConfig()
+    lora: LoraConfig = LoraConfig()
     head: HeadConfig = HeadConfig()
     margin_weight: float = 1.0
     proxy: ProxyConfig = ProxyConfig()
@@ -138,6 +140,10 @@ class TrainConfig:
             raise UserError("stages: expected one or more. Add a stage such as {train: all, epochs: 10}.")
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 or more, below 2^31, got {self.seed}.")
+        if self.lora.rank and all(stage.train == "head" for stage in self.stages):
+            raise UserError(
+                "lora.rank: no stage trains the tower. Set it to 0, or add a stage with train: all or last."
+            )
         self.schedule()  # checks the losses of each stage
 
     def schedule(self) -> list[ScheduledStage]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teacher.adapters import Adapters, add_adapters
 from teacher.config import ScheduledStage
 from teacher.layers import decay_factor, freeze_except, group_by_depth
 from teacher.loss_config import MiningConfig
@@ -13,6 +14,7 @@ from teacher.losses import TrainingHead
 from teacher.mining import HardNegatives
 from teacher.model import Teacher
 from teacher.pair_loss import PairLoss
+from teacher.tower_config import LoraConfig
 from teacher.weights import load_tower_weights
 from vpr.common.distributed import rank_and_world
 from vpr.data.catalog import Catalog
@@ -44,6 +46,27 @@ class TeacherModule(RecallModule):
         self.trainable = freeze_except(teacher, scheduled.stage.train, scheduled.stage.last_blocks)
         self.head.requires_grad_(scheduled.stage.train != "tower")
         self._hard_negatives: HardNegatives | None = None
+        self._adapters: Adapters | None = None
+
+    def add_adapters(self, config: LoraConfig, size: int) -> None:
+        """Train adapters in place of the tower's weights, if the rank is above 0 and the stage trains the tower.
+
+        ``size`` is that of the images in pixels. Call this after :meth:`load_previous_stage`. The tower stays in
+        evaluation mode.
+        """
+        stage = self.scheduled.stage
+        if not config.rank or stage.train == "head":
+            return
+        self._adapters = add_adapters(self.teacher, config, size)
+        added = [] if stage.train == "tower" else [self.teacher.project]
+        self.trainable = [*added, *self._adapters.dropouts]
+
+    def plain_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the teacher or of this module with merged adapters, under the names without them."""
+        if self._adapters is None:
+            return state
+        prefix = "visual." if any(name.startswith("visual.") for name in state) else "teacher.visual."
+        return self._adapters.merge(state, prefix)
 
     def mine_hard_negatives(self, config: MiningConfig, sampler: Any) -> None:
         """Have the sampler put products into a batch that the embeddings of earlier epochs confuse."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from teacher.adapters import add_adapters
 from teacher.config import ScheduledStage, TrainConfig
 from teacher.layers import freeze_except
 from teacher.losses import TrainingHead
@@ -48,6 +49,9 @@ def _print_stage(
     head = TrainingHead(teacher.embedding_dim, torch.from_numpy(counts), scheduled.losses).to("meta")
     freeze_except(teacher, stage.train, stage.last_blocks)
     head.requires_grad_(stage.train != "tower")
+    if config.lora.rank and stage.train != "head":
+        with _reraise_as_tower_error(f"tower.name: {config.tower.name} in stage {number}"):
+            add_adapters(teacher, config.lora, preprocess.size)
 
     loader = stage.loader(config.loader)
     batch_size = loader.batch_size

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from vpr.artifacts.paths import check_file
-from vpr.common.errors import UserError
+from vpr.common.errors import UserError, check_numbers
 
 MAX_LICENCE = 100  # characters, equal to the limit of `Card`
 MAX_IMAGE_SIZE = 2048  # side in pixels, equal to the limit of `Preprocess`
@@ -66,6 +66,29 @@ class TowerConfig:
         if len(self.licence) > MAX_LICENCE or not self.licence.isprintable() or self.licence != self.licence.strip():
             expected = f"expected an SPDX identifier or one line of at most {MAX_LICENCE} characters"
             raise UserError(f"tower.licence: {expected} without spaces at its ends, got {self.licence!r}.")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) that are trained in place of the tower's weights, and merged into them at the end.
+
+    Attributes:
+        rank: Rank of the adapters; 0 trains the weights. Adapters are trained at ``lr_tower``, which should then be
+            about 1e-4.
+        alpha: Scale of the adapters: their product is multiplied by alpha / rank.
+        dropout: Share of the adapters' inputs that is dropped in training.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "lora.", rank=(0, 1 << 16))
+        if not 0 < self.alpha <= 10_000:
+            raise UserError(f"lora.alpha: expected above 0, at most 10000, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout: expected 0 to below 1, got {self.dropout}.")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def _run_stages(
         module = TeacherModule(scheduled, teacher, preprocess, training, validation)
         if results:
             module.load_previous_stage(results[-1].last)
+        module.add_adapters(config.lora, preprocess.size)
         if datasets is None or datasets[0].preprocess != preprocess:
             keep = config.loader.keep_in_memory
             datasets = ImageDataset(training, preprocess, keep), ImageDataset(validation, preprocess, keep)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vpr.common.distributed import full_state_dict, is_first
 from vpr.common.log import get_logger
 from vpr.data.loaders import EpochSampler
 
 log = get_logger(__name__)
+
+Weights = dict[str, Tensor]
 
 MONITOR = "val_recall_at_1"  # metric that selects the best epoch
 _LOG_LABELS = {MONITOR: "recall@1"}
@@ -38,12 +41,16 @@ class AtomicCheckpoint(TorchCheckpointIO):
 
 
 class BestWeights(Callback):
-    """Write the weights of a module's best epoch by validation recall@1 as safetensors, replaced atomically."""
+    """Write the weights of a module's best epoch by validation recall@1 as safetensors, replaced atomically.
+
+    ``convert`` changes names and values before they are written.
+    """
 
     state_key = "best_weights"
 
-    def __init__(self, module: nn.Module, path: Path) -> None:
+    def __init__(self, module: nn.Module, path: Path, convert: Callable[[Weights], Weights]) -> None:
         self.module = module
+        self.convert = convert
         self.path = path
         self.best = -1.0
         self.epoch = -1
@@ -61,7 +68,7 @@ class BestWeights(Callback):
             new = self.path.with_suffix(".new")
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
-            save_file(weights, new / self.path.name)
+            save_file(self.convert(weights), new / self.path.name)
             with (new / self.path.name).open("rb") as stream:
                 os.fsync(stream.fileno())  # else a power failure could keep the checkpoint but lose these weights
             os.replace(new / self.path.name, self.path)

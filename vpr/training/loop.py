@@ -102,6 +102,10 @@ class RecallModule(L.LightningModule):
         """Map preprocessed (batch, 3, size, size) to L2-normalised (batch, dim)."""
         raise NotImplementedError
 
+    def plain_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of this module or of a part, under the names and shapes in which they are stored."""
+        return state
+
     def configure_model(self) -> None:
         """Shard the weights under FSDP, once; Lightning may call this again."""
         if self.device_mesh is not None and self._sharded:
@@ -154,7 +158,8 @@ class RecallModule(L.LightningModule):
 class FitResult:
     """Best validation recall@1 and its epoch (from 1), optimiser steps, and seconds over all starts.
 
-    ``last`` holds the weights of the Lightning module after the last epoch, or their moving average if there is one.
+    ``last`` holds the weights of the Lightning module after the last epoch, or their moving average if there is one,
+    as :meth:`RecallModule.plain_weights` returns them.
     """
 
     best: float
@@ -178,7 +183,7 @@ def fit(
     The training loader has an :class:`~vpr.data.loaders.EpochSampler`. The best weights of ``best_part`` are written to
     ``best.safetensors`` in the folder, next to logs and checkpoint.
     """
-    best, timer = BestWeights(best_part, folder / "best.safetensors"), TrainingTimer()
+    best, timer = BestWeights(best_part, folder / "best.safetensors", module.plain_weights), TrainingTimer()
     ema = Ema(run.ema) if run.ema else None
     sampler = loaders[0].sampler
     assert isinstance(sampler, EpochSampler)
@@ -192,7 +197,8 @@ def fit(
     if epochs % run.validate_every:
         trainer.validate(module, loaders[1], verbose=False)
     state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
-    return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), state)
+    plain = module.plain_weights(state)
+    return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), plain)
 
 
 def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
