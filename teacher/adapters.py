@@ -47,8 +47,9 @@ class LinearAttention(nn.Module):
         assert key is x
         assert value is x
         assert not need_weights
-        parts = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*parts.unbind(0), attn_mask=attn_mask)
+        joint = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = joint.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, width / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(mixed.transpose(1, 2).flatten(-2)), None
 
 
@@ -69,7 +70,7 @@ class Adapters:
     dropouts: tuple[nn.Module, ...]
 
     def merge(self, state: dict[str, Tensor], prefix: str = "visual.") -> dict[str, Tensor]:
-        """Return the weights of a plain tower: adapters added to the weights, under the names before :func:`add_adapters`.
+        """Return weights with the adapters added, under the names that they had before :func:`add_adapters`.
 
         ``prefix`` is that of the tower in the names of ``state``. The sums are computed in float32.
         """
@@ -100,7 +101,7 @@ def add_adapters(teacher: Teacher, config: LoraConfig, size: int) -> Adapters:
     """
     visual: Any = teacher.visual
     attentions = _replace_attentions(visual)
-    linears = _called_linears(visual, size)
+    linears = _linears_of_images(visual, size)
     layers = {name: layer for name, layer in linears.items() if layer.weight.requires_grad}
     if not layers:
         raise UserError("lora.rank: the trained part of the tower has no linear layer to adapt. Set it to 0.")
@@ -140,21 +141,27 @@ def _replace_attentions(visual: nn.Module) -> list[str]:
     return [f"{name}.attn" for name in blocks]
 
 
-def _called_linears(visual: nn.Module, size: int) -> dict[str, nn.Linear]:
-    """Return the linear layers that a forward pass of tensors without memory calls, by name.
+def _linears_of_images(visual: nn.Module, size: int) -> dict[str, nn.Linear]:
+    """Return the linear layers called on features of the images, by name, from a pass of tensors without memory.
 
-    Some towers use only the weight of a layer (SwinV2, BEiT), where an adapter would have no effect.
+    Some towers use only the weight of a layer (``qkv`` of SwinV2 and BEiT), where an adapter would have no effect.
+    Layers of other inputs are small, such as SwinV2's of the two coordinates of a position.
     """
     linears = {name: module for name, module in visual.named_modules() if isinstance(module, nn.Linear)}
     called: set[nn.Module] = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in linears.values()]
+
+    def add_if_of_images(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if arguments[0].requires_grad:  # in this pass only the images have a gradient
+            called.add(module)
+
+    hooks = [module.register_forward_pre_hook(add_if_of_images) for module in linears.values()]
     was_training = visual.training
     visual.eval()
     try:
-        with FakeTensorMode(), torch.no_grad():
+        with FakeTensorMode():
             values = (*visual.named_parameters(), *visual.named_buffers())
             state = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values}
-            torch.func.functional_call(visual, state, (torch.empty(2, 3, size, size),))
+            torch.func.functional_call(visual, state, (torch.empty(2, 3, size, size, requires_grad=True),))
     finally:
         visual.train(was_training)
         for hook in hooks:
