@@ -158,7 +158,7 @@ def _linears_of_images(visual: nn.Module, size: int) -> dict[str, nn.Linear]:
     was_training = visual.training
     visual.eval()
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.enable_grad():
             values = (*visual.named_parameters(), *visual.named_buffers())
             state = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in values}
             torch.func.functional_call(visual, state, (torch.empty(2, 3, size, size, requires_grad=True),))
