@@ -244,7 +244,7 @@ def test_vit_h_14_trains_its_adapters(catalog: Catalog) -> None:
     tower = TowerConfig("ViT-H-14", "", gradient_checkpointing=True)
     teacher, preprocess = build_teacher(tower, read_tower(tower.name), load_pretrained=False)
     training = catalog.select(split="train")
-    stage = StageConfig("all", 1, lr_tower=1e-2, lr_head=1e-2, warmup=0.0)
+    stage = StageConfig("all", 1, lr_tower=1e-2, lr_head=1e-2, weight_decay=0.0, warmup=0.0)
     scheduled = ScheduledStage(stage, 0, 1, ViewConfig(), 0)
     module = TeacherModule(scheduled, teacher, preprocess, training, catalog.select(split="validation"))
     module.add_adapters(LoraConfig(rank=8), preprocess.size)
