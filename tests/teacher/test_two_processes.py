@@ -17,11 +17,12 @@ SCRIPT = Path(__file__).parent / "pair_loss_training.py"
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(catalog: Catalog, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 4], ids=["weights", "lora"])
+def test_two_processes_train_like_one(rank: int, catalog: Catalog, tmp_path: Path) -> None:
     """Compare two stages of ``vpr teacher train`` under torchrun (FSDP and DDP) with one process."""
     assert catalog.artifact is not None
     arguments = ["--catalog", str(catalog.artifact.path), "--tower.name", "sample-vit", "--tower.pretrained", ""]
-    arguments += ["--run.precision", "32-true", "--run.ema", "0.9", "--stages"]
+    arguments += ["--lora.rank", str(rank), "--run.precision", "32-true", "--run.ema", "0.9", "--stages"]
     arguments += ["{train: all, epochs: 6, lr_tower: 1.0e-3}", "{train: last, last_blocks: 2, epochs: 1}"]
     single = train_spread(arguments, tmp_path / "one", 1, 16)
     assert len(single.losses) >= 2
