@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from student.config import TargetsConfig
-from student.projection import project
 from student.teacher_cache import TeacherCache, embed_pixels
 from vpr.common.distributed import all_gather_cat
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import ImageDataset, Normalise
 from vpr.imaging.augment import apply_views
 from vpr.imaging.preprocess import Preprocess
+from vpr.retrieval.projection import project
 
 
 class CachedTargets(nn.Module):

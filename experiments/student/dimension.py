@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from experiments.figures import Figure, Row
 from student.config import DimensionConfig
-from student.projection import fit_projection, project
+from student.projection import fit_projection
 from vpr.retrieval.embeddings import l2_normalize
 from vpr.retrieval.intervals import mean_interval
 from vpr.retrieval.metrics import evaluate
+from vpr.retrieval.projection import project
 
 Vectors = NDArray[np.float32]
 _FROM, _TO, _FITTED, _SCORED, _VIEWS = 1024, 256, 4096, 2000, 2

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from student.config import DimensionConfig, DistillConfig, LossConfig, StudentConfig
-from student.projection import (
-    fit_projection,
-    preserve_cosines,
-    principal_directions,
-    project,
-    resolve_dimensions,
-)
+from student.projection import fit_projection, resolve_dimensions
 from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import l2_normalize
+from vpr.retrieval.projection import preserve_cosines, principal_directions, project
 
 
 def decaying_vectors(n: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -66,6 +61,8 @@ def test_method_selects_the_projection() -> None:
 @pytest.mark.parametrize(("images", "dim"), [(100, 21), (10, 12)])
 def test_too_many_directions_are_rejected(images: int, dim: int) -> None:
     with pytest.raises(UserError, match=rf"model\.embedding_dim: .*, got {dim}\."):
+        fit_projection(DimensionConfig("pca"), decaying_vectors(images, 20), dim, 0)
+    with pytest.raises(ValueError, match=f"no {dim} directions"):
         principal_directions(decaying_vectors(images, 20), dim)
 
 
