@@ -242,7 +242,8 @@ class DistillConfig:
     """Configuration of ``vpr student distill``.
 
     Attributes:
-        teacher: Teacher artifact.
+        teacher: Teacher artifact. Several are fused into ``<output>-teacher``, see ``vpr teacher fuse``; the fused
+            embedding has the student's width, by default 256.
         catalog: Catalogue artifact. ``train`` gives the images, ``validation`` selects the epoch. Only
             ``losses.margin`` and ``losses.logits`` use the labels.
         output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
@@ -267,7 +268,7 @@ class DistillConfig:
         seed: Seed of weights, order and views.
     """
 
-    teacher: str
+    teacher: tuple[str, ...]
     catalog: str
     output: str
     cache: str = ""
@@ -294,6 +295,8 @@ class DistillConfig:
         check_numbers(self, epochs=(1, None), lr=(0, 10), weight_decay=(0, 100), warmup=(0, 1))
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 to below 2^31, got {self.seed}.")
+        if not self.teacher:
+            raise UserError("teacher: no teacher is given. Name one or more.")
         if self.run.strategy == "fsdp":
             raise UserError("run.strategy: distillation does not support fsdp. Use ddp or auto.")
         if self.quantise.ranges and not self.start:

@@ -7,8 +7,10 @@ from typing import Any
 from student.config import DistillConfig
 from student.projection import check_directions, resolve_dimensions
 from student.qat import check_ranges
+from student.several_teachers import fusion, load_unfitted
 from student.teacher_model import TeacherModel, load_teacher_model
 from student.unlabelled import add_unlabelled
+from teacher.fuse import fuse
 from teacher.train import warn_unverified_init
 from vpr.artifacts.card import Parent
 from vpr.artifacts.store import Artifact, load_artifact
@@ -42,14 +44,17 @@ class DistillInputs:
 def load_inputs(config: DistillConfig) -> DistillInputs:
     """Load and check all inputs; raise :class:`UserError` if one does not fit or would be replaced by the output."""
     check_output(config.output, "student")
-    for key in ("teacher", "assistant", "start"):
-        path = getattr(config, key)
+    roles = [("assistant", config.assistant), ("start", config.start), *(("teacher", path) for path in config.teacher)]
+    for key, path in roles:
         if path and Path(path).resolve() == Path(config.output).resolve():
             raise UserError(f"output: {config.output} is also the {key}. Choose another output.")
     catalog = load_catalog(config.catalog)
     training, validation = training_and_validation(catalog, config.catalog)
     models = _load_models(config)
-    teacher = load_teacher_model(models.get("assistant", models["teacher"]))
+    if len(config.teacher) > 1 and config.dry_run and not config.assistant:
+        teacher = load_unfitted(config, catalog)
+    else:
+        teacher = load_teacher_model(models.get("assistant", models["teacher"]))
     student_dim, target_dim = resolve_dimensions(config, teacher.dim)
     scored = [validation, catalog.select(split="test")]
     folders = config.unlabelled
@@ -75,7 +80,10 @@ def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:
 
 
 def _load_models(config: DistillConfig) -> dict[str, Artifact]:
-    models = {"teacher": load_artifact(config.teacher, "teacher")}
+    path = config.teacher[0]
+    if len(config.teacher) > 1 and not config.dry_run:
+        path = str(fuse(fusion(config)))
+    models = {"teacher": load_artifact(path, "teacher")}
     if config.assistant:
         models["assistant"] = load_artifact(config.assistant, "student")
     if config.start:

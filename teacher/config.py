@@ -233,6 +233,45 @@ class SoupConfig:
 
 
 @dataclass(frozen=True)
+class FuseConfig:
+    """Fusion of several teachers into one.
+
+    Attributes:
+        models: Teacher artifacts, trained on one catalogue.
+        catalog: Catalogue artifact that they were trained on. Its ``train`` split fits whitening and reduction; its
+            ``validation`` split scores the teachers and their fusion.
+        output: Path of the fused teacher to write, a teacher artifact.
+        embedding_dim: Width of the embedding. 0 keeps the concatenation of the teachers' embeddings.
+        shrinkage: Share of equal variance in every direction that is added to the covariance before whitening. More of
+            it amplifies the directions of least variance less.
+        images: Number of training images to fit on, drawn at random.
+        steps: Number of optimiser steps of the reduction that preserves cosines.
+        batch_size: Images per batch.
+        threads: Number of background decoding threads.
+        seed: Seed of the images and of the reduction.
+    """
+
+    models: tuple[str, ...]
+    catalog: str
+    output: str
+    embedding_dim: int = 256
+    shrinkage: float = 0.1
+    images: int = 16384
+    steps: int = 1000
+    batch_size: int = 64
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.models) <= 8:
+            raise UserError(f"models: expected two to eight teachers, got {len(self.models)}.")
+        check_numbers(self, embedding_dim=(0, 8192), shrinkage=(1e-6, 1), images=(2, 1 << 20), steps=(1, 1 << 20))
+        check_numbers(self, batch_size=(1, None), threads=(0, 64), seed=(0, (1 << 31) - 1))
+        if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
+            raise UserError(f"output: {self.output} is one of the models and would be replaced. Choose another path.")
+
+
+@dataclass(frozen=True)
 class RunsConfig:
     """List of training runs.
 

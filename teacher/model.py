@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from teacher.config import TowerConfig
+from teacher.fused import MAX_TEACHERS, FusedTeacher, WhitenedPart
 from teacher.preprocessing import STATISTICS, published_values, timm_values, tower_preprocess
 from teacher.registry import architecture_key, check_timm_tag, open_clip_name
 from teacher.registry import read_tower as read_tower  # with build_teacher the two calls that make a teacher
@@ -21,6 +22,7 @@ from teacher.weights import (
     load_tower_weights,
     read_tower_weights,
 )
+from vpr.artifacts.card import Card
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
@@ -73,19 +75,44 @@ def build_teacher(
     return teacher, tower_preprocess(config, input_size(visual), published)
 
 
-def load_teacher(path: Path | str, artifact: Artifact | None = None) -> tuple[Teacher, Artifact]:
-    """Load a teacher artifact: the network in evaluation mode, and the artifact."""
+def load_teacher(path: Path | str, artifact: Artifact | None = None) -> tuple[Teacher | FusedTeacher, Artifact]:
+    """Load a teacher artifact, also a fused one: the network in evaluation mode, and the artifact."""
     artifact = artifact or load_artifact(path, "teacher")
+    card = artifact.card
     with reraise_as_artifact_error(artifact):
-        config = TowerConfig(**artifact.card.config["network"])
-        # Initial weights and checkpointing matter in training only.
-        config = replace(config, pretrained="", gradient_checkpointing=False)
-        model, built = build_teacher(config, artifact.card.config["tower_config"], load_pretrained=False)
-        recorded = artifact.card.preprocess
-        if recorded is None or (recorded.size, recorded.resize) != (built.size, built.resize):
-            raise UserError(f"{path}: the card's preprocessing does not match its tower. Train the teacher again.")
+        model = _rebuild_fused(path, card) if is_fused(artifact) else _rebuild(path, card.config, card.preprocess)
         model.load_state_dict(load_file(artifact.file("model.safetensors")))
     return model.eval(), artifact
+
+
+def is_fused(artifact: Artifact) -> bool:
+    """Return whether a teacher artifact holds several teachers."""
+    return "parts" in artifact.card.config
+
+
+def _rebuild(path: Path | str, values: dict[str, Any], recorded: Preprocess | None) -> Teacher:
+    """Create the network of a teacher from the values of its card, with random weights."""
+    # Initial weights and checkpointing matter in training only.
+    config = replace(TowerConfig(**values["network"]), pretrained="", gradient_checkpointing=False)
+    model, built = build_teacher(config, values["tower_config"], load_pretrained=False)
+    if recorded is None or (recorded.size, recorded.resize) != (built.size, built.resize):
+        raise UserError(f"{path}: the card's preprocessing does not match its tower. Train the teacher again.")
+    return model
+
+
+def _rebuild_fused(path: Path | str, card: Card) -> FusedTeacher:
+    """Create the network of a fused teacher from its card, with random weights and no whitening."""
+    entries = card.config["parts"]
+    if not 2 <= len(entries) <= MAX_TEACHERS:
+        raise UserError(f"{path}: expected 2 to {MAX_TEACHERS} teachers in its card, got {len(entries)}.")
+    if card.preprocess is None or card.embedding is None:
+        raise UserError(f"{path}: the card has no preprocessing or embedding. Fuse the teachers again.")
+    parts = []
+    for entry in entries:
+        own = Preprocess.model_validate(entry["preprocess"])
+        network = _rebuild(path, entry, own)
+        parts.append(WhitenedPart(network, network.embedding_dim, own, card.preprocess))
+    return FusedTeacher(parts, card.embedding.dim)
 
 
 def _create_tower(config: TowerConfig, tower: dict[str, Any], device: str) -> Any:
@@ -149,6 +176,8 @@ def _load_pretrained(config: TowerConfig, tower: dict[str, Any], teacher: Teache
 def _load_from_teacher(config: TowerConfig, tower: dict[str, Any], teacher: Teacher, load: bool) -> dict[str, Any]:
     path = Path(config.pretrained)
     start = load_artifact(path, "teacher")
+    if is_fused(start):
+        raise UserError(f"tower.pretrained: {path} holds several teachers. Start from one of them.")
     with reraise_as_artifact_error(start):
         # Weights of equal shapes may still be from another tower, with other heads or another activation.
         if architecture_key(start.card.config["tower_config"]) != architecture_key(tower):

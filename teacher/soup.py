@@ -109,7 +109,7 @@ def inherited_leak(teachers: Sequence[Artifact], catalog: Catalog) -> Row:
     for teacher in teachers:
         leak |= (teacher.card.catalog or {}).get("leak") or {}
     if leak:
-        log.warning("leak: a teacher was trained with an allowed leak; the card of the soup records it")
+        log.warning("leak: a teacher was trained with an allowed leak; the new card records it")
         return leak
     return find_leaks(catalog, allow=False)
 

@@ -14,6 +14,7 @@ from experiments.intervals import gain_text, interval_text, mean_text
 from student.config import DistillConfig, LossConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
+from teacher.fused import FusedTeacher
 from teacher.model import Teacher, load_teacher
 from vpr.artifacts.store import Artifact
 from vpr.common.log import get_logger
@@ -134,7 +135,7 @@ def ablate_students(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> tuple[l
     return figures, [_teacher_row(teacher, artifact.card.metrics["seconds"]), *rows]
 
 
-def score_teacher(setting: Setting, test: Catalog) -> tuple[Teacher, Artifact, RetrievalScores]:
+def score_teacher(setting: Setting, test: Catalog) -> tuple[Teacher | FusedTeacher, Artifact, RetrievalScores]:
     """Return the teacher, its artifact, and its scores on the test split."""
     model, artifact = load_teacher(setting.teacher)
     assert artifact.card.preprocess is not None
@@ -162,7 +163,7 @@ def compute_retention(hits: NDArray[Any], teacher: RetrievalScores) -> tuple[flo
 def distillation(setting: Setting, output: Path, model: StudentConfig, seed: int) -> DistillConfig:
     """Return the default distillation of a student; trainings with the same seed share a cache."""
     return DistillConfig(
-        teacher=str(setting.teacher),
+        teacher=(str(setting.teacher),),
         catalog=str(setting.catalog),
         output=str(output),
         cache=str(setting.folder / f"views-{seed}"),

@@ -38,7 +38,7 @@ def teacher(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
     assert catalog.artifact is not None
     return DistillConfig(
-        teacher=str(teacher),
+        teacher=(str(teacher),),
         catalog=str(catalog.artifact.path),
         output=str(tmp_path_factory.mktemp("s") / "student"),
         model=STUDENT,

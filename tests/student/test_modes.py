@@ -150,7 +150,7 @@ def test_killed_cache_resumes(teacher: Path, catalog: Catalog, tmp_path: Path, m
 
 def arguments(config: DistillConfig) -> list[str]:
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
-    flags = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
+    flags = ["--teacher", *config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
     flags += to_flags(DistillConfig, {"model": {**shape, "stem": "conv"}})
     return [*flags, "--run.validate-every", "2", "--run.ema", "0.8"]
 
@@ -255,7 +255,7 @@ def test_bad_settings_are_rejected_before_caching(
 
 def test_cache_of_another_kind_is_rejected(config: DistillConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds an artifact of kind teacher, expected views"):
-        distill(replace(config, output=str(tmp_path / "s"), cache=config.teacher))
+        distill(replace(config, output=str(tmp_path / "s"), cache=config.teacher[0]))
 
 
 def test_truncated_cache_file_is_recomputed(
@@ -305,7 +305,7 @@ def test_unverified_init_is_inherited(config: DistillConfig, teacher: Path, tmp_
     card = json.loads((tmp_path / "teacher" / "card.json").read_text())
     card["catalog"]["start"] = "pretrained may have seen what is scored"
     (tmp_path / "teacher" / "card.json").write_text(json.dumps(card))
-    artifact = distill_artifact(replace(config, teacher=str(tmp_path / "teacher")), tmp_path)
+    artifact = distill_artifact(replace(config, teacher=(str(tmp_path / "teacher"),)), tmp_path)
     assert artifact.card.catalog is not None
     assert artifact.card.catalog["start"] == "pretrained may have seen what is scored"
 

@@ -132,7 +132,7 @@ def test_each_input_is_loaded_once(
     ranges = str(qat_student.parent / "ranges")
     settings = {"start": str(student), "quantise": QuantiseConfig(ranges), "dry_run": True}
     distill(replace(config, output=str(tmp_path / "s"), **settings))
-    assert sorted(paths) == sorted([config.catalog, config.teacher, str(student), ranges])
+    assert sorted(paths) == sorted([config.catalog, *config.teacher, str(student), ranges])
 
 
 def test_export_excludes_the_layers_of_qat(qat_student: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_two_processes_train_the_same_student(config: DistillConfig, tmp_path: P
     """Compare ``vpr student distill`` under torchrun, with a shared cache, to one process."""
     # The convolutional stem has batch norms, which see the batch of one process only.
     shape = {name: getattr(STUDENT, name) for name in ("image_size", "dim", "depth", "heads", "dim_head", "mlp_dim")}
-    arguments = ["--teacher", config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
+    arguments = ["--teacher", *config.teacher, "--catalog", config.catalog, "--run.precision", "32-true"]
     arguments += [*to_flags(DistillConfig, {"model": shape}), "--epochs", "6", "--run.ema", "0.8"]
     arguments += ["--targets.views", "2", "--targets.bank", "32", "--targets.shard", "24"]
     one = train_spread(arguments, tmp_path / "one", 1, 16, verb="student distill")

@@ -64,6 +64,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
         "embed a catalogue with a teacher", ("split", "batch_size", "threads")),
     "teacher soup": Command("teacher.soup:soup", "teacher.config:SoupConfig",
         "average teachers, or one with its zero-shot weights", ("method", "batch_size")),
+    "teacher fuse": Command("teacher.fuse:fuse", "teacher.config:FuseConfig",
+        "fuse several teachers into one", ("embedding_dim", "shrinkage", "batch_size")),
     "teacher runs": Command("teacher.runs:runs", "teacher.config:RunsConfig",
         "list teachers and unfinished training runs", ("folder", "output")),
     "student distill": Command("student.distill:distill", "student.config:DistillConfig",
