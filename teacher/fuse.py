@@ -69,7 +69,7 @@ def fuse(config: FuseConfig) -> Path:
         writer.metrics = {
             "val_recall_at_1": fused.recall_at_1,
             "val_map": fused.map,
-            "teachers": [{"name": name, "val_recall_at_1": row.recall_at_1} for name, row in scores.items()],
+            "teachers": [{"name": Path(path).name, "val_recall_at_1": row.recall_at_1} for path, row in scores.items()],
             "seconds": round(time.monotonic() - started, 1),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }

@@ -63,13 +63,13 @@ def _make_inputs(folder: Path) -> DistillConfig:
     stages = (StageConfig("all", 1, lr_head=1e-3, lr_tower=1e-3),)
     tower, head = TowerConfig("sample", "", 32), HeadConfig(scale=16.0, margin=0.0, margin_end=0.1)
     train(TrainConfig(at("catalog"), at("teacher"), tower=tower, head=head, stages=stages, loader=_LOADER))
-    config = DistillConfig(at("teacher"), at("catalog"), at("first"), model=_SHAPE, epochs=1, loader=_LOADER)
+    config = DistillConfig((at("teacher"),), at("catalog"), at("first"), model=_SHAPE, epochs=1, loader=_LOADER)
     distill(config)
     export_onnx(OnnxConfig(at("first"), at("fp32")))
     calibrate(CalibrateConfig(at("fp32"), at("catalog"), at("ranges"), count=8))
     quantise = QuantiseConfig(at("ranges"), DEFAULT_EXCLUDED_LAYERS)
     return DistillConfig(
-        at("teacher"),
+        (at("teacher"),),
         at("catalog"),
         at("second"),
         start=at("first"),

@@ -89,7 +89,7 @@ def test_wrong_dimensions_are_rejected(method: Any, student_dim: int, reason: st
 
 def reduction(method: Any, student_dim: int) -> DistillConfig:
     model = StudentConfig(embedding_dim=student_dim)
-    return DistillConfig("teacher", "catalog", "student", model=model, dimension=DimensionConfig(method))
+    return DistillConfig(("teacher",), "catalog", "student", model=model, dimension=DimensionConfig(method))
 
 
 def test_projection_is_exact_under_autocast() -> None:

@@ -79,4 +79,4 @@ def _distil(inputs: Path, output: Path) -> None:
     model, targets = StudentConfig("sample", stem="conv"), TargetsConfig(views=1)
     teacher, catalog = str(inputs / "teacher"), str(inputs / "catalog")
     loader = LoaderConfig(_BATCH, keep_in_memory=True)
-    distill(DistillConfig(teacher, catalog, str(output), model=model, targets=targets, epochs=1, loader=loader))
+    distill(DistillConfig((teacher,), catalog, str(output), model=model, targets=targets, epochs=1, loader=loader))
