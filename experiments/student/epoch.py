@@ -67,7 +67,7 @@ def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[L
     """Cache the targets, and return a new student's module with its training and validation loaders."""
     catalog = load_catalog(config.catalog)
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
-    teacher = load_teacher_model(load_artifact(config.teacher, "teacher"))
+    teacher = load_teacher_model(load_artifact(config.teacher[0], "teacher"))
     path = config.cache or str(folder / "views")
     cache = build_teacher_cache(path, teacher, training, config.views, config.targets, config.seed)
     preprocess = teacher.preprocess.model_copy(update={"size": config.model.image_size})
