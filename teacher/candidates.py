@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from teacher.config import TowerConfig, TrainConfig
-from teacher.model import Teacher, build_teacher, load_teacher, read_tower
+from teacher.model import Teacher, build_teacher, is_fused, load_teacher, read_tower
 from teacher.registry import open_clip_name, split_timm_name
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
@@ -66,6 +66,7 @@ class Candidate:
         """
         if self.artifact:
             model, artifact = load_teacher(self.artifact.path, self.artifact)
+            assert isinstance(model, Teacher)  # `_read_teacher` rejects fused ones
             assert artifact.card.preprocess is not None  # checked by load_teacher
             return model, artifact.card.preprocess
         torch.manual_seed(seed)
@@ -117,6 +118,8 @@ def name_tower(given: str, error: UserError) -> UserError:
 
 def _read_teacher(path: str) -> Candidate:
     artifact = load_artifact(path, "teacher")
+    if is_fused(artifact):
+        raise UserError(f"towers: {path} holds several teachers, which no training starts from. Name one of them.")
     with reraise_as_artifact_error(artifact):
         network = TowerConfig(**artifact.card.config["network"])
         config = replace(network, pretrained=path, gradient_checkpointing=False, dropout=0.0)

