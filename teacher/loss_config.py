@@ -158,11 +158,17 @@ class StageLosses:
             weights[section.loss.replace("-", "_")] = 0.0 if section.loss == "none" else section.weight
         return {name: weight for name, weight in weights.items() if weight}
 
-    def check_batch(self, images: int, images_per_product: int) -> None:
+    def check_batch(self, images: int, images_per_product: int, per_epoch: int) -> None:
         """Check that a batch of ``images`` over all processes has the pairs that the pair loss compares.
 
+        Args:
+            images: Images of a batch.
+            images_per_product: Images of a product in a batch; 0 for independent images.
+            per_epoch: Images of all batches of an epoch.
+
         Raises:
-            UserError: A batch has no positive or no negative pair, or the memory is smaller than a batch.
+            UserError: A batch has no positive or no negative pair, or the memory is smaller than a batch or larger than
+                an epoch.
         """
         if self.pair.loss == "none" or not self.pair.weight:
             return
@@ -170,6 +176,10 @@ class StageLosses:
             if self.pair.memory < images:
                 expected = f"expected at least {images}, the images of a batch"
                 raise UserError(f"pair.memory: {expected}, got {self.pair.memory}. Raise it or lower the batch size.")
+            if self.pair.memory > per_epoch:
+                # It would hold an image several times: as its own positive, with embeddings of several epochs.
+                expected = f"expected at most {per_epoch}, the images of an epoch"
+                raise UserError(f"pair.memory: {expected}, got {self.pair.memory}. Lower it.")
             return
         if images_per_product < 2:
             problem = f"{self.pair.loss} compares images of one product, and a batch has no such pair"

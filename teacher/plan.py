@@ -23,6 +23,8 @@ from vpr.training.loop import best_precision
 
 log = get_logger(__name__)
 
+_LOW_LORA_RATE = 1e-5  # adapters start at zero and need far larger rates than pretrained weights
+
 
 def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, validation: Catalog) -> None:
     """Print the plan of a training; networks are built on the meta device, which allocates no weights.
@@ -59,7 +61,8 @@ def _print_stage(
     if not batches:
         sizes = f"a batch has {batch_size * world} images, the training split {len(train)}"
         raise UserError(f"stages {number}: {sizes}. Lower loader.batch_size or the stage's batch_size.")
-    scheduled.losses.check_batch(batch_size * world, loader.images_per_product)
+    images = batch_size * world
+    scheduled.losses.check_batch(images, loader.images_per_product, batches * images)
     steps = -(-batches // run.accumulate)
     is_half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
     with _reraise_as_tower_error(f"tower.image_size: {preprocess.size} in stage {number}"):
@@ -78,6 +81,8 @@ def _print_stage(
         log.info(f"    losses: {', '.join(f'{name} x {weight:g}' for name, weight in weights.items())}")
     log.info(f"    memory: {memory}")
     checkpointing = stage_tower.gradient_checkpointing
+    if config.lora.rank and stage.train != "head" and stage.lr_tower < _LOW_LORA_RATE:
+        log.warning(f"    lr_tower {stage.lr_tower:g} hardly trains adapters. Set it to about 1e-4.")
     if changes := suggest_changes(memory, available_memory(), batch_size, checkpointing, is_half, world):
         log.warning("\n    ".join(changes))
 

@@ -166,6 +166,20 @@ def lora_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfi
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def test_rate_too_low_for_adapters_is_reported(
+    catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default rate is for pretrained weights."""
+    text = "lr_tower 3e-07 hardly trains adapters"
+    for stages, lora, is_reported in (
+        ((StageConfig("all", 1),), LORA, True),
+        ((StageConfig("all", 1),), LoraConfig(), False),
+        ((StageConfig("head", 1), ALL), LORA, False),
+    ):
+        train(lora_config(catalog, tmp_path / "t", stages=stages, lora=lora, dry_run=True))
+        assert (text in capsys.readouterr().err) == is_reported
+
+
 STAGES = (
     StageConfig("head", 1, lr_head=1e-3),
     StageConfig("last", 1, lr_head=1e-3, lr_tower=1e-2, last_blocks=2, layer_decay=0.5),

@@ -190,15 +190,22 @@ PAIR = PairConfig("contrastive")
         (lambda: MiningConfig(every=-1), r"mining\.every: .*-1"),
         (lambda: StageLosses(margin_weight=0.0), "margin_weight: no loss has a weight above 0"),
         (lambda: TrainConfig("c", "o", stages=(StageConfig("all", 1, margin_weight=0.0),)), "margin_weight: no loss"),
-        (lambda: StageLosses(pair=PAIR).check_batch(64, 0), r"loader\.images_per_product: contrastive .*no such pair"),
-        (lambda: StageLosses(pair=PAIR).check_batch(64, 1), r"loader\.images_per_product: .*Set it to 2 or more"),
         (
-            lambda: StageLosses(pair=PAIR).check_batch(4, 4),
+            lambda: StageLosses(pair=PAIR).check_batch(64, 0, 640),
+            r"loader\.images_per_product: contrastive .*no such pair",
+        ),
+        (lambda: StageLosses(pair=PAIR).check_batch(64, 1, 640), r"loader\.images_per_product: .*Set it to 2 or more"),
+        (
+            lambda: StageLosses(pair=PAIR).check_batch(4, 4, 640),
             r"loader\.batch_size: .*has one product.*8 or more",
         ),
         (
-            lambda: StageLosses(pair=PairConfig("multi-similarity", memory=63)).check_batch(64, 2),
+            lambda: StageLosses(pair=PairConfig("multi-similarity", memory=63)).check_batch(64, 2, 640),
             r"pair\.memory: expected at least 64, the images of a batch, got 63",
+        ),
+        (
+            lambda: StageLosses(pair=PairConfig("multi-similarity", memory=641)).check_batch(64, 2, 640),
+            r"pair\.memory: expected at most 640, the images of an epoch, got 641",
         ),
     ],
 )
@@ -208,6 +215,6 @@ def test_values_out_of_range_are_rejected(make: Any, message: str) -> None:
 
 
 def test_batches_with_pairs_are_accepted() -> None:
-    StageLosses(pair=PAIR).check_batch(8, 4)
-    StageLosses(pair=PairConfig("multi-similarity", memory=64)).check_batch(64, 0)
-    StageLosses(proxy=ProxyConfig("soft-triple")).check_batch(4, 0)
+    StageLosses(pair=PAIR).check_batch(8, 4, 640)
+    StageLosses(pair=PairConfig("multi-similarity", memory=640)).check_batch(64, 0, 640)
+    StageLosses(proxy=ProxyConfig("soft-triple")).check_batch(4, 0, 640)

@@ -131,6 +131,12 @@ def test_invalid_image_size_is_rejected(catalog: Catalog, tmp_path: Path) -> Non
         TowerConfig(name="sample", image_size=5000)
 
 
+def with_memory(stage: StageConfig) -> StageConfig:
+    """Return a stage whose memory, if it has one, is an epoch of the small catalogue."""
+    pair = stage.pair
+    return replace(stage, pair=replace(pair, memory=48)) if pair and pair.memory else stage
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_planned(
     path: Path, catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -140,7 +146,7 @@ def test_every_recipe_is_planned(
     arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", [*arguments, "--dry-run", "--loader.batch-size", "24"])
     assert config.recipe == path.stem
-    train(replace(config, stages=tuple(replace(stage, batch_size=0) for stage in config.stages)))
+    train(replace(config, stages=tuple(replace(with_memory(stage), batch_size=0) for stage in config.stages)))
     printed = capsys.readouterr().err
     assert f"stage {len(config.stages)}: {config.stages[-1].train}" in printed
     assert "optimiser" in printed
@@ -156,7 +162,11 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
     sizes = {0: 32, 224: 24, 280: 40, 290: 44}
     stages = tuple(
         replace(
-            stage, epochs=1, batch_size=0, image_size=sizes[stage.image_size], patch_stride=stage.patch_stride and 6
+            with_memory(stage),
+            epochs=1,
+            batch_size=0,
+            image_size=sizes[stage.image_size],
+            patch_stride=stage.patch_stride and 6,
         )
         for stage in config.stages
     )
