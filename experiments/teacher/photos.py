@@ -39,11 +39,12 @@ from vpr.training.config import RunConfig
 log = get_logger(__name__)
 
 SEEDS = (0, 1, 2)
-EPOCHS = 6
+EPOCHS, BATCH = 6, 64
+SIDE = 224  # pixels of both towers: EfficientNet-Lite2 has 260 without fine-tuning
 GOAL = 0.87
 _HEAD = HeadConfig(scale=16.0, margin=0.1, margin_end=0.3)  # as in the ablation, for 41 products
-_PAIRS = LoaderConfig(batch_size=64, images_per_product=4, keep_in_memory=True)
 MARGIN = "ArcFace"
+FUSED = (("concatenated", 0), ("reduced to 256 dimensions", 256))
 _GAIN = "gain on the better [95 %]"
 _COMMAND = command_of("teacher", "photos")
 # Settings of the losses are the defaults, which are those of their papers.
@@ -51,14 +52,14 @@ LOSSES: dict[str, dict[str, Any]] = {
     MARGIN: {},
     "SoftTriple": {"margin_weight": 0.0, "proxy": ProxyConfig("soft-triple")},
     "Proxy-Anchor": {"margin_weight": 0.0, "proxy": ProxyConfig("proxy-anchor")},
-    "contrastive": {"margin_weight": 0.0, "pair": PairConfig("contrastive"), "loader": _PAIRS},
+    "contrastive": {"margin_weight": 0.0, "pair": PairConfig("contrastive"), "images_per_product": 4},
     "contrastive, memory of 512": {
         "margin_weight": 0.0,
         "pair": PairConfig("contrastive", positives="hard", memory=512),
-        "loader": _PAIRS,
+        "images_per_product": 4,
     },
-    "Multi-Similarity": {"margin_weight": 0.0, "pair": PairConfig("multi-similarity"), "loader": _PAIRS},
-    "ArcFace + Multi-Similarity": {"pair": PairConfig("multi-similarity"), "loader": _PAIRS},
+    "Multi-Similarity": {"margin_weight": 0.0, "pair": PairConfig("multi-similarity"), "images_per_product": 4},
+    "ArcFace + Multi-Similarity": {"pair": PairConfig("multi-similarity"), "images_per_product": 4},
 }
 
 
@@ -70,17 +71,25 @@ class Photos:
     catalog: Path
     test: Catalog
 
-    def train(self, name: str, seed: int, size: int = 0, catalog: Path | None = None, **changes: Any) -> Path:
+    def train(
+        self,
+        name: str,
+        seed: int,
+        size: int = 0,
+        catalog: Path | None = None,
+        images_per_product: int = 0,
+        **changes: Any,
+    ) -> Path:
         """Fine-tune EfficientNet-Lite0 or -Lite2; a finished teacher is reused."""
         config = TrainConfig(
             str(catalog or self.catalog),
             str(self.folder / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"),
             recipe="photos",
-            tower=replace(imagenet_tower(size, self.folder / "weights"), image_size=224),
+            tower=replace(imagenet_tower(size, self.folder / "weights"), image_size=SIDE),
             head=_HEAD,
             stages=(StageConfig("last", EPOCHS, 2e-3, 1e-3, last_blocks=3, weight_decay=0.05),),
             views=ViewConfig(),
-            loader=LoaderConfig(batch_size=64, keep_in_memory=True),
+            loader=LoaderConfig(BATCH, keep_in_memory=True, images_per_product=images_per_product),
             run=RunConfig(validate_every=EPOCHS),
             seed=seed,
         )
@@ -128,7 +137,7 @@ def _fuse(photos: Photos, small: list[Path], small_scores: list[RetrievalScores]
     single = {"Lite0": small_scores, "Lite2": [photos.score(path) for path in large]}
     better = max(single, key=lambda name: _mean(single[name], "hits").mean())
     rows, figures = [_row(name, scores) | {_GAIN: ""} for name, scores in single.items()], []
-    for title, dim in (("concatenated", 0), ("reduced to 256 dimensions", 256)):
+    for title, dim in FUSED:
         paths = []
         for seed, pair in zip(SEEDS, zip(small, large, strict=True), strict=True):
             output = str(photos.folder / f"fused-{dim}-seed{seed}")
