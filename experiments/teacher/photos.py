@@ -40,7 +40,7 @@ log = get_logger(__name__)
 
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH = 6, 64
-SIDE = 224  # pixels of both towers: EfficientNet-Lite2 has 260 without fine-tuning
+SIDES = {0: 224, 2: 260}  # pixels of EfficientNet-Lite0 and -Lite2
 GOAL = 0.87
 _HEAD = HeadConfig(scale=16.0, margin=0.1, margin_end=0.3)  # as in the ablation, for 41 products
 MARGIN = "ArcFace"
@@ -85,7 +85,7 @@ class Photos:
             str(catalog or self.catalog),
             str(self.folder / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"),
             recipe="photos",
-            tower=replace(imagenet_tower(size, self.folder / "weights"), image_size=SIDE),
+            tower=replace(imagenet_tower(size, self.folder / "weights"), image_size=SIDES[size]),
             head=_HEAD,
             stages=(StageConfig("last", EPOCHS, 2e-3, 1e-3, last_blocks=3, weight_decay=0.05),),
             views=ViewConfig(),

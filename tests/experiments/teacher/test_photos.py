@@ -87,7 +87,7 @@ def test_all_teachers_are_trained_and_scored(photos: Photos, monkeypatch: pytest
     """Small towers in place of EfficientNet, one seed and one epoch."""
     towers = {size: TowerConfig("sample", "", embedding_dim=20 + size) for size in (0, 2)}
     monkeypatch.setattr(experiment, "imagenet_tower", lambda size, _: towers[size])
-    for name, value in (("SEEDS", (0,)), ("EPOCHS", 1), ("BATCH", 16), ("SIDE", 32)):
+    for name, value in (("SEEDS", (0,)), ("EPOCHS", 1), ("BATCH", 16), ("SIDES", {0: 32, 2: 48})):
         monkeypatch.setattr(experiment, name, value)
     few = {name: experiment.LOSSES[name] for name in ("ArcFace", "ArcFace + Multi-Similarity")}
     monkeypatch.setattr(experiment, "LOSSES", few)
