@@ -75,11 +75,27 @@ def test_check_restores_moved_labels(photos: Photos, monkeypatch: pytest.MonkeyP
     before = load_catalog(photos.catalog)
     moved = experiment._move_labels(photos, 0)
     changed = load_catalog(moved)
-    assert experiment._wrong(photos, moved) == round(experiment.SHARE * 64)
+    assert experiment._count_wrong(photos, changed) == round(experiment.SHARE * 64)
     assert changed.select(split="test").table.equals(before.select(split="test").table)
-    cleaned = experiment._apply_check(photos, moved, 0)
-    assert experiment._wrong(photos, cleaned) == 0
-    assert len(load_catalog(cleaned)) == len(before)
+    cleaned = load_catalog(experiment._apply(photos, moved, 0))
+    assert experiment._count_wrong(photos, cleaned) == 0
+    assert len(cleaned) == len(before)
+
+
+def test_review_rejects_wrong_suggestions(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings with much noise lead to wrong suggestions."""
+    monkeypatch.setattr(Photos, "untrained", by_product(photos, 0.5))
+    moved = experiment._move_labels(photos, 0)
+    applied = {name: load_catalog(experiment._apply(photos, moved, 0, name)) for name in (False, True)}
+    right = rightly_labelled(photos, load_catalog(moved))
+    for is_reviewed, catalog in applied.items():
+        assert (right <= rightly_labelled(photos, catalog)) == is_reviewed
+
+
+def rightly_labelled(photos: Photos, images: Catalog) -> set[str]:
+    truth = experiment._true_products(photos)
+    rows = images.table.to_pylist()
+    return {row["image"] for row in rows if row["product"] == truth[row["image"]]}
 
 
 @pytest.mark.slow
@@ -97,6 +113,7 @@ def test_all_teachers_are_trained_and_scored(photos: Photos, monkeypatch: pytest
     names = [row["teacher"] for row in tables["photos-losses"]]
     assert names == ["Lite0, not fine-tuned", "Lite2, not fine-tuned", *experiment.LOSSES]
     assert [row["wrong labels"] for row in tables["photos-cleaned"]][:2] == ["0", "3"]
+    assert len(tables["photos-cleaned"]) == 4
     assert len(tables["photos-fused"]) == 4
     best = tables["photos-losses"][2]
     assert best["recall@1 [95 %]"].startswith(f"{figures[0].value:.3f}")
