@@ -96,9 +96,11 @@ other-quantisers: ## install NNCF and ModelOpt, each in its own environment
 	@.venv-modelopt/bin/python -m pip install --quiet "nvidia-modelopt[onnx]==0.47.0"
 
 # ranx depends on numba.
-other-metrics: ## install ranx in its own environment
+other-metrics: ## install ranx and cleanlab, each in its own environment
 	@test -x .venv-ranx/bin/python || $(PYTHON) -m venv .venv-ranx
 	@.venv-ranx/bin/python -m pip install --quiet ranx==0.3.21
+	@test -x .venv-cleanlab/bin/python || $(PYTHON) -m venv .venv-cleanlab
+	@.venv-cleanlab/bin/python -m pip install --quiet cleanlab==2.9.0 scikit-learn==1.9.1
 
 # lightly-train takes 5 GB with torch; its ONNX export needs onnxslim, its timm models timm.
 other-toolkits: ## install lightly-train and ONNX Runtime's quantiser, each in its own environment

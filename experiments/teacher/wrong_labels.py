@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.recall.baselines import colour_histogram
-from experiments.figures import Figure, Row, command_of
+from experiments.figures import ROOT, Figure, Row, command_of
 from experiments.teacher.imagenet_weights import embed_untrained, find_checkpoint, imagenet_tower
+from experiments.venv_runner import run_in_venv
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.retrieval.label_scores import LabelledVectors, find_neighbours, score_labels
@@ -20,29 +23,38 @@ log = get_logger(__name__)
 
 Vectors = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 SHARE = 0.05
 SEEDS = (0, 1, 2)
 GOAL = 0.8
+_CLEANLAB = ".venv-cleanlab"  # of `make other-metrics`
 
 
 def wrong_label_figures(catalog: Catalog, folder: Path) -> tuple[list[Figure], dict[str, list[Row]]]:
     """Return the average precision of each embedding, and its tables by seed.
 
     Neither embedding was trained on the photographs. ImageNet weights, written to ``folder``, are left out unless their
-    package is installed.
+    package is installed, and cleanlab is left out unless its environment is.
     """
     _, truth = np.unique(catalog.products, return_inverse=True)
     command = command_of("teacher", "wrong-labels")
     figures, tables = [], {}
+    methods = {"": find_injected}
+    if (ROOT / _CLEANLAB).is_dir():
+        methods["cleanlab"] = find_by_cleanlab
+    else:
+        log.warning("recorded figures of cleanlab stay: make other-metrics installs it")
     for key, title, vectors in _embeddings(catalog, folder):
-        rows = [find_injected(vectors, truth, seed) for seed in SEEDS]
-        tables[f"wrong-labels-{key}"] = [
-            {name: value if name == "seed" else f"{value:.3f}" for name, value in row.items()} for row in rows
-        ]
-        mean = float(np.mean([row["average precision"] for row in rows]))
-        name = f"wrong labels, {SHARE:.0%} injected, {title}: average precision"
-        figures.append(Figure(name, mean, "", GOAL, ">=", command, None, SEEDS))
-        log.info(f"  {title}: average precision {mean:.3f}")
+        for method, find in methods.items():
+            rows = [find(vectors, truth, seed) for seed in SEEDS]
+            tables["-".join(filter(None, ("wrong-labels", key, method)))] = [
+                {name: value if name == "seed" else f"{value:.3f}" for name, value in row.items()} for row in rows
+            ]
+            mean = float(np.mean([row["average precision"] for row in rows]))
+            source = f"{title}, {method}" if method else title
+            name = f"wrong labels, {SHARE:.0%} injected, {source}: average precision"
+            figures.append(Figure(name, mean, "", None if method else GOAL, ">=", command, None, SEEDS))
+            log.info(f"  {source}: average precision {mean:.3f}")
     return figures, tables
 
 
@@ -61,13 +73,31 @@ def find_injected(vectors: Vectors, truth: Labels, seed: int) -> Row:
     labels, is_wrong = inject(truth, seed)
     scores = score_labels(LabelledVectors(vectors, labels), find_neighbours(vectors))
     order = np.argsort(scores.own - scores.other, kind="stable")
-    found = scores.confident & is_wrong
+    return _to_row(seed, is_wrong, order, scores.confident, scores.product == truth)
+
+
+def find_by_cleanlab(vectors: Vectors, truth: Labels, seed: int) -> Row:
+    """Return the row of :func:`find_injected` for cleanlab, from the same embeddings and labels."""
+    labels, is_wrong = inject(truth, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, "vectors.npy"), Path(folder, "labels.npy")]
+        for path, values in zip(paths, (vectors, labels), strict=True):
+            np.save(path, values)
+        printed = run_in_venv(_CLEANLAB, "cleanlab_check.py", [str(path) for path in paths], "other-metrics")
+    result = {name: np.array(values) for name, values in json.loads(printed).items()}
+    order = np.argsort(result["quality"], kind="stable")
+    return _to_row(seed, is_wrong, order, result["is_wrong"], result["predicted"] == truth)
+
+
+def _to_row(seed: int, is_wrong: Mask, order: Labels, suggested: Mask, is_true: Mask) -> Row:
+    """Return scores of a ranking of the images, and of suggestions of which ``is_true`` name the true product."""
+    found = suggested & is_wrong
     return {
         "seed": seed,
         "average precision": average_precision(np.flatnonzero(is_wrong[order])),
-        "precision of suggested moves": found.sum() / max(1, scores.confident.sum()),
+        "precision of suggested moves": found.sum() / max(1, suggested.sum()),
         "recall of suggested moves": found.sum() / is_wrong.sum(),
-        "to the right product": (scores.product == truth)[found].mean(),
+        "to the right product": is_true[found].mean() if found.any() else 0.0,
     }
 
 
