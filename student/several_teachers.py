@@ -1,4 +1,4 @@
-"""Several teachers of one student: how they are fused, and what stands for their fusion in a dry run."""
+"""Several teachers of one student: how they are fused, and the network that a dry run uses in place of them."""
 
 from student.config import DistillConfig
 from student.teacher_model import TeacherModel
