@@ -9,7 +9,7 @@ from rich.text import Text
 from export.backends.registry import MODEL_KINDS
 from vpr.artifacts.card import UNKNOWN_LICENCE
 from vpr.artifacts.store import load_artifact
-from vpr.common.errors import CheckFailed, UserError, printable
+from vpr.common.errors import CheckFailed, printable
 
 # Patterns of licences that forbid commercial use, and the reason. They read names, not texts: a licence that matches
 # none of them is not thereby permitted.
@@ -38,12 +38,10 @@ def check_licences(models: Sequence[str], require: bool) -> dict[str, list[str]]
         UserError: A path is no model, or a required licence is unknown.
         CheckFailed: A licence forbids commercial use.
     """
-    licences = {path: load_artifact(path, (*MODEL_KINDS, "serving")).card.licences for path in models}
-    for path, names in licences.items():
-        if require and not names:
-            raise UserError(f"{path}: no licence is recorded. Set --tower.licence.")
-        if require and UNKNOWN_LICENCE in names:
-            raise UserError(f"{path}: a model that it comes from has no recorded licence. Set --tower.licence there.")
+    artifacts = {path: load_artifact(path, (*MODEL_KINDS, "serving")) for path in models}
+    for artifact in artifacts.values() if require else ():
+        artifact.require_licence()
+    licences = {path: artifact.card.licences for path, artifact in artifacts.items()}
     console = Console(width=max(100, Console().width))
     for path, names in licences.items():
         console.print(Text(printable(f"{path}: {', '.join(names) or UNKNOWN_LICENCE}")), soft_wrap=True)
@@ -54,5 +52,5 @@ def check_licences(models: Sequence[str], require: bool) -> dict[str, list[str]]
         if restriction(name)
     ]
     if forbidden:
-        raise CheckFailed(printable(f"warning: {'; '.join(forbidden)}"))
+        raise CheckFailed(printable(f"warning: {'; '.join(forbidden)}. Start from other weights for commercial use."))
     return licences

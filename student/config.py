@@ -243,7 +243,7 @@ class DistillConfig:
 
     Attributes:
         teacher: Teacher artifact. Several are fused into ``<output>-teacher``, see ``vpr teacher fuse``; the fused
-            embedding has the student's width, by default 256.
+            embedding has the student's width, by default at most 256.
         catalog: Catalogue artifact. ``train`` gives the images, ``validation`` selects the epoch. Only
             ``losses.margin`` and ``losses.logits`` use the labels.
         output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
@@ -264,6 +264,7 @@ class DistillConfig:
         loader: Batches and workers.
         run: Precision, processes and logging of the training run.
         allow_leak: Train even if validation or test share products or images with training. The card records the leak.
+        require_licence: Reject models without a known licence, of which the student would inherit that it is unknown.
         dry_run: Print the plan, train for one step on two images and stop.
         seed: Seed of weights, order and views.
     """
@@ -288,6 +289,7 @@ class DistillConfig:
     loader: LoaderConfig = LoaderConfig()
     run: RunConfig = RunConfig(validate_every=2)
     allow_leak: bool = False
+    require_licence: bool = False
     dry_run: bool = False
     seed: int = 0
 
@@ -295,8 +297,12 @@ class DistillConfig:
         check_numbers(self, epochs=(1, None), lr=(0, 10), weight_decay=(0, 100), warmup=(0, 1))
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 to below 2^31, got {self.seed}.")
-        if not self.teacher:
+        if isinstance(self.teacher, str):
+            object.__setattr__(self, "teacher", (self.teacher,))
+        if not self.teacher or "" in self.teacher:
             raise UserError("teacher: no teacher is given. Name one or more.")
+        if len(self.teacher) > 1:
+            self._check_several_teachers()
         if self.run.strategy == "fsdp":
             raise UserError("run.strategy: distillation does not support fsdp. Use ddp or auto.")
         if self.quantise.ranges and not self.start:
@@ -304,6 +310,16 @@ class DistillConfig:
         if self.cache and Path(self.cache).resolve() == Path(self.output).resolve():
             raise UserError(f"cache: {self.cache} is also the output. Choose another folder.")
         self._check_losses()
+
+    def _check_several_teachers(self) -> None:
+        """Raise :class:`UserError` if the fusion of teachers would not be used as it is."""
+        if self.assistant:
+            raise UserError("teacher: the assistant replaces the teachers. Name one, such as the fused teacher.")
+        if not self.losses.needs_teacher:
+            raise UserError("teacher: the losses use labels only. Name one teacher.")
+        if self.dimension.method not in ("none", "cosine"):
+            problem = f"the fusion of several teachers preserves cosines, got {self.dimension.method}"
+            raise UserError(f"dimension.method: {problem}. Set it to cosine, or fuse them with vpr teacher fuse first.")
 
     def _check_losses(self) -> None:
         """Raise :class:`UserError` if a loss does not work with the other settings."""

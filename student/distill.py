@@ -82,7 +82,8 @@ def distill(config: DistillConfig) -> Path | None:
 def _log_plan(config: DistillConfig, inputs: DistillInputs) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
-    images, name = len(inputs.training), inputs.teacher.artifact.card.name
+    images = len(inputs.training)
+    name = inputs.teacher.artifact.card.name if len(config.teacher) == 1 else "the fused teacher"
     log.info(
         f"student: {parameters / 1e6:.2f} M parameters, {inputs.student_dim} dimensions, {config.model.image_size} "
         f"pixels; {config.epochs} epochs of {images} images; "

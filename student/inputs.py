@@ -7,7 +7,7 @@ from typing import Any
 from student.config import DistillConfig
 from student.projection import check_directions, resolve_dimensions
 from student.qat import check_ranges
-from student.several_teachers import fusion, load_unfitted
+from student.several_teachers import plan_fusion
 from student.teacher_model import TeacherModel, load_teacher_model
 from student.unlabelled import add_unlabelled
 from teacher.fuse import fuse
@@ -50,17 +50,24 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
             raise UserError(f"output: {config.output} is also the {key}. Choose another output.")
     catalog = load_catalog(config.catalog)
     training, validation = training_and_validation(catalog, config.catalog)
-    models = _load_models(config)
-    if len(config.teacher) > 1 and config.dry_run and not config.assistant:
-        teacher = load_unfitted(config, catalog)
+    models, fusion = _load_models(config), None
+    if len(config.teacher) > 1:
+        fusion, teacher = plan_fusion(config, catalog, len(training))
     else:
         teacher = load_teacher_model(models.get("assistant", models["teacher"]))
+    if config.require_licence:
+        for artifact in (*models.values(), *(load_artifact(path, "teacher") for path in config.teacher[1:])):
+            if artifact.card.kind != "ranges":
+                artifact.require_licence()
     student_dim, target_dim = resolve_dimensions(config, teacher.dim)
     scored = [validation, catalog.select(split="test")]
     folders = config.unlabelled
     training, unlabelled, more_parents = add_unlabelled(training, scored, folders, config.output, config.dry_run)
     if config.dimension.projects_teacher and student_dim != teacher.dim:
         check_directions(student_dim, min(config.dimension.images, len(training)))
+    if fusion and not config.dry_run:  # last, because it takes long and writes an artifact
+        models["teacher"] = load_artifact(fuse(fusion), "teacher")
+        teacher = load_teacher_model(models["teacher"])
     model_parents = [artifact.as_parent(role) for role, artifact in models.items()]
     parents = [*catalog.as_parents(), *model_parents, *more_parents]
     return DistillInputs(catalog, training, validation, teacher, models, parents, unlabelled, student_dim, target_dim)
@@ -80,10 +87,7 @@ def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:
 
 
 def _load_models(config: DistillConfig) -> dict[str, Artifact]:
-    path = config.teacher[0]
-    if len(config.teacher) > 1 and not config.dry_run:
-        path = str(fuse(fusion(config)))
-    models = {"teacher": load_artifact(path, "teacher")}
+    models = {"teacher": load_artifact(config.teacher[0], "teacher")}  # of several, until they are fused
     if config.assistant:
         models["assistant"] = load_artifact(config.assistant, "student")
     if config.start:

@@ -97,6 +97,8 @@ def _read(text: str) -> Candidate:
     if (Path(text) / CARD_NAME).is_file():
         return _read_teacher(text)
     name, colon, weights = text.partition(":")
+    if weights and (teacher := _teacher_of(Path(weights))):
+        raise UserError(f"towers: {text} has the weights of a teacher. Give its path alone: {teacher}.")
     try:
         tower = read_tower(name)
         config = TowerConfig(name, weights if colon else str(tower.get("tag", "")))
@@ -108,6 +110,11 @@ def _read(text: str) -> Candidate:
     except UserError as error:
         raise name_tower(text, error) from None
     return Candidate(text, config, tower)
+
+
+def _teacher_of(path: Path) -> Path | None:
+    """Return the artifact that a path of weights belongs to, if any."""
+    return next((folder for folder in (path, path.parent) if (folder / CARD_NAME).is_file()), None)
 
 
 def name_tower(given: str, error: UserError) -> UserError:
@@ -122,6 +129,7 @@ def _read_teacher(path: str) -> Candidate:
         raise UserError(f"towers: {path} holds several teachers, which no training starts from. Name one of them.")
     with reraise_as_artifact_error(artifact):
         network = TowerConfig(**artifact.card.config["network"])
+        network = replace(network, mean=tuple(network.mean), std=tuple(network.std))  # lists in JSON
         config = replace(network, pretrained=path, gradient_checkpointing=False, dropout=0.0)
         tower = artifact.card.config["tower_config"]
     return Candidate(path, config, tower, artifact)

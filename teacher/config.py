@@ -113,6 +113,7 @@ class TrainConfig:
         mining: Hard negatives in the batches.
         run: Settings of the training loop.
         allow_leak: Train although a product or image is both trained on and scored; the card records the leak.
+        require_licence: Reject initial weights without a known licence.
         dry_run: Print the plan and the memory it needs, and stop.
         seed: Seed of weights, order, views and dropout.
     """
@@ -132,6 +133,7 @@ class TrainConfig:
     mining: MiningConfig = MiningConfig()
     run: RunConfig = RunConfig()
     allow_leak: bool = False
+    require_licence: bool = False
     dry_run: bool = False
     seed: int = 0
 

@@ -74,6 +74,9 @@ def fuse(config: FuseConfig) -> Path:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     log.info(f"{config.output}: {len(teachers)} teachers fused, recall@1 {fused.recall_at_1:.4f}")
+    best = max(scores, key=lambda path: scores[path].recall_at_1)
+    if fused.recall_at_1 < scores[best].recall_at_1:
+        log.warning(f"{config.output}: {best} alone has more recall. Use it alone, or change the shrinkage.")
     return stage.path
 
 
@@ -128,8 +131,8 @@ def fit_fusion(model: FusedTeacher, preprocess: Preprocess, training: Catalog, c
             log.warning(f"{path}: {few}, so the shrinkage decides part of the whitening. More images are better.")
     embeddings = _embed_parts(model, preprocess, images, config)
     whitened = []
-    for part, vectors in zip(model.parts, embeddings, strict=True):
-        mean, matrix = fit_whitening(vectors, config.shrinkage)
+    for path, part, vectors in zip(config.models, model.parts, embeddings, strict=True):
+        mean, matrix = fit_whitening(vectors, config.shrinkage, path)
         whitened.append(l2_normalize((vectors - mean.numpy()) @ matrix.numpy()))
         part.mean.copy_(mean)
         part.matrix.copy_(matrix)

@@ -17,7 +17,8 @@ from vpr.common.errors import UserError
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.projection import project
 
-MAX_TEACHERS = 8  # bounds what an untrusted card can allocate
+# These bound what an untrusted card can allocate: at most 256 MiB of whitening for each teacher.
+MAX_TEACHERS, MAX_WIDTH = 8, 8192
 _SHARED = ("resize", "crop", "crop_pct", "interpolation")
 
 
@@ -35,6 +36,8 @@ class WhitenedPart(nn.Module):
 
     def __init__(self, network: nn.Module, dim: int, own: Preprocess, shared: Preprocess) -> None:
         super().__init__()
+        if dim > MAX_WIDTH:
+            raise UserError(f"models: expected teachers of at most {MAX_WIDTH} dimensions, got {dim}. Reduce it.")
         self.network, self.size = network, own.size
         own_std, shared_std = (np.array(values.std) for values in (own, shared))
         scale, offset = shared_std / own_std, (np.array(shared.mean) - np.array(own.mean)) / own_std
@@ -79,7 +82,9 @@ class FusedTeacher(nn.Module):
             teachers = f"the {len(parts)} teachers have {width} dimensions together"
             raise UserError(f"embedding_dim: {teachers}, got {embedding_dim}. Lower it.")
         is_reduced = self.embedding_dim < width
-        self.register_buffer("reduction", torch.eye(width)[:, : self.embedding_dim].clone() if is_reduced else None)
+        if is_reduced and self.embedding_dim > MAX_WIDTH:
+            raise UserError(f"embedding_dim: expected 0 or at most {MAX_WIDTH}, got {embedding_dim}. Lower it.")
+        self.register_buffer("reduction", torch.eye(width, self.embedding_dim) if is_reduced else None)
 
     def concatenate(self, x: Tensor) -> Tensor:
         """Return the whitened embeddings of all teachers as (batch, sum of dims) float32 of unit length."""
@@ -107,7 +112,7 @@ def shared_preprocess(preprocesses: Sequence[tuple[str, Preprocess]]) -> Preproc
     return max((preprocess for _, preprocess in preprocesses), key=lambda preprocess: preprocess.size)
 
 
-def fit_whitening(vectors: NDArray[np.float32], shrinkage: float) -> tuple[Tensor, Tensor]:
+def fit_whitening(vectors: NDArray[np.float32], shrinkage: float, name: str = "models") -> tuple[Tensor, Tensor]:
     """Fit the whitening of (n, D) embeddings in float64: the (D,) mean and the symmetric (D, D) matrix, float32.
 
     The matrix is the inverse square root of (1 - s) C + s tr(C) / D I, with the covariance C and the shrinkage s
@@ -115,14 +120,16 @@ def fit_whitening(vectors: NDArray[np.float32], shrinkage: float) -> tuple[Tenso
     shrinkage limits how much noise the directions of least variance gain.
 
     Raises:
-        UserError: All embeddings are equal.
+        UserError: Embeddings are not finite, or all are equal; the message starts with ``name``.
     """
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{name}: the teacher returns embeddings that are not finite. Train it again.")
     data = vectors.astype(np.float64)
     mean = data.mean(axis=0)
     covariance = (data - mean).T @ (data - mean) / len(data)
     variance = np.trace(covariance) / len(covariance)
     if not variance > 1e-12:
-        raise UserError("models: a teacher returns the same embedding for every image. Check its training.")
+        raise UserError(f"{name}: the teacher returns the same embedding for every image. Check its training.")
     shrunk = (1 - shrinkage) * covariance + shrinkage * variance * np.eye(len(covariance))
     values, directions = np.linalg.eigh(shrunk)
     matrix = directions / np.sqrt(values) @ directions.T

@@ -9,18 +9,16 @@ from vpr.artifacts.store import Artifact
 
 
 def weights_licences(config: TowerConfig, tower: dict[str, Any]) -> list[str]:
-    """Return the licence of ``config.pretrained``, or none if it is unknown or the weights are random.
+    """Return the licences of ``config.pretrained``: the recorded and the configured one, or none.
 
-    A configured licence comes first. Only a tag has a recorded one: a file may hold other weights than those of the
-    tag in the tower's name. open_clip 3.3 records none.
+    A configured licence does not hide a recorded one. Only a tag has a recorded one: a file may hold other weights than
+    those of the tag in the tower's name. open_clip 3.3 records none.
     """
-    if config.licence:
-        return [config.licence]
     if tower.get("library") == "timm":
         recorded = _timm_licence(tower["vision_cfg"]["timm_model_name"], config.pretrained)
     else:
         recorded = _open_clip_licence(open_clip_name(config.name), config.pretrained)
-    return [recorded] if recorded and recorded != UNKNOWN_LICENCE else []
+    return sorted({config.licence, recorded} - {"", UNKNOWN_LICENCE})
 
 
 def start_parent(start: Artifact, config: TowerConfig) -> Parent:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from teacher.averaging import Row, greedy, read_weights, uniform, wise_ft
 from teacher.config import SoupConfig, TowerConfig
-from teacher.model import build_teacher
+from teacher.model import build_teacher, is_fused
 from teacher.scorer import Scorer, Weights
 from teacher.train import identify_init_weights
 from vpr.artifacts.paths import CARD_NAME
@@ -74,6 +74,8 @@ def soup(config: SoupConfig) -> Path:
 def check_comparable(teachers: Sequence[Artifact], catalog: Catalog) -> None:
     """Raise :class:`UserError` unless the teachers have one network and were trained on this catalogue, each once."""
     for teacher in teachers:
+        if is_fused(teacher):
+            raise UserError(f"{teacher.path}: holds several teachers. Average its teachers, then fuse the averages.")
         for key in _NETWORK_KEYS:
             if key not in teacher.card.config:
                 raise UserError(f"{teacher.path}: the card has no '{key}'. Train the teacher again with this version.")

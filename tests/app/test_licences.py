@@ -44,7 +44,7 @@ def test_required_licence_exits_with_2(
     error = capsys.readouterr().err
     assert error.startswith(f"vpr: error: {path}: ")
     assert problem in error
-    assert "Set --tower.licence" in error
+    assert "Set --tower.licence in the training of its teacher." in error
 
 
 def test_requirement_needs_models(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from teacher.candidates import read_candidates
 from teacher.choose import TowerScore, _Measured, choose, p_values
 from teacher.choose_config import ChooseConfig
-from teacher.config import TowerConfig, TrainConfig
+from teacher.config import StageConfig, TowerConfig, TrainConfig
 from teacher.model import build_teacher, read_tower
+from teacher.train import train
 from vpr.artifacts.writer import write_artifact
 from vpr.cli import main, read_config
 from vpr.common.errors import UserError
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog
-from vpr.data.config import CatalogConfig
+from vpr.data.config import CatalogConfig, LoaderConfig
 from vpr.data.loaders import ImageDataset
 from vpr.retrieval.embeddings import score_split
 from vpr.retrieval.metrics import RetrievalScores
@@ -65,6 +66,19 @@ def test_rows_are_sorted_by_recall(rows: list[TowerScore]) -> None:
     assert {row.tower for row in rows} == {"sample", "sample-vit", "timm/test_vit"}
     assert rows[0].p_value is None
     assert all(row.images_per_s > 0 and row.multiply_adds > 0 for row in rows)
+
+
+def test_teacher_is_a_tower_by_its_path_alone(pairs_catalog: Catalog, tmp_path: Path) -> None:
+    config = TrainConfig(
+        path_of(pairs_catalog), str(tmp_path / "t"), tower=TowerConfig("sample", "", image_size=32),
+        stages=(StageConfig("head", 1),), loader=LoaderConfig(batch_size=8),
+    )  # fmt: skip
+    path = train(config)
+    (candidate,) = read_candidates([str(path)])
+    assert candidate.flags == ["--tower.name", "sample", "--tower.pretrained", str(path), "--tower.image-size", "32"]
+    for given in (f"sample:{path}", f"sample:{path}/model.safetensors"):
+        with pytest.raises(UserError, match=r"towers: sample:.* has the weights of a teacher\. Give its path alone"):
+            read_candidates([given])
 
 
 def make_scores(hits: list[int]) -> RetrievalScores:

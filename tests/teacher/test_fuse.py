@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from student.config import DistillConfig, LossConfig, StudentConfig, TargetsConfig
+from student.config import DimensionConfig, DistillConfig, LossConfig, StudentConfig, TargetsConfig
 from student.distill import distill
-from teacher.config import FuseConfig, TowerConfig
+from teacher.config import FuseConfig, SoupConfig, TowerConfig
 from teacher.fuse import fuse
 from teacher.fused import fit_whitening
 from teacher.model import build_teacher, load_teacher, read_tower
+from teacher.soup import soup
 from tests.conftest import edit_card
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.store import load_artifact
@@ -213,6 +215,50 @@ def test_student_of_two_teachers(config: FuseConfig, tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "student-teacher").sha256 == teacher.sha256
 
 
+def test_dry_run_makes_the_checks_of_the_real_run(config: FuseConfig, tmp_path: Path) -> None:
+    good = distillation(config, tmp_path / "student")
+    wide, few = replace(good.model, embedding_dim=21), DimensionConfig(images=6)
+    for changes, message in (
+        ({"model": wide}, r"model\.embedding_dim: the 2 teachers have 20 dimensions together, got 21\."),
+        ({"dimension": few}, r"model\.embedding_dim: the embeddings give at most 5 directions, got 6\."),
+        ({"dimension": DimensionConfig("pca")}, r"dimension\.method: .*preserves cosines, got pca"),
+        ({"assistant": config.models[0]}, r"teacher: the assistant replaces the teachers"),
+        ({"teacher": (config.models[0], "nope")}, r"nope: no artifact here"),
+        ({"start": "nope"}, r"nope: no artifact here"),
+        ({"require_licence": True}, r"large: no licence is recorded"),
+    ):
+        for is_dry in (True, False):
+            with pytest.raises(UserError, match=message):
+                distill(replace(good, dry_run=is_dry, **changes))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fusion_replaces_no_other_teacher(config: FuseConfig, catalog: Catalog, tmp_path: Path) -> None:
+    other = write_teacher(tmp_path / "student-teacher", SMALL, catalog, 5)
+    before = load_artifact(other).sha256
+    for is_dry in (True, False):
+        with pytest.raises(UserError, match=r"output: the fusion would replace the teacher .*student-teacher\."):
+            distill(replace(distillation(config, tmp_path / "student"), dry_run=is_dry))
+    assert load_artifact(other).sha256 == before
+
+
+def test_default_width_is_that_of_narrow_teachers(config: FuseConfig, tmp_path: Path) -> None:
+    values = distillation(config, tmp_path / "student")
+    path = distill(replace(values, model=replace(values.model, embedding_dim=0)))
+    assert path is not None
+    assert load_artifact(path, "student").card.embedding == Embedding(dim=20, normalised=True, dtype="float32")
+
+
+def test_a_teacher_better_than_the_fusion_is_reported(
+    config: FuseConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "teacher.fuse.score_split", lambda _, vectors: SimpleNamespace(recall_at_1=1 / vectors.shape[1], map=0)
+    )
+    fuse(replace(config, output=str(tmp_path / "wide"), embedding_dim=0))
+    assert f"{config.models[1]} alone has more recall" in caplog.text
+
+
 def other_catalog(folder: Path, catalog: Catalog, config: FuseConfig) -> dict[str, Any]:
     return {"models": (config.models[0], write_teacher(folder / "other", SMALL, catalog, 2, sha256="0" * 64))}
 
@@ -265,9 +311,25 @@ def test_broken_card_is_one_line(config: FuseConfig, tmp_path: Path) -> None:
         load_teacher(path)
 
 
-def test_equal_embeddings_are_rejected() -> None:
-    with pytest.raises(UserError, match="same embedding for every image"):
-        fit_whitening(np.ones((8, 4), np.float32) / 2, SHRINKAGE)
+def test_embeddings_without_information_are_rejected() -> None:
+    with pytest.raises(UserError, match="runs/a: the teacher returns the same embedding for every image"):
+        fit_whitening(np.ones((8, 4), np.float32) / 2, SHRINKAGE, "runs/a")
+    with pytest.raises(UserError, match="runs/a: the teacher returns embeddings that are not finite"):
+        fit_whitening(np.full((8, 4), np.nan, np.float32), SHRINKAGE, "runs/a")
+
+
+def test_card_cannot_allocate_without_bound(config: FuseConfig, tmp_path: Path) -> None:
+    path = fuse(replace(config, output=str(tmp_path / "broken")))
+    parts = load_artifact(path).card.config["parts"]
+    parts[0]["network"]["embedding_dim"] = 65536
+    edit_card(path, config={**load_artifact(path).card.config, "parts": parts})
+    with pytest.raises(UserError, match="at most 8192 dimensions, got 65536"):
+        load_teacher(path)
+
+
+def test_soup_of_a_fused_teacher_is_rejected(config: FuseConfig, fused: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fused: holds several teachers\. Average its teachers"):
+        soup(SoupConfig((str(fused), config.models[0]), config.catalog, str(tmp_path / "soup")))
 
 
 def test_training_does_not_start_from_a_fused_teacher(fused: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vpr.data.config import LoaderConfig
     [
         ("timm/convnextv2_atto", "fcmae", "", ["cc-by-nc-4.0"]),
         ("timm/resnet50", "a1_in1k", "", ["apache-2.0"]),
-        ("timm/resnet50", "a1_in1k", "bought", ["bought"]),
+        ("timm/resnet50", "a1_in1k", "bought", ["apache-2.0", "bought"]),
         ("timm/resnet50.a1_in1k", "", "", []),
         ("timm/resnet50.a1_in1k", "w.safetensors", "", []),
         ("timm/resnet50.a1_in1k", "w.safetensors", "mit", ["mit"]),
@@ -37,6 +38,30 @@ def test_licence_of_weights(name: str, pretrained: str, licence: str, expected: 
 def test_wrong_licence_is_rejected(licence: str) -> None:
     with pytest.raises(UserError, match=r"tower\.licence: expected an SPDX identifier"):
         TowerConfig(licence=licence)
+
+
+@pytest.mark.parametrize("licence", ["unknown", "None"])
+def test_words_for_no_licence_are_rejected(licence: str) -> None:
+    with pytest.raises(UserError, match=rf"tower\.licence: '{licence}' is no licence"):
+        TowerConfig(licence=licence)
+
+
+def test_required_licence_is_checked_before_training(catalog: Catalog, tmp_path: Path) -> None:
+    assert catalog.artifact is not None
+    tower = TowerConfig("sample-vit", "")
+    config = TrainConfig(
+        str(catalog.artifact.path), str(tmp_path / "a"), tower=tower, require_licence=True, dry_run=True,
+        stages=(StageConfig("all", 1),), loader=LoaderConfig(batch_size=16),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"tower\.licence: the licence of the initial weights is not known\. Set it\."):
+        train(config)
+    assert train(replace(config, tower=replace(tower, licence="mit"))) is None
+    for name, licences in {"unknown": ["unknown", "mit"], "bound": ["cc-by-nc-4.0"]}.items():
+        with write_artifact(tmp_path / name, "teacher", {}) as draft:
+            draft.licences = licences
+    load_artifact(tmp_path / "bound").require_licence()
+    with pytest.raises(UserError, match="comes from has no recorded licence"):
+        load_artifact(tmp_path / "unknown").require_licence()
 
 
 def test_given_licence_replaces_only_an_unknown_one(tmp_path: Path) -> None:

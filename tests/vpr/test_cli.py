@@ -209,7 +209,7 @@ def test_recipes_list_show_and_copy(
         ("epochs: 1.5\n", "epochs: expected int, got '1.5'."),
         ("dry_run: x\n", "dry_run: expected bool, got 'x'."),
         ("cache: 3\n", "cache: expected str, got '3'."),
-        ("unlabelled: x\n", "unlabelled: expected list, got 'x'."),
+        ("unlabelled: x\n", "unlabelled: expected a list, got 'x'. Write [x]."),
         ("views: {scale: [1]}\n", "views.scale: expected tuple with 2 elements, got '[1]'."),
         ("epochs:\nseed: 1\n", "epochs: no value given. Give one, or leave the line out."),
         ("epochs:\n", "--recipe: expected keys with values, got 'epochs:'."),

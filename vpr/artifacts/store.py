@@ -50,6 +50,14 @@ class Artifact:
         unknown = [] if self.card.kind == "catalog" else [UNKNOWN_LICENCE]
         return Parent(role=role, name=self.card.name, sha256=self.sha256, licences=self.card.licences or unknown)
 
+    def require_licence(self) -> None:
+        """Raise :class:`UserError` unless the licences of the weights and of all that they come from are known."""
+        problem = "" if self.card.licences else "no licence is recorded"
+        if UNKNOWN_LICENCE in self.card.licences:
+            problem = "a model that it comes from has no recorded licence"
+        if problem:
+            raise UserError(f"{self.path}: {problem}. Set --tower.licence in the training of its teacher.")
+
     def parents(self, role: str) -> list[Parent]:
         """Return the parents of that role."""
         return [parent for parent in self.card.parents if parent.role == role]

@@ -22,7 +22,7 @@ _EXPECTED = r"expected \1, got '\2'"
 _REWRITES = (
     (r'Parser key "([\w.]+)":', r"\1:"),
     (r"Problem with given class_path '[\w.]+': ", ""),
-    (r"Expected a <class 'tuple'>", "Expected a list"),
+    (r"Expected a <class 'tuple'>\. Got value: (.*)", r"expected a list, got '\1'. Write [\1]"),
     (r"<class '(\w+)'>", r"\1"),
     (r"typing\.Literal\[(.*?)\]", r"one of \1"),
     (r"Expected an? (.+?)\. Got value: (.*)", _EXPECTED),

@@ -49,7 +49,8 @@ _FINITE_CHECK_INTERVAL = 10  # batches; each check waits for the GPU
 def training_values(config: Any) -> dict[str, Any]:
     """Return the JSON values that determine the result: the configuration and the number of processes."""
     values = config_to_json(config)
-    values.pop("dry_run")
+    for key in ("dry_run", "require_licence"):
+        values.pop(key)
     if rank_and_world()[1] > 1:  # a step's batch is the sum over processes
         values["processes"] = rank_and_world()[1]
     return values
