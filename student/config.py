@@ -297,8 +297,6 @@ class DistillConfig:
         check_numbers(self, epochs=(1, None), lr=(0, 10), weight_decay=(0, 100), warmup=(0, 1))
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 to below 2^31, got {self.seed}.")
-        if isinstance(self.teacher, str):
-            object.__setattr__(self, "teacher", (self.teacher,))
         if not self.teacher or "" in self.teacher:
             raise UserError("teacher: no teacher is given. Name one or more.")
         if len(self.teacher) > 1:

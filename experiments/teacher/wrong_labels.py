@@ -81,8 +81,8 @@ def find_by_cleanlab(vectors: Vectors, truth: Labels, seed: int) -> Row:
     labels, is_wrong = inject(truth, seed)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, "vectors.npy"), Path(folder, "labels.npy")]
-        for path, values in zip(paths, (vectors, labels), strict=True):
-            np.save(path, values)
+        np.save(paths[0], vectors)
+        np.save(paths[1], labels)
         printed = run_in_venv(_CLEANLAB, "cleanlab_check.py", [str(path) for path in paths], "other-metrics")
     result = {name: np.array(values) for name, values in json.loads(printed).items()}
     order = np.argsort(result["quality"], kind="stable")
