@@ -70,6 +70,8 @@ COMMANDS = (
     Command(_TEACHER, "teacher"),
     Command(f"{_TEACHER} --views.rotate 5", "other-teacher"),
     Command("teacher soup --models {teacher} {other-teacher} --catalog {catalog}", "soup"),
+    Command("teacher fuse --models {teacher} {other-teacher} --catalog {catalog} --embedding-dim 8 --steps 2", "fused"),
+    Command("teacher choose --towers sample-vit --catalog {catalog} --batch-size 8"),
     Command("teacher embed --model {teacher} --catalog {catalog}", "teacher-embeddings"),
     Command("teacher runs --folder ."),
     Command(
