@@ -1,7 +1,7 @@
 """Teachers on photographs of products that no training has seen: losses, two teachers fused, a cleaned catalogue.
 
-All start from ImageNet weights. Selection does not take part: every training has the same epochs, and its last epoch is
-scored. LoRA is left out, since EfficientNet has no linear layers to adapt.
+All start from ImageNet weights. Every training has the same epochs, and its last epoch is scored. LoRA is left out,
+since EfficientNet has no linear layers to adapt.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MARGIN = "ArcFace"
 FUSED = (("concatenated", 0), ("reduced to 256 dimensions", 256))
 _GAIN = "gain on the better [95 %]"
 _COMMAND = command_of("teacher", "photos")
-# Settings of the losses are the defaults, which are those of their papers.
+# Settings of the losses are the defaults of the toolkit; none was tuned here.
 LOSSES: dict[str, dict[str, Any]] = {
     MARGIN: {},
     "SoftTriple": {"margin_weight": 0.0, "proxy": ProxyConfig("soft-triple")},
@@ -131,7 +131,10 @@ def photo_figures(photos: Photos) -> tuple[list[Figure], dict[str, list[Row]]]:
 
 
 def _fuse(photos: Photos, small: list[Path], small_scores: list[RetrievalScores]) -> tuple[list[Figure], list[Row]]:
-    """Fuse the teachers of each seed, with and without reduction, and compare with the better of the two."""
+    """Fuse the teachers of each seed, with and without reduction, and compare with the better of the two.
+
+    The scores decide which teacher is the better one. That favours the teacher, so the gain is not too high.
+    """
     large = [photos.train("Lite2", seed, size=2) for seed in SEEDS]
     single = {"Lite0": small_scores, "Lite2": [photos.score(path) for path in large]}
     better = max(single, key=lambda name: _mean(single[name], "hits").mean())
@@ -199,7 +202,7 @@ def _move_labels(photos: Photos, seed: int) -> Path:
 def _apply(photos: Photos, path: Path, seed: int, is_reviewed: bool = False) -> Path:
     """Write the catalogue with the suggestions of the check, from embeddings of the ImageNet weights.
 
-    ``is_reviewed`` leaves out what a person would reject: changes of images whose label is right.
+    ``is_reviewed`` applies only suggestions that the true labels confirm, as a person would who makes no mistake.
     """
     catalog, truth = load_catalog(path), _true_products(photos)
     training = catalog.select(split="train")

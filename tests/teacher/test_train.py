@@ -132,7 +132,7 @@ def test_invalid_image_size_is_rejected(catalog: Catalog, tmp_path: Path) -> Non
 
 
 def with_memory(stage: StageConfig) -> StageConfig:
-    """Return a stage whose memory, if it has one, is an epoch of the small catalogue."""
+    """Return the stage; if it has a memory, with one that holds 48 images, fewer than the small catalogue has."""
     pair = stage.pair
     return replace(stage, pair=replace(pair, memory=48)) if pair and pair.memory else stage
 
