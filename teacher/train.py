@@ -39,6 +39,9 @@ def train(config: TrainConfig) -> Path | None:
     catalog, tower = load_catalog(config.catalog), read_tower(config.tower.name)
     init = identify_init_weights(config.tower.pretrained)
     values, parents = _artifact_inputs(config, catalog, tower, init)
+    licences = weights_licences(config.tower, tower)
+    if config.require_licence and not _are_known(licences, parents):
+        raise UserError("tower.licence: the licence of the initial weights is not known. Set it.")
     stage = Stage(config.output, "teacher", values, parents)
     folder = stage.run_folder
     if not config.dry_run and stage.find():
@@ -50,9 +53,6 @@ def train(config: TrainConfig) -> Path | None:
     if isinstance(init, Artifact) and init.path.resolve() == output.resolve():
         raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
     leaks = _leak_metadata(config, catalog, init)
-    licences = weights_licences(config.tower, tower)
-    if config.require_licence and not _are_known(licences, parents):
-        raise UserError("tower.licence: the licence of the initial weights is not known. Set it.")
     print_plan(config, tower, training, validation)
     if config.dry_run:
         return None

@@ -56,6 +56,10 @@ def test_required_licence_is_checked_before_training(catalog: Catalog, tmp_path:
     with pytest.raises(UserError, match=r"tower\.licence: the licence of the initial weights is not known\. Set it\."):
         train(config)
     assert train(replace(config, tower=replace(tower, licence="mit"))) is None
+    finished = replace(config, require_licence=False, dry_run=False)
+    train(finished)
+    with pytest.raises(UserError, match=r"tower\.licence: .* not known"):  # also for a teacher that is up to date
+        train(replace(finished, require_licence=True))
     for name, licences in {"unknown": ["unknown", "mit"], "bound": ["cc-by-nc-4.0"]}.items():
         with write_artifact(tmp_path / name, "teacher", {}) as draft:
             draft.licences = licences
