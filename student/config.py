@@ -1,26 +1,33 @@
 """Configuration of a distillation. Imports no heavy library."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from teacher.config import HeadConfig
+from vpr.artifacts.paths import CARD_NAME
 from vpr.common.errors import UserError, check_numbers
 from vpr.data.config import LoaderConfig
 from vpr.imaging.config import ViewConfig
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
 from vpr.training.config import RunConfig
 
-Preset = Literal["sample", "tiny", "small", "base"]
+Preset = Literal["auto", "sample", "tiny", "small", "base"]
 
 # Widths and depths of DeiT-Ti, -S and -B (Touvron et al., "Training data-efficient image transformers", ICML 2021,
 # table 1). "sample" is for images of 64 pixels.
-PRESETS: dict[Preset, dict[str, int]] = {
+PRESETS: dict[str, dict[str, int]] = {
     "sample": {"image_size": 64, "patch_size": 8, "dim": 192, "depth": 6, "heads": 3, "mlp_dim": 384},
     "tiny": {"image_size": 224, "patch_size": 16, "dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
     "small": {"image_size": 224, "patch_size": 16, "dim": 384, "depth": 12, "heads": 6, "mlp_dim": 1536},
     "base": {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
 }
+
+_DIM_HEAD = 64  # of all presets
+# Sizes that a preset fills in, or a start with the preset ``auto``.
+SIZES = ("image_size", "patch_size", "dim", "depth", "heads", "dim_head", "mlp_dim")
+# How the layers compute. A student computes as its start does.
+LAYER_KEYS = ("qkv_bias", "layer_scale", "patch_norms", "pre_norm", "pooled_norm", "activation", "norm_eps")
 
 # A shape may come from an untrusted card: these bounds limit the memory that it can allocate.
 _BOUNDS = {
@@ -32,6 +39,7 @@ _BOUNDS = {
     "dim_head": (1, 256),
     "mlp_dim": (1, 16384),
     "embedding_dim": (0, 8192),
+    "norm_eps": (1e-12, 0.1),
 }
 
 _MAX_TOKENS, _MAX_REGISTERS = 4096, 64
@@ -43,15 +51,17 @@ class StudentConfig:
 
     Attributes:
         preset: Base shape: ``tiny``, ``small`` and ``base`` are DeiT's for images of 224 pixels, ``sample`` is smaller.
+            ``auto`` is the shape of the model in ``start``, or ``sample`` without one.
         image_size: Side of the input in pixels, a multiple of the patch.
         patch_size: Side of a patch in pixels. The convolutional stem needs a power of two.
         dim: Width of the tokens.
         depth: Number of blocks.
         heads: Number of attention heads.
-        dim_head: Width of an attention head.
+        dim_head: Width of an attention head, 64 in every preset.
         mlp_dim: Width of the hidden layer of each MLP.
         embedding_dim: Width of the embedding. 0 takes the teacher's.
-        pool: Pooling: the ``mean`` of the tokens, or the ``cls`` token.
+        pool: Pooling: the ``mean`` of the tokens, the ``cls`` token, or ``map`` for attention with a learned query, as
+            in SigLIP. ``auto`` is that of ``start``, or ``mean`` without one.
         stem: Layers from pixels to tokens. ``patch`` is vit-pytorch's linear patch embedding. ``conv`` replaces it by
             3x3 convolutions of stride 2, which small data needs (Xiao et al., "Early Convolutions Help Transformers
             See Better", NeurIPS 2021, section 4).
@@ -59,9 +69,17 @@ class StudentConfig:
             patches, and attention with a learned temperature that excludes the token itself (Lee et al., "Vision
             Transformer for Small-Size Datasets", 2021).
         registers: Number of extra tokens that attend and are dropped before pooling (Darcet et al., "Vision
-            Transformers Need Registers", ICLR 2024).
+            Transformers Need Registers", ICLR 2024). 0 takes those of ``start``.
         dropout: Dropout rate of attention and MLP.
         gradient_checkpointing: Recompute each block for its gradient, which saves memory.
+        qkv_bias: Biases of queries, keys and values. This key and the next ones follow ``start`` if there is one.
+        layer_scale: Learned scale of each block's output (Touvron et al., "Going deeper with Image Transformers",
+            ICCV 2021, equation 4).
+        patch_norms: vit-pytorch's two norms of the linear patch embedding, which pretrained ViTs do not have.
+        pre_norm: Norm of the tokens before the first block, as in CLIP.
+        pooled_norm: Last norm after the pooling instead of before it.
+        activation: Activation of each MLP. OpenAI's CLIP computes ``quick-gelu``.
+        norm_eps: Epsilon of the norms.
     """
 
     preset: Preset = "sample"
@@ -70,33 +88,57 @@ class StudentConfig:
     dim: int = 0
     depth: int = 0
     heads: int = 0
-    dim_head: int = 64
+    dim_head: int = 0
     mlp_dim: int = 0
     embedding_dim: int = 0
-    pool: Literal["mean", "cls"] = "mean"
+    pool: Literal["auto", "mean", "cls", "map"] = "mean"
     stem: Literal["patch", "conv"] = "patch"
     family: Literal["vit", "small-data"] = "vit"
     registers: int = 0
     dropout: float = 0.0
     gradient_checkpointing: bool = False
+    qkv_bias: bool = False
+    layer_scale: bool = False
+    patch_norms: bool = True
+    pre_norm: bool = False
+    pooled_norm: bool = False
+    activation: Literal["gelu", "gelu-tanh", "quick-gelu"] = "gelu"
+    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise UserError(f"model.preset: expected one of {', '.join(PRESETS)}, got '{self.preset}'.")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, value)
-        check_numbers(self, "model.", **_BOUNDS)
+        if self.preset != "auto" and self.preset not in PRESETS:
+            raise UserError(f"model.preset: expected one of auto, {', '.join(PRESETS)}, got '{self.preset}'.")
+        if self.preset != "auto":
+            for name, value in {**PRESETS[self.preset], "dim_head": _DIM_HEAD}.items():
+                if getattr(self, name) == 0:
+                    object.__setattr__(self, name, value)
+        # The preset `auto` keeps zeros until the start is known.
+        check_numbers(self, "model.", **{key: bounds for key, bounds in _BOUNDS.items() if getattr(self, key) != 0})
+        self._check_grid()
+        if not 0 <= self.registers <= _MAX_REGISTERS:
+            raise UserError(f"model.registers: expected 0 to {_MAX_REGISTERS}, got {self.registers}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout: expected 0 to below 1, got {self.dropout}.")
+        if self.family == "small-data":
+            changed = [key for key in LAYER_KEYS if getattr(self, key) != getattr(StudentConfig, key)]
+            for key in [*changed, *(["pool"] if self.pool == "map" else [])]:
+                raise UserError(f"model.{key}: the family 'small-data' does not support it. Set model.family to vit.")
+
+    def _check_grid(self) -> None:
+        """Raise :class:`UserError` for an image that the patches do not fill, or for too many of them."""
+        if not self.image_size or not self.patch_size:
+            return
         if self.image_size % self.patch_size:
             raise UserError(f"model.image_size: expected a multiple of patch {self.patch_size}, got {self.image_size}.")
         if (self.image_size // self.patch_size) ** 2 > _MAX_TOKENS:
             raise UserError(f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Raise it.")
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise UserError(f"model.patch_size: the convolutional stem needs a power of two, got {self.patch_size}.")
-        if not 0 <= self.registers <= _MAX_REGISTERS:
-            raise UserError(f"model.registers: expected 0 to {_MAX_REGISTERS}, got {self.registers}.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout: expected 0 to below 1, got {self.dropout}.")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every size is known, so that a network can be built."""
+        return self.pool != "auto" and all(getattr(self, name) for name in SIZES)
 
 
 TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
@@ -249,7 +291,11 @@ class DistillConfig:
         output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
         cache: Folder of the cached teacher embeddings instead, for students that share it.
         assistant: Student artifact that replaces the teacher, as in teacher -> base -> small.
-        start: Larger student, or teacher with a ViT of open_clip, whose weights are selected; same shapes are copied.
+        start: Model that initialises the student: a ViT by name, such as ``timm/deit_small_patch16_224`` or
+            ``open_clip/ViT-B-16``, or the artifact of a student or of a teacher with a ViT. A student of the same
+            shape computes the same features. A smaller student takes a selection of the weights.
+        start_weights: Weights of a model that ``start`` names: a tag of its library, a ``.safetensors`` file, or a
+            teacher artifact.
         unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``).
         model: Shape of the student.
         views: Augmentation, the same for teacher and student.
@@ -275,8 +321,9 @@ class DistillConfig:
     cache: str = ""
     assistant: str = ""
     start: str = ""
+    start_weights: str = ""
     unlabelled: tuple[str, ...] = ()
-    model: StudentConfig = StudentConfig()
+    model: StudentConfig = StudentConfig(preset="auto", pool="auto")
     views: ViewConfig = ViewConfig()
     targets: TargetsConfig = TargetsConfig()
     losses: LossConfig = LossConfig()
@@ -303,7 +350,13 @@ class DistillConfig:
             self._check_several_teachers()
         if self.run.strategy == "fsdp":
             raise UserError("run.strategy: distillation does not support fsdp. Use ddp or auto.")
-        if self.quantise.ranges and not self.start:
+        if self.start_weights and (not self.start or self._start_is_artifact):
+            raise UserError("start_weights: apply to a model by name. Set start to one, such as timm/NAME.")
+        if not self.start:
+            preset: Preset = "sample" if self.model.preset == "auto" else self.model.preset
+            pool = "mean" if self.model.pool == "auto" else self.model.pool
+            object.__setattr__(self, "model", replace(self.model, preset=preset, pool=pool))
+        if self.quantise.ranges and (not self.start or self.names_start):
             raise UserError("quantise.ranges: QAT fine-tunes a trained student. Set start to it.")
         if self.cache and Path(self.cache).resolve() == Path(self.output).resolve():
             raise UserError(f"cache: {self.cache} is also the output. Choose another folder.")
@@ -318,6 +371,16 @@ class DistillConfig:
         if self.dimension.method not in ("none", "cosine"):
             problem = f"the fusion of several teachers preserves cosines, got {self.dimension.method}"
             raise UserError(f"dimension.method: {problem}. Set it to cosine, or fuse them with vpr teacher fuse first.")
+
+    @property
+    def names_start(self) -> bool:
+        """Whether ``start`` is the name of a library's model, not an artifact."""
+        is_name = bool(self.start_weights) or self.start.startswith(("timm/", "open_clip/"))
+        return bool(self.start) and is_name and not self._start_is_artifact
+
+    @property
+    def _start_is_artifact(self) -> bool:
+        return (Path(self.start) / CARD_NAME).is_file()
 
     def _check_losses(self) -> None:
         """Raise :class:`UserError` if a loss does not work with the other settings."""

@@ -120,8 +120,10 @@ class LogitDistillation(nn.Module):
         super().__init__()
         if student.config.family != "vit":
             raise UserError("losses.logits: DistillWrapper supports the family 'vit' only. Set model.family to vit.")
+        if student.config.pool == "map":
+            raise UserError("losses.logits: DistillWrapper does not support the pooling 'map'. Set model.pool to mean.")
         vit = build_vit(DistillableViT, student.config)
-        for name in ("to_patch_embedding", "pos_embedding", "cls_token", "transformer"):
+        for name in ("to_patch_embedding", "pos_embedding", "cls_token", "transformer", "to_latent"):
             setattr(vit, name, getattr(student.vit, name))
         vit.mlp_head = nn.Sequential(student.vit.mlp_head, nn.Linear(student.config.embedding_dim, len(classes)))
         vit.num_classes = len(classes)

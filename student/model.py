@@ -14,6 +14,7 @@ from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.config import StudentConfig
+from student.layers import AttentionPooling, adapt_block, set_activation
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
@@ -53,33 +54,42 @@ class SdpaAttention(nn.Module):
 class TransformerBlocks(nn.Module):
     """vit-pytorch's ``Transformer`` with register tokens and gradient checkpointing, under the same names.
 
-    Its layers are reused. ``registers`` tokens are added before the first block and dropped after the
-    last; ``tokens`` counts the others. ``checkpointing`` recomputes each block for its gradient.
+    Its layers are reused. ``tokens`` counts the tokens without the registers, which are added before the first block
+    and dropped after the last. With the pooling ``map`` the output is one token.
     """
 
     registers: nn.Parameter | None
     layers: nn.ModuleList
 
-    def __init__(self, transformer: Any, tokens: int, dim: int, registers: int, checkpointing: bool) -> None:
+    def __init__(self, transformer: Any, tokens: int, config: StudentConfig) -> None:
         super().__init__()
+        dim, registers = config.dim, config.registers
         self.layers = transformer.layers
         self.norm = getattr(transformer, "norm", None) or nn.Identity()
         for layer in transformer.layers:
+            adapt_block(layer, config)
             layer[0] = SdpaAttention(layer[0], tokens + registers)
         self.registers = nn.Parameter(torch.randn(registers, dim) * 0.02) if registers else None
-        self.checkpointing = checkpointing
+        self.pre_norm = nn.LayerNorm(dim) if config.pre_norm else None
+        self.pool = AttentionPooling(config) if config.pool == "map" else None
+        if self.pool is not None:
+            set_activation(self.pool.mlp, config)
+        self.checkpointing = config.gradient_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, tokens, dim) to the same shape."""
+        """Map (batch, tokens, dim) to the same shape, or to (batch, 1, dim) with the pooling ``map``."""
         tokens = x.shape[1]
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         for layer in self.layers:
             if self.checkpointing and self.training:
                 x = checkpoint(_apply_block, layer, x, use_reentrant=False)
             else:
                 x = _apply_block(layer, x)
-        return self.norm(x[:, :tokens] if self.registers is not None else x)
+        x = self.norm(x[:, :tokens] if self.registers is not None else x)
+        return x if self.pool is None else self.pool(x)
 
 
 def _apply_block(layer: Any, x: Tensor) -> Tensor:
@@ -126,16 +136,28 @@ class Student(nn.Module):
 
 
 def build_vit(kind: Any, config: StudentConfig) -> Any:
-    """Build a network of vit-pytorch (``ViT``, ``DistillableViT``, ...) and replace its attention, blocks and stem."""
-    keys = ("image_size", "patch_size", "dim", "depth", "heads", "mlp_dim", "pool", "dim_head", "dropout")
-    vit = kind(num_classes=config.embedding_dim, **{key: getattr(config, key) for key in keys})
+    """Build a network of vit-pytorch (``ViT``, ``DistillableViT``, ...) and replace its attention, blocks and stem.
+
+    The input of its ``to_latent`` has the pooled tokens, and the input of ``mlp_head`` the features of the trunk.
+    """
+    if not config.is_complete:
+        raise UserError("model.preset: 'auto' takes the shape of start, which is not set. Choose another preset.")
+    keys = ("image_size", "patch_size", "dim", "depth", "heads", "mlp_dim", "dim_head", "dropout")
+    # vit-pytorch's mean of the one token that the pooling `map` returns is that token.
+    pool = "mean" if config.pool == "map" else config.pool
+    vit = kind(num_classes=config.embedding_dim, pool=pool, **{key: getattr(config, key) for key in keys})
     # vit-pytorch draws positions with a standard deviation of 1, which hides the pixels at first.
     nn.init.trunc_normal_(vit.pos_embedding, std=0.02)
     if config.stem == "conv":
         vit.to_patch_embedding = ConvStem(config.patch_size, config.dim)
-    tokens = vit.pos_embedding.shape[-2]
-    settings = (config.dim, config.registers, config.gradient_checkpointing)
-    vit.transformer = TransformerBlocks(vit.transformer, tokens, *settings)
+    elif not config.patch_norms:
+        vit.to_patch_embedding[1] = vit.to_patch_embedding[3] = nn.Identity()
+    vit.transformer = TransformerBlocks(vit.transformer, vit.pos_embedding.shape[-2], config)
+    if config.pooled_norm:
+        vit.to_latent, vit.transformer.norm = vit.transformer.norm, nn.Identity()
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config.norm_eps
     return vit
 
 
