@@ -94,6 +94,14 @@ def replace_constant(graph: onnx.ModelProto, node: str, old: str, values: NDArra
         body.initializer.remove(next(tensor for tensor in body.initializer if tensor.name == old))
 
 
+def replace_bias(graph: onnx.ModelProto, linear: Linear, bias: NDArray[np.float32]) -> None:
+    """Give a linear, which has a bias, another one of the same shape, (out,) float32."""
+    adder = next(node for node in graph.graph.node if node.name == linear.adder)
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    position = 2 if adder.op_type == "Gemm" else next(i for i, name in enumerate(adder.input) if name in constants)
+    replace_constant(graph, adder.name, adder.input[position], bias)
+
+
 def _find_bias(
     node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: dict[str, onnx.TensorProto]
 ) -> tuple[str, NDArray[np.float32] | None]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from calibration.activation_stats import Activations
-from calibration.onnx_layers import Linear, find_linears, replace_constant
+from calibration.onnx_layers import Linear, find_linears, replace_bias, replace_constant
 from calibration.ranges import MagnitudeHistogram, threshold
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
@@ -97,6 +97,10 @@ def smooth(graph: onnx.ModelProto, factors: Mapping[str, NDArray[np.float32]]) -
             divided = values.weight.copy()
             divided[:, -len(divisors) :] /= divisors
             replace_constant(model, values.node, values.matrix, divided.T if values.axis == 0 else divided)
+            if values.bias is not None:
+                bias = values.bias.copy()
+                bias[-len(divisors) :] /= divisors
+                replace_bias(model, values, bias)
     return model
 
 
@@ -153,7 +157,7 @@ def find_foldable(graph: onnx.ModelProto) -> list[tuple[Linear, str]]:
         if producer is not None and producer.op_type == "LayerNormalization" and readers[linear.input] == 1:
             foldable.append((linear, producer.name))
             continue
-        if values is None or block == linear.module or values.bias is not None:
+        if values is None or block == linear.module:
             continue
         # The last third of to_qkv computes the values, in the order in which to_out reads them.
         if values.weight.shape[1] == 3 * len(linear.weight):

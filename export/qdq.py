@@ -126,14 +126,9 @@ def _correct_biases(
 ) -> None:
     for linear in onnx_layers.find_linears(model):
         if linear.module in corrections and linear.bias is not None and linear.node in layers:
-            adder = next(node for node in model.graph.node if node.name == linear.adder)
-            constants = {tensor.name for tensor in model.graph.initializer}
-            position = 2 if adder.op_type == "Gemm" else next(i for i, x in enumerate(adder.input) if x in constants)
             if corrections[linear.module].shape != linear.bias.shape:
                 raise UserError(f"ranges: the correction of '{linear.module}' does not fit. Rerun `vpr calibrate`.")
-            onnx_layers.replace_constant(
-                model, adder.name, adder.input[position], linear.bias - corrections[linear.module]
-            )
+            onnx_layers.replace_bias(model, linear, linear.bias - corrections[linear.module])
 
 
 def _quantise_activation(

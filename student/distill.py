@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from student.config import DistillConfig
+from student.config import LAYER_KEYS, DistillConfig, StudentConfig
 from student.criterion import DistillationLoss, Labels, compute_class_means
 from student.inputs import DistillInputs, leak_metadata, load_inputs
 from student.model import Student
@@ -22,7 +22,7 @@ from student.projection import find_projection
 from student.qat import insert_fake_quant, read_thresholds
 from student.targets import CachedTargets, OnlineTargets, Targets, TwoSizeDataset
 from student.teacher_cache import TeacherCache, build_teacher_cache, cache_bytes
-from student.weight_selection import init_from_larger
+from student.weight_selection import init_from_start
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.run_folder import run_lock
 from vpr.artifacts.stage import Stage
@@ -45,20 +45,23 @@ Loader = DataLoader[dict[str, Tensor]]
 def distill(config: DistillConfig) -> Path | None:
     """Distil a student and write it as an artifact of kind ``student``; a dry run writes nothing."""
     inputs = load_inputs(config)
-    config = replace(config, model=replace(config.model, embedding_dim=inputs.student_dim))
-    values, parents = training_values(config), inputs.parents
+    config = replace(config, model=inputs.model)
+    values, parents = _values(config, inputs), inputs.parents
     stage = Stage(config.output, "student", values, parents)
     folder = stage.run_folder
     if not config.dry_run and stage.find():
         drop_checkpoints(folder)  # A process killed after writing the artifact leaves them.
         return stage.path
-    preprocess = inputs.teacher.preprocess.model_copy(update={"size": config.model.image_size})
+    own = {"size": config.model.image_size, **(inputs.start.statistics if inputs.start is not None else {})}
+    preprocess = inputs.teacher.preprocess.model_copy(update=own)
     catalog_metadata = {**inputs.catalog.summary(), **inputs.unlabelled, **leak_metadata(inputs, config.allow_leak)}
     _log_plan(config, inputs)
     check_tracker(config.run.tracker)
     start = time.monotonic()
     loaders = _build_loaders(config, inputs, preprocess)
     student = _build_student(config, inputs)
+    licences = [] if inputs.start is None else list(inputs.start.licences)
+    inputs = replace(inputs, start=None)  # frees the weights, which may be many times the student's
     L.seed_everything(config.seed, verbose=False)
     criterion = DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim)
     targets, recalls = _build_targets(config, inputs, criterion)
@@ -71,7 +74,7 @@ def distill(config: DistillConfig) -> Path | None:
         result = fit(module, loaders, student, folder, config.epochs, config.run)
         if is_first():
             with stage.write() as draft:
-                draft.preprocess, draft.catalog = preprocess, catalog_metadata
+                draft.preprocess, draft.catalog, draft.licences = preprocess, catalog_metadata, licences
                 draft.metrics = {**_summarise_training(config, student, result, seconds), **recalls}
                 _write_files(draft, config, folder, targets)
             drop_checkpoints(folder)
@@ -79,23 +82,37 @@ def distill(config: DistillConfig) -> Path | None:
     return stage.path
 
 
+def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
+    """Return the JSON values that determine the student.
+
+    Keys that cards did not have at first are left out at their defaults, so that older students stay up to date.
+    """
+    values = training_values(config)
+    for section, defaults, keys in (
+        (values, DistillConfig, ("start_weights",)),
+        (values["model"], StudentConfig, LAYER_KEYS),
+    ):
+        for key in keys:
+            if section[key] == getattr(defaults, key):
+                del section[key]
+    return values | ({} if inputs.start is None else inputs.start.values)
+
+
 def _log_plan(config: DistillConfig, inputs: DistillInputs) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
-    images = len(inputs.training)
+    images, model = len(inputs.training), config.model
     name = inputs.teacher.artifact.card.name if len(config.teacher) == 1 else "the fused teacher"
-    log.info(
-        f"student: {parameters / 1e6:.2f} M parameters, {inputs.student_dim} dimensions, {config.model.image_size} "
-        f"pixels; {config.epochs} epochs of {images} images; "
-        + ", ".join(f"{weight:g} x {loss}" for loss, weight in config.losses.weights().items())
-    )
+    losses = ", ".join(f"{weight:g} x {loss}" for loss, weight in config.losses.weights().items())
+    size = f"{parameters / 1e6:.2f} M parameters, {model.embedding_dim} dimensions, {model.image_size} pixels"
+    log.info(f"student: {size}; {config.epochs} epochs of {images} images; {losses}")
     if not config.losses.needs_teacher:
         log.info("  labels only, no teacher")
     elif config.targets.mode == "online":
         log.info(f"  teacher {name} runs in every step, bank of {config.targets.bank}")
     else:
-        size = cache_bytes(images, inputs.teacher.dim, config.targets)
-        log.info(f"  teacher cache: {config.targets.views * images} forward passes of {name}, {size / 1e6:.1f} MB")
+        megabytes = cache_bytes(images, inputs.teacher.dim, config.targets) / 1e6
+        log.info(f"  teacher cache: {config.targets.views * images} forward passes of {name}, {megabytes:.1f} MB")
 
 
 def _build_loaders(config: DistillConfig, inputs: DistillInputs, preprocess: Preprocess) -> tuple[Loader, Loader]:
@@ -113,9 +130,12 @@ def _build_loaders(config: DistillConfig, inputs: DistillInputs, preprocess: Pre
 def _build_student(config: DistillConfig, inputs: DistillInputs) -> Student:
     L.seed_everything(config.seed, verbose=False)
     student = Student(config.model)
-    if start := inputs.models.get("start"):
-        share = init_from_larger(student, start) / count_parameters(student)
-        log.info(f"  {share:.0%} of the student's parameters are selected from {start.card.name}")
+    if (start := inputs.start) is not None:
+        count, difference = init_from_start(student, start)
+        name = start.name if start.artifact is None else start.artifact.card.name
+        log.info(f"  {count / count_parameters(student):.0%} of the student's parameters are selected from {name}")
+        if difference is not None:
+            log.info(f"  features before the head equal those of {name}, max abs difference {difference:.1e}")
     if ranges := inputs.models.get("ranges"):
         names = insert_fake_quant(student, read_thresholds(ranges), config.quantise.exclude_layers)
         log.info(f"  QAT: {len(names)} linear layers compute as in INT8")

@@ -1,13 +1,14 @@
 """Inputs of a distillation. Each artifact is loaded and hashed once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from student.config import DistillConfig
+from student.config import DistillConfig, StudentConfig
 from student.projection import check_directions, resolve_dimensions
 from student.qat import check_ranges
 from student.several_teachers import plan_fusion
+from student.start import Start, load_start, resolve_model
 from student.teacher_model import TeacherModel, load_teacher_model
 from student.unlabelled import add_unlabelled
 from teacher.fuse import fuse
@@ -27,7 +28,8 @@ class DistillInputs:
 
     ``training`` has the labelled images first. ``teacher`` is the assistant if there is one. ``models`` are artifacts
     by role: ``teacher``, and ``assistant``, ``start`` and ``ranges`` if configured. ``parents`` and ``unlabelled`` are
-    entries of the card. ``student_dim`` and ``target_dim`` are widths of embeddings.
+    entries of the card. ``model`` is the complete shape of the student, and ``target_dim`` the width of the targets.
+    ``start`` has the initial weights, None for random ones.
     """
 
     catalog: Catalog
@@ -37,8 +39,9 @@ class DistillInputs:
     models: dict[str, Artifact]
     parents: list[Parent]
     unlabelled: dict[str, Any]
-    student_dim: int
+    model: StudentConfig
     target_dim: int
+    start: Start | None
 
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
@@ -50,7 +53,9 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
             raise UserError(f"output: {config.output} is also the {key}. Choose another output.")
     catalog = load_catalog(config.catalog)
     training, validation = training_and_validation(catalog, config.catalog)
-    models, fusion = _load_models(config), None
+    start = load_start(config)
+    model = config.model if start is None else resolve_model(config.model, start)
+    models, fusion = _load_models(config, start), None
     if len(config.teacher) > 1:
         fusion, teacher = plan_fusion(config, catalog, len(training))
     else:
@@ -70,7 +75,8 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
         teacher = load_teacher_model(models["teacher"])
     model_parents = [artifact.as_parent(role) for role, artifact in models.items()]
     parents = [*catalog.as_parents(), *model_parents, *more_parents]
-    return DistillInputs(catalog, training, validation, teacher, models, parents, unlabelled, student_dim, target_dim)
+    model = replace(model, embedding_dim=student_dim)
+    return DistillInputs(catalog, training, validation, teacher, models, parents, unlabelled, model, target_dim, start)
 
 
 def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:
@@ -86,12 +92,12 @@ def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:
     return {**({"start": start} if start else {}), **({"leak": leak} if leak else {})}
 
 
-def _load_models(config: DistillConfig) -> dict[str, Artifact]:
+def _load_models(config: DistillConfig, start: Start | None) -> dict[str, Artifact]:
     models = {"teacher": load_artifact(config.teacher[0], "teacher")}  # of several, until they are fused
     if config.assistant:
         models["assistant"] = load_artifact(config.assistant, "student")
-    if config.start:
-        models["start"] = load_artifact(config.start)
+    if start is not None and start.artifact is not None:
+        models["start"] = start.artifact
     if config.quantise.ranges:
         models["ranges"] = load_artifact(config.quantise.ranges, "ranges")
         check_ranges(models["ranges"], models["start"])

@@ -1,98 +1,147 @@
 """Initial weights of a student, selected from a larger ViT.
 
 The student takes the first blocks, and evenly spaced rows and columns of every matrix (Xu et al., "Initializing Models
-with Larger Ones", ICLR 2024).
+with Larger Ones", ICLR 2024). A student of the same shape takes all weights.
 """
 
 import math
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from student.config import StudentConfig
+from student.config import SIZES
 from student.model import Student
+from student.start import Start
 from teacher.weights import resize_positions
-from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
-_NORM = "vit.transformer.norm.weight"
-# Names in the blocks of open_clip, and in the blocks of the student.
-_BLOCK_LAYERS = {
-    "ln_1": "0.norm",
-    "attn.out_proj": "0.to_out.0",
-    "ln_2": "1.net.0",
-    "mlp.c_fc": "1.net.1",
-    "mlp.c_proj": "1.net.4",
-}
-_BLOCK_NAMES = {"attn.in_proj_weight": "0.to_qkv.weight"} | {
-    f"{tower}.{kind}": f"{student}.{kind}" for tower, student in _BLOCK_LAYERS.items() for kind in ("weight", "bias")
-}
+_HEAD = "vit.mlp_head."
 # Weights of vit-pytorch's linear embeddings whose last axis is the pixels of a patch.
 _PARTS, _NAMES = ("to_patch_embedding", "to_patch_tokens"), ("1.weight", "1.bias", "2.weight")
 _PIXEL_WEIGHTS = tuple(f"{part}.{name}" for part in _PARTS for name in _NAMES)
+# Tensors with rows of heads, and how many times they have all heads: queries, keys and values, or some of them.
+_HEAD_ROWS = {"to_qkv.weight": 3, "to_qkv.bias": 3, "pool.to_kv.weight": 2, "pool.to_kv.bias": 2, "pool.query": 1}
+_HEAD_COLUMNS = ("0.to_out.0.weight", "pool.to_out.weight")
+# Rounding of another order of operations; a network that computes something else differs by far more.
+_TOLERANCE, _SHOWN = 1e-3, 3
 
 
-def init_from_larger(student: Student, artifact: Artifact) -> int:
-    """Initialise a student in place from a larger student, or from a teacher with a ViT of open_clip.
+def init_from_start(student: Student, start: Start) -> tuple[int, float | None]:
+    """Initialise a student in place.
 
-    A student of the same shape is copied. Returns the number of the student's parameters that were selected.
+    The head of a tower is new, except that a student of its width and embedding begins with the features themselves.
+
+    Returns:
+        Number of the student's parameters that were selected, and the largest absolute difference of its features to
+        those of the start on random pixels. The difference is None for a smaller student or a student artifact.
 
     Raises:
-        UserError: Another kind of artifact or network, or a network that is narrower than the student.
+        UserError: The start has no weights for a layer, or computes other features than a student of its shape.
     """
-    path, kind = artifact.path, artifact.card.kind
-    if kind not in ("student", "teacher"):
-        raise UserError(f"start: {path} is a {kind} artifact. Use a student or a teacher.")
-    with reraise_as_artifact_error(artifact):
-        weights = load_file(artifact.file("model.safetensors"))
-        if kind == "student":
-            shape = StudentConfig(**artifact.card.config["model"])
-            if shape.family != student.config.family:
-                raise UserError(f"start: {path} has the family '{shape.family}'. Set model.family to it.")
-            heads = shape.heads
-        else:
-            weights, vision = _rename_tower(weights, str(path)), artifact.card.config["tower_config"]["vision_cfg"]
-            heads = int(vision.get("heads", 0)) or len(weights[_NORM]) // int(vision.get("head_width", 64))
-        dim = len(weights[_NORM])
-    if dim < student.config.dim:
-        widths = f"has tokens of width {dim}, the student of {student.config.dim}"
-        raise UserError(f"start: {path} {widths}. Use a model that is not narrower.")
-    return select_weights(student, weights, heads)
+    names = _select(student, start.weights, start.shape.heads)
+    state, config = student.state_dict(), student.config
+    if start.reference is not None:
+        _check_complete(names, student, start)
+        if f"{_HEAD}weight" not in start.weights and config.embedding_dim == config.dim == start.shape.dim:
+            with torch.no_grad():
+                student.vit.mlp_head.weight.copy_(torch.eye(config.dim))
+                student.vit.mlp_head.bias.zero_()
+    count = sum(state[name].numel() for name in names)
+    is_whole = all(getattr(config, key) == getattr(start.shape, key) for key in (*SIZES, "pool", "registers"))
+    return count, _compare_features(student, start) if start.reference is not None and is_whole else None
+
+
+def _check_complete(names: set[str], student: Student, start: Start) -> None:
+    """Raise :class:`UserError` if a layer of the student got no weights, though the start has the layer."""
+    config, state = student.config, student.state_dict()
+    new: tuple[str, ...] = (_HEAD,)
+    if config.registers > start.shape.registers:
+        new += ("vit.transformer.registers",)
+    if config.pool != start.shape.pool:
+        new += ("vit.cls_token", "vit.transformer.pool.")
+    without = [name for name in state if name not in names and not name.startswith(new) and state[name].numel()]
+    if without:
+        shown = ", ".join(f"'{name}'" for name in without[:_SHOWN])
+        more = f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else ""
+        raise UserError(f"start: {start.name} has no weights that fit {shown}{more}. Use another model.")
+
+
+def _compare_features(student: Student, start: Start) -> float:
+    assert start.reference is not None
+    size = student.config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    found: list[Tensor] = []
+    handle = student.vit.to_latent.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    was_training = student.training
+    with torch.no_grad():
+        student.eval()(pixels)
+        expected = start.reference(pixels)
+    handle.remove()
+    student.train(was_training)
+    difference = float((found[0] - expected).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+        problem = f"the student's features differ from those of {start.name} by {difference:.1e}"
+        raise UserError(f"start: {problem}. Use another model.")
+    return difference
 
 
 def select_weights(student: Student, weights: Mapping[str, Tensor], heads: int) -> int:
     """Select a student's weights from a larger network in place and return the number of selected parameters.
 
-    ``weights`` are under the student's names. Weights without a counterpart stay unchanged.
+    ``weights`` are under the student's names, ``heads`` is the number of their attention heads. Weights without a
+    counterpart stay unchanged.
     """
-    state, count = student.state_dict(), 0
+    names = _select(student, weights, heads)
+    return sum(value.numel() for name, value in student.state_dict().items() if name in names)
+
+
+def _select(student: Student, weights: Mapping[str, Tensor], heads: int) -> set[str]:
+    """Select a student's weights in place and return the names of those that were selected."""
+    state, names = student.state_dict(), set()
     for name, value in state.items():
         source = weights.get(name)
         if source is None or source.ndim != value.ndim:
             continue
-        # The pixels of patches of different sizes do not correspond.
         if name.endswith(_PIXEL_WEIGHTS) and source.shape[-1] != value.shape[-1]:
-            continue
-        selected = _select(name, source, value, heads, student.config.heads)
+            # The norms of vit-pytorch have a weight for each pixel, and pixels of other patches do not correspond.
+            if student.config.patch_norms:
+                continue
+            source = _resample_patches(source, student.config.patch_size)
+        selected = _select_one(name, source, value, heads, student.config.heads)
         if selected is not None:
             state[name] = selected
-            count += value.numel()
+            names.add(name)
     student.load_state_dict(state)
-    return count
+    return names
 
 
-def _select(name: str, source: Tensor, value: Tensor, source_heads: int, heads: int) -> Tensor | None:
+def _resample_patches(source: Tensor, patch_size: int) -> Tensor:
+    """Resample (dim, row * column * channel) weights of patches to another size, as timm does."""
+    from timm.layers import resample_patch_embed
+
+    side = math.isqrt(source.shape[1] // 3)
+    kernels = source.reshape(len(source), side, side, 3).permute(0, 3, 1, 2)
+    resampled: Tensor = resample_patch_embed(kernels, [patch_size, patch_size])
+    return resampled.permute(0, 2, 3, 1).reshape(len(source), -1)
+
+
+def _select_one(name: str, source: Tensor, value: Tensor, source_heads: int, heads: int) -> Tensor | None:
     """Select one weight of ``value``'s shape. Return None if the source is too small."""
     if name.endswith("pos_embedding"):
         return _select_positions(source, value)
-    if name.endswith("to_qkv.weight"):
-        return _select_heads(source, value.shape, source_heads, heads, 3)
-    if name.endswith("to_out.0.weight"):
+    for end, parts in _HEAD_ROWS.items():
+        if name.endswith(end):
+            rows = _select_heads(source.reshape(len(source), -1), _as_rows(value), source_heads, heads, parts)
+            return None if rows is None else rows.reshape(value.shape)
+    if name.endswith(_HEAD_COLUMNS):
         transposed = _select_heads(source.T, value.shape[::-1], source_heads, heads, 1)
         return None if transposed is None else transposed.T
     return _select_evenly(source, value.shape)
+
+
+def _as_rows(value: Tensor) -> tuple[int, int]:
+    return len(value), value[0].numel()
 
 
 def _select_evenly(source: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
@@ -132,37 +181,3 @@ def _select_positions(source: Tensor, value: Tensor) -> Tensor | None:
     if selected is None or grid is value:
         return selected
     return torch.cat([value[..., :1, :], selected], dim=-2)
-
-
-def _rename_tower(weights: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Return an open_clip ViT's weights under the names of a vit-pytorch student.
-
-    vit-pytorch has no biases of queries, keys and values. The values' bias is added to the output's bias, which gives
-    the same result because attention weights sum to 1. The keys' bias has no effect. The queries' bias is lost.
-    """
-    tower = {name.removeprefix("visual."): value for name, value in weights.items() if name.startswith("visual.")}
-    if "transformer.resblocks.0.attn.in_proj_weight" not in tower:
-        raise UserError(f"start: the tower of {path} is not a ViT of open_clip. Use such a teacher, or a student.")
-    width = tower["ln_post.weight"].shape[0]
-    renamed = {
-        _NORM: tower["ln_post.weight"],
-        "vit.transformer.norm.bias": tower["ln_post.bias"],
-        "vit.pos_embedding": tower["positional_embedding"],
-        "vit.cls_token": tower["class_embedding"][None],
-        # Patches are flattened as (row, column, channel).
-        "vit.to_patch_embedding.2.weight": tower["conv1.weight"].permute(0, 2, 3, 1).reshape(width, -1),
-        "vit.to_patch_embedding.3.weight": tower["ln_pre.weight"],
-        "vit.to_patch_embedding.3.bias": tower["ln_pre.bias"],
-    }
-    if "proj" in tower:
-        renamed["vit.mlp_head.weight"] = tower["proj"].T
-    for name, value in tower.items():
-        if name.startswith("transformer.resblocks."):
-            block, _, part = name.removeprefix("transformer.resblocks.").partition(".")
-            if part in _BLOCK_NAMES:
-                renamed[f"vit.transformer.layers.{block}.{_BLOCK_NAMES[part]}"] = value
-    for name in [name for name in tower if name.endswith("attn.in_proj_bias")]:
-        prefix = name.removesuffix("in_proj_bias")
-        output = f"vit.transformer.layers.{prefix.split('.')[2]}.0.to_out.0.bias"
-        renamed[output] = renamed[output] + tower[f"{prefix}out_proj.weight"] @ tower[name][2 * width :]
-    return renamed

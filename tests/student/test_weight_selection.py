@@ -4,35 +4,28 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from experiments.random_student import write_random_student
 from student.config import StudentConfig
 from student.model import Student
-from student.weight_selection import init_from_larger, select_weights
-from vpr.artifacts.card import Embedding
+from student.start import read_start, resolve_model
+from student.weight_selection import init_from_start, select_weights
 from vpr.artifacts.store import load_artifact
 from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
-from vpr.imaging.preprocess import Preprocess
 
 LARGE = StudentConfig(image_size=32, dim=96, depth=3, heads=4, dim_head=24, mlp_dim=128, embedding_dim=32)
 SMALL = replace(LARGE, dim=48, depth=2, heads=2, mlp_dim=64)
-TOWER = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 3, "width": 96, "head_width": 24, "patch_size": 8, "mlp_ratio": 1.5},
-    "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 def test_student_of_the_same_shape_is_copied(tmp_path: Path) -> None:
     path = write_random_student(tmp_path / "large", replace(LARGE, stem="conv"))
     torch.manual_seed(1)
     student = Student(replace(LARGE, stem="conv"))
-    count = init_from_larger(student, load_artifact(path))
+    count, difference = init_from_start(student, read_start(load_artifact(path)))
+    assert difference is None
     assert count == sum(v.numel() for v in student.state_dict().values())
     from student.model import load_student
 
@@ -67,49 +60,6 @@ def test_heads_are_selected_separately() -> None:
             assert torch.equal(rows[part, head], expected.float())
     columns = small.state_dict()[out][0].view(2, 24)
     assert torch.equal(columns[1], 2 * 24 + torch.arange(24).float())
-
-
-def test_open_clip_tower_gives_equal_features(tmp_path: Path) -> None:
-    """A copied ViT of open_clip without query biases computes the same in vit-pytorch's network."""
-    torch.manual_seed(0)
-    clip = open_clip.model.CLIP(**TOWER, quick_gelu=False)
-    with torch.no_grad():
-        for block in clip.visual.transformer.resblocks:
-            block.attn.in_proj_bias[:96].zero_()
-            block.attn.in_proj_bias[96:].normal_()  # Key biases have no effect, value biases move to the output.
-            block.attn.out_proj.bias.normal_()
-    path = tmp_path / "teacher"
-    weights = {name: value.contiguous() for name, value in clip.state_dict().items() if name.startswith("visual.")}
-    with write_artifact(path, "teacher", {"tower_config": TOWER}) as draft:
-        save_file(weights, draft.path / "model.safetensors")
-        draft.preprocess = Preprocess(size=32)
-        draft.embedding = Embedding(dim=32, normalised=True, dtype="float32")
-    student = Student(replace(LARGE, mlp_dim=144, pool="cls"))
-    count = init_from_larger(student, load_artifact(path))
-    # open_clip has no counterpart of the norm before vit-pytorch's patch projection.
-    unselected = {"vit.to_patch_embedding.1.weight", "vit.to_patch_embedding.1.bias", "vit.to_patch_embedding.2.bias"}
-    unselected |= {"vit.mlp_head.bias"}
-    assert count == sum(v.numel() for n, v in student.state_dict().items() if n not in unselected)
-    tokens = torch.randn(2, 17, 96)
-    clip.eval()
-    student.eval()
-    with torch.inference_mode():
-        expected = clip.visual.ln_post(clip.visual.transformer(tokens))
-        torch.testing.assert_close(student.vit.transformer(tokens), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_empty_tower_config_has_default_heads(tmp_path: Path) -> None:
-    width = {**TOWER["vision_cfg"], "head_width": 64, "width": 128}
-    clip = open_clip.model.CLIP(**{**TOWER, "vision_cfg": width}, quick_gelu=False)
-    weights = {name: value.contiguous() for name, value in clip.state_dict().items() if name.startswith("visual.")}
-    with write_artifact(tmp_path / "teacher", "teacher", {"tower_config": {**TOWER, "vision_cfg": {}}}) as draft:
-        save_file(weights, draft.path / "model.safetensors")
-    student = Student(replace(LARGE, dim=128, heads=2, dim_head=64, pool="cls"))
-    init_from_larger(student, load_artifact(tmp_path / "teacher"))
-    assert torch.equal(
-        student.state_dict()["vit.transformer.layers.0.0.to_qkv.weight"],
-        weights["visual.transformer.resblocks.0.attn.in_proj_weight"],
-    )
 
 
 def test_positions_of_another_grid_are_resized() -> None:
@@ -154,11 +104,12 @@ def test_weights_without_counterpart_are_kept() -> None:
 
 def test_unsuitable_start_is_rejected(tmp_path: Path) -> None:
     narrow = write_random_student(tmp_path / "narrow", replace(LARGE, dim=24, mlp_dim=32, dim_head=8, embedding_dim=16))
-    with pytest.raises(UserError, match="tokens of width 24, the student of 48"):
-        init_from_larger(Student(SMALL), load_artifact(narrow))
+    start = read_start(load_artifact(narrow))
+    with pytest.raises(UserError, match=r"smaller than the student, with dim 24 of 48\. Lower model\.dim"):
+        resolve_model(SMALL, start)
     with pytest.raises(UserError, match=r"Set model\.family to it"):
-        init_from_larger(Student(replace(SMALL, family="small-data")), load_artifact(narrow))
+        resolve_model(replace(SMALL, family="small-data"), start)
     with write_artifact(tmp_path / "other", "ranges", {}) as draft:
         (draft.path / "ranges.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="is a ranges artifact. Use a student or a teacher"):
-        init_from_larger(Student(SMALL), load_artifact(tmp_path / "other"))
+        read_start(load_artifact(tmp_path / "other"))

@@ -1,0 +1,228 @@
+"""Model that a student starts from: a ViT by name, or the artifact of a student or a teacher."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from student.config import LAYER_KEYS, SIZES, DistillConfig, StudentConfig
+from student.pretrained_vit import State, UnsupportedVit, Vit, read_vit, vit_shape, vit_weights
+from teacher.fused import FusedTeacher
+from teacher.licence import weights_licences
+from teacher.model import Teacher, build_teacher, load_teacher
+from teacher.registry import read_tower
+from teacher.tower_config import TowerConfig
+from teacher.train import identify_init_weights
+from teacher.weights import read_tower_weights
+from vpr.artifacts.card import UNKNOWN_LICENCE
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.common.errors import UserError
+
+# A tower's weights must cover these sizes of the student.
+_COVERED = ("dim", "depth", "heads", "dim_head", "mlp_dim")
+_POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings", "position_embedding.weight")
+_MAX_PREFIX = 8  # class, distillation and register tokens before the positions of the grid
+# Keys in the messages of `teacher`, as keys of a distillation.
+_KEYS = (
+    ("tower.pretrained", "start_weights"),
+    ("tower.name", "start"),
+    ("tower.image_size", "model.image_size"),
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a student starts from.
+
+    Attributes:
+        name: Name of the model or path of the artifact, for messages.
+        shape: Shape of the student that the weights fit as they are.
+        weights: Weights under the names of a student.
+        statistics: ``mean`` and ``std`` of the images that the model expects.
+        artifact: Artifact of the weights, None for a model of a library.
+        reference: Network from (batch, 3, size, size) to the (batch, dim) features before the head; None for a student.
+        values: JSON values that identify the weights in the card.
+        licences: Licences of weights that have no artifact.
+    """
+
+    name: str
+    shape: StudentConfig
+    weights: State
+    statistics: dict[str, Any]
+    artifact: Artifact | None = None
+    reference: nn.Module | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    licences: tuple[str, ...] = ()
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the weights are a student's."""
+        return self.reference is None
+
+
+def load_start(config: DistillConfig) -> Start | None:
+    """Load the model in ``start``, None if there is none.
+
+    Raises:
+        UserError: The model or its weights do not exist, do not fit, or are of another family.
+    """
+    if not config.start:
+        return None
+    return _load_named(config) if config.names_start else read_start(load_artifact(config.start))
+
+
+def read_start(artifact: Artifact) -> Start:
+    """Read a student or a teacher artifact; raise :class:`UserError` for other artifacts and unsupported towers."""
+    path, kind, preprocess = artifact.path, artifact.card.kind, artifact.card.preprocess
+    if kind not in ("student", "teacher"):
+        raise UserError(f"start: {path} is a {kind} artifact. Use a student or a teacher.")
+    statistics = {} if preprocess is None else {"mean": preprocess.mean, "std": preprocess.std}
+    if kind == "student":
+        with reraise_as_artifact_error(artifact):
+            shape = StudentConfig(**artifact.card.config["model"])
+            return Start(str(path), shape, load_file(artifact.file("model.safetensors")), statistics, artifact)
+    teacher, _ = load_teacher(path, artifact)
+    if isinstance(teacher, FusedTeacher):
+        raise UserError(f"start: {path} holds several teachers. Start from one of them.")
+    vit = _read_vit(teacher.visual, str(path))
+    weights = vit_weights(replace(vit, head=_compose_head(teacher, vit)))
+    return Start(str(path), _shape_of(vit, str(path)), weights, statistics, artifact, _trunk(teacher.visual))
+
+
+def resolve_model(model: StudentConfig, start: Start) -> StudentConfig:
+    """Return the complete shape of a student: what the start decides, and what the configuration does.
+
+    The student's layers compute as those of the start. The preset ``auto`` takes the start's sizes too.
+
+    Raises:
+        UserError: The shape needs other layers than those of the start, or is larger.
+    """
+    shape = start.shape
+    takes_all = model.preset == "auto" or not start.is_student
+    values: dict[str, Any] = {"registers": model.registers or shape.registers}
+    if not takes_all and model.family != shape.family:
+        raise UserError(f"start: {start.name} has the family '{shape.family}'. Set model.family to it.")
+    for key in (*LAYER_KEYS, *(("stem", "family") if takes_all else ())):
+        value, own = getattr(model, key), getattr(shape, key)
+        if value not in (own, getattr(StudentConfig, key)):
+            raise UserError(f"model.{key}: start {start.name} has {own}, got {value}. Leave the key out.")
+        values[key] = own
+    if model.preset == "auto":
+        values |= {key: getattr(model, key) or getattr(shape, key) for key in SIZES}
+    values["pool"] = shape.pool if model.pool == "auto" else model.pool
+    resolved = replace(model, **values)
+    for key in ("dim",) if start.is_student else _COVERED:
+        size, own = getattr(resolved, key), getattr(shape, key)
+        if own < size:
+            fix = f"Lower model.{key}, or use a larger model"
+            raise UserError(f"start: {start.name} is smaller than the student, with {key} {own} of {size}. {fix}.")
+    return resolved
+
+
+def _load_named(config: DistillConfig) -> Start:
+    """Load a model of timm or open_clip, in the student's image size if it has the same patches."""
+    name = config.start
+    with _with_keys_of_distillation(config):
+        tower = read_tower(name)
+        pretrained = config.start_weights or str(tower.get("tag", ""))
+        if not pretrained:
+            fix = "Set it to a tag of the library, a .safetensors file or a teacher"
+            raise UserError(f"start_weights: no weights of {name} are given. {fix}.")
+        network = TowerConfig(name=name, pretrained=pretrained, interpolation="bicubic")
+        described, preprocess = build_teacher(network, tower, load_pretrained=False, device="meta")
+        shape = _shape_of(_read_vit(described.visual, name), name)
+        statistics = {"mean": preprocess.mean, "std": preprocess.std}
+        # The shape is checked before the weights are loaded.
+        unloaded = Start(name, shape, {}, statistics, reference=described)
+        model = resolve_model(config.model, unloaded)
+        if model.patch_size == shape.patch_size and model.image_size != shape.image_size:
+            network = replace(network, image_size=model.image_size)
+        teacher, _ = build_teacher(network, tower, load_pretrained=True)
+    visual = teacher.eval().visual
+    vit = _read_vit(visual, name)
+    init = identify_init_weights(pretrained)
+    artifact = init if isinstance(init, Artifact) else None
+    values = {"start_tower": tower, **({"start_sha256": init} if isinstance(init, str) and init else {})}
+    licences = () if artifact is not None else tuple(weights_licences(network, tower) or [UNKNOWN_LICENCE])
+    shape, weights = _shape_of(vit, name), vit_weights(vit)
+    return Start(name, shape, weights, statistics, artifact, _trunk(visual), values, licences)
+
+
+def _read_vit(visual: Any, name: str) -> Vit:
+    try:
+        return read_vit(visual)
+    except UnsupportedVit as error:
+        raise _unsupported(name, error) from None
+
+
+def _shape_of(vit: Vit, name: str) -> StudentConfig:
+    try:
+        return vit_shape(vit)
+    except UnsupportedVit as error:
+        raise _unsupported(name, error) from None
+
+
+def _unsupported(name: str, error: UnsupportedVit) -> UserError:
+    return UserError(f"start: {name} {error}. Use a plain ViT, such as timm/deit_small_patch16_224.")
+
+
+def _trunk(visual: Any) -> nn.Module:
+    """Return the network up to the pooled features; the projection of a tower is removed."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None:
+        visual.proj = None
+    reference: nn.Module = visual if trunk is None else trunk
+    return reference.requires_grad_(False).eval()
+
+
+def _compose_head(teacher: Teacher, vit: Vit) -> tuple[Tensor, Tensor | None] | None:
+    """Return one linear for the tower's projection and those of the teacher, or None without any."""
+    linear, norm = (getattr(teacher.project, name, None) for name in ("linear", "norm"))
+    if linear is None and norm is None:
+        return vit.head
+    weight, bias = vit.head or (torch.eye(vit.patches.out_channels), None)
+    if linear is not None:
+        weight, bias = linear.weight @ weight, None if bias is None else linear.weight @ bias
+    if norm is not None:
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        shift = norm.running_mean if bias is None else norm.running_mean - bias
+        weight, bias = weight * scale[:, None], norm.bias - shift * scale
+    return weight, bias
+
+
+@contextmanager
+def _with_keys_of_distillation(config: DistillConfig) -> Iterator[None]:
+    """Raise errors of a teacher's tower under the keys of a distillation."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if text.startswith(("tower.mean:", "tower.std:")):
+            problem = f"published weights of {config.start} expect images of different mean and std"
+            text = f"start_weights: {problem}. Set it to a tag, or add the tag to start."
+        if text.startswith("tower.pretrained:"):
+            text = _explain_positions(Path(config.start_weights)) or text
+        for key, own in _KEYS:
+            text = text.replace(key, own)
+        raise UserError(text) from None
+
+
+def _explain_positions(path: Path) -> str:
+    """Return a message if the positions in a file are no square grid, which cannot be resampled; else nothing."""
+    try:
+        weights = read_tower_weights(path)
+    except UserError:
+        return ""
+    for name, value in weights.items():
+        tokens = value.shape[-2] if name.endswith(_POSITIONS) and value.ndim > 1 else 0
+        counts = range(min(tokens, _MAX_PREFIX))
+        if tokens and not any(math.isqrt(tokens - count) ** 2 == tokens - count for count in counts):
+            problem = f"the {tokens} positions '{name}' are no square grid and cannot be resampled"
+            return f"start_weights: {path}: {problem}. Use weights for square images."
+    return ""
