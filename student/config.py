@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from teacher.config import HeadConfig
 from vpr.artifacts.paths import CARD_NAME
@@ -13,6 +13,8 @@ from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
 from vpr.training.config import RunConfig
 
 Preset = Literal["auto", "sample", "tiny", "small", "base"]
+Activation = Literal["gelu", "gelu-tanh", "quick-gelu"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 # Widths and depths of DeiT-Ti, -S and -B (Touvron et al., "Training data-efficient image transformers", ICML 2021,
 # table 1). "sample" is for images of 64 pixels.
@@ -102,7 +104,7 @@ class StudentConfig:
     patch_norms: bool = True
     pre_norm: bool = False
     pooled_norm: bool = False
-    activation: Literal["gelu", "gelu-tanh", "quick-gelu"] = "gelu"
+    activation: Activation = "gelu"
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -113,7 +115,10 @@ class StudentConfig:
                 if getattr(self, name) == 0:
                     object.__setattr__(self, name, value)
         # The preset `auto` keeps zeros until the start is known.
-        check_numbers(self, "model.", **{key: bounds for key, bounds in _BOUNDS.items() if getattr(self, key) != 0})
+        unknown = {key for key in SIZES if getattr(self, key) == 0}
+        check_numbers(self, "model.", **{key: bounds for key, bounds in _BOUNDS.items() if key not in unknown})
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"model.activation: expected one of {', '.join(ACTIVATIONS)}, got '{self.activation}'.")
         self._check_grid()
         if not 0 <= self.registers <= _MAX_REGISTERS:
             raise UserError(f"model.registers: expected 0 to {_MAX_REGISTERS}, got {self.registers}.")

@@ -101,7 +101,7 @@ def test_checkpointing_keeps_the_gradients(family: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"preset": "huge"}, "model.preset: expected one of sample, tiny, small, base, got 'huge'"),
+        ({"preset": "huge"}, "model.preset: expected one of auto, sample, tiny, small, base, got 'huge'"),
         ({"image_size": 100}, "model.image_size: expected a multiple of patch 8, got 100"),
         ({"depth": -1}, "model.depth: expected .+ got -1"),
         ({"dim": 1 << 20}, "model.dim: expected .+ got 1048576"),
@@ -109,11 +109,20 @@ def test_checkpointing_keeps_the_gradients(family: str) -> None:
         ({"image_size": 48, "patch_size": 12, "stem": "conv"}, "needs a power of two"),
         ({"registers": 65}, "model.registers: expected 0 to 64, got 65"),
         ({"dropout": 1.0}, "model.dropout: expected 0 to below 1, got 1.0"),
+        ({"norm_eps": 0.0}, "model.norm_eps: expected 1e-12 to 0.1, got 0.0"),
+        ({"activation": "relu"}, "model.activation: expected one of gelu, gelu-tanh, quick-gelu, got 'relu'"),
+        ({"family": "small-data", "qkv_bias": True}, "model.qkv_bias: the family 'small-data' does not support it"),
+        ({"family": "small-data", "pool": "map"}, "model.pool: the family 'small-data' does not support it"),
     ],
 )
 def test_wrong_shapes_are_rejected_by_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         StudentConfig(**values)
+
+
+def test_incomplete_shape_builds_no_network() -> None:
+    with pytest.raises(UserError, match=r"model\.preset: 'auto' takes the shape of start, which is not set"):
+        Student(StudentConfig("auto", dim=64, embedding_dim=8))
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
