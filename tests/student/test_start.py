@@ -101,6 +101,45 @@ def test_features_equal_those_of_the_library(name: str) -> None:
     assert count == sum(value.numel() for value in student.state_dict().values()) - (head if name in TIMM else 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm/deit_tiny_patch16_224", 0),
+        ("timm/deit_small_patch16_224", 0),
+        ("timm/deit_base_patch16_224", 0),
+        ("timm/vit_tiny_patch16_224", 0),
+        ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", 0),
+        ("timm/vit_base_patch16_224.augreg_in21k_ft_in1k", 0),
+        ("timm/vit_small_patch14_dinov2", 0),
+        ("timm/vit_small_patch14_reg4_dinov2", 224),
+        ("timm/vit_base_patch14_dinov2", 224),
+        ("timm/vit_base_patch14_reg4_dinov2", 224),
+        ("timm/vit_xsmall_patch16_clip_224", 0),
+        ("timm/vit_medium_patch32_clip_224", 0),
+        ("timm/vit_base_patch16_siglip_224", 0),
+        *((f"open_clip/{name}", 0) for name in OPEN_CLIP),
+    ],
+)
+def test_published_networks_equal_the_library(name: str, size: int, tmp_path: Path) -> None:
+    """In the published sizes, by the name of the model and a file of its weights."""
+    network = TowerConfig(name, "", mean=(0.5,) * 3, std=(0.5,) * 3)
+    visual: Any = build_teacher(network, read_tower(name), load_pretrained=False)[0].visual
+    randomise(visual)
+    state = {f"visual.{key}": value.contiguous() for key, value in visual.state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    del state
+    start = load_start(configure(name, str(tmp_path / "weights.safetensors"), model=replace(AUTO, image_size=size)))
+    assert start is not None
+    student = build(start, image_size=size)
+    _, difference = init_from_start(student, start)
+    assert difference is not None
+    assert difference <= 1e-5
+    if not size:
+        x = pixels_for(student, 1)
+        assert (student_features(student, x) - library_features(visual, x)).abs().max() <= 1e-5
+
+
 def test_another_network_is_found_by_its_features() -> None:
     """Weights that fit by name and shape may still be of a network that computes something else."""
     visual = timm_tower("vit_small_patch14_dinov2")
