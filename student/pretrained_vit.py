@@ -166,14 +166,14 @@ def _pair(name: str, weight: Tensor, bias: Tensor | None) -> State:
 
 
 def _read_timm(vit: Any, head: tuple[Tensor, Tensor | None] | None) -> Vit:
-    from timm.layers import AttentionPoolLatent, PatchEmbed
+    from timm.layers import PatchEmbed
 
     is_known = type(vit.patch_embed) is PatchEmbed and isinstance(vit.patch_embed.norm, nn.Identity)
     _require(is_known and vit.pos_embed is not None, "has another patch embedding, or no learned positions")
     pool = {"token": "cls", "avg": "mean", "map": "map"}.get(vit.global_pool, "")
     _require(bool(pool), f"has the pooling '{vit.global_pool}'")
     _require(not vit.pool_include_prefix, "pools its class or register tokens with the others")
-    _require(vit.attn_pool is None or _is_plain_pool(vit.attn_pool, AttentionPoolLatent), "has another map pooling")
+    _require(vit.attn_pool is None or _is_plain_pool(vit.attn_pool), "has another map pooling")
     norms_pooled = isinstance(vit.fc_norm, nn.LayerNorm)
     norm = vit.fc_norm if norms_pooled else vit.norm
     _require(isinstance(norm, nn.LayerNorm), "has no norm after its blocks")
@@ -242,8 +242,11 @@ def _read_head(head: Any) -> tuple[Tensor, Tensor | None] | None:
     return layers[0].weight, layers[0].bias
 
 
-def _is_plain_pool(pool: Any, kind: type) -> bool:
-    is_plain = type(pool) is kind and pool.pos_embed is None and pool.latent_len == 1 and pool.mlp is not None
+def _is_plain_pool(pool: Any) -> bool:
+    from timm.layers import AttentionPoolLatent
+
+    is_known = type(pool) is AttentionPoolLatent
+    is_plain = is_known and pool.pos_embed is None and pool.latent_len == 1 and pool.mlp is not None
     return is_plain and all(isinstance(norm, nn.Identity) for norm in (pool.q_norm, pool.k_norm))
 
 
