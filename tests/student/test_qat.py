@@ -127,7 +127,7 @@ def test_each_input_is_loaded_once(
         paths.append(str(path))
         return load_artifact(path, *kind)
 
-    for module in ("student.inputs", "student.model", "teacher.model", "vpr.data.catalog"):
+    for module in ("student.inputs", "student.start", "student.model", "teacher.model", "vpr.data.catalog"):
         monkeypatch.setattr(f"{module}.load_artifact", load)
     ranges = str(qat_student.parent / "ranges")
     settings = {"start": str(student), "quantise": QuantiseConfig(ranges), "dry_run": True}
