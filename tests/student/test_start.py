@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import timm
 import torch
@@ -141,7 +143,9 @@ def test_published_networks_equal_the_library(name: str, size: int, tmp_path: Pa
     assert difference <= 1e-5
     if not size:
         x = pixels_for(student, 1)
-        assert (student_features(student, x) - library_features(visual, x)).abs().max() <= 1e-5
+        features = library_features(visual, x)
+        assert (student_features(student, x) - features).abs().max() <= 1e-5
+        assert (graph_features(trace(student, student.config.image_size, 20), x) - features).abs().max() <= 1e-5
 
 
 def test_another_network_is_found_by_its_features() -> None:
@@ -168,6 +172,16 @@ def test_head_of_the_same_width_keeps_the_embedding(name: str, dim: int) -> None
         assert (student(x) - expected).abs().max() <= 1e-5
 
 
+def graph_features(graph: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
+    """Return the pooled features in an exported graph: the input of the head's product."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    head = next(node for node in model.graph.node if node.name.startswith("vit.mlp_head/"))
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(head.input[0]))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run([head.input[0]], {model.graph.input[0].name: x.numpy()})[0])
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -185,9 +199,11 @@ def test_graphs_equal_the_library_in_fp32_and_follow_it_in_int8(name: str) -> No
     x = pixels_for(student, 8)
     with torch.no_grad():
         expected = F.normalize(visual(x), dim=1).numpy()
+    features = library_features(visual, x)
     visual.proj = None
     init_from_start(student, start)
     graph = trace(student, student.config.image_size, 20)
+    assert (graph_features(graph, x) - features).abs().max() <= 1e-5
     assert np.abs(run_graph(graph, x.numpy(), 3) - expected).max() <= 1e-5
     activations = measure_activations(graph, [x.numpy()])
     smoothings = smoothing_by_module(search_smoothing(graph, activations))
