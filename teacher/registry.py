@@ -30,7 +30,8 @@ def read_tower(name: str) -> dict[str, Any]:
     path = packaged if packaged.is_file() else Path(name)
     if path.suffix == ".json":
         return _read_tower_file(path)
-    config = open_clip.get_model_config(open_clip_name(name))
+    # open_clip downloads the configuration of a name such as `hf-hub:OWNER/NAME`, and reads any file for `local-dir:`.
+    config = None if ":" in name else open_clip.get_model_config(open_clip_name(name))
     if config is None:
         raise UserError(f"tower.name: '{name}' is no open_clip model, timm model or JSON file. {_nearest(name)}")
     return config

@@ -20,6 +20,10 @@ _BUFFERS = ("mask_token", "relative_position_index", "attn_mask", "position_ids"
 _SHOWN = 3  # names in a message
 
 
+class MissingProjection(UserError):
+    """Weights of the same tower without its projection."""
+
+
 def read_tower_weights(path: Path) -> dict[str, Tensor]:
     """Return the image tower of a checkpoint or a teacher, without prefixes such as ``visual.`` and ``module.``.
 
@@ -44,10 +48,13 @@ def read_tower_weights(path: Path) -> dict[str, Tensor]:
 
 
 def download_open_clip(name: str, tag: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the image tower of an open_clip tag, from the hub or its cache."""
+    """Return the image tower of an open_clip tag, from the hub or its cache; raise :class:`UserError` if that fails."""
     import open_clip
 
-    file = open_clip.download_pretrained(tag, prefer_hf_hub=True) or f"{name} (the tag names no file)"
+    try:
+        file = open_clip.download_pretrained(tag, prefer_hf_hub=True) or f"{name} (the tag names no file)"
+    except Exception as error:  # of the network and the hub
+        raise _failed_download(f"open_clip/{name}", error) from None
     return read_tower_weights(Path(file))
 
 
@@ -58,17 +65,23 @@ def download_timm(model: str, tag: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(f"{model}.{tag}", pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of the network, the hub and the file
-        if explain_system_error(error):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        fix = "Check the network, or set tower.pretrained to a .safetensors file"
-        raise UserError(f"tower.pretrained: cannot load timm/{model}.{tag} ({reason}). {fix}.") from None
+        raise _failed_download(f"timm/{model}.{tag}", error) from None
+
+
+def _failed_download(name: str, error: Exception) -> Exception:
+    """Return the :class:`UserError` of a failed download, or the error itself if the machine lacks memory or room."""
+    if explain_system_error(error):
+        return error
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    fix = "Check the network, or set tower.pretrained to a .safetensors file"
+    return UserError(f"tower.pretrained: cannot load {name} ({reason}). {fix}.")
 
 
 def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
     """Load weights of any image size, stride and projection, named as by timm, open_clip or Hugging Face.
 
     Raises:
+        MissingProjection: The weights are those of the tower, without its projection.
         UserError: The weights fit another tower.
     """
     try:
@@ -90,7 +103,7 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
     missing = {name for name in expected.keys() - state.keys() if not name.endswith(_BUFFERS)}
     if missing and all(name.startswith(_PROJECTION) for name in missing):
         fix = "Set tower.keep_projection to false"
-        raise UserError(f"tower.pretrained: the weights lack the projection {_first_names(missing)}. {fix}.")
+        raise MissingProjection(f"tower.pretrained: the weights lack the projection {_first_names(missing)}. {fix}.")
     reshaped = {name for name, value in fitted.items() if value.shape != expected[name].shape}
     for problem, names in (("lack", missing), ("have", unexpected), ("differ in the shape of", reshaped)):
         if names:
