@@ -161,9 +161,8 @@ def build_vit(kind: Any, config: StudentConfig) -> Any:
     return vit
 
 
-def load_student(path: Path | str, artifact: Artifact | None = None) -> tuple[Student, Artifact]:
-    """Load a student artifact, if it is not loaded already: the network in evaluation mode, and the artifact."""
-    artifact = artifact or load_artifact(path, "student")
+def read_student(artifact: Artifact) -> tuple[StudentConfig, dict[str, Tensor]]:
+    """Return the shape and the weights of a student artifact; raise :class:`UserError` if they do not fit."""
     with reraise_as_artifact_error(artifact):
         config = StudentConfig(**artifact.card.config["model"])
         weights = load_file(artifact.file("model.safetensors"))
@@ -172,6 +171,14 @@ def load_student(path: Path | str, artifact: Artifact | None = None) -> tuple[St
             shapes = {name: tensor.shape for name, tensor in Student(config).state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in weights.items()}:
             raise UserError("the weights do not fit the network of the card")
+    return config, weights
+
+
+def load_student(path: Path | str, artifact: Artifact | None = None) -> tuple[Student, Artifact]:
+    """Load a student artifact, if it is not loaded already: the network in evaluation mode, and the artifact."""
+    artifact = artifact or load_artifact(path, "student")
+    config, weights = read_student(artifact)
+    with reraise_as_artifact_error(artifact):
         if artifact.card.embedding is None or artifact.card.embedding.dim != config.embedding_dim:
             raise UserError(f"the card does not name the {config.embedding_dim} dimensions of the network")
         model = Student(config)

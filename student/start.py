@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from student.config import LAYER_KEYS, SIZES, DistillConfig, StudentConfig
+from student.model import read_student
 from student.pretrained_vit import State, UnsupportedVit, Vit, read_vit, vit_shape, vit_weights
 from teacher.fused import FusedTeacher
 from teacher.licence import weights_licences
@@ -19,9 +19,9 @@ from teacher.model import Teacher, build_teacher, load_teacher
 from teacher.registry import read_tower
 from teacher.tower_config import TowerConfig
 from teacher.train import identify_init_weights
-from teacher.weights import read_tower_weights
+from teacher.weights import MissingProjection, read_tower_weights
 from vpr.artifacts.card import UNKNOWN_LICENCE
-from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 
 # A tower's weights must cover these sizes of the student.
@@ -84,9 +84,7 @@ def read_start(artifact: Artifact) -> Start:
         raise UserError(f"start: {path} is a {kind} artifact. Use a student or a teacher.")
     statistics = {} if preprocess is None else {"mean": preprocess.mean, "std": preprocess.std}
     if kind == "student":
-        with reraise_as_artifact_error(artifact):
-            shape = StudentConfig(**artifact.card.config["model"])
-            return Start(str(path), shape, load_file(artifact.file("model.safetensors")), statistics, artifact)
+        return Start(str(path), *read_student(artifact), statistics, artifact)
     teacher, _ = load_teacher(path, artifact)
     if isinstance(teacher, FusedTeacher):
         raise UserError(f"start: {path} holds several teachers. Start from one of them.")
@@ -122,11 +120,17 @@ def resolve_model(model: StudentConfig, start: Start) -> StudentConfig:
         if own < size:
             fix = f"Lower model.{key}, or use a larger model"
             raise UserError(f"start: {start.name} is smaller than the student, with {key} {own} of {size}. {fix}.")
+    if not start.is_student and resolved.heads == 1 and resolved.dim_head == resolved.dim:
+        problem = f"one head of the tokens' width {resolved.dim} has no output projection in vit-pytorch"
+        raise UserError(f"model.heads: {problem}. Raise model.heads or model.dim.")
     return resolved
 
 
 def _load_named(config: DistillConfig) -> Start:
-    """Load a model of timm or open_clip, in the student's image size if it has the same patches."""
+    """Load a model of timm or open_clip, in the student's image size if it has the same patches.
+
+    Shape and licence are checked before weights are loaded.
+    """
     name = config.start
     with _with_keys_of_distillation(config):
         tower = read_tower(name)
@@ -134,24 +138,50 @@ def _load_named(config: DistillConfig) -> Start:
         if not pretrained:
             fix = "Set it to a tag of the library, a .safetensors file or a teacher"
             raise UserError(f"start_weights: no weights of {name} are given. {fix}.")
-        network = TowerConfig(name=name, pretrained=pretrained, interpolation="bicubic")
+        init = identify_init_weights(pretrained)
+        artifact = init if isinstance(init, Artifact) else None
+        # The file of a teacher artifact is that teacher, of which the card records mean and std.
+        weights_path = pretrained if artifact is None else str(artifact.path)
+        network = TowerConfig(name=name, pretrained=weights_path, interpolation="bicubic")
+        licences = _licences(network, tower, artifact, config.require_licence)
         described, preprocess = build_teacher(network, tower, load_pretrained=False, device="meta")
         shape = _shape_of(_read_vit(described.visual, name), name)
         statistics = {"mean": preprocess.mean, "std": preprocess.std}
-        # The shape is checked before the weights are loaded.
         unloaded = Start(name, shape, {}, statistics, reference=described)
         model = resolve_model(config.model, unloaded)
         if model.patch_size == shape.patch_size and model.image_size != shape.image_size:
             network = replace(network, image_size=model.image_size)
-        teacher, _ = build_teacher(network, tower, load_pretrained=True)
-    visual = teacher.eval().visual
+        visual = _load_visual(network, tower)
     vit = _read_vit(visual, name)
-    init = identify_init_weights(pretrained)
-    artifact = init if isinstance(init, Artifact) else None
     values = {"start_tower": tower, **({"start_sha256": init} if isinstance(init, str) and init else {})}
-    licences = () if artifact is not None else tuple(weights_licences(network, tower) or [UNKNOWN_LICENCE])
     shape, weights = _shape_of(vit, name), vit_weights(vit)
     return Start(name, shape, weights, statistics, artifact, _trunk(visual), values, licences)
+
+
+def _load_visual(network: TowerConfig, tower: dict[str, Any]) -> Any:
+    """Return the image tower with its weights, without its projection if the weights have none."""
+    try:
+        teacher, _ = build_teacher(network, tower, load_pretrained=True)
+    except MissingProjection:
+        teacher, _ = build_teacher(replace(network, keep_projection=False), tower, load_pretrained=True)
+    return teacher.eval().visual
+
+
+def _licences(
+    network: TowerConfig, tower: dict[str, Any], artifact: Artifact | None, require_licence: bool
+) -> tuple[str, ...]:
+    """Return the licences of weights that have no artifact.
+
+    Raises:
+        UserError: A licence is required and not recorded.
+    """
+    if artifact is not None:
+        return ()
+    licences = weights_licences(network, tower)
+    if require_licence and not licences:
+        fix = "Use a tag that records one, or a teacher trained with --tower.licence"
+        raise UserError(f"start_weights: '{network.pretrained}' records no licence. {fix}.")
+    return tuple(licences or [UNKNOWN_LICENCE])
 
 
 def _read_vit(visual: Any, name: str) -> Vit:
@@ -205,7 +235,8 @@ def _with_keys_of_distillation(config: DistillConfig) -> Iterator[None]:
         text = str(error)
         if text.startswith(("tower.mean:", "tower.std:")):
             problem = f"published weights of {config.start} expect images of different mean and std"
-            text = f"start_weights: {problem}. Set it to a tag, or add the tag to start."
+            fix = "add the tag to start" if config.start.startswith("timm/") else "to a teacher trained from the file"
+            text = f"start_weights: {problem}. Set it to a tag, or {fix}."
         if text.startswith("tower.pretrained:"):
             text = _explain_positions(Path(config.start_weights)) or text
         for key, own in _KEYS:

@@ -37,10 +37,12 @@ def init_from_start(student: Student, start: Start) -> tuple[int, float | None]:
         those of the start on random pixels. The difference is None for a smaller student or a student artifact.
 
     Raises:
-        UserError: The start has no weights for a layer, or computes other features than a student of its shape.
+        UserError: The start has no weights for a layer, has weights that are not finite, or computes other features than
+            a student of its shape.
     """
     names = _select(student, start.weights, start.shape.heads)
     state, config = student.state_dict(), student.config
+    _check_finite(names, state, start)
     if start.reference is not None:
         _check_complete(names, student, start)
         if f"{_HEAD}weight" not in start.weights and config.embedding_dim == config.dim == start.shape.dim:
@@ -50,6 +52,13 @@ def init_from_start(student: Student, start: Start) -> tuple[int, float | None]:
     count = sum(state[name].numel() for name in names)
     is_whole = all(getattr(config, key) == getattr(start.shape, key) for key in (*SIZES, "pool", "registers"))
     return count, _compare_features(student, start) if start.reference is not None and is_whole else None
+
+
+def _check_finite(names: set[str], state: Mapping[str, Tensor], start: Start) -> None:
+    """Raise :class:`UserError` if a selected weight is not finite. A smaller student has no features to compare."""
+    for name in sorted(names):
+        if not bool(torch.isfinite(state[name]).all()):
+            raise UserError(f"start: {start.name} has weights that are not finite, in '{name}'. Use other weights.")
 
 
 def _check_complete(names: set[str], student: Student, start: Start) -> None:
@@ -130,6 +139,10 @@ def _select_one(name: str, source: Tensor, value: Tensor, source_heads: int, hea
     """Select one weight of ``value``'s shape. Return None if the source is too small."""
     if name.endswith("pos_embedding"):
         return _select_positions(source, value)
+    if name.endswith("registers") and 0 < len(source) < len(value):
+        # Registers that the start lacks stay new, after its own.
+        kept = _select_evenly(source, (len(source), value.shape[1]))
+        return None if kept is None else torch.cat([kept, value[len(source) :]])
     for end, parts in _HEAD_ROWS.items():
         if name.endswith(end):
             rows = _select_heads(source.reshape(len(source), -1), _as_rows(value), source_heads, heads, parts)

@@ -310,7 +310,7 @@ def test_student_of_a_student_keeps_its_layers(tmp_path: Path) -> None:
     assert init_from_start(narrow, again)[0] == sum(value.numel() for value in narrow.state_dict().values())
 
 
-def write_teacher(path: Path, **projection: Any) -> Any:
+def write_teacher(path: Path, catalog: Catalog | None = None, **projection: Any) -> Any:
     """Write a teacher of timm's smallest ViT with random values, and return the network."""
     tower, network = read_tower("timm/test_vit"), TowerConfig("timm/test_vit", "", 32, **projection)
     teacher, preprocess = build_teacher(network, tower, load_pretrained=False)
@@ -322,6 +322,7 @@ def write_teacher(path: Path, **projection: Any) -> Any:
         save_file(teacher.state_dict(), draft.path / "model.safetensors")
         draft.preprocess = preprocess
         draft.embedding = Embedding(dim=teacher.embedding_dim, normalised=True, dtype="float32")
+        draft.catalog = None if catalog is None else catalog.summary()
     return teacher
 
 
