@@ -37,8 +37,8 @@ def init_from_start(student: Student, start: Start) -> tuple[int, float | None]:
         those of the start on random pixels. The difference is None for a smaller student or a student artifact.
 
     Raises:
-        UserError: The start has no weights for a layer, has weights that are not finite, or computes other features than
-            a student of its shape.
+        UserError: The start lacks the weights of a layer, has weights that are not finite, or computes other features
+            than a student of its shape.
     """
     names = _select(student, start.weights, start.shape.heads)
     state, config = student.state_dict(), student.config
