@@ -1,5 +1,6 @@
 """Configuration of a distillation. Imports no heavy library."""
 
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -44,6 +45,7 @@ _BOUNDS = {
     "norm_eps": (1e-12, 0.1),
 }
 
+_NETWORK_STEM = re.compile(r"timm/[A-Za-z0-9_]{1,100}")
 _MAX_TOKENS, _MAX_REGISTERS = 4096, 64
 
 
@@ -66,7 +68,8 @@ class StudentConfig:
             in SigLIP. ``auto`` is that of ``start``, or ``mean`` without one.
         stem: Layers from pixels to tokens. ``patch`` is vit-pytorch's linear patch embedding. ``conv`` replaces it by
             3x3 convolutions of stride 2, which small data needs (Xiao et al., "Early Convolutions Help Transformers
-            See Better", NeurIPS 2021, section 4).
+            See Better", NeurIPS 2021, section 4). ``timm/NAME`` is a convolutional network of timm up to its pooling;
+            its features become the tokens. ``patch_size`` is then the number of pixels that a feature covers.
         family: Network of vit-pytorch. ``vit`` is ``ViT``. ``small-data`` is ``vit_for_small_dataset``: shifted
             patches, and attention with a learned temperature that excludes the token itself (Lee et al., "Vision
             Transformer for Small-Size Datasets", 2021).
@@ -94,7 +97,7 @@ class StudentConfig:
     mlp_dim: int = 0
     embedding_dim: int = 0
     pool: Literal["auto", "mean", "cls", "map"] = "mean"
-    stem: Literal["patch", "conv"] = "patch"
+    stem: str = "patch"
     family: Literal["vit", "small-data"] = "vit"
     registers: int = 0
     dropout: float = 0.0
@@ -119,6 +122,8 @@ class StudentConfig:
         check_numbers(self, "model.", **{key: bounds for key, bounds in _BOUNDS.items() if key not in unknown})
         if self.activation not in ACTIVATIONS:
             raise UserError(f"model.activation: expected one of {', '.join(ACTIVATIONS)}, got '{self.activation}'.")
+        if self.stem not in ("patch", "conv") and not _NETWORK_STEM.fullmatch(self.stem):
+            raise UserError(f"model.stem: expected patch, conv or timm/NAME, got '{self.stem}'.")
         self._check_grid()
         if not 0 <= self.registers <= _MAX_REGISTERS:
             raise UserError(f"model.registers: expected 0 to {_MAX_REGISTERS}, got {self.registers}.")
@@ -126,7 +131,8 @@ class StudentConfig:
             raise UserError(f"model.dropout: expected 0 to below 1, got {self.dropout}.")
         if self.family == "small-data":
             changed = [key for key in LAYER_KEYS if getattr(self, key) != getattr(StudentConfig, key)]
-            for key in [*changed, *(["pool"] if self.pool == "map" else [])]:
+            changed += ["pool"] if self.pool == "map" else []
+            for key in [*changed, *(["stem"] if self.has_network_stem else [])]:
                 raise UserError(f"model.{key}: the family 'small-data' does not support it. Set model.family to vit.")
 
     def _check_grid(self) -> None:
@@ -139,6 +145,11 @@ class StudentConfig:
             raise UserError(f"model.patch_size: {self.patch_size} gives more than {_MAX_TOKENS} tokens. Raise it.")
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise UserError(f"model.patch_size: the convolutional stem needs a power of two, got {self.patch_size}.")
+
+    @property
+    def has_network_stem(self) -> bool:
+        """Whether a network of timm makes the tokens."""
+        return self.stem not in ("patch", "conv")
 
     @property
     def is_complete(self) -> bool:

@@ -15,6 +15,7 @@ from vit_pytorch.vit_for_small_dataset import ViT as SmallDataViT
 
 from student.config import StudentConfig
 from student.layers import AttentionPooling, adapt_block, set_activation
+from student.network_stem import NetworkStem
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
@@ -158,6 +159,8 @@ def build_vit(kind: Any, config: StudentConfig) -> Any:
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config.norm_eps
+    if config.has_network_stem:  # last, since its norms have epsilons of their own
+        vit.to_patch_embedding = NetworkStem(config.stem, config.patch_size, config.dim)
     return vit
 
 

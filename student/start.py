@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from student.config import LAYER_KEYS, SIZES, DistillConfig, StudentConfig
 from student.model import read_student
+from student.network_stem import is_network, network_shape, network_weights
 from student.pretrained_vit import State, UnsupportedVit, Vit, read_vit, vit_shape, vit_weights
 from teacher.fused import FusedTeacher
 from teacher.licence import weights_licences
@@ -24,8 +25,8 @@ from vpr.artifacts.card import UNKNOWN_LICENCE
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 
-# A tower's weights must cover these sizes of the student.
-_COVERED = ("dim", "depth", "heads", "dim_head", "mlp_dim")
+# Weights must cover these sizes of the student.
+_COVERED = {"student": ("dim",), "vit": ("dim", "depth", "heads", "dim_head", "mlp_dim"), "network": ()}
 _POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings", "position_embedding.weight")
 _MAX_PREFIX = 8  # class, distillation and register tokens before the positions of the grid
 # Keys in the messages of `teacher`, as keys of a distillation.
@@ -46,7 +47,8 @@ class Start:
         weights: Weights under the names of a student.
         statistics: ``mean`` and ``std`` of the images that the model expects.
         artifact: Artifact of the weights, None for a model of a library.
-        reference: Network from (batch, 3, size, size) to the (batch, dim) features before the head; None for a student.
+        kind: What the weights are: those of a student, of a ViT, or of a convolutional network that becomes the stem.
+        reference: Network from (batch, 3, size, size) to the (batch, dim) features before the head; of a ViT only.
         values: JSON values that identify the weights in the card.
         licences: Licences of weights that have no artifact.
     """
@@ -55,6 +57,7 @@ class Start:
     shape: StudentConfig
     weights: State
     statistics: dict[str, Any]
+    kind: Literal["student", "vit", "network"]
     artifact: Artifact | None = None
     reference: nn.Module | None = None
     values: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class Start:
     @property
     def is_student(self) -> bool:
         """Whether the weights are a student's."""
-        return self.reference is None
+        return self.kind == "student"
 
 
 def load_start(config: DistillConfig) -> Start | None:
@@ -84,13 +87,18 @@ def read_start(artifact: Artifact) -> Start:
         raise UserError(f"start: {path} is a {kind} artifact. Use a student or a teacher.")
     statistics = {} if preprocess is None else {"mean": preprocess.mean, "std": preprocess.std}
     if kind == "student":
-        return Start(str(path), *read_student(artifact), statistics, artifact)
+        return Start(str(path), *read_student(artifact), statistics, "student", artifact)
     teacher, _ = load_teacher(path, artifact)
     if isinstance(teacher, FusedTeacher):
         raise UserError(f"start: {path} holds several teachers. Start from one of them.")
-    vit = _read_vit(teacher.visual, str(path))
+    visual: Any = teacher.visual
+    tower = artifact.card.config["tower_config"]
+    if is_network(tower):
+        shape = network_shape(tower, visual.image_size)
+        return Start(str(path), shape, network_weights(visual), statistics, "network", artifact)
+    vit = _read_vit(visual, str(path))
     weights = vit_weights(replace(vit, head=_compose_head(teacher, vit)))
-    return Start(str(path), _shape_of(vit, str(path)), weights, statistics, artifact, _trunk(teacher.visual))
+    return Start(str(path), _shape_of(vit, str(path)), weights, statistics, "vit", artifact, _trunk(visual))
 
 
 def resolve_model(model: StudentConfig, start: Start) -> StudentConfig:
@@ -115,7 +123,7 @@ def resolve_model(model: StudentConfig, start: Start) -> StudentConfig:
         values |= {key: getattr(model, key) or getattr(shape, key) for key in SIZES}
     values["pool"] = shape.pool if model.pool == "auto" else model.pool
     resolved = replace(model, **values)
-    for key in ("dim",) if start.is_student else _COVERED:
+    for key in _COVERED[start.kind]:
         size, own = getattr(resolved, key), getattr(shape, key)
         if own < size:
             fix = f"Lower model.{key}, or use a larger model"
@@ -145,17 +153,25 @@ def _load_named(config: DistillConfig) -> Start:
         network = TowerConfig(name=name, pretrained=weights_path, interpolation="bicubic")
         licences = _licences(network, tower, artifact, config.require_licence)
         described, preprocess = build_teacher(network, tower, load_pretrained=False, device="meta")
-        shape = _shape_of(_read_vit(described.visual, name), name)
+        shape = _shape_of_tower(described.visual, tower, name)
         statistics = {"mean": preprocess.mean, "std": preprocess.std}
-        unloaded = Start(name, shape, {}, statistics, reference=described)
-        model = resolve_model(config.model, unloaded)
-        if model.patch_size == shape.patch_size and model.image_size != shape.image_size:
+        kind: Literal["vit", "network"] = "network" if shape.has_network_stem else "vit"
+        model = resolve_model(config.model, Start(name, shape, {}, statistics, kind))
+        if kind == "vit" and model.patch_size == shape.patch_size and model.image_size != shape.image_size:
             network = replace(network, image_size=model.image_size)
         visual = _load_visual(network, tower)
-    vit = _read_vit(visual, name)
     values = {"start_tower": tower, **({"start_sha256": init} if isinstance(init, str) and init else {})}
+    if kind == "network":
+        return Start(name, shape, network_weights(visual), statistics, kind, artifact, None, values, licences)
+    vit = _read_vit(visual, name)
     shape, weights = _shape_of(vit, name), vit_weights(vit)
-    return Start(name, shape, weights, statistics, artifact, _trunk(visual), values, licences)
+    return Start(name, shape, weights, statistics, kind, artifact, _trunk(visual), values, licences)
+
+
+def _shape_of_tower(visual: Any, tower: dict[str, Any], name: str) -> StudentConfig:
+    if is_network(tower):
+        return network_shape(tower, visual.image_size)
+    return _shape_of(_read_vit(visual, name), name)
 
 
 def _load_visual(network: TowerConfig, tower: dict[str, Any]) -> Any:
@@ -199,7 +215,7 @@ def _shape_of(vit: Vit, name: str) -> StudentConfig:
 
 
 def _unsupported(name: str, error: UnsupportedVit) -> UserError:
-    return UserError(f"start: {name} {error}. Use a plain ViT, such as timm/deit_small_patch16_224.")
+    return UserError(f"start: {name} {error}. Use a plain ViT or a convolutional network of timm.")
 
 
 def _trunk(visual: Any) -> nn.Module:

@@ -60,7 +60,7 @@ def tower_of(name: str) -> Any:
 def start_of(visual: Any) -> Start:
     vit = read_vit(visual)
     reference = getattr(visual, "trunk", visual)
-    return Start("a tower", vit_shape(vit), vit_weights(vit), {}, reference=reference)
+    return Start("a tower", vit_shape(vit), vit_weights(vit), {}, "vit", reference=reference)
 
 
 def build(start: Start, **changes: Any) -> Student:
@@ -394,7 +394,11 @@ def test_card_without_the_new_keys_is_a_plain_student(tmp_path: Path) -> None:
     ("start", "model", "message"),
     [
         ("timm/test_vitt", {}, r"start: 'timm/test_vitt' is no model of timm\. Nearest names: timm/test_vit"),
-        ("timm/resnet18", {}, r"start: timm/resnet18 is a ResNet, not a plain ViT of timm or open_clip\. Use a plain"),
+        (
+            "timm/swin_tiny_patch4_window7_224",
+            {},
+            r"is a SwinTransformer, not a plain ViT of timm or open_clip\. Use a plain",
+        ),
         ("timm/test_vit3", {}, "start: timm/test_vit3 pools its class or register tokens with the others"),
         ("timm/test_vit", {"dim": 96}, r"smaller than the student, with dim 64 of 96\. Lower model\.dim"),
         ("timm/test_vit", {"depth": 7}, "with depth 6 of 7"),
