@@ -321,6 +321,8 @@ class DistillConfig:
         quantise: Quantisation-aware training.
         epochs: Number of passes over the images.
         lr: Peak learning rate.
+        layer_decay: Factor of the learning rate from each layer to the one below it, from the head down to the stem.
+            Pretrained starts keep more of what they know with less than 1.
         warmup: Share of the training for the warm-up of the learning rate.
         weight_decay: Weight decay of matrices. Biases and norms have none.
         loader: Batches and workers.
@@ -347,6 +349,7 @@ class DistillConfig:
     quantise: QuantiseConfig = QuantiseConfig()
     epochs: int = 30
     lr: float = 1e-3
+    layer_decay: float = 1.0
     warmup: float = 0.1
     weight_decay: float = 0.05
     loader: LoaderConfig = LoaderConfig()
@@ -357,7 +360,7 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, epochs=(1, None), lr=(0, 10), weight_decay=(0, 100), warmup=(0, 1))
+        check_numbers(self, epochs=(1, None), lr=(0, 10), layer_decay=(0, 1), weight_decay=(0, 100), warmup=(0, 1))
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 to below 2^31, got {self.seed}.")
         if not self.teacher or "" in self.teacher:

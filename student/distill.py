@@ -89,7 +89,7 @@ def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
     """
     values = training_values(config)
     for section, defaults, keys in (
-        (values, DistillConfig, ("start_weights",)),
+        (values, DistillConfig, ("start_weights", "layer_decay")),
         (values["model"], StudentConfig, LAYER_KEYS),
     ):
         for key in keys:

@@ -1,9 +1,10 @@
 """Lightning module of a student: views, targets and losses of a step."""
 
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from student.config import DistillConfig
 from student.criterion import DistillationLoss
@@ -13,6 +14,8 @@ from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import RecallModule, decay_groups
+
+_BLOCK = re.compile(r"vit\.transformer\.layers\.(\d+)\.")
 
 
 class StudentModule(RecallModule):
@@ -69,7 +72,27 @@ class StudentModule(RecallModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW with one warm-up and a cosine schedule."""
         config = self.config
-        # Student and criterion share layers for the loss ``logits``.
-        parameters = list({id(p): p for p in (*self.student.parameters(), *self.criterion.parameters())}.values())
-        optimizer = torch.optim.AdamW(decay_groups(parameters, config.lr, config.weight_decay))
-        return self.with_warmup_cosine(optimizer, config.warmup)
+        groups = []
+        for factor, parameters in group_by_rate(self.student, self.criterion, config.layer_decay).items():
+            groups += decay_groups(parameters, factor * config.lr, config.weight_decay)
+        return self.with_warmup_cosine(torch.optim.AdamW(groups), config.warmup)
+
+
+def group_by_rate(student: Student, criterion: nn.Module, layer_decay: float) -> dict[float, list[nn.Parameter]]:
+    """Return the parameters by the factor of their learning rate, which falls with the distance from the output.
+
+    The head and the layers of the criterion have the factor 1, the last block ``layer_decay``, the one before it
+    ``layer_decay`` squared, and stem, positions and tokens the smallest (Bao et al., "BEiT", ICLR 2022, section 3.2).
+    """
+    depth, groups = student.config.depth, dict[float, list[nn.Parameter]]()
+    last = ("vit.mlp_head.", "vit.to_latent.", "vit.transformer.norm.", "vit.transformer.pool.")
+    layers = {}
+    for name, parameter in student.named_parameters():
+        block = _BLOCK.match(name)
+        layer = 1 + int(block[1]) if block else depth + 1 if name.startswith(last) else 0
+        layers[parameter] = layer
+    # Student and criterion share layers for the loss ``logits``.
+    for parameter in dict.fromkeys((*layers, *criterion.parameters())):
+        factor = layer_decay ** (depth + 1 - layers.get(parameter, depth + 1))
+        groups.setdefault(factor, []).append(parameter)
+    return groups

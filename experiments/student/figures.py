@@ -16,9 +16,11 @@ from experiments.figures import RESULTS, command_of, measure, record, record_unm
 from experiments.student.ablation import SMALL, Setting, ablate_students, distillation
 from experiments.student.dimension import dimension_figures
 from experiments.student.epoch import epoch_figures
+from experiments.student.photos import Students, student_figures
 from experiments.student.sizes import size_curve
 from experiments.student.training_step import StudentStepConfig, student_step, unmeasured
-from experiments.teacher.ablation import build_grocery, grocery_data, grocery_teacher, sample_teacher
+from experiments.teacher.ablation import build_grocery, grocery_data, grocery_teacher, sample_teacher, shop_images
+from experiments.teacher.photos import open_photos
 from student.config import StudentConfig
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
@@ -55,6 +57,14 @@ def measure_grocery() -> None:
     """Record the ablation on photographs of products that no stage has seen."""
     figures, table = ablate_students(grocery())
     record("student", figures, {"grocery": table})
+
+
+def measure_photos() -> None:
+    """Record students of the teacher on photographs, beside towers of the same cost."""
+    data = grocery_data()
+    photos = open_photos(data, Path("runs/figures-teacher/photos"))
+    students = Students(photos, shop_images(data), _FOLDER / "photos")
+    record("student", *student_figures(students))
 
 
 def measure_sizes() -> None:
@@ -94,6 +104,7 @@ PARTS = {
     "throughput": measure_throughput,
     "grocery": measure_grocery,
     "sample": measure_sample,
+    "photos": measure_photos,
     "sizes": measure_sizes,
     "gpu": measure_gpu,
 }
