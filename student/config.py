@@ -309,7 +309,8 @@ class DistillConfig:
         assistant: Student artifact that replaces the teacher, as in teacher -> base -> small.
         start: Model that initialises the student: a ViT by name, such as ``timm/deit_small_patch16_224`` or
             ``open_clip/ViT-B-16``, or the artifact of a student or of a teacher with a ViT. A student of the same
-            shape computes the same features. A smaller student takes a selection of the weights.
+            shape computes the same features. A smaller student takes a selection of the weights. A convolutional
+            network, such as ``timm/tf_efficientnet_lite0``, becomes the stem.
         start_weights: Weights of a model that ``start`` names: a tag of its library, a ``.safetensors`` file, or a
             teacher artifact.
         unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``).

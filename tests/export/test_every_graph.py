@@ -38,6 +38,7 @@ FP8_CONFIG = replace(CONFIG, target="sm89,sm120")
 SHAPES: dict[str, dict[str, Any]] = {
     "patches": {},
     "convolutional stem": {"stem": "conv"},
+    "network as stem": {"stem": "timm/test_efficientnet", "patch_size": 32, "image_size": 64},
     "small data": {"family": "small-data"},
     "registers and mean": {"registers": 4, "pool": "mean"},
 }
@@ -63,6 +64,7 @@ def _thresholds(graph: onnx.ModelProto, size: int = 32) -> dict[str, float]:
 @dataclass(frozen=True)
 class Traced:
     graph: onnx.ModelProto
+    pixels: NDArray[np.float32]
     expected: NDArray[np.float32]
     thresholds: dict[str, float]
 
@@ -71,11 +73,11 @@ class Traced:
 def _traced(shape: str, opset: int) -> Traced:
     torch.manual_seed(0)
     config: StudentConfig = replace(small_student("patch"), **SHAPES[shape])
-    model = Student(config).eval()
+    model, pixels = Student(config).eval(), _pixels(config.image_size)
     with torch.inference_mode():
-        expected = model(torch.from_numpy(_pixels())).numpy()
-    graph = trace(model, 32, opset)
-    return Traced(graph, expected, _thresholds(graph))
+        expected = model(torch.from_numpy(pixels)).numpy()
+    graph = trace(model, config.image_size, opset)
+    return Traced(graph, pixels, expected, _thresholds(graph, config.image_size))
 
 
 def _build(graph: onnx.ModelProto, config: EngineConfig = CONFIG) -> dict[str, int]:
@@ -100,7 +102,7 @@ def test_float_graphs_build_and_equal_pytorch(shape: str, opset: int) -> None:
     # In the third graph an attention stays FP32, as if FP16 could not represent its values.
     attention = next(iter(attention_nodes(graph)))
     for exported, max_distance in ((graph, 1e-6), (to_fp16(graph), 1e-4), (to_fp16(graph, [attention]), 1e-4)):
-        assert 1 - parity(traced.expected, run_graph(exported, _pixels()))["cosine_min"] < max_distance
+        assert 1 - parity(traced.expected, run_graph(exported, traced.pixels))["cosine_min"] < max_distance
         assert "QUANTIZE" not in _build(exported)
 
 
@@ -112,7 +114,7 @@ def test_quantised_graphs_build_over_either_base(shape: str, opset: int, recipe:
     quantised = quantise(traced.graph, traced.thresholds, layers, dtype)
     tensors = len({name for names in layers.values() for name in names})
     for exported in (quantised, to_fp16(quantised)):
-        assert 1 - parity(traced.expected, run_graph(exported, _pixels()))["cosine_min"] < QUANTISED[recipe, dtype]
+        assert 1 - parity(traced.expected, run_graph(exported, traced.pixels))["cosine_min"] < QUANTISED[recipe, dtype]
         assert _build(exported, CONFIG if dtype == "int8" else FP8_CONFIG)["QUANTIZE"] == tensors
 
 
