@@ -324,6 +324,8 @@ class DistillConfig:
         lr: Peak learning rate.
         layer_decay: Factor of the learning rate from each layer to the one below it, from the head down to the stem.
             Pretrained starts keep more of what they know with less than 1.
+        fit_head: Begin with the head that predicts the teacher's embeddings best from the features of ``start``, by
+            ridge regression. A start that has a head keeps it.
         warmup: Share of the training for the warm-up of the learning rate.
         weight_decay: Weight decay of matrices. Biases and norms have none.
         loader: Batches and workers.
@@ -351,6 +353,7 @@ class DistillConfig:
     epochs: int = 30
     lr: float = 1e-3
     layer_decay: float = 1.0
+    fit_head: bool = True
     warmup: float = 0.1
     weight_decay: float = 0.05
     loader: LoaderConfig = LoaderConfig()
@@ -391,6 +394,12 @@ class DistillConfig:
         if self.dimension.method not in ("none", "cosine"):
             problem = f"the fusion of several teachers preserves cosines, got {self.dimension.method}"
             raise UserError(f"dimension.method: {problem}. Set it to cosine, or fuse them with vpr teacher fuse first.")
+
+    @property
+    def fits_head(self) -> bool:
+        """Whether a new head is fitted to the teacher's embeddings, which needs targets of the student's width."""
+        losses, method = self.losses, self.dimension.method
+        return self.fit_head and losses.needs_teacher and not losses.logits and method != "projector"
 
     @property
     def names_start(self) -> bool:

@@ -20,6 +20,7 @@ from student.model import Student
 from student.module import StudentModule
 from student.projection import find_projection
 from student.qat import insert_fake_quant, read_thresholds
+from student.start_fit import fit_start
 from student.targets import CachedTargets, OnlineTargets, Targets, TwoSizeDataset
 from student.teacher_cache import TeacherCache, build_teacher_cache, cache_bytes
 from student.weight_selection import init_from_start
@@ -61,6 +62,7 @@ def distill(config: DistillConfig) -> Path | None:
     loaders = _build_loaders(config, inputs, preprocess)
     student = _build_student(config, inputs)
     licences = [] if inputs.start is None else list(inputs.start.licences)
+    fits_head = inputs.start is not None and inputs.start.has_new_head and config.fits_head
     inputs = replace(inputs, start=None)  # frees the weights, which may be many times the student's
     L.seed_everything(config.seed, verbose=False)
     criterion = DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim)
@@ -69,6 +71,9 @@ def distill(config: DistillConfig) -> Path | None:
     if config.dry_run:
         _train_one_step(module, loaders[0].dataset, config.run)
         return None
+    if fits_head:
+        cosine = fit_start(module, loaders[0].dataset)  # type: ignore[arg-type]
+        log.info(f"  the new head begins with a mean cosine of {cosine:.3f} on products that its fit did not see")
     seconds = time.monotonic() - start
     with run_lock(folder):
         result = fit(module, loaders, student, folder, config.epochs, config.run)
@@ -89,7 +94,7 @@ def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
     """
     values = training_values(config)
     for section, defaults, keys in (
-        (values, DistillConfig, ("start_weights", "layer_decay")),
+        (values, DistillConfig, ("start_weights", "layer_decay", "fit_head")),
         (values["model"], StudentConfig, LAYER_KEYS),
     ):
         for key in keys:

@@ -92,6 +92,7 @@ def network_shape(tower: dict[str, Any], image_size: int) -> StudentConfig:
         heads=dim // _DIM_HEAD,
         dim_head=_DIM_HEAD,
         mlp_dim=2 * dim,
+        pooled_norm=True,
         stem=f"{PREFIX}{model}",
     )
 

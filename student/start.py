@@ -25,6 +25,7 @@ from vpr.artifacts.card import UNKNOWN_LICENCE
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 
+HEAD_WEIGHT = "vit.mlp_head.weight"
 # Weights must cover these sizes of the student.
 _COVERED = {"student": ("dim",), "vit": ("dim", "depth", "heads", "dim_head", "mlp_dim"), "network": ()}
 _POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings", "position_embedding.weight")
@@ -62,6 +63,11 @@ class Start:
     reference: nn.Module | None = None
     values: dict[str, Any] = field(default_factory=dict)
     licences: tuple[str, ...] = ()
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the weights have no head, so that a student begins with a new one."""
+        return HEAD_WEIGHT not in self.weights
 
     @property
     def is_student(self) -> bool:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from student.config import SIZES
 from student.model import Student
@@ -49,6 +49,8 @@ def init_from_start(student: Student, start: Start) -> tuple[int, float | None]:
             with torch.no_grad():
                 student.vit.mlp_head.weight.copy_(torch.eye(config.dim))
                 student.vit.mlp_head.bias.zero_()
+    if start.kind == "network":
+        _silence_blocks(student)
     count = sum(state[name].numel() for name in names)
     is_whole = all(getattr(config, key) == getattr(start.shape, key) for key in (*SIZES, "pool", "registers"))
     return count, _compare_features(student, start) if start.reference is not None and is_whole else None
@@ -59,6 +61,20 @@ def _check_finite(names: set[str], state: Mapping[str, Tensor], start: Start) ->
     for name in sorted(names):
         if not bool(torch.isfinite(state[name]).all()):
             raise UserError(f"start: {start.name} has weights that are not finite, in '{name}'. Use other weights.")
+
+
+def _silence_blocks(student: Student) -> None:
+    """Make new blocks return their input at first, so that they do not disturb the features of a pretrained stem.
+
+    Their last layers begin at 0 (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1), and the positions.
+    """
+    with torch.no_grad():
+        for attention, mlp in student.vit.transformer.layers:
+            for module in (attention.to_out, mlp):
+                last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+                last.weight.zero_()
+                last.bias.zero_()
+        student.vit.pos_embedding.zero_()
 
 
 def _check_complete(names: set[str], student: Student, start: Start) -> None:

@@ -1,0 +1,162 @@
+"""Closed-form fit of the head of a student that starts from a pretrained model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from student.config import DimensionConfig, DistillConfig, LossConfig, StudentConfig, TargetsConfig
+from student.distill import distill
+from student.model import Student, load_student
+from student.start_fit import _fit_projection, ridge
+from student.weight_selection import _silence_blocks
+from teacher.model import load_teacher
+from tests.student.test_start import write_teacher
+from vpr.data.catalog import Catalog
+from vpr.data.config import LoaderConfig
+from vpr.retrieval.embeddings import embed, torch_forward
+from vpr.training.config import RunConfig
+
+
+def sample(n: int = 60, d: int = 7, k: int = 4, noise: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(n, d)) * np.linspace(0.2, 3, d) + 1
+    y = x @ generator.normal(size=(d, k)) + noise * generator.normal(size=(n, k)) - 2
+    return torch.from_numpy(x), torch.from_numpy(y), torch.arange(n) // 3
+
+
+def least_squares(x: Tensor, y: Tensor, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Solve ridge regression as least squares of extra rows, with an unpenalised constant."""
+    a, b = x.numpy(), y.numpy()
+    scale = np.sqrt(penalty * np.square(a - a.mean(0)).sum(0).mean())
+    penalised = np.hstack([scale * np.eye(a.shape[1]), np.zeros((a.shape[1], 1))])
+    rows = np.vstack([np.hstack([a, np.ones((len(a), 1))]), penalised])
+    solution = np.linalg.lstsq(rows, np.vstack([b, np.zeros((a.shape[1], b.shape[1]))]), rcond=None)[0]
+    return solution[:-1], solution[-1]
+
+
+@pytest.mark.parametrize("noise", [0.1, 3.0])
+def test_ridge_is_the_best_of_the_penalised_least_squares(noise: float) -> None:
+    x, y, groups = sample(noise=noise)
+    weight, bias, cosine = ridge(x, y, groups)
+    held_out = (groups % 5 == 0).numpy()
+    solutions = {}
+    for power in range(-4, 3):
+        w, b = least_squares(x[~held_out], y[~held_out], 10.0**power)
+        p, q = x.numpy()[held_out] @ w + b, y.numpy()[held_out]
+        cosines = (p * q).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(q, axis=1)
+        solutions[power] = cosines.mean()
+    best = max(solutions, key=lambda power: solutions[power])
+    assert cosine == pytest.approx(solutions[best], abs=1e-9)
+    expected = least_squares(x, y, 10.0**best)
+    np.testing.assert_allclose(weight.numpy(), expected[0], atol=1e-9)
+    np.testing.assert_allclose(bias.numpy(), expected[1], atol=1e-9)
+
+
+def test_ridge_of_one_group_and_of_constant_features() -> None:
+    x, y, groups = sample()
+    assert ridge(x, y, torch.zeros_like(groups))[2] > 0.9
+    weight, bias, _ = ridge(torch.ones_like(x), y, groups)
+    torch.testing.assert_close(torch.ones_like(x) @ weight + bias, y.mean(0).expand_as(y))
+
+
+def test_projection_keeps_the_best_prediction_of_its_rank() -> None:
+    x, y, groups = sample(d=9, k=6)
+    weight, _, _ = ridge(x, y, groups)
+    project = nn.Conv2d(9, 3, 1).double()
+    _fit_projection(project, weight, x)
+    tokens = project(x[:, :, None, None]).flatten(1)
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert float(tokens.detach().std(0).square().mean()) == pytest.approx(1)
+    fitted = (x - x.mean(0)) @ weight
+    # The best approximation of rank 3, by Eckart and Young.
+    u, s, v = np.linalg.svd(fitted.numpy(), full_matrices=False)
+    best = np.linalg.norm(fitted.numpy() - (u[:, :3] * s[:3]) @ v[:3])
+    predicted = tokens @ torch.linalg.lstsq(tokens, fitted).solution
+    assert float(torch.linalg.norm(fitted - predicted)) == pytest.approx(best, rel=1e-9)
+
+
+def test_channels_beyond_the_targets_keep_their_directions() -> None:
+    x, y, groups = sample(d=9, k=2)
+    project = nn.Conv2d(9, 4, 1).double()
+    initial = project.weight.detach().flatten(1).clone()
+    _fit_projection(project, ridge(x, y, groups)[0], x)
+    found = project.weight.detach().flatten(1)
+    torch.testing.assert_close(
+        torch.cosine_similarity(found[2:], initial[2:]).abs(), torch.ones(2, dtype=torch.float64)
+    )
+
+
+def test_silent_blocks_return_their_input() -> None:
+    shape: dict[str, Any] = {"image_size": 64, "patch_size": 32, "dim": 64, "depth": 2, "heads": 2, "embedding_dim": 8}
+    student = Student(StudentConfig(**shape, stem="timm/test_resnet"))
+    _silence_blocks(student)
+    tokens = torch.randn(2, 4, 64)
+    for attention, mlp in student.vit.transformer.layers:
+        assert float(attention(tokens).abs().max()) == 0
+        assert float(mlp(tokens).abs().max()) == 0
+    student(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert student.vit.transformer.layers[0][1].net[4].weight.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["cached", "online"])
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+def test_training_begins_with_the_fitted_head(
+    catalog: Catalog, tmp_path: Path, model: str, mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    caplog.set_level("INFO")
+    save_file(timm.create_model(model, num_classes=0).state_dict(), tmp_path / "start.safetensors")
+    write_teacher(tmp_path / "teacher", embedding_dim=16)
+    assert catalog.artifact is not None
+    # A learning rate of almost nothing keeps the weights that training begins with.
+    config = DistillConfig(
+        (str(tmp_path / "teacher"),),
+        str(catalog.artifact.path),
+        str(tmp_path / "fitted"),
+        start=f"timm/{model}",
+        start_weights=str(tmp_path / "start.safetensors"),
+        model=StudentConfig(preset="auto", pool="auto", image_size=64),
+        targets=TargetsConfig(mode=mode, views=2, bank=32),
+        epochs=1,
+        lr=1e-12,
+        loader=LoaderConfig(batch_size=32, keep_in_memory=True),
+        run=RunConfig(precision="32-true"),
+    )
+    paths = {fit: distill(replace(config, output=str(tmp_path / f"fit-{fit}"), fit_head=fit)) for fit in (True, False)}
+    assert caplog.text.count("the new head begins with a mean cosine of") == 1
+    training = catalog.select(split="train")
+    teacher, artifact = load_teacher(tmp_path / "teacher")
+    assert artifact.card.preprocess is not None
+    targets = embed(training, artifact.card.preprocess, torch_forward(teacher))
+    cosines = {}
+    for fit, path in paths.items():
+        assert path is not None
+        student, artifact = load_student(path)
+        assert artifact.card.preprocess is not None
+        found = embed(training, artifact.card.preprocess, torch_forward(student))
+        cosines[fit] = float((found * targets).sum(1).mean())
+    assert cosines[True] > 0.8 > cosines[False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"fit_head": False}, False),
+        ({"losses": LossConfig(cosine=0, similarity_kl=0, margin=1)}, False),
+        ({"losses": LossConfig(cosine=0, similarity_kl=0, logits=1)}, False),
+        ({"dimension": DimensionConfig("projector")}, False),
+        ({"dimension": DimensionConfig("pca")}, True),
+    ],
+)
+def test_only_targets_of_the_width_of_the_student_are_fitted(changes: dict[str, Any], fits: bool) -> None:
+    assert DistillConfig(("teacher",), "catalog", "output", **changes).fits_head is fits
