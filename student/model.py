@@ -159,7 +159,7 @@ def build_vit(kind: Any, config: StudentConfig) -> Any:
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config.norm_eps
-    if config.has_network_stem:  # last, since its norms have epsilons of their own
+    if config.has_network_stem:  # last, since its norms keep their epsilons
         vit.to_patch_embedding = NetworkStem(config.stem, config.patch_size, config.dim)
     return vit
 

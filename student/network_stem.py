@@ -1,4 +1,4 @@
-"""Stem of a student: a whole convolutional network of timm, whose last features become the tokens of the ViT."""
+"""Stem of a student: a convolutional network of timm, whose last features become the tokens of the ViT."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ def is_network(tower: dict[str, Any]) -> bool:
 def network_shape(tower: dict[str, Any], image_size: int) -> StudentConfig:
     """Return the shape of a student on a network of timm: one block of a quarter of its width.
 
-    The image size is that of the network, rounded to whole features.
+    The image size is that of the network, rounded to a multiple of the reduction.
     """
     model = tower["vision_cfg"]["timm_model_name"]
     features, _ = _probe(model, model)
@@ -118,7 +118,7 @@ def _probe(name: str, model: str) -> tuple[Features, list[str]]:
     if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2] != output.shape[3] or output.shape[2] < 1:
         raise UserError(f"model.stem: {name} does not return features of a grid. {_FIX}")
     if _PROBE % output.shape[2]:
-        raise UserError(f"model.stem: {name} covers no whole number of pixels with a feature. {_FIX}")
+        raise UserError(f"model.stem: {name} has features that do not cover a fixed number of pixels. {_FIX}")
     unused = [path for path, module in network.named_modules() if module not in used and _has_own_weights(module)]
     return Features(int(output.shape[1]), _PROBE // output.shape[2]), unused
 

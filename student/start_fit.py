@@ -136,7 +136,7 @@ def _views(config: DistillConfig) -> int:
 
 
 def _product_groups(module: StudentModule, images: ImageDataset) -> Tensor:
-    """Return the product of each collected row; an image without a label is a product of its own."""
+    """Return the product of each collected row; an image without a label counts as a product."""
     labels, rows = module.criterion.labels.by_row, _rows(images)
     groups = torch.where(labels[rows] >= 0, labels[rows], len(labels) + rows)
     return groups.repeat(_views(module.config))

@@ -1,4 +1,4 @@
-"""Students of the teacher on photographs: starts and sizes, beside towers of the same cost without distillation.
+"""Students on photographs, with a pretrained stem, beside towers of the same cost without distillation.
 
 The teacher is the fine-tuned EfficientNet-Lite2 of ``make figures TOPIC=teacher PARTS=photos``. All models are scored
 on products that no training has seen. The last epoch is scored, and no setting was chosen on the scored products.
@@ -18,7 +18,7 @@ from experiments.figures import Figure, Row, command_of
 from experiments.intervals import interval_text
 from experiments.teacher.imagenet_weights import imagenet_tower
 from experiments.teacher.photo_scores import PhotoScores, photo_row, score_photos
-from experiments.teacher.photos import SEEDS, Photos
+from experiments.teacher.photos import MARGIN, SEEDS, SIDES, Photos
 from export.config import Int8Config, OnnxConfig
 from export.int8 import export_int8
 from export.to_onnx import export_onnx, load_onnx, run_graph
@@ -26,6 +26,8 @@ from student.config import DimensionConfig, DistillConfig, StudentConfig, Target
 from student.distill import distill
 from student.model import load_student
 from teacher.candidates import read_candidates
+from teacher.config import FuseConfig, StageConfig
+from teacher.fuse import fuse
 from teacher.model import load_teacher
 from vpr.artifacts.store import load_artifact
 from vpr.common.log import get_logger
@@ -39,13 +41,11 @@ from vpr.training.config import RunConfig
 log = get_logger(__name__)
 
 _COMMAND = command_of("student", "photos")
-_DIM, _BATCH, _VIEWS, _EPOCHS = 256, 64, 6, 12
-# ImageNet weights in the stem, one new block of 192 dimensions.
-HYBRID = StudentConfig(preset="auto", pool="auto", dim=192, heads=3, mlp_dim=384, depth=1)
-# The student that a user had before: random weights, a convolutional stem, 42 % of the teacher's multiply-adds.
-RANDOM = StudentConfig(preset="sample", stem="conv", image_size=96)
+_DIM, _BATCH, _VIEWS, _EPOCHS = 256, 64, 4, 4
+# The new block after the stem; 192 dimensions are the most at a quarter of the teacher's multiply-adds.
+_BLOCK = StudentConfig(preset="auto", pool="auto", dim=192, heads=3, mlp_dim=384, depth=1)
 # Image size, and the largest share of the teacher's multiply-adds, with the goal of the retention.
-SIZES = {224: (0.5, 0.95), 160: (0.25, 0.90), 96: (0.125, None)}
+SIZES = {224: (0.5, 0.95), 160: (0.25, 0.90)}
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,49 @@ class Students:
     shop: Catalog
     folder: Path
 
-    def distil(self, name: str, seed: int, model: StudentConfig, start: str = "", **changes: Any) -> Path:
-        """Distil the teacher of a seed; a finished student is reused."""
-        weights = imagenet_tower(0, self.photos.folder / "weights")
-        config = DistillConfig(
-            teacher=(str(self.teacher(seed)),),
-            catalog=str(self.photos.catalog),
-            output=str(self.folder / f"{name}-seed{seed}"),
-            cache=str(self.folder / f"views-seed{seed}"),
-            model=replace(model, embedding_dim=_DIM),
-            start=start or ("" if model.preset != "auto" else weights.name.rpartition(".")[0]),
-            start_weights="" if start or model.preset != "auto" else weights.pretrained,
-            dimension=DimensionConfig("cosine"),
-            targets=TargetsConfig(views=_VIEWS),
-            epochs=_EPOCHS,
-            loader=LoaderConfig(_BATCH, keep_in_memory=True),
-            run=RunConfig(validate_every=_EPOCHS),
-            seed=seed,
+    def distil(self, name: str, seed: int, size: int, is_fused: bool = False) -> Path:
+        """Distil the teacher of a seed, or the fused one, in an image size; a finished student is reused."""
+        teacher = self.fused(seed) if is_fused else self.teacher(seed)
+        start = imagenet_tower(0, self.photos.folder / "weights")
+        path = distill(
+            DistillConfig(
+                teacher=(str(teacher),),
+                catalog=str(self.photos.catalog),
+                output=str(self.folder / f"{name}-seed{seed}"),
+                cache=str(self.folder / f"views-{'fused' if is_fused else 'alone'}-seed{seed}"),
+                model=replace(_BLOCK, image_size=size, embedding_dim=_DIM),
+                start=start.name,
+                start_weights=start.pretrained,
+                dimension=DimensionConfig("none" if is_fused else "cosine"),
+                targets=TargetsConfig(views=_VIEWS),
+                epochs=_EPOCHS,
+                layer_decay=0.5,
+                loader=LoaderConfig(_BATCH, keep_in_memory=True),
+                run=RunConfig(validate_every=_EPOCHS),
+                seed=seed,
+            )
         )
-        path = distill(replace(config, **changes))
         assert path is not None
         return path
+
+    def train_directly(self, size: int, seed: int) -> Path:
+        """Fine-tune EfficientNet-Lite0 in an image size, as the teachers of the photographs are."""
+        if size == SIDES[0]:
+            return self.photos.train(MARGIN, seed)
+        tower = replace(imagenet_tower(0, self.photos.folder / "weights"), image_size=size)
+        return self.photos.train(f"Lite0-{size}", seed, tower=tower)
+
+    def fused(self, seed: int) -> Path:
+        """Fuse the fine-tuned teacher of a seed with the same tower as it was pretrained, in the student's width.
+
+        Fine-tuning forgets what distinguishes other products; the pretrained tower still knows it. A stage that trains
+        the head alone makes it a teacher.
+        """
+        head_only = (StageConfig("head", 1, 2e-3, weight_decay=0.05),)
+        pretrained = self.photos.train("Lite2-pretrained", 0, size=2, stages=head_only, run=RunConfig())
+        models = (str(self.teacher(seed)), str(pretrained))
+        output = str(self.folder / f"fused-seed{seed}")
+        return fuse(FuseConfig(models, str(self.photos.catalog), output, _DIM, seed=seed))
 
     def teacher(self, seed: int) -> Path:
         """Return the fine-tuned EfficientNet-Lite2 of a seed."""
@@ -111,25 +133,23 @@ def student_figures(students: Students) -> tuple[list[Figure], dict[str, list[Ro
     """Train and score all students and their rivals; return the figures and the tables."""
     teachers = [students.score(students.teacher(seed)) for seed in SEEDS]
     cost = _multiply_adds(students.teacher(SEEDS[0]))
-    rows = [photo_row("teacher, Lite2 at 260 px", teachers) | {"multiply-adds": "1"}]
+    fused = [students.score(students.fused(seed)) for seed in SEEDS]
+    rows = [photo_row("teacher, Lite2 at 260 px", teachers) | {"multiply-adds": "1.00"}]
+    rows.append(photo_row("with its pretrained tower, fused", fused) | _retention(fused, teachers))
+    alone = [students.distil("alone-160", seed, 160) for seed in SEEDS]
+    rows.append(_row("student at 160 px of the teacher alone", students, alone, teachers, cost))
     figures: list[Figure] = []
-    random = [students.distil("random", seed, RANDOM) for seed in SEEDS]
-    rows.append(_row("student of random weights", students, random, teachers, cost))
     for size, (share, goal) in SIZES.items():
-        model = replace(HYBRID, image_size=size)
-        paths = [students.distil(f"stem-{size}", seed, model) for seed in SEEDS]
+        paths = [students.distil(f"fused-{size}", seed, size, is_fused=True) for seed in SEEDS]
         scores = [students.score(path) for path in paths]
         untrained = [students.score_untrained(size)]
-        direct = [students.score(_train_directly(students, size, seed)) for seed in SEEDS]
-        rows.append(_row(f"student with the stem Lite0 at {size} px", students, paths, teachers, cost, scores))
-        rows.append(photo_row(f"Lite0 at {size} px, fine-tuned directly", direct) | _retention(direct, teachers))
-        rows.append(photo_row(f"Lite0 at {size} px, not fine-tuned", untrained) | _retention(untrained, teachers))
+        direct = [students.score(students.train_directly(size, seed)) for seed in SEEDS]
+        rows.append(_row(f"student at {size} px of the fused teacher", students, paths, teachers, cost, scores))
         for scope in ("linear", "full"):
             quantised = [students.score(_quantise(students, path, scope)) for path in paths]
-            rows.append(
-                photo_row(f"  INT8, scope {scope}, of the student at {size} px", quantised)
-                | _retention(quantised, teachers)
-            )
+            rows.append(photo_row(f"its INT8, scope {scope}", quantised) | _retention(quantised, teachers))
+        rows.append(photo_row(f"Lite0 at {size} px, fine-tuned directly", direct) | _retention(direct, teachers))
+        rows.append(photo_row(f"Lite0 at {size} px, not fine-tuned", untrained) | _retention(untrained, teachers))
         figures += _figures(size, share, goal, scores, teachers, untrained, direct)
     return figures, {"photos": rows}
 
@@ -156,12 +176,6 @@ def _figures(
             title = f"{name} against {rival}: {measure}"
             figures.append(Figure(title, float(gain.mean()), "", None, ">=", _COMMAND, interval, SEEDS))
     return figures
-
-
-def _train_directly(students: Students, size: int, seed: int) -> Path:
-    """Fine-tune EfficientNet-Lite0 in the student's image size, as the teachers of the photographs are."""
-    tower = replace(imagenet_tower(0, students.photos.folder / "weights"), image_size=size)
-    return students.photos.train(f"Lite0-{size}", seed, tower=tower)
 
 
 def _quantise(students: Students, student: Path, scope: Any) -> Path:
