@@ -26,8 +26,6 @@ from student.config import DimensionConfig, DistillConfig, StudentConfig, Target
 from student.distill import distill
 from student.model import load_student
 from teacher.candidates import read_candidates
-from teacher.config import FuseConfig, StageConfig
-from teacher.fuse import fuse
 from teacher.model import load_teacher
 from vpr.artifacts.store import load_artifact
 from vpr.common.log import get_logger
@@ -45,7 +43,7 @@ _DIM, _BATCH, _VIEWS, _EPOCHS = 256, 64, 4, 4
 # The new block after the stem; 192 dimensions are the most at a quarter of the teacher's multiply-adds.
 _BLOCK = StudentConfig(preset="auto", pool="auto", dim=192, heads=3, mlp_dim=384, depth=1)
 # Image size, and the largest share of the teacher's multiply-adds, with the goal of the retention.
-SIZES = {224: (0.5, 0.95), 160: (0.25, 0.90)}
+SIZES = {160: (0.25, 0.90)}
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,19 @@ class Students:
     shop: Catalog
     folder: Path
 
-    def distil(self, name: str, seed: int, size: int, is_fused: bool = False) -> Path:
-        """Distil the teacher of a seed, or the fused one, in an image size; a finished student is reused."""
-        teacher = self.fused(seed) if is_fused else self.teacher(seed)
+    def distil(self, name: str, seed: int, size: int) -> Path:
+        """Distil the teacher of a seed in an image size; a finished student is reused."""
         start = imagenet_tower(0, self.photos.folder / "weights")
         path = distill(
             DistillConfig(
-                teacher=(str(teacher),),
+                teacher=(str(self.teacher(seed)),),
                 catalog=str(self.photos.catalog),
                 output=str(self.folder / f"{name}-seed{seed}"),
-                cache=str(self.folder / f"views-{'fused' if is_fused else 'alone'}-seed{seed}"),
+                cache=str(self.folder / f"views-alone-seed{seed}"),
                 model=replace(_BLOCK, image_size=size, embedding_dim=_DIM),
                 start=start.name,
                 start_weights=start.pretrained,
-                dimension=DimensionConfig("none" if is_fused else "cosine"),
+                dimension=DimensionConfig("cosine"),
                 targets=TargetsConfig(views=_VIEWS),
                 epochs=_EPOCHS,
                 layer_decay=0.5,
@@ -87,18 +84,6 @@ class Students:
             return self.photos.train(MARGIN, seed)
         tower = replace(imagenet_tower(0, self.photos.folder / "weights"), image_size=size)
         return self.photos.train(f"Lite0-{size}", seed, tower=tower)
-
-    def fused(self, seed: int) -> Path:
-        """Fuse the fine-tuned teacher of a seed with the same tower as it was pretrained, in the student's width.
-
-        Fine-tuning forgets what distinguishes other products; the pretrained tower still knows it. A stage that trains
-        the head alone makes it a teacher.
-        """
-        head_only = (StageConfig("head", 1, 2e-3, weight_decay=0.05),)
-        pretrained = self.photos.train("Lite2-pretrained", 0, size=2, stages=head_only, run=RunConfig())
-        models = (str(self.teacher(seed)), str(pretrained))
-        output = str(self.folder / f"fused-seed{seed}")
-        return fuse(FuseConfig(models, str(self.photos.catalog), output, _DIM, seed=seed))
 
     def teacher(self, seed: int) -> Path:
         """Return the fine-tuned EfficientNet-Lite2 of a seed."""
@@ -133,25 +118,21 @@ def student_figures(students: Students) -> tuple[list[Figure], dict[str, list[Ro
     """Train and score all students and their rivals; return the figures and the tables."""
     teachers = [students.score(students.teacher(seed)) for seed in SEEDS]
     cost = _multiply_adds(students.teacher(SEEDS[0]))
-    fused = [students.score(students.fused(seed)) for seed in SEEDS]
     rows = [photo_row("teacher, Lite2 at 260 px", teachers) | {"multiply-adds": "1.00"}]
-    rows.append(photo_row("with its pretrained tower, fused", fused) | _retention(fused, teachers))
-    alone = [students.distil("alone-160", seed, 160) for seed in SEEDS]
-    rows.append(_row("student at 160 px of the teacher alone", students, alone, teachers, cost))
     figures: list[Figure] = []
     for size, (share, goal) in SIZES.items():
-        paths = [students.distil(f"fused-{size}", seed, size, is_fused=True) for seed in SEEDS]
+        paths = [students.distil(f"alone-{size}", seed, size) for seed in SEEDS]
         scores = [students.score(path) for path in paths]
         untrained = [students.score_untrained(size)]
         direct = [students.score(students.train_directly(size, seed)) for seed in SEEDS]
-        rows.append(_row(f"student at {size} px of the fused teacher", students, paths, teachers, cost, scores))
-        for scope in ("linear", "full"):
-            quantised = [students.score(_quantise(students, path, scope)) for path in paths]
-            rows.append(photo_row(f"its INT8, scope {scope}", quantised) | _retention(quantised, teachers))
+        rows.append(_row(f"student at {size} px", students, paths, teachers, cost, scores))
+        quantised = [students.score(_quantise(students, path)) for path in paths]
+        rows.append(photo_row("its INT8", quantised) | _retention(quantised, teachers))
         rows.append(photo_row(f"Lite0 at {size} px, fine-tuned directly", direct) | _retention(direct, teachers))
         rows.append(photo_row(f"Lite0 at {size} px, not fine-tuned", untrained) | _retention(untrained, teachers))
         figures += _figures(size, share, goal, scores, teachers, untrained, direct)
-    return figures, {"photos": rows}
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return figures, {"photos": [{name: row.get(name, "") for name in columns} for row in rows]}
 
 
 def _figures(
@@ -178,14 +159,12 @@ def _figures(
     return figures
 
 
-def _quantise(students: Students, student: Path, scope: Any) -> Path:
-    """Export a student as INT8 over FP32, with ranges of training images."""
+def _quantise(students: Students, student: Path) -> Path:
+    """Export a student as INT8 over FP32, its convolutions too, with ranges of training images."""
     catalog = str(students.photos.catalog)
     onnx = str(export_onnx(OnnxConfig(str(student), f"{student}-fp32")))
     ranges = str(calibrate(CalibrateConfig(onnx, catalog, f"{student}-ranges")))
-    return export_int8(
-        Int8Config(onnx, ranges, f"{student}-int8-{scope}", base="fp32", scope=scope, exclude_layers=None)
-    )
+    return export_int8(Int8Config(onnx, ranges, f"{student}-int8", base="fp32", scope="full"))
 
 
 def _row(
