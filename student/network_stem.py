@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from vpr.common.errors import UserError
 PREFIX = "timm/"  # of the stems in ``StudentConfig.stem`` that name a network
 _MIN_DIM, _DIM_HEAD = 192, 64
 _PROBE = 64  # pixels, a multiple of every reduction that is accepted
+_FIX = "Choose a convolutional network, such as timm/tf_efficientnet_lite0."
 # What models raise for images that they do not support.
 _INVALID = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -52,10 +52,12 @@ def create_network(name: str) -> tuple[nn.Module, Features]:
     Raises:
         UserError: timm has no such network, or it returns no features of a grid.
     """
+    import timm
+
     model = name.removeprefix(PREFIX)
     if not timm.is_model(model):  # the name may be from a card; timm would download `hf-hub:` names
         raise UserError(f"model.stem: '{model}' is no model of timm {timm.__version__}. Choose another stem.")
-    features, unused = _probe(name, model)
+    features, unused = _probe(model)
     network: Any = timm.create_model(model, num_classes=0)
     for path in unused:
         parent, _, attribute = path.rpartition(".")
@@ -68,11 +70,16 @@ def is_network(tower: dict[str, Any]) -> bool:
 
     ``tower`` comes from :func:`teacher.registry.read_tower`, or from the card of a teacher.
     """
+    import timm
+
     model = tower["vision_cfg"].get("timm_model_name", "")
+    if not model or not timm.is_model(model):
+        return False
     try:
-        return bool(model) and timm.is_model(model) and _probe(model, model)[0].channels > 0
+        _probe(model)
     except UserError:
         return False
+    return True
 
 
 def network_shape(tower: dict[str, Any], image_size: int) -> StudentConfig:
@@ -81,7 +88,7 @@ def network_shape(tower: dict[str, Any], image_size: int) -> StudentConfig:
     The image size is that of the network, rounded to a multiple of the reduction.
     """
     model = tower["vision_cfg"]["timm_model_name"]
-    features, _ = _probe(model, model)
+    features, _ = _probe(model)
     dim = max(_MIN_DIM, features.channels // 4 // _DIM_HEAD * _DIM_HEAD)
     return StudentConfig(
         preset="auto",
@@ -103,9 +110,11 @@ def network_weights(visual: Any) -> dict[str, Tensor]:
     return {f"vit.to_patch_embedding.network.{name}": value.detach() for name, value in state.items()}
 
 
-def _probe(name: str, model: str) -> tuple[Features, list[str]]:
+def _probe(model: str) -> tuple[Features, list[str]]:
     """Return the features of a network, and its layers that they do not need; no weights are allocated."""
-    used: set[nn.Module] = set()
+    import timm
+
+    name, used = f"{PREFIX}{model}", set[nn.Module]()
     try:
         with torch.device("meta"):
             network: Any = timm.create_model(model, num_classes=0)
@@ -124,7 +133,4 @@ def _probe(name: str, model: str) -> tuple[Features, list[str]]:
 
 
 def _has_own_weights(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-
-
-_FIX = "Choose a convolutional network, such as timm/tf_efficientnet_lite0."
+    return bool([*module.parameters(recurse=False), *module.buffers(recurse=False)])

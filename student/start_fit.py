@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from student.config import DistillConfig
 from student.module import StudentModule
 from student.network_stem import NetworkStem
-from vpr.common.log import get_logger
+from vpr.common.distributed import compute_device
 from vpr.data.loaders import ImageDataset
 from vpr.imaging.augment import apply_views, draw_views
-
-log = get_logger(__name__)
 
 _IMAGES, _VIEWS, _BATCH = 2048, 2, 64
 # Penalties over the mean eigenvalue of the features' covariance. The best one is chosen on a fifth of the products.
@@ -28,9 +26,12 @@ _FOLDS = 5
 def fit_start(module: StudentModule, images: ImageDataset) -> float:
     """Fit the head of a student in place, and the projection of a stem that is a network.
 
+    The module moves to the device that trains it.
+
     Returns:
         Mean cosine of the predicted and the teacher's embeddings, on products that the fit did not see.
     """
+    module.to(compute_device())
     vit, groups = module.student.vit, _product_groups(module, images)
     stem = vit.to_patch_embedding
     if isinstance(stem, NetworkStem):
@@ -107,22 +108,23 @@ def _collect(
 ) -> tuple[Tensor, Tensor]:
     """Return (n, d) features and (n, k) targets of the first views of evenly spaced training images."""
     module.eval()
-    found = [(features(x).float(), target) for x, target in _batches(module, images)]
+    found = [(features(x).float().cpu(), target.float().cpu()) for x, target in _batches(module, images)]
     module.train()
-    return torch.cat([x for x, _ in found]), torch.cat([target for _, target in found]).float()
+    return torch.cat([x for x, _ in found]), torch.cat([target for _, target in found])
 
 
 def _batches(module: StudentModule, images: ImageDataset) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield preprocessed views and the targets of the teacher, view after view."""
-    config: DistillConfig = module.config
+    config, device = module.config, compute_device()
     assert module.targets is not None
     for epoch in range(_views(config)):
-        module.targets.start_epoch(epoch, torch.device("cpu"))
+        module.targets.start_epoch(epoch, device)
         view = module.targets.choose_view(epoch)
         for rows in _rows(images).split(_BATCH):
-            batch = images.__getitems__(rows.tolist())
+            batch = {name: value.to(device) for name, value in images.__getitems__(rows.tolist()).items()}
             parameters = draw_views(config.views, config.seed, rows, torch.full_like(rows, view))
-            targets, _ = module.targets.targets_for(batch, parameters, epoch, None)
+            # Not `targets_for`: it gathers from all processes, whose group does not exist yet.
+            targets = module.targets.embed_views(batch, parameters, epoch)
             yield module.normalise(apply_views(batch["pixels"], parameters)), targets
 
 

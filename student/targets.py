@@ -46,8 +46,14 @@ class CachedTargets(nn.Module):
         self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None
     ) -> tuple[Tensor, Tensor]:
         """Return the (batch, d) embeddings of the views, and the (size, d) bank."""
+        return self.embed_views(batch, parameters, epoch), self.bank
+
+    def embed_views(
+        self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None = None
+    ) -> Tensor:
+        """Return the (batch, d) embeddings of the views."""
         vectors = torch.from_numpy(self.cache.lookup(batch["rows"].cpu().numpy(), self.choose_view(epoch)))
-        return self._project(F.normalize(vectors.to(self.bank.device), dim=1)), self.bank
+        return self._project(F.normalize(vectors.to(self.bank.device), dim=1))
 
     def _project(self, vectors: Tensor) -> Tensor:
         return vectors if self.projection is None else project(vectors, self.projection)
@@ -86,11 +92,17 @@ class OnlineTargets(nn.Module):
         self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None
     ) -> tuple[Tensor, Tensor]:
         """Return the (batch, d) embeddings of the views, and the bank: these and earlier ones."""
-        pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters)
-        vectors = embed_pixels(self._teacher[0], self.normalise, pixels if mixup is None else mixup(pixels)).clone()
-        vectors = F.normalize(vectors, dim=1) if self.projection is None else project(vectors, self.projection)
+        vectors = self.embed_views(batch, parameters, epoch, mixup)
         self._enqueue(all_gather_cat(vectors))
         return vectors, self.queue[: int(self.filled)]
+
+    def embed_views(
+        self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None = None
+    ) -> Tensor:
+        """Return the (batch, d) embeddings of the views; the bank stays as it is."""
+        pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters)
+        vectors = embed_pixels(self._teacher[0], self.normalise, pixels if mixup is None else mixup(pixels)).clone()
+        return F.normalize(vectors, dim=1) if self.projection is None else project(vectors, self.projection)
 
     def _enqueue(self, vectors: Tensor) -> None:
         """Put vectors at the front of the queue and drop the oldest."""

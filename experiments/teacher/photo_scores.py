@@ -1,4 +1,4 @@
-"""Scores of a model on the photographs of groceries: photographs among themselves, and against shop pictures."""
+"""Scores of a model on the photographs of groceries: photographs among themselves, and against shop images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PhotoScores:
     Attributes:
         photos: Against all other photographs of the gallery.
         one: (queries,) share of draws with a correct first result, where a draw keeps one photograph of each product.
-        shop: Against the shop pictures of all products, those of training too, one of each.
+        shop: Against the shop images of all products, those of training too, one of each.
     """
 
     photos: RetrievalScores
@@ -34,12 +34,12 @@ class PhotoScores:
 
 
 def score_photos(test: Catalog, shop: Catalog, preprocess: Preprocess, forward: Forward) -> PhotoScores:
-    """Embed and score the test photographs and the shop pictures."""
-    vectors, pictures = (embed(images, preprocess, forward) for images in (test, shop))
+    """Embed and score the test photographs and the shop images."""
+    vectors, of_shop = (embed(images, preprocess, forward) for images in (test, shop))
     is_query, products = test.roles == "query", test.products
     queries, of_queries = vectors[is_query], products[is_query]
     one = _score_one(queries, of_queries, vectors[~is_query], products[~is_query])
-    return PhotoScores(score_split(test, vectors), one, evaluate(queries, of_queries, pictures, shop.products))
+    return PhotoScores(score_split(test, vectors), one, evaluate(queries, of_queries, of_shop, shop.products))
 
 
 def _score_one(
@@ -61,7 +61,7 @@ def photo_row(name: str, seeds: list[PhotoScores]) -> Row:
     columns: dict[str, list[Any]] = {
         "recall@1 [95 %]": [seed.photos.hits for seed in seeds],
         "mAP [95 %]": [seed.photos.precisions for seed in seeds],
-        "recall@1, one photo of each product [95 %]": [seed.one for seed in seeds],
-        "recall@1, shop pictures [95 %]": [seed.shop.hits for seed in seeds],
+        "recall@1, one photograph of each product [95 %]": [seed.one for seed in seeds],
+        "recall@1, shop images [95 %]": [seed.shop.hits for seed in seeds],
     }
     return {"model": name} | {key: mean_text(np.mean(values, axis=0), products) for key, values in columns.items()}
