@@ -159,6 +159,8 @@ class StudentConfig:
 
 TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
 LABEL_LOSSES = ("margin", "logits")
+# Losses of the relations between images: they compare similarities or distances, not embeddings.
+_RELATIONS = ("affinity", "rkd_distance", "rkd_angle")
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,11 @@ class LossConfig:
     def weights(self) -> dict[str, float]:
         """Return the weights above 0 by the name of the loss."""
         return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "margin") if getattr(self, name) > 0}
+
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether any loss compares the student's embeddings with the teacher's, which takes one width for both."""
+        return any(name in TEACHER_LOSSES and name not in _RELATIONS for name in self.weights())
 
     @property
     def needs_teacher(self) -> bool:
@@ -324,8 +331,11 @@ class DistillConfig:
         lr: Peak learning rate.
         layer_decay: Factor of the learning rate from each layer to the one below it, from the head down to the stem.
             Pretrained starts keep more of what they know with less than 1.
-        fit_head: Begin with the head that predicts the teacher's embeddings best from the features of ``start``, by
-            ridge regression. A start that has a head keeps it.
+        fit_head: What a new head after ``start`` begins with. ``features`` keeps the cosines of the features of
+            ``start``, ``teacher`` predicts the teacher's embeddings best, by ridge regression, and ``none`` is random.
+            A start that has a head keeps it.
+        freeze_statistics: A convolutional network in ``start`` keeps its BatchNorm statistics, because those of few
+            images, augmented, are not those of the images to search.
         warmup: Share of the training for the warm-up of the learning rate.
         weight_decay: Weight decay of matrices. Biases and norms have none.
         loader: Batches and workers.
@@ -353,7 +363,8 @@ class DistillConfig:
     epochs: int = 30
     lr: float = 1e-3
     layer_decay: float = 1.0
-    fit_head: bool = True
+    fit_head: Literal["features", "teacher", "none"] = "features"
+    freeze_statistics: bool = True
     warmup: float = 0.1
     weight_decay: float = 0.05
     loader: LoaderConfig = LoaderConfig()
@@ -397,9 +408,8 @@ class DistillConfig:
 
     @property
     def fits_head(self) -> bool:
-        """Whether a new head is fitted to the teacher's embeddings, which needs targets of the student's width."""
-        losses, method = self.losses, self.dimension.method
-        return self.fit_head and losses.needs_teacher and not losses.logits and method != "projector"
+        """Whether a new head is fitted, which needs a teacher."""
+        return self.fit_head != "none" and self.losses.needs_teacher and not self.losses.logits
 
     @property
     def names_start(self) -> bool:
@@ -423,6 +433,6 @@ class DistillConfig:
                 raise UserError("losses.logits: needs the teacher's full embeddings. Set dimension.method to none.")
             if self.unlabelled:
                 raise UserError("losses.logits: needs a label for every image. Remove unlabelled.")
-        relations = weights.keys() & {"affinity", "rkd_distance", "rkd_angle"}
+        relations = weights.keys() & set(_RELATIONS)
         if relations and self.loader.batch_size < 2:
             raise UserError(f"loader.batch_size: losses.{min(relations)} needs at least 2 images in a batch, got 1.")

@@ -50,7 +50,7 @@ class DistillationLoss(nn.Module):
         self.config = config
         self.labels = labels
         student_dim = student.config.embedding_dim
-        needs_projector = config.needs_teacher and student_dim != dim
+        needs_projector = config.compares_embeddings and student_dim != dim
         self.project = nn.Linear(student_dim, dim, bias=False) if needs_projector else None
         if config.weights().keys() & set(LABEL_LOSSES) and len(labels.counts) < 2:
             raise UserError("losses: margin and logits need at least two labelled products. Use other losses.")

@@ -62,7 +62,7 @@ def distill(config: DistillConfig) -> Path | None:
     loaders = _build_loaders(config, inputs, preprocess)
     student = _build_student(config, inputs)
     licences = [] if inputs.start is None else list(inputs.start.licences)
-    fits_head = inputs.start is not None and inputs.start.has_new_head and config.fits_head
+    fits_head = inputs.fits_head(config)
     inputs = replace(inputs, start=None)  # frees the weights, which may be many times the student's
     L.seed_everything(config.seed, verbose=False)
     criterion = DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim)
@@ -73,7 +73,9 @@ def distill(config: DistillConfig) -> Path | None:
         return None
     if fits_head:
         cosine = fit_start(module, loaders[0].dataset)  # type: ignore[arg-type]
-        log.info(f"  the new head begins with a mean cosine of {cosine:.3f} on products that its fit did not see")
+        aim = "" if cosine is None else f", mean cosine with the teacher {cosine:.3f} on the images of the fit"
+        kept = "predictions of the teacher" if config.fit_head == "teacher" else "features"
+        log.info(f"  the new head begins with the {kept} of the start{aim}")
     seconds = time.monotonic() - start
     with run_lock(folder):
         result = fit(module, loaders, student, folder, config.epochs, config.run)
@@ -93,8 +95,12 @@ def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
     Keys that cards did not have at first are left out at their defaults, so that older students stay up to date.
     """
     values = training_values(config)
+    if not inputs.fits_head(config):
+        del values["fit_head"]
+    if inputs.start is None or not config.model.has_network_stem:
+        del values["freeze_statistics"]
     for section, defaults, keys in (
-        (values, DistillConfig, ("start_weights", "layer_decay", "fit_head")),
+        (values, DistillConfig, ("start_weights", "layer_decay")),
         (values["model"], StudentConfig, LAYER_KEYS),
     ):
         for key in keys:

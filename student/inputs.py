@@ -43,6 +43,10 @@ class DistillInputs:
     target_dim: int
     start: Start | None
 
+    def fits_head(self, config: DistillConfig) -> bool:
+        """Whether the student begins with a new head that is fitted."""
+        return self.start is not None and self.start.has_new_head and config.fits_head
+
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
     """Load and check all inputs; raise :class:`UserError` if one does not fit or would be replaced by the output."""

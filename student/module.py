@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from student.config import DistillConfig
 from student.criterion import DistillationLoss
 from student.model import Student
+from student.network_stem import NetworkStem
 from student.targets import Mixup, Targets
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
@@ -41,7 +43,12 @@ class StudentModule(RecallModule):
         return self.student(x)
 
     def on_train_epoch_start(self) -> None:
-        """Sample the bank of the epoch."""
+        """Sample the bank of the epoch; set the BatchNorm layers to evaluation mode that keep their statistics."""
+        stem = self.student.vit.to_patch_embedding
+        if self.config.start and self.config.freeze_statistics and isinstance(stem, NetworkStem):
+            for layer in stem.network.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
         if self.targets is not None:
             self.targets.start_epoch(self.current_epoch, self.device)
 

@@ -22,7 +22,7 @@ log = get_logger(__name__)
 def resolve_dimensions(config: DistillConfig, teacher_dim: int) -> tuple[int, int]:
     """Return the widths of student and targets; raise :class:`UserError` if the method does not lead to them."""
     student_dim, method = config.model.embedding_dim or teacher_dim, config.dimension
-    if student_dim != teacher_dim and method.method == "none" and config.losses.needs_teacher:
+    if student_dim != teacher_dim and method.method == "none" and config.losses.compares_embeddings:
         fix = f"Set it to {teacher_dim}, or set dimension.method to pca, cosine or projector"
         raise UserError(f"model.embedding_dim: {student_dim} differs from the teacher's {teacher_dim}. {fix}.")
     if student_dim > teacher_dim and method.projects_teacher:

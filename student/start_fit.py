@@ -1,8 +1,8 @@
 """Closed-form fit of the new layers of a student that starts from a pretrained model.
 
-A new head of random weights would destroy what the start knows before it learns to read it. Instead, ridge regression
-predicts the teacher's embeddings of some training images from the start's features, so that training begins with the
-best linear student.
+New layers of random weights would destroy what the start knows before they learn to read it. Instead, they begin
+with the directions in which the start's features vary most (``features``), or with those that predict the teacher's
+embeddings best (``teacher``).
 """
 
 from collections.abc import Callable, Iterator
@@ -23,29 +23,58 @@ _PENALTIES = tuple(10.0**power for power in range(-4, 3))
 _FOLDS = 5
 
 
-def fit_start(module: StudentModule, images: ImageDataset) -> float:
+def fit_start(module: StudentModule, images: ImageDataset) -> float | None:
     """Fit the head of a student in place, and the projection of a stem that is a network.
 
     The module moves to the device that trains it.
 
     Returns:
-        Mean cosine of the predicted and the teacher's embeddings, on products that the fit did not see.
+        Mean cosine of the fitted student and the teacher on the images of the fit. None if their widths differ, so that
+        only relations between images can be compared.
     """
     module.to(compute_device())
-    vit, groups = module.student.vit, _product_groups(module, images)
+    vit, to_teacher = module.student.vit, module.config.fit_head == "teacher"
     stem = vit.to_patch_embedding
     if isinstance(stem, NetworkStem):
         network: nn.Module = stem.network
         pooled, targets = _collect(module, images, lambda x: network.forward_features(x).mean((2, 3)))  # type: ignore[operator]
-        _fit_projection(stem.project, ridge(pooled, targets, groups)[0], pooled)
+        directions = _predictive(pooled, targets, _product_groups(module, images)) if to_teacher else _principal(pooled)
+        _fit_projection(stem.project, directions, pooled)
     head, vit.mlp_head = vit.mlp_head, nn.Identity()
     features, targets = _collect(module, images, vit)
     vit.mlp_head = head
-    weight, bias, cosine = ridge(features, targets, groups)
+    if to_teacher and not isinstance(stem, NetworkStem):
+        weight, bias = _predict(features, targets, _product_groups(module, images), head.out_features)
+    else:  # The projection of a network predicts already. A second regression would fit these images more closely.
+        weight, bias = rotate(features, targets, head.out_features)
     with torch.no_grad():
         head.weight.copy_(weight.T)
         head.bias.copy_(bias)
-    return cosine
+    if targets.shape[1] != head.out_features:
+        return None
+    return float(torch.cosine_similarity(features.double() @ weight + bias, targets.double()).mean())
+
+
+def rotate(x: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the map of (n, d) features to ``width`` that keeps their angles around the mean, turned towards targets.
+
+    Features of more dimensions than ``width`` are reduced to their principal directions. Targets of that width decide
+    rotation, scale and offset (orthogonal Procrustes; Schönemann, Psychometrika 31, 1966). Others decide nothing.
+
+    Returns:
+        (d, width) float64 weights and (width,) float64 bias.
+    """
+    x, y = x.double(), y.double()
+    mean, rank = x.mean(0), min(width, x.shape[1])
+    basis = _principal(x)[:, :rank] if rank < x.shape[1] else torch.eye(rank, dtype=x.dtype)
+    if y.shape[1] != width:
+        weight = basis @ torch.eye(rank, width, dtype=x.dtype)
+        return weight, -mean @ weight
+    reduced = (x - mean) @ basis
+    u, values, v = torch.linalg.svd(reduced.T @ (y - y.mean(0)), full_matrices=False)
+    scale = values.sum() / reduced.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    weight = scale * basis @ u @ v
+    return weight, y.mean(0) - mean @ weight
 
 
 def ridge(x: Tensor, y: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -82,24 +111,51 @@ def _solve(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     return weight, mean_y - mean_x @ weight
 
 
-def _fit_projection(project: nn.Conv2d, weight: Tensor, pooled: Tensor) -> None:
-    """Set a projection to the directions of the features that predict the most of the targets.
+def _predict(x: Tensor, y: Tensor, groups: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return ridge regression of (n, k) targets on (n, d) features, reduced to its first directions unless k is width.
+
+    Returns:
+        (d, width) float64 weights and (width,) float64 bias.
+    """
+    if y.shape[1] == width:
+        return ridge(x, y, groups)[:2]
+    weight = torch.zeros(x.shape[1], width, dtype=torch.float64)
+    directions = _predictive(x, y, groups)[:, :width]
+    weight[:, : directions.shape[1]] = directions
+    return weight, -x.double().mean(0) @ weight
+
+
+def _principal(x: Tensor) -> Tensor:
+    """Return the (d, d) float64 principal directions of (n, d) features as columns, the largest variance first."""
+    centred = x.double() - x.double().mean(0)
+    return torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+
+
+def _predictive(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    """Return the (d, k) float64 directions of (n, d) features that predict most of (n, k) targets, as columns.
 
     This is reduced-rank regression (Izenman, "Reduced-rank regression for the multivariate linear model", Journal of
-    Multivariate Analysis 5, 1975). Channels beyond the targets' width keep their initial directions. All have a mean of
-    0, and a standard deviation of 1 on average.
+    Multivariate Analysis 5, 1975).
     """
-    centred = pooled.double() - pooled.double().mean(0)
-    fitted = centred @ weight
-    directions = torch.linalg.eigh(fitted.T @ fitted).eigenvectors.flip(1)[:, : project.out_channels]
-    reduced = weight @ directions
-    initial = project.weight.detach().flatten(1).double().T[:, reduced.shape[1] :]
-    columns = [part / (centred @ part).std(0).square().mean().sqrt() for part in (reduced, initial) if part.shape[1]]
+    weight, _, _ = ridge(x, y, groups)
+    return weight @ _principal(x.double() @ weight)
+
+
+def _fit_projection(project: nn.Conv2d, directions: Tensor, pooled: Tensor) -> None:
+    """Set a projection to the first (d, k) directions of (n, d) pooled features.
+
+    Channels beyond their number keep their initial directions. All have a mean of 0, and the two parts a mean variance
+    of 1.
+    """
+    mean, count = pooled.double().mean(0), min(directions.shape[1], project.out_channels)
+    initial = project.weight.detach().flatten(1).double().cpu().T[:, count:]
+    parts = [part for part in (directions[:, :count], initial) if part.shape[1]]
+    columns = [part / ((pooled.double() - mean) @ part).std(0).square().mean().sqrt() for part in parts]
     combined = torch.cat(columns, 1)
     with torch.no_grad():
         project.weight.copy_(combined.T[:, :, None, None])
         assert project.bias is not None
-        project.bias.copy_(-(pooled.double().mean(0) @ combined))
+        project.bias.copy_(-(mean @ combined))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from student.config import DimensionConfig, DistillConfig, LossConfig, StudentConfig, TargetsConfig
 from student.distill import distill
 from student.model import Student, load_student
-from student.start_fit import _fit_projection, ridge
+from student.start_fit import _fit_projection, _predict, _predictive, _principal, ridge, rotate
 from student.weight_selection import _silence_blocks
 from teacher.model import load_teacher
 from tests.student.test_start import write_teacher
@@ -73,7 +73,7 @@ def test_projection_keeps_the_best_prediction_of_its_rank() -> None:
     x, y, groups = sample(d=9, k=6)
     weight, _, _ = ridge(x, y, groups)
     project = nn.Conv2d(9, 3, 1).double()
-    _fit_projection(project, weight, x)
+    _fit_projection(project, _predictive(x, y, groups), x)
     tokens = project(x[:, :, None, None]).flatten(1)
     torch.testing.assert_close(tokens.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
     assert float(tokens.detach().std(0).square().mean()) == pytest.approx(1)
@@ -89,11 +89,58 @@ def test_channels_beyond_the_targets_keep_their_directions() -> None:
     x, y, groups = sample(d=9, k=2)
     project = nn.Conv2d(9, 4, 1).double()
     initial = project.weight.detach().flatten(1).clone()
-    _fit_projection(project, ridge(x, y, groups)[0], x)
+    _fit_projection(project, _predictive(x, y, groups), x)
     found = project.weight.detach().flatten(1)
     torch.testing.assert_close(
         torch.cosine_similarity(found[2:], initial[2:]).abs(), torch.ones(2, dtype=torch.float64)
     )
+
+
+@pytest.mark.parametrize("width", [3, 7, 11])
+@pytest.mark.parametrize("has_targets", [True, False])
+def test_rotation_keeps_angles_around_the_mean(width: int, has_targets: bool) -> None:
+    x = sample()[0]
+    y = torch.from_numpy(np.random.default_rng(1).normal(size=(len(x), width if has_targets else 2))) + 3
+    weight, bias = rotate(x, y, width)
+    mapped = x @ weight + bias
+    centred, moved = (x - x.mean(0)).numpy(), (mapped - mapped.mean(0)).numpy()
+    rank = min(width, 7)
+    u, s, v = np.linalg.svd(centred, full_matrices=False)
+    expected = (u[:, :rank] * s[:rank] ** 2) @ u[:, :rank].T  # the best approximation of the products of this rank
+    scale = (moved @ moved.T).trace() / expected.trace()
+    np.testing.assert_allclose(moved @ moved.T, scale * expected, atol=1e-8)
+    offset = y.mean(0) if has_targets else torch.zeros(width, dtype=torch.float64)
+    torch.testing.assert_close(mapped.mean(0), offset, atol=1e-9, rtol=0)
+
+
+def test_rotation_is_that_of_scipy() -> None:
+    from scipy.linalg import orthogonal_procrustes
+
+    x, y, _ = sample(d=5, k=5)
+    weight, _ = rotate(x, y, 5)
+    centred, targets = (x - x.mean(0)).numpy(), (y - y.mean(0)).numpy()
+    rotation, scale = orthogonal_procrustes(centred, targets)
+    np.testing.assert_allclose(weight.numpy(), rotation * scale / np.square(centred).sum(), atol=1e-9)
+
+
+def test_principal_directions_are_those_of_the_svd() -> None:
+    x = sample()[0]
+    found = _principal(x).numpy()
+    expected = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)[2]
+    np.testing.assert_allclose(np.abs((expected * found.T).sum(1)), 1, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [2, 6])
+def test_prediction_of_another_width_keeps_its_first_directions(width: int) -> None:
+    x, y, groups = sample()
+    weight, bias = _predict(x, y, groups, width)
+    fitted = (x - x.mean(0)) @ ridge(x, y, groups)[0]
+    u, s, _ = torch.linalg.svd(fitted, full_matrices=False)
+    rank = min(width, 4)
+    moved = x @ weight + bias
+    torch.testing.assert_close(moved @ moved.T, (u[:, :rank] * s[:rank] ** 2) @ u[:, :rank].T, atol=1e-8, rtol=0)
+    same = _predict(x, y, groups, 4)
+    torch.testing.assert_close(same[0], ridge(x, y, groups)[0])
 
 
 def test_silent_blocks_return_their_input() -> None:
@@ -145,8 +192,9 @@ def test_training_begins_with_the_fitted_head(
     )
     # The fit reads no other process: before the training, their group does not exist.
     monkeypatch.setattr("student.targets.all_gather_cat", _gather_in_training)
-    paths = {fit: distill(replace(config, output=str(tmp_path / f"fit-{fit}"), fit_head=fit)) for fit in (True, False)}
-    assert caplog.text.count("the new head begins with a mean cosine of") == 1
+    kinds: tuple[Any, ...] = ("teacher", "features", "none")
+    paths = {fit: distill(replace(config, output=str(tmp_path / f"fit-{fit}"), fit_head=fit)) for fit in kinds}
+    assert caplog.text.count("the new head begins with the") == 2
     training = catalog.select(split="train")
     teacher, artifact = load_teacher(tmp_path / "teacher")
     assert artifact.card.preprocess is not None
@@ -156,21 +204,22 @@ def test_training_begins_with_the_fitted_head(
         assert path is not None
         student, artifact = load_student(path)
         assert artifact.card.preprocess is not None
+        assert ("fit_head" in artifact.card.config) == (fit != "none")
         found = embed(training, artifact.card.preprocess, torch_forward(student))
         cosines[fit] = float((found * targets).sum(1).mean())
-    assert cosines[True] > 0.8 > cosines[False]
+    assert cosines["teacher"] > 0.8 > cosines["none"]
+    assert cosines["features"] > 0.8
 
 
 @pytest.mark.parametrize(
     ("changes", "fits"),
     [
         ({}, True),
-        ({"fit_head": False}, False),
+        ({"fit_head": "none"}, False),
         ({"losses": LossConfig(cosine=0, similarity_kl=0, margin=1)}, False),
         ({"losses": LossConfig(cosine=0, similarity_kl=0, logits=1)}, False),
-        ({"dimension": DimensionConfig("projector")}, False),
-        ({"dimension": DimensionConfig("pca")}, True),
+        ({"dimension": DimensionConfig("projector")}, True),
     ],
 )
-def test_only_targets_of_the_width_of_the_student_are_fitted(changes: dict[str, Any], fits: bool) -> None:
+def test_a_head_is_fitted_to_a_teacher(changes: dict[str, Any], fits: bool) -> None:
     assert DistillConfig(("teacher",), "catalog", "output", **changes).fits_head is fits
