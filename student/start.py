@@ -123,7 +123,7 @@ def resolve_model(model: StudentConfig, start: Start) -> StudentConfig:
     for key in (*LAYER_KEYS, *(("stem", "family") if takes_all else ())):
         value, own = getattr(model, key), getattr(shape, key)
         if value not in (own, getattr(StudentConfig, key)):
-            raise UserError(f"model.{key}: start {start.name} has {own}, got {value}. Leave the key out.")
+            raise UserError(f"model.{key}: start {start.name} has {own}, got {value}. Set it to {own}.")
         values[key] = own
     if model.preset == "auto":
         values |= {key: getattr(model, key) or getattr(shape, key) for key in SIZES}

@@ -4,12 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import timm
 from safetensors.torch import save_file
 
 from student.config import DistillConfig
 from student.distill import distill
 from teacher.config import TowerConfig
 from teacher.model import build_teacher, read_tower
+from tests.student.test_start import write_teacher
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.writer import write_artifact
 from vpr.cli import read_config
@@ -44,6 +46,33 @@ def vit_h_14(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a catalogue with more training images than the students have dimensions."""
     return build_catalog(CatalogConfig("sample", str(tmp_path_factory.mktemp("sample") / "catalog")))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "options"),
+    [
+        ("small-from-h14", "deit_small_patch16_224", []),
+        ("tiny-from-h14", "deit_tiny_patch16_224", ["--model.stem", "patch"]),
+        ("pretrained", "test_resnet", ["--model.embedding-dim", "64"]),
+    ],
+)
+def test_recipe_starts_from_pretrained_weights(
+    recipe: str,
+    model: str,
+    options: list[str],
+    sample: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_teacher(tmp_path / "teacher", embedding_dim=300)
+    weights = tmp_path / "start.safetensors"
+    save_file(timm.create_model(model, num_classes=0).state_dict(), weights)
+    arguments = ["--recipe", recipe, "--teacher", str(tmp_path / "teacher"), "--catalog", str(sample), "--dry-run"]
+    arguments += ["--output", str(tmp_path / "student"), "--start", f"timm/{model}", "--start-weights", str(weights)]
+    assert distill(read_config(DistillConfig, "student distill", [*arguments, *options])) is None
+    lines = capsys.readouterr().err
+    assert f"of the student's parameters are selected from timm/{model}" in lines
+    assert "one step taken, nothing written" in lines
 
 
 @pytest.mark.slow

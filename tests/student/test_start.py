@@ -406,7 +406,7 @@ def test_card_without_the_new_keys_is_a_plain_student(tmp_path: Path) -> None:
         (
             "timm/test_vit",
             {"stem": "conv"},
-            r"model\.stem: start timm/test_vit has patch, got conv\. Leave the key out",
+            r"model\.stem: start timm/test_vit has patch, got conv\. Set it to patch",
         ),
         ("timm/test_vit", {"activation": "quick-gelu"}, r"model\.activation: start timm/test_vit has gelu"),
         ("timm/test_vit", {"image_size": 100}, r"model\.image_size: expected a multiple of patch 16, got 100"),
