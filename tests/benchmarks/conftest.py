@@ -37,7 +37,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path
                 writer.writerow([f"{folder.name}/{image.name}", product, CATEGORIES[number % 2]])
     output = tmp_path_factory.mktemp("shop") / "catalog"
     try:
-        return build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.5, seed=1))
+        return build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.5, seed=144))
     finally:
         table.unlink()
 
