@@ -65,7 +65,7 @@ def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
 def build_grocery(data: Path, folder: Path) -> Path:
     """Write a catalogue of the Grocery Store Dataset, split by product: 15 % for validation, 35 % for test."""
     root, output = str(data / "grocery" / "train"), str(folder / "catalog")
-    return build_shuffled_catalog(root, output, validation=0.15, test=0.35)
+    return build_shuffled_catalog("folder", root, output, validation=0.15, test=0.35)
 
 
 def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[int, ...] = SEEDS) -> list[Row]:

@@ -24,7 +24,7 @@ def test_division_is_the_one_of_the_first_versions(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         for view in range(4 if number % 5 else 1):
             Image.fromarray(np.full((4, 4, 3), 4 * number + view, dtype=np.uint8)).save(folder / f"{view}.png")
-    output = build_shuffled_catalog(str(tmp_path / "shop"), str(tmp_path / "c"), validation=0.15, test=0.25)
+    output = build_shuffled_catalog("folder", str(tmp_path / "shop"), str(tmp_path / "c"), 0.15, 0.25)
     catalog = load_catalog(output)
     assert sorted(set(catalog.select(split="test").products)) == EXPECTED["test"]
     assert sorted(set(catalog.select(split="validation").products)) == EXPECTED["validation"]
@@ -36,7 +36,9 @@ def test_division_is_the_one_of_the_first_versions(tmp_path: Path) -> None:
         ("3", "query"),
     ]
     first = load_artifact(output).sha256
-    assert load_artifact(build_shuffled_catalog(str(tmp_path / "shop"), str(output), 0.15, 0.25)).sha256 == first
+    assert (
+        load_artifact(build_shuffled_catalog("folder", str(tmp_path / "shop"), str(output), 0.15, 0.25)).sha256 == first
+    )
 
 
 @pytest.mark.data

@@ -20,7 +20,7 @@ def test_catalogue_is_loaded_and_selected(catalog: Catalog) -> None:
     assert len(catalog) == 128
     assert {len(set(catalog.select(split=s).products)) for s in ("validation", "test")} == {4}
     gallery = catalog.select(split="test", role="gallery")
-    assert len(gallery) == 12
+    assert len(gallery) == 16
     assert gallery.path(0).is_file()
     assert gallery.box(0) is None
     assert catalog.summary()["products"] == {"train": 8, "validation": 4, "test": 4}
