@@ -147,6 +147,17 @@ def test_query_of_a_product_with_training_images_is_left_out() -> None:
     assert "test: 0.5 selects nothing. Images have a role and no split" in _divide(rows, 0, 0.5).unmet[0]
 
 
+def test_test_product_that_gains_a_training_image_moves_no_other() -> None:
+    """With test products of its own, the data set's other products are trained on, whatever their hash."""
+    rows = _rows([2] * 30) + [_row("q1", "q", role="query"), _row("q2", "q", role="gallery")]
+    first = _divide(rows, 0.2, 0.4)
+    second = _divide([*rows, _row("q3", "q")], 0.2, 0.4)
+    trained = {row["product"] for row in first.table.to_pylist() if row["split"] == "train"}
+    scored = {row["product"] for row in second.table.to_pylist() if row["split"] != "train"}
+    assert any(_split_of(product, 0.2, 0.4, 0) == "test" for product in trained)
+    assert not trained & scored
+
+
 def test_roles_that_the_data_set_gives_decide_over_the_others() -> None:
     rows = [_row(name, "1", "", "test", role) for name, role in (("a", "query"), ("b", "train"), ("c", "train"))]
     assert _divide(rows).table["role"].to_pylist() == ["query", "gallery", "gallery"]
