@@ -16,13 +16,13 @@ from vpr.artifacts.store import file_sha256
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.build_catalog import check_images, shares_of
+from vpr.data.build_catalog import check_images, load_replaced, shares_of
 from vpr.data.catalog import Catalog, Rejected, image_root, rows_to_table, write_catalog_files
 from vpr.data.catalog_summary import summary_lines
 from vpr.data.division import Division, encode, find_overlap, image_keys, split_by_product, split_codes
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.readers import READERS
-from vpr.data.splits import find_leaks
+from vpr.data.splits import find_leaks, warn_of_moves
 
 log = get_logger(__name__)
 
@@ -68,12 +68,15 @@ def build_data(config: DataConfig) -> Path:
     counts = {"same_bytes": len(duplicates.same_bytes), "near_same": len(duplicates.near_same)}
     counts["near_same_across_splits"] = sum(kind == "near, across splits" for _, _, kind in repeats)
     counts["dropped"] = len(dropped)
+    replaced = load_replaced(config.output)
     with stage.write() as writer:
         write_catalog_files(writer, joined, set_aside)
         with (writer.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows([("image", "of", "kind"), *repeats])
         writer.metrics |= counts
     _log_summary(config, joined, catalogs, set_aside, counts)
+    if replaced:
+        warn_of_moves(replaced, joined)
     return stage.path
 
 

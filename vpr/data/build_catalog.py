@@ -57,7 +57,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
-    replaced = _load_replaced(config.output)
+    replaced = load_replaced(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         write_catalog_files(draft, catalog, rejected)
     _log_summary(config, catalog, rejected, division.notes)
@@ -120,7 +120,7 @@ def _divide(config: CatalogConfig, rows: list[Row]) -> Division:
     return division
 
 
-def _load_replaced(output: str) -> Catalog | None:
+def load_replaced(output: str) -> Catalog | None:
     """Return the catalogue that is about to be replaced; None if there is none that can be read."""
     try:
         return load_catalog(output) if Path(output).exists() else None
