@@ -167,10 +167,13 @@ class DataConfig:
         output: Path of the catalogue artifact to write.
         products10k: Folder of Products-10K, whose train and test tables are both read; empty omits it.
         aicrowd: Folder of the AIcrowd Visual Product Recognition development set; empty omits it.
-        csv: Further CSV tables with columns ``image`` and ``product``. Validation or test rows in ``split`` stay there.
-        validation: Share of each source's products held out to select checkpoints.
-        test: Share of each source's products held out for evaluation.
-        seed: Seed of the splits.
+        csv: Further CSV tables with columns ``image`` and ``product``. Rows that ``split`` puts into validation or test
+            stay there. Rows with a role of query or gallery and without a split are test rows.
+        validation: Share of each source's products held out to select checkpoints. It divides no source that has
+            validation rows.
+        test: Share of each source's products held out for evaluation, likewise.
+        seed: Seed of the hash of product ids that divides them.
+        resplit: Divide all products by the shares, also those that have a split or a role in a CSV table.
         skip_unreadable: List unreadable images in ``set_aside.csv`` instead of stopping at the first.
     """
 
@@ -181,10 +184,11 @@ class DataConfig:
     validation: float = 0.05
     test: float = 0.0
     seed: int = 0
+    resplit: bool = False
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
-        check_shares(self.validation, self.test, self.seed)
+        check_shares(self.validation, self.test, self.seed, self.resplit)
         paths = [path.resolve() for _, path in self.sources()]
         if not paths:
             raise UserError("vpr teacher data: no source is given. Use --products10k, --aicrowd or --csv.")

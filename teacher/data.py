@@ -1,6 +1,7 @@
 """``vpr teacher data``: check, split and join data sets into one training catalogue."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,23 @@ from vpr.artifacts.store import file_sha256
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.build_catalog import check_images
+from vpr.data.build_catalog import check_images, load_replaced, shares_of
 from vpr.data.catalog import Catalog, Rejected, image_root, rows_to_table, write_catalog_files
+from vpr.data.catalog_summary import summary_lines
+from vpr.data.division import Division, encode, find_overlap, image_keys, split_by_product, split_codes
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.readers import READERS
-from vpr.data.splits import find_leaks, split_by_product
+from vpr.data.splits import find_leaks, warn_of_moves
 
 log = get_logger(__name__)
 
 Repeat = tuple[str, str, str]
+OwnSplits = dict[str, dict[str, int]]
 TABLES = {"products10k": ("train.csv", "test_kaggletest.csv"), "aicrowd": ("gallery.csv", "queries.csv")}
 
 
 def build_data(config: DataConfig) -> Path:
-    """Write the training catalogue: split each source, join them, and drop what is held out from training.
+    """Write the training catalogue: split each source, join them, and drop what two splits would share.
 
     ``duplicates.csv`` in the artifact lists repeated images by ``image``, ``of`` and ``kind``. Kinds are ``same``
     (equal bytes), ``near`` (near-duplicates, or ``near, across splits`` if one is trained on and the other held out)
@@ -40,62 +44,101 @@ def build_data(config: DataConfig) -> Path:
     """
     root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
     values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
+    if not config.resplit:
+        del values["resplit"]  # older catalogues stay up to date
     stage = Stage(config.output, "catalog", values, [])
     if stage.find():
         return stage.path
     catalogs: list[Catalog] = []
+    divisions: list[Division] = []
     set_aside: list[Rejected] = []
     for reader, path in config.sources():
-        catalog, rejected = _read_source(config, reader, path)
-        folder = catalog.root.resolve().relative_to(root)
-        set_aside += [((folder / image).as_posix(), reason) for image, reason in rejected]
-        catalogs.append(catalog)
+        division, rejected = _read_source(config, reader, path)
+        catalogs.append(Catalog(division.table, image_root(reader, str(path))))
+        divisions.append(division)
+        folder = catalogs[-1].root.resolve().relative_to(root)
+        set_aside += [((folder / image).as_posix(), reason) for image, reason in [*rejected, *division.left_out]]
 
     log.info("searching for repeated images ...")
     merged, duplicates = merge(catalogs)
-    joined, dropped = drop_split_overlap(merged)
+    joined, dropped = drop_split_overlap(merged, own_splits(divisions))
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
     repeats = list_repeats(merged, joined, duplicates, dropped)
     counts = {"same_bytes": len(duplicates.same_bytes), "near_same": len(duplicates.near_same)}
     counts["near_same_across_splits"] = sum(kind == "near, across splits" for _, _, kind in repeats)
     counts["dropped"] = len(dropped)
+    replaced = load_replaced(config.output)
     with stage.write() as writer:
         write_catalog_files(writer, joined, set_aside)
         with (writer.path / "duplicates.csv").open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows([("image", "of", "kind"), *repeats])
         writer.metrics |= counts
     _log_summary(config, joined, catalogs, set_aside, counts)
+    if replaced:
+        warn_of_moves(replaced, joined)
     return stage.path
 
 
-def drop_split_overlap(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
-    """Drop rows whose image or product is held out in a later split; list them as (image, held-out name, kind).
+def own_splits(divisions: Iterable[Division]) -> OwnSplits:
+    """Return the code of the split in which the sources themselves hold out an image or product.
 
-    An image (same bytes) or product of ``test`` is dropped from ``validation`` and ``train``, one of ``validation``
-    from ``train``. Held-out queries without a gallery image of their product are dropped too, since no result could
-    be correct.
+    The keys are ``sha256`` and ``product``, the columns of the table, then the values in the column.
+    """
+    own: OwnSplits = {"sha256": {}, "product": {}}
+    for division in divisions:
+        held_out = division.table.filter(pa.array(division.own))
+        codes = split_codes(held_out).tolist()
+        for keys, column in zip(own.values(), (image_keys(held_out), held_out["product"].to_pylist()), strict=True):
+            for key, code in zip(column, codes, strict=True):
+                keys[key] = max(code, keys.get(key, 0))
+    return own
+
+
+def drop_split_overlap(catalog: Catalog, own: OwnSplits) -> tuple[Catalog, list[Repeat]]:
+    """Drop rows so that no two splits share an image (same bytes) or product; list them as (image, other name, kind).
+
+    An image or product that a source itself holds out stays in that split and is dropped from the others. One that
+    the shares would put into several splits is dropped from all of them. Held-out queries without a gallery image of
+    their product are dropped too, since no result could be correct.
+
+    Args:
+        catalog: Joined catalogue.
+        own: What the sources hold out themselves, see :func:`own_splits`.
     """
     dropped: list[Repeat] = []
-    for held_out in ("test", "validation"):
-        # First, because images of dropped queries are no longer held out and may be trained on.
-        unanswerable = _queries_without_gallery(catalog, held_out)
-        rows = catalog.table.filter(pa.array(unanswerable))
-        pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
-        dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
-        catalog = catalog.where(~unanswerable)
-        splits = catalog.table["split"].to_numpy()
-        scored = catalog.table.filter(pa.array(splits == held_out))
-        is_earlier = np.isin(splits, ["train"] if held_out == "validation" else ["train", "validation"])
-        for column, kind in (("sha256", "dropped"), ("product", "dropped, product")):
-            match = pc.index_in(catalog.table[column].combine_chunks(), scored[column].combine_chunks())
-            is_overlap = is_earlier & match.is_valid().to_numpy(zero_copy_only=False)
-            name = "image" if column == "sha256" else "product"
-            originals = scored[name].take(match.filter(pa.array(is_overlap))).to_pylist()
-            images = catalog.table["image"].filter(pa.array(is_overlap)).to_pylist()
-            dropped += [(image, original, kind) for image, original in zip(images, originals, strict=True)]
-            catalog, is_earlier = catalog.where(~is_overlap), is_earlier[~is_overlap]
-    return catalog, dropped
+    for column, kind in (("sha256", "dropped"), ("product", "dropped, product")):
+        values = image_keys(catalog.table) if column == "sha256" else catalog.table["product"].to_pylist()
+        distinct, codes = encode(values)
+        splits = split_codes(catalog.table)
+        own_codes = np.array([own[column].get(value, 0) for value in distinct], dtype=np.int64)[codes]
+        is_overlap = find_overlap(codes, splits, (own_codes == splits) & (own_codes > 0))
+        dropped += _list_overlap(catalog, codes, splits, is_overlap, kind)
+        catalog = catalog.where(~is_overlap)
+    # After the others: images of these queries stay out of training, since their product may get a gallery image later.
+    is_unanswerable = _queries_without_gallery(catalog, "validation") | _queries_without_gallery(catalog, "test")
+    rows = catalog.table.filter(pa.array(is_unanswerable))
+    pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
+    dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
+    return catalog.where(~is_unanswerable), dropped
+
+
+def _list_overlap(
+    catalog: Catalog, codes: NDArray[np.int64], splits: NDArray[np.int64], is_overlap: NDArray[np.bool_], kind: str
+) -> list[Repeat]:
+    """Return the dropped rows, each with the image of a row in another split, or with its product."""
+    rows = np.flatnonzero(is_overlap).tolist()
+    images, products = catalog.table["image"].to_pylist(), catalog.table["product"].to_pylist()
+    if kind == "dropped, product":
+        return [(images[row], products[row], kind) for row in rows]
+    copies: dict[int, list[int]] = {}
+    for row in np.flatnonzero(np.isin(codes, codes[is_overlap])).tolist():
+        copies.setdefault(int(codes[row]), []).append(row)
+    listed = []
+    for row in rows:
+        others = [copy for copy in copies[int(codes[row])] if splits[copy] != splits[row]]
+        listed.append((images[row], images[max(others, key=splits.__getitem__)], kind))
+    return listed
 
 
 def list_repeats(merged: Catalog, joined: Catalog, duplicates: Duplicates, dropped: list[Repeat]) -> list[Repeat]:
@@ -113,8 +156,8 @@ def list_repeats(merged: Catalog, joined: Catalog, duplicates: Duplicates, dropp
     return [*dropped, *((later, earlier, "same") for later, earlier in duplicates.same_bytes), *near]
 
 
-def _read_source(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, list[Rejected]]:
-    """Return a source's checked and split catalogue, and its rejected images with the reason."""
+def _read_source(config: DataConfig, reader: str, path: Path) -> tuple[Division, list[Rejected]]:
+    """Return a source's checked and divided images, and its rejected images with the reason."""
     rows = list(READERS[reader](path))
     if not rows:
         raise UserError(f"{path}: the source has no images. Check --{reader}.")
@@ -123,20 +166,22 @@ def _read_source(config: DataConfig, reader: str, path: Path) -> tuple[Catalog, 
     accepted, rejected = check_images(root, rows, config.skip_unreadable)
     if not accepted:
         raise UserError(f"{path}: none of its {len(rows)} images can be read. Check --{reader}.")
-    table = rows_to_table(accepted)
-    if table["split"].unique().to_pylist() == ["train"]:
-        try:
-            table = split_by_product(table, config.validation, config.test, config.seed)
-        except UserError as error:
-            log.warning(f"{path}: nothing is held out of this source. {error}")
-    return Catalog(table, root), rejected
+    shares = shares_of(reader, config.validation, config.test, config.seed, config.resplit)
+    division = split_by_product(rows_to_table(accepted), shares)
+    for note in division.notes:
+        log.info(f"  {note}")
+    for problem in division.unmet:
+        log.warning(f"{path}: {problem}")
+    return division, rejected
 
 
 def _check_held_out(config: DataConfig, joined: Catalog) -> None:
-    """Raise :class:`UserError` if a requested split is empty."""
+    """Raise :class:`UserError` if a requested split has nothing to search for, or no image is left to train on."""
     for name, share in (("validation", config.validation), ("test", config.test)):
-        if share and not len(joined.select(split=name)):
+        if share and not len(joined.select(split=name, role="query")):
             raise UserError(f"{name}: no source has enough products for {share}. Raise it or add images.")
+    if not len(joined.select(split="train")):
+        raise UserError("validation, test: they leave no product to train on. Lower them or use another --seed.")
 
 
 def _table_checksums(config: DataConfig) -> dict[str, str]:
@@ -164,12 +209,11 @@ def _log_summary(
     shared -= len(pa.chunked_array(chunks).unique())
     if shared:
         log.warning(f"{shared} product ids occur in more than one source; each is treated as one product")
-    log.info(
-        f"  repeated images: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
-        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows dropped from training because "
-        "their image or product is held out (listed in duplicates.csv)"
+    log.info(f"{config.output}: {len(joined)} images, {len(set_aside)} set aside")
+    repeated = (
+        f"repeated images: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
+        f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows dropped, since two splits "
+        "would share their image or product, or a query has no gallery image (listed in duplicates.csv)"
     )
-    listed = " (listed in set_aside.csv)" if set_aside else ""
-    splits = ", ".join(f"{count} {split}" for split, count in joined.summary()["images"].items() if count)
-    products = f"{len(joined.table['product'].unique())} products ({splits})"
-    log.info(f"{config.output}: {len(joined)} images of {products}, {len(set_aside)} set aside{listed}")
+    for line in summary_lines(joined, set_aside, [repeated]):
+        log.info(f"  {line}")

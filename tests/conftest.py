@@ -12,12 +12,11 @@ from PIL import Image
 from torch.utils.data._utils import signal_handling
 
 from experiments.random_student import write_random_student
+from experiments.teacher.shuffled_split import build_shuffled_catalog
 from student.config import StudentConfig
 from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
-from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.config import CatalogConfig
 
 disable_telemetry()
 configure_logging()
@@ -57,8 +56,7 @@ def texture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Catalog:
     """Catalogue of the textures, with a quarter of the products each for validation and test."""
     output = tmp_path_factory.mktemp("catalog") / "catalog"
-    config = CatalogConfig(reader="folder", root=str(texture_folder), output=str(output), validation=0.25, test=0.25)
-    return load_catalog(build_catalog(config))
+    return load_catalog(build_shuffled_catalog("folder", str(texture_folder), str(output), 0.25, 0.25))
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +68,7 @@ def pairs_catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path
     table.write_text("\n".join(["image,product", *lines]) + "\n", encoding="utf-8")
     output = tmp_path_factory.mktemp("pairs") / "catalog"
     try:
-        return load_catalog(
-            build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.25, seed=1))
-        )
+        return load_catalog(build_shuffled_catalog("csv", str(table), str(output), 0.25, 0.25, seed=1))
     finally:
         table.unlink()
 

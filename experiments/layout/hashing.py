@@ -59,7 +59,7 @@ def _make_inputs(folder: Path) -> DistillConfig:
     def at(name: str) -> str:
         return str(folder / name)
 
-    build_catalog(CatalogConfig("folder", at("catalog"), at("images"), validation=0.25, test=0.25))
+    build_catalog(CatalogConfig("folder", at("catalog"), at("images"), validation=0.25, test=0.25, seed=2))
     stages = (StageConfig("all", 1, lr_head=1e-3, lr_tower=1e-3),)
     tower, head = TowerConfig("sample", "", 32), HeadConfig(scale=16.0, margin=0.0, margin_end=0.1)
     train(TrainConfig(at("catalog"), at("teacher"), tower=tower, head=head, stages=stages, loader=_LOADER))

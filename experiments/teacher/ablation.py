@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from experiments.figures import Row
 from experiments.intervals import mean_text
+from experiments.teacher.shuffled_split import build_shuffled_catalog
 from teacher.config import HeadConfig, SoupConfig, StageConfig, TowerConfig, TrainConfig
 from teacher.model import load_teacher
 from teacher.soup import soup
@@ -19,9 +20,8 @@ from teacher.train import train
 from vpr.cli import read_config
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
-from vpr.data.config import CatalogConfig, LoaderConfig
+from vpr.data.config import LoaderConfig
 from vpr.imaging.config import ViewConfig
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import embed, torch_forward
@@ -65,7 +65,7 @@ def sample_teacher(recipe: str, catalog: Path, output: Path | str) -> Path:
 def build_grocery(data: Path, folder: Path) -> Path:
     """Write a catalogue of the Grocery Store Dataset, split by product: 15 % for validation, 35 % for test."""
     root, output = str(data / "grocery" / "train"), str(folder / "catalog")
-    return build_catalog(CatalogConfig("folder", output, root, validation=0.15, test=0.35))
+    return build_shuffled_catalog("folder", root, output, validation=0.15, test=0.35)
 
 
 def ablate(data: Path, start: Path, folder: Path, epochs: int = 8, seeds: tuple[int, ...] = SEEDS) -> list[Row]:

@@ -13,12 +13,11 @@ from benchmarks.config import ReportConfig
 from benchmarks.report.build import build_report
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
+from experiments.teacher.shuffled_split import build_shuffled_catalog
 from export.config import Int8Config, OnnxConfig
 from export.int8 import export_int8
 from export.to_onnx import export_onnx
-from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.config import CatalogConfig
 
 EVIL = "<script>alert(1)</script> $\\frac$ |"
 CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")
@@ -37,7 +36,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path
                 writer.writerow([f"{folder.name}/{image.name}", product, CATEGORIES[number % 2]])
     output = tmp_path_factory.mktemp("shop") / "catalog"
     try:
-        return build_catalog(CatalogConfig("csv", str(output), str(table), validation=0.25, test=0.5, seed=1))
+        return build_shuffled_catalog("csv", str(table), str(output), 0.25, 0.5, seed=1)
     finally:
         table.unlink()
 

@@ -63,9 +63,9 @@ class Command:
 
 
 COMMANDS = (
-    Command("catalog --reader folder --root {images} --validation 0.25 --test 0.25", "catalog"),
+    Command("catalog --reader folder --root {images} --validation 0.25 --test 0.25 --seed 2", "catalog"),
     Command("catalog --reader webdataset --root {tars}", "shards"),
-    Command("teacher data --csv {images.csv} --validation 0.25 --test 0.25", "data"),
+    Command("teacher data --csv {images.csv} --validation 0.25 --test 0.25 --seed 2", "data"),
     Command("teacher convert --checkpoint {tower.pt}", "tower.safetensors"),
     Command(_TEACHER, "teacher"),
     Command(f"{_TEACHER} --views.rotate 5", "other-teacher"),

@@ -13,8 +13,9 @@ from teacher.config import DataConfig
 from teacher.data import build_data, drop_split_overlap
 from vpr.cli import main
 from vpr.common.errors import UserError
+from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog, rows_to_table
-from vpr.data.config import LoaderConfig
+from vpr.data.config import CatalogConfig, LoaderConfig
 from vpr.data.loaders import ImageDataset, training_loader
 from vpr.data.splits import check_leaks
 
@@ -83,7 +84,7 @@ def test_each_source_has_validation_products(sources: Path, tmp_path: Path) -> N
     training, validation = built.select(split="train"), built.select(split="validation")
     assert not set(training.products) & set(validation.products)
     held_out = sorted(set(validation.products))
-    assert [product.split("/")[0] for product in held_out] == ["aicrowd"] * 2 + ["products10k"] * 3
+    assert [product.split("/")[0] for product in held_out] == ["aicrowd"] * 2 + ["products10k"] * 5
     for product in held_out:
         assert set(validation.roles[validation.products == product]) == {"gallery", "query"}
     assert set(training.roles) == {"train", "gallery", "query"}
@@ -107,10 +108,10 @@ def test_aicrowd_queries_are_cropped_to_their_box(sources: Path, tmp_path: Path)
 def test_one_source_is_enough(source: str, sources: Path, tmp_path: Path) -> None:
     built = _build(sources, tmp_path / "data", **{"products10k" if source == "aicrowd" else "aicrowd": ""})
     assert set(built.table["source"].to_pylist()) == {source}
-    assert built.summary()["products"]["validation"] == (3 if source == "products10k" else 2)
+    assert built.summary()["products"]["validation"] == (5 if source == "products10k" else 2)
 
 
-def test_held_out_image_is_dropped_from_train(sources_copy: Path, tmp_path: Path) -> None:
+def test_image_of_two_splits_is_set_aside(sources_copy: Path, tmp_path: Path) -> None:
     first = _build(sources_copy, tmp_path / "data")
     scored = first.select(split="validation", role="gallery")
     trained = first.select(split="train")
@@ -119,11 +120,80 @@ def test_held_out_image_is_dropped_from_train(sources_copy: Path, tmp_path: Path
     shutil.copyfile(original, copied)
     second = _build(sources_copy, tmp_path / "again")
     check_leaks(second.select(split="train"), second.select(split="validation"))
-    assert len(second) == len(first) - 1
-    names = [path.relative_to(sources_copy).as_posix() for path in (copied, original)]
-    assert [*names, "dropped"] in _read_duplicates(second)
-    assert second.artifact.card.metrics["dropped"] == 1
-    assert second.artifact.card.metrics["same_bytes"] == 1
+    assert len(second) == len(first) - 2
+    first_name, second_name = sorted(path.relative_to(sources_copy / "p10k").as_posix() for path in (copied, original))
+    with second.artifact.file("set_aside.csv").open(newline="") as stream:
+        listed = dict(list(csv.reader(stream))[1:])
+    assert set(listed) == {f"p10k/{first_name}", f"p10k/{second_name}"}
+    assert f"in several splits: same bytes as {first_name} of " in listed[f"p10k/{second_name}"]
+
+
+def test_image_that_a_table_tests_is_dropped_from_training(sources_copy: Path, tmp_path: Path) -> None:
+    first = _build(sources_copy, tmp_path / "data")
+    trained = first.select(split="train")
+    original = trained.path(int(np.flatnonzero(np.char.startswith(trained.products, "products10k/"))[0]))
+    extra = sources_copy / "extra"
+    extra.mkdir()
+    shutil.copyfile(original, extra / "a.jpg")
+    _write_image(extra / "b.png", np.random.default_rng(1))
+    (extra / "t.csv").write_text("image,product,split,role\na.jpg,lamp,test,query\nb.png,lamp,test,gallery\n")
+    second = _build(sources_copy, tmp_path / "again", csv=(str(extra / "t.csv"),))
+    assert second.select(split="test").table["image"].to_pylist() == ["extra/a.jpg", "extra/b.png"]
+    dropped = [original.relative_to(sources_copy).as_posix(), "extra/a.jpg", "dropped"]
+    assert dropped in _read_duplicates(second)
+    assert len(second) == len(first) + 1
+    assert second.artifact.card.metrics["dropped"] == second.artifact.card.metrics["same_bytes"] == 1
+
+
+def test_image_that_two_sources_would_split_is_dropped_from_both(sources_copy: Path, tmp_path: Path) -> None:
+    first = _build(sources_copy, tmp_path / "data")
+    trained = first.select(split="train")
+    original = trained.path(int(np.flatnonzero(np.char.startswith(trained.products, "products10k/"))[0]))
+    held_out = first.select(split="validation")
+    row = int(np.flatnonzero(np.char.startswith(held_out.products, "aicrowd/") & (held_out.roles == "gallery"))[0])
+    shutil.copyfile(original, held_out.path(row))
+    second = _build(sources_copy, tmp_path / "again")
+    names = [path.relative_to(sources_copy).as_posix() for path in (original, held_out.path(row))]
+    assert not {*names} & set(second.table["image"].to_pylist())
+    assert sorted(line[:2] for line in _read_duplicates(second) if line[2] == "dropped") == sorted([names, names[::-1]])
+
+
+def test_training_products_of_a_table_with_a_test_split_are_divided(
+    sources_copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng, lines = np.random.default_rng(1), ["image,product,role,split"]
+    for product in range(20):
+        for view in range(2):
+            _write_image(sources_copy / f"shop/{product}-{view}.png", rng)
+            own = f"{('gallery', 'query')[view]},test" if product < 3 else ","
+            lines.append(f"{product}-{view}.png,sku-{product},{own}")
+    table = sources_copy / "shop" / "t.csv"
+    table.write_text("\n".join(lines) + "\n")
+    values = {"csv": (str(table),), "products10k": "", "aicrowd": ""}
+    built = _build(sources_copy, tmp_path / "data", **values)
+    assert set(built.select(split="test").products) == {"sku-0", "sku-1", "sku-2"}
+    assert built.summary()["products"]["validation"] > 0
+    catalogue = CatalogConfig("csv", str(tmp_path / "c"), str(table), validation=0.25)
+    same = load_catalog(build_catalog(catalogue)).table
+    assert same.select(["product", "split", "role"]) == built.table.select(["product", "split", "role"])
+    table.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")  # roles without splits
+    assert _build(sources_copy, tmp_path / "roles", **values).table.equals(built.table)
+    caplog.clear()
+    divided = _build(sources_copy, tmp_path / "data", **values, test=0.25, resplit=True)
+    scored = set(divided.products) - set(divided.select(split="train").products)
+    assert f"had {len(scored & set(built.select(split='train').products))} products (" in caplog.text
+
+
+def test_table_that_tests_a_file_of_another_table_keeps_it(sources_copy: Path, tmp_path: Path) -> None:
+    """Both tables list the same file under the same product."""
+    _write_image(sources_copy / "shop/a.png", np.random.default_rng(1))
+    _write_image(sources_copy / "shop/b.png", np.random.default_rng(2))
+    (sources_copy / "shop/t1.csv").write_text("image,product\na.png,lamp\nb.png,lamp\n")
+    (sources_copy / "shop/t2.csv").write_text("image,product,split\na.png,lamp,test\nb.png,lamp,test\n")
+    tables = tuple(str(sources_copy / "shop" / name) for name in ("t1.csv", "t2.csv"))
+    built = _build(sources_copy, tmp_path / "data", csv=tables)
+    assert set(built.table["split"].filter(pa.array(built.products == "lamp")).to_pylist()) == {"test"}
+    assert len(built.select(split="test")) == 2
 
 
 def test_near_duplicates_are_listed_and_kept(sources_copy: Path, tmp_path: Path) -> None:
@@ -175,9 +245,10 @@ def test_queries_without_gallery_are_dropped() -> None:
             ("f", "4", "train", "train", "s4"),
         ]
     ]
-    remaining, dropped = drop_split_overlap(Catalog(rows_to_table(rows), Path()))
-    assert remaining.table["image"].to_pylist() == ["a", "b", "c", "f"]
-    assert dropped == [("d", "c", "dropped"), ("e", "3", "dropped, no gallery")]
+    own = {"sha256": {"s2": 3, "s3": 3, "s4": 2}, "product": {"2": 3, "3": 2}}  # codes of validation and test
+    remaining, dropped = drop_split_overlap(Catalog(rows_to_table(rows), Path()), own)
+    assert remaining.table["image"].to_pylist() == ["a", "b", "c"]
+    assert dropped == [("d", "c", "dropped"), ("f", "e", "dropped"), ("e", "3", "dropped, no gallery")]
     assert remaining.table.schema.equals(SCHEMA)
 
 
@@ -203,7 +274,7 @@ def test_training_loader_reads_the_catalogue(sources: Path, tmp_path: Path, caps
 
     arguments = ["--products10k", str(sources / "p10k"), "--aicrowd", str(sources / "aicrowd"), "--validation", "0.25"]
     main(["teacher", "data", *arguments, "--output", str(tmp_path / "data")])
-    assert "0 rows dropped from training" in capsys.readouterr().err
+    assert "0 rows dropped, since two splits" in capsys.readouterr().err
     training = load_catalog(tmp_path / "data").select(split="train")
     loader = training_loader(
         ImageDataset(training, Preprocess(size=16)), LoaderConfig(7, max_per_product=3, min_per_product=3), 0

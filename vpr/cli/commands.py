@@ -47,12 +47,12 @@ _TRAINING = ("loader.batch_size", "loader.workers", "loader.keep_in_memory", "ru
 
 COMMANDS = {  # name: target, configuration, help, common keys
     "catalog": Command("vpr.data.build_catalog:build_catalog", "vpr.data.config:CatalogConfig",
-        "read images into a checked, split catalogue", ("root", "validation", "test", "skip_unreadable")),
+        "read images into a checked, split catalogue", ("root", "validation", "test", "resplit", "skip_unreadable")),
     "catalog check": Command("vpr.retrieval.check_command:check_catalog", "vpr.retrieval.config:CatalogCheckConfig",
         "find wrong labels and duplicates in a catalogue, and clean it", ("catalog", "apply", "outlier", "duplicate")),
     "teacher data": Command("teacher.data:build_data", "teacher.config:DataConfig",
         "join data sets into one catalogue to train on",
-        ("products10k", "aicrowd", "csv", "validation", "test", "skip_unreadable")),
+        ("products10k", "aicrowd", "csv", "validation", "test", "resplit", "skip_unreadable")),
     "teacher convert": Command("teacher.convert:convert", "teacher.tower_config:ConvertConfig",
         "convert a PyTorch checkpoint to safetensors", ("key", "keep_head")),
     "teacher choose": Command("teacher.choose:choose", "teacher.choose_config:ChooseConfig",

@@ -11,9 +11,11 @@ from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, Rejected, image_root, load_catalog, rows_to_table, write_catalog_files
+from vpr.data.catalog_summary import summary_lines
 from vpr.data.config import CatalogConfig
+from vpr.data.division import Division, Shares, split_by_product
 from vpr.data.readers import FOLDER_LINK, READERS, Row, skipped_files
-from vpr.data.splits import split_by_product
+from vpr.data.splits import warn_of_moves, warn_of_own_leaks
 from vpr.imaging.decode import ImageRejected, decode_bytes, read_image
 
 log = get_logger(__name__)
@@ -30,6 +32,8 @@ def build_catalog(config: CatalogConfig) -> Path:
         UserError: There are no images, a table is broken, or an image is unreadable without ``skip_unreadable``.
     """
     values = config_to_json(config)
+    if not config.resplit:
+        del values["resplit"]  # older catalogues stay up to date
     if config.reader == "sample":
         return _build_sample(config, values)
     if not config.root:
@@ -46,14 +50,19 @@ def build_catalog(config: CatalogConfig) -> Path:
         rejected += [file for file in skipped if file[1] == FOLDER_LINK or config.reader != "webdataset"]
     if not readable:
         raise UserError(f"{config.root}: none of its {len(rows)} images can be read. Check --root.")
-    catalog = Catalog(split_by_product(rows_to_table(readable), config.validation, config.test, config.seed), root)
+    division = _divide(config, readable)
+    catalog = Catalog(division.table, root)
+    rejected += division.left_out
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
         log.info(f"{config.output}: up to date")
         return Path(config.output)
+    replaced = load_replaced(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         write_catalog_files(draft, catalog, rejected)
-    _log_summary(config, catalog, rejected)
+    _log_summary(config, catalog, rejected, division.notes)
+    if replaced:
+        warn_of_moves(replaced, catalog)
     return Path(config.output)
 
 
@@ -67,10 +76,10 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     with stage.write() as draft:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
-        table = split_by_product(rows_to_table(rows), config.validation, config.test, config.seed)
-        catalog = Catalog(table, draft.path)
-        write_catalog_files(draft, catalog, [])
-    _log_summary(config, catalog, [])
+        division = _divide(config, rows)
+        catalog = Catalog(division.table, draft.path)
+        write_catalog_files(draft, catalog, division.left_out)
+    _log_summary(config, catalog, division.left_out, division.notes)
     return stage.path
 
 
@@ -94,10 +103,37 @@ def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[li
     return readable, rejected
 
 
-def _log_summary(config: CatalogConfig, catalog: Catalog, rejected: list[Rejected]) -> None:
-    hint = " (listed in set_aside.csv)" if rejected else ""
+def shares_of(reader: str, validation: float, test: float, seed: int, resplit: bool) -> Shares:
+    """Return the shares for the images of a reader.
+
+    Every image of AIcrowd has a role, which says what the image shows and not who may use it: shares divide all of
+    its products.
+    """
+    return Shares(validation, test, seed, resplit or (reader == "aicrowd" and validation + test > 0))
+
+
+def _divide(config: CatalogConfig, rows: list[Row]) -> Division:
+    shares = shares_of(config.reader, config.validation, config.test, config.seed, config.resplit)
+    division = split_by_product(rows_to_table(rows), shares)
+    if division.unmet:
+        raise UserError(division.unmet[0])
+    return division
+
+
+def load_replaced(output: str) -> Catalog | None:
+    """Return the catalogue that is about to be replaced; None if there is none that can be read."""
+    try:
+        return load_catalog(output) if Path(output).exists() else None
+    except UserError:
+        return None
+
+
+def _log_summary(config: CatalogConfig, catalog: Catalog, rejected: list[Rejected], notes: list[str]) -> None:
     products = len(set(catalog.products.tolist()))
-    log.info(f"{config.output}: {len(catalog)} images of {products} products, {len(rejected)} set aside{hint}")
+    log.info(f"{config.output}: {len(catalog)} images of {products} products, {len(rejected)} set aside")
+    for line in summary_lines(catalog, rejected, notes):
+        log.info(f"  {line}")
+    warn_of_own_leaks(catalog)
 
 
 def _check_image(root: Path, row: Row) -> str | ImageRejected:

@@ -153,9 +153,15 @@ def load_catalog(path: Path | str) -> Catalog:
 
 
 def rows_to_table(rows: list[Row]) -> pa.Table:
-    """Convert rows to a table; raise :class:`UserError` for an unknown role or split."""
+    """Convert rows to a table, in which a row that its source puts in no split has an empty one.
+
+    :func:`vpr.data.division.split_by_product` gives every row a split.
+
+    Raises:
+        UserError: A role or split is unknown.
+    """
     for column, known in (("role", ROLES), ("split", SPLITS)):
-        unknown = sorted({str(row[column]) for row in rows} - set(known))
+        unknown = sorted({str(row[column]) for row in rows} - {*known, *([""] if column == "split" else [])})
         if unknown:
             raise UserError(f"catalogue: {column} '{unknown[0]}' is not known. Use {', '.join(known)}.")
     return pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA)

@@ -6,12 +6,14 @@ from typing import Literal
 from vpr.common.errors import UserError, check_numbers
 
 
-def check_shares(validation: float, test: float, seed: int) -> None:
-    """Raise :class:`UserError` if the shares leave no products to train on, or the seed is negative."""
+def check_shares(validation: float, test: float, seed: int, resplit: bool = False) -> None:
+    """Raise :class:`UserError` for shares that leave no products to train on, a negative seed, or an idle resplit."""
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise UserError(f"validation, test: expected shares of together less than 1, got {validation} and {test}.")
     if seed < 0:
         raise UserError(f"seed: expected 0 or more, got {seed}.")
+    if resplit and not validation and not test:
+        raise UserError("resplit: it divides all products by the shares. Give --validation, --test or both.")
 
 
 @dataclass(frozen=True)
@@ -20,16 +22,19 @@ class CatalogConfig:
 
     A CSV needs the columns ``image`` (path relative to the CSV) and ``product``. It may have ``category``, ``role``,
     ``split`` and ``box_x``, ``box_y``, ``box_w``, ``box_h`` (crop in pixels of the upright image).
-    Roles: ``train`` (default), ``gallery`` for the images to search in, ``query`` for the images to search with.
+    Roles: ``gallery`` for the images to search in, ``query`` for the images to search with, ``train`` (default).
     Splits: ``train`` (default), ``validation`` to select checkpoints, ``test`` for the final scores.
+    Rows with a role of query or gallery and without a split are test rows.
 
     Attributes:
         reader: Format of the data. ``sample`` is embedded and needs no root.
         output: Folder of the catalogue to write.
         root: Folder of the data set, or the CSV file.
-        validation: Share of products held out to select checkpoints. Without it and ``test``, the reader's splits stay.
-        test: Share of products held out for the final scores.
-        seed: Seed of the split.
+        validation: Share of products held out to select checkpoints. Only products that the data set does not hold out
+            itself are divided, by a hash of their ids. A split that the data set has itself stays as it is.
+        test: Share of products held out for the final scores, likewise.
+        seed: Seed of the hash.
+        resplit: Divide all products by the shares, also those that have a split or a role in the data set.
         skip_unreadable: Skip unreadable images instead of failing, and list them in ``set_aside.csv``. The folder,
             images and webdataset readers always list files without an image suffix there, and links to folders.
     """
@@ -40,10 +45,11 @@ class CatalogConfig:
     validation: float = 0.0
     test: float = 0.0
     seed: int = 0
+    resplit: bool = False
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
-        check_shares(self.validation, self.test, self.seed)
+        check_shares(self.validation, self.test, self.seed, self.resplit)
 
 
 @dataclass(frozen=True)

@@ -36,23 +36,22 @@ class Duplicates:
 def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
     """Join catalogues under their common root, and find repeated images; every distinct image is decoded once.
 
-    Rows with the same file, product and box become one row; all other rows stay. Products with the same id become
-    one product. Near-duplicates need a manual check: small objects on a plain background have similar hashes.
+    Rows with the same file, product, box and split become one row; all other rows stay. Products with the same id
+    become one product. Near-duplicates need a manual check: small objects on a plain background have similar hashes.
     """
     roots = [catalog.root.resolve() for catalog in catalogs]
     root = common_root(roots)
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     by_bytes: dict[str, str] = {}
     same: list[tuple[str, str]] = []
     tables = []
     for catalog, folder in zip(catalogs, roots, strict=True):
         table = _table_from(root, catalog, folder)
-        names, products, checksums = (table[name].to_pylist() for name in ("image", "product", "sha256"))
-        boxes = [str(box) for box in table["box"].to_pylist()]
+        columns = [map(str, table[name].to_pylist()) for name in ("image", "sha256", "product", "box", "split")]
         kept = []
-        for row, (image, product, box, sha256) in enumerate(zip(names, products, boxes, checksums, strict=True)):
+        for row, (image, sha256, *place) in enumerate(zip(*columns, strict=True)):
             first = by_bytes.setdefault(sha256, image)
-            key = (image, product, box)
+            key = (image, *place)
             if first != image or key in seen:
                 same.append((image, first))
             if key not in seen:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vpr.common.errors import UserError
 from vpr.data.csv_table import read_csv_rows
+from vpr.data.split_folders import find_split_folders
 from vpr.data.webdataset import read_label, read_samples
 
 Row = dict[str, Any]
@@ -59,22 +60,30 @@ def read_csv(table: Path) -> Iterator[Row]:
         row = _row(image, values["product"], values.get("category") or "", "csv", values.get("role") or "train")
         box_values = [values.get(name) or "" for name in box_columns]
         box = _parse_box(box_values, f"{table}: line {line}") if any(box_values) else None
-        row |= {"box": box, "split": values.get("split") or "train"}
+        row |= {"box": box, "split": values.get("split") or ""}
         for column, known in (("role", ROLES), ("split", SPLITS)):
-            if row[column] not in known:  # checked here too: the line is known, and no image has been decoded
+            if row[column] not in ("", *known):  # checked here too: the line is known, and no image has been decoded
                 problem = f"{column} '{row[column]}' is not known. Use {', '.join(known)}."
                 raise UserError(f"{table}: line {line}: {problem}")
         yield row
 
 
 def read_folder(root: Path) -> Iterator[Row]:
-    """Read one folder per product, with images at any depth; files without an image suffix are skipped."""
+    """Read one folder per product, with images at any depth; files without an image suffix are skipped.
+
+    If all folders of the root are named as splits, the folders in them are the products
+    (:func:`vpr.data.split_folders.find_split_folders`).
+    """
     guard = PathGuard(root)
-    for name in _image_files(root):
-        product, _, rest = name.partition("/")
-        if not rest:
-            raise UserError(f"{root / name}: it is in no product's folder. Move it to {root}/PRODUCT/{name}.")
-        yield _row(guard.check(name), product, "", "folder")
+    names = list(_image_files(root))
+    splits = find_split_folders(root, names)
+    for name in names:
+        folder, _, rest = name.partition("/")
+        product, _, file = rest.partition("/") if folder in splits else (folder, "", rest)
+        if not file:
+            prefix, file = (f"{folder}/", rest) if folder in splits else ("", name)
+            raise UserError(f"{root / name}: it is in no product's folder. Move it to {root}/{prefix}PRODUCT/{file}.")
+        yield {**_row(guard.check(name), product, "", "folder"), "split": splits.get(folder, "")}
 
 
 def read_images(root: Path) -> Iterator[Row]:
@@ -169,7 +178,7 @@ class PathGuard:
 
 def _row(image: str, product: str, category: str, source: str, role: str = "train") -> Row:
     row = {"image": image, "product": product, "category": category, "role": role, "source": source}
-    return {**row, "split": "train", "box": None}
+    return {**row, "split": "", "box": None}
 
 
 def _parse_box(values: list[Any], where: str) -> dict[str, float]:

@@ -32,8 +32,9 @@ from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_err
 from vpr.artifacts.writer import check_output, find_up_to_date
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog, rows_to_table
+from vpr.data.division import Shares, split_by_product
 from vpr.data.readers import READERS
-from vpr.data.splits import split_by_product
+from vpr.data.splits import find_leaks
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.int8 import Ranges, read_ranges
 from vpr.inference.onnx_graph import check_graph, load_graph
@@ -80,8 +81,12 @@ def read_table(folder: Path, data: bytes) -> None:
         assert row["product"], "a row without a product"
         assert (folder / row["image"]).resolve().is_relative_to(folder.resolve()), "an image outside"
         assert row["box"] is None or all(math.isfinite(side) for side in row["box"].values()), "an infinite box"
-    catalog = Catalog(split_by_product(rows_to_table(rows), 0.0, 0.5, 0), folder)
+    division = split_by_product(rows_to_table(rows), Shares(test=0.5, seed=4, resplit=True))
+    if division.unmet:
+        raise UserError(division.unmet[0])
+    catalog = Catalog(division.table, folder)
     assert catalog.summary()["images"]["test"] >= 2, "a test split without a query and its gallery"
+    assert find_leaks(catalog, allow=True) == {}, "a product or an image in two splits"
 
 
 def read_ranges_files(folder: Path, data: bytes) -> None:

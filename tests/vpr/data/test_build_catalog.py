@@ -5,7 +5,9 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vpr.artifacts.store import load_artifact
 from vpr.artifacts.writer import write_artifact
@@ -102,3 +104,100 @@ def test_changed_box_rebuilds_the_catalogue(texture_folder: Path, tmp_path: Path
 def test_values_out_of_range_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CatalogConfig(reader="folder", root="x", output="y", **values)
+
+
+def _write_images(root: Path, names: list[str], seed: int = 0) -> None:
+    """Write small images, each with other bytes."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / name)
+
+
+def _splits(config: CatalogConfig) -> dict[str, str]:
+    table = load_catalog(build_catalog(config)).table
+    return dict(zip(table["product"].to_pylist(), table["split"].to_pylist(), strict=True))
+
+
+def test_products_of_a_growing_folder_keep_their_split(tmp_path: Path) -> None:
+    names = [f"p{product:02}/{view}.png" for product in range(40) for view in range(4)]
+    _write_images(tmp_path / "shop", names)
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"), validation=0.15, test=0.25)
+    first = _splits(config)
+    assert set(first.values()) == {"train", "validation", "test"}
+    _write_images(tmp_path / "shop", [f"a{n:02}/{view}.png" for n in range(9) for view in range(3)], seed=1)
+    _write_images(tmp_path / "shop", [f"p{product:02}/more.png" for product in range(0, 40, 2)], seed=2)
+    second = _splits(config)
+    assert len(second) == 49
+    assert {product: second[product] for product in first} == first
+
+
+@pytest.mark.parametrize("folders", [("train", "val", "test"), ("Train", "valid", "TEST"), ("train", "validation")])
+def test_folders_named_as_splits_are_splits(
+    tmp_path: Path, folders: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"{folder}/{folder[0]}{product}/{view}.png" for folder in folders for product in (1, 2) for view in (1, 2)]
+    _write_images(tmp_path / "shop", names)
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"))
+    with caplog.at_level("INFO", logger="vpr"):
+        catalog = load_catalog(build_catalog(config))
+    assert "its folders are splits: " in caplog.text
+    known = {"t": "train", "v": "validation", "T": "train"}
+    for row in catalog.table.to_pylist():
+        folder, product, _ = row["image"].split("/")
+        assert row["split"] == ("test" if folder.lower() == "test" else known[folder[0]])
+        assert row["product"] == product
+    for split in set(catalog.table["split"].to_pylist()) - {"train"}:
+        assert set(catalog.select(split=split).roles) == {"gallery", "query"}
+
+
+def test_folders_that_are_not_all_splits(tmp_path: Path) -> None:
+    toys = tmp_path / "toys"
+    _write_images(toys, ["train/1.png", "train/2.png", "doll/1.png"])
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(toys))
+    assert _splits(config) == {"train": "train", "doll": "train"}
+    _write_images(toys, ["test/a/1.png"])
+    with pytest.raises(UserError, match=r"toys: the folders test, train are named as splits, but 'doll' is not\. Move"):
+        build_catalog(config)
+    shutil.rmtree(toys / "doll")
+    with pytest.raises(UserError, match=r"train/1\.png: it is in no product's folder\. Move it to .*/train/PRODUCT/1"):
+        build_catalog(config)
+
+
+def test_unmet_share_leaves_nothing(tmp_path: Path) -> None:
+    _write_images(tmp_path / "shop", ["a/1.png", "a/2.png", "b/1.png", "b/2.png"])
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"), test=0.001)
+    with pytest.raises(UserError, match=r"test: 0\.001 selects none of 2 products"):
+        build_catalog(config)
+    assert not (tmp_path / "c").exists()
+
+
+def test_summary_counts_splits_and_what_deserves_a_look(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"{number}.png" for number in range(9)]
+    _write_images(tmp_path, names)
+    (tmp_path / "8.png").write_bytes((tmp_path / "0.png").read_bytes())
+    places = ["a,,", "a,,", "b,,", "c,test,query", "c,test,gallery", "c,test,gallery", "d,validation,gallery", "e,,"]
+    lines = [f"{name},{place}" for name, place in zip(names, [*places, "f,test,"], strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,product,split,role", *lines]) + "\n")
+    with caplog.at_level("INFO", logger="vpr"):
+        build_catalog(CatalogConfig("csv", str(tmp_path / "c"), str(tmp_path / "t.csv")))
+    assert caplog.messages == [
+        f"{tmp_path / 'c'}: 8 images of 6 products, 1 set aside",
+        "  split       products  images  queries  gallery",
+        "  train              3       3        -        -",
+        "  validation         1       1        0        1",
+        "  test               2       4        1        3",
+        "  products with one image: 5 (3 train, 1 validation, 1 test)",
+        "  images without a label: 0",
+        "  set aside: 1 (1 in several splits; listed in set_aside.csv)",
+        "  validation: 1 products as in the data set",
+        "  test: 2 products as in the data set",
+    ]
+
+
+def test_catalogue_of_default_values_keeps_its_card(tmp_path: Path) -> None:
+    """Catalogues of earlier versions stay up to date."""
+    _write_images(tmp_path / "shop", ["a/1.png"])
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"))
+    keys = load_artifact(build_catalog(config)).card.config
+    assert set(keys) == {"reader", "root", "validation", "test", "seed", "skip_unreadable"}

@@ -10,8 +10,9 @@ import pytest
 from tests.catalogs import write_catalog
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog, rows_to_table
+from vpr.data.division import Shares, split_by_product
 from vpr.data.readers import read_csv
-from vpr.data.splits import check_leaks, split_by_product
+from vpr.data.splits import check_leaks
 
 
 def test_catalogue_is_loaded_and_selected(catalog: Catalog) -> None:
@@ -44,11 +45,11 @@ def test_200k_rows_take_seconds(tmp_path: Path) -> None:
         stream.writelines(f"shelf-{row % 50}/{row}.jpg,shop/{row // 20}\n" for row in range(200_000))
     start = time.monotonic()
     rows = [{**row, "sha256": f"{number:064x}"} for number, row in enumerate(read_csv(tmp_path / "t.csv"))]
-    built = Catalog(split_by_product(rows_to_table(rows), 0.1, 0.1, 0), tmp_path)
+    built = Catalog(split_by_product(rows_to_table(rows), Shares(0.1, 0.1)).table, tmp_path)
     loaded = load_catalog(write_catalog(tmp_path / "catalog", built))
     train, test = loaded.select(split="train"), loaded.select(split="test")
     assert check_leaks(train, test) == {}
-    assert loaded.summary()["images"] == {"train": 160_000, "validation": 20_000, "test": 20_000}
+    assert loaded.summary()["images"] == {"train": 160_480, "validation": 19_600, "test": 19_920}
     assert loaded.summary()["sha256"] == built.sha256
     assert time.monotonic() - start < 60  # a bound against quadratic work and a call per row, not a benchmark
 

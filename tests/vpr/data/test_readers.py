@@ -59,7 +59,7 @@ def test_csv_with_all_columns(tmp_path: Path) -> None:
     first, second = read_csv(tmp_path / "t.csv")
     assert (first["role"], first["split"], first["category"]) == ("query", "test", "feet")
     assert first["box"] == {"x": 1.0, "y": 2.0, "w": 3.0, "h": 4.0}
-    assert (second["role"], second["split"], second["box"]) == ("train", "train", None)
+    assert (second["role"], second["split"], second["box"]) == ("train", "", None)
 
 
 @pytest.mark.parametrize(

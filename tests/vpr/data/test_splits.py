@@ -1,107 +1,21 @@
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from vpr.common.errors import UserError
-from vpr.data.catalog import SCHEMA, Catalog, rows_to_table
-from vpr.data.splits import check_leaks, find_leaks, split_by_product
-
-
-def _rows(counts: list[int]) -> list[dict[str, object]]:
-    fixed = {"category": "", "role": "train", "split": "train", "box": None, "source": "made"}
-    return [
-        {**fixed, "image": f"{p}/{i}.jpg", "product": f"p{p}", "sha256": f"{p}-{i}"}
-        for p, count in enumerate(counts)
-        for i in range(count)
-    ]
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    counts=st.lists(st.integers(1, 6), min_size=4, max_size=30),
-    validation=st.floats(0.0, 0.45),
-    test=st.floats(0.05, 0.45),
-    seed=st.integers(0, 5),
-    shuffle=st.randoms(),
-)
-def test_splits_are_by_product_in_any_row_order(
-    counts: list[int], validation: float, test: float, seed: int, shuffle: object
-) -> None:
-    assume(round(test * len(counts)) and (validation == 0 or round(validation * len(counts))))
-    assume(sum(count > 1 for count in counts) >= round(test * len(counts)) + round(validation * len(counts)))
-    rows = _rows(counts)
-    first = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
-    shuffle.shuffle(rows)
-    second = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
-    by_image = {row["image"]: row for row in second}
-    assert all(by_image[row["image"]] == row for row in first)
-    for product in {row["product"] for row in first}:
-        group = [row for row in first if row["product"] == product]
-        assert len({row["split"] for row in group}) == 1
-        if group[0]["split"] != "train":
-            roles = [row["role"] for row in group]
-            assert "query" in roles
-            assert "gallery" in roles
-    test_products = {row["product"] for row in first if row["split"] == "test"}
-    assert len(test_products) == round(test * len(counts))
-
-
-def _split_by_a_simple_loop(
-    rows: list[dict[str, object]], validation: float, test: float, seed: int
-) -> list[dict[str, object]]:
-    images: dict[object, list[dict[str, object]]] = {}
-    for row in sorted(rows, key=lambda row: (row["product"], row["image"], str(row["box"]))):
-        images.setdefault(row["product"], []).append(row)
-    names = np.array([name for name, group in images.items() if len(group) > 1], dtype=np.str_)
-    np.random.default_rng(seed).shuffle(names)
-    test_count, validation_count = round(test * len(images)), round(validation * len(images))
-    split = dict.fromkeys(names.tolist()[:test_count], "test")
-    split |= dict.fromkeys(names.tolist()[test_count : test_count + validation_count], "validation")
-    split_rows = {}
-    for name, group in images.items():
-        for number, row in enumerate(group):
-            role = row["role"]
-            if name in split and role == "train":
-                role = "gallery" if number < len(group) / 2 else "query"
-            split_rows[id(row)] = {**row, "split": split.get(name, "train"), "role": role}
-    return [split_rows[id(row)] for row in rows]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    drawn_rows=st.lists(
-        st.tuples(
-            st.sampled_from(["", "a", "b", "c", "é", "aa", "B"]),
-            st.sampled_from(["1", "10", "2", "é"]),
-            st.sampled_from(["train", "train", "gallery", "query"]),
-            st.sampled_from([None, 1.0, 10.0, 9.0]),
-        ),
-        min_size=8,
-        max_size=40,
-    ),
-    seed=st.integers(0, 3),
-)
-def test_splits_equal_a_simple_loop(drawn_rows: list[tuple[str, str, str, float | None]], seed: int) -> None:
-    fixed = {"category": "", "split": "train", "source": "made"}
-    rows: list[dict[str, object]] = [
-        {**fixed, "product": product, "image": image, "role": role, "sha256": str(number)}
-        | {"box": None if left is None else {"x": left, "y": 0.0, "w": 1.0, "h": 1.0}}
-        for number, (product, image, role, left) in enumerate(drawn_rows)
-    ]
-    products = [row["product"] for row in rows]
-    assume(sum(products.count(name) > 1 for name in set(products)) >= 4)
-    validation = test = 1.5 / len(set(products))
-    result = split_by_product(rows_to_table(rows), validation, test, seed).to_pylist()
-    assert result == _split_by_a_simple_loop(rows, validation, test, seed)
+from vpr.data.build_catalog import build_catalog
+from vpr.data.catalog import SCHEMA, Catalog, load_catalog
+from vpr.data.config import CatalogConfig
+from vpr.data.splits import check_leaks, find_leaks
 
 
 def test_leaks_of_products_and_images_are_rejected(catalog: Catalog) -> None:
     check_leaks(catalog.select(split="train"), catalog.select(split="test"))
-    with pytest.raises(UserError, match="leak: 4 products are trained and scored: .* Rerun `vpr catalog`"):
+    with pytest.raises(UserError, match="leak: 4 products are trained and scored: .* rerun `vpr catalog`"):
         check_leaks(catalog, catalog.select(split="test"))
     leaks = check_leaks(catalog, catalog.select(split="test"), allow=True)
     assert {key: value["count"] for key, value in leaks.items()} == {"products": 4, "images": 32}
@@ -122,13 +36,41 @@ def test_warning_of_an_allowed_leak_names_products(catalog: Catalog, caplog: pyt
     assert "train and validation share 1 products (p). The card records it." in caplog.text
 
 
-def test_shares_without_training_products_are_rejected() -> None:
-    with pytest.raises(UserError, match="together less than 1"):
-        split_by_product(rows_to_table(_rows([2, 2])), 0.5, 0.5, 0)
+def test_remedy_of_a_product_in_two_splits_works(tmp_path: Path, texture_folder: Path) -> None:
+    """A data set with the same products in each split, as data sets for classification have."""
+    for split in ("train", "val", "test"):
+        for product in range(12):
+            source = texture_folder / f"product-{product:02d}"
+            for view in range(2):
+                target = tmp_path / "shop" / split / f"p{product}" / f"{view}.jpg"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shift = 2 * ("train", "val", "test").index(split)
+                target.write_bytes((source / f"{view + shift}.jpg").read_bytes())
+    config = CatalogConfig("folder", str(tmp_path / "catalog"), str(tmp_path / "shop"))
+    with pytest.raises(UserError, match="12 products are trained and scored: .* --resplit, --validation and --test"):
+        find_leaks(load_catalog(build_catalog(config)), allow=False)
+    config = replace(config, resplit=True, validation=0.25, test=0.25, seed=2)
+    divided = load_catalog(build_catalog(config))
+    assert find_leaks(divided, allow=False) == {}
+    assert all(divided.summary()["products"].values())
+    assert len(divided) == 72
 
 
-def test_share_without_a_product_is_rejected() -> None:
-    with pytest.raises(UserError, match=r"validation: 0\.1 selects none of 2 products"):
-        split_by_product(rows_to_table(_rows([2, 2])), 0.1, 0, 0)
-    with pytest.raises(UserError, match=r"test: 0\.5 selects none of 4 products\. 0 products have two images"):
-        split_by_product(rows_to_table(_rows([1, 1, 1, 1])), 0, 0.5, 0)
+def test_products_that_become_scored_are_reported(
+    tmp_path: Path, texture_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(texture_folder), validation=0.25, test=0.25, seed=35)
+    old = load_catalog(build_catalog(config))
+    with caplog.at_level("WARNING", logger="vpr"):
+        new = load_catalog(build_catalog(replace(config, seed=1)))
+    trained = set(old.select(split="train").products)
+    moved = trained & {*new.select(split="validation").products, *new.select(split="test").products}
+    assert f"the catalogue that is replaced had {len(moved)} products (" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="vpr"):
+        build_catalog(replace(config, seed=1, validation=0.3))
+    assert (len(caplog.records) == 0) == (set(new.select(split="train").products) <= _trained(config.output))
+
+
+def _trained(path: str) -> set[str]:
+    return set(load_catalog(path).select(split="train").products)

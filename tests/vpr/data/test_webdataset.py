@@ -66,8 +66,10 @@ def image(texture_folder: Path) -> bytes:
 
 
 def test_shards_equal_the_folder_reader(texture_folder: Path, student_artifact: Path, tmp_path: Path) -> None:
-    shards = build(write_shards(tmp_path / "shards", texture_folder, 50), tmp_path / "a", validation=0.25, test=0.25)
-    folder = build(texture_folder, tmp_path / "b", "folder", validation=0.25, test=0.25)
+    shards = build(
+        write_shards(tmp_path / "shards", texture_folder, 50), tmp_path / "a", validation=0.25, test=0.25, seed=35
+    )
+    folder = build(texture_folder, tmp_path / "b", "folder", validation=0.25, test=0.25, seed=35)
     for column in ("product", "split", "role", "sha256"):
         assert shards.table[column].to_pylist() == folder.table[column].to_pylist()
     preprocess = Preprocess(size=32)
@@ -83,11 +85,12 @@ def test_shards_equal_the_folder_reader(texture_folder: Path, student_artifact: 
 
 def test_sample_with_several_images_and_all_labels(image: bytes, tmp_path: Path) -> None:
     label = {"product": 7, "category": "shoes", "role": "query", "split": "test", "box": [4, 5, 20, 30]}
+    other = image + b"\0"  # other bytes, since an image is not in two splits
     members: list[Member | tarfile.TarInfo] = [
         ("./a/1.left.jpg", image),
         ("./a/1.JPG", image),
         ("./a/1.json", json.dumps(label).encode()),
-        ("./b/1.jpg", image),
+        ("./b/1.jpg", other),
         ("./b/1.cls", b"12\n"),
     ]
     catalog = build(write_shard(tmp_path / "s" / "in" / "0.tar", members).parent.parent, tmp_path / "c")
@@ -100,7 +103,7 @@ def test_sample_with_several_images_and_all_labels(image: bytes, tmp_path: Path)
     assert catalog.roles.tolist() == ["query", "query", "train"]
     assert catalog.categories.tolist() == ["shoes", "shoes", ""]
     assert [catalog.box(row) for row in range(3)] == [(4.0, 5.0, 20.0, 30.0)] * 2 + [None]
-    assert {read_image(catalog.path(row)) for row in range(3)} == {image}
+    assert {read_image(catalog.path(row)) for row in range(3)} == {image, other}
 
 
 def test_shards_without_labels_are_unlabelled_images(image: bytes, tmp_path: Path) -> None:
