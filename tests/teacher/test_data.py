@@ -116,7 +116,9 @@ def test_image_of_two_splits_is_set_aside(sources_copy: Path, tmp_path: Path) ->
     scored = first.select(split="validation", role="gallery")
     trained = first.select(split="train")
     row = int(np.flatnonzero(np.char.startswith(trained.products, "products10k/"))[0])
-    copied, original = trained.path(row), scored.path(0)
+    # Of another data set: within one, an image of two products is set aside.
+    other = int(np.flatnonzero(np.char.startswith(scored.products, "aicrowd/"))[0])
+    copied, original = trained.path(row), scored.path(other)
     shutil.copyfile(original, copied)
     second = _build(sources_copy, tmp_path / "again")
     check_leaks(second.select(split="train"), second.select(split="validation"))
