@@ -186,16 +186,18 @@ def test_summary_counts_splits_and_what_deserves_a_look(tmp_path: Path, caplog: 
     with caplog.at_level("INFO", logger="vpr"):
         build_catalog(CatalogConfig("csv", str(tmp_path / "c"), str(tmp_path / "t.csv")))
     assert caplog.messages == [
-        f"{tmp_path / 'c'}: 8 images of 6 products, 1 set aside",
+        f"{tmp_path / 'c'}: 7 images of 5 products, 2 set aside",
         "  split       products  images  queries  gallery",
         "  train              3       3        -        -",
         "  validation         1       1        0        1",
-        "  test               2       4        1        3",
-        "  products with one image: 5 (3 train, 1 validation, 1 test)",
+        "  test               1       3        1        2",
+        "  products with one image: 4 (3 train, 1 validation)",
         "  images without a label: 0",
-        "  set aside: 1 (1 in several splits; listed in set_aside.csv)",
+        "  set aside: 2 (2 under 2 products; listed in set_aside.csv)",
         "  validation: 1 products as in the data set",
-        "  test: 2 products as in the data set",
+        "  test: 1 products as in the data set",
+        "  images under several products: 1, 2 rows set aside (0.png under a, f)",
+        "  products without another image: 1, left out (f)",
     ]
 
 

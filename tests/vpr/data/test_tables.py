@@ -130,7 +130,7 @@ def test_json_lines_and_parquet_equal_the_csv(tmp_path: Path, pairs: list[tuple[
     pq.write_table(
         pa.table({"image": names, "product": floats, "bbox": boxes, "blob": [b"x"] * 6}), tmp_path / "p.parquet"
     )
-    first, *others = (build(tmp_path / name).table.drop(["source"]) for name in ("c.csv", "j.jsonl", "p.pq"))
+    first, *others = (build(tmp_path / name).table.drop(["source"]) for name in ("c.csv", "j.jsonl", "p.parquet"))
     assert first["product"].to_pylist() == ["0", "0", "1", "1", "2", "2"]
     assert first["box"].null_count == 3
     assert all(other.equals(first) for other in others)
