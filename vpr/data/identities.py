@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from vpr.data.catalog import Rejected
 from vpr.data.duplicates import NEAR_BITS
 from vpr.data.readers import UNLABELLED, Row
 
+Key = tuple[str, tuple[float, ...] | None]  # checksum of an image's bytes, and its box
 _PREFIXED = ("products10k", "aicrowd")  # sources that put their name and a slash before a product's id
 _MISSING = frozenset({"", "nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "-nan"})
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
@@ -84,40 +85,51 @@ def row_name(row: Row) -> str:
     return f"line {row['line']} ({row['image']})" if row.get("line") else row["image"]
 
 
-def drop_conflicts(rows: list[Row]) -> tuple[list[Row], list[Rejected], list[str]]:
-    """Set aside images that are under several products, and rows that repeat an earlier row.
-
-    An image is known by its bytes and its box: one image may show several products in different boxes.
-    Returns the other rows, (image, reason) of each row that is set aside, and lines for the summary.
-    """
-    products: dict[Any, dict[str, None]] = defaultdict(dict)  # a dictionary keeps the order of the table
+def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[Rejected], list[str]]:
+    """Return rows that do not repeat an earlier row, (image, reason) of the others, and lines for the summary."""
+    kept, rejected, seen = [], [], set()
     for row in rows:
-        if _is_labelled(row):
-            products[_image_key(row)][row["product"]] = None
-    kept, rejected, seen, shared = [], [], set(), []
-    for row in rows:
-        names = list(products[_image_key(row)]) if _is_labelled(row) else []
         key = (row["image"], row["product"], row["role"], row["split"], _box_key(row["box"]))
-        if len(names) > 1:
-            shared.append(row)
-            rejected.append((row["image"], f"under {len(names)} products: {_list(names)}"))
-        elif key in seen:
+        if key in seen:
             rejected.append((row["image"], "repeats an earlier row"))
         else:
             seen.add(key)
             kept.append(row)
-    notes = []
-    if shared:
-        images = len({_image_key(row) for row in shared})
-        lost = sorted({row["product"] for row in shared} - {row["product"] for row in kept})
-        names = list(products[_image_key(shared[0])])
-        example = f"{shared[0]['image']} under {_list(names)}"
-        notes.append(f"images under several products: {images}, {len(shared)} rows set aside ({example})")
-        if lost:
-            notes.append(f"products without another image: {len(lost)}, left out ({_list(lost)})")
-    if repeated := len(rejected) - len(shared):
-        notes.append(f"rows that repeat an earlier row: {repeated} set aside")
-    return kept, rejected, notes
+    return kept, rejected, [f"rows that repeat an earlier row: {len(rejected)} set aside"] if rejected else []
+
+
+def shared_images(table: pa.Table) -> dict[Key, list[str]]:
+    """Return the products of each image that is under several, by its bytes and box, in the order of the table.
+
+    One image may show several products in different boxes. Images without labels are left out.
+    """
+    products: dict[Key, dict[str, None]] = defaultdict(dict)  # a dictionary keeps the order of the table
+    sources, names = table["source"].to_pylist(), table["product"].to_pylist()
+    for key, source, product in zip(_image_keys(table), sources, names, strict=True):
+        if source != UNLABELLED:
+            products[key][product] = None
+    return {key: list(names) for key, names in products.items() if len(names) > 1}
+
+
+def find_conflicts(table: pa.Table, shared: dict[Key, list[str]]) -> tuple[list[bool], list[Rejected], list[str]]:
+    """Find rows with an image that is under several products, of :func:`shared_images` of all rows of the data set.
+
+    It is applied to the divided table: a product's split must not depend on which of its images are copied.
+
+    Returns for each row whether it is to be set aside, (image, reason) of these rows, and lines for the summary.
+    """
+    keys, images, products = _image_keys(table), table["image"].to_pylist(), table["product"].to_pylist()
+    is_shared = [key in shared for key in keys]
+    rows = [row for row in zip(keys, images, products, is_shared, strict=True) if row[3]]
+    if not rows:
+        return is_shared, [], []
+    rejected = [(image, f"under {len(shared[key])} products: {_list(shared[key])}") for key, image, _, _ in rows]
+    example = f"{rows[0][1]} under {_list(shared[rows[0][0]])}"
+    notes = [f"images under several products: {len({row[0] for row in rows})}, {len(rows)} rows set aside ({example})"]
+    kept = {product for product, is_conflict in zip(products, is_shared, strict=True) if not is_conflict}
+    if lost := sorted({row[2] for row in rows} - kept):
+        notes.append(f"products without another image: {len(lost)}, left out ({_list(lost)})")
+    return is_shared, rejected, notes
 
 
 def find_twins(table: pa.Table) -> tuple[list[bool], list[Rejected], list[str]]:
@@ -259,9 +271,10 @@ def _prefix(row: Row) -> str:
     return prefix if row["source"] in _PREFIXED and row["product"].startswith(prefix) else ""
 
 
-def _image_key(row: Row) -> tuple[Any, ...]:
-    return row["sha256"], _box_key(row["box"])
+def _image_keys(table: pa.Table) -> list[Key]:
+    """Return bytes and box of each row."""
+    return list(zip(table["sha256"].to_pylist(), map(_box_key, table["box"].to_pylist()), strict=True))
 
 
-def _box_key(box: dict[str, float] | None) -> Iterable[float] | None:
+def _box_key(box: dict[str, float] | None) -> tuple[float, ...] | None:
     return None if box is None else tuple(box.values())

@@ -17,13 +17,16 @@ from vpr.data.catalog import Rejected, image_root, rows_to_table
 from vpr.data.config import ReadOptions
 from vpr.data.duplicates import image_hash
 from vpr.data.identities import (
+    Key,
     clean_ids,
     describe_near_twins,
-    drop_conflicts,
+    drop_repeats,
+    find_conflicts,
     find_twins,
     hash_keys,
     reject_invalid,
     row_name,
+    shared_images,
 )
 from vpr.data.image_files import HEIC, PathGuard, is_image
 from vpr.data.readers import READERS, Row
@@ -44,6 +47,7 @@ class Intake:
         set_aside: (image, reason) of the rows that are left out.
         notes: Lines for the summary, about what was found in the data.
         hashes: Perceptual hash of each row, by image and box.
+        shared: Products of each image that is under several.
     """
 
     table: pa.Table
@@ -51,22 +55,29 @@ class Intake:
     set_aside: list[Rejected]
     notes: list[str]
     hashes: dict[tuple[str, str], int] = field(default_factory=dict)
+    shared: dict[Key, list[str]] = field(default_factory=dict)
 
     def finish(self, table: pa.Table) -> pa.BooleanArray:
-        """Check the divided table: set aside queries that equal a gallery image, and count near-duplicates.
+        """Check the divided table: set aside images under several products and queries that equal a gallery image.
 
-        Adds to ``set_aside`` and ``notes``.
+        Adds to ``set_aside`` and ``notes``, which also count near-duplicates of queries.
 
         Returns:
             (n,) mask of the rows that stay.
 
         Raises:
-            UserError: No query of a split is left.
+            UserError: No row, or no query of a split, is left.
         """
-        is_twin, rejected, notes = find_twins(table)
-        is_kept = pa.array([not twin for twin in is_twin], pa.bool_())
-        self.set_aside += rejected
-        self.notes += notes + describe_near_twins(table.filter(is_kept), self.hashes)
+        is_shared, conflicts, notes = find_conflicts(table, self.shared)
+        is_single = pa.array([not shared for shared in is_shared], pa.bool_())
+        is_twin, twins, twin_notes = find_twins(table.filter(is_single))
+        self.set_aside += conflicts + twins
+        twin = iter(is_twin)
+        is_kept = pa.array([not shared and not next(twin) for shared in is_shared], pa.bool_())
+        if not any(is_kept.to_pylist()):
+            example = ": ".join(self.set_aside[0])
+            raise UserError(f"{self.root}: all its {len(table)} images are set aside ({example}). Correct the labels.")
+        self.notes += notes + twin_notes + describe_near_twins(table.filter(is_kept), self.hashes)
         return is_kept
 
 
@@ -93,8 +104,8 @@ def read_data(
     check_plausible(_boxes(rows), reading, options.box_form != "auto", str(path))
     notes += _describe_boxes(rows, reading, notices)
     rows, outside = reject_invalid(rows, skip_invalid_rows, str(path))
-    rows, conflicts, conflict_notes = drop_conflicts(rows)
-    set_aside = [*rejected, *invalid, *outside, *conflicts]
+    rows, repeated, repeat_notes = drop_repeats(rows)
+    set_aside = [*rejected, *invalid, *outside, *repeated]
     if broken := invalid + outside:
         notes.append(f"rows without a product id or with a broken box: {len(broken)} set aside ({broken[0][0]})")
     if not rows:
@@ -102,7 +113,7 @@ def read_data(
         raise UserError(f"{path}: none of its {count} images can be used ({example}). Check the data, and --root.")
     table = rows_to_table(rows)
     hashes = dict(zip(hash_keys(table), [row["hash"] for row in rows], strict=True))
-    return Intake(table, root, set_aside, notes + conflict_notes, hashes)
+    return Intake(table, root, set_aside, notes + repeat_notes, hashes, shared_images(table))
 
 
 def check_images(

@@ -193,10 +193,10 @@ def test_summary_counts_splits_and_what_deserves_a_look(tmp_path: Path, caplog: 
         "  test               1       3        1        2",
         "  products with one image: 4 (3 train, 1 validation)",
         "  images without a label: 0",
-        "  set aside: 2 (2 under 2 products; listed in set_aside.csv)",
+        "  set aside: 2 (1 under 2 products, 1 in several splits; listed in set_aside.csv)",
         "  validation: 1 products as in the data set",
-        "  test: 1 products as in the data set",
-        "  images under several products: 1, 2 rows set aside (0.png under a, f)",
+        "  test: 2 products as in the data set",
+        "  images under several products: 1, 1 rows set aside (8.png under a, f)",
         "  products without another image: 1, left out (f)",
     ]
 
