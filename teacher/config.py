@@ -8,7 +8,7 @@ from teacher.loss_config import HeadConfig, MiningConfig, PairConfig, ProxyConfi
 from teacher.tower_config import MAX_IMAGE_SIZE, LoraConfig, TowerConfig
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
-from vpr.data.config import LoaderConfig, check_shares
+from vpr.data.config import LoaderConfig, ReadOptions, check_shares
 from vpr.imaging.config import ViewConfig
 from vpr.training.config import RunConfig
 
@@ -175,6 +175,13 @@ class DataConfig:
         seed: Seed of the hash of product ids that divides them.
         resplit: Divide all products by the shares, also those that have a split or a role in a CSV table.
         skip_unreadable: List unreadable images in ``set_aside.csv`` instead of stopping at the first.
+        skip_invalid_rows: List rows without a product id, or with a broken box, in ``set_aside.csv`` too.
+        columns: Names of the columns of ``csv``, as NAME=COLUMN, such as ``image=image_path product=product_id``.
+        image_root: Folder that the image paths of ``csv`` are relative to; empty is the folder of each table.
+        box_form: Meaning of a box's numbers in ``csv``: left, top, width, height (``xywh``), left, top, right, bottom
+            (``xyxy``), or centre, width, height (``cxcywh``). ``auto`` follows the names of the columns.
+        box_unit: Unit of a box's numbers in ``csv``: ``pixels``, or ``shares`` of the image's width and height.
+        box_frame: Image that boxes of ``csv`` are about: ``upright`` by its EXIF orientation, or as ``stored``.
     """
 
     output: str
@@ -186,6 +193,12 @@ class DataConfig:
     seed: int = 0
     resplit: bool = False
     skip_unreadable: bool = False
+    skip_invalid_rows: bool = False
+    columns: tuple[str, ...] = ()
+    image_root: str = ""
+    box_form: Literal["auto", "xywh", "xyxy", "cxcywh"] = "auto"
+    box_unit: Literal["pixels", "shares"] = "pixels"
+    box_frame: Literal["auto", "upright", "stored"] = "auto"
 
     def __post_init__(self) -> None:
         check_shares(self.validation, self.test, self.seed, self.resplit)
@@ -194,6 +207,15 @@ class DataConfig:
             raise UserError("vpr teacher data: no source is given. Use --products10k, --aicrowd or --csv.")
         if len(set(paths)) < len(paths):
             raise UserError("vpr teacher data: a source is given twice. Name each source once.")
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have; at their default they are left out of new cards too."""
+        return ("resplit", "skip_invalid_rows", "columns", "image_root", "box_form", "box_unit", "box_frame")
+
+    def read_options(self) -> ReadOptions:
+        """Return the options of the CSV reader."""
+        return ReadOptions(self.columns, self.image_root, self.box_form, self.box_unit, self.box_frame)
 
     def sources(self) -> list[tuple[str, Path]]:
         """Return reader and path of each source, in the order in which they are joined."""

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from vpr.artifacts.store import file_sha256
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.build_catalog import check_images, load_replaced, shares_of
-from vpr.data.catalog import Catalog, Rejected, image_root, rows_to_table, write_catalog_files
+from vpr.data.build_catalog import load_replaced, shares_of
+from vpr.data.catalog import Catalog, Rejected, image_root, write_catalog_files
 from vpr.data.catalog_summary import summary_lines
+from vpr.data.config import ReadOptions
 from vpr.data.division import Division, encode, find_overlap, image_keys, split_by_product, split_codes
 from vpr.data.duplicates import Duplicates, common_root, merge
-from vpr.data.readers import READERS
+from vpr.data.intake import read_data
 from vpr.data.splits import find_leaks, warn_of_moves
 
 log = get_logger(__name__)
@@ -42,10 +44,12 @@ def build_data(config: DataConfig) -> Path:
     Raises:
         UserError: A source is broken, or an image cannot be read and ``skip_unreadable`` is off.
     """
-    root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
-    values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
-    if not config.resplit:
-        del values["resplit"]  # older catalogues stay up to date
+    root = common_root([_image_root(config, reader, path) for reader, path in config.sources()])
+    values = config_to_json(config)
+    for key in config.later_keys():  # so that catalogues of before these keys stay up to date
+        if getattr(config, key) == getattr(DataConfig, key):
+            values.pop(key, None)
+    values |= {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
     stage = Stage(config.output, "catalog", values, [])
     if stage.find():
         return stage.path
@@ -54,7 +58,7 @@ def build_data(config: DataConfig) -> Path:
     set_aside: list[Rejected] = []
     for reader, path in config.sources():
         division, rejected = _read_source(config, reader, path)
-        catalogs.append(Catalog(division.table, image_root(reader, str(path))))
+        catalogs.append(Catalog(division.table, _image_root(config, reader, path)))
         divisions.append(division)
         folder = catalogs[-1].root.resolve().relative_to(root)
         set_aside += [((folder / image).as_posix(), reason) for image, reason in [*rejected, *division.left_out]]
@@ -156,23 +160,24 @@ def list_repeats(merged: Catalog, joined: Catalog, duplicates: Duplicates, dropp
     return [*dropped, *((later, earlier, "same") for later, earlier in duplicates.same_bytes), *near]
 
 
+def _image_root(config: DataConfig, reader: str, path: Path) -> Path:
+    return Path(config.image_root) if reader == "csv" and config.image_root else image_root(reader, str(path))
+
+
 def _read_source(config: DataConfig, reader: str, path: Path) -> tuple[Division, list[Rejected]]:
     """Return a source's checked and divided images, and its rejected images with the reason."""
-    rows = list(READERS[reader](path))
-    if not rows:
-        raise UserError(f"{path}: the source has no images. Check --{reader}.")
-    log.info(f"{path}: decoding {len(rows)} images ...")
-    root = image_root(reader, str(path))
-    accepted, rejected = check_images(root, rows, config.skip_unreadable)
-    if not accepted:
-        raise UserError(f"{path}: none of its {len(rows)} images can be read. Check --{reader}.")
+    options = config.read_options() if reader == "csv" else ReadOptions()
+    log.info(f"{path}: decoding all images ...")
+    data = read_data(reader, path, options, config.skip_unreadable, config.skip_invalid_rows)
     shares = shares_of(reader, config.validation, config.test, config.seed, config.resplit)
-    division = split_by_product(rows_to_table(accepted), shares)
-    for note in division.notes:
+    division = split_by_product(data.table, shares)
+    is_kept = data.finish(division.table)
+    table, own = division.table.filter(is_kept), division.own[is_kept.to_numpy(zero_copy_only=False)]
+    for note in [*division.notes, *data.notes]:
         log.info(f"  {note}")
     for problem in division.unmet:
         log.warning(f"{path}: {problem}")
-    return division, rejected
+    return replace(division, table=table, own=own), data.set_aside
 
 
 def _check_held_out(config: DataConfig, joined: Catalog) -> None:

@@ -33,7 +33,8 @@ from app.search_page.upload_limits import ADDRESS, UploadBudget, listen, make_se
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
-from vpr.imaging.decode import FORMATS, ImageRejected, decode
+from vpr.imaging.decode import ImageRejected, decode
+from vpr.imaging.formats import FORMATS
 
 log = get_logger(__name__)
 

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from vpr.artifacts.writer import find_up_to_date, write_artifact
-from vpr.data.build_catalog import check_images
 from vpr.data.catalog import SCHEMA, Catalog, image_root, load_catalog, rows_to_table, write_catalog_files
+from vpr.data.config import ReadOptions
+from vpr.data.intake import check_images
 from vpr.data.readers import READERS
 
 
@@ -30,7 +31,7 @@ def build_shuffled_catalog(reader: str, root: str, output: str, validation: floa
     values = {"reader": reader, "root": str(Path(root).resolve()), "validation": validation, "test": test}
     values |= {"seed": seed, "skip_unreadable": False}
     folder = image_root(reader, root)
-    rows, _ = check_images(folder, list(READERS[reader](Path(root))), skip_unreadable=False)
+    rows, _ = check_images(folder, list(READERS[reader](Path(root), ReadOptions())), skip_unreadable=False)
     catalog = Catalog(shuffle_split(rows_to_table(rows), validation, test, seed), folder)
     old = find_up_to_date(output, "catalog", values, [])
     if old is None or not load_catalog(old.path).table.equals(catalog.table):

@@ -11,7 +11,7 @@ from app.search_page import upload_limits as http_limits
 from experiments.figures import ROOT
 from vpr.artifacts import card as artifact
 from vpr.data import webdataset as shards
-from vpr.imaging import decode, limits
+from vpr.imaging import formats, limits
 
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
@@ -33,7 +33,8 @@ def test_limits_equal_the_code() -> None:
     for limit in (
         f"at most {limits.MAX_FILE_BYTES >> 20} MiB as a file",
         f"at most {limits.MAX_PIXELS // 10**6} megapixels ({limits.MAX_PIXELS // 2 // 10**6} if not a JPEG, "
-        f"{limits.MAX_PIXELS // 4 // 10**6} for WebP)",
+        f"{limits.MAX_PIXELS // 4 // 10**6} for WebP and AVIF; {limits.MAX_JPEG_PIXELS // 10**6} for a JPEG with one "
+        "scan, decoded at half its size)",
         f"members of at most {limits.MAX_FILE_BYTES >> 20} MiB, labels of at most {shards._MAX_LABEL_BYTES >> 20} MiB",
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",
@@ -44,4 +45,4 @@ def test_limits_equal_the_code() -> None:
         f"listens on {search_page.ADDRESS} only",
     ):
         assert limit in PAGE
-    assert f"one of {', '.join(decode.FORMATS)}".replace("WEBP", "WebP") in PAGE
+    assert f"one of {', '.join(formats.FORMATS)}".replace("WEBP", "WebP") in PAGE

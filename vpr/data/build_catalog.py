@@ -1,26 +1,23 @@
 """``vpr catalog``: read, check and split the images of a data set."""
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.writer import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
-from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
-from vpr.data.catalog import Catalog, Rejected, image_root, load_catalog, rows_to_table, write_catalog_files
+from vpr.data.catalog import Catalog, Rejected, load_catalog, rows_to_table, write_catalog_files
 from vpr.data.catalog_summary import summary_lines
 from vpr.data.config import CatalogConfig
 from vpr.data.division import Division, Shares, split_by_product
-from vpr.data.readers import FOLDER_LINK, READERS, Row, skipped_files
+from vpr.data.image_files import FOLDER_LINK, skipped_files
+from vpr.data.intake import check_images, describe_skipped, read_data
 from vpr.data.splits import warn_of_moves, warn_of_own_leaks
-from vpr.imaging.decode import ImageRejected, decode_bytes, read_image
 
 log = get_logger(__name__)
-
-_CHECK_SIZE = 64  # pixels; JPEGs are decoded to their end, at a reduced scale
 
 
 def build_catalog(config: CatalogConfig) -> Path:
@@ -32,27 +29,27 @@ def build_catalog(config: CatalogConfig) -> Path:
         UserError: There are no images, a table is broken, or an image is unreadable without ``skip_unreadable``.
     """
     values = config_to_json(config)
-    if not config.resplit:
-        del values["resplit"]  # older catalogues stay up to date
+    for key in config.later_keys():  # so that catalogues of before these keys stay up to date
+        if getattr(config, key) == getattr(CatalogConfig, key):
+            values.pop(key, None)
     if config.reader == "sample":
         return _build_sample(config, values)
     if not config.root:
         raise UserError(f"root: it is missing. Give the folder or CSV file for the {config.reader} reader with --root.")
     check_output(config.output, "catalog")
     values["root"] = str(Path(config.root).resolve())
-    rows = list(READERS[config.reader](Path(config.root)))
-    if not rows:
-        raise UserError(f"{config.root}: there are no images here. Check --root and --reader.")
-    root = image_root(config.reader, config.root)
-    readable, rejected = check_images(root, rows, config.skip_unreadable)
+    if config.image_root:
+        values["image_root"] = str(Path(config.image_root).resolve())
+    options = config.read_options()
+    data = read_data(config.reader, Path(config.root), options, config.skip_unreadable, config.skip_invalid_rows)
     if config.reader in ("folder", "images", "webdataset"):
-        skipped = skipped_files(root, Path(config.output))
-        rejected += [file for file in skipped if file[1] == FOLDER_LINK or config.reader != "webdataset"]
-    if not readable:
-        raise UserError(f"{config.root}: none of its {len(rows)} images can be read. Check --root.")
-    division = _divide(config, readable)
-    catalog = Catalog(division.table, root)
-    rejected += division.left_out
+        skipped = skipped_files(data.root, Path(config.output), [Path(folder) for folder in config.follow_links])
+        skipped = [file for file in skipped if file[1] == FOLDER_LINK or config.reader != "webdataset"]
+        data.notes += describe_skipped(skipped)
+        data.set_aside += skipped
+    division = _divide(config, data.table)
+    catalog = Catalog(division.table.filter(data.finish(division.table)), data.root)
+    rejected = data.set_aside + division.left_out
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
         log.info(f"{config.output}: up to date")
@@ -60,7 +57,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     replaced = load_replaced(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         write_catalog_files(draft, catalog, rejected)
-    _log_summary(config, catalog, rejected, division.notes)
+    _log_summary(config, catalog, rejected, [*division.notes, *data.notes])
     if replaced:
         warn_of_moves(replaced, catalog)
     return Path(config.output)
@@ -76,31 +73,11 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     with stage.write() as draft:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
-        division = _divide(config, rows)
+        division = _divide(config, rows_to_table(rows))
         catalog = Catalog(division.table, draft.path)
         write_catalog_files(draft, catalog, division.left_out)
     _log_summary(config, catalog, division.left_out, division.notes)
     return stage.path
-
-
-def check_images(root: Path, rows: list[Row], skip_unreadable: bool) -> tuple[list[Row], list[Rejected]]:
-    """Decode every image once; return the readable rows with ``sha256``, and (image, reason) of the others.
-
-    Rows with ``rejected`` have the reason there and are not decoded.
-    An unreadable image raises :class:`ImageRejected` unless ``skip_unreadable``.
-    """
-    readable: list[Row] = []
-    rejected: list[Rejected] = []
-    with ThreadPoolExecutor(len(available_cpus())) as pool:
-        for row, result in zip(rows, pool.map(lambda row: _check_image(root, row), rows), strict=True):
-            if isinstance(result, str):
-                readable.append({**row, "sha256": result})
-            elif skip_unreadable or "rejected" in row:
-                rejected.append((row["image"], result.reason))
-            else:
-                pool.shutdown(cancel_futures=True)
-                raise result
-    return readable, rejected
 
 
 def shares_of(reader: str, validation: float, test: float, seed: int, resplit: bool) -> Shares:
@@ -112,9 +89,9 @@ def shares_of(reader: str, validation: float, test: float, seed: int, resplit: b
     return Shares(validation, test, seed, resplit or (reader == "aicrowd" and validation + test > 0))
 
 
-def _divide(config: CatalogConfig, rows: list[Row]) -> Division:
+def _divide(config: CatalogConfig, table: pa.Table) -> Division:
     shares = shares_of(config.reader, config.validation, config.test, config.seed, config.resplit)
-    division = split_by_product(rows_to_table(rows), shares)
+    division = split_by_product(table, shares)
     if division.unmet:
         raise UserError(division.unmet[0])
     return division
@@ -134,15 +111,3 @@ def _log_summary(config: CatalogConfig, catalog: Catalog, rejected: list[Rejecte
     for line in summary_lines(catalog, rejected, notes):
         log.info(f"  {line}")
     warn_of_own_leaks(catalog)
-
-
-def _check_image(root: Path, row: Row) -> str | ImageRejected:
-    path, box = root / row["image"], row.get("box")
-    if "rejected" in row:
-        return ImageRejected(path, row["rejected"])
-    try:
-        data = read_image(path)
-        decode_bytes(data, path, None if box is None else tuple(box.values()), _CHECK_SIZE)
-    except ImageRejected as error:
-        return error
-    return hashlib.sha256(data).hexdigest()

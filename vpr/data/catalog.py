@@ -149,7 +149,12 @@ def load_catalog(path: Path | str) -> Catalog:
         return Catalog(table, artifact.path, artifact)
     if not isinstance(config.get("root"), str):
         raise UserError(f"{artifact.path}: its card does not say where the images are ('root'). Rerun `vpr catalog`.")
-    return Catalog(table, image_root(config.get("reader"), config["root"]), artifact)
+    root = (
+        Path(str(config["image_root"]))
+        if config.get("image_root")
+        else image_root(config.get("reader"), config["root"])
+    )
+    return Catalog(table, root, artifact)
 
 
 def rows_to_table(rows: list[Row]) -> pa.Table:

@@ -1,6 +1,6 @@
 """Configuration of catalogues and loaders. Imports no heavy library, so help and argument errors are instant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from vpr.common.errors import UserError, check_numbers
@@ -17,26 +17,57 @@ def check_shares(validation: float, test: float, seed: int, resplit: bool = Fals
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """How a reader finds images and boxes; see :class:`CatalogConfig` for the fields."""
+
+    columns: tuple[str, ...] = ()
+    image_root: str = ""
+    box_form: Literal["auto", "xywh", "xyxy", "cxcywh"] = "auto"
+    box_unit: Literal["pixels", "shares"] = "pixels"
+    box_frame: Literal["auto", "upright", "stored"] = "auto"
+    follow_links: tuple[str, ...] = ()
+
+    def check_reader(self, reader: str) -> None:
+        """Raise :class:`UserError` for an option that the reader has no use for."""
+        with_boxes = ("csv", "webdataset")
+        users = {"columns": ("csv",), "image_root": ("csv",), "box_form": with_boxes, "box_unit": with_boxes}
+        users["box_frame"] = (*with_boxes, "aicrowd")
+        for name, readers in users.items():
+            if getattr(self, name) != getattr(ReadOptions, name) and reader not in readers:
+                raise UserError(f"{name}: the {reader} reader has no use for it. Leave it out.")
+
+
+@dataclass(frozen=True)
 class CatalogConfig:
     """Images to read, and their split by product.
 
-    A CSV needs the columns ``image`` (path relative to the CSV) and ``product``. It may have ``category``, ``role``,
-    ``split`` and ``box_x``, ``box_y``, ``box_w``, ``box_h`` (crop in pixels of the upright image).
+    A table (CSV, JSON lines or Parquet) needs the columns ``image`` (path relative to the table) and ``product``. It
+    may have ``category``, ``role``, ``split`` and ``box_x``, ``box_y``, ``box_w``, ``box_h`` (crop in pixels).
     Roles: ``gallery`` for the images to search in, ``query`` for the images to search with, ``train`` (default).
     Splits: ``train`` (default), ``validation`` to select checkpoints, ``test`` for the final scores.
     Rows with a role of query or gallery and without a split are test rows.
 
     Attributes:
-        reader: Format of the data. ``sample`` is embedded and needs no root.
+        reader: Format of the data. ``csv`` reads every kind of table. ``sample`` is embedded and needs no root.
         output: Folder of the catalogue to write.
-        root: Folder of the data set, or the CSV file.
+        root: Folder of the data set, or the table.
         validation: Share of products held out to select checkpoints. Only products that the data set does not hold out
             itself are divided, by a hash of their ids. A split that the data set has itself stays as it is.
         test: Share of products held out for the final scores, likewise.
         seed: Seed of the hash.
         resplit: Divide all products by the shares, also those that have a split or a role in the data set.
         skip_unreadable: Skip unreadable images instead of failing, and list them in ``set_aside.csv``. The folder,
-            images and webdataset readers always list files without an image suffix there, and links to folders.
+            images and webdataset readers always list files that are no images there, and links to folders.
+        skip_invalid_rows: Skip rows without a product id, or with a broken box, instead of failing, and list them in
+            ``set_aside.csv``.
+        columns: Names of the table's columns, as NAME=COLUMN, such as ``image=image_path product=product_id``.
+        image_root: Folder that the table's image paths are relative to, or below; empty is the folder of the table.
+        box_form: Meaning of a box's numbers: ``xywh`` (left, top, width, height), ``xyxy`` (left, top, right, bottom)
+            or ``cxcywh`` (centre, width, height). ``auto`` follows the names of the columns.
+        box_unit: Unit of a box's numbers: ``pixels``, or ``shares`` of the image's width and height.
+        box_frame: Image that boxes are about: ``upright`` by its EXIF orientation, or as ``stored``. ``auto`` is
+            ``stored`` for the aicrowd reader, else ``upright``.
+        follow_links: Folders that links may lead into. Links to other folders outside of the root are not followed.
     """
 
     reader: Literal["sample", "products10k", "aicrowd", "csv", "folder", "images", "webdataset"]
@@ -47,9 +78,26 @@ class CatalogConfig:
     seed: int = 0
     resplit: bool = False
     skip_unreadable: bool = False
+    skip_invalid_rows: bool = False
+    columns: tuple[str, ...] = ()
+    image_root: str = ""
+    box_form: Literal["auto", "xywh", "xyxy", "cxcywh"] = "auto"
+    box_unit: Literal["pixels", "shares"] = "pixels"
+    box_frame: Literal["auto", "upright", "stored"] = "auto"
+    follow_links: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_shares(self.validation, self.test, self.seed, self.resplit)
+        self.read_options().check_reader(self.reader)
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have; at their default they are left out of new cards too."""
+        return ("resplit", "skip_invalid_rows", *(field.name for field in fields(ReadOptions)))
+
+    def read_options(self) -> ReadOptions:
+        """Return the options of the reader."""
+        return ReadOptions(**{field.name: getattr(self, field.name) for field in fields(ReadOptions)})
 
 
 @dataclass(frozen=True)

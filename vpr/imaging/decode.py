@@ -4,16 +4,19 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.imaging import limits
+from vpr.imaging.formats import FORMATS, is_heic
 from vpr.imaging.limits import MAX_FILE_BYTES, DecodeBudget, DecodeLimitExceeded
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
 
 # EXIF 2.3, tag 0x0112: the transpose that makes the stored image upright.
@@ -36,6 +39,14 @@ Box = tuple[float, float, float, float]
 Edges = tuple[int, int, int, int]
 
 
+class Header(NamedTuple):
+    """Size of an image as it is stored, in pixels, and its EXIF orientation, 1 to 8."""
+
+    width: int
+    height: int
+    orientation: int
+
+
 class ImageRejected(UserError):
     """File that is not a usable image; ``reason`` says why."""
 
@@ -45,11 +56,12 @@ class ImageRejected(UserError):
 
 
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
-    """Decode a file of one of :data:`FORMATS` to RGB with bounded memory.
+    """Decode a file of one of :data:`vpr.imaging.formats.FORMATS` to RGB with bounded memory.
 
     ``box`` is a crop (x, y, width, height) in pixels of the upright image, applied after decoding. ``shortest`` is the
     shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at which the image, or the
-    crop, is still at least twice as large.
+    crop, is still at least twice as large. A JPEG of more than 100 megapixels is decoded at half
+    its size or less.
 
     Raises:
         ImageRejected: The file is not an image, truncated, or too large.
@@ -84,37 +96,67 @@ def read_image(path: Path) -> bytes:
 
 def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
     """Decode bytes like :func:`decode`; ``name`` names them in errors."""
+    with _errors(data, name):
+        image, scans = _open(data)
+        pixels = image.width * image.height
+        edges, scale = None, 1.0
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            edges = _crop_edges(image, box, name)
+            scale = _draft_jpeg(image, edges, shortest)
+        if image.width * image.height > limits.MAX_PIXELS:  # the budget would never have so many
+            raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, more than {limits.MAX_PIXELS}")
+        # libjpeg keeps all coefficients of an image with several scans, whatever the scale.
+        with _BUDGET.hold(pixels if scans > 1 else image.width * image.height):
+            image.load()
+            edges = edges or _crop_edges(image, box, name)  # a PNG may store its orientation after the pixels
+            image = _to_rgb(_make_upright(image))
+    if edges is None:
+        return image
+    left, top, right, bottom = (round(edge / scale) for edge in edges)
+    return image.crop((left, top, right, bottom))
+
+
+def read_header(data: bytes, name: Path | str) -> Header:
+    """Read the stored size and the orientation of an image; ``name`` names it in errors.
+
+    Raises:
+        ImageRejected: The bytes are not an image, or it is too large.
+    """
+    with _errors(data, name):
+        image, _ = _open(data)
+        size = image.size
+        # A PNG may store its orientation after the pixels, which are then decoded.
+        with _BUDGET.hold(image.width * image.height if image.format == "PNG" else 0):
+            return Header(*size, _read_orientation(image))
+
+
+def _open(data: bytes) -> tuple[Image.Image, int]:
+    """Open an image whose cost is within the limits; return its number of scans too."""
+    with warnings.catch_warnings():
+        # Pillow only warns above its limit; check_image checks the header before any allocation.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        scans = limits.check_file(data)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        limits.check_image(image, scans, len(data))
+        return image, scans
+
+
+@contextmanager
+def _errors(data: bytes, name: Path | str) -> Iterator[None]:
+    """Raise all errors of reading an image as :class:`ImageRejected`."""
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns above its limit; check_image checks the header before any allocation.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            scans = limits.check_file(data)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            limits.check_image(image, scans, len(data))
-            pixels = image.width * image.height
-            edges, scale = None, 1.0
-            if isinstance(image, JpegImagePlugin.JpegImageFile):
-                edges = _crop_edges(image, box, name)
-                scale = _draft_jpeg(image, edges, shortest) if shortest else 1.0
-            # libjpeg keeps all coefficients of an image with several scans, whatever the scale.
-            with _BUDGET.hold(pixels if scans > 1 else image.width * image.height):
-                image.load()
-                edges = edges or _crop_edges(image, box, name)  # a PNG may store its orientation after the pixels
-                image = _to_rgb(_make_upright(image))
+        yield
     except ImageRejected:
         raise
     except DecodeLimitExceeded as error:
         raise ImageRejected(name, str(error)) from None
     except Image.UnidentifiedImageError:
-        raise ImageRejected(name, "not an image") from None
+        reason = "HEIC, which is not supported: convert it to JPEG" if is_heic(data[:32]) else "not an image"
+        raise ImageRejected(name, reason) from None
     except MemoryError:
         raise ImageRejected(name, f"{OUT_OF_MEMORY} to decode it") from None
     except Exception as error:  # Pillow's parsers raise many types on broken files
         raise ImageRejected(name, f"truncated or broken image ({error})") from None
-    if edges is None:
-        return image
-    left, top, right, bottom = (round(edge / scale) for edge in edges)
-    return image.crop((left, top, right, bottom))
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -170,13 +212,20 @@ def _crop_edges(image: Image.Image, box: Box | None, name: Path | str) -> Edges 
     return left, top, right, bottom
 
 
-def _draft_jpeg(image: Image.Image, edges: Edges | None, shortest: int) -> float:
-    """Set a reduced decoding scale that leaves twice ``shortest``; return the factor of the reduction."""
+def _draft_jpeg(image: Image.Image, edges: Edges | None, shortest: int | None) -> float:
+    """Set a reduced decoding scale that leaves twice ``shortest``; return the factor of the reduction.
+
+    An image of more than ``MAX_PIXELS`` is reduced to half or less in any case.
+    """
     width, height = image.size
-    needed = (2 * shortest, 2 * shortest)
-    if edges is not None:
+    needed = (2 * shortest, 2 * shortest) if shortest else image.size
+    if edges is not None and shortest:
         ratio = 2 * shortest / min(edges[2] - edges[0], edges[3] - edges[1])
         needed = (math.ceil(width * ratio), math.ceil(height * ratio))
+    if width * height > limits.MAX_PIXELS:
+        needed = (min(needed[0], width // 2), min(needed[1], height // 2))
+    if needed == image.size:
+        return 1.0
     drafted = image.draft("RGB", needed)
     # The exact factor: the last row and column of the reduced image may cover fewer pixels.
     return width / drafted[1][2] if drafted else 1.0

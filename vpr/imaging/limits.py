@@ -13,8 +13,10 @@ from threading import Condition
 from PIL import Image
 
 MAX_FILE_BYTES = 64 << 20
-MAX_PIXELS = 100_000_000  # of a JPEG, which is decoded at a reduced scale
-_PIXEL_DIVISORS = {"JPEG": 1, "MPO": 1, "WEBP": 4}  # of MAX_PIXELS; libwebp allocates several copies of an image
+MAX_PIXELS = 100_000_000  # that are decoded
+MAX_JPEG_PIXELS = 178_000_000  # of a JPEG with one scan, which is decoded at half the size; Pillow has this limit too
+# Of MAX_PIXELS; libwebp and libavif allocate several copies of an image.
+_PIXEL_DIVISORS = {"JPEG": 1, "MPO": 1, "WEBP": 4, "AVIF": 4}
 _DEFAULT_PIXEL_DIVISOR = 2
 MAX_SIDE = 65_535
 MAX_EXIF_BYTES = 1 << 20
@@ -65,6 +67,8 @@ def check_image(image: Image.Image, scans: int, size: int) -> None:
     """
     pixels = image.width * image.height
     limit = MAX_PIXELS // _PIXEL_DIVISORS.get(str(image.format), _DEFAULT_PIXEL_DIVISOR)
+    if limit == MAX_PIXELS and scans == 1 and image.mode in ("RGB", "L"):
+        limit = MAX_JPEG_PIXELS
     if pixels > limit:
         raise DecodeLimitExceeded(f"{image.width}x{image.height} pixels, more than {limit}")
     if max(image.size) > MAX_SIDE:

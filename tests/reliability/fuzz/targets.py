@@ -32,7 +32,9 @@ from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_err
 from vpr.artifacts.writer import check_output, find_up_to_date
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog, rows_to_table
+from vpr.data.config import ReadOptions
 from vpr.data.division import Shares, split_by_product
+from vpr.data.identities import clean_ids, reject_invalid
 from vpr.data.readers import READERS
 from vpr.data.splits import find_leaks
 from vpr.imaging.preprocess import Preprocess
@@ -73,7 +75,8 @@ def read_table(folder: Path, data: bytes) -> None:
     elif b"class" in data[:256]:
         kind, path = "products10k", folder / "train.csv"
     path.write_bytes(data)
-    images = READERS[kind](path if kind == "csv" else folder)
+    cleaned, _ = clean_ids(list(READERS[kind](path if kind == "csv" else folder, ReadOptions())), "table")
+    images, _ = reject_invalid(cleaned, False, "table")
     rows = [{**row, "sha256": str(number)} for number, row in enumerate(images)]
     if not rows:
         raise UserError("no images")

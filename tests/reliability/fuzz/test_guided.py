@@ -43,7 +43,11 @@ def test_stored_input_is_accepted_or_one_error_line(target: str, file: str, tmp_
     ("target", "accepted", "reasons"),
     [
         ("card", 5, ("not a card", "Upgrade", "leads out of the artifact", "missing", "checksum differs")),
-        ("table", 4, ("leads out of", "zero byte", "no value for", "not known", "no area", "utf-8", "two images")),
+        (
+            "table",
+            4,
+            ("leads out of", "zero byte", "cannot be used", "not known", "out of range", "utf-8", "two images"),
+        ),
         ("ranges", 2, ("within FP16's range", "no range for", "does not fit this graph")),
         ("graph", 1, ("another file", "linears: cannot", "Q/DQ: cannot", "FP16: cannot", "InferenceError")),
     ],

@@ -32,7 +32,8 @@ def test_foreign_output_is_rejected_before_reading(
 ) -> None:
     with write_artifact(tmp_path / "taken", "ranges", {}):
         pass
-    monkeypatch.setattr("vpr.data.build_catalog.check_images", lambda *_: pytest.fail("images were read"))
+    for module in ("intake", "build_catalog"):
+        monkeypatch.setattr(f"vpr.data.{module}.check_images", lambda *_: pytest.fail("images were read"))
     for reader in ("folder", "sample"):
         config = CatalogConfig(reader=reader, root=str(texture_folder), output=str(tmp_path / "taken"))  # type: ignore[arg-type]
         with pytest.raises(UserError, match="holds an artifact of kind ranges"):
@@ -43,7 +44,9 @@ def test_unreadable_images_are_listed_with_a_reason(texture_folder: Path, tmp_pa
     root = tmp_path / "images"
     for product in ("a", "b"):
         (root / product).mkdir(parents=True)
-        (root / product / "1.jpg").write_bytes((texture_folder / "product-00" / "1.jpg").read_bytes())
+        (root / product / "1.jpg").write_bytes(
+            (texture_folder / "product-00" / "1.jpg").read_bytes() + product.encode()
+        )
     (root / "a" / "2.jpg").write_bytes(b"GIF?")
     config = CatalogConfig(reader="folder", root=str(root), output=str(tmp_path / "c"), skip_unreadable=True)
     built = load_artifact(build_catalog(config))
@@ -60,7 +63,8 @@ def test_files_without_image_suffix_are_listed(texture_folder: Path, tmp_path: P
     first = load_artifact(build_catalog(config))
     with first.file("set_aside.csv").open(newline="") as stream:
         listed = list(csv.reader(stream))[1:]
-    assert listed == [[name, "unknown suffix"] for name in ("README", "shoe/1.heic", "shoe/notes.txt")]
+    heic = "HEIC, which is not supported: convert it to JPEG"
+    assert listed == [["README", "unknown suffix"], ["shoe/1.heic", heic], ["shoe/notes.txt", "unknown suffix"]]
     assert first.card.metrics["set_aside"] == 3
     assert load_artifact(build_catalog(config)).sha256 == first.sha256
 
@@ -182,16 +186,18 @@ def test_summary_counts_splits_and_what_deserves_a_look(tmp_path: Path, caplog: 
     with caplog.at_level("INFO", logger="vpr"):
         build_catalog(CatalogConfig("csv", str(tmp_path / "c"), str(tmp_path / "t.csv")))
     assert caplog.messages == [
-        f"{tmp_path / 'c'}: 8 images of 6 products, 1 set aside",
+        f"{tmp_path / 'c'}: 7 images of 5 products, 2 set aside",
         "  split       products  images  queries  gallery",
         "  train              3       3        -        -",
         "  validation         1       1        0        1",
-        "  test               2       4        1        3",
-        "  products with one image: 5 (3 train, 1 validation, 1 test)",
+        "  test               1       3        1        2",
+        "  products with one image: 4 (3 train, 1 validation)",
         "  images without a label: 0",
-        "  set aside: 1 (1 in several splits; listed in set_aside.csv)",
+        "  set aside: 2 (1 under 2 products, 1 in several splits; listed in set_aside.csv)",
         "  validation: 1 products as in the data set",
         "  test: 2 products as in the data set",
+        "  images under several products: 1, 1 rows set aside (8.png under a, f)",
+        "  products without another image: 1, left out (f)",
     ]
 
 
@@ -201,3 +207,42 @@ def test_catalogue_of_default_values_keeps_its_card(tmp_path: Path) -> None:
     config = CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"))
     keys = load_artifact(build_catalog(config)).card.config
     assert set(keys) == {"reader", "root", "validation", "test", "seed", "skip_unreadable"}
+
+
+def _linked_shop(texture_folder: Path, tmp_path: Path) -> Path:
+    """A folder of one product, with links to products in two other folders, and a link back to itself."""
+    root = tmp_path / "shop"
+    shutil.copytree(texture_folder / "product-00", root / "shoe")
+    for name, product in (("near", "product-01"), ("far", "product-02")):
+        shutil.copytree(texture_folder / product, tmp_path / name / "boots")
+        (root / name).symlink_to(tmp_path / name / "boots")
+    (tmp_path / "near" / "boots" / "loop").symlink_to(root)
+    (root / "again").symlink_to(tmp_path / "near" / "boots")
+    (root / "shoe" / "copy.jpg").symlink_to(tmp_path / "near" / "boots" / "0.jpg")
+    return root
+
+
+def test_links_are_followed_into_named_folders_only(texture_folder: Path, tmp_path: Path) -> None:
+    root = _linked_shop(texture_folder, tmp_path)
+    (root / "shoe" / "copy.jpg").unlink()
+    settings = {"reader": "folder", "root": str(root), "output": str(tmp_path / "c")}
+    config = CatalogConfig(**settings, follow_links=(str(tmp_path / "near"),))  # type: ignore[arg-type]
+    catalog = load_catalog(build_catalog(config))
+    followed = {"again", "near"} & set(catalog.products.tolist())
+    assert len(followed) == 1  # the second link leads to a folder that is read already
+    assert set(catalog.products.tolist()) == {"shoe"} | followed
+    listed = load_artifact(tmp_path / "c").file("set_aside.csv").read_text()
+    assert sorted(line.split(",")[0] for line in listed.splitlines()[1:]) == sorted(
+        ["far", f"{followed.pop()}/loop", *({"again", "near"} - set(catalog.products.tolist()))]
+    )
+    assert all(catalog.path(row).is_file() for row in range(len(catalog)))
+
+
+def test_files_are_linked_from_named_folders_only(texture_folder: Path, tmp_path: Path) -> None:
+    root = _linked_shop(texture_folder, tmp_path)
+    settings = {"reader": "folder", "root": str(root), "output": str(tmp_path / "c")}
+    for folders in ((), (str(tmp_path / "far"),)):
+        with pytest.raises(UserError, match=r"'shoe/copy\.jpg' leads out of .*--follow-links"):
+            build_catalog(CatalogConfig(**settings, follow_links=folders))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"follow_links: .*absent is not a folder"):
+        build_catalog(CatalogConfig(**settings, follow_links=(str(tmp_path / "absent"),)))  # type: ignore[arg-type]

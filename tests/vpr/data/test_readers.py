@@ -27,7 +27,7 @@ def test_products10k_is_read_by_column_name(tmp_path: Path, image: bytes) -> Non
     for folder, names in (("train", ["1.jpg", "2.jpg"]), ("test", ["9.jpg"])):
         (tmp_path / folder).mkdir()
         for name in names:
-            (tmp_path / folder / name).write_bytes(image)
+            (tmp_path / folder / name).write_bytes(image + name.encode())  # no two with the same bytes
     (tmp_path / "train.csv").write_text("name,class,group\n1.jpg,7,360\n2.jpg,8,360\n")
     (tmp_path / "test_kaggletest.csv").write_text("Usage,class,name\nPublic,7,9.jpg\n")
     rows = list(read_products10k(tmp_path))
@@ -66,18 +66,12 @@ def test_csv_with_all_columns(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("image,prod\na.jpg,1\n", "column 'product' is missing. Found: image, prod. Needed: image, product"),
-        ("image;product\na.jpg;1\n", "column 'image' is missing. Found: image;product. Needed"),
+        ("a;b\na.jpg;1\n", r"t.csv \(separated by ';'\): column 'image' is missing. Found: a, b. Needed"),
         ("x" * 300 + "\n", "Found: " + "x" * 200 + " .... Needed"),
         ("", "column 'image' is missing. Found: an empty first line"),
-        ("image,product\na.jpg,\n", "line 2: no value for 'product'"),
-        ("image,product\na.jpg\n", "line 2: no value for 'product'"),
         ("image,product\n../../etc/passwd,1\n", "line 2: '../../etc/passwd' leads out of"),
-        ("image,product\n/etc/passwd,1\n", "line 2: '/etc/passwd' leads out of .* Put t.csv into a folder that"),
+        ("image,product\n/etc/passwd,1\n", "line 2: '/etc/passwd' leads out of .* with --image-root"),
         ("image,product\nloop/a.jpg,1\n", "line 2: 'loop/a.jpg' leads out of"),
-        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,x,4\n", "is not four numbers"),
-        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,1,2,0,4\n", "has no area"),
-        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,nan,2,3,4\n", "out of range"),
-        ("image,product,box_x,box_y,box_w,box_h\na.jpg,1,5,nan,3,4\n", "out of range"),
         ("image,product,split\na.jpg,1,\nb.jpg,1,val\n", "line 3: split 'val' is not known. Use train, validation"),
         ("image,product,role\na.jpg,1,shop\n", "line 2: role 'shop' is not known. Use train, gallery, query"),
         ("image,product\na.jpg,Shoe, red\n", "line 2: more cells than columns"),
@@ -174,10 +168,13 @@ def test_missing_tables_are_named(tmp_path: Path) -> None:
         list(read_aicrowd(tmp_path))
 
 
-def test_absolute_path_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(f"image,product\n{tmp_path}/a.jpg,1\n")
+def test_absolute_path_is_accepted_below_the_root_only(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "t.csv").write_text(f"image,product\n{tmp_path}/in/a.jpg,1\n{tmp_path}/in/../b.jpg,1\n")
+    rows = read_csv(tmp_path / "in" / "t.csv")
+    assert next(rows)["image"] == "a.jpg"
     with pytest.raises(UserError, match="leads out of"):
-        list(read_csv(tmp_path / "t.csv"))
+        next(rows)
 
 
 @pytest.mark.parametrize("table", ["train", "test_kaggletest"])

@@ -1,0 +1,127 @@
+"""Formats of telephones and the web: AVIF, HEIC, files without a suffix, and very large JPEGs."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.vpr.data.shops import set_aside
+from vpr.data.build_catalog import build_catalog
+from vpr.data.catalog import load_catalog
+from vpr.data.config import CatalogConfig
+from vpr.imaging.decode import ImageRejected, decode, decode_bytes, read_header
+from vpr.imaging.formats import is_heic, is_image_content
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def _image(side: int = 64) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    return coarse.resize((side * 3 // 2, side), Image.Resampling.BICUBIC)
+
+
+def _encoded(form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    _image().save(stream, form, **options)
+    return stream.getvalue()
+
+
+def test_avif_is_decoded_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _encoded("AVIF", quality=95, exif=exif)
+    decoded = decode_bytes(data, "x.avif")
+    expected = np.asarray(_image().transpose(Image.Transpose.ROTATE_270), dtype=int)
+    assert np.abs(np.asarray(decoded, dtype=int) - expected).mean() < 4
+    assert read_header(data, "x.avif") == (96, 64, 6)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
+def test_formats_are_known_by_content(form: str) -> None:
+    assert is_image_content(_encoded(form)[:32])
+    assert not is_heic(_encoded(form)[:32])
+
+
+@pytest.mark.parametrize(
+    "data", [HEIC, b"hello, no image", b"", b"<svg/>", b"%PDF-1.7", b"\0\0\0\x18ftypisom" + bytes(20)]
+)
+def test_other_files_are_not_images(data: bytes) -> None:
+    assert not is_image_content(data[:32])
+    assert is_heic(data[:32]) == (data is HEIC)
+
+
+def test_heic_is_rejected_by_name() -> None:
+    with pytest.raises(ImageRejected, match="HEIC, which is not supported: convert it to JPEG"):
+        decode_bytes(HEIC, "x.jpg")
+
+
+@pytest.mark.parametrize("reader", ["folder", "images"])
+def test_folders_with_files_of_all_formats(tmp_path: Path, reader: str) -> None:
+    root = tmp_path / "shop" / "shoe"
+    root.mkdir(parents=True)
+    for number, (name, form) in enumerate([("1.avif", "AVIF"), ("2.JFIF", "JPEG"), ("3", "PNG"), ("4.v2", "PNG")]):
+        _image(64 + number).save(root / name, form)
+    for name, data in (("5.heic", HEIC), ("6", HEIC), ("README", b"hello"), (".hidden", _encoded("PNG"))):
+        (root / name).write_bytes(data)
+    config = CatalogConfig(reader=reader, root=str(tmp_path / "shop"), output=str(tmp_path / "c"))  # type: ignore[arg-type]
+    catalog = load_catalog(build_catalog(config))
+    assert catalog.table["image"].to_pylist() == ["shoe/1.avif", "shoe/2.JFIF", "shoe/3"]
+    assert set_aside(catalog).count("HEIC, which is not supported") == 2
+    assert all(f"shoe/{name},unknown suffix" in set_aside(catalog) for name in ("4.v2", "README", ".hidden"))
+
+
+_DECODE = """
+import re, sys
+from vpr.imaging.decode import decode
+box = eval(sys.argv[2])
+size = decode(sys.argv[1], box, eval(sys.argv[3])).size
+print(*size, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG of 108 megapixels, as telephones write them, with a red rectangle."""
+    path = tmp_path_factory.mktemp("large") / "108.jpg"
+    image = Image.new("RGB", (12_000, 9_000), (20, 120, 200))
+    image.paste((250, 0, 0), (6_000, 4_000, 8_000, 5_000))
+    image.save(path, quality=80)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("box", "shortest", "size"),
+    [
+        (None, 224, (1500, 1125)),
+        (None, None, (6000, 4500)),
+        ((6000.0, 4000.0, 2000.0, 1000.0), 224, (1000, 500)),
+        ((6000.0, 4000.0, 200.0, 100.0), 224, (100, 50)),
+    ],
+)
+def test_large_jpeg_is_decoded_in_bounded_memory(
+    large: Path, box: tuple[float, ...] | None, shortest: int | None, size: tuple[int, int]
+) -> None:
+    command = [sys.executable, "-c", _DECODE, str(large), repr(box), repr(shortest)]
+    width, height, mebibytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert (int(width), int(height)) == size
+    assert int(mebibytes) < 450  # the pixels alone would take 412
+
+
+def test_crop_of_a_large_jpeg_is_at_its_place(large: Path) -> None:
+    crop = np.asarray(decode(large, (6_008.0, 4_008.0, 1_984.0, 984.0), 224), dtype=int)
+    assert np.abs(crop - (250, 0, 0)).max() < 8
+
+
+def test_larger_jpeg_is_rejected(large: Path) -> None:
+    data = bytearray(large.read_bytes())
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = (20_000).to_bytes(2, "big") + (12_000).to_bytes(2, "big")
+    with pytest.raises(ImageRejected, match="decompression bomb|more than 178000000"):
+        decode_bytes(bytes(data), "x.jpg")
