@@ -43,6 +43,10 @@ class DistillInputs:
     target_dim: int
     start: Start | None
 
+    def learned_from(self, config: DistillConfig) -> list[Artifact]:
+        """Return the models that the student learns from; with losses on labels alone, a teacher is none of them."""
+        return [model for role, model in self.models.items() if role != "teacher" or config.losses.needs_teacher]
+
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
     """Load and check all inputs; raise :class:`UserError` if one does not fit or would be replaced by the output."""

@@ -19,6 +19,7 @@ from vpr.data.build_catalog import check_images
 from vpr.data.catalog import Catalog, Rejected, image_root, rows_to_table, write_catalog_files
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.readers import READERS
+from vpr.data.relocate import find_relocated
 from vpr.data.splits import find_leaks, split_by_product
 
 log = get_logger(__name__)
@@ -41,7 +42,7 @@ def build_data(config: DataConfig) -> Path:
     root = common_root([image_root(reader, str(path)) for reader, path in config.sources()])
     values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
     stage = Stage(config.output, "catalog", values, [])
-    if stage.find():
+    if find_relocated(stage, root):
         return stage.path
     catalogs: list[Catalog] = []
     set_aside: list[Rejected] = []

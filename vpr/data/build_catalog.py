@@ -12,6 +12,7 @@ from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, Rejected, image_root, load_catalog, rows_to_table, write_catalog_files
 from vpr.data.config import CatalogConfig
+from vpr.data.location import write_location
 from vpr.data.readers import FOLDER_LINK, READERS, Row, skipped_files
 from vpr.data.splits import split_by_product
 from vpr.imaging.decode import ImageRejected, decode_bytes, read_image
@@ -49,6 +50,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     catalog = Catalog(split_by_product(rows_to_table(readable), config.validation, config.test, config.seed), root)
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
+        write_location(old.path, root)  # the same images may have moved
         log.info(f"{config.output}: up to date")
         return Path(config.output)
     with write_artifact(config.output, "catalog", values) as draft:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vpr.common.errors import UserError
 from vpr.data.csv_table import read_csv_rows
+from vpr.data.hidden_labels import has_hidden_labels
 from vpr.data.webdataset import read_label, read_samples
 
 Row = dict[str, Any]
@@ -36,17 +37,20 @@ def read_products10k(root: Path) -> Iterator[Row]:
 
 
 def read_aicrowd(root: Path) -> Iterator[Row]:
-    """Read the development set of AIcrowd Visual Product Recognition 2023.
+    """Read the development set of AIcrowd Visual Product Recognition 2023, or a hidden test set.
 
     ``gallery.csv`` has the columns img_path and product_id; ``queries.csv`` also bbox_x, bbox_y, bbox_w and bbox_h.
+    Neither table of a hidden test set has a product_id. Its images are unlabelled.
     """
     box_columns = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
     guard = PathGuard(root)
+    labels = () if has_hidden_labels([root / "gallery.csv", root / "queries.csv"], "product_id") else ("product_id",)
     for name, role, columns in (("gallery.csv", "gallery", ()), ("queries.csv", "query", box_columns)):
         table = root / name
-        for line, values in read_csv_rows(table, ("img_path", "product_id", *columns)):
+        for line, values in read_csv_rows(table, ("img_path", *labels, *columns)):
             image = guard.check(values["img_path"], table, line)
-            row = _row(image, f"aicrowd/{values['product_id']}", "", "aicrowd", role)
+            product = f"aicrowd/{values['product_id']}" if labels else f"{UNLABELLED}/{image}"
+            row = _row(image, product, "", "aicrowd" if labels else UNLABELLED, role)
             yield {**row, "box": _parse_box([values[c] for c in columns], f"{table}: line {line}") if columns else None}
 
 
