@@ -25,7 +25,7 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.seen import combine, count_seen, hash_catalog, read_seen, record_seen
+from vpr.data.seen import Use, combine, count_seen, hash_catalog, read_seen, record_seen
 from vpr.inference.int8 import read_ranges
 from vpr.retrieval.embeddings import read_batches
 
@@ -84,7 +84,8 @@ def export_int8(config: Int8Config) -> Path:
     with stage.write() as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         fill_graph_card(draft, model, quantised)
-        record_seen(draft.path, [model, ranges], {} if validation is None else {"selection": validation})
+        uses: dict[Use, Catalog] = {} if validation is None else {"selection": validation}
+        record_seen(draft.path, [model, ranges], uses)
         draft.metrics = {
             "precision": f"{config.dtype}-mixed" if is_mixed else config.dtype,
             "quantised": layers,

@@ -22,7 +22,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.pixels import read_pixels
-from vpr.data.seen import record_seen
+from vpr.data.seen import Use, record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT
@@ -67,7 +67,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     with stage.write() as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
-        measured = {} if catalog is None else {"calibration": _sample(catalog, config, "train")}
+        measured: dict[Use, Catalog] = {} if catalog is None else {"calibration": _sample(catalog, config, "train")}
         record_seen(draft.path, [student], measured)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_exclude_layers"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": fp32_nodes, "nodes": count_operators(graph)}

@@ -116,7 +116,8 @@ class SeenCounts:
 def seen_in(catalog: Catalog, use: Use) -> Seen:
     """Return the products and images of a catalogue as seen for a use; images without labels have no product."""
     scored, bit = hash_catalog(catalog), np.uint8(1 << USES.index(use))
-    return Seen(*(Hashes(values, np.full(len(values), bit)) for values in (scored.products, scored.images)))
+    products, images = (Hashes(values, np.full(len(values), bit)) for values in (scored.products, scored.images))
+    return Seen(products, images)
 
 
 def hash_catalog(catalog: Catalog) -> Scored:
