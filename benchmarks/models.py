@@ -1,8 +1,6 @@
-"""Models to measure, and the names of their rows."""
+"""Models to measure."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 from export.backends.registry import MODEL_KINDS
 from vpr.artifacts.store import Artifact, load_artifact
@@ -22,26 +20,3 @@ def load_models(paths: Sequence[str]) -> list[Artifact]:
             raise UserError(f"models: {problem}. Pass each artifact once.")
         found[artifact.sha256] = artifact
     return artifacts
-
-
-def with_distinct_names(artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """Return the artifacts with the name that their rows have: where names are equal, the end of the path.
-
-    The end is as short as possible: ``exp1/student`` and ``exp2/student``.
-    """
-    names = [artifact.card.name for artifact in artifacts]
-    clashing = [index for index, name in enumerate(names) if names.count(name) > 1]
-    parts = {index: artifacts[index].path.resolve().parts for index in clashing}
-    length = 1
-    while clashing:
-        for index in clashing:
-            names[index] = "/".join(parts[index][-length:]).replace("//", "/")
-        if max(Counter(names).values()) == 1:
-            break
-        clashing = [index for index, name in enumerate(names) if names.count(name) > 1 or index in clashing]
-        parts |= {index: artifacts[index].path.resolve().parts for index in clashing}
-        length += 1
-    return [
-        replace(artifact, card=artifact.card.model_copy(update={"name": name}))
-        for artifact, name in zip(artifacts, names, strict=True)
-    ]

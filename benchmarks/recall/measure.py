@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from benchmarks.config import RERANK, RecallConfig, ReportConfig
-from benchmarks.models import load_models, with_distinct_names
+from benchmarks.models import load_models
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
 from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
 from benchmarks.recall.paired_drop import ChangedQuery, compare_with_reference, compute_recall_drop, write_changed
@@ -19,6 +19,7 @@ from benchmarks.recall.queries import ScoredPart, choose_queries
 from benchmarks.recall.seen_marks import add_seen, log_seen
 from benchmarks.report.schema import LEAK_NOTE, Row
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
+from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact
 from vpr.artifacts.writer import config_to_json

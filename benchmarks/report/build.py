@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
-from benchmarks.models import load_models, with_distinct_names
+from benchmarks.models import load_models
 from benchmarks.recall.measure import ScoredModel, recall_values, score_models
 from benchmarks.recall.paired_drop import write_changed
 from benchmarks.recall.queries import ScoredPart, choose_queries
@@ -18,6 +18,7 @@ from benchmarks.report.examples import draw_changed_examples, draw_examples
 from benchmarks.report.recommendation import SELECTION_SPLIT, timed_batches
 from benchmarks.report.selection import order_rows, select_row
 from export.backends.registry import default_threads
+from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError

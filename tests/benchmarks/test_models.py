@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.config import RecallConfig
-from benchmarks.models import load_models, with_distinct_names
+from benchmarks.models import load_models
 from benchmarks.recall.measure import measure_recall
 from tests.conftest import edit_card
+from vpr.artifacts.names import with_distinct_names
 from vpr.common.errors import UserError
 from vpr.retrieval.config import RerankConfig
 
