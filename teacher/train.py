@@ -54,6 +54,7 @@ def train(config: TrainConfig) -> Path | None:
     if isinstance(init, Artifact) and init.path.resolve() == output.resolve():
         raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
     leaks = _leak_metadata(config, catalog, init)
+    inherited = [read_seen(init)] if isinstance(init, Artifact) else []
     print_plan(config, tower, training, validation)
     if config.dry_run:
         return None
@@ -69,8 +70,7 @@ def train(config: TrainConfig) -> Path | None:
                 writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
                 writer.catalog = {**catalog.summary(), **leaks}
                 _write_files(writer, config, stages, folder)
-                start = [init] if isinstance(init, Artifact) else []
-                record_seen(writer.path, start, {"training": training, "selection": validation})
+                record_seen(writer.path, inherited, {"training": training, "selection": validation})
             drop_checkpoints(folder)
             log.info(f"{output}: teacher of epoch {writer.metrics['best_epoch']}, recall@1 {stages[-1].best:.3f}")
     return output

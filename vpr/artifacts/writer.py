@@ -60,8 +60,8 @@ def write_artifact(
 
     Yields a writer of a temporary directory on the same file system. An old artifact at ``path`` is replaced, any other
     non-empty directory is rejected. ``config`` holds JSON values, everything needed to make the artifact again.
-    Folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's images:
-    its table has their checksums).
+    Files and folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's
+    images: its table has their checksums).
     """
     target = Path(path)
     check_output(target, kind)

@@ -140,10 +140,14 @@ def combine(records: Iterable[Seen]) -> Seen:
     return Seen(_merge([record.products for record in records]), _merge([record.images for record in records]), unknown)
 
 
-def record_seen(folder: Path, parents: Iterable[Artifact], uses: Mapping[Use, Catalog] | None = None) -> None:
-    """Write the record of an artifact: what its parents have seen, and the catalogues by use."""
+def record_seen(folder: Path, parents: Iterable[Artifact | Seen], uses: Mapping[Use, Catalog] | None = None) -> None:
+    """Write the record of an artifact: what its parents have seen, and the catalogues by use.
+
+    Long work reads the records of the parents before it starts, so that a broken one is found then.
+    """
+    inherited = [parent if isinstance(parent, Seen) else read_seen(parent) for parent in parents]
     own = [seen_in(catalog, use) for use, catalog in (uses or {}).items()]
-    write_seen(folder, combine([*map(read_seen, parents), *own]))
+    write_seen(folder, combine([*inherited, *own]))
 
 
 def write_seen(folder: Path, seen: Seen) -> None:
