@@ -63,6 +63,7 @@ def compare_reports(config: CompareConfig) -> list[Change]:
     for titles, report in ((removed, "before"), (added, "after")):
         if titles:
             log.info(f"only in the report {report}: {', '.join(titles)}")
+    _warn_seen(before, after)
     _log_recommended(before, after)
     _warn_unconfirmed(changes, config)
     exceeded = [message for change in changes for message in _exceeded_budgets(change, config)]
@@ -131,6 +132,14 @@ def _warn_unconfirmed(changes: list[Change], config: CompareConfig) -> None:
         elif change.upper_bound > limit:
             bound = f"its 95 % upper bound is {change.upper_bound:.4f}"
             log.warning(f"{change.name}: the drop is within the budget, but {bound}. Use more products.")
+
+
+def _warn_seen(before: Report, after: Report) -> None:
+    """Warn of rows whose model has learned from what is scored."""
+    for report, which in ((before, "before"), (after, "after")):
+        for row in report.rows:
+            if row.recall_at_1 is not None and row.seen and row.seen.learned:
+                log.warning(f"{row.title} ({which}): {row.seen.learned}. Its recall is overestimated.")
 
 
 def _is_significant(old: Row, new: Row, batch: str, ratio: float, noise: float) -> bool:

@@ -21,7 +21,11 @@ class RecallConfig:
         models: Artifacts to score: teachers, students, ONNX graphs, engines.
         output: Folder of the recall table.
         split: Split to score.
-        rerank: Re-ranking steps. Every model is scored with and without them.
+        rerank: Re-ranking steps. Every model is scored with and without them, except when leaving one out.
+        leave_one_out: Take every image of the split as a query that searches all others, whatever its role. This is
+            automatic where the queries and the gallery are the same images.
+        skip_unmatched: Leave out queries whose product has no other gallery image, with their count in the rows.
+            Otherwise such a query is an error.
         seed: Seed of the bootstrap.
     """
 
@@ -30,10 +34,15 @@ class RecallConfig:
     output: str
     split: str = "test"
     rerank: RerankConfig = RERANK
+    leave_one_out: bool = False
+    skip_unmatched: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_numbers(self, seed=(0, None))
+        if self.leave_one_out and self.rerank not in (RERANK, RerankConfig()):
+            problem = "its steps compare a query with the gallery, which holds the query's own image"
+            raise UserError(f"rerank: {problem}. Leave out --rerank or --leave-one-out.")
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,8 @@ class ReportConfig:
         drop: Recall@1 that the recommended model may lose against the FP32 student.
         confidence: Confidence that its true drop is within ``drop``. The choice is made on the validation split.
         rerank: Re-ranking steps. Every model is scored with and without them.
+        skip_unmatched: Leave out queries whose product has no gallery image, with their count in the rows. Otherwise
+            such a query is an error.
         ranges: Artifacts of ``vpr calibrate`` to draw.
         sheet_queries: Number of example queries with their top five.
         seed: Seed of the bootstrap and of the example queries.
@@ -146,6 +157,7 @@ class ReportConfig:
     drop: float = 0.02
     confidence: float = 0.95
     rerank: RerankConfig = RERANK
+    skip_unmatched: bool = False
     ranges: tuple[str, ...] = ()
     sheet_queries: int = 12
     seed: int = 0

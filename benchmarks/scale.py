@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.config import Kind, ScaleConfig
+from benchmarks.recall.seen_marks import log_seen
 from benchmarks.synthetic_gallery import Gallery, build_real_gallery, grow_gallery
 from export.backends.registry import default_threads
 from vpr.artifacts.writer import check_output, config_to_json, write_artifact
 from vpr.common.log import get_logger
+from vpr.data.seen import count_seen, hash_products, read_seen
 from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.search import search
 
@@ -56,9 +58,12 @@ def measure_scale_table(config: ScaleConfig) -> Path:
     check_output(config.output, "report", "scale.json")
     embeddings = load_embeddings(config.embeddings)
     real = build_real_gallery(embeddings, config.queries, config.seed)
+    seen = count_seen(read_seen(embeddings.artifact), hash_products(embeddings.products.tolist()))
+    log_seen(embeddings.model.name, seen)
     rows = list(measure_scale(config, real))
     parents = [embeddings.artifact.as_parent("embeddings")]
     with write_artifact(config.output, "report", config_to_json(config), parents) as draft:
+        draft.metrics = {"seen": asdict(seen)}
         (draft.path / "scale.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     log.info(f"{config.output}: {len(rows)} indexes")
     return Path(config.output)

@@ -23,6 +23,7 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.retrieval.embeddings import read_batches
@@ -82,6 +83,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         (draft.path / "ranges.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
         pq.write_table(images.table.select(["image", "product", "sha256"]), draft.path / "images.parquet")
         save_file(adjustments, draft.path / "adjustments.safetensors")
+        record_seen(draft.path, [model], {"calibration": images})
         draft.catalog = catalog.summary()
         draft.metrics = {
             "images": len(images),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.seen import Use, combine, count_seen, hash_catalog, read_seen, record_seen
 from vpr.inference.int8 import read_ranges
 from vpr.retrieval.embeddings import read_batches
 
@@ -70,7 +71,8 @@ def export_int8(config: Int8Config) -> Path:
         raise UserError(f"exclude_layers: {', '.join(excluded or ())} leaves no layer to quantise. Exclude fewer.")
     decision = None
     if validation is not None:
-        decision = _search_layers(config, model, calibrated, layers, validation)
+        seen = _count_seen(config, [model, ranges], validation)
+        decision = {**_search_layers(config, model, calibrated, layers, validation), "seen": seen}
         layers = decision["quantised"]
     fp32_nodes = model.names("fp32_nodes")
     quantised = calibrated.quantise(layers, config.dtype)
@@ -82,6 +84,8 @@ def export_int8(config: Int8Config) -> Path:
     with stage.write() as draft:
         onnx.save(quantised, draft.path / "model.onnx")
         fill_graph_card(draft, model, quantised)
+        uses: dict[Use, Catalog] = {} if validation is None else {"selection": validation}
+        record_seen(draft.path, [model, ranges], uses)
         draft.metrics = {
             "precision": f"{config.dtype}-mixed" if is_mixed else config.dtype,
             "quantised": layers,
@@ -126,6 +130,16 @@ def _check_parents(config: Int8Config, model: Artifact, ranges: Artifact) -> tup
 def _is_qat_of(model: Artifact, ranges: Artifact) -> bool:
     """Return whether the student of a graph was fine-tuned with QAT under these ranges."""
     return ranges.as_parent("ranges") in model.card.parents
+
+
+def _count_seen(config: Int8Config, models: list[Artifact], validation: Catalog) -> dict[str, Any]:
+    """Return how many products of the budget the models have seen, for ``decision.json``; warn if they learned any."""
+    counts = count_seen(combine(map(read_seen, models)), hash_catalog(validation))
+    if counts.learned:
+        log.warning(f"{config.catalog}: {counts.learned}. The drop on products that are new may be larger.")
+    if counts.unrecorded:
+        log.info(f"{config.catalog}: {counts.unrecorded}")
+    return asdict(counts)
 
 
 def _search_layers(

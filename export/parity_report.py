@@ -14,6 +14,7 @@ from export.config import ParityConfig
 from export.parity import parity, rank_changes
 from export.to_onnx import load_onnx, run_graph
 from student.model import Student, load_student
+from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import config_to_json
@@ -52,9 +53,10 @@ def compare_exports(config: ParityConfig) -> Path:
             raise UserError(f"{artifact.path}: preprocessing differs from {config.student}. Use its exports.")
     pixels = np.concatenate(list(read_batches(part, preprocess, _BATCH)))
     expected = l2_normalize(_run_student(model, pixels))
+    named = with_distinct_names([artifact for _, artifact in exports])
     query, gallery = part.roles == "query", part.roles == "gallery"
     rows = []
-    for graph, artifact in exports:
+    for (graph, _), artifact in zip(exports, named, strict=True):
         with reraise_as_artifact_error(artifact):
             actual = l2_normalize(run_graph(graph, pixels, _BATCH))
         row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, actual)}

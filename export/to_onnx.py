@@ -22,6 +22,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.pixels import read_pixels
+from vpr.data.seen import Use, record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT
@@ -47,13 +48,15 @@ def export_onnx(config: OnnxConfig) -> Path:
     # The ranges of a student's QAT are also the ranges of its INT8 graph.
     parents = [student.as_parent("student"), *student.parents("ranges")]
     values = config_to_json(config)
-    stage = Stage(config.output, "onnx", values, parents)
-    if stage.find():
+    stage = older = Stage(config.output, "onnx", values, parents)
+    catalog = load_catalog(config.catalog) if config.catalog else None
+    if catalog is not None and catalog.artifact is not None:
+        stage = Stage(config.output, "onnx", {**values, "catalog_sha256": catalog.artifact.sha256}, parents)
+    if stage.find() or (older is not stage and older.find()):  # earlier versions recorded the catalogue's path alone
         return stage.path
     preprocess = student.card.preprocess
     if preprocess is None:
         raise UserError(f"{config.student}: the card has no preprocessing. Distil the student again.")
-    catalog = load_catalog(config.catalog) if config.catalog else None
     graph = trace(model, preprocess.size, config.opset)
     fp32_nodes = find_overflow(graph, _read_inputs(catalog, config, preprocess, "train"))
     if fp32_nodes:
@@ -64,6 +67,8 @@ def export_onnx(config: OnnxConfig) -> Path:
     with stage.write() as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
+        measured: dict[Use, Catalog] = {} if catalog is None else {"calibration": _sample(catalog, config, "train")}
+        record_seen(draft.path, [student], measured)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_exclude_layers"}
         draft.metrics = {**metrics, **kept, "fp32_nodes": fp32_nodes, "nodes": count_operators(graph)}
     difference = f"min cosine to PyTorch {metrics['cosine_min']:.6f}, max abs difference {metrics['max_abs']:.1e}"
@@ -129,16 +134,20 @@ def _read_inputs(
 ) -> NDArray[np.float32]:
     """Return images of a split as (n, 3, size, size) float32; random pixels without a catalogue."""
     if catalog is not None:
-        part = catalog.select(split=split)
-        if not len(part):
-            raise UserError(f"{config.catalog}: no images in the {split} split. Choose another --catalog or --split.")
-        # Neighbouring rows are views of one product, so the rows are spread over the split.
-        rows = np.linspace(0, len(part) - 1, min(config.images, len(part))).astype(int)
-        pixels = np.concatenate([read_pixels(part, preprocess, range(row, row + 1)) for row in rows.tolist()])
+        part = _sample(catalog, config, split)
+        pixels = np.concatenate([read_pixels(part, preprocess, range(row, row + 1)) for row in range(len(part))])
     else:
         shape = (config.images, 3, preprocess.size, preprocess.size)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return preprocess.normalise(pixels)
+
+
+def _sample(catalog: Catalog, config: OnnxConfig, split: str) -> Catalog:
+    """Return images that are spread over a split, since neighbouring rows are views of one product."""
+    part = catalog.select(split=split)
+    if not len(part):
+        raise UserError(f"{config.catalog}: no images in the {split} split. Choose another --catalog or --split.")
+    return part.take(np.linspace(0, len(part) - 1, min(config.images, len(part))).astype(np.int64))
 
 
 def _compare(model: Student, graph: onnx.ModelProto, inputs: NDArray[np.float32], precision: str) -> dict[str, float]:

@@ -30,7 +30,9 @@ from vpr.artifacts.stage import Stage
 from vpr.artifacts.writer import ArtifactWriter, check_output
 from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
+from vpr.data.catalog import Catalog
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
+from vpr.data.seen import Use, read_seen, record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.model_size import count_multiply_adds, count_parameters
 from vpr.training.callbacks import drop_checkpoints
@@ -56,6 +58,7 @@ def distill(config: DistillConfig) -> Path | None:
     own = {"size": config.model.image_size, **(inputs.start.statistics if inputs.start is not None else {})}
     preprocess = inputs.teacher.preprocess.model_copy(update=own)
     catalog_metadata = {**inputs.catalog.summary(), **inputs.unlabelled, **leak_metadata(inputs, config.allow_leak)}
+    inherited = [read_seen(model) for model in inputs.learned_from(config)]
     _log_plan(config, inputs)
     check_tracker(config.run.tracker)
     start = time.monotonic()
@@ -84,6 +87,8 @@ def distill(config: DistillConfig) -> Path | None:
                 draft.preprocess, draft.catalog, draft.licences = preprocess, catalog_metadata, licences
                 draft.metrics = {**_summarise_training(config, student, result, seconds), **recalls}
                 _write_files(draft, config, folder, targets)
+                uses: dict[Use, Catalog] = {"distillation": inputs.training, "selection": inputs.validation}
+                record_seen(draft.path, inherited, uses)
             drop_checkpoints(folder)
             log.info(f"{config.output}: student of epoch {result.epoch}, validation recall@1 {result.best:.3f}")
     return stage.path

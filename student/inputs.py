@@ -47,6 +47,10 @@ class DistillInputs:
         """Whether the student begins with a new head that is fitted."""
         return self.start is not None and self.start.has_new_head and config.fits_head
 
+    def learned_from(self, config: DistillConfig) -> list[Artifact]:
+        """Return the models that the student learns from; with losses on labels alone, a teacher is none of them."""
+        return [model for role, model in self.models.items() if role != "teacher" or config.losses.needs_teacher]
+
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
     """Load and check all inputs; raise :class:`UserError` if one does not fit or would be replaced by the output."""

@@ -24,6 +24,7 @@ from vpr.common.distributed import compute_device
 from vpr.common.errors import UserError, printable
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.seen import count_seen, hash_catalog, read_seen
 from vpr.inference.model_size import count_multiply_adds, count_parameters
 from vpr.retrieval.drop_test import drop_test
 from vpr.retrieval.embeddings import Forward, embed, score_split, torch_forward
@@ -157,11 +158,14 @@ def _warn_trained(candidates: Sequence[Candidate], catalog: Catalog) -> None:
     for candidate in candidates:
         if candidate.artifact is None:
             continue
-        recorded = (candidate.artifact.card.catalog or {}).get("sha256")
-        reason = "its epoch was chosen on this validation split"
-        if recorded != catalog.sha256:
-            reason = "it was trained on another catalogue and may have seen these images"
-        log.warning(f"{candidate.given}: {reason}, so its recall may be too high")
+        seen = count_seen(read_seen(candidate.artifact), hash_catalog(catalog.select(split="validation")))
+        reasons = [seen.learned, seen.selected]
+        if seen.unknown:
+            is_same = (candidate.artifact.card.catalog or {}).get("sha256") == catalog.sha256
+            other = "it was trained on another catalogue and may have seen these images"
+            reasons.append("its epoch was chosen on this validation split" if is_same else other)
+        if reason := ", ".join(filter(None, reasons)):
+            log.warning(f"{candidate.given}: {reason}, so its recall may be too high")
 
 
 def _measure(candidate: Candidate, validation: Catalog, config: ChooseConfig) -> _Measured:

@@ -24,6 +24,7 @@ from vpr.data.config import ReadOptions
 from vpr.data.division import Division, encode, find_overlap, image_keys, split_by_product, split_codes
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.intake import read_data
+from vpr.data.relocate import find_relocated
 from vpr.data.splits import find_leaks, warn_of_moves
 
 log = get_logger(__name__)
@@ -51,7 +52,7 @@ def build_data(config: DataConfig) -> Path:
             values.pop(key, None)
     values |= {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
     stage = Stage(config.output, "catalog", values, [])
-    if stage.find():
+    if find_relocated(stage, root):
         return stage.path
     catalogs: list[Catalog] = []
     divisions: list[Division] = []

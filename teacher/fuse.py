@@ -23,6 +23,7 @@ from vpr.common.distributed import compute_device, is_first
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import embed, l2_normalize, read_batches, score_split, torch_forward
 from vpr.retrieval.metrics import RetrievalScores
@@ -62,6 +63,7 @@ def fuse(config: FuseConfig) -> Path:
     with stage.write() as writer:
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(weights, writer.path / "model.safetensors")
+        record_seen(writer.path, teachers, {"training": training})
         writer.preprocess = preprocess
         writer.embedding = Embedding(dim=model.embedding_dim, normalised=True, dtype="float32")
         start = {"start": "; ".join(sorted(starts))} if starts else {}

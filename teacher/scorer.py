@@ -46,7 +46,7 @@ def recalibrate_batch_norm(model: nn.Module, norms: Sequence[_BatchNorm], batche
 class Scorer:
     """Evaluator of weights in one network; images are decoded once if they fit in memory, else by ``workers``.
 
-    The validation split is scored. ``seed`` selects training images for BatchNorm statistics.
+    The split in ``validation`` is scored. ``seed`` selects training images for BatchNorm statistics.
 
     Raises:
         UserError: The validation split is missing, or BatchNorm has too few training images.
@@ -58,10 +58,10 @@ class Scorer:
         self.model = network.to("cuda" if torch.cuda.is_available() else "cpu")
         self.preprocess: Preprocess = artifact.card.preprocess
         self._forward = torch_forward(self.model)
-        self._catalog = catalog.select(split="validation")
-        if not len(self._catalog):
+        self.validation = catalog.select(split="validation")
+        if not len(self.validation):
             raise UserError("catalog: a validation split is required. Build the catalogue with --validation 0.1.")
-        self._validation = self._loader(self._catalog, batch_size, workers)
+        self._loader_of_validation = self._loader(self.validation, batch_size, workers)
         self._norms = {n: m for n, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
         if self._norms:
             sample = _sample_images(catalog.select(split="train"), batch_size, seed)
@@ -77,10 +77,12 @@ class Scorer:
         stale = [m for n, m in self._norms.items() if recalibrate_bn == "all" or not n.startswith("visual.")]
         if stale and recalibrate_bn != "none":
             device = next(self.model.parameters()).device
-            batches = (torch.from_numpy(batch).to(device) for batch in self._batches(self._calibration))
-            recalibrate_batch_norm(self.model, stale, batches)
-        vectors = l2_normalize(np.concatenate([self._forward(batch) for batch in self._batches(self._validation)]))
-        return score_split(self._catalog, vectors)
+            calibration = (torch.from_numpy(batch).to(device) for batch in self._batches(self._calibration))
+            recalibrate_batch_norm(self.model, stale, calibration)
+        vectors = l2_normalize(
+            np.concatenate([self._forward(batch) for batch in self._batches(self._loader_of_validation)])
+        )
+        return score_split(self.validation, vectors)
 
     def weights(self) -> Weights:
         """Return a copy of the network's weights, float32 on the CPU."""

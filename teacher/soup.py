@@ -22,6 +22,7 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.seen import record_seen
 from vpr.data.splits import find_leaks
 
 log = get_logger(__name__)
@@ -57,6 +58,7 @@ def soup(config: SoupConfig) -> Path:
         result = (greedy if config.method == "greedy" else uniform)(config.models, teachers, scorer)
     with stage.write() as writer:
         save_file(result.weights, writer.path / "model.safetensors")
+        record_seen(writer.path, teachers, {"selection": scorer.validation})
         writer.preprocess, writer.embedding = card.preprocess, card.embedding
         writer.catalog = {**(card.catalog or {}), **({"leak": leak} if leak else {})}
         writer.metrics = {

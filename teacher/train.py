@@ -24,6 +24,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.loaders import ImageDataset, training_loader, validation_loader
+from vpr.data.seen import count_seen, hash_catalog, read_seen, record_seen
 from vpr.data.splits import find_leaks
 from vpr.imaging.preprocess import Preprocess
 from vpr.training.callbacks import drop_checkpoints
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> Path | None:
     if isinstance(init, Artifact) and init.path.resolve() == output.resolve():
         raise UserError(f"output: {output} is tower.pretrained and would be replaced. Choose another path.")
     leaks = _leak_metadata(config, catalog, init)
+    inherited = [read_seen(init)] if isinstance(init, Artifact) else []
     print_plan(config, tower, training, validation)
     if config.dry_run:
         return None
@@ -68,6 +70,7 @@ def train(config: TrainConfig) -> Path | None:
                 writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
                 writer.catalog = {**catalog.summary(), **leaks}
                 _write_files(writer, config, stages, folder)
+                record_seen(writer.path, inherited, {"training": training, "selection": validation})
             drop_checkpoints(folder)
             log.info(f"{output}: teacher of epoch {writer.metrics['best_epoch']}, recall@1 {stages[-1].best:.3f}")
     return output
@@ -84,13 +87,19 @@ def identify_init_weights(pretrained: str) -> Artifact | str:
 
 
 def warn_unverified_init(init: Artifact | str, catalog: Catalog) -> dict[str, str]:
-    """Warn if training starts from a teacher of another catalogue, and return the warning for the card.
+    """Warn if training starts from a model that has learned from held-out products, and return the text for the card.
 
-    That teacher may have been trained on images that this catalogue holds out; they are not compared.
+    A model of another catalogue without a record of its products may have.
     """
     if not isinstance(init, Artifact) or (init.card.catalog or {}).get("sha256") == catalog.sha256:
         return {}
+    held_out = catalog.where(catalog.table["split"].to_numpy() != "train")
+    seen = count_seen(read_seen(init), hash_catalog(held_out))
+    if not seen.learned and not seen.unknown:
+        return {}
     text = f"{init.card.name} was trained on another catalogue and may have seen images held out in this one"
+    if seen.learned:
+        text = f"{init.card.name} has learned from products held out in this catalogue ({seen.learned})"
     log.warning(f"{text}; the card records this")
     return {"start": text}
 

@@ -17,10 +17,12 @@ from benchmarks.latency.open_loop import Load, measure_under_load
 from benchmarks.latency.preprocessing import make_image_reader
 from benchmarks.latency.roofline import Roofline, compute_dtype, count_work, measure_roofline, roofline_ms
 from benchmarks.latency.statistics import summarize_latency
+from benchmarks.models import load_models
 from benchmarks.report.schema import Ceiling, Latency, Timing
-from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
+from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from export.config import DEFAULT_BACKENDS
-from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.names import with_distinct_names
+from vpr.artifacts.store import Artifact
 from vpr.artifacts.writer import check_output, config_to_json, write_artifact
 from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
@@ -45,11 +47,11 @@ class OpenedModel(NamedTuple):
 def measure_latency(config: LatencyConfig) -> Path:
     """Time every model on every backend and write an artifact of kind ``report`` with ``latency.json``."""
     check_output(config.output, "report", "latency.json")
-    artifacts = [load_artifact(path, MODEL_KINDS) for path in config.models]
+    artifacts = load_models(config.models)
     threads = config.threads or default_threads()
     load = None if config.arrivals == "none" else Load(config.arrivals, config.rate, config.seed)
     options = (config.backends, config.starts, config.catalog, load)
-    timings = time_models(artifacts, config.batches, config.seconds, threads, *options)
+    timings = time_models(with_distinct_names(artifacts), config.batches, config.seconds, threads, *options)
     parents = [artifact.as_parent("model") for artifact in artifacts]
     with write_artifact(config.output, "report", {**config_to_json(config), "threads": threads}, parents) as draft:
         values = {name: timing.to_json() for name, timing in timings.items()}

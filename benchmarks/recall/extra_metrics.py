@@ -45,8 +45,12 @@ def score_reranked(part: Catalog, vectors: Vectors, steps: RerankConfig, seed: i
     return _to_retrieval(evaluate(query_rows, products[0], gallery_rows, products[1], seed))
 
 
-def score_asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: int) -> Retrieval | None:
+def score_asymmetric(
+    part: Catalog, vectors: Vectors, teacher: Vectors, seed: int, own: NDArray[np.int64] | None = None
+) -> Retrieval | None:
     """Return the scores of a model's queries in the teacher's gallery; None where the dimensions differ.
+
+    ``own`` is the (queries,) gallery row of each query's own image, which is no result of that query.
 
     A gallery embedded once by the teacher then serves queries of the student (Budnik and Avrithis, "Asymmetric
     metric learning for knowledge transfer", CVPR 2021).
@@ -54,7 +58,7 @@ def score_asymmetric(part: Catalog, vectors: Vectors, teacher: Vectors, seed: in
     if vectors.shape[1] != teacher.shape[1]:
         return None
     query, gallery = part.roles == "query", part.roles == "gallery"
-    scores = evaluate(vectors[query], part.products[query], teacher[gallery], part.products[gallery], seed)
+    scores = evaluate(vectors[query], part.products[query], teacher[gallery], part.products[gallery], seed, own)
     return _to_retrieval(scores)
 
 

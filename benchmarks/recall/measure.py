@@ -1,27 +1,31 @@
 """``vpr bench recall``: recall of every model on the same queries and gallery, on each backend that runs it here."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from benchmarks.config import RERANK, RecallConfig
+from benchmarks.config import RERANK, RecallConfig, ReportConfig
+from benchmarks.models import load_models
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
 from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
 from benchmarks.recall.paired_drop import ChangedQuery, compare_with_reference, compute_recall_drop, write_changed
+from benchmarks.recall.queries import ScoredPart, choose_queries
+from benchmarks.recall.seen_marks import add_seen, log_seen
 from benchmarks.report.schema import LEAK_NOTE, Row
-from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
+from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
+from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
-from vpr.artifacts.store import Artifact, load_artifact
+from vpr.artifacts.store import Artifact
 from vpr.artifacts.writer import config_to_json
-from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.seen import count_seen, hash_catalog, read_seen
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.intervals import TOO_FEW
@@ -49,10 +53,11 @@ def measure_recall(config: RecallConfig) -> Path:
     catalog = load_catalog(config.catalog)
     artifacts = load_models(config.models)
     parents = [artifact.as_parent("model") for artifact in artifacts] + catalog.as_parents()
-    stage = Stage(config.output, "report", config_to_json(config), parents, "recall.json")
+    stage = Stage(config.output, "report", recall_values(config), parents, "recall.json")
     if stage.find():
         return stage.path
-    scored = score_models(catalog.select(split=config.split), artifacts, config.seed, config.rerank)
+    part = choose_queries(catalog.select(split=config.split), config.leave_one_out, config.skip_unmatched)
+    scored = score_models(part, with_distinct_names(artifacts), config.seed, config.rerank)
     with stage.write() as draft:
         draft.catalog = catalog.summary()
         rows = [model.row.to_json() for model in scored]
@@ -62,28 +67,32 @@ def measure_recall(config: RecallConfig) -> Path:
     return stage.path
 
 
-def load_models(paths: Sequence[str]) -> list[Artifact]:
-    """Load the artifacts to measure; :class:`UserError` without paths, or if two artifacts have the same name."""
-    if not paths:
-        raise UserError("models: expected one or more artifacts, got none. Pass --models PATH.")
-    artifacts = [load_artifact(path, MODEL_KINDS) for path in paths]
-    name, count = Counter(artifact.card.name for artifact in artifacts).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"models: {count} artifacts are named '{name}'. Pass each once, in folders of different names.")
-    return artifacts
+def recall_values(config: RecallConfig | ReportConfig) -> dict[str, Any]:
+    """Return the JSON values of a report; keys that it did not have at first are left out at their defaults."""
+    values = config_to_json(config)
+    for key in ("leave_one_out", "skip_unmatched"):
+        if not values.get(key, True):
+            del values[key]
+    return values
 
 
 def score_models(
-    part: Catalog, artifacts: Sequence[Artifact], seed: int, rerank: RerankConfig = RERANK
+    part: ScoredPart, artifacts: Sequence[Artifact], seed: int, rerank: RerankConfig = RERANK
 ) -> list[ScoredModel]:
     """Score the baselines, and every artifact on each of its backends, on one split.
 
     ``retention`` is recall@1 divided by that of the first teacher, whose gallery is the one of ``asymmetric``.
     Differences are taken to the first student that is no assistant of another student in the list.
     """
-    require_roles(part)
-    scored = [_score_baseline(name, embed_images(part), part, seed) for name, embed_images in _BASELINES.items()]
-    scored += [_score(model, part, seed, rerank) for artifact in artifacts for model in models_of(artifact)]
+    rerank = rerank if part.own is None else RerankConfig()
+    scored = [_score_baseline(name, part.embed(embed_images), part, seed) for name, embed_images in _BASELINES.items()]
+    hashes = hash_catalog(part.catalog)
+    for artifact in artifacts:
+        seen = count_seen(read_seen(artifact), hashes)
+        log_seen(artifact.card.name, seen)
+        for loaded in models_of(artifact):
+            scored.append(_score(loaded, part, seed, rerank))
+            add_seen(scored[-1].row, seen)
     teacher = next((model for model in scored if model.row.stage == "teacher"), None)
     student = _reference(scored)
     for model in scored:
@@ -96,22 +105,21 @@ def score_models(
     return scored
 
 
-def require_roles(part: Catalog) -> None:
-    """Raise :class:`UserError` if a split has no queries or no gallery."""
-    absent = {"query", "gallery"} - set(part.roles.tolist())
-    if absent:
-        raise UserError(f"split: this split has no {sorted(absent)[0]} images. Choose another --split.")
-
-
-def add_scores(row: Row, part: Catalog, vectors: NDArray[np.float32], seed: int) -> None:
+def add_scores(row: Row, scored: ScoredPart, vectors: NDArray[np.float32], seed: int) -> None:
     """Fill in the retrieval metrics of a row from the embeddings of a split."""
+    part = scored.catalog
     query, gallery = part.roles == "query", part.roles == "gallery"
-    scores = evaluate(vectors[query], part.products[query], vectors[gallery], part.products[gallery], seed)
+    products = part.products
+    scores = evaluate(vectors[query], products[query], vectors[gallery], products[gallery], seed, scored.own)
     names = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "map_at_1000", "ci95")
     for name in (*names, "queries", "query_products", "gallery"):
         setattr(row, name, getattr(scores, name))
     row.hits = hits_by_product(part, scores.hits)
     row.by_category = score_categories(part, scores.hits, seed)
+    if scored.skipped:
+        row.skipped_queries = scored.skipped
+    for note in scored.notes:
+        row.add_note(note)
     interval = f"[{scores.ci95[0]:.3f}, {scores.ci95[1]:.3f}]" if scores.ci95 else f"({TOO_FEW})"
     name = f"{row.name} ({row.backend})" if row.backend else row.name
     log.info(f"  {name:<32} recall@1 {scores.recall_at_1:.3f} {interval}  mAP {scores.map:.3f}")
@@ -133,14 +141,14 @@ def _order_by_name(part: Catalog) -> list[int]:
     return sorted(range(len(keys)), key=lambda index: keys[index])
 
 
-def _score_baseline(name: str, vectors: NDArray[np.float32], part: Catalog, seed: int) -> ScoredModel:
+def _score_baseline(name: str, vectors: NDArray[np.float32], part: ScoredPart, seed: int) -> ScoredModel:
     row = Row.empty(name, "baseline", None, None)
     row.params = 0
     add_scores(row, part, vectors, seed)
     return ScoredModel(row, vectors)
 
 
-def _score(model: Model, part: Catalog, seed: int, rerank: RerankConfig) -> ScoredModel:
+def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig) -> ScoredModel:
     card = model.artifact.card
     row = Row.empty(card.name, model.stage, model.backend, model.precision)
     row.size_bytes = sum(e.size for name, e in card.files.items() if name.startswith(("model.", "engine.")))
@@ -155,9 +163,9 @@ def _score(model: Model, part: Catalog, seed: int, rerank: RerankConfig) -> Scor
     if (card.catalog or {}).get("leak"):
         row.add_note(f"{LEAK_NOTE}, see its card: recall is overestimated")
         log.warning(f"{model.name}: {LEAK_NOTE}, see its card. Its recall is overestimated.")
-    vectors = embed(part, model.preprocess, forward)
+    vectors = part.embed(lambda images: embed(images, model.preprocess, forward))
     add_scores(row, part, vectors, seed)
-    row.reranked = score_reranked(part, vectors, rerank, seed)
+    row.reranked = score_reranked(part.catalog, vectors, rerank, seed)
     return ScoredModel(row, vectors, model)
 
 
@@ -169,16 +177,16 @@ def _reference(scored: list[ScoredModel]) -> ScoredModel | None:
     return next((scores for scores, artifact in students if artifact.sha256 not in assistants), None)
 
 
-def _add_asymmetric(model: ScoredModel, part: Catalog, teacher: NDArray[np.float32], seed: int) -> None:
+def _add_asymmetric(model: ScoredModel, part: ScoredPart, teacher: NDArray[np.float32], seed: int) -> None:
     if model.vectors is None:
         return
-    model.row.asymmetric = score_asymmetric(part, model.vectors, teacher, seed)
+    model.row.asymmetric = score_asymmetric(part.catalog, model.vectors, teacher, seed, part.own)
     if model.row.asymmetric is None:
         dims = f"it has {teacher.shape[1]} dimensions, the queries have {model.vectors.shape[1]}"
         model.row.add_note(f"no search in the teacher's gallery: {dims}")
 
 
-def _add_differences(model: ScoredModel, part: Catalog, student: ScoredModel, seed: int) -> None:
+def _add_differences(model: ScoredModel, part: ScoredPart, student: ScoredModel, seed: int) -> None:
     row = model.row
     if model.vectors is None or student.vectors is None or row.hits is None or student.row.hits is None:
         return
@@ -189,7 +197,8 @@ def _add_differences(model: ScoredModel, part: Catalog, student: ScoredModel, se
         row.recall_drop_ci95, row.recall_drop_upper_bound = drop.ci95, drop.upper_bound
     if row.backend is None:
         return
-    difference = compare_with_reference(part, student.vectors, model.vectors, row.name, row.backend)
+    vectors = (student.vectors, model.vectors)
+    difference = compare_with_reference(part.catalog, *vectors, row.name, row.backend, part.own)
     row.cosine_mean, row.cosine_min = difference.cosine_mean, difference.cosine_min
     row.top10_overlap, row.first_changed = difference.top10_overlap, difference.first_changed
     model.changed.extend(difference.changed)

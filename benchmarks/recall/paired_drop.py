@@ -14,7 +14,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.drop_test import drop_test
 from vpr.retrieval.intervals import MIN_PRODUCTS, mean_interval, sign_flip_p_value
-from vpr.retrieval.search import search
+from vpr.retrieval.search import search, search_others
 
 _TOP = 10
 
@@ -89,10 +89,18 @@ def compute_recall_drop(before: Mapping[str, str], after: Mapping[str, str], see
 
 
 def compare_with_reference(
-    part: Catalog, reference: NDArray[np.float32], vectors: NDArray[np.float32], model: str, backend: str
+    part: Catalog,
+    reference: NDArray[np.float32],
+    vectors: NDArray[np.float32],
+    model: str,
+    backend: str,
+    own: NDArray[np.int64] | None = None,
 ) -> ReferenceDifference:
-    """Compare a model's embeddings of a split, (n, any dim) float32, with the FP32 student's, (n, dim) float32."""
-    before, after = _search_top(part, reference), _search_top(part, vectors)
+    """Compare a model's embeddings of a split, (n, any dim) float32, with the FP32 student's, (n, dim) float32.
+
+    ``own`` is the (queries,) gallery row of each query's own image, which is no result of that query.
+    """
+    before, after = _search_top(part, reference, own), _search_top(part, vectors, own)
     cosines = parity(reference, vectors) if reference.shape[1] == vectors.shape[1] else {}
     changed = _changed_queries(part, before[:, 0], after[:, 0], model, backend)
     return ReferenceDifference(
@@ -108,10 +116,12 @@ def write_changed(path: Path, changed: Sequence[ChangedQuery]) -> None:
         writer.writerows(map(asdict, changed))
 
 
-def _search_top(part: Catalog, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+def _search_top(part: Catalog, vectors: NDArray[np.float32], own: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Return the nearest gallery rows, best first: (queries, 10 or the size of the gallery)."""
-    gallery = vectors[part.roles == "gallery"]
-    return search(vectors[part.roles == "query"], gallery, min(_TOP, len(gallery)))[1]
+    queries, gallery = vectors[part.roles == "query"], vectors[part.roles == "gallery"]
+    if own is not None:
+        return search_others(queries, gallery, min(_TOP, len(gallery) - 1), own)[1]
+    return search(queries, gallery, min(_TOP, len(gallery)))[1]
 
 
 def _changed_queries(

@@ -9,22 +9,24 @@ import numpy as np
 
 from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
-from benchmarks.recall.measure import ScoredModel, load_models, score_models
+from benchmarks.models import load_models
+from benchmarks.recall.measure import ScoredModel, recall_values, score_models
 from benchmarks.recall.paired_drop import write_changed
+from benchmarks.recall.queries import ScoredPart, choose_queries
 from benchmarks.report import schema
 from benchmarks.report.examples import draw_changed_examples, draw_examples
 from benchmarks.report.recommendation import SELECTION_SPLIT, timed_batches
 from benchmarks.report.selection import order_rows, select_row
 from export.backends.registry import default_threads
+from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
-from vpr.artifacts.writer import config_to_json
+from vpr.common.errors import UserError
 from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.embeddings import embed, score_split
-from vpr.retrieval.metrics import check_products
 
 log = get_logger(__name__)
 
@@ -40,17 +42,19 @@ def build_report(config: ReportConfig) -> Path:
     ranges = [load_artifact(path, "ranges") for path in config.ranges]
     parents = [model.as_parent("model") for model in models] + catalog.as_parents()
     parents += [artifact.as_parent("ranges") for artifact in ranges]
-    stage = Stage(config.output, "report", config_to_json(config), parents, "report.json")
+    stage = Stage(config.output, "report", recall_values(config), parents, "report.json")
     if stage.find():
         return stage.path
-    part = catalog.select(split=SELECTION_SPLIT)
-    if {"query", "gallery"} <= set(part.roles.tolist()):  # an error of the choice comes before the measurements
-        check_products(part.products[part.roles == "query"], part.products[part.roles == "gallery"])
-    scored = score_models(catalog.select(split=config.split), models, config.seed, config.rerank)
+    models = with_distinct_names(models)
+    part = _choose_queries(catalog, config)
+    if {"query", "gallery"} <= set(catalog.select(split=SELECTION_SPLIT).roles.tolist()):
+        # An error of the choice comes before the measurements.
+        choose_queries(catalog.select(split=SELECTION_SPLIT), skip_unmatched=config.skip_unmatched)
+    scored = score_models(part, models, config.seed, config.rerank)
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
     selection = choose_row(catalog, scored, config)
-    values = assemble_report(config, catalog, scored, models, ranges, selection).to_json()
+    values = assemble_report(config, catalog, part.catalog, scored, models, ranges, selection).to_json()
     report = schema.parse_report(values, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
 
@@ -67,6 +71,15 @@ def build_report(config: ReportConfig) -> Path:
     return stage.path
 
 
+def _choose_queries(catalog: Catalog, config: ReportConfig) -> ScoredPart:
+    """Return what the report scores; raise :class:`UserError` where the queries are the gallery."""
+    part = choose_queries(catalog.select(split=config.split), skip_unmatched=config.skip_unmatched)
+    if part.own is not None:
+        problem = "the queries and the gallery are the same images, which `vpr bench recall` scores"
+        raise UserError(f"split: {problem}. Set the roles of the images in the table for a report.")
+    return part
+
+
 def add_timings(scored: list[ScoredModel], timings: dict[str, schema.Timing]) -> None:
     """Fill in the costs of every row."""
     for scores in scored:
@@ -81,11 +94,17 @@ def choose_row(catalog: Catalog, scored: list[ScoredModel], config: ReportConfig
 
     Products that a search for layers has used are left out: the search picked layers that suit them.
     """
-    part = catalog.select(split=SELECTION_SPLIT)
     rows = [scores.row for scores in scored]
     batches = timed_batches(rows)
+    part = catalog.select(split=SELECTION_SPLIT)
     if config.split == SELECTION_SPLIT or not batches or not any(row.reference for row in rows):
         return None
+    if not {"query", "gallery"} <= set(part.roles.tolist()):
+        return None
+    chosen = choose_queries(part, skip_unmatched=config.skip_unmatched)
+    if chosen.own is not None:  # the queries are the gallery, so each would find itself
+        return None
+    part = chosen.catalog
     artifacts = [scores.model.artifact for scores in scored if scores.model]
     searched = {
         product
@@ -96,7 +115,7 @@ def choose_row(catalog: Catalog, scored: list[ScoredModel], config: ReportConfig
     ordered = order_rows(rows, batches[0])
     products = part.products[part.roles == "query"]
     kept = ~np.isin(products, sorted(searched))
-    if not ordered or not ordered[0].reference or not kept.any() or "gallery" not in part.roles:
+    if not ordered or not ordered[0].reference or not kept.any():
         return None
     hits = {}
     for scores in scored:
@@ -117,13 +136,16 @@ def choose_row(catalog: Catalog, scored: list[ScoredModel], config: ReportConfig
 def assemble_report(
     config: ReportConfig,
     catalog: Catalog,
+    part: Catalog,
     scored: list[ScoredModel],
     models: list[Artifact],
     ranges: list[Artifact],
     selection: schema.Selection | None,
 ) -> schema.Report:
-    """Return the rows with the examples, calibrations and layer decisions around them."""
-    part = catalog.select(split=config.split)
+    """Return the rows with the examples, calibrations and layer decisions around them.
+
+    ``part`` has the scored rows of ``catalog``.
+    """
     return schema.Report(
         schema=schema.SCHEMA,
         environment=schema.Environment(**environment()),

@@ -116,6 +116,8 @@ def _doubts(report: Report, selection: Selection, chosen: Row) -> list[str]:
         doubts.append(f"The drop is not confirmed: {selection.reason}.")
     if selection.products < _FEW_PRODUCTS:
         doubts.append(f"It was chosen on {selection.products} products, fewer than {_FEW_PRODUCTS}.")
+    if chosen.seen and chosen.seen.learned:
+        doubts.append(f"The model has learned from what is scored ({chosen.seen.learned}): recall is overestimated.")
     unstable = chosen.instabilities.items()
     return doubts + [f"Its latency at batch {batch} is unstable: {reason}." for batch, reason in unstable]
 

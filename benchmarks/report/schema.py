@@ -115,6 +115,18 @@ class Changed(_Part):
     wrong: int = Field(ge=0, description="queries that this model breaks")
 
 
+class SeenCounts(_Part):
+    """Scored products and images that a model, or a model it comes from, has seen, by use."""
+
+    products: int = Field(ge=0, description="number of scored products")
+    images: int = Field(ge=0, description="number of scored images of different content")
+    seen_products: dict[str, int] = Field(description="number seen in training, distillation, calibration, selection")
+    seen_images: dict[str, int] = Field(description="images of the same content seen, by use")
+    unknown: list[str] = Field(description="models it comes from that have no record; more may have been seen")
+    learned: str = Field(description="mark of what was learned or calibrated on; empty if nothing was")
+    selected: str = Field(description="mark of what the epoch, weights or layers were chosen on; empty if nothing was")
+
+
 class Row(_Part):
     """A model on a backend. Unmeasured values are null, with the reason in ``notes``."""
 
@@ -150,6 +162,8 @@ class Row(_Part):
     throughput: dict[Batch, float] | None = Field(description="images per second, by images per call")
     cold_start_ms: float | None
     peak_memory_bytes: int | None
+    seen: SeenCounts | None = Field(None, description="what the model has seen of the scored data")
+    skipped_queries: int | None = Field(None, description="queries left out: no gallery image has their product")
     licences: list[str] | None = Field(None, description="licences of the weights; empty if unknown")
     notes: str
 

@@ -36,6 +36,7 @@ def main_columns(rows: Sequence[Row]) -> list[Column]:
         Column("mAP@1000", lambda row: row.map_at_1000, _fixed(3)),
         Column("retention", lambda row: row.retention, _fixed(2)),
         Column("cosine to student", lambda row: row.cosine_mean, _fixed(5)),
+        *([Column("seen products", _seen)] if any(_seen(row) for row in rows) else []),
         *[_latency(f"ms, batch {batch}", batch, "p50") for batch in timed_batches(rows)],
         Column("MB", lambda row: _millions(row.size_bytes), _fixed(1)),
     ]
@@ -82,6 +83,14 @@ def _names() -> list[Column]:
         Column("backend", lambda row: row.backend),
         Column("precision", lambda row: row.precision),
     ]
+
+
+def _seen(row: Row) -> str | None:
+    """Return what a model has seen of what is scored, in few words; None if nothing."""
+    seen = row.seen
+    if seen is None:
+        return None
+    return seen.learned.removeprefix("seen: ") or seen.selected or ("unknown" if seen.unknown else None)
 
 
 def _latency(heading: str, batch: str, quantile: Literal["p50", "p99"]) -> Column:

@@ -22,6 +22,7 @@ from vpr.artifacts.stage import Stage
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
+from vpr.data.seen import record_seen
 from vpr.inference.onnx_session import INPUT
 
 log = get_logger(__name__)
@@ -47,6 +48,7 @@ def build_engine(config: EngineConfig) -> Path:
     with stage.write() as draft:
         (draft.path / "engine.plan").write_bytes(plan)
         fill_graph_card(draft, artifact, graph)
+        record_seen(draft.path, [artifact])
         draft.metrics = {
             "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),
             "builder": f"{backend} {trt.__version__}",

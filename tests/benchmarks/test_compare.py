@@ -52,6 +52,18 @@ def test_report_has_not_changed_from_itself(before: str) -> None:
     assert not any(change.is_recall_significant or change.significant_batches or change.drop for change in changes)
 
 
+def test_model_that_has_learned_from_the_scored_products_is_marked(
+    before: str, report_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = "seen: 3 of 32 products in training"
+    counts = {"products": 32, "images": 64, "seen_products": {"training": 3}, "seen_images": {}, "unknown": []}
+    report_values["rows"][-1]["seen"] = {**counts, "learned": mark, "selected": ""}
+    compare_reports(CompareConfig(before, _write(tmp_path / "after.json", report_values)))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "seen:" in line]
+    assert len(warnings) == 1
+    assert f"int8 on openvino (after): {mark}" in warnings[0]
+
+
 def test_worse_model_is_marked_significant(
     before: str, worse: str, report_values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

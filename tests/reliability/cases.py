@@ -156,7 +156,7 @@ ROUTES = (
     *(Route("plain-ranges", file, "QAT") for file in ("ranges.json", "adjustments.safetensors", "card.json")),
     *(Route("engine", file, verb) for file in ("engine.plan", "card.json") for verb in _ENGINE_READERS),
     *(Route("embeddings", file, "search") for file in ("vectors.npy", "rows.parquet", "card.json")),
-    *(Route("student", file, "student embed") for file in ("model.safetensors", "card.json")),
+    *(Route("student", file, "student embed") for file in ("model.safetensors", "card.json", "seen.parquet")),
     Route("student", "card.json", "export onnx"),
     *(Route("catalog", file, "student embed") for file in ("catalog.parquet", "card.json")),
 )

@@ -64,6 +64,7 @@ class Command:
 
 COMMANDS = (
     Command("catalog --reader folder --root {images} --validation 0.25 --test 0.25 --seed 2", "catalog"),
+    Command("catalog relocate --catalog {catalog} --root {images}"),
     Command("catalog --reader webdataset --root {tars}", "shards"),
     Command("teacher data --csv {images.csv} --validation 0.25 --test 0.25 --seed 2", "data"),
     Command("teacher convert --checkpoint {tower.pt}", "tower.safetensors"),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifacts.card import CorruptArtifact, Parent, read_card_file
+from vpr.artifacts.identity import identity
 from vpr.artifacts.paths import CARD_NAME
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
@@ -26,10 +27,16 @@ _IDENTITY = ("role", "name", "sha256")  # keys of `Parent.identity`
 def run_folder(output: str, config: dict[str, Any], parents: list[Parent]) -> Path:
     """Return the folder of a run's logs and unfinished files, named after the output and what is computed.
 
-    Another configuration has another folder, so a run never resumes from another run's checkpoint.
+    Another configuration has another folder, so a run never resumes from another run's checkpoint. Moved inputs do not
+    change it; a folder of an earlier version, whose name depends on their paths, is used if it exists.
     """
-    identity = json.dumps([config, [parent.identity for parent in parents]], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    of_earlier = _name_folder(output, config, parents)
+    return of_earlier if of_earlier.is_dir() else _name_folder(output, identity(config, parents), parents)
+
+
+def _name_folder(output: str, values: dict[str, Any], parents: list[Parent]) -> Path:
+    text = json.dumps([values, [parent.identity for parent in parents]], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Path(output).parent / f"{Path(output).name}.run-{digest}"
 
 
@@ -91,7 +98,8 @@ def is_written(path: str, config: dict[str, Any], parents: list[Parent]) -> bool
     """Return whether the card at ``path`` has this configuration and these parents; files are not verified."""
     try:
         card = json.loads(read_card_file(Path(path) / CARD_NAME))
-        identity = card["config"], [{key: parent[key] for key in _IDENTITY} for parent in card["parents"]]
+        written = card["config"], [{key: parent[key] for key in _IDENTITY} for parent in card["parents"]]
+        values = identity(written[0], parents)
     except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or no card
         return False
-    return identity == (json.loads(json.dumps(config)), [parent.identity for parent in parents])
+    return (values, written[1]) == (identity(config, parents), [parent.identity for parent in parents])

@@ -23,6 +23,7 @@ from vpr.artifacts.card import (
     combine_licences,
     read_card_file,
 )
+from vpr.artifacts.identity import identity
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.replace import leftovers, lock_path, remove_leftovers, replace_directory, restore_previous, sync
 from vpr.artifacts.store import Artifact, file_sha256, load_artifact
@@ -59,8 +60,8 @@ def write_artifact(
 
     Yields a writer of a temporary directory on the same file system. An old artifact at ``path`` is replaced, any other
     non-empty directory is rejected. ``config`` holds JSON values, everything needed to make the artifact again.
-    Folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's images:
-    its table has their checksums).
+    Files and folders named in ``ArtifactWriter.unlisted`` are moved along but not listed in the card (a catalogue's
+    images: its table has their checksums).
     """
     target = Path(path)
     check_output(target, kind)
@@ -101,6 +102,8 @@ def find_up_to_date(
 ) -> Artifact | None:
     """Return the undamaged artifact at ``path`` if it has these parents and this configuration, else None.
 
+    Paths of inputs that a checksum identifies may differ, except in a report, which names them.
+
     Raises:
         UserError: The result could not be written to ``path`` (see :func:`check_output`), or a parent is there.
     """
@@ -114,7 +117,7 @@ def find_up_to_date(
             artifact = load_artifact(path)
     if artifact is not None:
         card = artifact.card
-        if (card.kind, card.config, card.parents) == (kind, json.loads(json.dumps(dict(config))), parents):
+        if (card.kind, card.parents) == (kind, parents) and _is_same_config(card.config, config, parents, kind):
             return artifact
         if roles := [parent.role for parent in parents if parent.sha256 == artifact.sha256]:
             raise UserError(f"{target}: the output is also the input '{roles[0]}'. Choose another output.")
@@ -127,6 +130,12 @@ def config_to_json(config: Any) -> dict[str, Any]:
     values = json.loads(json.dumps(asdict(config), default=str))
     values.pop("output", None)
     return values
+
+
+def _is_same_config(old: Mapping[str, Any], new: Mapping[str, Any], parents: list[Parent], kind: Kind) -> bool:
+    if kind == "report":
+        return old == json.loads(json.dumps(dict(new)))
+    return identity(old, parents) == identity(new, parents)
 
 
 def _reject_other_kind(target: Path, kind: Kind, required_file: str) -> None:

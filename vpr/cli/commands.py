@@ -50,6 +50,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
         "read images into a checked, split catalogue", ("root", "validation", "test", "resplit", "skip_unreadable")),
     "catalog check": Command("vpr.retrieval.check_command:check_catalog", "vpr.retrieval.config:CatalogCheckConfig",
         "find wrong labels and duplicates in a catalogue, and clean it", ("catalog", "apply", "outlier", "duplicate")),
+    "catalog relocate": Command("vpr.data.relocate:relocate_catalog", "vpr.data.config:RelocateConfig",
+        "point a catalogue to images that were moved"),
     "teacher data": Command("teacher.data:build_data", "teacher.config:DataConfig",
         "join data sets into one catalogue to train on",
         ("products10k", "aicrowd", "csv", "validation", "test", "resplit", "skip_unreadable")),

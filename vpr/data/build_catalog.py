@@ -15,6 +15,7 @@ from vpr.data.config import CatalogConfig
 from vpr.data.division import Division, Shares, split_by_product
 from vpr.data.image_files import FOLDER_LINK, skipped_files
 from vpr.data.intake import check_images, describe_skipped, read_data
+from vpr.data.location import write_location
 from vpr.data.splits import warn_of_moves, warn_of_own_leaks
 
 log = get_logger(__name__)
@@ -52,6 +53,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     rejected = data.set_aside + division.left_out
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
+        write_location(old.path, data.root)  # the same images may have moved
         log.info(f"{config.output}: up to date")
         return Path(config.output)
     replaced = load_replaced(config.output)

@@ -19,6 +19,8 @@ from vpr.artifacts.card import Parent
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import ArtifactWriter
 from vpr.common.errors import UserError
+from vpr.data.location import FILE as LOCATION
+from vpr.data.location import find_root, write_location
 from vpr.data.readers import ROLES, SPLITS, Row
 from vpr.imaging.decode import Box
 
@@ -132,6 +134,9 @@ def write_catalog_files(draft: ArtifactWriter, catalog: Catalog, rejected: list[
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "reason"])
         writer.writerows(rejected)
+    if catalog.root != draft.path:  # the sample's images are in the catalogue
+        draft.unlisted |= {LOCATION}
+        write_location(draft.path, catalog.root, draft.name)
     draft.catalog = catalog.summary()
     draft.metrics = {"images": len(catalog), "set_aside": len(rejected)}
 
@@ -149,12 +154,13 @@ def load_catalog(path: Path | str) -> Catalog:
         return Catalog(table, artifact.path, artifact)
     if not isinstance(config.get("root"), str):
         raise UserError(f"{artifact.path}: its card does not say where the images are ('root'). Rerun `vpr catalog`.")
-    root = (
+    recorded = (
         Path(str(config["image_root"]))
         if config.get("image_root")
         else image_root(config.get("reader"), config["root"])
     )
-    return Catalog(table, root, artifact)
+    with reraise_as_artifact_error(artifact):
+        return Catalog(table, find_root(artifact.path, recorded, table), artifact)
 
 
 def rows_to_table(rows: list[Row]) -> pa.Table:

@@ -101,6 +101,19 @@ class CatalogConfig:
 
 
 @dataclass(frozen=True)
+class RelocateConfig:
+    """New place of a catalogue's images.
+
+    Attributes:
+        catalog: Catalogue artifact, which keeps its rows.
+        root: Folder of the images now, or a CSV file in it.
+    """
+
+    catalog: str
+    root: str
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """Batches of the training loop.
 

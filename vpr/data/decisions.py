@@ -16,6 +16,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog, Rejected, write_catalog_files
 from vpr.data.csv_table import read_csv_rows
+from vpr.data.relocate import find_relocated
 
 log = get_logger(__name__)
 
@@ -48,7 +49,7 @@ def write_cleaned_catalog(catalog: Catalog, decisions: Path, output: str) -> Pat
     assert catalog.artifact is not None
     values = {"reader": "table", "root": str(catalog.root.resolve()), "decisions": file_sha256(decisions)}
     stage = Stage(output, "catalog", values, catalog.as_parents(), "changes.csv")
-    if stage.find():
+    if find_relocated(stage, catalog.root):
         return stage.path
     cleaned, changes = apply_decisions(catalog, read, decisions)
     set_aside = _read_set_aside(catalog.artifact)

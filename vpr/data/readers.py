@@ -9,6 +9,7 @@ from vpr.data.boxes import BOX_COLUMNS, Form, find_box_columns, parse_box, to_xy
 from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
 from vpr.data.csv_table import read_csv_rows
+from vpr.data.hidden_labels import has_hidden_labels
 from vpr.data.image_files import SUFFIXES, PathGuard, check_utf8, image_files, list_files
 from vpr.data.split_folders import find_split_folders
 from vpr.data.tables import read_table_rows
@@ -41,18 +42,21 @@ def read_products10k(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[R
 
 
 def read_aicrowd(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Row]:
-    """Read the development set of AIcrowd Visual Product Recognition 2023.
+    """Read the development set of AIcrowd Visual Product Recognition 2023, or a hidden test set.
 
     ``gallery.csv`` has the columns img_path and product_id; ``queries.csv`` also bbox_x, bbox_y, bbox_w and bbox_h,
-    in pixels of the image as it is stored.
+    in pixels of the image as it is stored. Neither table of a hidden test set has a product_id. Its images are
+    unlabelled.
     """
     box_columns = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
     guard = _guard(root, options)
+    labels = () if has_hidden_labels([root / "gallery.csv", root / "queries.csv"], "product_id") else ("product_id",)
     for name, role, columns in (("gallery.csv", "gallery", ()), ("queries.csv", "query", box_columns)):
         table = root / name
-        for line, values in read_csv_rows(table, ("img_path", "product_id", *columns), (), ("product_id", *columns)):
+        for line, values in read_csv_rows(table, ("img_path", *labels, *columns), (), (*labels, *columns)):
             image = guard.check(values["img_path"], table, line)
-            row = _row(image, f"aicrowd/{values['product_id']}", "", "aicrowd", role) | {"line": line}
+            product = f"aicrowd/{values['product_id']}" if labels else f"{UNLABELLED}/{image}"
+            row = _row(image, product, "", "aicrowd" if labels else UNLABELLED, role) | {"line": line}
             yield _with_box(row, [values[column] for column in columns], options.box_form) if columns else row
 
 

@@ -18,6 +18,7 @@ from vpr.artifacts.stage import Stage
 from vpr.common.distributed import compute_device, is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
+from vpr.data.seen import read_seen
 from vpr.retrieval.config import EmbedConfig
 from vpr.retrieval.embed_job import EmbedJob, Loader
 from vpr.retrieval.embeddings import EMPTY_CATALOG, write_embeddings
@@ -37,6 +38,7 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
         UserError: The split is empty, an image cannot be read, or Ray is requested but not installed.
     """
     network, model = load(config.model)
+    read_seen(model)  # raises before the work if the record, which the embeddings inherit, is broken
     job = EmbedJob(config, model)
     # Listed before the output is checked: a first process that has finished has removed the parts.
     missing = [part for part in job.parts if not job.file(part).is_file()]

@@ -17,6 +17,7 @@ from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.pixels import read_pixels
+from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 
@@ -115,6 +116,7 @@ def write_embeddings(
     with write_artifact(path, "embeddings", config, parents) as draft:
         np.save(draft.path / "vectors.npy", vectors, allow_pickle=False)
         pq.write_table(catalog.table, draft.path / "rows.parquet")
+        record_seen(draft.path, [model])
         draft.preprocess = model.card.preprocess
         draft.embedding = Embedding(dim=vectors.shape[1], normalised=True, dtype="float32")
         draft.catalog = catalog.summary()

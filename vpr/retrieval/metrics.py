@@ -67,11 +67,17 @@ class RetrievalScores:
 
 
 def evaluate(
-    query_vectors: Vectors, query_products: Ids, gallery_vectors: Vectors, gallery_products: Ids, seed: int = 0
+    query_vectors: Vectors,
+    query_products: Ids,
+    gallery_vectors: Vectors,
+    gallery_products: Ids,
+    seed: int = 0,
+    own: Ranks | None = None,
 ) -> RetrievalScores:
     """Rank the gallery by inner product for every query and score the rankings; ``seed`` is that of the bootstrap.
 
     Vectors are (n, dim) float32, L2-normalised; products are (n,) ids. The memory besides them is below 0.5 GiB.
+    ``own`` is the (queries,) gallery row of each query's own image, which is no result of that query.
 
     Raises:
         UserError: There is nothing to score, a vector is not finite, or the gallery lacks the product of a query
@@ -81,7 +87,7 @@ def evaluate(
     step = max(1, min(_BLOCK_QUERIES, _BLOCK_VALUES // len(gallery_vectors)))
     blocks = range(0, len(query_vectors), step)
     scores = (query_vectors[start : start + step] @ gallery_vectors.T for start in blocks)
-    return _score(scores, query_products, gallery_products, seed)
+    return _score(scores, query_products, gallery_products, seed, own)
 
 
 def evaluate_similarities(
@@ -134,13 +140,20 @@ def _many_ranks(similarities: Vectors, matching: Ranks, ascending: Vectors) -> R
     return positions + below[-1] - below[places[order[positions]]]
 
 
-def _score(blocks: Iterable[Vectors], query_products: Ids, gallery_products: Ids, seed: int) -> RetrievalScores:
+def _score(
+    blocks: Iterable[Vectors], query_products: Ids, gallery_products: Ids, seed: int, own: Ranks | None = None
+) -> RetrievalScores:
     order = np.argsort(gallery_products, kind="stable")
     names, starts = np.unique(gallery_products[order], return_index=True)
     rows = dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
     query_rows = [rows[product] for product in query_products.tolist()]
+    if own is not None:
+        query_rows = [matching[matching != row] for matching, row in zip(query_rows, own.tolist(), strict=True)]
+        check_others(query_rows, query_products)
     ranks: list[Ranks] = []
     for block in blocks:
+        if own is not None:  # after all other images, where it changes no rank
+            block[np.arange(len(block)), own[len(ranks) : len(ranks) + len(block)]] = -np.inf
         ranks += [matching_ranks(row, query_rows[len(ranks) + index]) for index, row in enumerate(block)]
     first = np.array([query_ranks[0] for query_ranks in ranks])
     precisions = np.array([average_precision(query_ranks) for query_ranks in ranks])
@@ -187,6 +200,14 @@ def _check_inputs(query_vectors: Vectors, query_products: Ids, gallery_vectors: 
 def _check_finite(values: Vectors) -> None:
     if not np.isfinite(values).all():
         raise UserError("evaluation: the embeddings contain NaN or infinity. Check the model with `vpr export parity`.")
+
+
+def check_others(query_rows: list[Ranks], query_products: Ids) -> None:
+    """Raise :class:`UserError` if a query's only matching gallery image is its own."""
+    alone = [product for rows, product in zip(query_rows, query_products.tolist(), strict=True) if not len(rows)]
+    if alone:
+        problem = f"{len(alone)} queries have no gallery image of their product but their own, first '{alone[0]}'"
+        raise UserError(f"evaluation: {problem}. Add images of them, or remove the queries.")
 
 
 def check_products(query_products: Ids, gallery_products: Ids) -> None:

@@ -43,6 +43,18 @@ def search(
     return np.ascontiguousarray(scores[:, :k]), np.ascontiguousarray(rows[:, :k])
 
 
+def search_others(
+    query_vectors: NDArray[np.float32], gallery_vectors: NDArray[np.float32], k: int, own: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Search like :func:`search` without each query's own image, the (queries,) gallery rows ``own``."""
+    check_k(k, len(gallery_vectors) - 1)
+    scores, rows = search(query_vectors, gallery_vectors, k + 1)
+    is_other = rows != own[:, None]
+    is_other[is_other.all(axis=1), -1] = False  # the own image is not among the nearest
+    shape = (len(rows), k)
+    return scores[is_other].reshape(shape), rows[is_other].reshape(shape)
+
+
 def nearest_rows(similarities: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Return the ``k`` nearest rows of one query's (gallery,) similarities, equal ones in the order of the gallery."""
     candidates = np.flatnonzero(similarities >= np.partition(similarities, -k)[-k])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from benchmarks.config import RecallConfig
 from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
 from benchmarks.recall.measure import add_scores, measure_recall
+from benchmarks.recall.queries import ScoredPart
 from benchmarks.report.schema import Row
 from student.model import Student
 from tests.conftest import small_student
@@ -79,8 +80,8 @@ def test_hits_have_an_order_independent_of_the_rows(shop_catalog: Catalog, vecto
     other = Catalog(part.table.take(pa.array(order)), part.root, part.artifact)
     assert other.sha256 == part.sha256
     row, other_row = (Row.empty("student", "student", "torch", "fp32") for _ in range(2))
-    add_scores(row, part, vectors, 0)
-    add_scores(other_row, other, vectors[order], 0)
+    add_scores(row, ScoredPart(part), vectors, 0)
+    add_scores(other_row, ScoredPart(other), vectors[order], 0)
     assert other_row.hits == row.hits
     assert set("".join(row.hits.values())) == {"0", "1"}
     assert list(row.hits) == sorted(set(part.products.tolist()))
@@ -140,7 +141,7 @@ def test_unusable_recall_input_is_rejected(shop: Path, student_artifact: Path, t
     models = (str(student_artifact),)
     with pytest.raises(UserError, match="has no gallery images"):
         measure_recall(RecallConfig(str(shop), models, str(tmp_path / "r"), split="train"))
-    with pytest.raises(UserError, match="2 artifacts are named 'student'"):
+    with pytest.raises(UserError, match="models: .*student is given twice"):
         measure_recall(RecallConfig(str(shop), models * 2, str(tmp_path / "r")))
     with pytest.raises(UserError, match="models: expected one or more artifacts, got none"):
         measure_recall(RecallConfig(str(shop), (), str(tmp_path / "r")))

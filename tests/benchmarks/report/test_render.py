@@ -49,6 +49,23 @@ def test_page_needs_no_network_and_has_the_examples(report_artifact: Path, repor
     assert len(page.ids) == len(set(page.ids))
 
 
+def test_model_that_has_learned_from_the_scored_products_is_marked(report_values: dict[str, Any]) -> None:
+    """In the table, in the notes, and by a recommendation that is preliminary."""
+    report = Report.model_validate(report_values)
+    assert "seen products" not in draw_markdown(report)
+    chosen = recommend(report)
+    mark = "seen: 3 of 32 products in training"
+    counts = {"products": 32, "images": 64, "seen_products": {"training": 3}, "seen_images": {}, "unknown": []}
+    for row in report_values["rows"][2:]:
+        row |= {"seen": {**counts, "learned": mark, "selected": ""}, "notes": f"{mark}: recall is overestimated"}
+    marked = Report.model_validate(report_values)
+    assert "| 3 of 32 products in training |" in draw_markdown(marked)
+    assert f"{mark}: recall is overestimated" in draw_html(marked)
+    assert "seen products: scored products that training" in draw_html(marked)
+    if chosen is not None:
+        assert build_verdict(marked).headline.startswith("Preliminary")
+
+
 def test_policy_allows_only_the_page_script(report_artifact: Path) -> None:
     page = _page((report_artifact / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("script") == 1

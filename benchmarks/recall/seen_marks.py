@@ -1,0 +1,33 @@
+"""Marks of rows whose model has seen what is scored: on screen, in the row and in its notes."""
+
+from dataclasses import asdict
+
+from benchmarks.report import schema
+from vpr.common.log import get_logger
+from vpr.data.seen import SeenCounts
+
+log = get_logger(__name__)
+
+LEARNED_REASON = "the model has learned from these products, so its recall is overestimated"
+SELECTED_REASON = "the epoch, weights or layers were chosen on these products, so recall is slightly overestimated"
+
+
+def log_seen(name: str, seen: SeenCounts) -> None:
+    """Warn if a model has learned from what is scored; log if it was selected on it, or if nothing is known."""
+    if seen.learned:
+        log.warning(f"{name}: {seen.learned}. Its recall is overestimated.")
+    for mark in filter(None, (seen.selected, seen.unrecorded)):
+        log.info(f"{name}: {mark}")
+
+
+def add_seen(row: schema.Row, seen: SeenCounts) -> None:
+    """Add the counts to a row, and each mark to its notes with the reason for it."""
+    row.seen = schema.SeenCounts(**asdict(seen), learned=seen.learned, selected=seen.selected)
+    if row.recall_at_1 is None:
+        return
+    if seen.learned:
+        row.add_note(f"{seen.learned}: {LEARNED_REASON}")
+    if seen.selected:
+        row.add_note(f"{seen.selected}: {SELECTED_REASON}")
+    if seen.unrecorded:
+        row.add_note(seen.unrecorded)
