@@ -1,5 +1,7 @@
 """Rewrite of a graph for older runtimes: the operators of opset 23 in those of opset 20."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -62,7 +64,7 @@ def _spell_out(node: onnx.NodeProto, tensors: Tensors, body: onnx.GraphProto) ->
     width, dtype = types[0].shape.dim[3].dim_value, helper.tensor_dtype_to_np_dtype(types[0].elem_type)
     name, output, (query, key, value) = node.name, node.output[0], node.input[:3]
 
-    def add(operator: str, inputs: list[str], part: str, **settings: object) -> str:
+    def add(operator: str, inputs: list[str], part: str, **settings: Any) -> str:
         nodes.append(helper.make_node(operator, inputs, [part], f"{name}/{part.rpartition('/')[2]}", **settings))
         return part
 
