@@ -169,6 +169,7 @@ def test_numbers_equal_those_of_the_source(name: str) -> None:
             assert stage.tower(config.tower).dropout == values.pop("dropout_of_stage"), where
             assert stage.loader(config.loader).batch_size == values.pop("batch"), where
             assert stage.run(config.run).accumulate == values.pop("accumulate"), where
+        _compare(scheduled.losses.pair, values.pop("pair", {}), f"{where}.pair")
         _compare(stage, values, where)
     if name == "aicrowd-1st":
         assert [scheduled.losses.proxy.centres for scheduled in config.schedule()] == [12, 10, 12]
