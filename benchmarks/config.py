@@ -89,6 +89,9 @@ Kind = Literal["flat", "flat-fp16", "flat-int8", "ivf-flat", "ivf-int8", "ivf-pq
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
+_MAX_SIZE = 1 << 32
+
+
 @dataclass(frozen=True)
 class ScaleConfig:
     """Settings of ``vpr bench scale``.
@@ -120,9 +123,13 @@ class ScaleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, queries=(1, None), batch=(1, None), nprobe=(1, None), ef_search=(1, None), seed=(0, None))
+        largest = (1 << 31) - 1  # faiss counts in 32 bits
+        check_numbers(self, queries=(1, largest), batch=(1, largest), nprobe=(1, largest), ef_search=(1, largest))
+        check_numbers(self, seed=(0, None))
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
             raise UserError(f"sizes: expected rising numbers of vectors, got {list(self.sizes)}. Change --sizes.")
+        if not 10 <= self.sizes[0] <= self.sizes[-1] <= _MAX_SIZE:  # ten neighbours are compared
+            raise UserError(f"sizes: expected 10 to {_MAX_SIZE}, got {list(self.sizes)}. Change --sizes.")
 
 
 @dataclass(frozen=True)

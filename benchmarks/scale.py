@@ -32,6 +32,7 @@ _FACTORY = {
     "ivf-pq": "IVF{lists},PQ{bytes}",
     "hnsw": "HNSW32,Flat",
 }
+_NEEDED: dict[Kind, int] = {"ivf-pq": 256}  # vectors to train on: one for each of the 256 codes
 _TOP = 10
 _TIE = 1e-5  # float32 sums in a different order differ by less than this
 
@@ -77,7 +78,9 @@ def measure_scale(config: ScaleConfig, real: Gallery) -> Iterator[ScaleRow]:
         exact = search(gallery.queries, gallery.vectors, _TOP)[0]
         for kind in config.kinds:
             expected = _expected_seconds(measured.get(kind), size)
-            if expected > config.build_seconds:
+            if size < (needed := _NEEDED.get(kind, 1)):
+                row = ScaleRow(size, kind, notes=f"not built: its training needs {needed} vectors")
+            elif expected > config.build_seconds:
                 row = ScaleRow(size, kind, notes=f"not built: expected {expected:.0f} s, above --build-seconds")
             else:
                 row = measured[kind] = measure_index(kind, gallery, exact, config)
@@ -128,7 +131,9 @@ def _build(kind: Kind, vectors: NDArray[np.float32], config: ScaleConfig) -> tup
     import faiss
 
     count, dim = vectors.shape
-    factory = _FACTORY[kind].format(lists=max(1, round(count**0.5)), bytes=max(1, dim // 4))
+    # Product quantisation splits the vector into equal parts.
+    parts = max(number for number in range(1, max(1, dim // 4) + 1) if dim % number == 0)
+    factory = _FACTORY[kind].format(lists=max(1, round(count**0.5)), bytes=parts)
     index: Any = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     start = time.perf_counter()
     index.train(vectors)

@@ -41,6 +41,6 @@ class CalibrateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, seed=(0, None))
+        check_numbers(self, count=(1, 1 << 24), seed=(0, None))
         if not 0 < self.percentile <= 100:
             raise UserError(f"percentile: expected more than 0 and at most 100, got {self.percentile}.")

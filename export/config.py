@@ -64,6 +64,9 @@ class OnnxConfig:
     split: str = "test"
     images: int = 64
 
+    def __post_init__(self) -> None:
+        check_numbers(self, images=(1, 1 << 16))
+
 
 Recipe = Literal["linear", "full-mha", "full"]
 QuantDtype = Literal["int8", "fp8"]
@@ -225,6 +228,8 @@ class ServingConfig:
             check_model_name(self.name)
         if self.max_batch is not None:
             check_numbers(self, max_batch=(1, MAX_BATCH))
+        if not all(1 <= batch <= MAX_BATCH for batch in self.preferred_batches or ()):
+            raise UserError(f"preferred_batches: expected 1 to {MAX_BATCH}, got {list(self.preferred_batches or ())}.")
         check_numbers(self, queue_delay_us=(0, 1_000_000), instances=(1, 64))
 
 

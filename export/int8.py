@@ -22,7 +22,7 @@ from export.to_onnx import count_operators, fill_graph_card, load_onnx
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import config_to_json
-from vpr.common.errors import UserError
+from vpr.common.errors import UserError, check_prefixes
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.seen import Use, combine, count_seen, hash_catalog, read_seen, record_seen
@@ -66,6 +66,8 @@ def export_int8(config: Int8Config) -> Path:
     calibrated = read_calibrated(graph, model, ranges)
     recipe: Recipe = config.scope or ("linear" if validation is None else "full")
     excluded = qat_excluded if config.exclude_layers is None else config.exclude_layers
+    if qat_excluded is None:
+        check_prefixes("exclude_layers", excluded or (), list(quantised_nodes(calibrated.graph, (), "full")))
     layers = list(quantised_nodes(calibrated.graph, excluded, recipe))
     if not layers:
         raise UserError(f"exclude_layers: {', '.join(excluded or ())} leaves no layer to quantise. Exclude fewer.")

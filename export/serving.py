@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from export.config import MAX_BATCH, ServingConfig, check_model_name
+from export.opset import OLDEST_RUNTIME, lower_opset, opset_of
 from export.parity import mean_overlap
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, model_config, to_text
@@ -41,9 +43,12 @@ def export_serving(config: ServingConfig) -> Path:
     name = config.name or model.card.name
     check_model_name(name)
     check_output(config.output, "serving")
-    _check_model(model, config)
+    graph = lower_opset(load_graph(model)) if model.card.kind == "onnx" else None
+    _check_model(model, graph, config)
     preprocess = _check_gallery(model, gallery)
     values = {**config_to_json(config), "name": name}
+    if graph is not None and opset_of(graph) < opset_of(load_graph(model)):
+        values["opset"] = opset_of(graph)  # older hand-offs hold the graph as it is
     parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings")]
     stage = Stage(config.output, "serving", values, parents)
     if stage.find():
@@ -52,7 +57,7 @@ def export_serving(config: ServingConfig) -> Path:
         scheduling = _choose_scheduling(model, config)
         fields = model_config(name, model, preprocess, scheduling)
     with stage.write() as draft:
-        _write_repository(draft.path / "model_repository" / name, model, fields)
+        _write_repository(draft.path / "model_repository" / name, model, graph, fields)
         images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
         text = _render_readme(name, model, preprocess, scheduling, images, config.index)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
@@ -60,42 +65,44 @@ def export_serving(config: ServingConfig) -> Path:
         draft.catalog = gallery.artifact.card.catalog
         draft.inputs, draft.outputs = model.card.inputs, model.card.outputs
         draft.metrics = {"max_batch": scheduling.max_batch, "gallery": images, "index_top10_overlap": overlap}
+        if graph is not None:
+            draft.metrics |= {"opset": opset_of(graph), "ir_version": graph.ir_version, "runtime": OLDEST_RUNTIME}
     quality = "exact" if overlap is None else f"top-10 overlap with exact search {overlap:.3f}"
     log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches up to {scheduling.max_batch}")
     log.info(f"{config.output}: {images} gallery images, {config.index} index, {quality}")
     return stage.path
 
 
-def _check_model(model: Artifact, config: ServingConfig) -> None:
+def _check_model(model: Artifact, graph: onnx.ModelProto | None, config: ServingConfig) -> None:
     """Raise :class:`UserError` if Triton cannot load the model, or cannot run it on a single image."""
     for specs in (model.card.inputs, model.card.outputs):
         if len(specs) != 1 or not specs[0].shape or not isinstance(specs[0].shape[0], str):
             raise UserError(f"{model.path}: the card lists no input and output of any batch size. Export it again.")
-    if model.card.kind == "onnx":
-        _check_graph(model)
+    if graph is not None:
+        _check_graph(model, graph)
         return
     with reraise_as_artifact_error(model):
         built, min_batch = model.card.config, int(model.card.metrics["profile"][0])
         rebuild = rebuild_command(model, backend="tensorrt", min_batch=1, weight_stripped=False)
-        graph = built["onnx"]
+        source = built["onnx"]
     if built["backend"] != "tensorrt":
-        remedy = f"Use the graph {graph}, or rebuild where TensorRT is installed: {rebuild}"
+        remedy = f"Use the graph {source}, or rebuild where TensorRT is installed: {rebuild}"
         raise UserError(f"{model.path}: built by {built['backend']}, but Triton loads TensorRT engines only. {remedy}")
     if built.get("weight_stripped"):
         raise UserError(f"{model.path}: the engine has no weights, and Triton adds none. Rebuild: {rebuild}")
     if min_batch > 1:
         raise UserError(f"{model.path}: the smallest batch is {min_batch}, a request may have 1. Rebuild: {rebuild}")
     if config.device == "cpu":
-        raise UserError(f"device: an engine needs a GPU, got cpu. Use the graph {graph}.")
+        raise UserError(f"device: an engine needs a GPU, got cpu. Use the graph {source}.")
 
 
-def _check_graph(model: Artifact) -> None:
+def _check_graph(model: Artifact, graph: onnx.ModelProto) -> None:
     """Load a graph with ONNX Runtime's default settings, as Triton's backend does."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    content = load_graph(model).SerializeToString()
+    content = graph.SerializeToString()
     try:
         ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
@@ -136,10 +143,13 @@ def _choose_scheduling(model: Artifact, config: ServingConfig) -> Scheduling:
     return Scheduling(max_batch, preferred, config.queue_delay_us, config.instances, config.device)
 
 
-def _write_repository(folder: Path, model: Artifact, fields: dict[str, Any]) -> None:
-    source = model.file("engine.plan" if model.card.kind == "engine" else "model.onnx")
+def _write_repository(folder: Path, model: Artifact, graph: onnx.ModelProto | None, fields: dict[str, Any]) -> None:
     (folder / "1").mkdir(parents=True)
-    shutil.copyfile(source, folder / "1" / _MODEL_FILES[model.card.kind])
+    target = folder / "1" / _MODEL_FILES[model.card.kind]
+    if graph is None:
+        shutil.copyfile(model.file("engine.plan"), target)
+    else:
+        onnx.save(graph, target)
     (folder / "config.pbtxt").write_text(to_text(fields), encoding="utf-8")
 
 
@@ -189,6 +199,7 @@ def _render_readme(
         max_batch=scheduling.max_batch,
         saturates=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),
         builder=model.card.metrics.get("builder"),
+        runtime=OLDEST_RUNTIME if model.card.kind == "onnx" else "",
         targets=", ".join(model.card.metrics.get("targets", ())),
         flags=" --backend-config=tensorrt,version-compatible=true" if compatible else "",
     )

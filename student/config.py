@@ -270,6 +270,8 @@ class TargetsConfig:
         views: Number of cached views of each image. Epochs cycle through them.
         shard: Number of images in a file of the cache.
         bank: Number of teacher embeddings to compute similarities to: a sample of the cache, online the latest ones.
+        seed: Seed of the cached views, so that students of all seeds share a cache. Mode ``online`` draws the views
+            with the seed of the training.
         mixup: Parameter a of the Beta(a, a) that mixes pairs of images for teacher and student alike. 0 turns it off;
             it needs mode ``online`` (Beyer et al., "Knowledge distillation: a good teacher is patient and
             consistent", CVPR 2022, section 3).
@@ -280,9 +282,11 @@ class TargetsConfig:
     shard: int = 16384
     bank: int = 4096
     mixup: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_numbers(self, "targets.", views=(1, _MAX_VIEWS), shard=(1, 1 << 24), bank=(1, 1 << 20))
+        check_numbers(self, "targets.", seed=(0, (1 << 31) - 1))
         if self.mixup and not 0.05 <= self.mixup <= 100:
             raise UserError(f"targets.mixup: expected 0 (off) or 0.05 to 100, got {self.mixup}.")
         if self.mixup and self.mode == "cached":
@@ -312,7 +316,8 @@ class DistillConfig:
         catalog: Catalogue artifact. ``train`` gives the images, ``validation`` selects the epoch. Only
             ``losses.margin`` and ``losses.logits`` use the labels.
         output: Folder of the student artifact. The teacher's embeddings are cached in ``<output>-views``.
-        cache: Folder of the cached teacher embeddings instead, for students that share it.
+        cache: Folder of the cached teacher embeddings instead, for students that share it. One of other settings is
+            rejected, not replaced.
         assistant: Student artifact that replaces the teacher, as in teacher -> base -> small.
         start: Model that initialises the student: a ViT by name, such as ``timm/deit_small_patch16_224`` or
             ``open_clip/ViT-B-16``, or the artifact of a student or of a teacher with a ViT. A student of the same
@@ -405,6 +410,11 @@ class DistillConfig:
         if self.dimension.method not in ("none", "cosine"):
             problem = f"the fusion of several teachers preserves cosines, got {self.dimension.method}"
             raise UserError(f"dimension.method: {problem}. Set it to cosine, or fuse them with vpr teacher fuse first.")
+
+    @property
+    def view_seed(self) -> int:
+        """Seed of the views that student and teacher see."""
+        return self.targets.seed if self.losses.needs_teacher and self.targets.mode == "cached" else self.seed
 
     @property
     def fits_head(self) -> bool:

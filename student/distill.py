@@ -111,6 +111,8 @@ def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
         for key in keys:
             if section[key] == getattr(defaults, key):
                 del section[key]
+    if config.view_seed == config.seed:  # as before the views had a seed of their own
+        del values["targets"]["seed"]
     return values | ({} if inputs.start is None else inputs.start.values)
 
 
@@ -135,9 +137,10 @@ def _build_loaders(config: DistillConfig, inputs: DistillInputs, preprocess: Pre
     """Return the loaders of training and validation images. A dry run keeps no images in memory."""
     keep = config.loader.keep_in_memory and not config.dry_run
     if config.losses.needs_teacher and (config.targets.mode == "online" or config.dry_run):
-        training: ImageDataset = TwoSizeDataset(inputs.training, preprocess, inputs.teacher.preprocess, keep)
+        sizes = preprocess, inputs.teacher.preprocess
+        training: ImageDataset = TwoSizeDataset(inputs.training, *sizes, keep, [config.views])
     else:
-        training = ImageDataset(inputs.training, preprocess, keep)
+        training = ImageDataset(inputs.training, preprocess, keep, [config.views])
     validation, world = ImageDataset(inputs.validation, preprocess, keep), rank_and_world()
     loader = training_loader(training, config.loader, config.seed, *world)
     return loader, validation_loader(validation, config.loader, *world)
@@ -173,8 +176,8 @@ def _build_targets(
     if config.targets.mode == "cached":
         check_output(cache_path, "views")
     if config.targets.mode == "cached" and not config.dry_run:
-        images, settings = inputs.training, (config.views, config.targets, config.seed, config.loader)
-        cache = build_teacher_cache(cache_path, teacher, images, *settings)
+        images, settings = inputs.training, (config.views, config.targets, config.view_seed, config.loader)
+        cache = build_teacher_cache(cache_path, teacher, images, *settings, is_shared=bool(config.cache))
     if config.dry_run:
         projection = None if dim == teacher.dim else torch.eye(teacher.dim)[:, :dim]
     else:

@@ -57,9 +57,9 @@ class StudentModule(RecallModule):
         config, epoch, rows = self.config, self.current_epoch, batch["rows"]
         self.seed_step(config.seed, epoch, number)
         view = epoch if self.targets is None else self.targets.choose_view(epoch)
-        parameters = draw_views(config.views, config.seed, rows.cpu(), torch.full_like(rows.cpu(), view))
+        parameters = draw_views(config.views, config.view_seed, rows.cpu(), torch.full_like(rows.cpu(), view))
         mixup = Mixup(config.targets.mixup, len(rows)) if config.targets.mixup else None
-        pixels = apply_views(batch["pixels"], parameters)
+        pixels = apply_views(batch["pixels"], parameters, self.image_size)
         x = self.normalise(pixels if mixup is None else mixup(pixels))
         teacher = bank = None
         if self.targets is not None:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpr.artifacts.store import Artifact
-from vpr.common.errors import UserError
+from vpr.common.errors import UserError, check_prefixes
+from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
 from vpr.inference.int8 import LEVELS, activation_scale, read_ranges, weight_scales
 
 
@@ -49,6 +50,9 @@ def insert_fake_quant(model: nn.Module, thresholds: dict[str, float], exclude_la
         UserError: A range without a layer, a layer without a range, a convolution that is not excluded, or no layer
             to quantise.
     """
+    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    own = [prefix for prefix in exclude_layers if prefix not in DEFAULT_EXCLUDED_LAYERS]
+    check_prefixes("quantise.exclude_layers", own, modules)
     names = [name for name in thresholds if not name.startswith(exclude_layers)]
     if not names:
         raise UserError("quantise.exclude_layers: excludes all layers. Exclude fewer.")

@@ -178,10 +178,10 @@ def _batches(module: StudentModule, images: ImageDataset) -> Iterator[tuple[Tens
         view = module.targets.choose_view(epoch)
         for rows in _rows(images).split(_BATCH):
             batch = {name: value.to(device) for name, value in images.__getitems__(rows.tolist()).items()}
-            parameters = draw_views(config.views, config.seed, rows, torch.full_like(rows, view))
+            parameters = draw_views(config.views, config.view_seed, rows, torch.full_like(rows, view))
             # Not `targets_for`: it gathers from all processes, whose group does not exist yet.
             targets = module.targets.embed_views(batch, parameters, epoch)
-            yield module.normalise(apply_views(batch["pixels"], parameters)), targets
+            yield module.normalise(apply_views(batch["pixels"], parameters, module.image_size)), targets
 
 
 def _rows(images: ImageDataset) -> Tensor:

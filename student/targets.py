@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vpr.common.distributed import all_gather_cat
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import ImageDataset, Normalise
 from vpr.imaging.augment import apply_views
+from vpr.imaging.config import ViewConfig
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.projection import project
 
@@ -75,7 +77,7 @@ class OnlineTargets(nn.Module):
     ) -> None:
         super().__init__()
         self._teacher = [teacher]  # The list hides it from checkpoints and DDP.
-        self.normalise = Normalise(preprocess)
+        self.normalise, self.image_size = Normalise(preprocess), preprocess.size
         self.register_buffer("projection", projection, persistent=False)
         self.register_buffer("queue", torch.zeros(config.bank, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
@@ -100,7 +102,7 @@ class OnlineTargets(nn.Module):
         self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None = None
     ) -> Tensor:
         """Return the (batch, d) embeddings of the views; the bank stays as it is."""
-        pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters)
+        pixels = apply_views(batch.get("teacher_pixels", batch["pixels"]), parameters, self.image_size)
         vectors = embed_pixels(self._teacher[0], self.normalise, pixels if mixup is None else mixup(pixels)).clone()
         return F.normalize(vectors, dim=1) if self.projection is None else project(vectors, self.projection)
 
@@ -128,14 +130,19 @@ class Mixup:
 
 
 class TwoSizeDataset(ImageDataset):
-    """Images in the student's size and, if it differs, in the teacher's size too."""
+    """Images for ``views`` in the student's size and, if it differs, in the teacher's size too."""
 
     def __init__(
-        self, catalog: Catalog, student: Preprocess, teacher: Preprocess, keep_in_memory: bool = False
+        self,
+        catalog: Catalog,
+        student: Preprocess,
+        teacher: Preprocess,
+        keep_in_memory: bool = False,
+        views: Sequence[ViewConfig] = (),
     ) -> None:
-        super().__init__(catalog, student, keep_in_memory)
+        super().__init__(catalog, student, keep_in_memory, views)
         is_same_size = teacher.size == student.size
-        self.teacher_images = None if is_same_size else ImageDataset(catalog, teacher, keep_in_memory)
+        self.teacher_images = None if is_same_size else ImageDataset(catalog, teacher, keep_in_memory, views)
 
     def __getitems__(self, rows: list[int]) -> dict[str, Any]:
         """Return a batch, with ``teacher_pixels`` if the sizes differ."""

@@ -6,12 +6,14 @@ Files are memory-mapped, so a cache may exceed the memory.
 
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,13 @@ from torch import Tensor, nn
 
 from student.config import TargetsConfig
 from student.teacher_model import TeacherModel
+from vpr.artifacts.card import Parent
 from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait_until
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.common.config_values import config_values
 from vpr.common.distributed import compute_device, is_first, rank_and_world
+from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
@@ -81,12 +86,16 @@ def build_teacher_cache(
     config: TargetsConfig,
     seed: int,
     loader: LoaderConfig | None = None,
+    is_shared: bool = False,
 ) -> TeacherCache:
     """Embed seeded views of every image, or load the cache at ``path`` if it is up to date.
 
     A killed process keeps every finished file. Several processes share the work.
+
+    Raises:
+        UserError: ``is_shared``, and the cache at ``path`` has other settings, which other students may use.
     """
-    values = {"views": asdict(views), "count": config.views, "shard": config.shard, "seed": seed}
+    values = {"views": config_values(views), "count": config.views, "shard": config.shard, "seed": seed}
     values["images"] = _ordered_sha256(catalog)
     parents = [teacher.artifact.as_parent("teacher")]
     stage = Stage(path, "views", values, parents)
@@ -94,6 +103,8 @@ def build_teacher_cache(
     if artifact := stage.find():
         shutil.rmtree(folder, ignore_errors=True)  # A process killed after writing the artifact leaves it.
         return _open_cache(artifact)
+    if is_shared:
+        _reject_other_cache(path, values, parents)
     size = f"{teacher.dim} dimensions, {cache_bytes(len(catalog), teacher.dim, config) / 1e6:.1f} MB"
     log.info(f"views: {config.views} of each of {len(catalog)} images, {size}")
     files = list(_cache_files(len(catalog), config))
@@ -102,6 +113,8 @@ def build_teacher_cache(
         if is_first():
             for file in files:
                 wait_until(partial(_is_complete, folder / file.name, file, teacher.dim))
+            if is_shared:  # another training run may have written its cache in the meantime
+                _reject_other_cache(path, values, parents)
             with stage.write() as draft:
                 for file in files:
                     _link(folder / file.name, draft.path / file.name)
@@ -111,6 +124,25 @@ def build_teacher_cache(
         else:
             wait_until(lambda: is_written(path, values, parents))
     return _open_cache(load_artifact(path, "views"))
+
+
+def _reject_other_cache(path: str, values: dict[str, Any], parents: list[Parent]) -> None:
+    """Raise :class:`UserError` if a complete cache of other settings is at ``path``; a damaged one is made again."""
+    try:
+        card = load_artifact(path, "views").card
+    except UserError:
+        return
+    expected = json.loads(json.dumps(values))
+    differing = [name for name in expected if card.config.get(name) != expected[name]]
+    named = {"views": "views", "count": "targets.views", "shard": "targets.shard", "seed": "targets.seed"}
+    reasons = [named.get(name, "the training images") for name in differing]
+    reasons += ["the teacher"] if card.parents != parents else []
+    if not reasons:  # another training run has just written the same cache
+        return
+    raise UserError(
+        f"cache: {path} holds teacher embeddings of other settings ({', '.join(reasons)}), which other students may "
+        "use. Choose another folder, or remove this one."
+    )
 
 
 def cache_bytes(images: int, dim: int, config: TargetsConfig) -> int:
@@ -156,8 +188,9 @@ def _embed_files(
     for shard in sorted({file.shard for file in missing}):
         shard_files = [file for file in missing if file.shard == shard]
         part = catalog.take(np.arange(shard_files[0].start, shard_files[0].stop))
-        keep = loader.keep_in_memory or 3 * teacher.preprocess.size**2 * len(part) <= _MAX_KEPT_BYTES
-        images = ImageDataset(part, teacher.preprocess, keep)
+        side = views.decoded_side(teacher.preprocess.size)
+        keep = loader.keep_in_memory or 3 * side**2 * len(part) <= _MAX_KEPT_BYTES
+        images = ImageDataset(part, teacher.preprocess, keep, [views])
         for file in shard_files:
             atomic_save_npy(folder / file.name, _embed_view(teacher, images, batches, views, file, seed))
 
@@ -170,7 +203,7 @@ def _embed_view(
     for batch in validation_loader(images, loader):
         rows = batch["rows"] + file.start
         parameters = draw_views(views, seed, rows, torch.full_like(rows, file.view))
-        pixels = apply_views(batch["pixels"].to(device), parameters)
+        pixels = apply_views(batch["pixels"].to(device), parameters, teacher.preprocess.size)
         parts.append(embed_pixels(teacher.network, normalise, pixels).cpu().numpy())
     return l2_normalize(np.concatenate(parts)).astype(np.float16)
 

@@ -31,9 +31,10 @@ def add_unlabelled(
         prefix = Path(temporary) / "student" if dry_run else Path(output)
         catalogs = [_open_catalog(folder, f"{prefix}-unlabelled-{number}") for number, folder in enumerate(folders)]
     images = concatenate(catalogs)
-    is_duplicate = duplicates_of(images, concatenate(scored))
-    kept, left_out = images.where(~is_duplicate), int(is_duplicate.sum())
-    log.info(f"unlabelled: {len(kept)} images, {left_out} duplicates of validation or test images left out")
+    same, near = duplicates_of(images, concatenate(scored))
+    kept, left_out = images.where(~(same | near)), int(same.sum() + near.sum())
+    reasons = f"{int(same.sum())} with the same bytes, {int(near.sum())} near-duplicates by their hash"
+    log.info(f"unlabelled: {len(kept)} images, {left_out} that repeat validation or test images left out ({reasons})")
     parents = [parent for catalog in catalogs for parent in catalog.as_parents("unlabelled")]
     summary = {"unlabelled": {"images": len(kept), "left_out": left_out, "sha256": kept.sha256}}
     return concatenate([training, kept]), summary, parents

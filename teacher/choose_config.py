@@ -31,5 +31,5 @@ class ChooseConfig:
     def __post_init__(self) -> None:
         if not self.towers:
             raise UserError("towers: expected one or more, got none. Pass --towers NAME:WEIGHTS.")
-        check_numbers(self, batch_size=(1, None), threads=(0, None), seed=(0, (1 << 31) - 1))
+        check_numbers(self, batch_size=(1, 1 << 20), threads=(0, 64), seed=(0, (1 << 31) - 1))
         check_file("output", self.output)

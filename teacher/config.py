@@ -19,14 +19,15 @@ class StageConfig:
 
     Attributes:
         train: Parts to train. ``head`` is the class directions and what is added to the tower (projection,
-            BatchNorm); ``tower`` is the tower; ``last`` is the last blocks of the tower and the head; ``all`` is both.
+            BatchNorm); ``classes`` and ``projection`` are one of these two; ``tower`` is the tower; ``last`` is the
+            last blocks of the tower and the head; ``all`` is both.
         epochs: Number of epochs.
         lr_head: Peak learning rate of the head.
         lr_tower: Peak learning rate of the tower's last layer.
         layer_decay: Factor on the learning rate from each layer of the tower to the layer before it.
         last_blocks: Number of blocks that ``train: last`` trains.
-        optimizer: Optimiser; ``adamw``, or ``sgd`` with Nesterov momentum 0.9.
-        weight_decay: Weight decay of matrices; biases, norms and other vectors have none.
+        optimizer: Optimiser; ``adamw``, or ``sgd`` with Nesterov ``momentum``.
+        weight_decay: Weight decay of matrices; biases, norms and other vectors have none without ``decay_vectors``.
         warmup: Share of the stage with a rising learning rate.
         image_size: Side of the input in pixels; 0 keeps ``tower.image_size``. Position embeddings are resized.
         patch_stride: Stride of overlapping patches in pixels; 0 keeps ``tower.patch_stride``.
@@ -37,9 +38,18 @@ class StageConfig:
         head: Margin softmax of the stage; empty keeps that of the training.
         proxy: Proxy loss of the stage; empty keeps that of the training.
         pair: Pair loss of the stage; empty keeps that of the training.
+        momentum: Nesterov momentum of ``sgd``; 0 is plain gradient descent.
+        decay_vectors: Apply the weight decay to biases, norms and other vectors too.
+        schedule: Learning rate after the warm-up: ``cosine`` falls with each step, ``epoch-cosine`` with each epoch,
+            and ``steps`` by the factor ``gamma`` after each epoch of ``milestones``.
+        milestones: Numbers of epochs after which ``steps`` lowers the rate; none keeps it constant.
+        gamma: Factor of ``steps``.
+        warmup_steps: Optimiser steps of the warm-up instead of the share; 0 takes the share.
+        accumulate: Batches of an optimiser step; 0 keeps ``run.accumulate``.
+        dropout: Share of the tower's output that is dropped; empty keeps ``tower.dropout``.
     """
 
-    train: Literal["head", "tower", "last", "all"]
+    train: Literal["head", "classes", "projection", "tower", "last", "all"]
     epochs: int
     lr_head: float = 3e-4
     lr_tower: float = 3e-7
@@ -57,9 +67,29 @@ class StageConfig:
     head: HeadConfig | None = None
     proxy: ProxyConfig | None = None
     pair: PairConfig | None = None
+    momentum: float = 0.9
+    decay_vectors: bool = False
+    schedule: Literal["cosine", "epoch-cosine", "steps"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup_steps: int = 0
+    accumulate: int = 0
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, "stages.", epochs=(1, None))
+        check_numbers(
+            self, "stages.", gamma=(0, 1), warmup_steps=(0, None), accumulate=(0, None), last_blocks=(0, None)
+        )
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"stages.momentum: expected 0 to below 1, got {self.momentum}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"stages.dropout: expected 0 to below 1, got {self.dropout}.")
+        if self.milestones and self.schedule != "steps":
+            raise UserError(f"stages.milestones: {self.schedule} has none. Set stages.schedule to steps.")
+        if not all(0 < epoch < self.epochs for epoch in self.milestones):
+            expected = f"expected epochs from 1 to {self.epochs - 1}"
+            raise UserError(f"stages.milestones: {expected}, got {list(self.milestones)}.")
         if (self.train == "last") != (self.last_blocks > 0):
             expected = "expected 1 or more with train: last and 0 otherwise"
             raise UserError(f"stages.last_blocks: {expected}, got {self.last_blocks} with train: {self.train}.")
@@ -71,9 +101,29 @@ class StageConfig:
         check_numbers(self, "stages.", images_per_product=(0, 10_000))
 
     def tower(self, tower: TowerConfig) -> TowerConfig:
-        """Return the tower of the training with this stage's image size and patch stride."""
+        """Return the tower of the training with this stage's image size, patch stride and dropout."""
         size, stride = self.image_size or tower.image_size, self.patch_stride or tower.patch_stride
-        return replace(tower, image_size=size, patch_stride=stride)
+        dropout = tower.dropout if self.dropout is None else self.dropout
+        return replace(tower, image_size=size, patch_stride=stride, dropout=dropout)
+
+    def run(self, run: RunConfig) -> RunConfig:
+        """Return the training loop of the training with this stage's accumulated batches."""
+        return replace(run, accumulate=self.accumulate or run.accumulate)
+
+    def later_keys(self) -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        keys = ("momentum", "decay_vectors", "schedule", "milestones", "gamma", "warmup_steps", "accumulate")
+        return (*keys, "dropout")
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether the stage trains a part of the tower."""
+        return self.train in ("tower", "last", "all")
+
+    @property
+    def trains_classes(self) -> bool:
+        """Whether the stage trains class directions and proxies."""
+        return self.train not in ("tower", "projection")
 
     def loader(self, loader: LoaderConfig) -> LoaderConfig:
         """Return the batches of the training with this stage's batch size and images per product."""
@@ -142,11 +192,25 @@ class TrainConfig:
             raise UserError("stages: expected one or more. Add a stage such as {train: all, epochs: 10}.")
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 or more, below 2^31, got {self.seed}.")
-        if self.lora.rank and all(stage.train == "head" for stage in self.stages):
+        if self.lora.rank and not any(stage.trains_tower for stage in self.stages):
             raise UserError(
                 "lora.rank: no stage trains the tower. Set it to 0, or add a stage with train: all or last."
             )
-        self.schedule()  # checks the losses of each stage
+        for scheduled in self.schedule():  # checks the losses of each stage
+            self._check_trained_parts(scheduled.stage, scheduled.losses)
+
+    def _check_trained_parts(self, stage: StageConfig, losses: StageLosses) -> None:
+        """Raise :class:`UserError` if a stage has nothing to train, or BatchNorm sees a single image."""
+        has_projection = bool(self.tower.embedding_dim or self.tower.batch_norm)
+        has_classes = losses.margin_weight > 0 or (losses.proxy.loss != "none" and losses.proxy.weight > 0)
+        trained = stage.trains_tower or (stage.trains_classes and has_classes)
+        if not trained and not (stage.train in ("head", "projection") and has_projection):
+            problem = f"{stage.train} has no parameters, without tower.embedding_dim or a loss with classes"
+            raise UserError(f"stages.train: {problem}. Set it to all or tower.")
+        is_single = stage.loader(self.loader).batch_size == 1
+        if self.tower.batch_norm and is_single and stage.train not in ("classes", "tower"):
+            problem = "tower.batch_norm has no statistics of a single image"
+            raise UserError(f"loader.batch_size: {problem}. Set it to 2 or more, or use --no-tower.batch-norm.")
 
     def schedule(self) -> list[ScheduledStage]:
         """Return the stages with their position in the training and their losses."""
@@ -255,7 +319,7 @@ class SoupConfig:
             raise UserError(f"models: {self.method} expects {expected}, got {len(self.models)}.")
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             raise UserError(f"alphas: expected one or more numbers from 0 to 1, got {list(self.alphas)}.")
-        check_numbers(self, batch_size=(2, None), workers=(0, None), seed=(0, None))
+        check_numbers(self, batch_size=(2, 1 << 20), workers=(0, 512), seed=(0, (1 << 31) - 1))
         if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
             raise UserError(f"output: {self.output} is one of the models and would be replaced. Choose another path.")
 
@@ -294,7 +358,7 @@ class FuseConfig:
         if not 2 <= len(self.models) <= 8:
             raise UserError(f"models: expected two to eight teachers, got {len(self.models)}.")
         check_numbers(self, embedding_dim=(0, 8192), shrinkage=(1e-6, 1), images=(2, 1 << 20), steps=(1, 1 << 20))
-        check_numbers(self, batch_size=(1, None), threads=(0, 64), seed=(0, (1 << 31) - 1))
+        check_numbers(self, batch_size=(1, 1 << 20), threads=(0, 64), seed=(0, (1 << 31) - 1))
         if Path(self.output).resolve() in [Path(model).resolve() for model in self.models]:
             raise UserError(f"output: {self.output} is one of the models and would be replaced. Choose another path.")
 

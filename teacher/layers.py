@@ -37,21 +37,23 @@ def decay_factor(index: int, total: int, decay: float) -> float:
 
 
 def freeze_except(
-    teacher: Teacher, part: Literal["head", "tower", "last", "all"], last_blocks: int = 0
+    teacher: Teacher, part: Literal["head", "classes", "projection", "tower", "last", "all"], last_blocks: int = 0
 ) -> list[nn.Module]:
     """Freeze the teacher except one part (``requires_grad``) and return the modules to set to training mode.
 
-    ``head`` is what is added to the tower, ``last`` the last blocks and all layers after. The other modules keep their
-    BatchNorm statistics and have no dropout.
+    ``head`` and ``projection`` are what is added to the tower, ``classes`` is nothing of the teacher, ``last`` the last
+    blocks and all layers after. The other modules keep their BatchNorm statistics. The dropout after the tower is on in
+    every stage, that inside the tower only where it is trained.
 
     Raises:
         UserError: The tower has fewer than ``last_blocks`` blocks.
     """
     if part != "last":
-        teacher.visual.requires_grad_(part != "head")
-        teacher.project.requires_grad_(part != "tower")
-        parts: dict[str, nn.Module] = {"head": teacher.project, "tower": teacher.visual, "all": teacher}
-        return [parts[part]]
+        teacher.visual.requires_grad_(part in ("tower", "all"))
+        teacher.project.requires_grad_(part in ("head", "projection", "all"))
+        modules = (teacher.visual, teacher.project)
+        dropout = [module for name, module in teacher.project.named_children() if name == "dropout"]
+        return [*(m for m in modules if any(p.requires_grad for p in m.parameters())), *dropout]
     depths = _depths(teacher)
     blocks = sorted({depth for depth in depths.values() if _STEM < depth < _END})
     if last_blocks > len(blocks):

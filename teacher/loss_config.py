@@ -83,7 +83,8 @@ class PairConfig:
         loss: ``contrastive``, or ``multi-similarity`` (Wang et al., CVPR 2019); ``none`` adds none.
         weight: Weight in the sum of the losses.
         miner: Select pairs: BatchEasyHard for ``contrastive``, Multi-Similarity's miner for ``multi-similarity``.
-        positives: Positive of an image that BatchEasyHard selects: its most similar, least similar, or all.
+        positives: Positive of an image that BatchEasyHard selects: its most similar (``easy``), the least similar of
+            those more similar than the negative (``semihard``), its least similar (``hard``), or all.
         negatives: Negative of an image that BatchEasyHard selects: its most similar (``hard``), the most similar of
             those less similar than the positive (``semihard``), its least similar (``easy``), or all.
         positive_margin: Cosine above which ``contrastive`` ignores a positive pair.
@@ -99,7 +100,7 @@ class PairConfig:
     loss: Literal["none", "contrastive", "multi-similarity"] = "none"
     weight: float = 1.0
     miner: bool = True
-    positives: Literal["easy", "hard", "all"] = "easy"
+    positives: Literal["easy", "semihard", "hard", "all"] = "easy"
     negatives: Literal["semihard", "hard", "easy", "all"] = "semihard"
     positive_margin: float = 0.9
     negative_margin: float = 0.5
@@ -114,9 +115,11 @@ class PairConfig:
         check_numbers(self, "pair.", weight=(0, 1000), positive_margin=cosine, negative_margin=cosine, base=cosine)
         check_numbers(self, "pair.", alpha=(1e-3, 1000), beta=(1e-3, 1000), epsilon=(0, 2), memory=(0, 1 << 24))
         mines = self.loss == "contrastive" and self.miner
-        if mines and (self.positives, self.negatives) == ("all", "semihard"):
+        if mines and self.negatives == "semihard" and self.positives in ("all", "semihard"):
             raise UserError("pair.negatives: semihard needs one positive. Set pair.positives to easy or hard.")
-        if mines and self.memory and self.positives == "easy":
+        if mines and (self.positives, self.negatives) == ("semihard", "all"):
+            raise UserError("pair.positives: semihard needs one negative. Set pair.negatives to hard or easy.")
+        if mines and self.memory and self.positives in ("easy", "semihard"):
             problem = "the most similar image in a memory is the image itself"
             raise UserError(f"pair.positives: {problem}. Set it to hard, or use --no-pair.miner.")
 

@@ -53,9 +53,11 @@ class TrainingHead(nn.Module):
         weights = self.losses.weights()
         return torch.stack([weights[name] * loss for name, loss in named.items()]).sum()
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, lr: float, weight_decay: float, decay_vectors: bool = False) -> list[dict[str, Any]]:
         """Return optimiser groups; the proxies have their configured rate and decay, the directions those given."""
-        groups = decay_groups(list(self.margin.parameters()), lr, weight_decay) if self.margin is not None else []
+        groups: list[dict[str, Any]] = []
+        if self.margin is not None:
+            groups += decay_groups(list(self.margin.parameters()), lr, weight_decay, decay_vectors)
         if self.proxy is not None:
             config = self.losses.proxy
             groups += decay_groups(list(self.proxy.parameters()), config.lr, config.weight_decay)

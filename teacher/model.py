@@ -47,7 +47,7 @@ class Teacher(nn.Module):
         if config.dropout:
             self.project.add_module("dropout", nn.Dropout(config.dropout))
         if config.embedding_dim:
-            self.project.add_module("linear", nn.Linear(width, config.embedding_dim, bias=False))
+            self.project.add_module("linear", nn.Linear(width, config.embedding_dim, config.projection_bias))
         if config.batch_norm:
             self.project.add_module("norm", nn.BatchNorm1d(self.embedding_dim))
 

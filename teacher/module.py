@@ -1,5 +1,6 @@
 """Lightning module of one training stage: trainable parts, learning rates and loss."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from teacher.losses import TrainingHead
 from teacher.mining import HardNegatives
 from teacher.model import Teacher
 from teacher.pair_loss import PairLoss
+from teacher.schedule import rate_factor
 from teacher.tower_config import LoraConfig
 from teacher.weights import load_tower_weights
 from vpr.common.distributed import rank_and_world
@@ -44,7 +46,7 @@ class TeacherModule(RecallModule):
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
         self.head = TrainingHead(teacher.embedding_dim, torch.from_numpy(counts), scheduled.losses)
         self.trainable = freeze_except(teacher, scheduled.stage.train, scheduled.stage.last_blocks)
-        self.head.requires_grad_(scheduled.stage.train != "tower")
+        self.head.requires_grad_(scheduled.stage.trains_classes)
         self._hard_negatives: HardNegatives | None = None
         self._adapters: Adapters | None = None
 
@@ -55,7 +57,7 @@ class TeacherModule(RecallModule):
         evaluation mode.
         """
         stage = self.scheduled.stage
-        if not config.rank or stage.train == "head":
+        if not config.rank or not stage.trains_tower:
             return
         self._adapters = add_adapters(self.teacher, config, size)
         added = [] if stage.train == "tower" else [self.teacher.project]
@@ -114,7 +116,7 @@ class TeacherModule(RecallModule):
         size = len(batch["rows"])
         positions = (batch_index * world + rank) * size + torch.arange(size)
         views = draw_views(scheduled.views, scheduled.seed, positions, torch.full_like(positions, epoch))
-        embeddings = self.teacher(self.normalise(apply_views(batch["pixels"], views)))
+        embeddings = self.teacher(self.normalise(apply_views(batch["pixels"], views, self.image_size)))
         steps_per_epoch = self.trainer.estimated_stepping_batches / scheduled.stage.epochs
         progress = (scheduled.before + self.global_step / steps_per_epoch) / scheduled.total
         labels = self.labels[batch["rows"]]
@@ -142,18 +144,20 @@ class TeacherModule(RecallModule):
         return [(name, part) for name, part in parts if part is not None]
 
     def configure_optimizers(self) -> Any:
-        """Return one optimiser with warm-up and cosine; learning rates depend on part and depth."""
+        """Return one optimiser with the stage's schedule; learning rates depend on part and depth."""
         stage = self.scheduled.stage
-        groups = self.head.parameter_groups(stage.lr_head, stage.weight_decay)
+        groups = self.head.parameter_groups(stage.lr_head, stage.weight_decay, stage.decay_vectors)
         layers = group_by_depth(self.teacher)
         for index, layer in enumerate(layers):
             lr = stage.lr_tower * decay_factor(index, len(layers), stage.layer_decay)
             tower = [p for name, p in layer if name.startswith("visual.")]
             added = [p for name, p in layer if not name.startswith("visual.")]
-            groups += decay_groups(tower, lr, stage.weight_decay)
-            groups += decay_groups(added, stage.lr_head, stage.weight_decay)
+            groups += decay_groups(tower, lr, stage.weight_decay, stage.decay_vectors)
+            groups += decay_groups(added, stage.lr_head, stage.weight_decay, stage.decay_vectors)
         if stage.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+            momentum = stage.momentum
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0)
         else:
             optimizer = torch.optim.AdamW(groups)
-        return self.with_warmup_cosine(optimizer, stage.warmup)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return self.with_schedule(optimizer, partial(rate_factor, stage=stage, steps=steps))

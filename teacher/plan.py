@@ -19,6 +19,7 @@ from vpr.common.errors import UserError, explain_system_error
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler
+from vpr.imaging.preprocess import Preprocess
 from vpr.training.loop import best_precision
 
 log = get_logger(__name__)
@@ -43,15 +44,15 @@ def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, valid
 def _print_stage(
     config: TrainConfig, number: int, scheduled: ScheduledStage, tower: dict[str, Any], train: Catalog
 ) -> None:
-    stage, run, world = scheduled.stage, config.run, rank_and_world()[1]
+    stage, run, world = scheduled.stage, scheduled.stage.run(config.run), rank_and_world()[1]
     counts = np.unique(train.products, return_counts=True)[1]
     stage_tower = stage.tower(config.tower)
     with _reraise_as_tower_error(f"tower.name: {config.tower.name} in stage {number}"):
         teacher, preprocess = build_teacher(stage_tower, tower, load_pretrained=False, device="meta")
     head = TrainingHead(teacher.embedding_dim, torch.from_numpy(counts), scheduled.losses).to("meta")
     freeze_except(teacher, stage.train, stage.last_blocks)
-    head.requires_grad_(stage.train != "tower")
-    if config.lora.rank and stage.train != "head":
+    head.requires_grad_(stage.trains_classes)
+    if config.lora.rank and stage.trains_tower:
         with _reraise_as_tower_error(f"tower.name: {config.tower.name} in stage {number}"):
             add_adapters(teacher, config.lora, preprocess.size)
 
@@ -71,6 +72,8 @@ def _print_stage(
         memory = estimate(
             teacher, head, batch_size, preprocess.size, stage.optimizer, run.ema > 0, is_half, shards, pairs
         )
+    if number == 1:
+        _print_preprocess(preprocess)
     log.info(
         f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
         f"{batch_size * world * run.accumulate} images of {preprocess.size} pixels, "
@@ -81,10 +84,16 @@ def _print_stage(
         log.info(f"    losses: {', '.join(f'{name} x {weight:g}' for name, weight in weights.items())}")
     log.info(f"    memory: {memory}")
     checkpointing = stage_tower.gradient_checkpointing
-    if config.lora.rank and stage.train != "head" and stage.lr_tower < _LOW_LORA_RATE:
+    if config.lora.rank and stage.trains_tower and stage.lr_tower < _LOW_LORA_RATE:
         log.warning(f"    lr_tower {stage.lr_tower:g} hardly trains adapters. Set it to about 1e-4.")
     if changes := suggest_changes(memory, available_memory(), batch_size, checkpointing, is_half, world):
         log.warning("\n    ".join(changes))
+
+
+def _print_preprocess(preprocess: Preprocess) -> None:
+    """Print the statistics that come with the weights, which a wrong file or tag would change."""
+    mean, std = (", ".join(f"{number:.4g}" for number in values) for values in (preprocess.mean, preprocess.std))
+    log.info(f"  images: {preprocess.resize}, {preprocess.interpolation}, mean {mean}, std {std}")
 
 
 @contextmanager

@@ -114,5 +114,8 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
                 raise UserError(f"tower.name: {path}: {key}: expected 0 to {largest}, got {number}.")
     if "library" in config:
         raise UserError(f"tower.name: {path}: 'library' is no key of open_clip's configs. Set tower.name to timm/NAME.")
+    if vision.get("timm_pool") == "" and vision.get("timm_proj") not in ("linear", "mlp"):
+        problem = "timm_pool: '' pools nothing, so the tower returns no vector"
+        raise UserError(f"tower.name: {path}: {problem}. Set it to avg or max, or for a ViT also to token.")
     if ":" in str(vision.get("timm_model_name", "")):
         raise UserError(f"tower.name: {path}: timm_model_name names a hub. Use the name of a model in timm.")

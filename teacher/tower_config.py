@@ -32,6 +32,7 @@ class TowerConfig:
         mean: Mean of each channel, for values in 0…1; empty takes that of the weights.
         std: Standard deviation of each channel, for values in 0…1; empty takes that of the weights.
         interpolation: Filter of the resize; empty takes that of the weights.
+        projection_bias: Add a bias to the new linear projection.
         licence: Licence of the initial weights for the card, such as ``apache-2.0``; empty takes that of the tag.
     """
 
@@ -49,6 +50,11 @@ class TowerConfig:
     std: tuple[float, ...] = ()
     interpolation: Literal["", "bicubic", "bilinear"] = ""
     licence: str = ""
+    projection_bias: bool = False
+
+    def later_keys(self) -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("projection_bias",)
 
     def __post_init__(self) -> None:
         sizes = (("image_size", 16, MAX_IMAGE_SIZE), ("patch_stride", 1, MAX_IMAGE_SIZE), ("embedding_dim", 1, 1 << 16))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from vpr.artifacts.run_folder import run_lock
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, file_sha256, load_artifact
 from vpr.artifacts.writer import ArtifactWriter, check_output
+from vpr.common.config_values import config_values
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
@@ -108,7 +108,7 @@ def _artifact_inputs(
     config: TrainConfig, catalog: Catalog, tower: dict[str, Any], init: Artifact | str
 ) -> tuple[dict[str, Any], list[Parent]]:
     """Return the values and parents that determine the teacher."""
-    network = asdict(config.stages[-1].tower(config.tower))
+    network = config_values(config.stages[-1].tower(config.tower))
     values = {**training_values(config), "network": network, "tower_config": tower}
     # No part of the network. Without a licence, cards that were written before the key existed stay up to date.
     for section in (network, *([] if config.tower.licence else [values["tower"]])):
@@ -150,13 +150,14 @@ def _run_stages(
         module.add_adapters(config.lora, preprocess.size)
         if datasets is None or datasets[0].preprocess != preprocess:
             keep = config.loader.keep_in_memory
-            datasets = ImageDataset(training, preprocess, keep), ImageDataset(validation, preprocess, keep)
+            views = [other.views for other in config.schedule()]
+            datasets = ImageDataset(training, preprocess, keep, views), ImageDataset(validation, preprocess, keep)
         loader = stage.loader(config.loader)
         train_loader = training_loader(datasets[0], loader, config.seed + number - 1, *rank_and_world())
         module.mine_hard_negatives(config.mining, train_loader.sampler)
         loaders = (train_loader, validation_loader(datasets[1], loader, *rank_and_world()))
         log.info(f"stage {number}/{len(config.stages)}: {stage.train}, {stage.epochs} epochs")
-        results.append(fit(module, loaders, teacher, folder / f"stage-{number}", stage.epochs, config.run))
+        results.append(fit(module, loaders, teacher, folder / f"stage-{number}", stage.epochs, stage.run(config.run)))
     return results, preprocess, teacher.embedding_dim
 
 

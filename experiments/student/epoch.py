@@ -69,7 +69,7 @@ def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[L
     training, validation = catalog.select(split="train"), catalog.select(split="validation")
     teacher = load_teacher_model(load_artifact(config.teacher[0], "teacher"))
     path = config.cache or str(folder / "views")
-    cache = build_teacher_cache(path, teacher, training, config.views, config.targets, config.seed)
+    cache = build_teacher_cache(path, teacher, training, config.views, config.targets, config.view_seed)
     preprocess = teacher.preprocess.model_copy(update={"size": config.model.image_size})
     student = Student(config.model)
     loss = DistillationLoss(config.losses, student, Labels(training), teacher.dim)
@@ -77,7 +77,7 @@ def _training(config: DistillConfig, folder: Path) -> tuple[TimedModule, tuple[L
     module = TimedModule(config, student, loss, targets, preprocess, validation)
     module.starts = []
     return module, (
-        training_loader(ImageDataset(training, preprocess, True), config.loader, config.seed),
+        training_loader(ImageDataset(training, preprocess, True, [config.views]), config.loader, config.seed),
         validation_loader(ImageDataset(validation, preprocess), config.loader),
     )
 

@@ -110,23 +110,25 @@ class StudentStep(Step):
     def set_batch(self, batch: int) -> None:
         """See :class:`Step`."""
         self.rows = torch.arange(batch)
-        sides = {self.student.config.image_size} | ({self.teacher_size} if self.mode == "online" else set())
+        sizes = {self.student.config.image_size} | ({self.teacher_size} if self.mode == "online" else set())
         self.pixels = {
-            side: torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=self.device) for side in sides
+            size: torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=self.device)
+            for size, side in ((size, ViewConfig().decoded_side(size)) for size in sizes)
         }
 
     def loss(self, number: int) -> Tensor:
         """See :class:`Step`."""
         views, losses = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number)), LossConfig()
         if self.mode == "online":
-            pixels = apply_views(self.pixels[self.teacher_size], views)
+            pixels = apply_views(self.pixels[self.teacher_size], views, self.teacher_size)
             teacher = embed_pixels(self.teacher, self.normalise_teacher, pixels).clone()
         else:
             cached = self.cache[(self.rows.numpy() * 7919 + number) % _CACHED].astype(np.float32)
             teacher = torch.from_numpy(cached).to(self.device, non_blocking=True)
         teacher = nn.functional.normalize(teacher, dim=1)
         with torch.autocast(self.device.type, torch.bfloat16):
-            student = self.student(self.normalise(apply_views(self.pixels[self.student.config.image_size], views)))
+            size = self.student.config.image_size
+            student = self.student(self.normalise(apply_views(self.pixels[size], views, size)))
         loss = losses.cosine * cosine_loss(student, teacher)
         return loss + losses.similarity_kl * similarity_kl(student, teacher, self.bank, losses.temperature)
 

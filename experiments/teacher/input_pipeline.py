@@ -58,7 +58,7 @@ def pipeline_figures(catalog: Path, seconds: float = 20.0) -> list[Figure]:
 
 def delivery_rate(training: Catalog, preprocess: Preprocess, config: LoaderConfig, seconds: float) -> float:
     """Return images per second of the training loader's workers, decoded from files."""
-    loader = training_loader(ImageDataset(training, preprocess), config, 0)
+    loader = training_loader(ImageDataset(training, preprocess, views=[ViewConfig()]), config, 0)
     batches = _endless(loader)
     for _ in range(2 * max(1, config.workers)):  # use up the batches prefetched during the start
         next(batches)
@@ -77,13 +77,13 @@ def consumption_rate(training: Catalog, tower: TowerConfig, batch: int, seconds:
     module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     rows = torch.arange(min(batch, len(training)))
-    pixels = ImageDataset(training, preprocess).__getitems__(rows.tolist())["pixels"]
+    pixels = ImageDataset(training, preprocess, views=[scheduled.views]).__getitems__(rows.tolist())["pixels"]
     is_bf16 = best_precision() == "bf16-mixed"
 
     def step(number: int) -> None:
         views = draw_views(scheduled.views, 0, rows, torch.full_like(rows, number))
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            embeddings = module.teacher(module.normalise(apply_views(pixels, views)))
+            embeddings = module.teacher(module.normalise(apply_views(pixels, views, preprocess.size)))
             losses = module.head(embeddings, module.labels[rows], 0.0, 0)
         module.head.total(losses).backward()
         optimizer.step()

@@ -136,7 +136,7 @@ class TeacherStep(Step):
 
     def set_batch(self, batch: int) -> None:
         """See :class:`Step`."""
-        size = self.preprocess.size
+        size = ViewConfig().decoded_side(self.preprocess.size)
         self.rows = torch.arange(batch)
         self.pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
         self.labels = torch.randint(0, self.classes, (batch,), device=self.device)
@@ -145,7 +145,7 @@ class TeacherStep(Step):
         """See :class:`Step`."""
         views = draw_views(ViewConfig(), 0, self.rows, torch.full_like(self.rows, number))
         with torch.autocast(self.device.type, torch.bfloat16):
-            embeddings = self.teacher(self.normalise(apply_views(self.pixels, views)))
+            embeddings = self.teacher(self.normalise(apply_views(self.pixels, views, self.preprocess.size)))
             return self.head(embeddings, self.labels, 0.0, 0)
 
 

@@ -126,3 +126,14 @@ def test_command_writes_its_table(catalog: Catalog, student_artifact: Path, tmp_
 def test_scale_config_out_of_range_is_rejected(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ScaleConfig("", "", **settings)  # type: ignore[arg-type]
+
+
+def test_gallery_smaller_than_an_index_needs_is_noted(tmp_path: Path) -> None:
+    """A product quantiser trains 256 codes; the dimension 30 has no 7 equal parts."""
+    vectors = l2_normalize(np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32))
+    products = np.arange(40, dtype=np.int32) % 8
+    real = Gallery(vectors[:20], products[:20], vectors[20:], products[20:])
+    config = ScaleConfig("e", str(tmp_path), sizes=(20, 300), kinds=("ivf-pq",), seconds=0.0)
+    small, large = measure_scale(config, real)
+    assert small.notes == "not built: its training needs 256 vectors"
+    assert large.recall_at_10 is not None

@@ -268,3 +268,11 @@ def test_excluding_every_layer_is_rejected(graph: onnx.ModelProto, fp32: Path, r
     assert not (tmp_path / "int8").exists()
     with pytest.raises(UserError, match="read by .*. Rerun `vpr calibrate`"):
         quantise(graph, {}, quantised_nodes(graph))
+
+
+def test_excluded_name_without_a_layer_is_rejected(fp32: Path, ranges: Path, tmp_path: Path) -> None:
+    """The nearest layers are named, and nothing is written."""
+    excluded = ("vit.mlp_head", "vit.transfromer.layers.0")
+    with pytest.raises(UserError, match=r"exclude_layers: no layer begins with 'vit\.transfromer.*'vit\.transformer\."):
+        export_int8(Int8Config(str(fp32), str(ranges), str(tmp_path / "int8"), exclude_layers=excluded))
+    assert not (tmp_path / "int8").exists()

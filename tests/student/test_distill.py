@@ -51,10 +51,13 @@ def test_cache_equals_the_teacher_on_the_views(teacher: Path, catalog: Catalog, 
     sizes = [entry.size for entry in cache.artifact.card.files.values()]
     assert sum(sizes) == cache_bytes(64, 256, TargetsConfig(views=2, shard=40))
     rows = torch.tensor([3, 40])
+    size = model.preprocess.size
+    side = views.decoded_side(size)
+    assert side > size  # the views magnify, so they are cut from larger images
     pixels = torch.from_numpy(
-        np.concatenate([read_pixels(training, model.preprocess, range(r, r + 1)) for r in rows.tolist()])
+        np.concatenate([read_pixels(training, model.preprocess, range(r, r + 1), side) for r in rows.tolist()])
     )
-    viewed = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1))).numpy()
+    viewed = apply_views(pixels, draw_views(views, 9, rows, torch.full_like(rows, 1)), size).numpy()
     expected = torch_forward(model.network)(model.preprocess.normalise(viewed))
     cached = cache.lookup(rows.numpy(), 1)
     # The tolerance covers bf16 and the float16 storage.

@@ -353,3 +353,36 @@ def test_epoch_time_is_measured(config: DistillConfig, tmp_path: Path) -> None:
     assert passes is not None
     assert ratio == pytest.approx(epoch / passes)
     assert min(epoch, passes) > 0
+
+
+def test_students_of_other_seeds_share_a_cache(
+    config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The views have their own seed, so the second student finds the cache of the first and sees the same views."""
+    shared = replace(config, cache=str(tmp_path / "views"), epochs=1, targets=TargetsConfig(views=1, bank=16))
+    distill(replace(shared, output=str(tmp_path / "a"), seed=5))
+    monkeypatch.setattr(teacher_cache, "_embed_view", None)  # nothing is embedded again
+    card = load_artifact(distill(replace(shared, output=str(tmp_path / "b"), seed=6))).card  # type: ignore[arg-type]
+    assert card.config["targets"]["seed"] == 0
+    assert load_artifact(tmp_path / "views").card.config["seed"] == 0
+
+
+def test_shared_cache_is_never_replaced(teacher: Path, catalog: Catalog, tmp_path: Path) -> None:
+    model, training = load_teacher_model(load_artifact(teacher)), catalog.select(split="train")
+    path, targets = str(tmp_path / "views"), TargetsConfig(views=1)
+    build_teacher_cache(path, model, training, ViewConfig(), targets, 0, is_shared=True)
+    before = load_artifact(path).sha256
+    message = r"cache: .*views holds teacher embeddings of other settings \(views, targets\.seed\).*another folder"
+    with pytest.raises(UserError, match=message):
+        build_teacher_cache(path, model, training, ViewConfig(rotate=3), targets, 1, is_shared=True)
+    with pytest.raises(UserError, match=r"\(the training images\)"):
+        build_teacher_cache(path, model, training.take(np.arange(9)), ViewConfig(), targets, 0, is_shared=True)
+    assert load_artifact(path).sha256 == before
+    again = build_teacher_cache(path, model, training, ViewConfig(), targets, 0, is_shared=True)
+    assert again.artifact.sha256 == before
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("cached", 3), ("online", 7)])
+def test_seed_of_the_views(mode: str, seed: int, config: DistillConfig) -> None:
+    targets = TargetsConfig(mode=mode, seed=3)  # type: ignore[arg-type]
+    assert replace(config, seed=7, targets=targets).view_seed == seed

@@ -158,3 +158,11 @@ def test_wrong_ranges_are_rejected(quantised: Path, config: DistillConfig, tmp_p
         )
     with pytest.raises(UserError, match=r"quantise\.ranges: QAT fine-tunes a trained student"):
         replace(config, quantise=QuantiseConfig(ranges))
+
+
+def test_excluded_name_without_a_layer_is_rejected() -> None:
+    student = Student(small_student("patch"))
+    with pytest.raises(
+        UserError, match=r"quantise\.exclude_layers: no layer begins with 'nosuchlayer'.*nearest are 'vit"
+    ):
+        insert_fake_quant(student, {"vit.transformer.layers.0.0.to_qkv": 1.0}, ("vit.mlp_head", "nosuchlayer"))

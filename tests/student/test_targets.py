@@ -29,7 +29,7 @@ def cached(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFac
 
 def batch_of(catalog: Catalog, sizes: tuple[int, int], rows: list[int]) -> dict[str, torch.Tensor]:
     student, teacher = (Preprocess(size=size) for size in sizes)
-    return TwoSizeDataset(catalog.select(split="train"), student, teacher).__getitems__(rows)
+    return TwoSizeDataset(catalog.select(split="train"), student, teacher, views=[ViewConfig()]).__getitems__(rows)
 
 
 @pytest.mark.parametrize("size", [32, 48])

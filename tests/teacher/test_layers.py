@@ -57,10 +57,17 @@ def test_last_blocks_and_output_layers_are_trainable(name: str) -> None:
 
 def test_freezing_of_head_and_tower() -> None:
     teacher = make_teacher("sample-vit", dropout=0.1)
-    for part, tower, added in (("head", False, True), ("tower", True, False), ("all", True, True)):
-        freeze_except(teacher, part)  # type: ignore[arg-type]
+    parts = {"head": (False, True), "classes": (False, False), "projection": (False, True), "tower": (True, False)}
+    for part, (tower, added) in {**parts, "all": (True, True)}.items():
+        trainable = freeze_except(teacher, part)  # type: ignore[arg-type]
         assert {p.requires_grad for p in teacher.visual.parameters()} == {tower}
         assert {p.requires_grad for p in teacher.project.parameters()} == {added}
+        teacher.eval()
+        for module in trainable:
+            module.train()
+        assert teacher.project.get_submodule("dropout").training  # in every stage
+        assert teacher.project.get_submodule("norm").training == added
+        assert teacher.visual.training == tower
 
 
 def test_too_many_blocks_are_rejected() -> None:

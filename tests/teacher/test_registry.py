@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,12 @@ def test_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", create)
     with pytest.raises(UserError, match=r"cannot load timm/test_vit\.r160_in1k \(OSError: no route to host\)\. Check"):
         weights.download_timm("test_vit", "r160_in1k")
+
+
+@pytest.mark.parametrize("projection", ["", None])
+def test_tower_without_pooling_is_rejected(projection: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "tower.json"
+    vision = {"timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": projection, "image_size": 32}
+    path.write_text(json.dumps({"embed_dim": 64, "vision_cfg": vision}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tower\.name: .*timm_pool: '' pools nothing.*Set it to avg or max"):
+        read_tower(str(path))

@@ -137,7 +137,12 @@ def with_memory(stage: StageConfig) -> StageConfig:
     return replace(stage, pair=replace(pair, memory=48)) if pair and pair.memory else stage
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+_PLANNED_LONG = {"guie-1st": pytest.mark.slow}  # 13 stages of ViT-H-14
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=_PLANNED_LONG.get(path.stem, ())) for path in RECIPES]
+)
 def test_every_recipe_is_planned(
     path: Path, catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,11 +164,12 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
     assert catalog.artifact is not None
     arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)
-    sizes = {0: 32, 224: 24, 280: 40, 290: 44}
+    sizes = {0: 32, 224: 24, 256: 32, 280: 40, 290: 44}
     stages = tuple(
         replace(
             with_memory(stage),
             epochs=1,
+            milestones=(),
             batch_size=0,
             image_size=sizes[stage.image_size],
             patch_stride=stage.patch_stride and 6,
@@ -191,7 +197,14 @@ def make_module(catalog: Catalog, stage: StageConfig) -> TeacherModule:
 
 
 @pytest.mark.parametrize(
-    ("part", "tower", "head"), [("head", False, True), ("tower", True, False), ("all", True, True)]
+    ("part", "tower", "head"),
+    [
+        ("head", False, True),
+        ("classes", False, True),
+        ("projection", False, False),
+        ("tower", True, False),
+        ("all", True, True),
+    ],
 )
 def test_stage_trains_only_its_parts(part: str, tower: bool, head: bool, catalog: Catalog) -> None:
     module = make_module(catalog, StageConfig(part, 1))
@@ -345,3 +358,29 @@ def test_learning_rates_follow_depth_and_part(catalog: Catalog) -> None:
     for group in optimizer.param_groups:
         assert group["weight_decay"] == 0 or all(p.ndim > 1 for p in group["params"])
     assert np.isclose(max(rate for key, rate in rates.items() if key != id(module.head.margin.weight)), 0.1)
+
+
+def test_batch_norm_of_one_image_is_rejected() -> None:
+    tower, stages = replace(SMALL, batch_norm=True), (StageConfig("all", 1, batch_size=1),)
+    with pytest.raises(UserError, match=r"loader\.batch_size: tower\.batch_norm has no statistics of a single image"):
+        TrainConfig("c", "o", tower=tower, stages=stages)
+    # A stage that does not train the projection keeps the statistics.
+    TrainConfig("c", "o", tower=tower, stages=(StageConfig("tower", 1, batch_size=1),))
+
+
+def test_plan_shows_the_statistics_of_the_weights(
+    catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = TowerConfig("timm/tf_efficientnet_lite0", "", image_size=32)
+    train(small_config(catalog, tmp_path / "t", tower=tower, dry_run=True))
+    assert "images: squash, bicubic, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["projection", "classes", "head"])
+def test_stage_without_parameters_is_rejected(part: str) -> None:
+    """Without a projection, BatchNorm and classes an optimiser would have nothing to step."""
+    losses = {"margin_weight": 0.0, "pair": PairConfig("contrastive")}
+    stages = (StageConfig(part, 1), StageConfig("all", 1))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"stages\.train: {part} has no parameters"):
+        TrainConfig("c", "o", tower=SMALL, stages=stages, **losses)  # type: ignore[arg-type]
+    TrainConfig("c", "o", tower=replace(SMALL, embedding_dim=8), stages=(StageConfig("projection", 1),))

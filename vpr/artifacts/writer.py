@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vpr.artifacts.identity import identity
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.replace import leftovers, lock_path, remove_leftovers, replace_directory, restore_previous, sync
 from vpr.artifacts.store import Artifact, file_sha256, load_artifact
+from vpr.common.config_values import config_values
 from vpr.common.errors import UserError
 from vpr.common.hardware import environment
 from vpr.common.locks import file_lock
@@ -127,7 +128,7 @@ def find_up_to_date(
 
 def config_to_json(config: Any) -> dict[str, Any]:
     """Return a configuration dataclass as JSON values without ``output``: a moved artifact is the same artifact."""
-    values = json.loads(json.dumps(asdict(config), default=str))
+    values = json.loads(json.dumps(config_values(config), default=str))
     values.pop("output", None)
     return values
 

@@ -1,9 +1,11 @@
 """Errors that the command line prints as one line."""
 
+import difflib
 import errno
 import os
 import re
 import traceback
+from collections.abc import Collection, Iterable
 from multiprocessing import connection
 
 OUT_OF_MEMORY = "there is too little memory"
@@ -52,6 +54,22 @@ def check_numbers(config: object, section: str = "", **bounds: tuple[float, floa
         if not (low <= value and (high is None or value <= high)):
             expected = f"{low} or more" if high is None else f"{low} to {high}"
             raise UserError(f"{section}{name}: expected {expected}, got {value}.")
+
+
+def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return the known names that are most alike, quoted and separated by commas."""
+    return ", ".join(f"'{match}'" for match in difflib.get_close_matches(name, list(known), count, cutoff=0.0))
+
+
+def check_prefixes(key: str, prefixes: Iterable[str], names: Collection[str]) -> None:
+    """Check that each prefix is the beginning of a name.
+
+    Raises:
+        UserError: A prefix matches no name; the message has the nearest names.
+    """
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"{key}: no layer begins with '{prefix}'. The nearest are {nearest_names(prefix, names)}.")
 
 
 def printable(text: str) -> str:

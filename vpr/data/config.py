@@ -121,7 +121,8 @@ class LoaderConfig:
         batch_size: Number of images per step and process.
         workers: Number of decoding processes. 0 decodes in the training process. With ``keep_in_memory`` none start.
             They use the forkserver start method: scripts need ``if __name__ == "__main__":``.
-        keep_in_memory: Decode every image once and keep its pixels, for data sets that fit in memory.
+        keep_in_memory: Decode every image once and keep its pixels, for data sets that fit in memory. A training image
+            takes three bytes for each pixel of the side that its views need.
         max_per_product: Largest number of images of a product in an epoch, a new sample each epoch. 0 takes all.
         min_per_product: Smallest number of images of a product in an epoch, by repetition. 0 repeats none.
         images_per_product: Number of images of a product in a batch (M per class), by repetition if it has fewer. 0

@@ -72,15 +72,16 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
     return Catalog(pa.concat_tables(tables).combine_chunks(), root)
 
 
-def duplicates_of(catalog: Catalog, others: Catalog) -> NDArray[np.bool_]:
-    """Return an (n,) bool mask of the images that repeat, or nearly repeat, an image of another catalogue."""
+def duplicates_of(catalog: Catalog, others: Catalog) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return two (n,) bool masks: the images that repeat an image of another catalogue, and those that nearly do."""
     same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
+    near = np.zeros_like(same)
     hashes, other_hashes = (_hash_files([part.path(row) for row in range(len(part))]) for part in (catalog, others))
     for start in range(0, len(hashes), step := max(1, _BLOCK // max(1, len(other_hashes)))):
         block = slice(start, start + step)
         distances = np.bitwise_count(hashes[block, None] ^ other_hashes[None])
-        same[block] |= (distances <= NEAR_BITS).any(axis=1)
-    return same
+        near[block] = (distances <= NEAR_BITS).any(axis=1)
+    return same, near & ~same
 
 
 def common_root(folders: list[Path]) -> Path:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -22,6 +22,7 @@ from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.data.pixels import read_pixels
 from vpr.data.product_batches import group_by_product, shuffle_batches, sort_by_category, sort_by_neighbours
+from vpr.imaging.config import ViewConfig
 from vpr.imaging.preprocess import Preprocess
 
 _IGNORE_ALL = ("ignore", None, Warning, None, 0)  # the first filter after simplefilter("ignore")
@@ -32,23 +33,32 @@ _DECODE_BLOCK = 64  # images per task of a decoding thread
 class ImageDataset(Dataset[dict[str, Tensor]]):
     """Resized images of a catalogue, as uint8 pixels with their row.
 
-    With ``keep_in_memory`` threads decode all images now; ``kept`` then holds (n, 3, size, size) uint8.
+    ``views`` are cut from the images: these are then larger, with ``side`` pixels (:meth:`ViewConfig.decoded_side`).
+    With ``keep_in_memory`` threads decode all images now; ``kept`` then holds (n, 3, side, side) uint8.
     """
 
-    def __init__(self, catalog: Catalog, preprocess: Preprocess, keep_in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        preprocess: Preprocess,
+        keep_in_memory: bool = False,
+        views: Sequence[ViewConfig] = (),
+    ) -> None:
         self.catalog = catalog
         self.preprocess = preprocess
-        self.kept = _decode_all(catalog, preprocess) if keep_in_memory else None
+        self.side = max([preprocess.size, *(config.decoded_side(preprocess.size) for config in views)])
+        self.kept = _decode_all(catalog, preprocess, self.side) if keep_in_memory else None
 
     def __len__(self) -> int:
         return len(self.catalog)
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        """Return a batch: ``rows`` (batch,) int64 and ``pixels`` (batch, 3, size, size) uint8."""
+        """Return a batch: ``rows`` (batch,) int64 and ``pixels`` (batch, 3, side, side) uint8."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         if self.kept is not None:
             return {"rows": index, "pixels": self.kept[index]}
-        pixels = np.concatenate([read_pixels(self.catalog, self.preprocess, range(row, row + 1)) for row in rows])
+        read = partial(read_pixels, self.catalog, self.preprocess, side=self.side)
+        pixels = np.concatenate([read(rows=range(row, row + 1)) for row in rows])
         return {"rows": index, "pixels": torch.from_numpy(pixels)}
 
 
@@ -220,12 +230,12 @@ def _identity(batch: Any) -> Any:
     return batch  # `__getitems__` has collated the batch already
 
 
-def _decode_all(catalog: Catalog, preprocess: Preprocess) -> Tensor:
-    kept = np.empty((len(catalog), 3, preprocess.size, preprocess.size), dtype=np.uint8)
+def _decode_all(catalog: Catalog, preprocess: Preprocess, side: int) -> Tensor:
+    kept = np.empty((len(catalog), 3, side, side), dtype=np.uint8)
 
     def decode_block(start: int) -> None:
         rows = range(start, min(start + _DECODE_BLOCK, len(catalog)))
-        kept[rows.start : rows.stop] = read_pixels(catalog, preprocess, rows)
+        kept[rows.start : rows.stop] = read_pixels(catalog, preprocess, rows, side)
 
     with ThreadPoolExecutor(len(available_cpus())) as pool:
         list(pool.map(decode_block, range(0, len(catalog), _DECODE_BLOCK)))

@@ -154,7 +154,7 @@ def write_seen(folder: Path, seen: Seen) -> None:
     """Write a record into the folder of an artifact."""
     tables = []
     for kind, hashes in zip(_KINDS, (seen.products, seen.images), strict=True):
-        flags = {use: (hashes.uses & (1 << bit)) > 0 for bit, use in enumerate(USES)}
+        flags: dict[str, Any] = {str(use): (hashes.uses & (1 << bit)) > 0 for bit, use in enumerate(USES)}
         columns: dict[str, Any] = {"kind": [kind] * len(hashes.values), "hash": hashes.values, **flags}
         tables.append(pa.table(columns, schema=_SCHEMA))
     metadata = {_UNKNOWN: json.dumps(seen.unknown).encode()}

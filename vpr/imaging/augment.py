@@ -14,11 +14,11 @@ from vpr.imaging.config import ViewConfig
 
 # Rec. 601 luma, the greyscale weights of Pillow and torchvision.
 _LUMA = (0.299, 0.587, 0.114)
-_DRAWS = 16
+_DRAWS = 20
 
 
 def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Tensor:
-    """Draw the (batch, 14) float32 parameters of views for :func:`apply_views`.
+    """Draw the (batch, 17) float32 parameters of views for :func:`apply_views`.
 
     ``index`` is the (batch,) int64 row of each image in its table, ``view`` the (batch,) int64 number of its view.
     """
@@ -30,45 +30,55 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
     low, high = np.log(config.scale[0]), np.log(config.scale[1])
     jitter = torch.where(u[:, 14] < config.jitter, 1.0, 0.0)
     colour = torch.where(u[:, 15] < config.grey, 0.0, 1.0)
+    moves = torch.where(u[:, 16] < config.affine, 1.0, 0.0)
+    smallest = config.cutout_min_size or config.cutout_size
     columns = [
-        s[:, 0] * config.rotate * (torch.pi / 180),
-        torch.exp(low + u[:, 1] * (high - low)),
-        torch.exp(s[:, 2] * config.stretch / 2),
-        s[:, 3] * config.translate * 2,
-        s[:, 4] * config.translate * 2,
+        s[:, 0] * config.rotate * (torch.pi / 180) * moves,
+        torch.exp((low + u[:, 1] * (high - low)) * moves),
+        torch.exp(s[:, 2] * config.stretch / 2 * moves),
+        s[:, 3] * config.translate * 2 * moves,
+        s[:, 4] * config.translate * 2 * moves,
         torch.where(u[:, 5] < config.flip, -1.0, 1.0),
         1 + s[:, 6] * config.brightness * jitter,
         1 + s[:, 7] * config.contrast * jitter,
         (1 + s[:, 8] * config.saturation * jitter) * colour,
         s[:, 9] * config.tint * jitter,
         s[:, 10] * config.tint * jitter,
-        torch.where(u[:, 11] < config.cutout, config.cutout_size * (u[:, 11] / max(config.cutout, 1e-9)), 0.0),
+        torch.where(u[:, 11] < config.cutout, smallest + u[:, 17] * (config.cutout_size - smallest), 0.0),
         u[:, 12],
         u[:, 13],
+        s[:, 18] * config.hue * jitter,
+        torch.full_like(u[:, 0], config.cutout_fill * 255),
+        torch.full_like(u[:, 0], float(config.border == "black")),
     ]
     return torch.stack(columns, dim=1)
 
 
-def apply_views(pixels: Tensor, parameters: Tensor) -> Tensor:
-    """Apply (batch, 14) parameters of :func:`draw_views`, on any device, to images.
+def apply_views(pixels: Tensor, parameters: Tensor, size: int) -> Tensor:
+    """Apply (batch, 17) parameters of :func:`draw_views`, on any device, to images.
 
-    Maps (batch, 3, height, width) uint8 to float32 in 0…255 of the same shape, on the device of ``pixels``.
+    Maps (batch, 3, side, side) uint8 to (batch, 3, size, size) float32 in 0…255 on the device of ``pixels``. Views are
+    sampled bicubically, and as sharp as images of ``size`` pixels if ``side`` is at least
+    :meth:`ViewConfig.decoded_side`.
     """
     # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):
-        return _apply(pixels, parameters)
+        # Read before the parameters move, since reading from a GPU waits for it.
+        has_hue, is_black = bool(parameters[:, 14].any()), bool(parameters[:, 16].any())
+        p = parameters.to(pixels.device)
+        x = _sample(pixels, p, size, "zeros" if is_black else "border")
+        return _cutout(_recolour(_shift_hue(x, p[:, 14]) if has_hue else x, p), p)
 
 
-def _apply(pixels: Tensor, parameters: Tensor) -> Tensor:
-    p = parameters.to(pixels.device)
-    batch, _, height, width = pixels.shape
+def _sample(pixels: Tensor, p: Tensor, size: int, padding: str) -> Tensor:
+    batch = len(pixels)
     cos, sin = torch.cos(p[:, 0]), torch.sin(p[:, 0])
     x_zoom, y_zoom = 1 / (p[:, 1] * p[:, 2]), p[:, 2] / p[:, 1]
     rows = [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]]
     theta = torch.stack(rows, dim=1).view(batch, 2, 3)
-    grid = F.affine_grid(theta, [batch, 3, height, width], align_corners=False)
-    x = F.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return _cutout(_recolour(x, p), p)
+    grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
+    x = F.grid_sample(pixels.float(), grid, mode="bicubic", padding_mode=padding, align_corners=False)
+    return x.clamp(0, 255)  # bicubic weights overshoot at edges
 
 
 def _recolour(x: Tensor, p: Tensor) -> Tensor:
@@ -80,10 +90,26 @@ def _recolour(x: Tensor, p: Tensor) -> Tensor:
     return (mean + (x - mean) * p[:, 7, None, None, None]).clamp(0, 255)
 
 
+def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Shift the hue of (batch, 3, height, width) images by (batch,) shares of the colour circle.
+
+    Value and chroma of HSV stay, so that each channel is value - chroma * clamp(min(k, 4 - k), 0, 1) with
+    k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green and blue.
+    """
+    value, chroma = x.amax(dim=1), x.amax(dim=1) - x.amin(dim=1)
+    red, green, blue = x.unbind(dim=1)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(value == red, (green - blue) / safe, torch.zeros_like(value))
+    hue = torch.where((value == green) & (value != red), 2 + (blue - red) / safe, hue)
+    hue = torch.where((value == blue) & (value != red) & (value != green), 4 + (red - green) / safe, hue)
+    k = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
 def _cutout(x: Tensor, p: Tensor) -> Tensor:
     height, width = x.shape[-2:]
-    rows = torch.arange(height, device=x.device)[None, :] / height - p[:, 12, None]
-    cols = torch.arange(width, device=x.device)[None, :] / width - p[:, 13, None]
+    rows = (torch.arange(height, device=x.device)[None, :] + 0.5) / height - p[:, 12, None]
+    cols = (torch.arange(width, device=x.device)[None, :] + 0.5) / width - p[:, 13, None]
     half = p[:, 11, None] / 2
     hole = (rows.abs() < half)[:, :, None] & (cols.abs() < half)[:, None, :]
-    return torch.where(hole[:, None], x.new_tensor(127.5), x)
+    return torch.where(hole[:, None], p[:, 15, None, None, None], x)

@@ -18,9 +18,10 @@ class RunConfig:
         strategy: Strategy for several processes; ``auto`` is DDP, ``fsdp`` shards the weights.
         accumulate: Batches whose gradients make one optimiser step.
         ema: Decay of the moving average of the weights, which is then validated and kept; 0 keeps no average.
-        clip: Largest norm of the gradient; 0 does not clip.
+        clip: Largest norm of the gradient, or with ``clip_by: value`` largest value in it; 0 does not clip.
         validate_every: Epochs between validations; the last epoch is always validated.
         tracker: Service to log to, in addition to CSV and TensorBoard; its package must be installed.
+        clip_by: Clip the ``norm`` of the gradient, or each ``value`` in it.
     """
 
     precision: Precision = "auto"
@@ -30,6 +31,7 @@ class RunConfig:
     clip: float = 1.0
     validate_every: int = 1
     tracker: Literal["none", "wandb", "mlflow"] = "none"
+    clip_by: Literal["norm", "value"] = "norm"
 
     def __post_init__(self) -> None:
         check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None))
@@ -37,3 +39,7 @@ class RunConfig:
             raise UserError(f"run.ema: expected 0 (no average) to below 1, got {self.ema}. Set a decay such as 0.999.")
         if not self.clip >= 0:
             raise UserError(f"run.clip: expected 0 (no clipping) or more, got {self.clip}. Set a gradient norm.")
+
+    def later_keys(self) -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("clip_by",)

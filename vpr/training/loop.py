@@ -7,6 +7,7 @@ killed training run resumes to the same result.
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,9 +77,16 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-def decay_groups(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimiser groups of the trainable parameters; biases, norms and other vectors get no weight decay."""
+def decay_groups(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float, decay_vectors: bool = False
+) -> list[dict[str, Any]]:
+    """Return optimiser groups of the trainable parameters.
+
+    Biases, norms and other vectors get no weight decay without ``decay_vectors``.
+    """
     trainable = [p for p in parameters if p.requires_grad]
+    if decay_vectors:
+        return [{"params": trainable, "weight_decay": weight_decay, "lr": lr}] if trainable else []
     # Count axes longer than 1, because class tokens of shape (1, 1, dim) are vectors too.
     matrices = [p for p in trainable if sum(side > 1 for side in p.shape) > 1]
     vectors = [p for p in trainable if sum(side > 1 for side in p.shape) <= 1]
@@ -95,6 +103,7 @@ class RecallModule(L.LightningModule):
     def __init__(self, preprocess: Preprocess, validation: Catalog, sharded: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.normalise = Normalise(preprocess)
+        self.image_size = preprocess.size  # of views and images, in pixels
         self._validation = validation
         self._val_embeddings: list[tuple[Tensor, Tensor]] = []
         self._sharded = sharded
@@ -137,7 +146,11 @@ class RecallModule(L.LightningModule):
         """Return Lightning's optimiser configuration; ``warmup`` is a share of all steps."""
         steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps = max(1, int(warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup_steps))
+        return self.with_schedule(optimizer, lambda step: warmup_cosine(step, steps, warmup_steps))
+
+    def with_schedule(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> dict[str, Any]:
+        """Return Lightning's optimiser configuration; ``factor`` maps a step to the factor of the learning rates."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
@@ -216,6 +229,7 @@ def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Ca
         enable_progress_bar=is_interactive,
         enable_model_summary=False,
         gradient_clip_val=run.clip or None,
+        gradient_clip_algorithm=None if run.clip_by == "norm" else "value",
         accumulate_grad_batches=run.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
