@@ -8,13 +8,15 @@ distillation: a good teacher is patient and consistent", CVPR 2022: teacher and 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vpr.imaging.config import ViewConfig
+from vpr.imaging.config import SHARPNESS_MARGIN, ViewConfig
 
 # Rec. 601 luma, the greyscale weights of Pillow and torchvision.
 _LUMA = (0.299, 0.587, 0.114)
 _DRAWS = 20
+_STEPS = 4  # reduced images for each factor of two
 
 
 def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Tensor:
@@ -59,25 +61,39 @@ def apply_views(pixels: Tensor, parameters: Tensor, size: int) -> Tensor:
 
     Maps (batch, 3, side, side) uint8 to (batch, 3, size, size) float32 in 0…255 on the device of ``pixels``. Views are
     sampled bicubically, and as sharp as images of ``size`` pixels if ``side`` is at least
-    :meth:`ViewConfig.decoded_side`.
+    :meth:`ViewConfig.decoded_side`. Images with more pixels than their view needs are reduced first, against aliasing.
     """
     # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):
         # Read before the parameters move, since reading from a GPU waits for it.
         has_hue, is_black = bool(parameters[:, 14].any()), bool(parameters[:, 16].any())
+        sides = _reduced_sides(parameters[:, 1], pixels.shape[-1], size)
         p = parameters.to(pixels.device)
-        x = _sample(pixels, p, size, "zeros" if is_black else "border")
+        x = _sample(pixels, p, size, "zeros" if is_black else "border", sides)
         return _cutout(_recolour(_shift_hue(x, p[:, 14]) if has_hue else x, p), p)
 
 
-def _sample(pixels: Tensor, p: Tensor, size: int, padding: str) -> Tensor:
+def _reduced_sides(zooms: Tensor, side: int, size: int) -> NDArray[np.int64]:
+    """Return the (batch,) side that each image is reduced to before it is sampled, in steps of a fourth root of two."""
+    needed = size * SHARPNESS_MARGIN * zooms.double().cpu().numpy()
+    steps = np.floor(_STEPS * np.log2(side / needed) + 1e-6).clip(0)
+    return np.ceil(side * 2.0 ** (-steps / _STEPS)).astype(np.int64)
+
+
+def _sample(pixels: Tensor, p: Tensor, size: int, padding: str, sides: NDArray[np.int64]) -> Tensor:
     batch = len(pixels)
     cos, sin = torch.cos(p[:, 0]), torch.sin(p[:, 0])
     x_zoom, y_zoom = 1 / (p[:, 1] * p[:, 2]), p[:, 2] / p[:, 1]
     rows = [cos * x_zoom * p[:, 5], -sin * y_zoom, p[:, 3], sin * x_zoom * p[:, 5], cos * y_zoom, p[:, 4]]
     theta = torch.stack(rows, dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
-    x = F.grid_sample(pixels.float(), grid, mode="bicubic", padding_mode=padding, align_corners=False)
+    x = torch.empty(batch, 3, size, size, device=pixels.device)
+    for side in np.unique(sides).tolist():
+        chosen = torch.from_numpy(np.flatnonzero(sides == side)).to(pixels.device)
+        images = pixels[chosen].float()
+        if side < pixels.shape[-1]:
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+        x[chosen] = F.grid_sample(images, grid[chosen], mode="bicubic", padding_mode=padding, align_corners=False)
     return x.clamp(0, 255)  # bicubic weights overshoot at edges
 
 

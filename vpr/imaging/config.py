@@ -8,7 +8,7 @@ from vpr.common.errors import UserError, check_numbers
 
 # Factors from the side of a view to the side that images are decoded at. Interpolation between pixels blurs: without
 # the margin, turned views have 0.90 to 0.93 of the mean absolute gradient of scored images, with it 0.93 to 1.02.
-_MARGIN, _LARGEST_FACTOR = 1.125, 2.0
+SHARPNESS_MARGIN, _LARGEST_FACTOR = 1.125, 2.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ViewConfig:
         It is ``size`` times the largest zoom, and an eighth more, so that a magnified view is as sharp as an image that
         is scored. Memory grows with its square, so the factor is at most 2.
         """
-        factor = max(self.scale[1], 1.0) * _MARGIN if self.has_geometry else 1.0
+        factor = max(self.scale[1], 1.0) * SHARPNESS_MARGIN if self.has_geometry else 1.0
         return math.ceil(size * min(factor, _LARGEST_FACTOR))
 
     def later_keys(self) -> tuple[str, ...]:

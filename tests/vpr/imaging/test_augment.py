@@ -215,3 +215,23 @@ def test_views_are_as_sharp_as_test_images(zoom: float, share: float, tmp_path: 
     small = ImageDataset(catalog, preprocess).__getitems__(index.tolist())["pixels"]
     if zoom > 1:
         assert _gradient(apply_views(small, drawn, size)) < 0.8 * _gradient(expected)
+
+
+@pytest.mark.parametrize("zoom", [0.8, 1.0, 1.2, 1.6])
+def test_views_of_smaller_zooms_have_no_aliasing(zoom: float) -> None:
+    """Compare with Pillow's resize of a texture to the same number of pixels for each part of it."""
+    rng, size = np.random.default_rng(0), 64
+    layers = [rng.normal(0, 18, (side, side, 3)) for side in (8, 16, 32, 64, 128, 256)]
+    upright = [np.kron(layer, np.ones((256 // len(layer), 256 // len(layer), 1))) for layer in layers]
+    image = Image.fromarray((128 + sum(upright)).clip(0, 255).astype(np.uint8))
+    side, reduced = ViewConfig(scale=(0.8, 1.6)).decoded_side(size), round(size * zoom)
+    large, small = (Preprocess(size=pixels).pixels(image) for pixels in (side, reduced))
+    index = torch.zeros(1, dtype=torch.int64)
+    drawn = draw_views(ViewConfig(5, (zoom, zoom), 0, 0, 0, 0, 0, 0, 0), 0, index, index)
+    viewed = apply_views(torch.from_numpy(large[None]), drawn, size)
+    width = min(size, reduced) - 8  # without the edge, which is repeated around a reduced image
+    start = (size - width) // 2
+    inner = viewed[..., start : start + width, start : start + width]
+    start = (reduced - width) // 2
+    ratio = _gradient(inner) / _gradient(small[..., start : start + width, start : start + width])
+    assert 0.9 <= ratio <= 1.1
