@@ -350,7 +350,7 @@ def test_mismatching_gallery_card_is_rejected(
         (["--max-batch", "0"], "max_batch: "),
         (["--queue-delay-us", "-1"], "queue_delay_us: "),
         (["--instances", "0"], "instances: "),
-        (["--preferred-batches", "0"], "preferred_batches: expected sizes from 1 to 32"),
+        (["--preferred-batches", "0"], "preferred_batches: expected 1 to 1024, got [0]"),
         (["--index", "ivf"], "vpr export serving --help"),
         (["--model", "GALLERY"], "expected an artifact of kind onnx or engine, got embeddings"),
         (["--gallery", "MODEL"], "expected an artifact of kind embeddings, got onnx"),

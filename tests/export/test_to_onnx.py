@@ -102,5 +102,5 @@ def test_unchanged_export_is_skipped(each_student: Path, fp32: Path) -> None:
     assert (fp32 / "card.json").stat().st_mtime_ns == before
 
 
-def test_artifact_has_one_file(fp32: Path) -> None:
-    assert load_onnx(fp32)[1].card.files.keys() == {"model.onnx"}
+def test_artifact_has_one_file_of_the_model(fp32: Path) -> None:
+    assert load_onnx(fp32)[1].card.files.keys() == {"model.onnx", "seen.parquet"}

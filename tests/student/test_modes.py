@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
 from vpr.artifacts.run_folder import is_written
 from vpr.artifacts.store import Artifact, load_artifact
+from vpr.common.config_values import config_values
 from vpr.common.errors import UserError
 from vpr.common.flags import to_flags
 from vpr.data.catalog import Catalog
@@ -287,7 +288,7 @@ def test_cache_is_identified_by_config_and_parents(teacher: Path, catalog: Catal
     model = load_teacher_model(load_artifact(teacher))
     training, path = catalog.select(split="train"), str(tmp_path / "views")
     artifact = build_teacher_cache(path, model, training, ViewConfig(), TargetsConfig(views=1), 0).artifact
-    config = {**artifact.card.config, "views": asdict(ViewConfig())}  # The card has lists instead of tuples.
+    config = {**artifact.card.config, "views": config_values(ViewConfig())}  # The card has lists instead of tuples.
     assert is_written(path, config, artifact.card.parents)
     assert not is_written(path, {**config, "seed": 1}, artifact.card.parents)
     assert not is_written(path, config, [model.artifact.as_parent("other")])

@@ -25,7 +25,7 @@ def project(tmp_path: Path, texture_folder: Path) -> Path:
 
 def _catalogue(project: Path, root: Path | None = None) -> Path:
     shop = str(root or project / "shop")
-    return build_catalog(CatalogConfig("folder", str(project / "catalog"), shop, validation=0.25, test=0.25))
+    return build_catalog(CatalogConfig("folder", str(project / "catalog"), shop, validation=0.25, test=0.25, seed=2))
 
 
 def test_moved_project_finds_its_images(project: Path, tmp_path: Path) -> None:

@@ -174,6 +174,6 @@ def test_catalog_keeps_working_next_to_catalog_check(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(["catalog", "--help"])
-    assert "See also: vpr catalog check." in capsys.readouterr().out
+    assert "See also: vpr catalog check, vpr catalog relocate." in capsys.readouterr().out
     run(["catalog", "--reader", "images", "--root", str(folder), "--output", str(tmp_path / "images")])
     assert len(load_catalog(tmp_path / "images")) == PRODUCTS * IMAGES - 1
