@@ -77,8 +77,8 @@ def distill(config: DistillConfig) -> Path | None:
     if fits_head:
         cosine = fit_start(module, loaders[0].dataset)  # type: ignore[arg-type]
         aim = "" if cosine is None else f", mean cosine with the teacher {cosine:.3f} on the images of the fit"
-        kept = "predictions of the teacher" if config.fit_head == "teacher" else "features"
-        log.info(f"  the new head begins with the {kept} of the start{aim}")
+        first = "a prediction of the teacher's embeddings" if config.fit_head == "teacher" else "the start's features"
+        log.info(f"  the new head begins with {first}{aim}")
     seconds = time.monotonic() - start
     with run_lock(folder):
         result = fit(module, loaders, student, folder, config.epochs, config.run)

@@ -46,11 +46,7 @@ def build_data(config: DataConfig) -> Path:
         UserError: A source is broken, or an image cannot be read and ``skip_unreadable`` is off.
     """
     root = common_root([_image_root(config, reader, path) for reader, path in config.sources()])
-    values = config_to_json(config)
-    for key in config.later_keys():  # so that catalogues of before these keys stay up to date
-        if getattr(config, key) == getattr(DataConfig, key):
-            values.pop(key, None)
-    values |= {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
+    values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
     stage = Stage(config.output, "catalog", values, [])
     if find_relocated(stage, root):
         return stage.path

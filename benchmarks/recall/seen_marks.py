@@ -9,7 +9,7 @@ from vpr.data.seen import SeenCounts
 log = get_logger(__name__)
 
 LEARNED_REASON = "the model has learned from these products, so its recall is overestimated"
-SELECTED_REASON = "the epoch, weights or layers were chosen on these products, so recall is slightly overestimated"
+SELECTED_REASON = "the epoch, weights or layers were chosen on these products, so recall may be overestimated"
 
 
 def log_seen(name: str, seen: SeenCounts) -> None:

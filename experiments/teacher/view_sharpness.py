@@ -32,16 +32,16 @@ def gradient(images: NDArray[np.uint8] | Tensor) -> float:
     return float(x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()) / 2
 
 
-def view_sharpness(files: list[Path], zoom: float, is_enlarged: bool = True) -> float:
+def view_sharpness(files: list[Path], zoom: float, largest: float = 0.0) -> float:
     """Return the gradient of turned views of one zoom over that of the same part of the images, as it is scored.
 
     Args:
         files: Images.
         zoom: Zoom of the views.
-        is_enlarged: Whether the views are cut from images of the larger side.
+        largest: Largest zoom of the training, for which the images are decoded; 0 decodes them at the size of a view.
     """
     preprocess, views = Preprocess(size=_SIZE), replace(_PLAIN, scale=(zoom, zoom), rotate=15, translate=0.05)
-    side = views.decoded_side(_SIZE) if is_enlarged else _SIZE
+    side = replace(views, scale=(zoom, largest)).decoded_side(_SIZE) if largest else _SIZE
     images = [decode(file) for file in files]
     large = np.stack([preprocess.model_copy(update={"size": side}).pixels(image) for image in images])
     index = torch.arange(len(files))
@@ -76,8 +76,9 @@ def main(folder: str) -> None:
     files = sorted(Path(folder).rglob("*.jpg"))
     files = files[:: max(1, len(files) // _IMAGES)][:_IMAGES]
     for zoom in (1.0, 1.2, 1.5):
-        before, after = (view_sharpness(files, zoom, is_enlarged) for is_enlarged in (False, True))
+        before, after, mixed = (view_sharpness(files, zoom, largest) for largest in (0.0, zoom, 1.6))
         print(f"zoom {zoom}: sharpness {before:.2f} without, {after:.2f} with the larger side")
+        print(f"zoom {zoom} among zooms up to 1.6: sharpness {mixed:.2f}")
     for views in (ViewConfig(), ViewConfig(scale=(0.75, 1.5))):
         before, after = (epoch_seconds(files, views, is_enlarged) for is_enlarged in (False, True))
         print(

@@ -194,7 +194,7 @@ def test_training_begins_with_the_fitted_head(
     monkeypatch.setattr("student.targets.all_gather_cat", _gather_in_training)
     kinds: tuple[Any, ...] = ("teacher", "features", "none")
     paths = {fit: distill(replace(config, output=str(tmp_path / f"fit-{fit}"), fit_head=fit)) for fit in kinds}
-    assert caplog.text.count("the new head begins with the") == 2
+    assert caplog.text.count("the new head begins with ") == 2
     training = catalog.select(split="train")
     teacher, artifact = load_teacher(tmp_path / "teacher")
     assert artifact.card.preprocess is not None

@@ -30,9 +30,6 @@ def build_catalog(config: CatalogConfig) -> Path:
         UserError: There are no images, a table is broken, or an image is unreadable without ``skip_unreadable``.
     """
     values = config_to_json(config)
-    for key in config.later_keys():  # so that catalogues of before these keys stay up to date
-        if getattr(config, key) == getattr(CatalogConfig, key):
-            values.pop(key, None)
     if config.reader == "sample":
         return _build_sample(config, values)
     if not config.root:
