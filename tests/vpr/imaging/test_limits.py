@@ -21,6 +21,7 @@ from tests.reliability.hostile.images import (
     segment,
     with_exif,
 )
+from vpr.imaging import limits
 from vpr.imaging.decode import ImageRejected, decode_bytes
 from vpr.imaging.limits import MAX_PIXELS, MAX_SIDE, DecodeBudget
 
@@ -90,6 +91,18 @@ def test_unusual_files_are_read(data: bytes) -> None:
     decoded = np.asarray(decode_bytes(data, "x"), dtype=int)
     expected = np.asarray(_SMALL.convert("L").convert("RGB") if data[:3] == b"GIF" else _SMALL, dtype=int)
     assert np.abs(decoded - expected).max() <= 4
+
+
+@pytest.mark.parametrize("filler", [b"\xff", b"\xff\x00", b"\xff\xd0"], ids=["runs", "stuffed bytes", "restarts"])
+def test_long_fillers_take_linear_time(filler: bytes) -> None:
+    def seconds(length: int) -> float:
+        data = _jpeg(b"")[:-2] + filler * length  # after the coded data, without an end
+        start = time.process_time()
+        limits.check_file(data)
+        return time.process_time() - start
+
+    # Quadratic time would take minutes; 0.5 s for a megabyte is far above the cost of a linear search.
+    assert seconds(1_000_000) < 0.5
 
 
 def test_compositing_in_strips_equals_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Figures about the data: what a large catalogue costs."""
