@@ -140,6 +140,8 @@ class ReportConfig:
         catalog: Catalogue artifact with query and gallery images.
         models: Artifacts to compare: teacher, assistants, student, ONNX graphs, engines.
         output: Folder of the report.
+        rivals: Models that need no distillation, such as an untrained tower, or a small tower that was fine-tuned
+            directly. The report says whether the student is ahead of each.
         split: Split to score.
         batches: Batch sizes of the latency: images per call.
         seconds: Seconds for each model and batch, after warm-up.
@@ -157,6 +159,7 @@ class ReportConfig:
     catalog: str
     models: tuple[str, ...]
     output: str
+    rivals: tuple[str, ...] = ()
     split: str = "test"
     batches: tuple[int, ...] = (1, 8)
     seconds: float = 1.5

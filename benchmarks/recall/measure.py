@@ -70,16 +70,20 @@ def measure_recall(config: RecallConfig) -> Path:
 def recall_values(config: RecallConfig | ReportConfig) -> dict[str, Any]:
     """Return the JSON values of a report; keys that it did not have at first are left out at their defaults."""
     values = config_to_json(config)
-    for key in ("leave_one_out", "skip_unmatched"):
+    for key in ("leave_one_out", "skip_unmatched", "rivals"):
         if not values.get(key, True):
             del values[key]
     return values
 
 
 def score_models(
-    part: ScoredPart, artifacts: Sequence[Artifact], seed: int, rerank: RerankConfig = RERANK
+    part: ScoredPart,
+    artifacts: Sequence[Artifact],
+    seed: int,
+    rerank: RerankConfig = RERANK,
+    rivals: Sequence[Artifact] = (),
 ) -> list[ScoredModel]:
-    """Score the baselines, and every artifact on each of its backends, on one split.
+    """Score the baselines, and every artifact and rival on each of its backends, on one split.
 
     ``retention`` is recall@1 divided by that of the first teacher, whose gallery is the one of ``asymmetric``.
     Differences are taken to the first student that is no assistant of another student in the list.
@@ -87,13 +91,14 @@ def score_models(
     rerank = rerank if part.own is None else RerankConfig()
     scored = [_score_baseline(name, part.embed(embed_images), part, seed) for name, embed_images in _BASELINES.items()]
     hashes = hash_catalog(part.catalog)
-    for artifact in artifacts:
+    for artifact in (*artifacts, *rivals):
         seen = count_seen(read_seen(artifact), hashes)
         log_seen(artifact.card.name, seen)
         for loaded in models_of(artifact):
             scored.append(_score(loaded, part, seed, rerank))
             add_seen(scored[-1].row, seen)
-    teacher = next((model for model in scored if model.row.stage == "teacher"), None)
+            scored[-1].row.rival = artifact in rivals
+    teacher = next((model for model in scored if model.row.stage == "teacher" and not model.row.rival), None)
     student = _reference(scored)
     for model in scored:
         if teacher and teacher.row.recall_at_1 and model.row.recall_at_1 is not None:
@@ -172,6 +177,7 @@ def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig) -> S
 def _reference(scored: list[ScoredModel]) -> ScoredModel | None:
     """Return the FP32 student: the first student that is no assistant of another one."""
     students = [(scores, scores.model.artifact) for scores in scored if scores.model and scores.row.stage == "student"]
+    students = [(scores, artifact) for scores, artifact in students if not scores.row.rival]
     students = [(scores, artifact) for scores, artifact in students if scores.vectors is not None]
     assistants = {parent.sha256 for _, artifact in students for parent in artifact.parents("assistant")}
     return next((scores for scores, artifact in students if artifact.sha256 not in assistants), None)

@@ -38,7 +38,7 @@ def build_report(config: ReportConfig) -> Path:
     whose first result differs from the FP32 student's.
     """
     catalog = load_catalog(config.catalog)
-    models = load_models(config.models)
+    models = load_models((*config.models, *config.rivals))
     ranges = [load_artifact(path, "ranges") for path in config.ranges]
     parents = [model.as_parent("model") for model in models] + catalog.as_parents()
     parents += [artifact.as_parent("ranges") for artifact in ranges]
@@ -50,7 +50,8 @@ def build_report(config: ReportConfig) -> Path:
     if {"query", "gallery"} <= set(catalog.select(split=SELECTION_SPLIT).roles.tolist()):
         # An error of the choice comes before the measurements.
         choose_queries(catalog.select(split=SELECTION_SPLIT), skip_unmatched=config.skip_unmatched)
-    scored = score_models(part, models, config.seed, config.rerank)
+    compared, rivals = models[: len(config.models)], models[len(config.models) :]
+    scored = score_models(part, compared, config.seed, config.rerank, rivals)
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
     selection = choose_row(catalog, scored, config)

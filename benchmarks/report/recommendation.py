@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.recall.paired_drop import compute_recall_drop
+from benchmarks.report.rivals import compare_rivals
 from benchmarks.report.schema import LEAK_NOTE, Report, Row, Selection
 
 DEPLOYABLE = ("student", "onnx", "engine")
@@ -118,6 +119,7 @@ def _doubts(report: Report, selection: Selection, chosen: Row) -> list[str]:
         doubts.append(f"It was chosen on {selection.products} products, fewer than {_FEW_PRODUCTS}.")
     if chosen.seen and chosen.seen.learned:
         doubts.append(f"The model has learned from what is scored ({chosen.seen.learned}): recall is overestimated.")
+    doubts += [result.warning for result in compare_rivals(report) if result.warning]
     unstable = chosen.instabilities.items()
     return doubts + [f"Its latency at batch {batch} is unstable: {reason}." for batch, reason in unstable]
 
@@ -168,7 +170,7 @@ def _caveats(report: Report, chosen: Row) -> list[str]:
         row.title
         for row in report.rows
         if row is not chosen and row.recall_drop is not None and row.recall_drop <= report.drop
-        if row.stage in DEPLOYABLE and (row.milliseconds(batch) or limit + 1) <= limit
+        if row.stage in DEPLOYABLE and not row.rival and (row.milliseconds(batch) or limit + 1) <= limit
     ]
     return caveats + ([f"As fast within {_AS_FAST - 1:.0%}: {', '.join(near)}."] if near else [])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.report import charts
 from benchmarks.report.recommendation import build_verdict, collect_notes, describe_conditions, recommend
+from benchmarks.report.rivals import compare_rivals
 from benchmarks.report.schema import Report, Row
 from benchmarks.report.tables import Column, detail_columns, extra_columns, main_columns
 
@@ -28,6 +29,9 @@ def draw_markdown(report: Report) -> str:
     lines = ["# Report", "", f"**{_escape_markdown(verdict.headline)}.**", ""]
     lines += [_escape_markdown(f"- {name}: {value}{_in_brackets(remark)}") for name, value, remark in verdict.facts]
     lines += ["", verdict.rule, "", *[f"- {_escape_markdown(caveat)}" for caveat in verdict.caveats]]
+    if rivals := compare_rivals(report):
+        lines += ["", "## Was distilling worth it?", "", "The FP32 student is:", ""]
+        lines += [_escape_markdown(f"- {rival.text}") for rival in rivals]
     for name, columns in tables(report).items():
         headings = [column.heading for column in columns]
         lines += ["", f"## {TABLES[name]}", "", _table_line(headings), "|" + "---|" * len(columns)]
@@ -54,6 +58,7 @@ def draw_html(report: Report) -> str:
         environment=report.environment.to_json(),
         verdict=build_verdict(report),
         conditions=describe_conditions(report),
+        rivals=compare_rivals(report),
         notes=collect_notes(report.rows),
         tables={name: _cells(report.rows, columns, chosen) for name, columns in tables(report).items()},
         titles=TABLES,

@@ -164,13 +164,21 @@ class Row(_Part):
     peak_memory_bytes: int | None
     seen: SeenCounts | None = Field(None, description="what the model has seen of the scored data")
     skipped_queries: int | None = Field(None, description="queries left out: no gallery image has their product")
+    rival: bool = Field(False, description="whether it is a model without distillation, to compare the student with")
     licences: list[str] | None = Field(None, description="licences of the weights; empty if unknown")
     notes: str
 
     @classmethod
     def empty(cls, name: str, stage: str, backend: str | None, precision: str | None) -> Row:
         """Return a row in which nothing has been measured."""
-        known = {"name": name, "stage": stage, "backend": backend, "precision": precision, "reference": False}
+        known = {
+            "name": name,
+            "stage": stage,
+            "backend": backend,
+            "precision": precision,
+            "reference": False,
+            "rival": False,
+        }
         return cls.model_validate({**dict.fromkeys(cls.model_fields), **known, "notes": ""})
 
     def add_note(self, note: str) -> None:

@@ -21,7 +21,8 @@ def order_rows(rows: list[Row], batch: str) -> list[Row]:
 
     Rows are sorted by their cosine to the student. A row that is no faster at ``batch`` than a nearer one is left out.
     """
-    timed = [row for row in rows if row.stage in DEPLOYABLE and row.milliseconds(batch) is not None]
+    timed = [row for row in rows if row.stage in DEPLOYABLE and not row.rival]
+    timed = [row for row in timed if row.milliseconds(batch) is not None]
 
     def nearness(row: Row) -> tuple[bool, float, float]:
         cosine = -1.0 if row.cosine_mean is None else round(row.cosine_mean, _COSINE_DIGITS)
