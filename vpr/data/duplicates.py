@@ -92,7 +92,7 @@ def common_root(folders: list[Path]) -> Path:
 
 def image_hash(image: Image.Image) -> int:
     """Return the 64-bit difference hash of 8 x 8 left-right comparisons (N. Krawetz, "dHash", 2013)."""
-    small = image.reduce(max(1, min(image.size) // _REDUCED))  # much faster than to resize the whole image
+    small = image.reduce(max(1, min(image.size) // _REDUCED))  # much faster than to resize all its pixels
     grey = np.asarray(small.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
