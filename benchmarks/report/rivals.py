@@ -18,24 +18,24 @@ class RivalResult:
     time_share: float | None  # p50 of the student over the rival's, at the smallest batch that both were timed with
 
     @property
-    def outcome(self) -> Literal["ahead", "behind", "no difference shown", "too few products"]:
+    def outcome(self) -> Literal["ahead", "worse", "no difference shown", "too few products"]:
         """What the interval shows."""
         if self.interval is None:
             return "too few products"
-        return "ahead" if self.interval[0] > 0 else "behind" if self.interval[1] < 0 else "no difference shown"
+        return "ahead" if self.interval[0] > 0 else "worse" if self.interval[1] < 0 else "no difference shown"
 
     @property
     def text(self) -> str:
         """One sentence for the report."""
         ends = "" if self.interval is None else f" [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
         time = "" if self.time_share is None else f", at {self.time_share:.2f} times its p50"
-        word = {"ahead": "ahead of", "behind": "behind"}.get(self.outcome, f"{self.outcome} against")
+        word = {"ahead": "ahead of", "worse": "worse than"}.get(self.outcome, f"{self.outcome} against")
         return f"{word} {self.title}: recall@1 {self.gain + 0.0:+.3f}{ends}{time}"
 
     @property
     def warning(self) -> str:
         """Reason to doubt the student; empty if there is none."""
-        if self.outcome == "behind":
+        if self.outcome == "worse":
             return f"Distilling did not pay: {self.title} has a higher recall without it."
         if self.outcome == "no difference shown" and self.time_share is not None and self.time_share >= 1:
             return f"Distilling is not shown to pay: {self.title} is as fast, and not shown to be worse."

@@ -32,7 +32,7 @@ def _with_rival(values: dict[str, Any], right: int, milliseconds: float) -> Repo
 
 @pytest.mark.parametrize(
     ("right", "outcome", "warning"),
-    [(2, "ahead", ""), (15, "no difference shown", "is not shown to pay"), (32, "behind", "did not pay")],
+    [(2, "ahead", ""), (15, "no difference shown", "is not shown to pay"), (32, "worse", "did not pay")],
 )
 def test_student_is_compared_by_product(report_values: dict[str, Any], right: int, outcome: str, warning: str) -> None:
     report = _with_rival(report_values, right, milliseconds=1.0)
