@@ -13,6 +13,7 @@ from export.backends.registry import BACKENDS
 from export.config import TARGETS
 from export.tensorrt.bindings import Builder, import_tensorrt
 from vpr.common.errors import UserError
+from vpr.common.gpus import list_gpus
 from vpr.common.hardware import environment
 from vpr.training.loop import best_precision
 
@@ -35,7 +36,8 @@ def doctor(config: DoctorConfig) -> Mapping[str, Any]:
     machine = environment()
     cpu = machine["cpu"]
     console = Console(width=max(100, Console().width))
-    gpus = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in machine["gpus"]) or "none"
+    described = (f"{gpu['name']} ({gpu['compute_capability']}, {gpu['memory_mib']} MiB)" for gpu in machine["gpus"])
+    gpus = ", ".join(described) or f"this machine {list_gpus().problem.rstrip('.')}"
     console.print(f"Python {machine['python']} on {machine['os']}; {cpu['model']}, {cpu['threads']} processors")
     console.print(f"instructions: {' '.join(cpu['features']) or 'none of note'}", highlight=False)
     console.print(f"GPU: {gpus}; driver: {machine['driver'] or 'none'}; training precision: {best_precision()}")

@@ -7,7 +7,7 @@ import pytest
 from app.config import DoctorConfig
 from app.doctor import doctor, run_checks
 from export.backends.registry import BACKENDS
-from vpr.common.hardware import environment, package_versions, parse_gpus
+from vpr.common.hardware import environment, package_versions
 
 
 def test_every_backend_works_or_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +44,3 @@ def test_environment_has_no_host_names_or_paths() -> None:
 def test_versions_omit_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vpr.common.hardware.PACKAGES", ("pytest", "surely-not-installed"))
     assert package_versions().keys() == {"pytest"}
-
-
-def test_gpu_list_is_parsed() -> None:
-    gpus, driver = parse_gpus("NVIDIA L4, 23034, 8.9, 580.1\nNVIDIA L4, [N/A], 8.9, 580.1\n")
-    assert [gpu["memory_mib"] for gpu in gpus] == [23034, None]
-    assert driver == "580.1"
-    assert parse_gpus("garbage") == ([], None)

@@ -17,9 +17,10 @@ from typing import Any
 
 from vpr import __version__
 from vpr.artifacts.paths import CARD_NAME
-from vpr.cli.commands import COMMANDS
+from vpr.cli.commands import COMMANDS, DEVICE_COMMANDS
 from vpr.common.distributed import destroy_process_group, is_first
 from vpr.common.errors import CheckFailed, UserError, explain_system_error
+from vpr.common.gpus import select_device
 from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
 
@@ -27,6 +28,7 @@ __all__ = ["COMMANDS", "main", "read_config", "run", "silence_libraries"]
 
 _VERBOSITY = {"-q": -1, "-v": 1}
 _JSON = "--json"
+_DEVICE = "--device"
 _BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 _HELP = {"-h", "--help", "--help-all"}
 
@@ -84,8 +86,26 @@ def run(arguments: Sequence[str]) -> Any:
         print(command_help(name, "--help-all" in rest) if name in COMMANDS else overview(name))
         return None
     command = COMMANDS[name]
+    if name in DEVICE_COMMANDS:
+        rest = _select_device(rest)
     config = read_config(command.load_config(), name, rest)
     return command.load_function()(config)
+
+
+def _select_device(words: list[str]) -> list[str]:
+    """Apply ``--device``, before a library starts CUDA, and return the other words."""
+    others: list[str] = []
+    iterator = iter(words)
+    for word in iterator:
+        flag, equals, value = word.partition("=")
+        if flag != _DEVICE:
+            others.append(word)
+            continue
+        device = value if equals else next(iterator, "")
+        if not device or device.startswith("--"):
+            raise UserError("device: no value given. Set --device to the index of a GPU, its UUID, or cpu.")
+        select_device(device)
+    return others
 
 
 def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) -> Any:

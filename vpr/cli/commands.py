@@ -116,3 +116,12 @@ COMMANDS = {  # name: target, configuration, help, common keys
         "print a completion script for bash, zsh or fish", positional=("shell",)),
 }
 # fmt: on
+
+# Commands that compute on a GPU where there is one; they take `--device`.
+DEVICE_COMMANDS = frozenset(
+    {
+        *("teacher choose", "teacher train", "teacher embed", "teacher soup", "teacher fuse"),
+        *("student distill", "student embed", "export int8", "export engine"),
+        *("bench recall", "bench latency", "bench report", "search serve", "demo"),
+    }
+)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vpr.cli.commands import COMMANDS
+from vpr.cli.commands import COMMANDS, DEVICE_COMMANDS
 from vpr.cli.parser import RECIPE_FLAG, build_parser, flags_of
 
 _BASH = """_vpr() {{
@@ -46,7 +46,8 @@ def print_completion(config: CompletionConfig) -> None:
         for count, word in enumerate(words):  # `vpr`: its groups; a group: its commands
             choices.setdefault(" ".join(["vpr", *words[:count]]), {})[word] = None
         parser = build_parser(command.load_config())
-        flags = [RECIPE_FLAG, *flags_of(parser), "--help", "--help-all"]
+        device = ["--device"] if name in DEVICE_COMMANDS else []
+        flags = [RECIPE_FLAG, *flags_of(parser), *device, "--help", "--help-all"]
         choices.setdefault(f"vpr {name}", {}).update(dict.fromkeys(flags))
     case = _CASES.get(config.shell, _CASES["bash"])
     lines = sorted(choices, key=len, reverse=True)  # the first match wins

@@ -9,13 +9,17 @@ from argparse import Action
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
-from vpr.cli.commands import COMMANDS, Command
+from vpr.cli.commands import COMMANDS, DEVICE_COMMANDS, Command
 from vpr.cli.parser import build_parser, element_type, flags_of, without_none
 
 _INDENT = 28
 _METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 _RECIPE = ("--recipe NAME|FILE", "Packaged recipe (see `vpr recipes list`) or YAML file; flags override its keys.")
 _VERBOSITY = ("-q, -v", "Print warnings only, or details too.")
+_DEVICE = (
+    "--device INDEX|UUID|cpu",
+    "GPU to use, by its index in CUDA's order; cpu uses none. [default: the first GPU]",
+)
 _JSON = ("--json", "Print the result as JSON to stdout and all else to stderr.")
 
 
@@ -56,7 +60,8 @@ def config_help(prog: str, config_class: type[Any], command: Command, is_complet
     for section in dict.fromkeys(action.dest.rpartition(".")[0] for action in others):
         members = [action for action in others if action.dest.rpartition(".")[0] == section]
         lines += _section(section or "optional", [_entry(action, True) for action in members])
-    return "\n".join(lines + _section("all commands", [_RECIPE, _VERBOSITY, _JSON]))
+    general = [_RECIPE, *([_DEVICE] if prog.removeprefix("vpr ") in DEVICE_COMMANDS else []), _VERBOSITY, _JSON]
+    return "\n".join(lines + _section("all commands", general))
 
 
 def _section(title: str, entries: Iterable[tuple[str, str]]) -> list[str]:

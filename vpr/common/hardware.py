@@ -2,17 +2,18 @@
 
 import os
 import platform
-import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from vpr.common.gpus import list_gpus
 
 MAX_THREADS = 512  # some libraries abort the process if they cannot start all threads
 PACKAGES = (
     "visual-product-recognition", "torch", "torchvision", "lightning", "open_clip_torch", "timm", "vit-pytorch",
     "numpy", "pillow", "pyarrow", "faiss-cpu", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "openvino",
     "tensorrt", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "pycuda",
+    "cuda-bindings",
 )  # fmt: skip
 # Instruction sets that decide which kernels a CPU runs: vector width, and dot products of INT8 and BF16.
 _X86_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
@@ -96,38 +97,16 @@ def memory_bytes() -> int | None:
 
 
 def read_gpus() -> tuple[list[dict[str, Any]], str | None]:
-    """Return NVIDIA GPUs (name, memory in MiB, compute capability) and the driver version, from ``nvidia-smi``."""
-    return parse_gpus(_query_gpus("name,memory.total,compute_cap,driver_version"))
+    """Return the NVIDIA GPUs that CUDA uses here, in its order, and the driver version.
 
-
-def gpu_memory_used() -> int | None:
-    """Return the bytes that all processes use on all NVIDIA GPUs, or None without ``nvidia-smi``."""
-    used = _query_gpus("memory.used").split()
-    return sum(int(mib) << 20 for mib in used) if used and all(mib.isdigit() for mib in used) else None
-
-
-def _query_gpus(fields: str) -> str:
-    """Return ``nvidia-smi``'s line per GPU of these fields; empty if it cannot be run."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def parse_gpus(listing: str) -> tuple[list[dict[str, Any]], str | None]:
-    """Parse ``name, memory, capability, driver`` lines into the result of :func:`read_gpus`."""
-    gpus: list[dict[str, Any]] = []
-    driver = None
-    for line in listing.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 4:
-            memory = int(parts[1]) if parts[1].isdigit() else None
-            gpus.append({"name": parts[0], "memory_mib": memory, "compute_capability": parts[2]})
-            driver = parts[3]
-    return gpus, driver
+    Each GPU has ``name``, ``memory_mib`` and ``compute_capability``. ``CUDA_VISIBLE_DEVICES`` and MIG apply.
+    """
+    listing = list_gpus()
+    gpus = [
+        {"name": gpu.name, "memory_mib": gpu.memory_bytes >> 20, "compute_capability": gpu.compute_capability}
+        for gpu in listing.gpus
+    ]
+    return gpus, listing.driver
 
 
 def _cpuinfo(key: str) -> str | None:
