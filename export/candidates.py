@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,8 @@ class CandidateRunner:
     batch: int  # images per call; engines are built for this batch only
     threads: int = 0  # CPU threads of OpenVINO; 0 lets OpenVINO choose
     fp32_nodes: tuple[str, ...] = ()  # nodes whose values FP16 cannot represent
-    open_engine: OpenEngine = open_engine  # function that loads an engine onto the GPU
+    # function that loads an engine onto the GPU; TensorRT-RTX would otherwise time fallback kernels
+    open_engine: OpenEngine = partial(open_engine, eager=True)
 
     @contextmanager
     def load(self, graphs: Graphs) -> Iterator[dict[str, Forward]]:

@@ -11,10 +11,12 @@ from vpr.common.hardware import MAX_THREADS
 
 # Every backend, in the order of the report; ``export.backends.registry`` has the code that runs them.
 BACKEND_NAMES = (
-    *("torch", "torch-compile", "torch-cuda", "torch-compile-cuda"),
+    *("torch", "torch-compile", "torch-cuda", "torch-cuda-tf32", "torch-cuda-bf16", "torch-cuda-fp16"),
+    *("torch-compile-cuda", "torch-compile-cuda-tf32", "torch-compile-cuda-bf16", "torch-compile-cuda-fp16"),
     *("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
     *("openvino", "tensorrt", "tensorrt-rtx"),
 )
+CPU_BACKENDS = ("torch", "torch-compile", "onnxruntime-cpu", "openvino")
 # The others are slow to start: torch.compile takes minutes at the first call, and ONNX Runtime's GPU providers build
 # engines of their own.
 DEFAULT_BACKENDS = ("torch", "onnxruntime-cpu", "openvino", "tensorrt", "tensorrt-rtx")
@@ -125,6 +127,8 @@ class Int8Config:
 
 # TensorRT-RTX's ahead-of-time targets on a CPU; sm90 (H100, H200) is not one of them.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+# Targets of the builder that the support matrix of TensorRT-RTX (1.0 to 1.5) lacks: A100.
+UNSUPPORTED_TARGETS = ("sm80",)
 
 _MAX_WORKSPACE_MB = 1 << 20
 
@@ -142,25 +146,25 @@ class EngineConfig:
         min_batch: Smallest batch of the optimisation profile.
         opt_batch: Batch size that the engine is tuned for.
         max_batch: Largest batch of the optimisation profile.
+        batches: Batch sizes with a profile of their own, tuned for exactly that size. Each one takes build time.
         optimisation_level: Builder effort from 0 (quick build) to 5 (fast engine). None uses the builder's default.
         workspace_mb: Largest scratch memory of a layer, in MiB. None sets no limit.
         timing_cache: File of kernel timings of one GPU and TensorRT version, read if it exists and then updated.
         version_compatible: Build an engine that later TensorRT versions load too. It contains a lean runtime.
-        weight_stripped: Build an engine without weights, to be refitted from the graph where it runs. Needs a GPU.
     """
 
     onnx: str
     output: str
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    target: str = "sm80,sm86,sm89,sm120"
+    target: str = "sm86,sm89,sm120"
     min_batch: int = 1
     opt_batch: int = 8
     max_batch: int = 32
+    batches: tuple[int, ...] = ()
     optimisation_level: int | None = None
     workspace_mb: int | None = None
     timing_cache: str = ""
     version_compatible: bool = False
-    weight_stripped: bool = False
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -177,6 +181,8 @@ class EngineConfig:
                 f"min_batch, opt_batch, max_batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, "
                 f"got {self.min_batch}, {self.opt_batch}, {self.max_batch}."
             )
+        if len(set(self.batches)) != len(self.batches) or not all(1 <= batch <= MAX_BATCH for batch in self.batches):
+            raise UserError(f"batches: expected different numbers of 1 to {MAX_BATCH}, got {list(self.batches)}.")
         if self.optimisation_level is not None:
             check_numbers(self, optimisation_level=(0, 5))
         if self.workspace_mb is not None:

@@ -83,7 +83,7 @@ def _check_model(model: Artifact, graph: onnx.ModelProto | None, config: Serving
         return
     with reraise_as_artifact_error(model):
         built, min_batch = model.card.config, int(model.card.metrics["profile"][0])
-        rebuild = rebuild_command(model, backend="tensorrt", min_batch=1, weight_stripped=False)
+        rebuild = rebuild_command(model, backend="tensorrt", min_batch=1)
         source = built["onnx"]
     if built["backend"] != "tensorrt":
         remedy = f"Use the graph {source}, or rebuild where TensorRT is installed: {rebuild}"

@@ -1,29 +1,71 @@
-"""Shared images and small models. The fixtures generate everything; nothing is downloaded."""
+"""Shared images and small models. The fixtures generate everything; nothing is downloaded.
+
+`pytest -m gpu` also runs on a machine that lacks most packages: this file imports them in the fixtures, files without
+such tests are not read, and a test whose package or GPU is missing is skipped with the reason.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-from PIL import Image
-from torch.utils.data._utils import signal_handling
 
-from experiments.random_student import write_random_student
-from experiments.teacher.shuffled_split import build_shuffled_catalog
-from student.config import StudentConfig
+from vpr.common.gpus import list_gpus
 from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
-from vpr.data.catalog import Catalog, load_catalog
+
+if TYPE_CHECKING:
+    from student.config import StudentConfig
+    from vpr.data.catalog import Catalog
 
 disable_telemetry()
 configure_logging()
 PRODUCTS, VIEWS, SIDE = 16, 8, 48
 # PyTorch installs a SIGCHLD handler for the exit of DataLoader workers. On the kernel of a virtual machine, a process
 # that had used AMX was killed when a handled signal arrived. This flag prevents the handler.
-signal_handling._SIGCHLD_handler_set = True
+with suppress(ImportError):
+    from torch.utils.data._utils import signal_handling
+
+    signal_handling._SIGCHLD_handler_set = True
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not read files and folders without GPU tests if only GPU tests run."""
+    if config.option.markexpr != "gpu" or collection_path.name == "conftest.py":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("pytest.mark.gpu" in file.read_text(encoding="utf-8") for file in files) else True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip a file of GPU tests that imports a missing package."""
+    report = yield
+    error = report.call.excinfo.value.__cause__ if report.failed and report.call.excinfo else None  # type: ignore[attr-defined]
+    if isinstance(error, ImportError) and collector.config.option.markexpr == "gpu":
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {error}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """Skip a GPU test without a GPU, or if a fixture needs a missing package."""
+    is_gpu_test = item.get_closest_marker("gpu") is not None
+    if is_gpu_test and not list_gpus().gpus:
+        pytest.skip(f"needs an NVIDIA GPU; this machine {list_gpus().problem}")
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if is_gpu_test:
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +80,9 @@ def data_folder() -> Path:
 @pytest.fixture(scope="session")
 def texture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder per product of JPEGs: a texture per product, a crop and a brightness per view."""
+    import numpy as np
+    from PIL import Image
+
     root = tmp_path_factory.mktemp("textures")
     rng = np.random.default_rng(0)
     for product in range(PRODUCTS):
@@ -55,6 +100,9 @@ def texture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Catalog:
     """Catalogue of the textures, with a quarter of the products each for validation and test."""
+    from experiments.teacher.shuffled_split import build_shuffled_catalog
+    from vpr.data.catalog import load_catalog
+
     output = tmp_path_factory.mktemp("catalog") / "catalog"
     return load_catalog(build_shuffled_catalog("folder", str(texture_folder), str(output), 0.25, 0.25))
 
@@ -62,6 +110,9 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> C
 @pytest.fixture(scope="session")
 def pairs_catalog(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Catalog:
     """Catalogue of the textures as many products of two images, a quarter each for validation and test."""
+    from experiments.teacher.shuffled_split import build_shuffled_catalog
+    from vpr.data.catalog import load_catalog
+
     table = texture_folder / "pairs.csv"
     images = sorted(texture_folder.glob("*/*.jpg"))
     lines = [f"{path.relative_to(texture_folder)},{path.parent.name}-{int(path.stem) // 2}" for path in images]
@@ -81,17 +132,23 @@ def edit_card(path: Path, **changes: object) -> None:
 
 def small_student(stem: str) -> StudentConfig:
     """Return the configuration of a student of a few thousand parameters."""
-    shape = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 128, "embedding_dim": 32}
+    from student.config import StudentConfig
+
+    shape: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 2, "dim_head": 32, "mlp_dim": 128, "embedding_dim": 32}
     return StudentConfig(image_size=32, patch_size=8, stem=stem, **shape)
 
 
 @pytest.fixture(scope="session", params=["patch", "conv"])
 def each_student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small student artifact, one per stem."""
+    from experiments.random_student import write_random_student
+
     return write_random_student(tmp_path_factory.mktemp(request.param) / "student", small_student(request.param))
 
 
 @pytest.fixture(scope="session")
 def student_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small student artifact with a convolutional stem."""
+    from experiments.random_student import write_random_student
+
     return write_random_student(tmp_path_factory.mktemp("student") / "student", small_student("conv"))

@@ -16,7 +16,7 @@ from typing import Any
 
 from export.backends.registry import Model, models_of
 from vpr.common.errors import UserError
-from vpr.common.hardware import gpu_memory_used, read_gpus
+from vpr.common.gpus import gpu_memory_used
 
 _ROOT = Path(__file__).parents[2]
 _STATUS = Path("/proc/self/status")
@@ -30,7 +30,7 @@ class ColdStart:
     load_ms: float | None = None  # milliseconds from the artifact to a ready model, with the imports of its runtime
     first_call_ms: float | None = None  # milliseconds of the first call, on one image
     peak_memory_bytes: int | None = None  # largest resident memory until the first embedding
-    # increase of the memory in use on the GPUs; includes other processes that allocate meanwhile
+    # increase of the memory in use on the GPU; includes other processes that allocate meanwhile
     gpu_memory_bytes: float | None = None
 
 
@@ -51,8 +51,7 @@ def measure_cold_starts(model: Model, threads: int, starts: int) -> ColdStart:
 
 def start_once(model: Model, threads: int) -> ColdStart:
     """Measure one start; :class:`UserError` if the child fails."""
-    has_gpu = bool(read_gpus()[0])
-    memory_before = gpu_memory_used() if has_gpu else None
+    memory_before = gpu_memory_used()
     path = str(model.artifact.path.resolve())
     command = [sys.executable, "-m", "benchmarks.latency.cold_start", path, model.backend, str(threads)]
     start = time.perf_counter()
@@ -64,7 +63,7 @@ def start_once(model: Model, threads: int) -> ColdStart:
         assert child.stdout is not None
         line = child.stdout.readline()
         cold_start_ms = 1000 * (time.perf_counter() - start)
-        memory_after = gpu_memory_used() if has_gpu else None
+        memory_after = gpu_memory_used()
         child.communicate()
         errors.seek(0)
         reason = last_error_line(errors.read())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,18 @@ from benchmarks.latency.cold_start import measure_cold_starts
 from benchmarks.latency.device_time import measure_device_times
 from benchmarks.latency.open_loop import Load, measure_under_load
 from benchmarks.latency.preprocessing import make_image_reader
-from benchmarks.latency.roofline import Roofline, compute_dtype, count_work, measure_roofline, roofline_ms
+from benchmarks.latency.roofline import Dtype, Roofline, compute_dtype, count_work, measure_roofline, roofline_ms
 from benchmarks.latency.statistics import summarize_latency
 from benchmarks.models import load_models
-from benchmarks.report.schema import Ceiling, Latency, Timing
+from benchmarks.report.schema import Ceiling, Gpu, Latency, Timing
+from export.backends.base import RunFailed
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from export.config import DEFAULT_BACKENDS
 from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.store import Artifact
 from vpr.artifacts.writer import check_output, config_to_json, write_artifact
+from vpr.common.errors import UserError, explain_system_error
+from vpr.common.gpus import list_gpus, read_clocks
 from vpr.common.hardware import available_cpus
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
@@ -74,16 +77,18 @@ def time_models(
     """Time every artifact on each backend with the same number of threads; return timings by ``artifact (backend)``.
 
     ``seconds`` are those for each model and batch, after warm-up. 0 ``starts`` skip cold starts, no ``catalog`` skips
-    preprocessing, no ``load`` skips the open loop. A backend that cannot run has the reason in ``notes``.
+    preprocessing, no ``load`` skips the open loop. A backend that cannot run, or not at a batch size, has the reason in
+    ``notes``.
     """
     opened, timings = open_models(sources, threads, backends)
+    _drop_failing(opened, timings)
     for name, (model, _) in opened.items():
         start = measure_cold_starts(model, threads, starts)
         timings[name] = Timing(**asdict(start), threads=threads, cpus=available_cpus())
     _add_latencies(timings, opened, batches, seconds)
     _add_ceilings(timings, opened, batches, threads)
     for name, (model, _) in opened.items():
-        timings[name].device_ms = measure_device_times(model, batches)
+        timings[name].device_ms = _device_times(model, timings[name])
     _add_preprocessing(timings, opened, catalog, seconds)
     for name, opened_model in opened.items():
         timings[name].open_loop = measure_under_load(opened_model.make_call(1), load, seconds) if load else None
@@ -107,25 +112,82 @@ def open_models(
     return opened, timings
 
 
+def _drop_failing(opened: dict[str, OpenedModel], timings: dict[str, Timing]) -> None:
+    """Remove models that were loaded and cannot embed one image, and note the reason."""
+    for name in list(opened):
+        if reason := _failure(opened[name].make_call(1)):
+            log.warning(f"{name}: not run: {reason}")
+            timings[name] = Timing(latency_ms=None, throughput=None, notes=f"not run: {reason}")
+            del opened[name]
+
+
+def _failure(call: Callable[[], object]) -> str | None:
+    """Call once; return the reason if the backend cannot run the model, or has too little memory for it."""
+    try:
+        call()
+    except RunFailed as error:
+        return str(error)
+    except Exception as error:
+        if message := explain_system_error(error):
+            return message
+        raise
+    return None
+
+
 def _add_latencies(
     timings: dict[str, Timing], opened: dict[str, OpenedModel], batches: Sequence[int], seconds: float
 ) -> None:
+    """Add latencies and throughputs. A batch size that a backend cannot run is a note, with the reason."""
     latencies: dict[str, dict[str, Latency]] = {name: {} for name in opened}
     throughputs: dict[str, dict[str, float]] = {name: {} for name in opened}
+    clocks: list[dict[str, Any]] = []
     for batch in batches:
         calls = {name: model.make_call(batch) for name, model in opened.items()}
+        for name in list(calls):
+            if reason := _failure(calls[name]):
+                log.warning(f"{name}, batch {batch}: not run: {reason}")
+                _add_note(timings[name], f"batch {batch} not run: {reason}")
+                del calls[name]
         for name, measurement in measure_rounds(calls, seconds).items():
             latencies[name][str(batch)] = summarize_latency(measurement)
             throughputs[name][str(batch)] = 1000 * batch / float(measurement.milliseconds.mean())
-    for name in opened:
-        timings[name].latency_ms, timings[name].throughput = latencies[name], throughputs[name]
+        clocks.append(read_clocks())
+    for name, (model, _) in opened.items():
+        timings[name].latency_ms, timings[name].throughput = latencies[name] or None, throughputs[name] or None
+        timings[name].gpu = _describe_gpu(clocks) if model.runs_on_gpu else None
+
+
+def _describe_gpu(clocks: Sequence[dict[str, Any]]) -> Gpu | None:
+    """Return the GPU that ran the models, with its lowest clock and all slowdowns, which were read after each batch."""
+    gpu = next(iter(list_gpus().gpus), None)
+    if gpu is None:
+        return None
+    values: dict[str, Any] = {key: value for state in clocks for key, value in state.items()}
+    if "sm_clock_mhz" in values:
+        values["sm_clock_mhz"] = min(state["sm_clock_mhz"] for state in clocks if "sm_clock_mhz" in state)
+    values["throttled"] = list(dict.fromkeys(name for state in clocks for name in state.get("throttled", ())))
+    return Gpu(name=gpu.name, memory_mib=gpu.memory_bytes >> 20, **values)
+
+
+def _device_times(model: Model, timing: Timing) -> dict[str, dict[str, float]] | None:
+    """Return the times on the GPU of the batch sizes that ran; note the reason if they cannot be measured."""
+    batches = [int(batch) for batch in timing.latency_ms or {}]
+    try:
+        return measure_device_times(model, batches)
+    except (UserError, RuntimeError, MemoryError) as error:  # such as an operator that cannot be captured
+        _add_note(timing, f"time on the GPU: not measured ({' '.join(str(error).split())[:200]})")
+        return None
+
+
+def _add_note(timing: Timing, note: str) -> None:
+    timing.notes = "; ".join(filter(None, (timing.notes, note)))
 
 
 def _add_ceilings(
     timings: dict[str, Timing], opened: dict[str, OpenedModel], batches: Sequence[int], threads: int
 ) -> None:
     """Add the roofline and the share of it that p50 reaches: None where the work or the roofline is unknown."""
-    rooflines: dict[tuple[str, str], Roofline] = {}
+    rooflines: dict[tuple[str, str], Roofline | None] = {}
     work: dict[str, int | None] = {}
     for name, (model, _) in opened.items():
         timing = timings[name]
@@ -136,12 +198,23 @@ def _add_ceilings(
         if dtype is None or multiply_adds is None:
             continue
         if dtype not in rooflines:
-            rooflines[dtype] = measure_roofline(*dtype, threads)
+            rooflines[dtype] = _measure_roofline(*dtype, threads)
         roofline = rooflines[dtype]
+        if roofline is None:
+            continue
         timing.ceiling = Ceiling(**asdict(roofline), model_multiply_adds=multiply_adds)
         timing.of_ceiling = {}
         for batch, latency in (timing.latency_ms or {}).items():
             timing.of_ceiling[batch] = roofline_ms(roofline, model, multiply_adds, int(batch)) / latency.p50
+
+
+def _measure_roofline(dtype: Dtype, device: str, threads: int) -> Roofline | None:
+    """Return the roofline; None and a warning if PyTorch cannot measure it, such as one without CUDA."""
+    try:
+        return measure_roofline(dtype, device, threads)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        log.warning(f"roofline of {dtype} on {device}: not measured ({' '.join(str(error).split())[:200]})")
+        return None
 
 
 def _add_preprocessing(

@@ -2,16 +2,20 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from export.backends.pytorch import load_module
+from export.backends.base import is_older_than
+from export.backends.pytorch import float32_products, load_module
 from export.backends.registry import Model
 from vpr.artifacts.store import Artifact
 from vpr.common.hardware import lacks_vnni
 
-Dtype = Literal["fp32", "fp16", "int8"]
-_SIDES = (512, 1024, 2048)
+Dtype = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
+_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
+# A GPU product of this length shows the full rate; larger ones would only take time, on small GPUs minutes.
+_LONG_ENOUGH = 0.02  # seconds
 _REPEATS = 8
 _COPIED_BYTES = 1 << 28
 _FLOAT_BYTES = 4
@@ -63,26 +67,62 @@ def count_work(artifact: Artifact) -> int | None:
 def compute_dtype(model: Model) -> tuple[Dtype, str] | None:
     """Return the dtype and the device of a model's products; None where the roofline cannot be measured.
 
-    CPU runtimes compute FP16 graphs in FP32. PyTorch has no FP8 products to measure, and its INT8 products on
-    processors without VNNI are far slower than the runtimes' own.
+    CPU runtimes compute FP16 graphs in FP32. ONNX Runtime and TensorRT compute FP32 graphs in TF32 where the GPU has
+    it. PyTorch has no FP8 products to measure, and its INT8 products on processors without VNNI are far slower than the
+    runtimes' own. Where it is unknown whether a GPU multiplies in INT8, the roofline is unknown too.
     """
-    on_cpu = model.backend in ("torch", "torch-compile", "onnxruntime-cpu", "openvino")
-    if model.precision.startswith("fp8") or (model.precision.startswith("int8") and on_cpu and lacks_vnni()):
+    precision = model.precision
+    if not model.runs_on_gpu:
+        if precision.startswith("fp8") or (precision.startswith("int8") and lacks_vnni()):
+            return None
+        return ("int8" if precision.startswith("int8") else "fp32"), "cpu"
+    if precision in ("tf32", "bf16", "fp16"):
+        return precision, "cuda"  # type: ignore[return-value]
+    if precision.endswith("weights only"):
+        return "fp16", "cuda"
+    if precision in ("int8", "int8-mixed") and model.backend in ("tensorrt", "tensorrt-rtx"):
+        return "int8", "cuda"
+    if precision != "fp32":
         return None
-    if model.precision.startswith("int8"):
-        return "int8", "cpu" if on_cpu else "cuda"
-    return ("fp16", "cuda") if model.precision == "fp16" and not on_cpu else ("fp32", "cpu" if on_cpu else "cuda")
+    is_torch = model.backend.startswith("torch")
+    return ("fp32" if is_torch or is_older_than("sm80") else "tf32"), "cuda"
 
 
 def measure_roofline(dtype: Dtype, device: str, threads: int) -> Roofline:
-    """Measure the rates with PyTorch: the fastest of 8 calls for each of several square products, and of 8 copies."""
+    """Measure the rates with PyTorch: the fastest of 8 calls for each of several square products, and of 8 copies.
+
+    GPU times are those between events around a call. The host's clock would include the start of the kernel, which
+    takes as long as a small product.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    rate = max(side**3 / _fastest(_product(dtype, device, side), device) for side in _SIDES)
+    precision: AbstractContextManager[None] = nullcontext()
+    if device == "cuda" and dtype in ("fp32", "tf32"):
+        precision = float32_products(dtype == "tf32")
+    with precision:
+        rate = _fastest_product(dtype, device)
     source = torch.ones(_COPIED_BYTES // _FLOAT_BYTES, device=device)
     target = torch.empty_like(source)
     return Roofline(dtype, threads, rate, 2 * _COPIED_BYTES / _fastest(lambda: target.copy_(source), device))
+
+
+def _fastest_product(dtype: Dtype, device: str) -> float:
+    """Return the multiply-adds per second of the fastest square product."""
+    import torch
+
+    rates: list[float] = []
+    for side in _SIDES[device]:
+        try:
+            seconds = _fastest(_product(dtype, device, side), device)
+        except torch.OutOfMemoryError:
+            if not rates:
+                raise
+            break
+        rates.append(side**3 / seconds)
+        if device == "cuda" and seconds > _LONG_ENOUGH:
+            break
+    return max(rates)
 
 
 def _product(dtype: Dtype, device: str, side: int) -> Callable[[], Any]:
@@ -93,20 +133,33 @@ def _product(dtype: Dtype, device: str, side: int) -> Callable[[], Any]:
     if dtype == "int8":
         left, right = ((32 * matrix).clamp(-127, 127).to(torch.int8) for matrix in (left, right))
         return lambda: torch._int_mm(left, right.t())  # CUDA takes no other layout
-    float_type = torch.float16 if dtype == "fp16" else torch.float32
+    float_type = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
     left, right = left.to(float_type), right.to(float_type)
     return lambda: left @ right
 
 
 def _fastest(call: Callable[[], Any], device: str) -> float:
     """Return the seconds of the fastest call after a warm-up; slower calls only measure disturbances."""
-    import torch
-
+    if device == "cuda":
+        return _fastest_on_gpu(call)
     seconds = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+def _fastest_on_gpu(call: Callable[[], Any]) -> float:
+    """Return the seconds between the events around the fastest call. All calls are enqueued without waiting."""
+    import torch
+
+    for _ in range(2):
+        call()
+    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(_REPEATS)]
+    for start, end in pairs:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return min(start.elapsed_time(end) for start, end in pairs) / 1000

@@ -18,6 +18,7 @@ from benchmarks.recall.paired_drop import ChangedQuery, compare_with_reference, 
 from benchmarks.recall.queries import ScoredPart, choose_queries
 from benchmarks.recall.seen_marks import add_seen, log_seen
 from benchmarks.report.schema import LEAK_NOTE, Row
+from export.backends.base import RunFailed
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
@@ -161,7 +162,8 @@ def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig) -> S
     row.licences = card.licences
     try:
         forward = model.open(default_threads())
-    except BackendUnavailable as reason:
+        forward(model.random_input(1))  # some backends reject a graph at the first call only
+    except (BackendUnavailable, RunFailed) as reason:
         log.info(f"  {model.name:<32} not run: {reason}")
         row.add_note(f"not run: {reason}")
         return ScoredModel(row, None, model)

@@ -66,6 +66,17 @@ class Ceiling(_Part):
     model_multiply_adds: int = Field(description="multiply-adds of one image")
 
 
+class Gpu(_Part):
+    """GPU that ran a model, and its state after the timed calls, where the driver reports it."""
+
+    name: str
+    memory_mib: int
+    sm_clock_mhz: int | None = Field(None, description="lowest clock read after a batch size")
+    max_sm_clock_mhz: int | None = None
+    power_limit_w: float | None = None
+    throttled: list[str] = Field([], description="reasons for a reduced clock")
+
+
 class Timing(_Part):
     """Costs of one model on one backend: an entry of ``latency.json``. Unmeasured values are null."""
 
@@ -74,6 +85,7 @@ class Timing(_Part):
     first_call_ms: float | None = None
     peak_memory_bytes: int | None = None
     gpu_memory_bytes: float | None = None
+    gpu: Gpu | None = None
     threads: int | None = None
     cpus: list[int] | None = None
     latency_ms: dict[Batch, Latency] | None = None

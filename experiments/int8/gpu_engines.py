@@ -13,6 +13,7 @@ from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row
 from experiments.int8.tools import TrainedStudent
 from experiments.intervals import recall_text
+from export.backends.base import BackendUnavailable, RunFailed
 from export.backends.registry import Model, default_threads, models_of
 from export.config import EngineConfig, Int8Config, OnnxConfig
 from export.int8 import export_int8
@@ -28,7 +29,9 @@ from vpr.retrieval.embeddings import embed, score_split
 log = get_logger(__name__)
 
 BATCHES = (1, 8, 32, 128)
-BACKENDS = ("torch-cuda", "torch-compile-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+_DTYPES = ("", "-tf32", "-bf16", "-fp16")
+_TORCH = (*(f"torch-cuda{dtype}" for dtype in _DTYPES), *(f"torch-compile-cuda{dtype}" for dtype in _DTYPES))
+BACKENDS = (*_TORCH, "onnxruntime-cuda", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 GRAPHS = ("fp16", "fp16-opset20", "int8", "int8-full-mha", "fp8")
 BUILDERS: tuple[Builder, ...] = ("tensorrt", "tensorrt-rtx")
 _SECONDS = 2.0
@@ -64,7 +67,7 @@ def build_engines(graphs: dict[str, Path], target: str) -> dict[str, Path]:
             output = graph.parent / f"{name}-{backend}"
             try:
                 import_tensorrt(backend)
-                config = EngineConfig(str(graph), str(output), backend, target, max_batch=max(BATCHES))
+                config = EngineConfig(str(graph), str(output), backend, target, max_batch=max(BATCHES), batches=BATCHES)
                 engines[output.name] = build_engine(config)
             except UserError as error:
                 log.info(f"  {output.name}: not built: {error}")
@@ -105,11 +108,18 @@ def _measure(model: Model, timed: Timing, test: Catalog, command: str) -> tuple[
     row |= {**{f"ms, batch {batch} (of the roofline)": "" for batch in BATCHES}, "notes": timed.notes}
     if timed.latency_ms is None:
         return [], row
-    scores = score_split(test, embed(test, model.preprocess, model.open(default_threads())))
+    try:
+        scores = score_split(test, embed(test, model.preprocess, model.open(default_threads())))
+    except (BackendUnavailable, RunFailed) as reason:
+        row["notes"] = "; ".join(filter(None, (timed.notes, f"no recall: {reason}")))
+        return [], row
     row["recall@1 [95 %]"] = recall_text(scores)
     figures = [Figure(f"{model.name}: recall@1", scores.recall_at_1, "", None, ">=", command, scores.ci95)]
     for batch in BATCHES:
-        p50 = timed.latency_ms[str(batch)].p50
+        latency = timed.latency_ms.get(str(batch))
+        if latency is None:  # the notes have the reason
+            continue
+        p50 = latency.p50
         share = "" if timed.of_ceiling is None else f" ({timed.of_ceiling[str(batch)]:.0%})"
         row[f"ms, batch {batch} (of the roofline)"] = f"{p50:.3f}{share}"
         figures.append(Figure(f"{model.name}, batch {batch}", p50, "ms", None, "<=", command))
@@ -118,7 +128,7 @@ def _measure(model: Model, timed: Timing, test: Catalog, command: str) -> tuple[
 
 def unmeasured(command: str) -> list[Figure]:
     """Return the figures of a machine without a GPU: names without values."""
-    names = [f"student ({backend})" for backend in BACKENDS[:2]] + ["fp16 (onnxruntime-cuda)"]
+    names = [f"student ({backend})" for backend in _TORCH] + ["fp16 (onnxruntime-cuda)"]
     names += [f"{graph}-{backend} ({backend})" for backend in BUILDERS for graph in GRAPHS]
     figures = [Figure(f"{name}, batch {batch}", None, "ms", None, "<=", command) for name in names for batch in BATCHES]
     return figures + _fusion({}, command)

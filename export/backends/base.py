@@ -7,16 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
+from vpr.common.errors import UserError
+from vpr.common.gpus import VisibleGpu, list_gpus
 from vpr.common.hardware import read_gpus
 from vpr.common.telemetry import disable_telemetry
 from vpr.retrieval.embeddings import Forward
 
 INSTALL = "Run `pip install -r requirements.txt`."
-INSTALL_GPU = "Run `pip install -r requirements-gpu.txt`."
 
 
 class BackendUnavailable(Exception):
     """This backend cannot run here. The message says why and how to fix it."""
+
+
+class RunFailed(UserError):
+    """A backend has loaded a model and cannot run it. The message names the artifact and the reason."""
 
 
 class Backend(Protocol):
@@ -54,7 +59,20 @@ def import_or_explain(package: str, remedy: str) -> tuple[Any, str | None]:
 
 def explain_no_gpu() -> str | None:
     """Return the reason if this machine has no NVIDIA GPU, else None."""
-    return None if read_gpus()[0] else "needs an NVIDIA GPU; this machine has none"
+    if read_gpus()[0]:
+        return None
+    return f"needs an NVIDIA GPU; this machine {list_gpus().problem or 'has none'}"
+
+
+def first_gpu() -> VisibleGpu | None:
+    """Return the GPU that every backend uses, or None: the first one that CUDA lists (see ``--device``)."""
+    return next(iter(list_gpus().gpus), None)
+
+
+def is_older_than(architecture: str) -> bool:
+    """Return whether the GPU is of an older architecture than this one, such as ``sm80``; False without a GPU."""
+    gpu = first_gpu()
+    return gpu is not None and int(gpu.architecture[2:]) < int(architecture[2:])
 
 
 def graph_precision(artifact: Artifact) -> str:
@@ -63,11 +81,14 @@ def graph_precision(artifact: Artifact) -> str:
 
 
 def name_artifact_in_errors(artifact: Artifact, forward: Forward) -> Forward:
-    """Return the same function; its errors name the artifact."""
+    """Return the same function; its errors are :class:`RunFailed` and name the artifact."""
 
     def named(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with reraise_as_artifact_error(artifact):
-            return forward(batch)
+        try:
+            with reraise_as_artifact_error(artifact):
+                return forward(batch)
+        except UserError as error:
+            raise RunFailed(str(error)) from None
 
     return named
 

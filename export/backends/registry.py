@@ -12,7 +12,7 @@ from export.backends.onnx_runtime import OnnxRuntimeBackend
 from export.backends.openvino_runtime import OpenVinoBackend
 from export.backends.pytorch import TorchBackend
 from export.backends.tensorrt_engine import EngineBackend
-from export.config import BACKEND_NAMES, DEFAULT_BACKENDS, check_backends
+from export.config import BACKEND_NAMES, CPU_BACKENDS, DEFAULT_BACKENDS, check_backends
 from vpr.artifacts.card import Kind
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
@@ -26,7 +26,13 @@ BACKENDS: tuple[Backend, ...] = (
     TorchBackend("torch", "cpu", compiled=False),
     TorchBackend("torch-compile", "cpu", compiled=True),
     TorchBackend("torch-cuda", "cuda", compiled=False),
+    TorchBackend("torch-cuda-tf32", "cuda", compiled=False, dtype="tf32"),
+    TorchBackend("torch-cuda-bf16", "cuda", compiled=False, dtype="bf16"),
+    TorchBackend("torch-cuda-fp16", "cuda", compiled=False, dtype="fp16"),
     TorchBackend("torch-compile-cuda", "cuda", compiled=True),
+    TorchBackend("torch-compile-cuda-tf32", "cuda", compiled=True, dtype="tf32"),
+    TorchBackend("torch-compile-cuda-bf16", "cuda", compiled=True, dtype="bf16"),
+    TorchBackend("torch-compile-cuda-fp16", "cuda", compiled=True, dtype="fp16"),
     OnnxRuntimeBackend("onnxruntime-cpu", CPU),
     OnnxRuntimeBackend("onnxruntime-cuda", CUDA),
     OnnxRuntimeBackend("onnxruntime-tensorrt", TENSORRT),
@@ -63,6 +69,11 @@ class Model:
     def name(self) -> str:
         """Names of the artifact and the backend."""
         return f"{self.artifact.card.name} ({self.backend})"
+
+    @property
+    def runs_on_gpu(self) -> bool:
+        """Whether the backend computes on a GPU."""
+        return self.backend not in CPU_BACKENDS
 
     def open(self, threads: int) -> Forward:
         """Load the artifact for a number of threads; :class:`BackendUnavailable` if the backend cannot run here."""

@@ -7,14 +7,14 @@ from types import ModuleType
 from typing import Any, Literal
 
 from vpr.common.errors import UserError
-from vpr.common.hardware import read_gpus
+from vpr.common.gpus import list_gpus
 from vpr.inference.onnx_session import RTX_WHEEL
 
 Builder = Literal["tensorrt", "tensorrt-rtx"]
 _RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
 _INSTALL = {
     "tensorrt-rtx": "Run `pip install -r requirements.txt`.",
-    "tensorrt": "Run `pip install -r requirements-gpu.txt` on a machine with an NVIDIA GPU.",
+    "tensorrt": "Run `pip install -r requirements-gpu.txt`, see docs/gpu.md.",
 }
 
 
@@ -48,9 +48,12 @@ def import_tensorrt(backend: Builder) -> ModuleType:
 
 
 def this_gpu() -> str:
-    """Return the architecture of this machine's GPUs, or ``this GPU`` if they differ or are unknown."""
-    architectures = {str(gpu["compute_capability"]).replace(".", "") for gpu in read_gpus()[0]}
-    return f"sm{architectures.pop()}" if len(architectures) == 1 else "this GPU"
+    """Return the architecture of the GPU that TensorRT builds for, or ``this GPU`` if it is unknown.
+
+    TensorRT uses the first GPU that CUDA lists, which ``--device`` and ``CUDA_VISIBLE_DEVICES`` choose.
+    """
+    gpu = next(iter(list_gpus().gpus), None)
+    return gpu.architecture if gpu else "this GPU"
 
 
 def error_logger(trt: ModuleType, errors: list[str]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from export.config import EngineConfig
+from export.config import UNSUPPORTED_TARGETS, EngineConfig
 from export.multiply_adds import multiply_adds
 from export.tensorrt.bindings import Builder, choose_builder, error_logger, import_tensorrt, this_gpu
 from export.tensorrt.inspector import count_layers, inspect_engine
@@ -35,12 +35,14 @@ def build_engine(config: EngineConfig) -> Path:
     graph, artifact = load_onnx(config.onnx)
     backend = choose_builder(config.backend)
     trt = import_tensorrt(backend)
-    values = {**config_to_json(config), "backend": backend, "builder_version": trt.__version__}
+    values = {**_values(config), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
     stage = Stage(config.output, "engine", values, parents)
     if stage.find():
         return stage.path
     targets = list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()]
+    if unsupported := [target for target in targets if backend == "tensorrt-rtx" and target in UNSUPPORTED_TARGETS]:
+        log.warning(f"engine: TensorRT-RTX builds for {', '.join(unsupported)}, but its support matrix has no such GPU")
     log.info(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(targets)}")
     start = time.monotonic()
     plan, layers = build_plan(trt, backend, graph, config)
@@ -54,6 +56,7 @@ def build_engine(config: EngineConfig) -> Path:
             "builder": f"{backend} {trt.__version__}",
             "targets": targets,
             "profile": [config.min_batch, config.opt_batch, config.max_batch],
+            **({"profiles": profiles_of(config)} if config.batches else {}),
             "size_bytes": len(plan),
             "build_seconds": seconds,
             "multiply_adds": multiply_adds(graph),
@@ -72,11 +75,11 @@ def build_plan(
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, graph)
     build = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
     shape = tuple(network.get_input(0).shape)[1:]
-    batches = (config.min_batch, config.opt_batch, config.max_batch)
-    profile.set_shape(INPUT, *[(batch, *shape) for batch in batches])
-    build.add_optimization_profile(profile)
+    for batches in profiles_of(config):
+        profile = builder.create_optimization_profile()
+        profile.set_shape(INPUT, *[(batch, *shape) for batch in batches])
+        build.add_optimization_profile(profile)
     _set_options(trt, backend, build, config)
     plan = builder.build_serialized_network(network, build)
     if plan is None:
@@ -86,6 +89,22 @@ def build_plan(
         _write_cache(build, Path(config.timing_cache))
     plan = bytes(plan)
     return plan, count_layers(network) | inspect_engine(trt, plan, logger)
+
+
+def profiles_of(config: EngineConfig) -> list[list[int]]:
+    """Return the smallest, tuned and largest batch of each optimisation profile.
+
+    The first one covers the range. Triton and a remainder of a batch use it.
+    """
+    return [[config.min_batch, config.opt_batch, config.max_batch], *([batch] * 3 for batch in config.batches)]
+
+
+def _values(config: EngineConfig) -> dict[str, Any]:
+    """Return the values that determine an engine, as older cards have them where nothing changed."""
+    values = config_to_json(config)
+    if not config.batches:
+        del values["batches"]
+    return {**values, "weight_stripped": False}  # a former option
 
 
 def _parse(trt: ModuleType, builder: Any, logger: Any, graph: onnx.ModelProto) -> Any:
@@ -121,8 +140,6 @@ def _set_options(trt: ModuleType, backend: Builder, build: Any, config: EngineCo
         build.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mb << 20)
     if config.version_compatible:
         build.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if config.weight_stripped:
-        build.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if config.timing_cache:
         _read_cache(backend, build, Path(config.timing_cache))
 
@@ -147,8 +164,8 @@ def _write_cache(build: Any, path: Path) -> None:
 def _remedy(config: EngineConfig) -> str:
     if config.workspace_mb is not None:
         return "Raise or remove --workspace-mb."
-    if config.version_compatible or config.weight_stripped:
-        return "Remove --version-compatible and --weight-stripped, or build with TensorRT on a machine with a GPU."
+    if config.version_compatible:
+        return "Remove --version-compatible, or build with TensorRT on a machine with a GPU."
     return "Build from the FP16 or INT8 graph, or export with --opset 20."
 
 

@@ -27,6 +27,8 @@ def load_engine(path: Path | str) -> Artifact:
 def rebuild_command(artifact: Artifact, **changes: Any) -> str:
     """Return the command line that built an engine, with changed options."""
     values = {**artifact.card.config, "output": str(artifact.path), **changes}
+    if values["backend"] == "tensorrt":  # it builds for the GPU of the machine
+        values["target"] = EngineConfig.target
     return shlex.join(["vpr", "export", "engine", *to_flags(EngineConfig, values)])
 
 
@@ -34,7 +36,7 @@ def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
     """Raise :class:`UserError` if an engine does not fit the installed version and the GPU, or has no weights."""
     config, targets = artifact.card.config, list(artifact.card.metrics["targets"])
     backend, built = str(config["backend"]), str(config["builder_version"])
-    # The card says "this GPU" if nvidia-smi did not report the GPU of the build.
+    # The card says "this GPU" if CUDA did not name the GPU of the build.
     if gpu.architecture not in targets and targets != ["this GPU"]:
         raise UserError(
             f"{artifact.path}: built for {', '.join(targets)}, but this GPU is {gpu.name} ({gpu.architecture}). "
@@ -42,8 +44,8 @@ def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
         )
     if not _can_load(built, version, bool(config.get("version_compatible"))):
         raise UserError(f"{artifact.path}: built with {backend} {built}, {version} is installed. {_rebuild(artifact)}")
-    if config.get("weight_stripped"):
-        remedy = _rebuild(artifact, weight_stripped=False)
+    if config.get("weight_stripped"):  # a former option of `vpr export engine`
+        remedy = _rebuild(artifact)
         raise UserError(f"{artifact.path}: the engine has no weights, and only TensorRT's refitter adds them. {remedy}")
 
 
@@ -75,7 +77,7 @@ def _options_for(backend: str, gpu: Gpu) -> dict[str, str]:
         return {}
     if gpu.architecture in TARGETS:
         return {"target": gpu.architecture}
-    return {"backend": "tensorrt", "target": EngineConfig.target}
+    return {"backend": "tensorrt"}
 
 
 def _can_load(built: str, version: str, version_compatible: bool) -> bool:

@@ -1,23 +1,25 @@
-"""The CUDA driver calls that an engine needs, by PyCUDA.
+"""The CUDA driver calls that an engine needs, by PyCUDA where it is installed, else by ``cuda-bindings``.
 
 PyCUDA aborts the process if a thread ends with a context on its stack, and it frees memory only while a context
 is current. So the context is current only inside ``with driver.current()``, and every other call happens there.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work on the legacy default stream neither blocks nor breaks a capture
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work on the legacy default stream neither blocks nor breaks a capture
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
-_INSTALL = "Run `pip install -r requirements-gpu.txt` on a machine with an NVIDIA GPU."
+_INSTALL = "Run `pip install -r requirements.txt`; its torch installs cuda-bindings."
 
 
 class DriverError(Exception):
@@ -32,87 +34,140 @@ class Gpu:
     architecture: str
 
 
-class PyCudaDriver:
-    """One GPU, by its index in CUDA's order, in the primary context that other libraries of the process share.
+class Stream(Protocol):
+    """A stream: work on it runs in order."""
+
+    @property
+    def handle(self) -> int:
+        """Address of the driver's ``CUstream``."""
+
+
+class CudaDriver(Protocol):
+    """One GPU, in the primary context that other libraries of the process share.
 
     Call every method except ``current`` inside ``with driver.current()``. That block raises :class:`MemoryError`
-    if the GPU has too little memory, and :class:`DriverError` for every other failure. :class:`UserError` if PyCUDA is
-    not installed, the GPU does not exist, or it has no driver.
+    if the GPU has too little memory, and :class:`DriverError` for every other failure.
     """
 
-    def __init__(self, device: int = 0) -> None:
-        try:
-            import pycuda.driver as cuda
-        except ImportError as error:
-            raise UserError(f"pycuda: cannot be loaded ({error}). {_INSTALL}") from None
-        try:
-            cuda.init()
-            count = cuda.Device.count()
-            if not 0 <= device < count:
-                raise UserError(f"device: expected 0 to {count - 1} on this machine, got {device}.")
-            gpu = cuda.Device(device)
-            self._context = gpu.retain_primary_context()
-        except cuda.Error as error:
-            raise UserError(f"device: CUDA cannot use GPU {device} ({error}). Check `nvidia-smi`.") from None
-        self.gpu = Gpu(gpu.name(), "sm{}{}".format(*gpu.compute_capability()))
-        version = cuda.get_driver_version()
-        self.cuda = f"CUDA {version // 1000}.{version % 1000 // 10}"
-        self._cuda = cuda
-        self._graphs = GraphCalls(ctypes.CDLL("libcuda.so.1"))
+    gpu: Gpu
+    cuda: str  # version that the driver supports, as ``CUDA 13.0``
+    device: int  # index in CUDA's order
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> AbstractContextManager[None]:
         """Make the GPU current in the calling thread for the length of the block."""
-        self._context.push()
-        try:
-            yield
-        except self._cuda.MemoryError as error:
-            raise MemoryError(str(error)) from None
-        except self._cuda.Error as error:
-            raise DriverError(str(error)) from None
-        finally:
-            self._context.pop()
 
     def stream(self) -> Any:
-        """Create a stream."""
-        return self._cuda.Stream(_NON_BLOCKING)
+        """Create a :class:`Stream`."""
+
+    def event(self) -> Any:
+        """Create an event: a point in the work of a stream."""
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Put an event after the work of a stream."""
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Let the later work of a stream wait for an event. The host does not wait."""
+
+    def wait_on_host(self, event: Any) -> None:
+        """Wait until an event is reached."""
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Return the GPU's time between two reached events."""
+
+    def destroy(self, stream_or_event: Any) -> None:
+        """Destroy a stream that has finished its work, or an event."""
 
     def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Allocate page-locked host memory."""
-        return self._cuda.pagelocked_empty(shape, np.float32)
 
     def allocate(self, size: int) -> Any:
         """Allocate ``size`` bytes of device memory; ``int()`` of the result is the address."""
-        return self._cuda.mem_alloc(size)
 
     def free(self, memory: Any) -> None:
         """Free memory of ``pinned`` or ``allocate``."""
-        owner: Any = memory.base if isinstance(memory, np.ndarray) else memory
-        owner.free()
 
-    def copy_in(self, device: Any, host: NDArray[np.float32], stream: Any) -> None:
-        """Copy to the device asynchronously."""
-        self._cuda.memcpy_htod_async(device, host, stream)
+    def memory(self) -> tuple[int, int]:
+        """Return the free and all bytes of the GPU's memory."""
 
-    def copy_out(self, host: NDArray[np.float32], device: Any, stream: Any) -> None:
-        """Copy from the device asynchronously."""
-        self._cuda.memcpy_dtoh_async(host, device, stream)
+    def copy_in(self, device: int, host: NDArray[np.float32], stream: Any) -> None:
+        """Copy a contiguous array to a device address asynchronously."""
+
+    def copy_out(self, host: NDArray[np.float32], device: int, stream: Any) -> None:
+        """Copy from a device address into page-locked memory asynchronously."""
+
+    def copy_on_device(self, target: int, source: int, size: int, stream: Any) -> None:
+        """Copy ``size`` bytes from one device address to another asynchronously."""
 
     def synchronise(self, stream: Any) -> None:
         """Wait until a stream has finished its work."""
-        stream.synchronize()
 
     def capture(self, stream: Any, enqueue: Callable[[], bool]) -> int:
         """Capture the work that ``enqueue`` puts on a stream as a CUDA graph, without running it."""
-        return self._graphs.capture(stream.handle, enqueue)
 
     def launch(self, graph: int, stream: Any) -> None:
         """Enqueue a graph on a stream."""
-        self._graphs.launch(graph, stream.handle)
 
     def discard(self, graph: int) -> None:
         """Destroy a graph."""
-        self._graphs.discard(graph)
+
+
+_drivers: dict[int, CudaDriver] = {}
+_lock = threading.Lock()
+
+
+def open_driver(device: int = 0) -> CudaDriver:
+    """Return the driver of a GPU, by its index in CUDA's order. There is one per GPU, for the life of the process.
+
+    Raises:
+        UserError: Neither PyCUDA nor cuda-bindings can be loaded, there is no such GPU, or CUDA cannot use it.
+    """
+    with _lock:
+        if device not in _drivers:
+            _drivers[device] = _create_driver(device)
+        return _drivers[device]
+
+
+def missing_driver() -> str | None:
+    """Return why neither PyCUDA nor cuda-bindings can be loaded, and the remedy; None if one of them can."""
+    reasons = []
+    for package in ("pycuda.driver", "cuda.bindings.driver"):
+        try:
+            importlib.import_module(package)
+        except (ImportError, OSError) as error:
+            reasons.append(f"{package.rpartition('.')[0]}: {' '.join(str(error).split())}")
+        else:
+            return None
+    return f"cannot load a CUDA driver package ({'; '.join(reasons)}). {_INSTALL}"
+
+
+def _create_driver(device: int) -> CudaDriver:
+    if reason := missing_driver():
+        raise UserError(f"cuda: {reason}")
+    try:
+        importlib.import_module("pycuda.driver")
+    except (ImportError, OSError):
+        from export.tensorrt.cuda_bindings_driver import CudaBindingsDriver
+
+        return CudaBindingsDriver(device)
+    from export.tensorrt.pycuda_driver import PyCudaDriver
+
+    return PyCudaDriver(device)
+
+
+def check_device(device: int, count: int) -> None:
+    """Raise :class:`UserError` unless a GPU of this index exists."""
+    if not 0 <= device < count:
+        raise UserError(f"device: expected 0 to {count - 1} on this machine, got {device}.")
+
+
+def cuda_version(version: int) -> str:
+    """Return the text of a driver's version number: ``CUDA 12.4`` for 12040."""
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+def explain_unusable(device: int, error: object) -> UserError:
+    """Return the error for a GPU that CUDA cannot use."""
+    return UserError(f"device: CUDA cannot use GPU {device} ({error}). Check `nvidia-smi`.")
 
 
 class GraphCalls:

@@ -38,9 +38,10 @@ def split_batch(count: int, profiles: Sequence[Profile]) -> Iterator[Chunk]:
 
 
 def pick_profile(rows: int, profiles: Sequence[Profile]) -> Profile:
-    """Return the profile that needs the least padding for ``rows`` images; of several, the one tuned closest."""
+    """Return the profile of least padding for ``rows`` images; of several the closest tuned, then the narrowest."""
 
-    def cost(profile: Profile) -> tuple[int, int, int]:
-        return max(rows, profile.min_batch), abs(profile.opt_batch - rows), profile.index
+    def cost(profile: Profile) -> tuple[int, int, int, int]:
+        width = profile.max_batch - profile.min_batch
+        return max(rows, profile.min_batch), abs(profile.opt_batch - rows), width, profile.index
 
     return min((profile for profile in profiles if rows <= profile.max_batch), key=cost)

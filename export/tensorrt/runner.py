@@ -1,6 +1,6 @@
 """Engines on a GPU: ``with open_engine("runs/engine") as engine: embeddings = engine(batch)``.
 
-Needs PyCUDA and the engine's builder, but no torch.
+Needs the engine's builder, and PyCUDA or cuda-bindings, but no torch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.bindings import error_logger, import_tensorrt
 from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine, rebuild_command
-from export.tensorrt.cuda_driver import DriverError, PyCudaDriver
+from export.tensorrt.cuda_driver import CudaDriver, DriverError, open_driver
+from export.tensorrt.dlpack import read_device_tensor
+from export.tensorrt.kernel_cache import KernelCache
 from export.tensorrt.profiles import Profile
 from export.tensorrt.thread_context import LoadedEngine, ThreadContext
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
@@ -25,7 +28,14 @@ from vpr.common.errors import UserError
 from vpr.inference.onnx_session import INPUT, OUTPUT
 
 
-def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_host_code: bool = False) -> EngineRunner:
+def open_engine(
+    path: Path | str,
+    device: int = 0,
+    graphs: bool = True,
+    allow_host_code: bool = False,
+    eager: bool = False,
+    kernel_cache: Path | str = "",
+) -> EngineRunner:
     """Load an ``engine`` artifact onto a GPU.
 
     Args:
@@ -34,27 +44,37 @@ def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_ho
         graphs: Replay CUDA graphs, one per batch size.
         allow_host_code: Also load engines built with ``--version-compatible``. They contain a library that runs
             on the CPU, so allow this only for engines that you built.
+        eager: Let TensorRT-RTX compile the kernels of a batch size before it runs them. By default it runs slower
+            fallback kernels meanwhile. TensorRT has compiled all kernels in the build.
+        kernel_cache: File of the kernels that TensorRT-RTX has compiled, read if it exists and written by ``close``.
+            Empty compiles them again in each process. They are code for the GPU: name only files that you wrote.
 
     Raises:
-        UserError: PyCUDA, the builder or a GPU is missing; the engine is damaged; or it was built for another GPU
-            architecture, version or driver. The message ends with the command that rebuilds the engine.
+        UserError: The builder, a CUDA driver package or a GPU is missing; the engine is damaged; or it was built for
+            another GPU architecture, version or driver. The message ends with the command that rebuilds the engine.
     """
-    return start_engine(load_engine(path), device, graphs, allow_host_code)
+    return start_engine(load_engine(path), device, graphs, allow_host_code, eager, kernel_cache)
 
 
 def start_engine(
-    artifact: Artifact, device: int = 0, graphs: bool = True, allow_host_code: bool = False
+    artifact: Artifact,
+    device: int = 0,
+    graphs: bool = True,
+    allow_host_code: bool = False,
+    eager: bool = False,
+    kernel_cache: Path | str = "",
 ) -> EngineRunner:
     """Load an ``engine`` artifact that was read already; otherwise as :func:`open_engine`."""
     with reraise_as_artifact_error(artifact):
         backend = artifact.card.config["backend"]
-    return EngineRunner(artifact, import_tensorrt(backend), PyCudaDriver(device), graphs, allow_host_code)
+    trt, driver = import_tensorrt(backend), open_driver(device)
+    return EngineRunner(artifact, trt, driver, graphs, allow_host_code, eager, kernel_cache)
 
 
 class EngineRunner:
     """An engine on a GPU: a function of batches that any number of threads may call.
 
-    Each thread has its own execution contexts, stream and buffers, created at its first call. The next new thread
+    Each thread has its own execution contexts, streams and buffers, created at its first call. The next new thread
     takes over those of a thread that has ended. ``close`` frees everything, at the latest when the process ends.
     Arguments and errors are those of :func:`open_engine`.
     """
@@ -63,9 +83,11 @@ class EngineRunner:
         self,
         artifact: Artifact,
         trt: ModuleType,
-        driver: PyCudaDriver,
+        driver: CudaDriver,
         graphs: bool = True,
         allow_host_code: bool = False,
+        eager: bool = False,
+        kernel_cache: Path | str = "",
     ) -> None:
         self.artifact = artifact
         self._driver, self._graphs = driver, graphs
@@ -80,6 +102,8 @@ class EngineRunner:
                 )
         with self._gpu_current():
             self._engine = deserialise_engine(artifact, trt, driver)
+        self._engine.is_eager = eager
+        self._engine.kernels = KernelCache(Path(kernel_cache) if kernel_cache else None)
         self._release = weakref.finalize(self, _release, driver, self._engine, self._contexts, self._lock)
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -94,6 +118,47 @@ class EngineRunner:
             with context.lock:
                 self._check_open()
                 return context.run(batch)
+
+    def embed_on_device(self, pixels: Any, embeddings: Any) -> None:
+        """Embed images that are in the GPU's memory into memory of the GPU; returns when they are there.
+
+        Work that other libraries have enqueued on the tensors is done before.
+
+        Args:
+            pixels: (n, 3, size, size) float32 tensor with ``__dlpack__``, such as one of PyTorch on ``cuda``.
+            embeddings: (n, dim) float32 tensor with ``__dlpack__``, which is overwritten.
+
+        Raises:
+            UserError: A tensor has another shape, dtype or device, or as for a call with an array.
+        """
+        self._check_open()
+        with self._gpu_current():
+            context = self._thread_context()
+            with context.lock:
+                self._check_open()
+                device, handle, image = self._driver.device, context.handle, self._engine.image
+                source = read_device_tensor(INPUT, pixels, device, handle)
+                target = read_device_tensor(OUTPUT, embeddings, device, handle)
+                count = source.shape[0] if source.shape else 0
+                for name, actual, expected in (
+                    (INPUT, source.shape, (max(1, count), *image)),
+                    (OUTPUT, target.shape, (count, self._engine.dim)),
+                ):
+                    if actual != expected:
+                        raise UserError(f"{name}: expected {expected} float32 on the GPU, got {actual}.")
+                context.run_on_device(source.address, target.address, count)
+
+    def measure_on_device(self, batch: int, calls: int = 100) -> NDArray[np.float64]:
+        """Return the GPU's milliseconds of executions of a batch, without copies and host: (calls,) float64.
+
+        Errors are those of a call.
+        """
+        self._check_open()
+        with self._gpu_current():
+            context = self._thread_context()
+            with context.lock:
+                self._check_open()
+                return context.measure(batch, calls)
 
     def close(self) -> None:
         """Free the engine after the calls in progress; a second call does nothing."""
@@ -139,8 +204,8 @@ class EngineRunner:
                 yield
         except MemoryError as error:
             config = self.artifact.card.config
-            max_batch = int(config["max_batch"])
-            smaller = {"max_batch": max(1, max_batch // 2)}
+            max_batch = max(int(config["max_batch"]), *config.get("batches", ()), 1)
+            smaller: dict[str, Any] = {"max_batch": max(1, max_batch // 2), "batches": ()}
             for key in ("opt_batch", "min_batch"):
                 smaller[key] = min(int(config[key]), smaller["max_batch"])
             problem = f"{self._driver.gpu.name} has too little free memory for batches of {max_batch} ({error})"
@@ -151,7 +216,7 @@ class EngineRunner:
             raise UserError(f"{self.artifact.path}: {error}. {remedy}") from None
 
 
-def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: PyCudaDriver) -> LoadedEngine:
+def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: CudaDriver) -> LoadedEngine:
     """Deserialise an engine, inside ``with driver.current()``; :class:`UserError` if TensorRT cannot load it."""
     errors: list[str] = []
     try:
@@ -180,11 +245,15 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: PyCudaDriver
 
 
 def _release(
-    driver: PyCudaDriver, engine: LoadedEngine, contexts: dict[threading.Thread, ThreadContext], lock: threading.Lock
+    driver: CudaDriver, engine: LoadedEngine, contexts: dict[threading.Thread, ThreadContext], lock: threading.Lock
 ) -> None:
     with driver.current(), lock:
         for context in list(contexts.values()):
             with context.lock:
                 context.close()
         contexts.clear()
-        engine.engine = engine.runtime = None
+        try:
+            engine.kernels.save()
+        finally:
+            engine.kernels.release()
+            engine.engine = engine.runtime = None

@@ -5,19 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.config import ReportConfig
-from benchmarks.report.build import build_report
-from calibration.calibrate import calibrate
-from calibration.config import CalibrateConfig
-from experiments.teacher.shuffled_split import build_shuffled_catalog
-from export.config import Int8Config, OnnxConfig
-from export.int8 import export_int8
-from export.to_onnx import export_onnx
-from vpr.data.catalog import Catalog, load_catalog
+if TYPE_CHECKING:
+    from vpr.data.catalog import Catalog
 
 EVIL = "<script>alert(1)</script> $\\frac$ |"
 CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")
@@ -26,6 +19,8 @@ CATEGORIES = ("Chairs & <b>tables</b>", "$x^{$")
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path:
     """Catalogue of the textures as products of two images, with hostile product and category names."""
+    from experiments.teacher.shuffled_split import build_shuffled_catalog
+
     table = texture_folder / "shop.csv"
     with table.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
@@ -43,12 +38,22 @@ def shop(tmp_path_factory: pytest.TempPathFactory, texture_folder: Path) -> Path
 
 @pytest.fixture(scope="session")
 def shop_catalog(shop: Path) -> Catalog:
+    from vpr.data.catalog import load_catalog
+
     return load_catalog(shop)
 
 
 @pytest.fixture(scope="session")
 def report_artifact(student_artifact: Path, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Report of a student, its FP32 graph, and an INT8 graph within a recall budget."""
+    from benchmarks.config import ReportConfig
+    from benchmarks.report.build import build_report
+    from calibration.calibrate import calibrate
+    from calibration.config import CalibrateConfig
+    from export.config import Int8Config, OnnxConfig
+    from export.int8 import export_int8
+    from export.to_onnx import export_onnx
+
     folder = tmp_path_factory.mktemp("report")
     fp32 = str(export_onnx(OnnxConfig(str(student_artifact), str(folder / "fp32"))))
     ranges = str(calibrate(CalibrateConfig(fp32, str(shop), str(folder / "ranges"), count=16)))

@@ -1,6 +1,10 @@
 """ONNX Runtime sessions by execution provider, and names of a graph's input and output. Imports no torch or onnx."""
 
+import ctypes
 import importlib
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from vpr.common.errors import UserError
@@ -36,11 +40,13 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if provider == TENSORRT_RTX:
-        options.add_provider_for_devices(rtx_devices(), {})
+        options.add_provider_for_devices(rtx_devices()[:1], {})  # the provider rejects a list of several GPUs
         session = ort.InferenceSession(graph, options)
     else:
         if provider != CPU:
             ort.preload_dlls()  # CUDA libraries from the wheels that torch installs
+        if provider == TENSORRT:
+            load_tensorrt_libraries()
         session = ort.InferenceSession(graph, options, providers=[provider], disabled_optimizers=disabled)
     if provider not in session.get_providers():
         fallback = session.get_providers()[0]
@@ -56,3 +62,37 @@ def rtx_devices() -> list[Any]:
     if not any(device.ep_name == TENSORRT_RTX for device in ort.get_ep_devices()):
         ort.register_execution_provider_library(TENSORRT_RTX, wheel.get_library_path())
     return [device for device in ort.get_ep_devices() if device.ep_name == TENSORRT_RTX]
+
+
+def runs_tensorrt_rtx(compute_capability: str) -> bool:
+    """Return whether the TensorRT-RTX plugin runs on a GPU of this compute capability, such as ``8.9``.
+
+    ``IsComputeCapabilitySupported`` in the wheel's ``tensorrt_rtx_provider_options.h``: an A100 (8.0) or H100 (9.0) is
+    not supported.
+    """
+    major, minor = map(int, compute_capability.split("."))
+    return (major, minor) in ((8, 6), (8, 9)) or major >= 12
+
+
+def missing_tensorrt_library() -> str | None:
+    """Return the first library of TensorRT that ONNX Runtime's provider needs and cannot load, or None.
+
+    The provider is bound to one major version of TensorRT, whose libraries its file names. ONNX Runtime lists the
+    provider as available without looking for them.
+    """
+    load_tensorrt_libraries()
+    folder = Path(str(importlib.import_module("onnxruntime").__file__)).parent / "capi"
+    file = folder / "libonnxruntime_providers_tensorrt.so"
+    needed = re.findall(rb"libnv(?:infer|onnxparser)\.so\.\d+", file.read_bytes()) if file.is_file() else []
+    for name in sorted({library.decode() for library in needed}):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            return name
+    return None
+
+
+def load_tensorrt_libraries() -> None:
+    """Load the libraries of the ``tensorrt`` wheel, if it is installed: they are in no folder that the loader knows."""
+    with suppress(ImportError, OSError):
+        importlib.import_module("tensorrt")

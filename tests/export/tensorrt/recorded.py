@@ -1,10 +1,13 @@
 """Test doubles of the driver and of TensorRT, which record calls and move real memory in stream order.
 
-The work of a stream runs when it is synchronised, so a result that is read too early is wrong.
+The work of a stream runs when the host waits for it, so a result that is read too early is wrong. With ``eager_copies``
+copies to the GPU run at once, so an input that is overwritten too early is wrong too. A simulated clock gives each
+stream a time line: copies and kernels of different streams overlap, unless an event makes one wait for the other.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.cuda_driver import DriverError, Gpu
+from export.tensorrt.runner import EngineRunner
+from vpr.artifacts.store import Artifact
 
 IMAGE, DIM = (3, 4, 4), 5
+VERSION = "11.4.0.106"
 
 
 def expected(batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -26,13 +32,37 @@ def expected(batch: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @dataclass
+class Event:
+    stream: Stream | None = None
+    number: int = 0  # the event is reached when its stream has run the first `number` jobs
+    time: float = 0.0
+
+    def reach(self) -> None:
+        if self.stream is not None:
+            self.stream.run(self.number)
+
+
+@dataclass
 class Stream:
     handle: int
-    work: list[Callable[[], None]] = field(default_factory=list)
+    jobs: list[Callable[[], None]] = field(default_factory=list)
+    done: int = 0
+    time: float = 0.0
     captured: list[Callable[[], None]] | None = None
 
-    def put(self, job: Callable[[], None]) -> None:
-        (self.work if self.captured is None else self.captured).append(job)
+    def put(self, job: Callable[[], None], start: float = 0.0, cost: float = 0.0, is_eager: bool = False) -> None:
+        if self.captured is not None:
+            self.captured.append(job)
+            return
+        self.time = max(self.time, start) + cost
+        self.jobs.append(job)
+        if is_eager and self.done == len(self.jobs) - 1:
+            self.run(len(self.jobs))
+
+    def run(self, number: int) -> None:
+        while self.done < number:
+            self.done += 1
+            self.jobs[self.done - 1]()
 
 
 class Memory:
@@ -44,8 +74,15 @@ class Memory:
 
 
 class RecordedDriver:
-    def __init__(self, architecture: str = "sm86", free_bytes: int = 1 << 30) -> None:
+    device = 0
+
+    def __init__(self, architecture: str = "sm86", free_bytes: int = 1 << 30, eager_copies: bool = False) -> None:
         self.gpu, self.cuda = Gpu("NVIDIA Test", architecture), "CUDA 13.0"
+        self.eager_copies = eager_copies
+        self.costs = {"copy_in": 2.0, "kernels": 3.0, "copy_out": 0.1}  # milliseconds of the simulated clock
+        self.clock = 0.0  # time of the host
+        self.sources: list[NDArray[np.float32]] = []  # arrays that were copied to the GPU
+        self.destroyed: list[Any] = []
         self.calls: list[tuple[Any, ...]] = []
         self.free_bytes = free_bytes
         self.streams: dict[int, Stream] = {}
@@ -55,6 +92,7 @@ class RecordedDriver:
         self.rejects_capture = False
         self._thread = threading.local()
         self._next = 0
+        self._address = 4096
 
     def note(self, *call: Any) -> None:
         assert getattr(self._thread, "current", False), f"{call}: no context is current in this thread"
@@ -90,7 +128,8 @@ class RecordedDriver:
         if size > self.free_bytes:
             raise MemoryError("cuMemAlloc failed: out of memory")
         self.free_bytes -= size
-        memory = Memory(256 * self.number(), size)
+        memory = Memory(self._address, size)
+        self._address += (size + 255) // 256 * 256
         self.memory[memory.address] = memory
         self.note("allocate", size)
         return memory
@@ -103,20 +142,72 @@ class RecordedDriver:
         else:
             self.pinned_arrays = [array for array in self.pinned_arrays if array is not memory]
 
-    def copy_in(self, device: Memory, host: NDArray[np.float32], stream: Stream) -> None:
-        self.note("copy_in", stream.handle, len(host))
-        stream.put(lambda: device.bytes.__setitem__(slice(host.nbytes), host.tobytes()))
+    def event(self) -> Event:
+        self.note("event")
+        return Event()
 
-    def copy_out(self, host: NDArray[np.float32], device: Memory, stream: Stream) -> None:
-        self.note("copy_out", stream.handle, len(host))
+    def record(self, event: Event, stream: Stream) -> None:
+        self.note("record", stream.handle)
+        event.stream, event.number, event.time = stream, len(stream.jobs), max(stream.time, self.clock)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        self.note("wait", stream.handle)
+        stream.put(Event(event.stream, event.number).reach, event.time)
+
+    def wait_on_host(self, event: Event) -> None:
+        self.note("wait_on_host")
+        event.reach()
+        self.clock = max(self.clock, event.time)
+
+    def milliseconds(self, start: Event, end: Event) -> float:
+        assert end.stream is not None
+        assert end.stream.done >= end.number
+        return end.time - start.time
+
+    def destroy(self, stream_or_event: Any) -> None:
+        self.note("destroy")
+        self.destroyed.append(stream_or_event)
+
+    def copy_in(self, device: int, host: NDArray[np.float32], stream: Stream) -> None:
+        self.note("copy_in", stream.handle, len(host))
+        assert host.flags.c_contiguous
+        self.sources.append(host)
+        memory = self.memory[device]
         stream.put(
-            lambda: host.__setitem__(..., np.frombuffer(device.bytes, np.float32, host.size).reshape(host.shape))
+            lambda: memory.bytes.__setitem__(slice(host.nbytes), host.tobytes()),
+            self.clock,
+            self.costs["copy_in"],
+            self.eager_copies,
         )
+
+    def copy_out(self, host: NDArray[np.float32], device: int, stream: Stream) -> None:
+        self.note("copy_out", stream.handle, len(host))
+        memory = self.memory[device]
+        stream.put(
+            lambda: host.__setitem__(..., np.frombuffer(memory.bytes, np.float32, host.size).reshape(host.shape)),
+            self.clock,
+            self.costs["copy_out"],
+        )
+
+    def copy_on_device(self, target: int, source: int, size: int, stream: Stream) -> None:
+        """Copy between memory of the double and real memory, which stands for that of another library."""
+        self.note("copy_on_device", stream.handle, size)
+
+        def copy() -> None:
+            self._view(target, size)[:] = bytes(self._view(source, size))
+
+        stream.put(copy, self.clock)
+
+    def _view(self, address: int, size: int) -> Any:
+        base = max((start for start in self.memory if start <= address), default=-1)
+        if base >= 0 and address + size <= base + len(self.memory[base].bytes):
+            return memoryview(self.memory[base].bytes)[address - base : address - base + size]
+        return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
     def synchronise(self, stream: Stream) -> None:
         self.note("synchronise", stream.handle)
-        while stream.work:
-            stream.work.pop(0)()
+        stream.run(len(stream.jobs))
+        self.clock = max(self.clock, stream.time)
 
     def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> int:
         self.note("capture", stream.handle)
@@ -130,7 +221,8 @@ class RecordedDriver:
 
     def launch(self, graph: int, stream: Stream) -> None:
         self.note("launch", stream.handle, graph)
-        stream.work.extend(self.graphs[graph])
+        for job in self.graphs[graph]:
+            stream.put(job, self.clock, self.costs["kernels"])
 
     def discard(self, graph: int) -> None:
         self.note("discard", graph)
@@ -152,6 +244,8 @@ class Context:
 
     def set_optimization_profile_async(self, index: int, handle: int) -> bool:
         self.engine.driver.note("profile", index)
+        if self.engine.rejects_profile:  # the binding raises where the C++ call returns false
+            raise RuntimeError("Error in set optimization profile async.")
         self.profile = index
         return True
 
@@ -187,7 +281,37 @@ class Context:
             result = expected(pixels).tobytes()
             target.bytes[: len(result)] = result
 
-        stream.put(compute)
+        stream.put(compute, driver.clock, driver.costs["kernels"])
+        return True
+
+
+class RuntimeCache:
+    """TensorRT-RTX's runtime cache; like it, rejects what another GPU or version has written."""
+
+    def __init__(self) -> None:
+        self.content = b"rtx:"
+
+    def deserialize(self, content: bytes) -> bool:
+        if content.startswith(b"rtx:"):
+            self.content = bytes(content)
+        return content.startswith(b"rtx:")
+
+    def serialize(self) -> bytes:
+        return self.content
+
+
+class RuntimeConfig:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.cuda_graph_strategy, self.dynamic_shapes_kernel_specialization_strategy = "DISABLED", "LAZY"
+        self.cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        self._engine.runtime_caches.append(RuntimeCache())
+        return self._engine.runtime_caches[-1]
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
         return True
 
 
@@ -199,6 +323,8 @@ class Engine:
         self.ranges = settings.get("ranges", [(1, 4, 8)])
         self.needs_scratch = settings.get("needs_scratch", True)
         self.fails = settings.get("fails", "")
+        self.rejects_profile = settings.get("rejects_profile", False)
+        self.runtime_caches: list[RuntimeCache] = []
         self.tensors = settings.get("tensors", ("pixels", "embedding"))
         self.device_memory_size_v2 = 64
         self.contexts: list[Context] = []
@@ -216,8 +342,8 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(batch, *IMAGE) for batch in self.ranges[index]]
 
-    def create_runtime_config(self) -> SimpleNamespace:
-        return SimpleNamespace(cuda_graph_strategy="DISABLED")
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self)
 
     def create_execution_context(self, settings: Any) -> Context:
         self.driver.note("context")
@@ -228,9 +354,7 @@ class Engine:
 class Trt(SimpleNamespace):
     """Double of ``tensorrt`` and ``tensorrt_rtx_bindings``; ``load_error`` is logged for a plan that does not load."""
 
-    def __init__(
-        self, driver: RecordedDriver, version: str = "11.4.0.106", load_error: str = "", **settings: Any
-    ) -> None:
+    def __init__(self, driver: RecordedDriver, version: str = VERSION, load_error: str = "", **settings: Any) -> None:
         class ILogger:
             INTERNAL_ERROR, ERROR = "INTERNAL_ERROR", "ERROR"
 
@@ -258,5 +382,16 @@ class Trt(SimpleNamespace):
             Runtime=Runtime,
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
             CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE_GRAPH_CAPTURE", DISABLED="DISABLED"),
+            DynamicShapesKernelSpecializationStrategy=SimpleNamespace(LAZY="LAZY", EAGER="EAGER"),
             engines=[],
         )
+
+
+def runner(artifact: Artifact, driver: RecordedDriver, graphs: bool = True, **settings: Any) -> EngineRunner:
+    """Open an engine of the doubles."""
+    return EngineRunner(artifact, Trt(driver, **settings), driver, graphs)
+
+
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    """Return (count, 3, 4, 4) random images."""
+    return np.random.default_rng(seed).normal(size=(count, *IMAGE)).astype(np.float32)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import builtins
-import json
 import sys
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from export.int8 import export_int8
 from export.qdq import quantised_nodes
 from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.build import build_engine, build_plan
-from export.tensorrt.inspector import summarise_inspection
+from export.tensorrt.compatibility import rebuild_command
 from export.to_onnx import export_onnx, load_onnx
 from vpr.artifacts.store import load_artifact
+from vpr.cli import read_config
 from vpr.common.errors import UserError
 
 CONFIG = EngineConfig(onnx="", output="", target="sm86")
@@ -34,7 +34,8 @@ def test_demo_graphs_build_without_a_gpu(
     card = load_artifact(build_engine(EngineConfig(onnx=str(graph), output=str(tmp_path / "engine")))).card
     metrics = card.metrics
     assert metrics["precision"] == precision
-    assert metrics["targets"] == ["sm80", "sm86", "sm89", "sm120"]
+    assert metrics["targets"] == ["sm86", "sm89", "sm120"]
+    assert "profiles" not in metrics
     assert metrics["builder"].startswith("tensorrt-rtx 1.")
     assert metrics["profile"] == [1, 8, 32]
     assert metrics["size_bytes"] == card.files["engine.plan"].size > 10_000
@@ -52,6 +53,40 @@ def test_opset_20_builds(each_student: Path, tmp_path: Path) -> None:
     plan, layers = build_plan(import_tensorrt("tensorrt-rtx"), "tensorrt-rtx", graph, CONFIG)
     assert len(plan) > 10_000
     assert "SOFTMAX" in layers["layers"]
+
+
+def test_benchmarked_batch_gets_a_profile_of_its_own(fp32: Path, tmp_path: Path) -> None:
+    config = EngineConfig(str(fp32), str(tmp_path / "engine"), "tensorrt-rtx", "sm86", 1, 8, 16, batches=(1, 32))
+    card = load_artifact(build_engine(config)).card
+    assert card.metrics["profile"] == [1, 8, 16]
+    assert card.metrics["profiles"] == [[1, 8, 16], [1, 1, 1], [32, 32, 32]]
+    assert card.config["batches"] == [1, 32]
+    artifact = load_artifact(tmp_path / "engine")
+    assert "--max-batch 16 --batches 1 32" in rebuild_command(artifact)
+
+
+def test_engine_of_an_older_version_stays_up_to_date(fp32: Path, tmp_path: Path) -> None:
+    """Its card has the former option and no batches, as the values of a new one."""
+    config = EngineConfig(str(fp32), str(tmp_path / "engine"), "tensorrt-rtx", "sm86")
+    card = load_artifact(build_engine(config)).card
+    assert card.config["weight_stripped"] is False
+    assert "batches" not in card.config
+    built = (tmp_path / "engine" / "card.json").stat().st_mtime_ns
+    build_engine(config)
+    assert (tmp_path / "engine" / "card.json").stat().st_mtime_ns == built
+
+
+def test_target_outside_the_support_matrix_is_a_warning(
+    fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_engine(EngineConfig(str(fp32), str(tmp_path / "engine"), "tensorrt-rtx", "sm80,sm86"))
+    assert "warning: engine: TensorRT-RTX builds for sm80, but its support matrix" in capsys.readouterr().err
+
+
+def test_engine_without_weights_cannot_be_requested() -> None:
+    """No runner of the toolkit could use it."""
+    with pytest.raises(UserError, match="--weight-stripped: unknown option"):
+        read_config(EngineConfig, "export engine", ["--onnx", "a", "--output", "b", "--weight-stripped"])
 
 
 def test_unknown_operator_is_named(graph: onnx.ModelProto) -> None:
@@ -91,10 +126,12 @@ def test_quantised_int32_biases_are_rejected(graph: onnx.ModelProto) -> None:
         ({"target": ""}, "target: expected .*, got ''"),
         ({"target": "sm86,sm86"}, "target: expected different names .*, got 'sm86,sm86'"),
         ({"max_batch": 4096}, "max <= 1024, got 1, 8, 4096"),
+        ({"batches": (8, 8)}, r"batches: expected different numbers of 1 to 1024, got \[8, 8\]"),
+        ({"batches": (0,)}, r"batches: expected different numbers of 1 to 1024, got \[0\]"),
         ({"optimisation_level": 6}, "optimisation_level: "),
         ({"workspace_mb": 0}, "workspace_mb: "),
         ({"min_batch": 8, "opt_batch": 4}, "expected 1 <= min <= opt <= max <= 1024, got 8, 4, 32"),
-        ({"backend": "tensorrt"}, r"tensorrt: cannot be loaded .*pip install -r requirements-gpu\.txt"),
+        ({"backend": "tensorrt"}, r"tensorrt: cannot be loaded .*pip install -r requirements-gpu\.txt.*docs/gpu\.md"),
     ],
 )
 def test_wrong_value_names_the_key(fp32: Path, changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -132,26 +169,8 @@ def test_options_reach_the_builder(fp32: Path, ranges: Path, tmp_path: Path) -> 
     for options, message in (
         ({"workspace_mb": 1}, "no tactics .* within workspace limit.*Raise or remove --workspace-mb"),
         ({"version_compatible": True}, "the build failed .*Remove --version-compatible"),
-        ({"weight_stripped": True}, "the build failed .*Remove --version-compatible and --weight-stripped"),
         ({"timing_cache": str(tmp_path / "cache")}, "timing_cache: TensorRT-RTX times no kernels"),
     ):
         with pytest.raises(UserError, match=message):
             build_engine(EngineConfig(graph, str(tmp_path / "none"), backend="tensorrt-rtx", **options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["four", "graph", "single"]
-
-
-def test_inspector_layers_are_counted() -> None:
-    """Input as in TensorRT's documentation of ``IEngineInspector``."""
-    report = {
-        "Layers": [
-            {"Name": "conv", "LayerType": "CaskConvolution", "Outputs": [{"Format/Datatype": "Half"}]},
-            {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Outputs": [{"Format/Datatype": "Half"}]},
-            {"Name": "_gemm_mha_v2_myl0_9", "LayerType": "kgen", "Outputs": [{"Format/Datatype": "Int8"}]},
-            "a layer of little verbosity",
-        ]
-    }
-    assert summarise_inspection(json.dumps(report)) == {
-        "layers": {"CaskConvolution": 1, "Myelin": 1, "kgen": 1},
-        "formats": {"Half": 2, "Int8": 1},
-        "fused_attention": 1,
-    }

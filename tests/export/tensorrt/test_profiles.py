@@ -32,3 +32,6 @@ def test_profile_with_least_padding_is_picked() -> None:
     assert pick_profile(7, [small, large]) == small
     assert pick_profile(8, [Profile(0, 1, 1, 8), Profile(1, 4, 9, 64)]).index == 1
     assert pick_profile(9, [small, large]) == large
+    own = Profile(2, 8, 8, 8)
+    assert pick_profile(8, [Profile(0, 1, 8, 32), own]) == own
+    assert pick_profile(7, [Profile(0, 1, 8, 32), own]).index == 0

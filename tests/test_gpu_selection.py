@@ -1,0 +1,50 @@
+"""``pytest -m gpu`` on a machine without a GPU, and without most packages: everything is skipped, with the reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.figures import ROOT
+
+# Packages that a machine for a short check may lack.
+MISSING = ("hypothesis", "onnx", "faiss", "onnxruntime", "openvino", "matplotlib", "lightning", "jsonargparse")
+
+
+def run_gpu_tests(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-rs",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_gpu_tests_are_skipped_with_the_reason() -> None:
+    run = run_gpu_tests("tests/benchmarks", "tests/export/tensorrt")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "needs an NVIDIA GPU; this machine" in run.stdout
+    assert "failed" not in run.stdout
+    assert "error" not in run.stdout
+
+
+def test_missing_packages_are_reasons_too(tmp_path: Path) -> None:
+    """``sitecustomize`` hides the packages from every import of the process."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nfor name in {MISSING}:\n    sys.modules[name] = None\n", encoding="utf-8"
+    )
+    run = run_gpu_tests("tests", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" in run.stdout
+    assert "error" not in run.stdout.lower().replace("modulenotfounderror", "")
