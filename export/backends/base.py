@@ -16,7 +16,7 @@ from vpr.retrieval.embeddings import Forward
 INSTALL = "Run `pip install -r requirements.txt`."
 
 
-class BackendUnavailable(Exception):
+class BackendUnavailable(UserError):
     """This backend cannot run here. The message says why and how to fix it."""
 
 

@@ -11,6 +11,7 @@ from vpr.inference.onnx_session import (
     RTX_WHEEL,
     TENSORRT,
     TENSORRT_RTX,
+    ProviderMissing,
     missing_tensorrt_library,
     rtx_devices,
     runs_tensorrt_rtx,
@@ -59,8 +60,10 @@ class OnnxRuntimeBackend:
         graph = load_graph(artifact)
         try:
             session = GraphSession(graph, threads, self.provider)
-        except UserError as error:
+        except ProviderMissing as error:
             raise base.BackendUnavailable(str(error)) from None
+        except UserError as error:
+            raise base.BackendUnavailable(f"{artifact.path}: {error}") from None
         return base.name_artifact_in_errors(artifact, session.embed)
 
 

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.backends.base import INSTALL, graph_precision, import_or_explain, name_artifact_in_errors
+from export.backends.base import (
+    INSTALL,
+    BackendUnavailable,
+    graph_precision,
+    import_or_explain,
+    name_artifact_in_errors,
+)
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
+from vpr.common.errors import UserError
 from vpr.common.hardware import lacks_vnni
 from vpr.common.log import get_logger
 from vpr.common.telemetry import disable_telemetry
@@ -52,7 +59,13 @@ class OpenVinoBackend:
         from vpr.inference.onnx_graph import load_graph
 
         with reraise_as_artifact_error(artifact):
-            return name_artifact_in_errors(artifact, openvino_forward(load_graph(artifact), threads))
+            graph = load_graph(artifact)
+        try:
+            with reraise_as_artifact_error(artifact):
+                forward = openvino_forward(graph, threads)
+        except UserError as error:  # the graph is valid, so another backend may run it
+            raise BackendUnavailable(str(error)) from None
+        return name_artifact_in_errors(artifact, forward)
 
 
 def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward:

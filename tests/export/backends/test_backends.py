@@ -210,8 +210,12 @@ def test_graph_that_a_provider_rejects_is_a_reason(
         raise RuntimeError("NOT_IMPLEMENTED : Could not find an implementation for QuantizeLinear(23)")
 
     monkeypatch.setattr("vpr.inference.onnx_graph.open_session", refuse)
-    with pytest.raises(BackendUnavailable, match="QuantizeLinear"):
+    with pytest.raises(BackendUnavailable, match=r"fp32: onnxruntime: cannot run the graph \(.*QuantizeLinear"):
         model.open(1)
+    (on_cpu,) = models_of(fp32, ["openvino"])
+    monkeypatch.setattr("openvino.Core", refuse)
+    with pytest.raises(BackendUnavailable, match=r"fp32: .*openvino: cannot run the graph \(.*QuantizeLinear"):
+        on_cpu.open(1)
     (fp32 / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"model\.onnx"):
         models_of(fp32, ["onnxruntime-cuda"])
