@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from experiments.figures import Figure, Row
 from experiments.gpu_check.driver import check_driver
 from experiments.gpu_check.latency import COMMAND, Skipped, Variant, torch_latencies
@@ -115,7 +117,7 @@ def measure_runtime(backend: str, is_rehearsal: bool) -> Iterator[Results]:
                 began = time.perf_counter()
                 forward(x)
                 times.append(1000 * (time.perf_counter() - began))
-            p50 = summarise(times)["p50"]
+            p50 = summarise(np.array(times))["p50"]
             row[f"ms, batch {batch}"] = f"{p50:.3f}"
             figure = Figure(f"{preset} student, {backend} fp16, batch {batch}", p50, "ms", None, "<=", COMMAND)
             yield [figure], {f"gpu-check-{backend}": [dict(row)]}

@@ -24,7 +24,22 @@ class Wheel:
     size: int
 
 
-WHEELS = (Wheel("open_clip_torch", "3.3.0", 0),)
+WHEELS = (
+    Wheel("annotated_types", "0.8.0", 13_427),
+    Wheel("docstring_parser", "0.18.0", 22_484),
+    Wheel("einops", "0.8.2", 65_638),
+    Wheel("ftfy", "6.3.1", 44_821),
+    Wheel("jsonargparse", "4.53.0", 177_603),
+    Wheel("open_clip_torch", "3.3.0", 1_547_268),
+    Wheel("pydantic", "2.14.3", 494_071),
+    Wheel("pydantic_core", "2.50.4", 2_261_727),
+    Wheel("timm", "1.0.31", 2_798_714),
+    Wheel("typeshed_client", "2.15.0", 808_045),
+    Wheel("typing_extensions", "4.16.0", 45_571),
+    Wheel("typing_inspection", "0.4.5", 14_874),
+    Wheel("vit-pytorch", "1.26.11", 228_130),
+    Wheel("wcwidth", "0.9.4", 785_946),
+)
 
 
 def wheel_rows() -> list[Row]:

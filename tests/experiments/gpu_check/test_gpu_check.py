@@ -56,16 +56,16 @@ def skip(is_rehearsal: bool) -> Iterator[Any]:
 
 def test_parts_are_independent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works = {"fails": fail, "crashes": crash, "lacks": skip, "measures": measure, "hangs": partial(hang, tmp_path)}
-    parts = [Part(name, 6 if name == "hangs" else 60, work) for name, work in works.items()]
+    parts = [Part(name, 10 if name == "hangs" else 600, work) for name, work in works.items()]
     monkeypatch.setattr(runner, "PARTS", tuple(parts))
     kept: list[Any] = []
-    outcomes = runner.run_parts((), 300, True, lambda *result: kept.append(result))
+    outcomes = runner.run_parts((), 6000, True, lambda *result: kept.append(result))
     by_name = {row["part"]: row["outcome"] for row in outcomes}
     assert by_name["fails"] == "failed: ValueError: a bug"
     assert by_name["crashes"] == "failed: its process ended with exit code -11, 1 results kept"
     assert by_name["lacks"] == "skipped: no package"
     assert by_name["measures"] == "measured, 1 results"
-    assert by_name["hangs"] == "stopped after 6 s, 1 results kept"
+    assert by_name["hangs"] == "stopped after 10 s, 1 results kept"
     assert runner._reason_to_skip(parts[0], 3, True) == "no time is left"
     assert [result for result in kept if result[0]] == [RESULT] * 3
     child = int((tmp_path / "child").read_text())
