@@ -16,9 +16,12 @@ TOPIC ?= demo
 PARTS ?=
 # Processes of make test; each needs 3 GB of memory.
 PROCESSES ?= 2
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# Flags of make gpu-check, such as CHECK=--rehearse.
+CHECK ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-full test test-all test-gpu reliability check lint figures docs lock audit licences scale fuzzer photos-weights \
+.PHONY: help demo demo-full test test-all test-gpu gpu-check reliability check lint figures docs lock audit licences scale fuzzer photos-weights \
 	other-quantisers other-metrics other-toolkits clean
 
 help: ## list the targets
@@ -39,6 +42,11 @@ test-all: $(DEV_STAMP) $(FUZZ_STAMP) ## run all tests that need no GPU, for hour
 
 test-gpu: $(DEV_STAMP) $(GPU_STAMP) ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu -rs
+
+# Runs without .venv too: a GPU may be available on a machine that has PyTorch but no network. Wheels in .wheels are used.
+gpu-check: ## measure this machine's GPU within nine minutes, see docs/gpu.md
+	@test ! -d .wheels || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .wheels/site .wheels/*.whl
+	@PYTHONPATH=.wheels/site:. $(GPU_PYTHON) -m experiments.gpu_check $(CHECK)
 
 reliability: $(DEV_STAMP) $(FUZZ_STAMP) ## run the long fuzzing, fault, load, offline and soak tests
 	@$(BIN)/python -m pytest -m reliability

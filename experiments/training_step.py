@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.command import check_minimums
 from experiments.figures import Figure, Row, record
-from vpr.common.errors import UserError
+from vpr.common.errors import UserError, is_out_of_memory
 from vpr.common.flags import to_flags
 from vpr.common.log import get_logger
 from vpr.training.config import RunConfig
@@ -70,14 +70,11 @@ class Step(ABC):
             for number in range(2):
                 self(number)
             fit = True
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             fit = False
-        # Activations can be freed only here, where the error no longer holds their frames.
-        self.optimizer.zero_grad()
-        self.set_batch(1)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.free()
         return fit
 
     def seconds(self, batch: int, steps: int, warmup: int, description: str) -> float:
@@ -94,11 +91,39 @@ class Step(ABC):
         """
         try:
             self.set_batch(batch)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             return time_steps(self, steps, warmup, self.device.type)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(
                 f"batch: {batch} images {description} do not fit into memory. Choose a smaller --batch."
             ) from None
+
+    def time_largest(self, max_batch: int, steps: int, warmup: int, description: str) -> tuple[int, float]:
+        """Return the largest batch that fits, and the median seconds of its step, see :meth:`seconds`.
+
+        Memory may be more fragmented in the timed steps than in those of the search. Then a batch an eighth smaller is
+        timed.
+        """
+        batch = largest_batch(self.fits, max_batch)
+        while True:
+            try:
+                return batch, self.seconds(batch, steps, warmup, description)
+            except UserError:
+                if batch == 1:
+                    raise
+            self.free()
+            batch -= max(1, batch // 8)
+
+    def free(self) -> None:
+        """Free the memory of a failed step, once its error does not hold the frames any more."""
+        self.optimizer.zero_grad()
+        self.set_batch(1)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def check_step(config: Any, minimums: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from student.config import LABEL_LOSSES, LossConfig
 from student.model import Student, build_vit
 from teacher.head import MarginHead
 from vpr.common.errors import UserError
+from vpr.common.transfer import to_device
 from vpr.data.catalog import Catalog
 from vpr.data.readers import UNLABELLED
 
@@ -67,7 +68,7 @@ class DistillationLoss(nn.Module):
             student: (batch, student dim) embeddings.
             teacher: (batch, dim) embeddings of the same views. None computes the losses of labels only.
             bank: (size, dim) teacher embeddings. Only ``similarity_kl`` needs them.
-            rows: (batch,) rows of the training catalogue.
+            rows: (batch,) rows of the training catalogue, on the CPU.
             progress: Completed share of the training, 0 to 1.
             epoch: Epoch from 0.
         """
@@ -82,10 +83,11 @@ class DistillationLoss(nn.Module):
         return torch.stack([self.config.weights()[name] * value for name, value in named.items()]).sum()
 
     def _margin_loss(self, head: MarginHead, student: Tensor, rows: Tensor, progress: float, epoch: int) -> Tensor:
-        labels = self.labels.by_row[rows.cpu()].to(student.device)
-        known = labels >= 0
-        if known.any():
-            return head(student[known], labels[known], progress, epoch)
+        labels = self.labels.by_row[rows]
+        known = torch.nonzero(labels >= 0)[:, 0]
+        if len(known):
+            chosen = to_device(known, student.device)
+            return head(student[chosen], to_device(labels[known], student.device), progress, epoch)
         return 0.0 * head.weight.sum()  # DDP needs the head in the graph of every step.
 
     def _teacher_losses(self, student: Tensor, teacher: Tensor, bank: Tensor | None) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from vpr.artifacts.writer import ArtifactWriter, check_output
 from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import ImageDataset, training_loader, validation_loader
+from vpr.data.loaders import ImageDataset, open_caches, training_loader, validation_loader
 from vpr.data.seen import Use, read_seen, record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.model_size import count_multiply_adds, count_parameters
@@ -81,6 +81,7 @@ def distill(config: DistillConfig) -> Path | None:
         log.info(f"  the new head begins with {first}{aim}")
     seconds = time.monotonic() - start
     with run_lock(folder):
+        open_caches([loader.dataset for loader in loaders], folder, config.loader)  # type: ignore[misc]
         result = fit(module, loaders, student, folder, config.epochs, config.run)
         if is_first():
             with stage.write() as draft:

@@ -12,6 +12,7 @@ from student.criterion import DistillationLoss
 from student.model import Student
 from student.network_stem import NetworkStem
 from student.targets import Mixup, Targets
+from vpr.common.transfer import to_device
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.preprocess import Preprocess
@@ -57,7 +58,7 @@ class StudentModule(RecallModule):
         config, epoch, rows = self.config, self.current_epoch, batch["rows"]
         self.seed_step(config.seed, epoch, number)
         view = epoch if self.targets is None else self.targets.choose_view(epoch)
-        parameters = draw_views(config.views, config.view_seed, rows.cpu(), torch.full_like(rows.cpu(), view))
+        parameters = draw_views(config.views, config.view_seed, rows, torch.full_like(rows, view))
         mixup = Mixup(config.targets.mixup, len(rows)) if config.targets.mixup else None
         pixels = apply_views(batch["pixels"], parameters, self.image_size)
         x = self.normalise(pixels if mixup is None else mixup(pixels))
@@ -65,13 +66,12 @@ class StudentModule(RecallModule):
         if self.targets is not None:
             teacher, bank = self.targets.targets_for(batch, parameters, epoch, mixup)
         if self.criterion.logits is not None:
-            labels = self.criterion.labels.by_row[rows.cpu()].to(x.device)
+            labels = to_device(self.criterion.labels.by_row[rows], x.device)
             losses = {"logits": self.criterion.logits(x, labels, teacher)}
         else:
             progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
             losses = self.criterion(self.student(x), teacher, bank, rows, progress, epoch)
-        is_distributed = self.trainer.world_size > 1
-        self.log_dict(losses, on_step=True, on_epoch=True, batch_size=len(rows), sync_dist=is_distributed)
+        self.log_losses(losses, len(rows))
         loss = self.criterion.total(losses)
         self.check_finite(loss, number)
         return self.rescale_for_accumulation(loss, number)
@@ -82,7 +82,7 @@ class StudentModule(RecallModule):
         groups = []
         for factor, parameters in group_by_rate(self.student, self.criterion, config.layer_decay).items():
             groups += decay_groups(parameters, factor * config.lr, config.weight_decay)
-        return self.with_warmup_cosine(torch.optim.AdamW(groups), config.warmup)
+        return self.with_warmup_cosine(self.build_optimizer(torch.optim.AdamW, groups), config.warmup)
 
 
 def group_by_rate(student: Student, criterion: nn.Module, layer_decay: float) -> dict[float, list[nn.Parameter]]:

@@ -13,6 +13,7 @@ from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import check_output
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
+from vpr.data.loaders import decoding_workers
 
 _DEFAULT_DIM = 256
 
@@ -41,7 +42,7 @@ def plan_fusion(config: DistillConfig, catalog: Catalog, images: int) -> tuple[F
         embedding_dim=dim,
         images=config.dimension.images,
         steps=config.dimension.steps,
-        threads=config.loader.workers,
+        threads=decoding_workers(config.loader.workers),
         seed=config.seed,
     )
     if dim < width:  # n images give n - 1 directions around their mean

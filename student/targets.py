@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from student.config import TargetsConfig
 from student.teacher_cache import TeacherCache, embed_pixels
 from vpr.common.distributed import all_gather_cat
+from vpr.common.transfer import to_device
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import ImageDataset, Normalise
+from vpr.data.pixel_cache import CacheSpace, PixelCache
 from vpr.imaging.augment import apply_views
 from vpr.imaging.config import ViewConfig
 from vpr.imaging.preprocess import Preprocess
@@ -55,7 +57,7 @@ class CachedTargets(nn.Module):
     ) -> Tensor:
         """Return the (batch, d) embeddings of the views."""
         vectors = torch.from_numpy(self.cache.lookup(batch["rows"].cpu().numpy(), self.choose_view(epoch)))
-        return self._project(F.normalize(vectors.to(self.bank.device), dim=1))
+        return self._project(F.normalize(to_device(vectors, self.bank.device), dim=1))
 
     def _project(self, vectors: Tensor) -> Tensor:
         return vectors if self.projection is None else project(vectors, self.projection)
@@ -80,14 +82,16 @@ class OnlineTargets(nn.Module):
         self.normalise, self.image_size = Normalise(preprocess), preprocess.size
         self.register_buffer("projection", projection, persistent=False)
         self.register_buffer("queue", torch.zeros(config.bank, dim))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))  # for checkpoints
+        self._filled = 0  # the same number on the CPU
 
     def choose_view(self, epoch: int) -> int:
         """Return a new view for every epoch."""
         return epoch
 
     def start_epoch(self, epoch: int, device: torch.device) -> None:
-        """Move the teacher to the student's device."""
+        """Move the teacher to the student's device, and read the size of a queue from a checkpoint."""
+        self._filled = int(self.filled)
         self._teacher[0].to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def targets_for(
@@ -96,7 +100,7 @@ class OnlineTargets(nn.Module):
         """Return the (batch, d) embeddings of the views, and the bank: these and earlier ones."""
         vectors = self.embed_views(batch, parameters, epoch, mixup)
         self._enqueue(all_gather_cat(vectors))
-        return vectors, self.queue[: int(self.filled)]
+        return vectors, self.queue[: self._filled]
 
     def embed_views(
         self, batch: dict[str, Tensor], parameters: Tensor, epoch: int, mixup: Mixup | None = None
@@ -109,7 +113,8 @@ class OnlineTargets(nn.Module):
     def _enqueue(self, vectors: Tensor) -> None:
         """Put vectors at the front of the queue and drop the oldest."""
         self.queue = torch.cat([vectors, self.queue])[: len(self.queue)]
-        self.filled = torch.clamp(self.filled + len(vectors), max=len(self.queue))
+        self._filled = min(self._filled + len(vectors), len(self.queue))
+        self.filled.fill_(self._filled)
 
 
 Targets = CachedTargets | OnlineTargets
@@ -126,7 +131,7 @@ class Mixup:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Map (batch, 3, size, size) float pixels to the same shape."""
-        return self.share * pixels + (1 - self.share) * pixels[self.partner.to(pixels.device)]
+        return self.share * pixels + (1 - self.share) * pixels[to_device(self.partner, pixels.device)]
 
 
 class TwoSizeDataset(ImageDataset):
@@ -143,6 +148,17 @@ class TwoSizeDataset(ImageDataset):
         super().__init__(catalog, student, keep_in_memory, views)
         is_same_size = teacher.size == student.size
         self.teacher_images = None if is_same_size else ImageDataset(catalog, teacher, keep_in_memory, views)
+
+    def use_cache(self, space: CacheSpace) -> None:
+        """Store the images of both sizes on disk."""
+        super().use_cache(space)
+        if self.teacher_images is not None:
+            self.teacher_images.use_cache(space)
+
+    @property
+    def caches(self) -> list[PixelCache]:
+        """Caches on disk, of both sizes."""
+        return super().caches + ([] if self.teacher_images is None else self.teacher_images.caches)
 
     def __getitems__(self, rows: list[int]) -> dict[str, Any]:
         """Return a batch, with ``teacher_pixels`` if the sizes differ."""

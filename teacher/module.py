@@ -19,6 +19,7 @@ from teacher.schedule import rate_factor
 from teacher.tower_config import LoraConfig
 from teacher.weights import load_tower_weights
 from vpr.common.distributed import rank_and_world
+from vpr.common.transfer import to_device
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler
 from vpr.imaging.augment import apply_views, draw_views
@@ -28,8 +29,6 @@ from vpr.training.loop import RecallModule, decay_groups
 
 class TeacherModule(RecallModule):
     """Teacher, training head and losses during one stage; batches carry the row numbers of ``train``."""
-
-    labels: Tensor
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class TeacherModule(RecallModule):
         self.scheduled = scheduled
         self.teacher = teacher
         products, labels, counts = np.unique(train.products, return_inverse=True, return_counts=True)
-        self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
+        self.labels = torch.from_numpy(labels)  # on the CPU, as the rows of a batch
         self.head = TrainingHead(teacher.embedding_dim, torch.from_numpy(counts), scheduled.losses)
         self.trainable = freeze_except(teacher, scheduled.stage.train, scheduled.stage.last_blocks)
         self.head.requires_grad_(scheduled.stage.trains_classes)
@@ -119,13 +118,12 @@ class TeacherModule(RecallModule):
         embeddings = self.teacher(self.normalise(apply_views(batch["pixels"], views, self.image_size)))
         steps_per_epoch = self.trainer.estimated_stepping_batches / scheduled.stage.epochs
         progress = (scheduled.before + self.global_step / steps_per_epoch) / scheduled.total
-        labels = self.labels[batch["rows"]]
+        labels = to_device(self.labels[batch["rows"]], embeddings.device)
         if self._hard_negatives is not None:
             self._hard_negatives.add(embeddings.detach(), labels)
         losses = self.head(embeddings, labels, progress, epoch)
         loss = self.head.total(losses)
-        named = {"loss": loss, **(losses if len(losses) > 1 else {})}
-        self.log_dict(named, on_step=True, on_epoch=True, batch_size=size, sync_dist=world > 1)
+        self.log_losses({"loss": loss, **(losses if len(losses) > 1 else {})}, size)
         self.check_finite(loss, batch_index)
         return self.rescale_for_accumulation(loss, batch_index)
 
@@ -156,8 +154,8 @@ class TeacherModule(RecallModule):
             groups += decay_groups(added, stage.lr_head, stage.weight_decay, stage.decay_vectors)
         if stage.optimizer == "sgd":
             momentum = stage.momentum
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0)
+            optimizer = self.build_optimizer(torch.optim.SGD, groups, momentum=momentum, nesterov=momentum > 0)
         else:
-            optimizer = torch.optim.AdamW(groups)
+            optimizer = self.build_optimizer(torch.optim.AdamW, groups)
         steps = int(self.trainer.estimated_stepping_batches)
         return self.with_schedule(optimizer, partial(rate_factor, stage=stage, steps=steps))

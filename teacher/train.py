@@ -23,7 +23,7 @@ from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
-from vpr.data.loaders import ImageDataset, training_loader, validation_loader
+from vpr.data.loaders import ImageDataset, open_caches, training_loader, validation_loader
 from vpr.data.seen import count_seen, hash_catalog, read_seen, record_seen
 from vpr.data.splits import find_leaks
 from vpr.imaging.preprocess import Preprocess
@@ -152,6 +152,7 @@ def _run_stages(
             keep = config.loader.keep_in_memory
             views = [other.views for other in config.schedule()]
             datasets = ImageDataset(training, preprocess, keep, views), ImageDataset(validation, preprocess, keep)
+            open_caches(datasets, folder, config.loader)
         loader = stage.loader(config.loader)
         train_loader = training_loader(datasets[0], loader, config.seed + number - 1, *rank_and_world())
         module.mine_hard_negatives(config.mining, train_loader.sampler)

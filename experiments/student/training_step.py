@@ -23,7 +23,6 @@ from experiments.training_step import (
     check_step,
     count_flops,
     keep_figures,
-    largest_batch,
     matmul_rate,
     matmul_shapes,
     require_gpu,
@@ -145,8 +144,11 @@ def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, lis
         step = StudentStep(mode, config)
         peak_flops = max(matmul_rate(shape, config.device) for shape in matmul_shapes(step.student, config.device))
         flops = needed_flops(config, step)
-        batch = config.batch or largest_batch(step.fits, config.max_batch)
-        seconds = step.seconds(batch, config.steps, config.warmup, f"({mode})")
+        timed = config.steps, config.warmup, f"({mode})"
+        if config.batch:
+            batch, seconds = config.batch, step.seconds(config.batch, *timed)
+        else:
+            batch, seconds = step.time_largest(config.max_batch, *timed)
         utilisation = batch / seconds * flops / peak_flops
         rows.append(
             {

@@ -60,7 +60,7 @@ def delivery_rate(training: Catalog, preprocess: Preprocess, config: LoaderConfi
     """Return images per second of the training loader's workers, decoded from files."""
     loader = training_loader(ImageDataset(training, preprocess, views=[ViewConfig()]), config, 0)
     batches = _endless(loader)
-    for _ in range(2 * max(1, config.workers)):  # use up the batches prefetched during the start
+    for _ in range(2 * max(1, loader.num_workers)):  # use up the batches prefetched during the start
         next(batches)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

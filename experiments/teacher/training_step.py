@@ -42,8 +42,12 @@ from vpr.imaging.config import ViewConfig
 
 log = get_logger(__name__)
 
-Mode = Literal["head", "full"]
-_LABELS: dict[Mode, str] = {"head": "head-only step", "full": "full step with gradient checkpointing"}
+Mode = Literal["head", "full", "checkpointed"]
+_LABELS: dict[Mode, str] = {
+    "head": "head-only step",
+    "full": "full step",
+    "checkpointed": "full step with gradient checkpointing",
+}
 _IMAGES_PER_CLASS = 15  # sets the size of the margin, not its cost
 
 
@@ -54,7 +58,8 @@ class TeacherStepConfig:
     Attributes:
         tower: open_clip model, or JSON file or name as in ``vpr teacher train``.
         classes: Number of classes of the margin head.
-        modes: ``head`` trains the class directions only, ``full`` everything.
+        modes: ``head`` trains the class directions only, ``full`` everything, ``checkpointed`` too, with activations
+            that are computed again for the gradient: at most 75 % of the operations then count.
         batch: Images per step; 0 finds the largest batch that fits (GPU only).
         max_batch: Largest batch to try.
         steps: Number of timed steps.
@@ -66,7 +71,7 @@ class TeacherStepConfig:
 
     tower: str = "ViT-H-14"
     classes: int = 10300
-    modes: tuple[Mode, ...] = ("head", "full")
+    modes: tuple[Mode, ...] = ("head", "full", "checkpointed")
     batch: int = 0
     max_batch: int = 4096
     steps: int = 20
@@ -121,8 +126,7 @@ class TeacherStep(Step):
     """
 
     def __init__(self, mode: Mode, config: TeacherStepConfig) -> None:
-        # A frozen tower stores no activations, so checkpointing would only slow it down.
-        tower = TowerConfig(config.tower, "", gradient_checkpointing=mode == "full")
+        tower = TowerConfig(config.tower, "", gradient_checkpointing=mode == "checkpointed")
         self.teacher, self.preprocess = build_teacher(tower, read_tower(config.tower), False, config.device)
         counts = torch.full((config.classes,), _IMAGES_PER_CLASS)
         self.head = MarginHead(self.teacher.embedding_dim, counts, HeadConfig()).to(config.device)
@@ -157,7 +161,7 @@ def step_flops(tower: int, head: int, mode: Mode) -> int:
         head: FLOPs of the class directions' forward pass.
         mode: Trained part.
     """
-    return 3 * head + (3 * tower if mode == "full" else tower)
+    return 3 * head + (tower if mode == "head" else 3 * tower)
 
 
 def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured:
@@ -167,14 +171,15 @@ def measure(mode: Mode, config: TeacherStepConfig, tower_flops: int) -> Measured
         UserError: The batch does not fit.
     """
     step = TeacherStep(mode, config)
-    batch = config.batch or largest_batch(step.fits, config.max_batch)
     head_flops = 2 * config.classes * step.teacher.embedding_dim
+    batch, gpu, timed = config.batch, config.device == "cuda", f"of {config.tower} ({mode})"
     if config.compile:
+        batch = batch or largest_batch(step.fits, config.max_batch)
         step.teacher.compile(dynamic=False)
-    gpu = config.device == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = step.seconds(batch, config.steps, config.warmup, f"of {config.tower} ({mode})")
+    if batch:
+        seconds = step.seconds(batch, config.steps, config.warmup, timed)
+    else:
+        batch, seconds = step.time_largest(config.max_batch, config.steps, config.warmup, timed)
     peak = torch.cuda.max_memory_allocated() if gpu else None
     return Measured(mode, batch, seconds, step_flops(tower_flops, head_flops, mode), peak)
 

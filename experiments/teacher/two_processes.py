@@ -1,4 +1,4 @@
-"""Compare a training in several processes with a single process: losses step by step."""
+"""Compare a training in several processes with a single process: losses epoch by epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DistributedRun:
 
     Attributes:
         artifact: Artifact of the training.
-        losses: Loss of the global batch by step.
+        losses: Mean loss of an epoch over all processes, by its last step.
     """
 
     artifact: Artifact
@@ -28,7 +28,7 @@ class DistributedRun:
 
 
 # Log of the first stage, and its column.
-_LOGS = {"teacher train": ("metrics-stage-1.csv", "loss_step"), "student distill": ("metrics.csv", "cosine_step")}
+_LOGS = {"teacher train": ("metrics-stage-1.csv", "loss_epoch"), "student distill": ("metrics.csv", "cosine_epoch")}
 
 
 def train_spread(
@@ -68,7 +68,7 @@ def train_spread(
     return DistributedRun(artifact, read_losses(artifact.file(log), column))
 
 
-def read_losses(log: Path, column: str = "loss_step") -> dict[int, float]:
-    """Return the loss by step from a training's CSV log."""
+def read_losses(log: Path, column: str = "loss_epoch") -> dict[int, float]:
+    """Return the losses of a column by step from a training's CSV log."""
     with log.open(newline="", encoding="utf-8") as stream:
         return {int(row["step"]): float(row[column]) for row in csv.DictReader(stream) if row.get(column)}

@@ -22,6 +22,8 @@ _PATHS: dict[str, frozenset[str]] = {
     "teacher": frozenset({"teacher"}),
     "unlabelled": frozenset({"unlabelled"}),
 }
+# Keys of a loader that decide how fast images arrive, not which.
+_SPEED_KEYS = ("workers", "cache_gb")
 # Sources of a catalogue, whose tables are identified by their checksums in `tables`.
 _SOURCES = ("products10k", "aicrowd", "csv")
 
@@ -42,6 +44,11 @@ def identity(config: Mapping[str, Any], parents: Sequence[Parent]) -> dict[str, 
         _mask(values.get("quantise"), "ranges")
     _mask_start(values, "start" in roles)
     values.pop("cache", None)  # place of the cached embeddings of a teacher
+    if isinstance(loader := values.get("loader"), dict):
+        for key in _SPEED_KEYS:
+            loader.pop(key, None)
+    if values.get("recipe") == "fused":  # its threads follow the loader
+        values.pop("threads", None)
     for key in ("root", "image_root"):  # the rows of a catalogue are compared, or its tables
         _mask(values, key)
     if isinstance(tables := values.get("tables"), dict):

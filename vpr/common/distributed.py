@@ -78,12 +78,20 @@ def trainer_options(strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def shard(module: nn.Module, mesh: Any) -> None:
-    """Shard a module's parameters over a mesh: each large block separately, all others together."""
-    from torch.distributed.fsdp import fully_shard
+def shard(module: nn.Module, mesh: Any, is_bf16: bool = False) -> None:
+    """Shard a module's parameters over a mesh: each large block separately, all others together.
 
+    With ``is_bf16`` the blocks are gathered in bfloat16, half the bytes, for a forward pass under bf16 autocast. Their
+    matrices are multiplied in bfloat16 anyway; vectors such as the weights of norms are rounded. Inputs of blocks,
+    gradients between processes, stored weights and all parameters outside of the blocks stay float32.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if is_bf16 else MixedPrecisionPolicy()
     for block in _large_blocks(module):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh)
 
 

@@ -16,7 +16,11 @@ _LOST_WORKER = re.compile(
     r"(?:DataLoader worker \(pid[^ ]* [\d, ]+\)|Pin memory thread) (is killed by signal: [\w ]+|exited unexpectedly)"
 )
 _OUT_OF_MEMORY_TYPES = ("MemoryError", "OutOfMemoryError")  # the second is PyTorch's, for GPUs
-_TORCH_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# RuntimeErrors of PyTorch: of its allocator on the CPU, and of CUDA and its libraries, which allocate for themselves.
+_TORCH_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|CUDA error: out of memory|cudaErrorMemoryAllocation"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,12 +92,17 @@ def explain_system_error(error: BaseException | None) -> str | None:
         if lost := _lost_worker(error):
             reason = "it had too little memory, or too little shared memory (in a container: --shm-size)"
             return f"an image-loading worker was lost ({lost}): {reason}. Use fewer workers, {_RERUN}"
-        if type(error).__name__ in _OUT_OF_MEMORY_TYPES or _TORCH_OUT_OF_MEMORY in str(error):
+        if is_out_of_memory(error):
             summary = ". ".join(str(error).split(". ")[:2])
             details = f" ({summary})" if summary else ""
             return f"{OUT_OF_MEMORY}{details}. Lower the batch size or free some memory, {_RERUN}"
         error = error.__cause__ or error.__context__
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a CPU or GPU has too little memory, also one of CUDA's libraries."""
+    return type(error).__name__ in _OUT_OF_MEMORY_TYPES or _TORCH_OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _lost_worker(error: BaseException) -> str | None:

@@ -119,8 +119,10 @@ class LoaderConfig:
 
     Attributes:
         batch_size: Number of images per step and process.
-        workers: Number of decoding processes. 0 decodes in the training process. With ``keep_in_memory`` none start.
-            They use the forkserver start method: scripts need ``if __name__ == "__main__":``.
+        workers: Number of decoding processes. 0 decodes in the training process. ``auto`` is 0 without a GPU, where the
+            training itself needs all processors, and else one for each processor but one, at most 12. With
+            ``keep_in_memory`` none start. The results do not depend on it. Decoding processes use the forkserver start
+            method: scripts need ``if __name__ == "__main__":``.
         keep_in_memory: Decode every image once and keep its pixels, for data sets that fit in memory. A training image
             takes three bytes for each pixel of the side that its views need.
         max_per_product: Largest number of images of a product in an epoch, a new sample each epoch. 0 takes all.
@@ -128,23 +130,33 @@ class LoaderConfig:
         images_per_product: Number of images of a product in a batch (M per class), by repetition if it has fewer. 0
             draws images independently.
         by_category: Fill each batch with products of one category, while the category has enough.
+        cache_gb: Disk space in GB for decoded and resized images, next to the output until the training ends: an
+            image is decoded in its first epoch only. It takes three bytes for each pixel, and images beyond the space
+            are decoded in every epoch. 0 stores none.
     """
 
     batch_size: int = 128
-    workers: int = 0
+    workers: int | Literal["auto"] = "auto"
     keep_in_memory: bool = False
     max_per_product: int = 0
     min_per_product: int = 0
     images_per_product: int = 0
     by_category: bool = False
+    cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         products = {"max_per_product": (0, 1 << 20), "min_per_product": (0, 10_000)}
         products |= {"images_per_product": (0, 10_000)}
-        check_numbers(self, "loader.", batch_size=(1, None), workers=(0, 512), **products)
+        check_numbers(self, "loader.", batch_size=(1, None), cache_gb=(0, 1e6), **products)
+        if self.workers != "auto":
+            check_numbers(self, "loader.", workers=(0, 512))
         if 0 < self.max_per_product < self.min_per_product:
             expected = f"expected at most loader.max_per_product {self.max_per_product}"
             raise UserError(f"loader.min_per_product: {expected}, got {self.min_per_product}.")
         if self.images_per_product and self.batch_size % self.images_per_product:
             expected = f"expected a multiple of loader.images_per_product {self.images_per_product}"
             raise UserError(f"loader.batch_size: {expected}, got {self.batch_size}.")
+
+    def later_keys(self) -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("cache_gb",)

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vpr.common.transfer import constant, to_device
 from vpr.imaging.config import SHARPNESS_MARGIN, ViewConfig
+from vpr.imaging.philox import draw_uniform
 
 # Rec. 601 luma, the greyscale weights of Pillow and torchvision.
 _LUMA = (0.299, 0.587, 0.114)
+_HUE_OFFSETS = (5.0, 3.0, 1.0)  # of red, green and blue, see _shift_hue
 _DRAWS = 20
 _STEPS = 4  # reduced images for each factor of two
 
@@ -24,10 +27,8 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
 
     ``index`` is the (batch,) int64 row of each image in its table, ``view`` the (batch,) int64 number of its view.
     """
-    rows = np.empty((len(index), _DRAWS), dtype=np.float32)
-    for row, (i, v) in enumerate(zip(index.tolist(), view.tolist(), strict=True)):
-        rows[row] = np.random.Generator(np.random.Philox(key=[seed, (i << 24) + v])).random(_DRAWS)
-    u = torch.from_numpy(rows)
+    keys = (index.cpu().numpy() << 24) + view.cpu().numpy()
+    u = torch.from_numpy(draw_uniform(seed, keys.astype(np.uint64), _DRAWS).astype(np.float32))
     s = 2 * u - 1
     low, high = np.log(config.scale[0]), np.log(config.scale[1])
     jitter = torch.where(u[:, 14] < config.jitter, 1.0, 0.0)
@@ -57,7 +58,7 @@ def draw_views(config: ViewConfig, seed: int, index: Tensor, view: Tensor) -> Te
 
 
 def apply_views(pixels: Tensor, parameters: Tensor, size: int) -> Tensor:
-    """Apply (batch, 17) parameters of :func:`draw_views`, on any device, to images.
+    """Apply (batch, 17) parameters of :func:`draw_views` to images. Parameters on the CPU never wait for a GPU.
 
     Maps (batch, 3, side, side) uint8 to (batch, 3, size, size) float32 in 0…255 on the device of ``pixels``. Views are
     sampled bicubically, and as sharp as images of ``size`` pixels if ``side`` is at least
@@ -65,10 +66,10 @@ def apply_views(pixels: Tensor, parameters: Tensor, size: int) -> Tensor:
     """
     # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):
-        # Read before the parameters move, since reading from a GPU waits for it.
+        # Read before the parameters move.
         has_hue, is_black = bool(parameters[:, 14].any()), bool(parameters[:, 16].any())
         sides = _reduced_sides(parameters[:, 1], pixels.shape[-1], size)
-        p = parameters.to(pixels.device)
+        p = to_device(parameters, pixels.device)
         x = _sample(pixels, p, size, "zeros" if is_black else "border", sides)
         return _cutout(_recolour(_shift_hue(x, p[:, 14]) if has_hue else x, p), p)
 
@@ -88,8 +89,9 @@ def _sample(pixels: Tensor, p: Tensor, size: int, padding: str, sides: NDArray[n
     theta = torch.stack(rows, dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
     x = torch.empty(batch, 3, size, size, device=pixels.device)
-    for side in np.unique(sides).tolist():
-        chosen = torch.from_numpy(np.flatnonzero(sides == side)).to(pixels.device)
+    by_side = to_device(torch.from_numpy(np.argsort(sides, kind="stable")), pixels.device)
+    values, counts = np.unique(sides, return_counts=True)
+    for side, chosen in zip(values.tolist(), by_side.split(counts.tolist()), strict=True):
         images = pixels[chosen].float()
         if side < pixels.shape[-1]:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
@@ -100,7 +102,7 @@ def _sample(pixels: Tensor, p: Tensor, size: int, padding: str, sides: NDArray[n
 def _recolour(x: Tensor, p: Tensor) -> Tensor:
     gain = torch.stack([p[:, 9], -(p[:, 9] + p[:, 10]) / 2, p[:, 10]], dim=1) + 1
     x = x * (gain * p[:, 6:7])[:, :, None, None]
-    luma = (x * x.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+    luma = (x * constant(_LUMA, x.device)[:, None, None]).sum(dim=1, keepdim=True)
     x = luma + (x - luma) * p[:, 8, None, None, None]
     mean = luma.mean(dim=(2, 3), keepdim=True)
     return (mean + (x - mean) * p[:, 7, None, None, None]).clamp(0, 255)
@@ -118,7 +120,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == red, (green - blue) / safe, torch.zeros_like(value))
     hue = torch.where((value == green) & (value != red), 2 + (blue - red) / safe, hue)
     hue = torch.where((value == blue) & (value != red) & (value != green), 4 + (red - green) / safe, hue)
-    k = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]) % 6
+    k = (constant(_HUE_OFFSETS, x.device)[:, None, None] + (hue + 6 * shift[:, None, None])[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

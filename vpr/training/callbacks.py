@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vpr.common.distributed import full_state_dict, is_first
 from vpr.common.log import get_logger
 from vpr.data.loaders import EpochSampler
+from vpr.data.pixel_cache import PATTERN
 
 log = get_logger(__name__)
 
@@ -120,8 +121,9 @@ class EpochLogger(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
         """Log mean losses and, after a validation, recall@1."""
-        hidden = ("_step", "_epoch", "_at_5", "map") + (() if self.is_validated else (MONITOR,))
-        metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if not k.endswith(hidden)}
+        hidden = ("_step", "_at_5", "map") + (() if self.is_validated else (MONITOR,))
+        shown = {k.removesuffix("_epoch"): v for k, v in trainer.callback_metrics.items() if not k.endswith(hidden)}
+        metrics = {name: float(value) for name, value in sorted(shown.items())}
         columns = "  ".join(f"{_LOG_LABELS.get(name, name)} {value:.3f}" for name, value in metrics.items())
         log.info(f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {columns}")
         self.is_validated = False
@@ -142,7 +144,7 @@ class RestoreSamplerEpoch(Callback):
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove checkpoints, weights and leftovers of a finished training run; its logs stay.
+    """Remove checkpoints, weights, cached images and leftovers of a finished training run; its logs stay.
 
     The artifact holds the weights. With several processes, only the first removes files.
     """
@@ -151,5 +153,7 @@ def drop_checkpoints(folder: Path) -> None:
     for name in ("last.ckpt", "best.safetensors", "last.partial", ".lock"):
         for path in folder.rglob(name):
             path.unlink(missing_ok=True)
+    for path in folder.rglob(PATTERN):
+        path.unlink(missing_ok=True)
     for path in folder.rglob("best.new"):
         shutil.rmtree(path)

@@ -34,11 +34,16 @@ class Ema(Callback):
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates = trainer.global_step
-        for value, average in self._pairs(module):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
+        pairs = self._pairs(module)
+        for value, average in pairs:
+            if not average.is_floating_point():
                 average.copy_(value)
+        for is_sharded in (False, True):  # a few kernels on a GPU, instead of one for each tensor
+            floats = [pair for pair in pairs if pair[1].is_floating_point()]
+            group = [pair for pair in floats if isinstance(pair[1], DTensor) == is_sharded]
+            if group:
+                values, averages = zip(*group, strict=True)
+                torch._foreach_lerp_(averages, values, 1 - decay)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Swap the average into the module."""

@@ -16,6 +16,8 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -23,6 +25,7 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.distributed import all_gather_cat, full_state_dict, rank_and_world, shard, trainer_options
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
+from vpr.common.transfer import to_device
 from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler, Normalise
 from vpr.imaging.preprocess import Preprocess
@@ -35,6 +38,7 @@ from vpr.training.callbacks import (
     RestoreSamplerEpoch,
     TrainingTimer,
 )
+from vpr.training.compile import compile_network, reraise_compile_errors
 from vpr.training.config import RunConfig
 from vpr.training.ema import Ema
 from vpr.training.loggers import open_logs
@@ -44,7 +48,7 @@ log = get_logger(__name__)
 # Lightning's notices (devices, tips, adverts) would hide our log lines.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-_FINITE_CHECK_INTERVAL = 10  # batches; each check waits for the GPU
+_SYNC_INTERVAL = 10  # batches between readings of the loss, which wait for the GPU
 
 
 def training_values(config: Any) -> dict[str, Any]:
@@ -119,9 +123,15 @@ class RecallModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the weights under FSDP, once; Lightning may call this again."""
         if self.device_mesh is not None and self._sharded:
+            is_bf16 = self.trainer.precision == "bf16-mixed"
             for name in self._sharded:
-                shard(getattr(self, name), self.device_mesh["data_parallel"])
+                shard(getattr(self, name), self.device_mesh["data_parallel"], is_bf16)
             self._sharded = ()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device, except the rows: tables in memory are read by them."""
+        others = {name: value for name, value in batch.items() if name != "rows"}
+        return {"rows": batch["rows"], **super().transfer_batch_to_device(others, device, dataloader_idx)}
 
     def seed_step(self, seed: int, epoch: int, step: int) -> None:
         """Seed dropout from seed, epoch, step and rank, so that a resumed training run draws the same masks."""
@@ -130,8 +140,42 @@ class RecallModule(L.LightningModule):
 
     def check_finite(self, loss: Tensor, batch_index: int) -> None:
         """Raise :class:`UserError` if the loss is not finite; checks every tenth batch."""
-        if batch_index % _FINITE_CHECK_INTERVAL == 0 and not torch.isfinite(loss):
+        if batch_index % _SYNC_INTERVAL == 0 and not torch.isfinite(loss):
             raise UserError(f"training: the loss is not finite at step {self.global_step}. Lower the learning rate.")
+
+    def log_losses(self, losses: dict[str, Tensor], images: int) -> None:
+        """Log losses of a step as this process has them, and their means over epoch, images and processes.
+
+        Processes exchange the means once per epoch. In every step, the exchange would wait for the slowest process.
+        """
+        by_step = {f"{name}_step": loss for name, loss in losses.items()}
+        self.log_dict(by_step, on_step=True, on_epoch=False, batch_size=images)
+        means = {f"{name}_epoch": loss for name, loss in losses.items()}
+        is_distributed = self.trainer.world_size > 1
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=images, sync_dist=is_distributed)
+
+    def build_optimizer(
+        self, kind: type[torch.optim.AdamW] | type[torch.optim.SGD], groups: list[dict[str, Any]], **options: Any
+    ) -> torch.optim.Optimizer:
+        """Return an optimiser of parameter groups; on a GPU, one kernel updates all weights.
+
+        With a scaler of gradients (``16-mixed``), a fused optimiser would undo the scale after the gradients are
+        clipped. PyTorch cannot shard the fused SGD. On a CPU the fused optimisers round in another way.
+        """
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        is_shardable = self.device_mesh is None or kind is torch.optim.AdamW
+        is_fused = self.trainer.strategy.root_device.type == "cuda" and is_shardable and not has_scaler
+        return kind(groups, fused=is_fused or None, **options)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        """Clip the gradients. Lightning rejects fused optimisers under bf16 too, where there is no scale to undo."""
+        algorithm = gradient_clip_algorithm or GradClipAlgorithmType.NORM
+        Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def rescale_for_accumulation(self, loss: Tensor, batch_index: int) -> Tensor:
         """Return the loss scaled so that a short last accumulation window of an epoch is a mean too.
@@ -161,7 +205,7 @@ class RecallModule(L.LightningModule):
         """Log the recall of the embeddings collected by all processes."""
         rows, embeddings = (torch.cat(parts) for parts in zip(*self._val_embeddings, strict=True))
         self._val_embeddings = []
-        rows, embeddings = all_gather_cat(rows), all_gather_cat(embeddings)
+        rows, embeddings = all_gather_cat(to_device(rows, embeddings.device)), all_gather_cat(embeddings)
         vectors = np.zeros((len(self._validation), embeddings.shape[1]), dtype=np.float32)
         vectors[rows.cpu().numpy()] = embeddings.cpu().numpy()
         scores = score_split(self._validation, l2_normalize(vectors))
@@ -204,12 +248,15 @@ def fit(
     # `best` must run before `ema` swaps the average out again. Lightning runs checkpoint callbacks last.
     callbacks: list[Callback] = [best, *([ema] if ema else []), timer, RestoreSamplerEpoch(sampler)]
     trainer = _build_trainer(folder, epochs, run, callbacks)
+    if run.compile:
+        compile_network(best_part)
     last = folder / "last.ckpt"
     if last.is_file():
         log.info(f"  resuming from {last}")
-    trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if epochs % run.validate_every:
-        trainer.validate(module, loaders[1], verbose=False)
+    with reraise_compile_errors():
+        trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
+        if epochs % run.validate_every:
+            trainer.validate(module, loaders[1], verbose=False)
     state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
     plain = module.plain_weights(state)
     return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), plain)
@@ -219,7 +266,7 @@ def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Ca
     is_interactive = os.isatty(2)
     options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     checkpoint = ModelCheckpoint(folder, filename="last", save_top_k=1, **options)
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator="auto",
         precision=run.precision if run.precision != "auto" else best_precision(),
         max_epochs=epochs,
@@ -232,15 +279,29 @@ def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Ca
         gradient_clip_algorithm=None if run.clip_by == "norm" else "value",
         accumulate_grad_batches=run.accumulate,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=_SYNC_INTERVAL,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpoint()],
         **trainer_options(run.strategy),
     )
+    _share_signals_rarely(trainer)
+    return trainer
+
+
+def _share_signals_rarely(trainer: L.Trainer) -> None:
+    """Let processes exchange signals to end in every tenth batch; Lightning does so in each, and waits for the GPU."""
+    loop = trainer.fit_loop.epoch_loop
+    share = loop._broadcast_sigterm_tensor
+
+    def share_rarely() -> None:
+        if (loop.batch_idx + 1) % _SYNC_INTERVAL == 0:
+            share()
+
+    loop._broadcast_sigterm_tensor = share_rarely  # type: ignore[method-assign]
 
 
 def best_precision() -> Literal["32-true", "bf16-mixed"]:
     """Return bf16 if the hardware multiplies it, else float32 (emulated bf16 is slower)."""
     if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"

@@ -27,6 +27,9 @@ def _parents(*roles: str) -> list[Parent]:
         ({"start": "/a/s"}, {"start": "s"}, ["start"]),
         ({"root": "/a", "tables": {"/a/x.csv": "1"}}, {"root": "/b", "tables": {"/b/x.csv": "1"}}, []),
         ({"catalog": "/a", "catalog_sha256": "1"}, {"catalog": "b", "catalog_sha256": "1"}, ["student"]),
+        ({"loader": {"batch_size": 8, "workers": 0}}, {"loader": {"batch_size": 8, "workers": "auto"}}, []),
+        ({"loader": {"batch_size": 8}}, {"loader": {"batch_size": 8, "cache_gb": 4.0}}, []),
+        ({"recipe": "fused", "threads": 0}, {"recipe": "fused", "threads": 8}, []),
     ],
 )
 def test_place_of_an_identified_input_does_not_matter(
@@ -46,6 +49,8 @@ def test_place_of_an_identified_input_does_not_matter(
         ({"tower": {"name": "timm/a"}, "tower_config": {}}, {"tower": {"name": "timm/b"}, "tower_config": {}}, []),
         ({"tables": {"x": "1"}}, {"tables": {"x": "2"}}, []),
         ({"model": {"dim": 1}}, {"model": {"dim": 2}}, ["model"]),
+        ({"loader": {"batch_size": 8, "workers": 0}}, {"loader": {"batch_size": 9, "workers": 0}}, []),
+        ({"threads": 1}, {"threads": 2}, []),
         ({"catalog": "a", "catalog_sha256": "1"}, {"catalog": "a", "catalog_sha256": "2"}, ["student"]),
     ],
 )

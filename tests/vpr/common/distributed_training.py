@@ -71,8 +71,10 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(768, 704), nn.Linear(704, 768)
+        self.dtypes: set[torch.dtype] = set()
 
     def forward(self, x: Tensor) -> Tensor:
+        self.dtypes = {self.up.weight.dtype, self.down.bias.dtype, x.dtype}
         return x + self.down(torch.relu(self.up(x)))
 
 
@@ -97,15 +99,17 @@ class TwoBlockModule(RecallModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def main(folder: Path, strategy: str, epochs: int, ema: float) -> None:
+def main(folder: Path, strategy: str, epochs: int, ema: float, precision: str) -> None:
     """Train, or resume the training run in ``folder``."""
     module = TwoBlockModule()
-    result = fit(module, make_loaders(), module.net, folder, epochs, RunConfig("32-true", strategy, ema=ema))
+    result = fit(module, make_loaders(), module.net, folder, epochs, RunConfig(precision, strategy, ema=ema))
     if is_first():
         save_file(result.last, folder / "last.safetensors")
-        (folder / "losses.json").write_text(json.dumps({"losses": module.losses, "best": result.best}))
+        dtypes = sorted(str(dtype) for dtype in module.net[1][0].dtypes)
+        values = {"losses": module.losses, "best": result.best, "dtypes": dtypes}
+        (folder / "losses.json").write_text(json.dumps(values))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
     destroy_process_group()

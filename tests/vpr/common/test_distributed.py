@@ -18,12 +18,12 @@ SCRIPT = Path(__file__).parent / "distributed_training.py"
 ROOT = Path(__file__).parents[3]
 
 
-def train(folder: Path, processes: int, strategy: str, epochs: int) -> list[float]:
+def train(folder: Path, processes: int, strategy: str, epochs: int, precision: str = "32-true") -> list[float]:
     """Train in new processes and return the losses of the epochs that they trained."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(SCRIPT), str(folder), strategy, str(epochs), "0.5"]
+    command += [str(SCRIPT), str(folder), strategy, str(epochs), "0.5", precision]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -55,6 +55,18 @@ def test_two_processes_train_and_resume_like_one(
     assert resumed == uninterrupted[len(uninterrupted) // 2 :]  # bit-equal
     for name in ("last.safetensors", "best.safetensors"):
         assert (tmp_path / "interrupted" / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_sharded_blocks_are_gathered_in_bf16(tmp_path: Path) -> None:
+    losses = [train(tmp_path / name, count, name, 4, "bf16-mixed") for name, count in (("auto", 1), ("fsdp", 2))]
+    dtypes = [json.loads((tmp_path / name / "losses.json").read_text())["dtypes"] for name in ("auto", "fsdp")]
+    assert dtypes == [["torch.float32"], ["torch.bfloat16", "torch.float32"]]  # the input of a block stays float32
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1][-1] < 0.5 * losses[1][0]
+    weights = load_file(tmp_path / "fsdp" / "last.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
 
 
 def test_fsdp_needs_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

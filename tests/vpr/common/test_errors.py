@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from vpr.common.errors import UserError, explain_system_error
+from vpr.common.errors import UserError, explain_system_error, is_out_of_memory
 
 
 def test_control_characters_are_replaced() -> None:
@@ -77,3 +77,17 @@ def test_out_of_memory_is_explained() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert "there is too little memory (" in str(explain_system_error(torch_raised.value))
     assert explain_system_error(RuntimeError("a bug")) is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ],
+)
+def test_libraries_of_cuda_run_out_of_memory_by_other_errors(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+    assert "there is too little memory (" in str(explain_system_error(RuntimeError(message)))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vpr.common.errors import UserError
+from vpr.data import loaders
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
-from vpr.data.loaders import EpochSampler, ImageDataset, training_loader, validation_loader
+from vpr.data.loaders import EpochSampler, ImageDataset, decoding_workers, training_loader, validation_loader
 from vpr.imaging.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=16)
@@ -218,6 +219,21 @@ def test_pixels_in_memory_need_no_workers(catalog: Catalog) -> None:
     assert training_loader(dataset, LoaderConfig(5, workers=2), 0).num_workers == 0
 
 
+@pytest.mark.parametrize(
+    ("cpus", "processes", "has_gpu", "workers"),
+    [(2, 1, False, 0), (64, 1, False, 0), (2, 1, True, 1), (1, 1, True, 1), (8, 1, True, 7), (16, 1, True, 12)]
+    + [(64, 8, True, 7), (16, 8, True, 1)],
+)
+def test_workers_follow_processors_and_gpu(
+    cpus: int, processes: int, has_gpu: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "available_cpus", lambda: list(range(cpus)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert decoding_workers(LoaderConfig().workers) == workers
+    assert decoding_workers(3) == 3
+
+
 @pytest.mark.parametrize("world", [1, 3, 5, 40])
 def test_processes_validate_images_in_equal_batches(catalog: Catalog, world: int) -> None:
     dataset = ImageDataset(catalog.select(split="validation"), PREPROCESS, keep_in_memory=True)
@@ -242,6 +258,7 @@ def test_too_few_images_for_a_batch_are_rejected(catalog: Catalog) -> None:
     [
         ({"batch_size": 0}, r"loader\.batch_size: expected 1 or more, got 0"),
         ({"workers": -1}, r"loader\.workers: expected 0 to 512, got -1"),
+        ({"cache_gb": -1.0}, r"loader\.cache_gb: expected 0 to 1000000.0, got -1"),
         ({"max_per_product": -1}, r"loader\.max_per_product: expected 0 to 1048576, got -1"),
         ({"min_per_product": -2}, r"loader\.min_per_product: expected 0 to 10000, got -2"),
         ({"images_per_product": -1}, r"loader\.images_per_product: expected 0 to 10000, got -1"),

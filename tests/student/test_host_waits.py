@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from student.config import DistillConfig, LossConfig, TargetsConfig
+from student.criterion import DistillationLoss, Labels
+from student.model import Student
+from student.module import StudentModule
+from student.targets import CachedTargets, OnlineTargets
+from tests.pretend_gpu import move, on_gpu, pretended_gpu
+from tests.student.conftest import STUDENT
+from tests.teacher.test_host_waits import random_batch, stub_trainer, waits_are_errors
+from vpr.data.catalog import Catalog
+from vpr.imaging.config import ViewConfig
+from vpr.imaging.preprocess import Preprocess
+
+DIM = 256
+
+
+class Embeddings:
+    """Cache of random embeddings."""
+
+    def lookup(self, rows: NDArray[np.int64], view: int) -> NDArray[np.float32]:
+        return np.random.default_rng(view).standard_normal((64, DIM), dtype=np.float32)[rows]
+
+    def sample(self, size: int, seed: int) -> NDArray[np.float32]:
+        return np.random.default_rng(seed).standard_normal((size, DIM), dtype=np.float32)
+
+
+class Pooled(nn.Module):
+    """Teacher whose embeddings are pooled pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(F.adaptive_avg_pool2d(x, 8).flatten(1).repeat(1, 2)[:, :DIM], dim=1)
+
+
+def build_module(mode: Any, mixup: float, catalog: Catalog) -> StudentModule:
+    training, preprocess = catalog.select(split="train"), Preprocess(size=32)
+    settings = TargetsConfig(mode=mode, bank=32, mixup=mixup)
+    losses = LossConfig() if mixup else LossConfig(margin=1.0, affinity=1.0)
+    config = DistillConfig(("teacher",), "catalog", "output", model=STUDENT, targets=settings, losses=losses)
+    torch.manual_seed(0)
+    student = Student(STUDENT)
+    criterion = DistillationLoss(losses, student, Labels(training), DIM)
+    if mode == "cached":
+        targets: Any = CachedTargets(Embeddings(), settings, None, 0)  # type: ignore[arg-type]
+    else:
+        targets = OnlineTargets(Pooled(), preprocess, settings, DIM, None)
+    module = StudentModule(config, student, criterion, targets, preprocess, training)
+    stub_trainer(module)
+    return module
+
+
+@pytest.mark.parametrize(("mode", "mixup"), [("cached", 0.0), ("online", 0.0), ("online", 0.5)])
+def test_step_waits_for_the_gpu_every_tenth_time(mode: str, mixup: float, catalog: Catalog) -> None:
+    module, batch = build_module(mode, mixup, catalog), random_batch(ViewConfig())
+    targets: Any = module.targets
+    targets.start_epoch(1, torch.device("cpu"))
+    for _ in range(2):  # the bank grows with the first step
+        expected = module.training_step(dict(batch), 1)
+    module = build_module(mode, mixup, catalog)
+    targets = module.targets
+    targets.start_epoch(1, torch.device("cpu"))
+    with pretended_gpu() as gpu:
+        move(module)
+        moved = {**batch, "pixels": on_gpu(batch["pixels"])}
+        module.training_step(moved, 1)  # copies constants once
+        gpu.waits.clear()
+        value = module.training_step(moved, 1)
+        assert gpu.waits == []
+        module.training_step(moved, 10)
+        assert [wait.partition(":")[0] for wait in gpu.waits] == ["vpr/training/loop.py"]
+    torch.testing.assert_close(value.values_on_cpu, expected.detach())  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_step_on_a_gpu_does_not_wait(mode: str, catalog: Catalog) -> None:
+    module, batch = build_module(mode, 0.0, catalog).cuda(), random_batch(ViewConfig())
+    batch["pixels"] = batch["pixels"].cuda()
+    targets: Any = module.targets
+    targets.start_epoch(1, torch.device("cuda"))
+    module.training_step(batch, 1).backward()
+    with waits_are_errors():
+        module.training_step(batch, 2).backward()
