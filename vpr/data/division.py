@@ -125,10 +125,12 @@ def split_by_product(table: pa.Table, shares: Shares, unusable: Mapping[int, str
     is_drawn = is_free & np.isin(zones, [code for _, code, _ in drawn])
     splits = np.where(is_held_out, own_splits, np.where(is_drawn, zones, TRAIN)[codes])
 
-    reasons = dict.fromkeys(np.flatnonzero(is_marked & (splits == TRAIN)).tolist(), _MARKED) | dict(unusable or {})
+    reasons = dict.fromkeys(np.flatnonzero(is_marked & (splits == TRAIN)).tolist(), _MARKED)
     is_kept = ~np.isin(np.arange(len(table)), list(reasons))
     _, images = encode(image_keys(table))
+    # Unusable rows count here too: an earlier version may have trained on their image.
     reasons |= _overlap_reasons(table, images, np.where(is_kept, splits, UNSET), is_own)
+    reasons |= dict(unusable or {})
     is_kept = ~np.isin(np.arange(len(table)), list(reasons))
     splits = np.where(is_kept, splits, UNSET)
     roles = _assign_roles(table, codes, splits, shares.seed)
