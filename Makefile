@@ -22,7 +22,7 @@ CHECK ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo demo-full test test-all test-gpu gpu-check reliability check lint figures docs lock audit licences scale fuzzer photos-weights \
-	other-quantisers other-metrics other-toolkits clean
+	other-quantisers other-metrics other-toolkits oldest-runtime clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-18s %s\n", $$1, $$2 }'
@@ -117,6 +117,10 @@ other-toolkits: ## install lightly-train and ONNX Runtime's quantiser, each in i
 		timm==1.0.31 onnx==1.23.2 onnxruntime==1.31.1 onnxslim==0.1.98
 	@test -x .venv-onnxruntime/bin/python || $(PYTHON) -m venv .venv-onnxruntime
 	@.venv-onnxruntime/bin/python -m pip install --quiet onnx==1.23.2 onnxruntime==1.31.1
+
+oldest-runtime: ## install the oldest ONNX Runtime of the Triton hand-off in its own environment, for its tests
+	@test -x .venv-oldest-runtime/bin/python || $(PYTHON) -m venv .venv-oldest-runtime
+	@.venv-oldest-runtime/bin/python -m pip install --quiet onnxruntime==1.20.1 numpy==2.4.6
 
 clean: ## remove .venv, runs and build files
 	rm -rf .venv runs build *.egg-info

@@ -38,6 +38,11 @@ class RecallConfig:
     skip_unmatched: bool = False
     seed: int = 0
 
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("leave_one_out", "skip_unmatched")
+
     def __post_init__(self) -> None:
         check_numbers(self, seed=(0, None))
         if self.leave_one_out and self.rerank not in (RERANK, RerankConfig()):
@@ -171,6 +176,11 @@ class ReportConfig:
     ranges: tuple[str, ...] = ()
     sheet_queries: int = 12
     seed: int = 0
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("skip_unmatched", "rivals")
 
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))

@@ -20,6 +20,7 @@ from vpr.inference.timing import measure, summarise
 from vpr.retrieval.drop_test import DropTest, change_correlation, drop_test, state_result
 from vpr.retrieval.embeddings import l2_normalize
 from vpr.retrieval.metrics import RetrievalScores, evaluate
+from vpr.retrieval.self_search import find_self_search
 
 log = get_logger(__name__)
 
@@ -45,20 +46,28 @@ class Budget:
 
 
 class Queries:
-    """Queries of some products of the validation split against all of its gallery."""
+    """Queries of some products of the validation split against all of its gallery.
+
+    Where the queries and the gallery are the same images, each query searches the others.
+    """
 
     def __init__(self, validation: Catalog, pixels: NDArray[np.float32], products: NDArray[np.str_]) -> None:
         """Select the queries of ``products``; ``pixels`` are the inputs of all images of the split, in its order."""
-        is_query = (validation.roles == "query") & np.isin(validation.products, products)
-        rows = np.flatnonzero(is_query | (validation.roles == "gallery"))
-        self._pixels, self._rows = pixels, rows
-        self._products, self._is_query = validation.products[rows], is_query[rows]
+        own = find_self_search(validation)
+        queries = np.flatnonzero(validation.roles == "query") if own is None else own.queries
+        gallery = np.flatnonzero(validation.roles == "gallery") if own is None else own.gallery
+        is_chosen = np.isin(validation.products[queries], products)
+        self._pixels, self._rows = pixels, np.union1d(queries[is_chosen], gallery)
+        self._queries = np.searchsorted(self._rows, queries[is_chosen])
+        self._gallery = np.searchsorted(self._rows, gallery)
+        self._own = None if own is None else own.own[is_chosen]
+        self._products = validation.products[self._rows]
         self.products: list[str] = products.tolist()
 
     @property
     def query_products(self) -> NDArray[np.str_]:
         """(queries,) ids of the queries' products."""
-        return self._products[self._is_query]
+        return self._products[self._queries]
 
     def embed(self, graph: onnx.ModelProto) -> NDArray[np.float32]:
         """Embed queries and gallery: (n, dim) float32, L2-normalised."""
@@ -68,8 +77,15 @@ class Queries:
 
     def score(self, vectors: NDArray[np.float32]) -> RetrievalScores:
         """Score the embeddings of :meth:`embed`."""
-        queries, products = self._is_query, self._products
-        return evaluate(vectors[queries], products[queries], vectors[~queries], products[~queries])
+        products, gallery = self._products[self._gallery], vectors[self._gallery]
+        return evaluate(vectors[self._queries], self.query_products, gallery, products, own=self._own)
+
+
+def searching_products(validation: Catalog) -> NDArray[np.str_]:
+    """Return the (queries,) products of the images that search, as :class:`Queries` selects them."""
+    own = find_self_search(validation)
+    rows = np.flatnonzero(validation.roles == "query") if own is None else own.queries
+    return validation.products[rows]
 
 
 def search_mixed_precision(
@@ -96,8 +112,7 @@ def search_mixed_precision(
         The content of ``decision.json``, as ``docs/export.md`` lists it. If no candidate is confirmed, the set that
         the search found is ``quantised``, and ``confirmed`` is False.
     """
-    is_query = validation.roles == "query"
-    search_products, confirmation_products = split_products(validation.products[is_query], _SEED)
+    search_products, confirmation_products = split_products(searching_products(validation), _SEED)
     decision = _search(graph, quantise, layers, reduced_sets, Queries(validation, pixels, search_products), budget.drop)
     queries = Queries(validation, pixels, confirmation_products)
     sequence = _confirm(graph, quantise, order_candidates(decision, reduced_sets), queries, decision, budget)

@@ -1,11 +1,12 @@
 """Configuration of a distillation. Imports no heavy library."""
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from teacher.config import HeadConfig
+from student.loss_config import LABEL_LOSSES, RELATIONS
+from student.loss_config import LossConfig as LossConfig  # with the other sections
 from vpr.artifacts.paths import CARD_NAME
 from vpr.common.errors import UserError, check_numbers
 from vpr.data.config import LoaderConfig
@@ -135,6 +136,11 @@ class StudentConfig:
             for key in [*changed, *(["stem"] if self.has_network_stem else [])]:
                 raise UserError(f"model.{key}: the family 'small-data' does not support it. Set model.family to vit.")
 
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return LAYER_KEYS
+
     def _check_grid(self) -> None:
         """Raise :class:`UserError` for an image that the patches do not fill, or for too many of them."""
         if not self.image_size or not self.patch_size:
@@ -155,80 +161,6 @@ class StudentConfig:
     def is_complete(self) -> bool:
         """Whether every size is known, so that a network can be built."""
         return self.pool != "auto" and all(getattr(self, name) for name in SIZES)
-
-
-TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
-LABEL_LOSSES = ("margin", "logits")
-# Losses of the relations between images: they compare similarities or distances, not embeddings.
-_RELATIONS = ("affinity", "rkd_distance", "rkd_angle")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weight of each loss. A weight of 0 turns its loss off.
-
-    Losses that relate images see the batch of one process.
-
-    Attributes:
-        cosine: Weight of 1 - cosine of student and teacher.
-        mse: Weight of the squared distance of the unit vectors.
-        similarity_kl: Weight of the KL divergence of the similarities to a bank of teacher embeddings.
-        affinity: Weight of the KL divergence of the similarities within the batch.
-        rkd_distance: Weight of the relative distances within the batch.
-        rkd_angle: Weight of the angles of image triples, from the first 128 images of the batch.
-        contrastive: Weight of the contrastive loss between each image and the teacher's embeddings of the batch.
-        margin: Weight of a margin softmax over the products, from labels without the teacher.
-        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. Logits of the teacher
-            are its similarities to the products' mean embeddings.
-        temperature: Temperature of the softened similarities.
-        contrastive_temperature: Temperature of the contrastive loss.
-        logits_alpha: Share of the teacher in ``logits``. The remainder is cross-entropy with the labels.
-        logits_temperature: Temperature of ``logits``.
-        head: Head of ``margin``. Its scale also scales the teacher's logits.
-    """
-
-    cosine: float = 1.0
-    mse: float = 0.0
-    similarity_kl: float = 1.0
-    affinity: float = 0.0
-    rkd_distance: float = 0.0
-    rkd_angle: float = 0.0
-    contrastive: float = 0.0
-    margin: float = 0.0
-    logits: float = 0.0
-    temperature: float = 0.05
-    contrastive_temperature: float = 0.07
-    logits_alpha: float = 0.5
-    logits_temperature: float = 1.0
-    head: HeadConfig = HeadConfig(scale=16.0, margin=0.0, margin_end=0.2)
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("temperature") and not 1e-3 <= value <= 100:
-                raise UserError(f"losses.{field.name}: expected 0.001 to 100, got {value}.")
-            if isinstance(value, float) and not 0 <= value <= 1e6:
-                raise UserError(f"losses.{field.name}: expected 0 or more, got {value}.")
-        if not 0 <= self.logits_alpha <= 1:
-            raise UserError(f"losses.logits_alpha: expected 0 to 1, got {self.logits_alpha}.")
-        if not self.weights():
-            raise UserError("losses: all weights are 0. Set at least one, for example losses.cosine to 1.")
-        if self.logits and len(self.weights()) > 1:
-            raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
-
-    def weights(self) -> dict[str, float]:
-        """Return the weights above 0 by the name of the loss."""
-        return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "margin") if getattr(self, name) > 0}
-
-    @property
-    def compares_embeddings(self) -> bool:
-        """Whether any loss compares the student's embeddings with the teacher's, which takes one width for both."""
-        return any(name in TEACHER_LOSSES and name not in _RELATIONS for name in self.weights())
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any loss compares the student with the teacher."""
-        return any(name in TEACHER_LOSSES for name in self.weights())
 
 
 @dataclass(frozen=True)
@@ -325,7 +257,10 @@ class DistillConfig:
             network, such as ``timm/tf_efficientnet_lite0``, becomes the stem.
         start_weights: Weights of a model that ``start`` names: a tag of its library, a ``.safetensors`` file, or a
             teacher artifact.
-        unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``).
+        unlabelled: Folders of additional images without labels, or their catalogues (reader ``images``). Images of
+            scored products are left out.
+        unlabelled_cosine: Cosine to a scored image, by the teacher, from which an unlabelled image counts as one of its
+            product. 0 measures it on the validation images: at most 1 % of them reach it with another product's image.
         model: Shape of the student.
         views: Augmentation, the same for teacher and student.
         targets: Source of the teacher's embeddings.
@@ -359,6 +294,7 @@ class DistillConfig:
     start: str = ""
     start_weights: str = ""
     unlabelled: tuple[str, ...] = ()
+    unlabelled_cosine: float = 0.0
     model: StudentConfig = StudentConfig(preset="auto", pool="auto")
     views: ViewConfig = ViewConfig()
     targets: TargetsConfig = TargetsConfig()
@@ -380,7 +316,15 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, epochs=(1, None), lr=(0, 10), layer_decay=(0, 1), weight_decay=(0, 100), warmup=(0, 1))
+        check_numbers(
+            self,
+            unlabelled_cosine=(0, 1),
+            epochs=(1, None),
+            lr=(0, 10),
+            layer_decay=(0, 1),
+            weight_decay=(0, 100),
+            warmup=(0, 1),
+        )
         if not 0 <= self.seed < 1 << 31:
             raise UserError(f"seed: expected 0 to below 2^31, got {self.seed}.")
         if not self.teacher or "" in self.teacher:
@@ -400,6 +344,15 @@ class DistillConfig:
         if self.cache and Path(self.cache).resolve() == Path(self.output).resolve():
             raise UserError(f"cache: {self.cache} is also the output. Choose another folder.")
         self._check_losses()
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("start_weights", "layer_decay", "unlabelled_cosine")
+
+    def derived_values(self) -> dict[str, Any]:
+        """Return what cards record of the unlabelled images: near-duplicates by their hash were left out before."""
+        return {"unlabelled_by": "embedding"} if self.unlabelled else {}
 
     def _check_several_teachers(self) -> None:
         """Raise :class:`UserError` if the fusion of teachers would not be used as it is."""
@@ -443,6 +396,6 @@ class DistillConfig:
                 raise UserError("losses.logits: needs the teacher's full embeddings. Set dimension.method to none.")
             if self.unlabelled:
                 raise UserError("losses.logits: needs a label for every image. Remove unlabelled.")
-        relations = weights.keys() & set(_RELATIONS)
+        relations = weights.keys() & set(RELATIONS)
         if relations and self.loader.batch_size < 2:
             raise UserError(f"loader.batch_size: losses.{min(relations)} needs at least 2 images in a batch, got 1.")

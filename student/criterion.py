@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
 from student import losses
-from student.config import LABEL_LOSSES, LossConfig
+from student.config import LossConfig
+from student.loss_config import LABEL_LOSSES
 from student.model import Student, build_vit
 from teacher.head import MarginHead
 from vpr.common.errors import UserError

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from student.config import LAYER_KEYS, DistillConfig, StudentConfig
+from student.config import DistillConfig
 from student.criterion import DistillationLoss, Labels, compute_class_means
 from student.inputs import DistillInputs, leak_metadata, load_inputs
 from student.model import Student
@@ -38,7 +38,7 @@ from vpr.inference.model_size import count_multiply_adds, count_parameters
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.config import RunConfig
 from vpr.training.loggers import check_tracker, copy_logs
-from vpr.training.loop import FitResult, best_precision, fit, training_values
+from vpr.training.loop import FitResult, best_precision, fit, training_values, validation_values
 
 log = get_logger(__name__)
 
@@ -55,6 +55,7 @@ def distill(config: DistillConfig) -> Path | None:
     if not config.dry_run and stage.find():
         drop_checkpoints(folder)  # A process killed after writing the artifact leaves them.
         return stage.path
+    inputs = inputs.add_unlabelled(config, None if config.dry_run else folder)
     own = {"size": config.model.image_size, **(inputs.start.statistics if inputs.start is not None else {})}
     preprocess = inputs.teacher.preprocess.model_copy(update=own)
     catalog_metadata = {**inputs.catalog.summary(), **inputs.unlabelled, **leak_metadata(inputs, config.allow_leak)}
@@ -96,22 +97,12 @@ def distill(config: DistillConfig) -> Path | None:
 
 
 def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
-    """Return the JSON values that determine the student.
-
-    Keys that cards did not have at first are left out at their defaults, so that older students stay up to date.
-    """
-    values = training_values(config)
+    """Return the JSON values that determine the student, without those that do not matter here."""
+    values = {**training_values(config), **validation_values(inputs.catalog)}
     if not inputs.fits_head(config):
         del values["fit_head"]
     if inputs.start is None or not config.model.has_network_stem:
         del values["freeze_statistics"]
-    for section, defaults, keys in (
-        (values, DistillConfig, ("start_weights", "layer_decay")),
-        (values["model"], StudentConfig, LAYER_KEYS),
-    ):
-        for key in keys:
-            if section[key] == getattr(defaults, key):
-                del section[key]
     if config.view_seed == config.seed:  # as before the views had a seed of their own
         del values["targets"]["seed"]
     return values | ({} if inputs.start is None else inputs.start.values)

@@ -1,5 +1,7 @@
 """Inputs of a distillation. Each artifact is loaded and hashed once."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from student.qat import check_ranges
 from student.several_teachers import plan_fusion
 from student.start import Start, load_start, resolve_model
 from student.teacher_model import TeacherModel, load_teacher_model
-from student.unlabelled import add_unlabelled
+from student.unlabelled import leave_out_scored, open_unlabelled
 from teacher.fuse import fuse
 from teacher.train import warn_unverified_init
 from vpr.artifacts.card import Parent
@@ -18,6 +20,7 @@ from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import check_output
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.duplicates import concatenate
 from vpr.data.splits import find_leaks
 from vpr.training.loop import training_and_validation
 
@@ -26,10 +29,10 @@ from vpr.training.loop import training_and_validation
 class DistillInputs:
     """Loaded inputs of a distillation.
 
-    ``training`` has the labelled images first. ``teacher`` is the assistant if there is one. ``models`` are artifacts
-    by role: ``teacher``, and ``assistant``, ``start`` and ``ranges`` if configured. ``parents`` and ``unlabelled`` are
-    entries of the card. ``model`` is the complete shape of the student, and ``target_dim`` the width of the targets.
-    ``start`` has the initial weights, None for random ones.
+    ``training`` has the labelled images, and after :meth:`add_unlabelled` also the others. ``teacher`` is the assistant
+    if there is one. ``models`` are artifacts by role: ``teacher``, and ``assistant``, ``start`` and ``ranges`` if
+    configured. ``parents`` and ``unlabelled`` are entries of the card. ``model`` is the complete shape of the student,
+    and ``target_dim`` the width of the targets. ``start`` has the initial weights, None for random ones.
     """
 
     catalog: Catalog
@@ -39,6 +42,7 @@ class DistillInputs:
     models: dict[str, Artifact]
     parents: list[Parent]
     unlabelled: dict[str, Any]
+    unlabelled_images: Catalog | None
     model: StudentConfig
     target_dim: int
     start: Start | None
@@ -50,6 +54,22 @@ class DistillInputs:
     def learned_from(self, config: DistillConfig) -> list[Artifact]:
         """Return the models that the student learns from; with losses on labels alone, a teacher is none of them."""
         return [model for role, model in self.models.items() if role != "teacher" or config.losses.needs_teacher]
+
+    def add_unlabelled(self, config: DistillConfig, folder: Path | None) -> DistillInputs:
+        """Return inputs whose training images include the unlabelled ones that show no scored product.
+
+        Args:
+            config: Distillation.
+            folder: Run folder for their cosines; None compares bytes alone, for a dry run.
+        """
+        if self.unlabelled_images is None:
+            return self
+        scored = [self.validation, self.catalog.select(split="test")]
+        kept, entry = leave_out_scored(self.unlabelled_images, scored, self.teacher, config, folder)
+        training = concatenate([self.training, kept])
+        if config.dimension.projects_teacher and self.target_dim != self.teacher.dim:
+            check_directions(self.target_dim, min(config.dimension.images, len(training)))
+        return replace(self, training=training, unlabelled=entry, unlabelled_images=None)
 
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
@@ -73,18 +93,19 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
             if artifact.card.kind != "ranges":
                 artifact.require_licence()
     student_dim, target_dim = resolve_dimensions(config, teacher.dim)
-    scored = [validation, catalog.select(split="test")]
-    folders = config.unlabelled
-    training, unlabelled, more_parents = add_unlabelled(training, scored, folders, config.output, config.dry_run)
+    unlabelled, more_parents = open_unlabelled(config.unlabelled, config.output, config.dry_run)
     if config.dimension.projects_teacher and student_dim != teacher.dim:
-        check_directions(student_dim, min(config.dimension.images, len(training)))
+        images = len(training) + (0 if unlabelled is None else len(unlabelled))
+        check_directions(student_dim, min(config.dimension.images, images))
     if fusion and not config.dry_run:  # last, because it takes long and writes an artifact
         models["teacher"] = load_artifact(fuse(fusion), "teacher")
         teacher = load_teacher_model(models["teacher"])
     model_parents = [artifact.as_parent(role) for role, artifact in models.items()]
     parents = [*catalog.as_parents(), *model_parents, *more_parents]
     model = replace(model, embedding_dim=student_dim)
-    return DistillInputs(catalog, training, validation, teacher, models, parents, unlabelled, model, target_dim, start)
+    return DistillInputs(
+        catalog, training, validation, teacher, models, parents, {}, unlabelled, model, target_dim, start
+    )
 
 
 def leak_metadata(inputs: DistillInputs, allow_leak: bool) -> dict[str, Any]:

@@ -199,6 +199,11 @@ class TrainConfig:
         for scheduled in self.schedule():  # checks the losses of each stage
             self._check_trained_parts(scheduled.stage, scheduled.losses)
 
+    def derived_values(self) -> dict[str, str]:
+        """Return what cards record of the dropout: stages that train the tower alone had none after it before."""
+        has_dropout = any(stage.train == "tower" and stage.tower(self.tower).dropout for stage in self.stages)
+        return {"dropout": "every stage"} if has_dropout else {}
+
     def _check_trained_parts(self, stage: StageConfig, losses: StageLosses) -> None:
         """Raise :class:`UserError` if a stage has nothing to train, or BatchNorm sees a single image."""
         has_projection = bool(self.tower.embedding_dim or self.tower.batch_norm)

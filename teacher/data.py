@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from vpr.data.build_catalog import load_replaced, shares_of
 from vpr.data.catalog import Catalog, Rejected, image_root, write_catalog_files
 from vpr.data.catalog_summary import summary_lines
 from vpr.data.config import ReadOptions
-from vpr.data.division import Division, encode, find_overlap, image_keys, split_by_product, split_codes
+from vpr.data.division import TRAIN, Division, encode, find_overlap, image_keys, split_codes
 from vpr.data.duplicates import Duplicates, common_root, merge
+from vpr.data.identities import TWIN, find_conflicts, find_twins
 from vpr.data.intake import read_data
 from vpr.data.relocate import find_relocated
 from vpr.data.splits import find_leaks, warn_of_moves
@@ -39,8 +39,8 @@ def build_data(config: DataConfig) -> Path:
 
     ``duplicates.csv`` in the artifact lists repeated images by ``image``, ``of`` and ``kind``. Kinds are ``same``
     (equal bytes), ``near`` (near-duplicates, or ``near, across splits`` if one is trained on and the other held out)
-    and ``dropped`` (rows removed by :func:`drop_split_overlap`). The output is up to date while configuration and
-    tables are unchanged; images replaced under the same names are not detected.
+    and ``dropped`` (rows removed by :func:`drop_split_overlap` and :func:`drop_untrue_rows`). The output is up to date
+    while configuration and tables are unchanged; images replaced under the same names are not detected.
 
     Raises:
         UserError: A source is broken, or an image cannot be read and ``skip_unreadable`` is off.
@@ -63,6 +63,8 @@ def build_data(config: DataConfig) -> Path:
     log.info("searching for repeated images ...")
     merged, duplicates = merge(catalogs)
     joined, dropped = drop_split_overlap(merged, own_splits(divisions))
+    joined, untrue = drop_untrue_rows(joined)
+    dropped += untrue
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
     repeats = list_repeats(merged, joined, duplicates, dropped)
@@ -117,11 +119,37 @@ def drop_split_overlap(catalog: Catalog, own: OwnSplits) -> tuple[Catalog, list[
         dropped += _list_overlap(catalog, codes, splits, is_overlap, kind)
         catalog = catalog.where(~is_overlap)
     # After the others: images of these queries stay out of training, since their product may get a gallery image later.
+    catalog, unanswerable = _drop_unanswerable(catalog)
+    return catalog, dropped + unanswerable
+
+
+def drop_untrue_rows(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
+    """Drop held-out rows that make recall untrue; list them as (image, other name, kind).
+
+    These are images that the sources put under several products, and queries that equal a gallery image of their split.
+    Each source alone has none. Training images under several products stay, as sources may name a product differently.
+
+    Raises:
+        UserError: No query of a split is left.
+    """
+    conflicts, _ = find_conflicts(catalog.table)
+    is_conflict = np.isin(np.arange(len(catalog)), list(conflicts)) & (split_codes(catalog.table) > TRAIN)
+    rows = catalog.table.filter(pa.array(is_conflict))
+    pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
+    dropped = [(image, product, "dropped, several products") for image, product in pairs]
+    catalog = catalog.where(~is_conflict)
+    is_twin, twins, _ = find_twins(catalog.table)
+    dropped += [(image, reason.removeprefix(TWIN), "dropped, equals gallery") for image, reason in twins]
+    catalog, unanswerable = _drop_unanswerable(catalog.where(~np.array(is_twin, dtype=np.bool_)))
+    return catalog, dropped + unanswerable
+
+
+def _drop_unanswerable(catalog: Catalog) -> tuple[Catalog, list[Repeat]]:
+    """Drop held-out queries without a gallery image of their product; list them."""
     is_unanswerable = _queries_without_gallery(catalog, "validation") | _queries_without_gallery(catalog, "test")
     rows = catalog.table.filter(pa.array(is_unanswerable))
     pairs = zip(rows["image"].to_pylist(), rows["product"].to_pylist(), strict=True)
-    dropped += [(image, product, "dropped, no gallery") for image, product in pairs]
-    return catalog.where(~is_unanswerable), dropped
+    return catalog.where(~is_unanswerable), [(image, product, "dropped, no gallery") for image, product in pairs]
 
 
 def _list_overlap(
@@ -167,14 +195,12 @@ def _read_source(config: DataConfig, reader: str, path: Path) -> tuple[Division,
     log.info(f"{path}: decoding all images ...")
     data = read_data(reader, path, options, config.skip_unreadable, config.skip_invalid_rows)
     shares = shares_of(reader, config.validation, config.test, config.seed, config.resplit)
-    division = split_by_product(data.table, shares)
-    is_kept = data.finish(division.table)
-    table, own = division.table.filter(is_kept), division.own[is_kept.to_numpy(zero_copy_only=False)]
-    for note in [*division.notes, *data.notes]:
+    division = data.divide(shares)
+    for note in data.notes:
         log.info(f"  {note}")
     for problem in division.unmet:
         log.warning(f"{path}: {problem}")
-    return replace(division, table=table, own=own), data.set_aside
+    return division, data.set_aside
 
 
 def _check_held_out(config: DataConfig, joined: Catalog) -> None:
@@ -215,7 +241,7 @@ def _log_summary(
     repeated = (
         f"repeated images: {counts['same_bytes']} same bytes, {counts['near_same']} near-same "
         f"({counts['near_same_across_splits']} across splits), {counts['dropped']} rows dropped, since two splits "
-        "would share their image or product, or a query has no gallery image (listed in duplicates.csv)"
+        "would share their image or product, or recall would be untrue (listed in duplicates.csv)"
     )
     for line in summary_lines(joined, set_aside, [repeated]):
         log.info(f"  {line}")

@@ -59,8 +59,8 @@ class TeacherModule(RecallModule):
         if not config.rank or not stage.trains_tower:
             return
         self._adapters = add_adapters(self.teacher, config, size)
-        added = [] if stage.train == "tower" else [self.teacher.project]
-        self.trainable = [*added, *self._adapters.dropouts]
+        added = list(self.teacher.project.modules())
+        self.trainable = [*(part for part in self.trainable if part in added), *self._adapters.dropouts]
 
     def plain_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of the teacher or of this module with merged adapters, under the names without them."""

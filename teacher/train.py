@@ -29,7 +29,7 @@ from vpr.data.splits import find_leaks
 from vpr.imaging.preprocess import Preprocess
 from vpr.training.callbacks import drop_checkpoints
 from vpr.training.loggers import copy_logs
-from vpr.training.loop import FitResult, fit, training_and_validation, training_values
+from vpr.training.loop import FitResult, fit, training_and_validation, training_values, validation_values
 
 log = get_logger(__name__)
 
@@ -109,7 +109,7 @@ def _artifact_inputs(
 ) -> tuple[dict[str, Any], list[Parent]]:
     """Return the values and parents that determine the teacher."""
     network = config_values(config.stages[-1].tower(config.tower))
-    values = {**training_values(config), "network": network, "tower_config": tower}
+    values = {**training_values(config), **validation_values(catalog), "network": network, "tower_config": tower}
     # No part of the network. Without a licence, cards that were written before the key existed stay up to date.
     for section in (network, *([] if config.tower.licence else [values["tower"]])):
         section.pop("licence")

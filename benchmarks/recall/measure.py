@@ -4,13 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from benchmarks.config import RERANK, RecallConfig, ReportConfig
+from benchmarks.config import RERANK, RecallConfig
 from benchmarks.models import load_models
 from benchmarks.recall.baselines import colour_histogram, raw_pixels
 from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
@@ -54,7 +53,7 @@ def measure_recall(config: RecallConfig) -> Path:
     catalog = load_catalog(config.catalog)
     artifacts = load_models(config.models)
     parents = [artifact.as_parent("model") for artifact in artifacts] + catalog.as_parents()
-    stage = Stage(config.output, "report", recall_values(config), parents, "recall.json")
+    stage = Stage(config.output, "report", config_to_json(config), parents, "recall.json")
     if stage.find():
         return stage.path
     part = choose_queries(catalog.select(split=config.split), config.leave_one_out, config.skip_unmatched)
@@ -66,15 +65,6 @@ def measure_recall(config: RecallConfig) -> Path:
         write_changed(draft.path / "changed.csv", [query for model in scored for query in model.changed])
     log.info(f"{config.output}: recall of {len(scored)} models")
     return stage.path
-
-
-def recall_values(config: RecallConfig | ReportConfig) -> dict[str, Any]:
-    """Return the JSON values of a report; keys that it did not have at first are left out at their defaults."""
-    values = config_to_json(config)
-    for key in ("leave_one_out", "skip_unmatched", "rivals"):
-        if not values.get(key, True):
-            del values[key]
-    return values
 
 
 def score_models(

@@ -14,6 +14,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.readers import UNLABELLED
+from vpr.retrieval.self_search import content_keys
 
 log = get_logger(__name__)
 
@@ -106,24 +107,16 @@ def _check_unmatched(part: Catalog, is_unmatched: NDArray[np.bool_], queries: in
     log.warning(f"{problem}: left out")
 
 
-def _keys(part: Catalog) -> list[tuple[str, str, str]]:
-    """Return what identifies the content of each row: checksum or name of the image, box and product."""
-    table = part.table
-    checksums, names = (table[column].to_pylist() for column in ("sha256", "image"))
-    contents = [sha256 or name for sha256, name in zip(checksums, names, strict=True)]
-    return list(zip(contents, map(str, table["box"].to_pylist()), part.products.tolist(), strict=True))
-
-
 def _has_equal_sets(part: Catalog) -> bool:
     """Return whether the queries and the gallery are the same images."""
-    queries, gallery = (set(_keys(part.select(role=role))) for role in ("query", "gallery"))
+    queries, gallery = (set(content_keys(part.select(role=role))) for role in ("query", "gallery"))
     return bool(queries) and queries == gallery
 
 
 def _distinct(part: Catalog) -> Catalog:
     """Return the first row of each content, so that no image finds itself under another name."""
     first: dict[tuple[str, str, str], int] = {}
-    for row, key in enumerate(_keys(part)):
+    for row, key in enumerate(content_keys(part)):
         first.setdefault(key, row)
     if len(first) < len(part):
         log.info(f"{len(part) - len(first)} of {len(part)} rows repeat an image of the split and count once")

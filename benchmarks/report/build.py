@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.config import ReportConfig
 from benchmarks.latency.measure import time_models
 from benchmarks.models import load_models
-from benchmarks.recall.measure import ScoredModel, recall_values, score_models
+from benchmarks.recall.measure import ScoredModel, score_models
 from benchmarks.recall.paired_drop import write_changed
 from benchmarks.recall.queries import ScoredPart, choose_queries
 from benchmarks.report import schema
@@ -21,6 +21,7 @@ from export.backends.registry import default_threads
 from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
@@ -42,7 +43,7 @@ def build_report(config: ReportConfig) -> Path:
     ranges = [load_artifact(path, "ranges") for path in config.ranges]
     parents = [model.as_parent("model") for model in models] + catalog.as_parents()
     parents += [artifact.as_parent("ranges") for artifact in ranges]
-    stage = Stage(config.output, "report", recall_values(config), parents, "report.json")
+    stage = Stage(config.output, "report", config_to_json(config), parents, "report.json")
     if stage.find():
         return stage.path
     models = with_distinct_names(models)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from teacher.config import TowerConfig
 from teacher.model import build_teacher, read_tower
+from vpr.common.errors import UserError
 from vpr.imaging.augment import apply_views, draw_views
 from vpr.imaging.config import ViewConfig
 from vpr.imaging.decode import decode
@@ -24,6 +25,7 @@ from vpr.imaging.preprocess import Preprocess
 
 _PLAIN = ViewConfig(rotate=0, stretch=0, translate=0, brightness=0, contrast=0, saturation=0, tint=0)
 _SIZE, _IMAGES = 64, 64
+ZOOMS = (1.0, 1.2, 1.5)
 
 
 def gradient(images: NDArray[np.uint8] | Tensor) -> float:
@@ -70,13 +72,31 @@ def epoch_seconds(files: list[Path], views: ViewConfig, is_enlarged: bool) -> fl
     return best
 
 
+def sample_files(folder: Path) -> list[Path]:
+    """Return evenly spaced JPEGs of a folder.
+
+    Raises:
+        UserError: There are none.
+    """
+    files = sorted(folder.rglob("*.jpg"))
+    if not files:
+        raise UserError(f"{folder}: it holds no JPEGs. Name a folder of photographs.")
+    return files[:: max(1, len(files) // _IMAGES)][:_IMAGES]
+
+
+def sharpness_by_zoom(files: list[Path]) -> dict[float, tuple[float, float, float]]:
+    """Return sharpness by zoom: decoded at the size of a view, for this zoom, and for zooms up to 1.6."""
+    return {
+        zoom: (view_sharpness(files, zoom), view_sharpness(files, zoom, zoom), view_sharpness(files, zoom, 1.6))
+        for zoom in ZOOMS
+    }
+
+
 def main(folder: str) -> None:
     """Print sharpness by zoom and the ratio of the epoch's time, with the larger images and without."""
     torch.set_num_threads(1)
-    files = sorted(Path(folder).rglob("*.jpg"))
-    files = files[:: max(1, len(files) // _IMAGES)][:_IMAGES]
-    for zoom in (1.0, 1.2, 1.5):
-        before, after, mixed = (view_sharpness(files, zoom, largest) for largest in (0.0, zoom, 1.6))
+    files = sample_files(Path(folder))
+    for zoom, (before, after, mixed) in sharpness_by_zoom(files).items():
         print(f"zoom {zoom}: sharpness {before:.2f} without, {after:.2f} with the larger side")
         print(f"zoom {zoom} among zooms up to 1.6: sharpness {mixed:.2f}")
     for views in (ViewConfig(), ViewConfig(scale=(0.75, 1.5))):

@@ -34,7 +34,7 @@ def test_limits_equal_the_code() -> None:
         f"at most {limits.MAX_FILE_BYTES >> 20} MiB as a file",
         f"at most {limits.MAX_PIXELS // 10**6} megapixels ({limits.MAX_PIXELS // 2 // 10**6} if not a JPEG, "
         f"{limits.MAX_PIXELS // 4 // 10**6} for WebP and AVIF; {limits.MAX_JPEG_PIXELS // 10**6} for a JPEG with one "
-        "scan, decoded at half its size)",
+        "scan, decoded at half its size or less)",
         f"members of at most {limits.MAX_FILE_BYTES >> 20} MiB, labels of at most {shards._MAX_LABEL_BYTES >> 20} MiB",
         f"a card of at most {artifact._MAX_CARD_BYTES >> 20} MiB",
         f"uploads of at most {search_page.MAX_BYTES >> 20} MiB",

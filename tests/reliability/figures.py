@@ -15,6 +15,7 @@ from experiments.figures import command_of, measure, record
 from tests.reliability.faults.kills import kill_figures
 from tests.reliability.fuzz import fuzz, guided
 from tests.reliability.hostile import hostile
+from tests.reliability.limits import sweep
 from tests.reliability.load import load
 from tests.reliability.load.many_threads import measure_hand_off
 from tests.reliability.offline.offline import measure_offline
@@ -49,6 +50,12 @@ def record_fuzz() -> None:
         results.append(result)
         figures, table = guided.summarise(results, command_of("reliability", "fuzz"))
         record("reliability", figures, {"fuzz": table})
+
+
+def record_options() -> None:
+    """Record every number option of every command at its limits, among the figures of data sets."""
+    figures, table = sweep.summarise(sweep.sweep(sweep.SweepConfig()), command_of("reliability", "options"))
+    record("data", figures, {"options": table})
 
 
 def record_offline() -> None:
@@ -86,6 +93,7 @@ PARTS = {
     "hostile": record_hostile,
     "mutations": record_mutations,
     "fuzz": record_fuzz,
+    "options": record_options,
     "offline": record_offline,
     "load": record_load,
     "soak": record_soak,

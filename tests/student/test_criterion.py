@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
-from student.config import TEACHER_LOSSES, LossConfig, StudentConfig
+from student.config import LossConfig, StudentConfig
 from student.criterion import DistillationLoss, Labels, compute_class_means
+from student.loss_config import TEACHER_LOSSES
 from student.losses import cosine_loss, rkd_distance, similarity_kl
 from student.model import Student
 from vpr.common.errors import UserError

@@ -166,6 +166,23 @@ def lora_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfi
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("part", "has_norm"), [("tower", False), ("all", True)])
+def test_dropout_after_the_tower_is_on_next_to_adapters(part: str, has_norm: bool, catalog: Catalog) -> None:
+    teacher, preprocess = build_teacher(
+        TowerConfig("sample-vit", "", 32, embedding_dim=16, batch_norm=True, dropout=0.5),
+        read_tower("sample-vit"),
+        False,
+    )
+    scheduled = ScheduledStage(StageConfig(part, 1), 0, 1, ViewConfig(), 0)  # type: ignore[arg-type]
+    splits = catalog.select(split="train"), catalog.select(split="validation")
+    module = TeacherModule(scheduled, teacher, preprocess, *splits)
+    module.add_adapters(LORA, preprocess.size)
+    module.on_train_epoch_start()
+    assert teacher.project.get_submodule("dropout").training
+    assert teacher.project.get_submodule("norm").training == has_norm
+    assert not teacher.visual.training
+
+
 def test_rate_too_low_for_adapters_is_reported(
     catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,7 +95,7 @@ def parse_box(values: Sequence[Any]) -> Box | None:
         # Tables with semicolons often have decimal commas.
         numbers = [float(cell.replace(",", ".") if isinstance(cell, str) else cell) for cell in cells]
         a, b, c, d = numbers
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise ValueError(f"box {_show(cells)} is not four numbers") from None
     if not all(math.isfinite(number) and abs(number) < _MAX_COORDINATE for number in numbers):
         raise ValueError(f"box {_show(cells)} is out of range")

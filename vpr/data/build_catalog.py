@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.writer import check_output, config_to_json, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
@@ -45,8 +43,9 @@ def build_catalog(config: CatalogConfig) -> Path:
         skipped = [file for file in skipped if file[1] == FOLDER_LINK or config.reader != "webdataset"]
         data.notes += describe_skipped(skipped)
         data.set_aside += skipped
-    division = _divide(config, data.table)
-    catalog = Catalog(division.table.filter(data.finish(division.table)), data.root)
+    division = data.divide(_shares(config))
+    _check_met(division)
+    catalog = Catalog(division.table, data.root)
     rejected = data.set_aside + division.left_out
     old = find_up_to_date(config.output, "catalog", values, [])
     if old and old.card.metrics["set_aside"] == len(rejected) and load_catalog(old.path).table.equals(catalog.table):
@@ -56,7 +55,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     replaced = load_replaced(config.output)
     with write_artifact(config.output, "catalog", values) as draft:
         write_catalog_files(draft, catalog, rejected)
-    _log_summary(config, catalog, rejected, [*division.notes, *data.notes])
+    _log_summary(config, catalog, rejected, data.notes)
     if replaced:
         warn_of_moves(replaced, catalog)
     return Path(config.output)
@@ -72,7 +71,8 @@ def _build_sample(config: CatalogConfig, values: dict[str, Any]) -> Path:
     with stage.write() as draft:
         draft.unlisted = frozenset({"images"})
         rows, _ = check_images(draft.path, list(unpack(draft.path)), skip_unreadable=False)
-        division = _divide(config, rows_to_table(rows))
+        division = split_by_product(rows_to_table(rows), _shares(config))
+        _check_met(division)
         catalog = Catalog(division.table, draft.path)
         write_catalog_files(draft, catalog, division.left_out)
     _log_summary(config, catalog, division.left_out, division.notes)
@@ -88,12 +88,13 @@ def shares_of(reader: str, validation: float, test: float, seed: int, resplit: b
     return Shares(validation, test, seed, resplit or (reader == "aicrowd" and validation + test > 0))
 
 
-def _divide(config: CatalogConfig, table: pa.Table) -> Division:
-    shares = shares_of(config.reader, config.validation, config.test, config.seed, config.resplit)
-    division = split_by_product(table, shares)
+def _shares(config: CatalogConfig) -> Shares:
+    return shares_of(config.reader, config.validation, config.test, config.seed, config.resplit)
+
+
+def _check_met(division: Division) -> None:
     if division.unmet:
         raise UserError(division.unmet[0])
-    return division
 
 
 def load_replaced(output: str) -> Catalog | None:

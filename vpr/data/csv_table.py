@@ -56,6 +56,16 @@ def read_csv_rows(
             raise UserError(f"{table}: line {line}: {error}. Write it as CSV in UTF-8.") from None
 
 
+def read_csv_header(table: Path) -> list[str]:
+    """Return the names of a CSV's columns as its first line has them; empty if the line is broken."""
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        header = BoundedLines(stream).peek()
+    try:
+        return next(csv.reader([header], delimiter=find_separator(header)), [])
+    except csv.Error:
+        return []
+
+
 def check_table_file(table: Path) -> None:
     """Raise :class:`UserError` unless the path is a file."""
     if table.is_dir():

@@ -5,7 +5,8 @@ a product that was trained on never becomes a scored one (same seed, same shares
 """
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ UNSET, TRAIN, VALIDATION, TEST = range(4)
 _CODES = {"": UNSET, **{name: code for code, name in enumerate(SPLITS, TRAIN)}}
 _ROLES = ("query", "gallery")
 _MARKED = "a role without a split: other images of its product are trained on"
+_DECIMAL = re.compile(r"(?<=\d)\.0+$")
 _NAMES = np.array(["", *SPLITS], dtype=object)
 
 
@@ -60,6 +62,7 @@ class Division:
         left_out: Images that are in no split, with the reason.
         notes: Lines about splits that stayed, were drawn or were derived from roles.
         unmet: Error message of each share that selected no product to search for, or of an empty training split.
+        drawn: Names of the splits that the shares select.
     """
 
     table: pa.Table
@@ -67,9 +70,29 @@ class Division:
     left_out: list[Rejected] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
+    drawn: tuple[str, ...] = ()
+
+    def find_lost(self, table: pa.Table, example: str) -> list[str]:
+        """Return an error message for each drawn split, and for training, that other rows left nothing of.
+
+        Args:
+            table: Rows that are left after more of them were set aside.
+            example: One that was set aside, with the reason.
+        """
+        columns = (table[name].to_pylist() for name in ("split", "role", "product"))
+        found = set(zip(*columns, strict=True))
+        fix = f"Images were set aside ({example}). Correct them, or raise the share."
+        messages = []
+        for name in self.drawn:
+            in_query, in_gallery = ({row[2] for row in found if row[:2] == (name, role)} for role in _ROLES)
+            if not in_query & in_gallery:
+                messages.append(f"{name}: no product with a query and a gallery image is left. {fix}")
+        if self.drawn and not any(split == "train" for split, _, _ in found):
+            messages.append(f"validation, test: they leave no product to train on. {fix}")
+        return messages
 
 
-def split_by_product(table: pa.Table, shares: Shares) -> Division:
+def split_by_product(table: pa.Table, shares: Shares, unusable: Mapping[int, str] | None = None) -> Division:
     """Divide the products of a table that the data set does not hold out itself.
 
     Validation and test rows of the data set stay what they are, and products of which all rows have a role of query or
@@ -82,9 +105,13 @@ def split_by_product(table: pa.Table, shares: Shares) -> Division:
     A held-out product with a single image is in the gallery of its split, without a query. It is not trained on, since
     it may gain images later and be searched for.
 
+    Unusable rows are left out too. They count for the split of their product, which must not depend on which of its
+    images are copied, and have no role.
+
     Args:
         table: Table of :data:`vpr.data.catalog.SCHEMA`; the split of a row may be empty.
         shares: Shares, seed, and whether the data set's splits are replaced.
+        unusable: Rows that cannot be used, with the reason.
     """
     products, codes = encode(table["product"])
     given = split_codes(table)
@@ -101,10 +128,13 @@ def split_by_product(table: pa.Table, shares: Shares) -> Division:
     reasons = dict.fromkeys(np.flatnonzero(is_marked & (splits == TRAIN)).tolist(), _MARKED)
     is_kept = ~np.isin(np.arange(len(table)), list(reasons))
     _, images = encode(image_keys(table))
+    # Unusable rows count here too: an earlier version may have trained on their image.
     reasons |= _overlap_reasons(table, images, np.where(is_kept, splits, UNSET), is_own)
+    reasons |= dict(unusable or {})
     is_kept = ~np.isin(np.arange(len(table)), list(reasons))
     splits = np.where(is_kept, splits, UNSET)
     roles = _assign_roles(table, codes, splits, shares.seed)
+    kept_own = np.where(splits == UNSET, UNSET, own_splits)
     columns = {"split": pa.array(_NAMES[splits], pa.string()), "role": pa.array(roles, pa.string())}
     divided = pa.table({name: columns.get(name, table[name]) for name in SCHEMA.names}, schema=SCHEMA)
     names = table["image"].to_pylist()
@@ -112,18 +142,20 @@ def split_by_product(table: pa.Table, shares: Shares) -> Division:
         divided.filter(pa.array(is_kept)),
         is_own[is_kept],
         [(names[row], reason) for row, reason in sorted(reasons.items())],
-        _notes(shares, is_marked, own_splits, codes, zones, is_free),
+        _notes(shares, is_marked, kept_own, codes, zones, is_free & _present(codes, splits)),
         _unmet(shares, drawn, splits, roles, codes, is_free, images),
+        tuple(name for name, _, _ in drawn),
     )
 
 
 def hashed_splits(products: list[str], shares: Shares) -> Codes:
     """Return the (n,) code of each product's split; it depends on its id, the seed and the shares only.
 
+    The ids ``4`` and ``4.0`` have the same split: as long as all ids are numbers, they are one product.
     ``test`` takes hashes from 0 up and ``validation`` from 1 down. Hence a larger share keeps the products of a smaller
     one, and neither share moves the products of the other.
     """
-    hashes = np.array([_hash(f"{shares.seed}:{product}") for product in products])
+    hashes = np.array([_hash(f"{shares.seed}:{_DECIMAL.sub('', product)}") for product in products])
     is_validation = (hashes >= 1 - shares.validation) & (shares.validation > 0)
     return np.where(hashes < shares.test, TEST, np.where(is_validation, VALIDATION, TRAIN)).astype(np.int64)
 
@@ -203,7 +235,8 @@ def _unmet(
 ) -> list[str]:
     """Return an error message for each drawn share without a product to search for, and for an empty training split."""
     messages = []
-    pairs = np.bincount(np.unique(np.stack([codes, images]), axis=1)[0], minlength=len(is_free)) > 1
+    kept = splits != UNSET
+    pairs = np.bincount(np.unique(np.stack([codes[kept], images[kept]]), axis=1)[0], minlength=len(is_free)) > 1
     searchable, free = int(np.sum(pairs & is_free)), int(is_free.sum())
     for name, code, share in drawn:
         in_query, in_gallery = (set(codes[(splits == code) & (roles == role)].tolist()) for role in _ROLES)
@@ -223,6 +256,11 @@ def _unmet(
     if drawn and not messages and not np.any(splits == TRAIN):
         messages.append("validation, test: they leave no product to train on. Lower them or use another --seed.")
     return messages
+
+
+def _present(codes: Codes, splits: Codes) -> Mask:
+    """Return whether each product has a row in a split."""
+    return np.bincount(codes, splits != UNSET, int(codes.max(initial=-1)) + 1) > 0
 
 
 def _notes(shares: Shares, is_marked: Mask, own: Codes, codes: Codes, zones: Codes, is_free: Mask) -> list[str]:

@@ -73,18 +73,6 @@ def concatenate(catalogs: list[Catalog]) -> Catalog:
     return Catalog(pa.concat_tables(tables).combine_chunks(), root)
 
 
-def duplicates_of(catalog: Catalog, others: Catalog) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return two (n,) bool masks: the images that repeat an image of another catalogue, and those that nearly do."""
-    same = np.isin(np.array(catalog.table["sha256"].to_pylist()), others.table["sha256"].to_pylist())
-    near = np.zeros_like(same)
-    hashes, other_hashes = (_hash_files([part.path(row) for row in range(len(part))]) for part in (catalog, others))
-    for start in range(0, len(hashes), step := max(1, _BLOCK // max(1, len(other_hashes)))):
-        block = slice(start, start + step)
-        distances = np.bitwise_count(hashes[block, None] ^ other_hashes[None])
-        near[block] = (distances <= NEAR_BITS).any(axis=1)
-    return same, near & ~same
-
-
 def common_root(folders: list[Path]) -> Path:
     """Return the deepest folder that contains all folders, with links resolved."""
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))

@@ -19,6 +19,7 @@ _MISSING = frozenset({"", "nan", "none", "null", "nil", "na", "n/a", "#n/a", "<n
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
 _INTEGER, _FLOAT = re.compile(r"-?\d+"), re.compile(r"(-?\d+)\.0+")
 _SCIENTIFIC = re.compile(r"\d\.\d+e\+?\d+", re.IGNORECASE)
+TWIN = "query equals gallery image "  # start of the reason of a twin
 _EXAMPLES = 3
 
 
@@ -86,11 +87,14 @@ def row_name(row: Row) -> str:
 
 
 def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[Rejected], list[str]]:
-    """Return rows that do not repeat an earlier row, (image, reason) of the others, and lines for the summary."""
+    """Return rows that do not repeat an earlier row, (image, reason) of the others, and lines for the summary.
+
+    Unlabelled rows stay: a hidden test set must be submitted as it is.
+    """
     kept, rejected, seen = [], [], set()
     for row in rows:
         key = (row["image"], row["product"], row["role"], row["split"], _box_key(row["box"]))
-        if key in seen:
+        if key in seen and row["source"] != UNLABELLED:
             rejected.append((row["image"], "repeats an earlier row"))
         else:
             seen.add(key)
@@ -111,25 +115,23 @@ def shared_images(table: pa.Table) -> dict[Key, list[str]]:
     return {key: list(names) for key, names in products.items() if len(names) > 1}
 
 
-def find_conflicts(table: pa.Table, shared: dict[Key, list[str]]) -> tuple[list[bool], list[Rejected], list[str]]:
-    """Find rows with an image that is under several products, of :func:`shared_images` of all rows of the data set.
-
-    It is applied to the divided table: a product's split must not depend on which of its images are copied.
-
-    Returns for each row whether it is to be set aside, (image, reason) of these rows, and lines for the summary.
-    """
+def find_conflicts(table: pa.Table) -> tuple[dict[int, str], list[str]]:
+    """Find rows with an image that is under several products; return their reasons, and lines for the summary."""
+    shared = shared_images(table)
     keys, images, products = _image_keys(table), table["image"].to_pylist(), table["product"].to_pylist()
-    is_shared = [key in shared for key in keys]
-    rows = [row for row in zip(keys, images, products, is_shared, strict=True) if row[3]]
-    if not rows:
-        return is_shared, [], []
-    rejected = [(image, f"under {len(shared[key])} products: {_list(shared[key])}") for key, image, _, _ in rows]
-    example = f"{rows[0][1]} under {_list(shared[rows[0][0]])}"
-    notes = [f"images under several products: {len({row[0] for row in rows})}, {len(rows)} rows set aside ({example})"]
-    kept = {product for product, is_conflict in zip(products, is_shared, strict=True) if not is_conflict}
-    if lost := sorted({row[2] for row in rows} - kept):
+    reasons = {
+        row: f"under {len(shared[key])} products: {_list(shared[key])}" for row, key in enumerate(keys) if key in shared
+    }
+    if not reasons:
+        return {}, []
+    first = next(iter(reasons))
+    example = f"{images[first]} under {_list(shared[keys[first]])}"
+    count = len({keys[row] for row in reasons})
+    notes = [f"images under several products: {count}, {len(reasons)} rows set aside ({example})"]
+    kept = {product for row, product in enumerate(products) if row not in reasons}
+    if lost := sorted({products[row] for row in reasons} - kept):
         notes.append(f"products without another image: {len(lost)}, left out ({_list(lost)})")
-    return is_shared, rejected, notes
+    return reasons, notes
 
 
 def find_twins(table: pa.Table) -> tuple[list[bool], list[Rejected], list[str]]:
@@ -148,7 +150,11 @@ def find_twins(table: pa.Table) -> tuple[list[bool], list[Rejected], list[str]]:
     boxes = [_box_key(box) for box in table["box"].to_pylist()]
     rows = list(zip(*columns, boxes, strict=True))
     gallery = {(split, sha256, box): image for split, role, sha256, image, box in rows if role == "gallery"}
-    is_twin = [role == "query" and (split, sha256, box) in gallery for split, role, sha256, _, box in rows]
+    is_labelled = [source != UNLABELLED for source in table["source"].to_pylist()]  # others are not scored
+    is_twin = [
+        labelled and role == "query" and (split, sha256, box) in gallery
+        for (split, role, sha256, _, box), labelled in zip(rows, is_labelled, strict=True)
+    ]
     keys = [(sha256, box) for _, _, sha256, _, box in rows]
     rejected: list[Rejected] = []
     notes = []
@@ -169,7 +175,7 @@ def find_twins(table: pa.Table) -> tuple[list[bool], list[Rejected], list[str]]:
             problem = f"all {count} queries equal a gallery image, byte for byte ({example})"
             raise UserError(f"{split}: {problem}. A score would be 1 for any model. Give other images as queries.")
         notes.append(f"{split} queries that equal a gallery image: {len(equal)} of {count}, set aside ({example})")
-        rejected += [(image, f"query equals gallery image {other}") for image, other in pairs]
+        rejected += [(image, f"{TWIN}{other}") for image, other in pairs]
     return is_twin, rejected, notes
 
 
@@ -210,6 +216,24 @@ def describe_near_twins(table: pa.Table, hashes: dict[tuple[str, str], int]) -> 
         f"{split} queries with a near-duplicate of their product in the gallery: {len(pairs)} of {queries[split]} "
         f"({pairs[0]})"
         for split, pairs in near.items()
+    ] + _describe_same_photos(table)
+
+
+def _describe_same_photos(table: pa.Table) -> list[str]:
+    """Return lines that count the queries cut from a photo of the gallery, with their product and another box."""
+    columns = [table[name].to_pylist() for name in ("split", "role", "product", "sha256", "image")]
+    rows = list(zip(*columns, map(_box_key, table["box"].to_pylist()), strict=True))
+    gallery: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
+    for split, role, product, sha256, _, box in rows:
+        if role == "gallery":
+            gallery[split, product, sha256].add(box)
+    cut: dict[str, list[str]] = defaultdict(list)
+    for split, role, product, sha256, image, box in rows:
+        if role == "query" and gallery.get((split, product, sha256), {box}) - {box}:
+            cut[split].append(image)
+    return [
+        f"{split} queries cut from a photo that is in the gallery with another box: {len(images)} ({images[0]})"
+        for split, images in cut.items()
     ]
 
 

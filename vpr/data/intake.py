@@ -5,20 +5,22 @@ import os
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
 from vpr.data.boxes import BoxReading, Form, Frame, check_plausible, is_outside, reaches_out, to_upright, upright_size
 from vpr.data.catalog import Rejected, image_root, rows_to_table
+from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
+from vpr.data.division import Division, Shares, split_by_product
 from vpr.data.duplicates import image_hash
 from vpr.data.identities import (
-    Key,
     clean_ids,
     describe_near_twins,
     drop_repeats,
@@ -27,15 +29,16 @@ from vpr.data.identities import (
     hash_keys,
     reject_invalid,
     row_name,
-    shared_images,
 )
 from vpr.data.image_files import HEIC, PathGuard, is_image
 from vpr.data.readers import READERS, Row
+from vpr.data.tables import describe_unread
 from vpr.imaging.decode import Box, Header, ImageRejected, decode_bytes, read_header, read_image
 
 _CHUNK = 32  # images of one task: the hand-over of a task costs as much as a tenth of an image
 CHECK_SIZE = 64  # pixels; JPEGs are decoded to their end, at a reduced scale
 _EARLY_BOXES = 256  # boxes that are checked before all images are decoded
+_COLUMNS = ("image", "product", "category", "role", "split")
 _TABLES = ("csv", "aicrowd", "products10k")
 
 
@@ -49,7 +52,7 @@ class Intake:
         set_aside: (image, reason) of the rows that are left out.
         notes: Lines for the summary, about what was found in the data.
         hashes: Perceptual hash of each row, by image and box.
-        shared: Products of each image that is under several.
+        conflicts: Rows with an image that is under several products, with the reason. The division leaves them out.
     """
 
     table: pa.Table
@@ -57,30 +60,30 @@ class Intake:
     set_aside: list[Rejected]
     notes: list[str]
     hashes: dict[tuple[str, str], int] = field(default_factory=dict)
-    shared: dict[Key, list[str]] = field(default_factory=dict)
+    conflicts: dict[int, str] = field(default_factory=dict)
 
-    def finish(self, table: pa.Table) -> pa.BooleanArray:
-        """Check the divided table: set aside images under several products and queries that equal a gallery image.
+    def divide(self, shares: Shares) -> Division:
+        """Divide the usable rows, and set aside queries that equal a gallery image of their split.
 
-        Adds to ``set_aside`` and ``notes``, which also count near-duplicates of queries.
-
-        Returns:
-            (n,) mask of the rows that stay.
+        Adds to ``set_aside`` and ``notes``, which also count near-duplicates of queries. Unmet shares are left to the
+        caller, as ``unmet`` of the division.
 
         Raises:
             UserError: No row, or no query of a split, is left.
         """
-        is_shared, conflicts, notes = find_conflicts(table, self.shared)
-        is_single = pa.array([not shared for shared in is_shared], pa.bool_())
-        is_twin, twins, twin_notes = find_twins(table.filter(is_single))
-        self.set_aside += conflicts + twins
-        twin = iter(is_twin)
-        is_kept = pa.array([not shared and not next(twin) for shared in is_shared], pa.bool_())
-        if not any(is_kept.to_pylist()):
-            example = ": ".join(self.set_aside[0])
-            raise UserError(f"{self.root}: all its {len(table)} images are set aside ({example}). Correct the labels.")
-        self.notes += notes + twin_notes + describe_near_twins(table.filter(is_kept), self.hashes)
-        return is_kept
+        division = split_by_product(self.table, shares, self.conflicts)
+        is_twin, twins, twin_notes = find_twins(division.table)
+        self.set_aside += twins
+        set_aside = [*self.set_aside, *division.left_out]
+        if all(is_twin):
+            example = ": ".join(set_aside[0])
+            problem = f"all its {len(self.table)} images are set aside ({example})"
+            raise UserError(f"{self.root}: {problem}. Correct the labels.")
+        is_kept = np.array([not twin for twin in is_twin])
+        table = division.table.filter(pa.array(is_kept))
+        unmet = division.unmet or (division.find_lost(table, ": ".join(twins[0])) if twins else [])
+        self.notes += [*division.notes, *twin_notes, *describe_near_twins(table, self.hashes)]
+        return replace(division, table=table, own=division.own[is_kept], unmet=unmet)
 
 
 def read_data(
@@ -101,6 +104,9 @@ def read_data(
     _check_early(root, rows, reading, options, str(path))
     if reader in _TABLES:
         notes += _describe_unlisted(root, rows)
+    if reader == "csv":
+        boxes = next((row["box_columns"] for row in rows if "box_columns" in row), ())
+        notes += describe_unread(path, (*_COLUMNS, *boxes), read_mapping(options.columns))
     rows, invalid = reject_invalid(rows, skip_invalid_rows, str(path))
     rows, rejected = check_images(root, rows, skip_unreadable, reading, guard)
     check_plausible(_boxes(rows), reading, options.box_form != "auto", str(path))
@@ -115,7 +121,8 @@ def read_data(
         raise UserError(f"{path}: none of its {count} images can be used ({example}). Check the data, and --root.")
     table = rows_to_table(rows)
     hashes = dict(zip(hash_keys(table), [row["hash"] for row in rows], strict=True))
-    return Intake(table, root, set_aside, notes + repeat_notes, hashes, shared_images(table))
+    conflicts, conflict_notes = find_conflicts(table)
+    return Intake(table, root, set_aside, notes + repeat_notes + conflict_notes, hashes, conflicts)
 
 
 def check_images(

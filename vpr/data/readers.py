@@ -11,7 +11,7 @@ from vpr.data.config import ReadOptions
 from vpr.data.csv_table import read_csv_rows
 from vpr.data.hidden_labels import has_hidden_labels
 from vpr.data.image_files import SUFFIXES, PathGuard, check_utf8, image_files, list_files
-from vpr.data.split_folders import find_split_folders
+from vpr.data.split_folders import find_split_folders, place_of
 from vpr.data.tables import read_table_rows
 from vpr.data.webdataset import read_label, read_samples
 
@@ -78,31 +78,27 @@ def read_csv(table: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Row]:
             form = form if options.box_form == "auto" else options.box_form
         image = guard.check(guard.relative(values["image"]), table, line)
         row = _row(image, values["product"], values.get("category") or "", "csv") | {"line": line}
-        for column, known in (("role", ROLES), ("split", SPLITS)):
-            value = (values.get(column) or "").strip().lower()
-            row[column] = ("train" if column == "role" else "") if value in _EMPTY else value
-            if row[column] not in ("", *known):  # checked here too: the line is known, and no image has been decoded
-                problem = f"{column} '{row[column]}' is not known. Use {', '.join(known)}."
-                raise UserError(f"{table}: line {line}: {problem}")
+        for column in ("role", "split"):
+            row[column] = _known(values.get(column) or "", column, f"{table}: line {line}")
         yield _with_box(row, [values[name] for name in columns], form) | {"box_columns": columns} if columns else row
 
 
 def read_folder(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Row]:
     """Read one folder per product, with images at any depth; files that are no images are skipped.
 
-    If all folders of the root are named as splits, the folders in them are the products
+    If all folders of the root are named as splits or roles, the folders in them are the products
     (:func:`vpr.data.split_folders.find_split_folders`).
     """
     guard = _guard(root, options)
     names = list(image_files(root, _links(options)))
-    splits = find_split_folders(root, names)
+    places = find_split_folders(root, names)
     for name in names:
-        folder, _, rest = name.partition("/")
-        product, _, file = rest.partition("/") if folder in splits else (folder, "", rest)
-        if not file:
-            prefix, file = (f"{folder}/", rest) if folder in splits else ("", name)
-            raise UserError(f"{root / name}: it is in no product's folder. Move it to {root}/{prefix}PRODUCT/{file}.")
-        yield {**_row(guard.check(name), product, "", "folder"), "split": splits.get(folder, "")}
+        folder, (split, role), rest = place_of(name, places)
+        product, _, file = rest.partition("/")
+        if not file or (places and not folder):
+            place = f"{root}/{folder}/PRODUCT/" if folder else f"{root}/PRODUCT/"
+            raise UserError(f"{root / name}: it is in no product's folder. Move it to {place}{file or rest}.")
+        yield {**_row(guard.check(name), product, "", "folder", role), "split": split}
 
 
 def read_images(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Row]:
@@ -137,6 +133,9 @@ def read_webdataset(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Ro
             if is_labelled not in (None, "product" in label):
                 raise UserError(f"{where} has no product, or is the only one that has. Label all samples or none.")
             is_labelled = "product" in label
+            for column in ("role", "split"):
+                if column in label:
+                    label[column] = _known(label[column], column, where)
             box = label.pop("box", None)
             for member in sample.images:
                 image = shard + member
@@ -152,6 +151,19 @@ READERS: dict[str, Reader] = {
     "images": read_images,
     "webdataset": read_webdataset,
 }
+
+
+def _known(text: str, column: str, where: str) -> str:
+    """Return a role or split in lower case: ``train`` for an empty role, and empty text for an empty split.
+
+    :func:`vpr.data.catalog.rows_to_table` checks it too, but here the line is known and no image has been decoded.
+    """
+    value, known = text.strip().lower(), {"role": ROLES, "split": SPLITS}[column]
+    if value in _EMPTY:
+        return "train" if column == "role" else ""
+    if value not in known:
+        raise UserError(f"{where}: {column} '{value}' is not known. Use {', '.join(known)}.")
+    return value
 
 
 def _guard(root: Path, options: ReadOptions) -> PathGuard:

@@ -1,4 +1,6 @@
-"""Folders named ``train``, ``val`` and ``test``, which hold the products of a split."""
+"""Folders named ``train``, ``val``, ``test``, ``query`` or ``gallery``, which hold the products of a split or role."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -8,29 +10,65 @@ from vpr.common.log import get_logger
 log = get_logger(__name__)
 
 FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), "validation")
+_ROLES = {"query": "query", "queries": "query", "gallery": "gallery"}
+Places = dict[str, tuple[str, str]]
 
 
-def find_split_folders(root: Path, names: list[str]) -> dict[str, str]:
-    """Return the split of each folder that is one, by its name in any case; empty if the folders are products.
+def find_split_folders(root: Path, names: list[str]) -> Places:
+    """Return split and role of each folder that is one, by its name in any case; empty if the folders are products.
 
-    The folders are splits if every folder of the root with images is named as one. A single folder with such a name
-    among others is a product.
+    The folders are splits and roles if every folder of the root with images is named as one. Roles need a folder for
+    queries and one for the gallery, next to the splits or in one of them; alone they are of the split ``test``. A
+    single folder with such a name among others is a product.
 
     Args:
         root: Folder of the data set.
         names: Paths of the images, relative to the root.
+
+    Returns:
+        Split and role (``train`` for none) by the path of the folder, relative to the root.
 
     Raises:
         UserError: There are folders for training and for scored images, and others next to them.
     """
     folders = sorted({name.partition("/")[0] for name in names if "/" in name})
     splits = {folder: FOLDERS[folder.casefold()] for folder in folders if folder.casefold() in FOLDERS}
-    others = [folder for folder in folders if folder not in splits]
-    if others and "train" in splits.values() and len(set(splits.values())) > 1:
-        first = f"'{others[0]}'" + (f" and {len(others) - 1} more folders are" if others[1:] else " is")
-        problem = f"the folders {', '.join(splits)} are named as splits, but {first} not"
-        raise UserError(f"{root}: {problem}. Move products into a split's folder, or rename the folders.")
-    if others or not splits:
+    roles = _find_roles(folders)
+    others = [folder for folder in folders if folder not in splits and folder not in roles]
+    if others and (roles or ("train" in splits.values() and len(set(splits.values())) > 1)):
+        raise _mixed(root, [*splits, *roles], others)
+    if others or not (splits or roles):
         return {}
-    log.info(f"{root}: its folders are splits: {', '.join(f'{name} is {split}' for name, split in splits.items())}")
-    return splits
+    places: Places = {folder: ("test", role) for folder, role in roles.items()}
+    for folder, split in splits.items():
+        inner = sorted({name.split("/")[1] for name in names if name.startswith(f"{folder}/") and name.count("/") > 1})
+        inner_roles = _find_roles(inner)
+        if inner_roles and (mixed := [name for name in inner if name not in inner_roles]):
+            raise _mixed(root / folder, list(inner_roles), mixed)
+        places |= {f"{folder}/{name}": (split, role) for name, role in inner_roles.items()}
+        places |= {} if inner_roles else {folder: (split, "train")}
+    meanings = [f"{name} is {split}{'' if role == 'train' else f', {role}'}" for name, (split, role) in places.items()]
+    log.info(f"{root}: its folders are splits: {'; '.join(meanings)}")
+    return places
+
+
+def place_of(name: str, places: Places) -> tuple[str, tuple[str, str], str]:
+    """Return the folder of an image that is a split or role, its meaning, and the rest of the path."""
+    parts = name.split("/")
+    for depth in (2, 1):
+        folder = "/".join(parts[:depth])
+        if folder in places and len(parts) > depth:
+            return folder, places[folder], "/".join(parts[depth:])
+    return "", ("", "train"), name
+
+
+def _find_roles(folders: list[str]) -> dict[str, str]:
+    """Return the role of each folder that is named as one; empty unless both roles are there."""
+    roles = {folder: _ROLES[folder.casefold()] for folder in folders if folder.casefold() in _ROLES}
+    return roles if set(roles.values()) == {"query", "gallery"} else {}
+
+
+def _mixed(root: Path, named: list[str], others: list[str]) -> UserError:
+    first = f"'{others[0]}'" + (f" and {len(others) - 1} more folders are" if others[1:] else " is")
+    problem = f"the folders {', '.join(named)} are named as splits, but {first} not"
+    return UserError(f"{root}: {problem}. Move products into a split's folder, or rename the folders.")

@@ -13,13 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpr.common.errors import UserError
+from vpr.data.boxes import BOX_COLUMNS
 from vpr.data.columns import rename_columns
-from vpr.data.csv_table import MAX_COLUMNS, BoundedLines, check_table_file, read_csv_rows
+from vpr.data.csv_table import MAX_COLUMNS, BoundedLines, check_table_file, read_csv_header, read_csv_rows
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
 _BATCH_ROWS = 1024
 _MAX_CELL = 1 << 20  # characters
+_SHOWN_COLUMNS = 8
+_SPLIT_NAMES = ("subset", "set", "partition", "fold", "usage", "phase", "dataset", "is_test", "is_train", "train_test")
 
 Record = tuple[int, dict[str, Any]]
 
@@ -45,7 +48,7 @@ def read_table_rows(
         return
     check_table_file(table)
     is_parquet = suffix in PARQUET
-    found = _parquet_columns(table) if is_parquet else list(next(_read_json_lines(table), (0, {}))[1])
+    found = list_columns(table)
     where = f"{table} ({'Parquet' if is_parquet else 'JSON lines'})"
     known = (*required, *optional)
     names = dict(zip(found, rename_columns(found, known, required, mapping or {}, where), strict=True))
@@ -54,14 +57,50 @@ def read_table_rows(
     records = _read_parquet(table, list(used)) if is_parquet else _read_json_lines(table)
     for number, values in records:
         where = f"{table}: {'row' if is_parquet else 'line'} {number}"
-        row = {name: _to_cell(values.get(column), where) for column, name in used.items()}
+        row = {name: _to_cell(values.get(column), name, where) for column, name in used.items()}
         if empty := [name for name in filled if not row[name]]:
             raise UserError(f"{where}: no value for '{empty[0]}'. Complete the row.")
         yield number, row
 
 
+def describe_unread(table: Path, read: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
+    """Return lines about the columns of a table that are not read; one of them may hold its splits.
+
+    Args:
+        table: Table that was read.
+        read: Names of the columns that were read.
+        mapping: Columns that the user named.
+    """
+    found = list_columns(table)
+    names = rename_columns(found, read, (), mapping, str(table))
+    unread = [column for column, name in zip(found, names, strict=True) if name not in read and column.strip()]
+    if not unread:
+        return []
+    more = f" and {len(unread) - _SHOWN_COLUMNS} more" if len(unread) > _SHOWN_COLUMNS else ""
+    notes = [f"columns that are not read: {', '.join(unread[:_SHOWN_COLUMNS])}{more}"]
+    likely = [column for column in unread if column.strip().casefold() in _SPLIT_NAMES]
+    if likely and "split" not in names:
+        notes.append(f"column '{likely[0]}' may hold splits, which are not used: add --columns split={likely[0]}")
+    return notes
+
+
+def list_columns(table: Path) -> list[str]:
+    """Return the names of a table's columns; those of JSON lines are the keys of all objects, in their first order."""
+    check_table_file(table)
+    if table.suffix.lower() in PARQUET:
+        return _parquet_columns(table)
+    if table.suffix.lower() not in JSON_LINES:
+        return read_csv_header(table)
+    found: dict[str, None] = {}
+    for number, values in _read_json_lines(table):
+        found |= dict.fromkeys(values)
+        if len(found) > MAX_COLUMNS:
+            raise UserError(f"{table}: line {number}: more than {MAX_COLUMNS} different keys. Remove those not needed.")
+    return list(found)
+
+
 def _read_json_lines(table: Path) -> Iterator[Record]:
-    """Yield the objects of a JSON-lines file; the first one names the columns."""
+    """Yield the objects of a JSON-lines file after their line numbers."""
     number = 0
     with table.open(encoding="utf-8-sig") as stream:
         lines = BoundedLines(stream)
@@ -70,7 +109,7 @@ def _read_json_lines(table: Path) -> Iterator[Record]:
                 lines.row_characters = 0
                 if line.isspace():
                     continue
-                values = json.loads(line)
+                values = json.loads(line, object_pairs_hook=_to_object)
                 if not isinstance(values, dict) or len(values) > MAX_COLUMNS:
                     raise ValueError(f"it is not an object of at most {MAX_COLUMNS} keys")
                 yield number, values
@@ -104,12 +143,24 @@ def _parquet_errors(table: Path) -> Iterator[None]:
         raise UserError(f"{table}: broken Parquet ({error}). Write the file again.") from None
 
 
-def _to_cell(value: Any, where: str) -> Any:
-    """Return a value as the text that a CSV would hold, or a list of numbers; empty for other objects."""
-    if isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value):
-        return list(value)
-    if value is None or isinstance(value, list | tuple | dict | bytes):
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise :class:`ValueError` for a repeated key, of which one value would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)[:100]}' is there twice")
+    return values
+
+
+def _to_cell(value: Any, column: str, where: str) -> Any:
+    """Return a value as the text that a CSV would hold, or the list of numbers of a box; empty for none."""
+    if value is None:
         return ""
+    if column in BOX_COLUMNS and isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, list | tuple | dict | bytes):
+        kind = {dict: "an object", bytes: "bytes"}.get(type(value), "a list")
+        raise UserError(f"{where}: '{column}' is {kind}. Write it as text.")
     text = str(value)
     if "\0" in text or len(text) > _MAX_CELL or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: a value that is not text of at most {_MAX_CELL} characters. Write the row again.")

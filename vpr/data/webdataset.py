@@ -81,8 +81,10 @@ def read_label(sample: Sample, where: str) -> dict[str, Any]:
         return {"product": _text(sample.labels[".cls"].decode(errors="replace"), where)} if sample.labels else {}
     try:
         values = json.loads(sample.labels[".json"])
-        names = [name for name in ("product", "category", "role", "split") if name in values]
-        label = {name: _text(values[name], where) for name in names}
+        optional = [name for name in ("category", "role", "split") if values.get(name) not in (None, "")]
+        label = {
+            name: _text(values[name], where) for name in (*(["product"] if "product" in values else []), *optional)
+        }
         return {**label, "box": list(values["box"])} if values.get("box") else label
     except (ValueError, TypeError, AttributeError, RecursionError):
         problem = "its .json is not an object with text values, and a box of four numbers"

@@ -61,7 +61,7 @@ def decode(path: Path | str, box: Box | None = None, shortest: int | None = None
     ``box`` is a crop (x, y, width, height) in pixels of the upright image, applied after decoding. ``shortest`` is the
     shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at which the image, or the
     crop, is still at least twice as large. A JPEG of more than 100 megapixels is decoded at half
-    its size or less.
+    its size or less, to at most 50 megapixels.
 
     Raises:
         ImageRejected: The file is not an image, truncated, or too large.
@@ -136,7 +136,13 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
         # Pillow only warns above its limit; check_image checks the header before any allocation.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         scans = limits.check_file(data)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            if data[:3] != b"\xff\xd8\xff":
+                raise
+            # Of more than Pillow's 178 megapixels. Here it is decoded at a reduced size.
+            image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         limits.check_image(image, scans, len(data))
         return image, scans
 
@@ -215,15 +221,15 @@ def _crop_edges(image: Image.Image, box: Box | None, name: Path | str) -> Edges 
 def _draft_jpeg(image: Image.Image, edges: Edges | None, shortest: int | None) -> float:
     """Set a reduced decoding scale that leaves twice ``shortest``; return the factor of the reduction.
 
-    An image of more than ``MAX_PIXELS`` is reduced to half or less in any case.
+    An image of more than ``MAX_PIXELS`` is reduced in any case, see :func:`vpr.imaging.limits.reduction`.
     """
     width, height = image.size
     needed = (2 * shortest, 2 * shortest) if shortest else image.size
     if edges is not None and shortest:
         ratio = 2 * shortest / min(edges[2] - edges[0], edges[3] - edges[1])
         needed = (math.ceil(width * ratio), math.ceil(height * ratio))
-    if width * height > limits.MAX_PIXELS:
-        needed = (min(needed[0], width // 2), min(needed[1], height // 2))
+    if (factor := limits.reduction(width * height)) > 1:
+        needed = (min(needed[0], width // factor), min(needed[1], height // factor))
     if needed == image.size:
         return 1.0
     drafted = image.draft("RGB", needed)

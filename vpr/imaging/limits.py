@@ -14,7 +14,9 @@ from PIL import Image
 
 MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000  # that are decoded
-MAX_JPEG_PIXELS = 178_000_000  # of a JPEG with one scan, which is decoded at half the size; Pillow has this limit too
+MAX_JPEG_PIXELS = 1_000_000_000  # of a JPEG with one scan, which is decoded at a reduced size
+_MAX_REDUCED_PIXELS = 50_000_000  # that such a JPEG is decoded to
+_REDUCTIONS = (2, 4, 8)  # of libjpeg
 # Of MAX_PIXELS; libwebp and libavif allocate several copies of an image.
 _PIXEL_DIVISORS = {"JPEG": 1, "MPO": 1, "WEBP": 4, "AVIF": 4}
 _DEFAULT_PIXEL_DIVISOR = 2
@@ -82,6 +84,13 @@ def check_image(image: Image.Image, scans: int, size: int) -> None:
         raise DecodeLimitExceeded(f"a run-length coded BMP of more than {_MAX_RUN_LENGTH} pixels or bytes")
     if image.mode in ("I", "F"):
         raise DecodeLimitExceeded("32-bit pixels, which are not supported")
+
+
+def reduction(pixels: int) -> int:
+    """Return the factor by which both sides of a JPEG of this many pixels are reduced at least."""
+    if pixels <= MAX_PIXELS:
+        return 1
+    return next(factor for factor in _REDUCTIONS if pixels <= _MAX_REDUCED_PIXELS * factor**2)
 
 
 def _check_segments(data: bytes) -> int:

@@ -20,6 +20,7 @@ from vpr.data.pixels import read_pixels
 from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
+from vpr.retrieval.self_search import find_self_search
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 EMPTY_CATALOG = "embedding: the catalogue has no images of this split and role. Choose another."
@@ -71,9 +72,18 @@ def l2_normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def score_split(catalog: Catalog, vectors: NDArray[np.float32]) -> RetrievalScores:
-    """Score the query images of one split against its gallery images; ``vectors`` are in catalogue order."""
+    """Score the query images of one split against its gallery images; ``vectors`` are in catalogue order.
+
+    Where the queries and the gallery are the same images, each searches the others, and images without another one of
+    their product do not search (:func:`vpr.retrieval.self_search.find_self_search`).
+    """
+    products = catalog.products
+    if (own := find_self_search(catalog)) is not None:
+        return evaluate(
+            vectors[own.queries], products[own.queries], vectors[own.gallery], products[own.gallery], own=own.own
+        )
     query, gallery = catalog.roles == "query", catalog.roles == "gallery"
-    return evaluate(vectors[query], catalog.products[query], vectors[gallery], catalog.products[gallery])
+    return evaluate(vectors[query], products[query], vectors[gallery], products[gallery])
 
 
 @dataclass(frozen=True)

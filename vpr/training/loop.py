@@ -30,6 +30,7 @@ from vpr.data.catalog import Catalog
 from vpr.data.loaders import EpochSampler, Normalise
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.embeddings import l2_normalize, score_split
+from vpr.retrieval.self_search import find_self_search
 from vpr.training.callbacks import (
     MONITOR,
     AtomicCheckpoint,
@@ -71,7 +72,18 @@ def training_and_validation(catalog: Catalog, path: str) -> tuple[Catalog, Catal
             problem = f"its validation split has {len(validation)} images and none with the role {role}"
             raise UserError(f"{path}: {problem}. Set the roles of its images in its table.")
     score_split(validation, np.ones((len(validation), 1), np.float32))  # raises before training, not after an epoch
+    if (own := find_self_search(validation)) is not None:
+        skipped = f", {own.skipped} are the only ones of their product and do not search" if own.skipped else ""
+        log.info(f"validation: its queries are its gallery, so each image searches the others{skipped}")
     return training, validation
+
+
+def validation_values(catalog: Catalog) -> dict[str, str]:
+    """Return what cards record of the validation: earlier versions let an image find itself where it is in both roles.
+
+    It is empty for a validation split whose queries are not its gallery images.
+    """
+    return {"validation": "leave-one-out"} if find_self_search(catalog.select(split="validation")) else {}
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:

@@ -155,6 +155,37 @@ def test_folders_named_as_splits_are_splits(
         assert set(catalog.select(split=split).roles) == {"gallery", "query"}
 
 
+@pytest.mark.parametrize("inside", ["", "test/"])
+def test_folders_named_as_roles_are_roles(tmp_path: Path, inside: str) -> None:
+    """Data sets for retrieval have such folders; as products, they would be three."""
+    folders = {
+        "train/": ("train", "train"),
+        f"{inside}Query/": ("test", "query"),
+        f"{inside}gallery/": ("test", "gallery"),
+    }
+    names = [
+        f"{folder}{'b' if 'train' in folder else 'a'}{n}/{view}.png"
+        for folder in folders
+        for n in (1, 2)
+        for view in (1, 2)
+    ]
+    _write_images(tmp_path / "shop", names)
+    catalog = load_catalog(build_catalog(CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"))))
+    assert set(catalog.products.tolist()) == {"a1", "a2", "b1", "b2"}
+    for row in catalog.table.to_pylist():
+        folder = next(folder for folder in folders if row["image"].startswith(folder))
+        assert (row["split"], row["role"]) == folders[folder]
+    _write_images(tmp_path / "shop", [f"{inside}shoes/1.png"], seed=1)
+    with pytest.raises(UserError, match=r"are named as splits, but 'shoes' is not"):
+        build_catalog(CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop")))
+
+
+def test_single_folder_named_as_a_role_is_a_product(tmp_path: Path) -> None:
+    _write_images(tmp_path / "shop", ["gallery/1.png", "shoes/1.png"])
+    config = CatalogConfig("folder", str(tmp_path / "c"), str(tmp_path / "shop"))
+    assert _splits(config) == {"gallery": "train", "shoes": "train"}
+
+
 def test_folders_that_are_not_all_splits(tmp_path: Path) -> None:
     toys = tmp_path / "toys"
     _write_images(toys, ["train/1.png", "train/2.png", "doll/1.png"])
@@ -193,11 +224,11 @@ def test_summary_counts_splits_and_what_deserves_a_look(tmp_path: Path, caplog: 
         "  test               1       3        1        2",
         "  products with one image: 4 (3 train, 1 validation)",
         "  images without a label: 0",
-        "  set aside: 2 (1 under 2 products, 1 in several splits; listed in set_aside.csv)",
-        "  validation: 1 products as in the data set",
-        "  test: 2 products as in the data set",
-        "  images under several products: 1, 1 rows set aside (8.png under a, f)",
+        "  set aside: 2 (2 under 2 products; listed in set_aside.csv)",
+        "  images under several products: 1, 2 rows set aside (0.png under a, f)",
         "  products without another image: 1, left out (f)",
+        "  validation: 1 products as in the data set",
+        "  test: 1 products as in the data set",
     ]
 
 

@@ -35,6 +35,19 @@ def test_hidden_test_set_is_read_in_order_and_not_scored(challenge: Path, capsys
         choose_queries(catalog)
 
 
+def test_hidden_test_set_keeps_repeated_images(challenge: Path) -> None:
+    """A submission has a row for each query and an index for each gallery image, as the tables list them."""
+    shutil.copyfile(challenge / "gallery/0.jpg", challenge / "queries/3.jpg")
+    with (challenge / "gallery.csv").open("a") as stream:
+        stream.write("3,gallery/1.jpg\n")
+    table = (challenge / "queries.csv").read_text().splitlines()
+    (challenge / "queries.csv").write_text("\n".join([*table, table[1]]).replace("1,2,30,40", ",,,") + "\n")
+    catalog = load_catalog(build_catalog(CatalogConfig("aicrowd", str(challenge / "c"), str(challenge))))
+    queries = [f"queries/{number}.jpg" for number in (3, 4, 3)]
+    assert catalog.select(role="query").table["image"].to_pylist() == queries
+    assert catalog.select(role="gallery").table["image"].to_pylist()[1:] == [f"gallery/{n}.jpg" for n in (1, 2, 1)]
+
+
 def test_one_table_without_products_is_an_error(challenge: Path) -> None:
     (challenge / "gallery.csv").write_text("img_path,product_id\ngallery/0.jpg,7\n")
     with pytest.raises(UserError, match="product_id"):

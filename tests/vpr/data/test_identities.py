@@ -201,3 +201,53 @@ def test_labels_without_an_image_are_listed(tmp_path: Path) -> None:
     catalog = load_catalog(build_catalog(config))
     assert catalog.products.tolist() == ["shoe"]
     assert "0.tar/2,a label without an image" in set_aside(catalog)
+
+
+def test_queries_cut_from_a_gallery_photo_are_counted(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, 2, 2)
+    rows: list[list[object]] = []
+    for product in range(2):
+        rows.append([f"img/{product}-0.png", f"SKU{product}", "query", 0, 0, 60, 60])
+        rows.append([f"img/{product}-{1 - product}.png", f"SKU{product}", "gallery", 40, 20, 60, 60])
+    write_table(tmp_path / "t.csv", "image,product,role,box_x,box_y,box_w,box_h", rows)
+    assert len(build(tmp_path / "t.csv")) == 4
+    line = "test queries cut from a photo that is in the gallery with another box: 1 (img/1-0.png)"
+    assert line in notes.text
+
+
+@pytest.mark.parametrize("share", ["validation", "test"])
+def test_shares_are_checked_after_images_are_set_aside(tmp_path: Path, share: str) -> None:
+    """Every product has one image of its own, and one that they all share."""
+    rows: list[list[object]] = [list(pair) for pair in write_images(tmp_path, 8, 1)]
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "img/chart.png")
+    write_table(tmp_path / "t.csv", "image,product", [*rows, *(["img/chart.png", row[1]] for row in rows)])
+    with pytest.raises(UserError, match=rf"{share}: 0\.5 selects none of 8 products\. 0 products have two images"):
+        build(tmp_path / "t.csv", **{share: 0.5})
+    assert not (tmp_path / "catalog-t").exists()
+
+
+def test_image_left_of_a_product_is_searched_for_if_another_remains(tmp_path: Path) -> None:
+    """Roles are drawn from the images that stay, so no query loses its gallery image to a conflict."""
+    rows: list[list[object]] = [list(pair) for pair in write_images(tmp_path, 12, 3)]
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "img/chart.png")
+    write_table(tmp_path / "t.csv", "image,product", [*rows, *(["img/chart.png", f"SKU{n}"] for n in range(12))])
+    held_out = build(tmp_path / "t.csv", test=0.5).select(split="test")
+    for product in set(held_out.products.tolist()):
+        assert set(held_out.roles[held_out.products == product].tolist()) == {"query", "gallery"}
+
+
+def test_shares_are_checked_after_twins_are_set_aside(tmp_path: Path) -> None:
+    """`--resplit` draws products whose roles make every query of a drawn split but one a twin."""
+    rows: list[list[object]] = []
+    for index, (name, product) in enumerate(write_images(tmp_path, 12, 2)):
+        if index % 2:  # the query is a copy of the gallery image
+            shutil.copyfile(tmp_path / f"img/{index // 2}-0.png", tmp_path / name)
+        rows.append([name, product, "query" if index % 2 else "gallery"])
+    write_images(tmp_path / "more", 1, 1)
+    rows.append(["more/img/0-0.png", "lonely", "query"])  # no gallery image: no result of it can be right
+    write_table(tmp_path / "t.csv", "image,product,role", rows)
+    problem = r"all \d+ queries equal a gallery image|test: no product with a query and a gallery image is left"
+    for seed in range(4):
+        with pytest.raises(UserError, match=problem):
+            build(tmp_path / "t.csv", test=0.5, resplit=True, seed=seed)
+    assert not (tmp_path / "catalog-t").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import unicodedata
 from pathlib import Path
 
@@ -147,6 +148,15 @@ def test_json_lines_and_parquet_equal_the_csv(tmp_path: Path, pairs: list[tuple[
         ("t.jsonl", b'{"image": "a.jpg", "product": "a\\u0000"}\n', "line 1: a value that is not text"),
         ("t.jsonl", b"[" * 100_000, "line 1: .*Write one JSON object per line"),
         ("t.jsonl", b'{"image": "a.jpg", "product": "1"}\n\xff\n', "Write one JSON object per line in UTF-8"),
+        (
+            "t.jsonl",
+            b'{"image": "a.jpg", "product": "1", "product": "2"}\n',
+            "line 1: the key 'product' is there twice",
+        ),
+        ("t.jsonl", b'{"image": "a.jpg", "product": ["1"]}\n', "line 1: 'product' is a list. Write it as text"),
+        ("t.jsonl", b'{"image": "a.jpg", "product": 1, "split": [1]}\n', "line 1: 'split' is a list"),
+        ("t.jsonl", b'{"image": {"bytes": 1}, "product": 1}\n', "line 1: 'image' is an object"),
+        ("t.jsonl", b'{"image": "a.jpg", "product": 1, "bbox": {"x": 1}}\n', "line 1: 'bbox' is an object"),
         ("t.parquet", b"PAR1", "broken Parquet"),
     ],
 )
@@ -176,3 +186,48 @@ def test_catalogue_of_default_options_has_the_card_of_before(tmp_path: Path, pai
     artifact = build(tmp_path / "t.csv").artifact
     assert artifact is not None
     assert not set(artifact.card.config) & set(CatalogConfig.later_keys())
+
+
+def test_keys_of_all_objects_are_columns(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    """Writers leave empty keys out, so the first object may lack the split of a later one."""
+    records = [{"image": name, "product": product} for name, product in pairs]
+    for record in records[4:]:
+        record |= {"split": "test", "box": [1, 2, 30, 40]}  # type: ignore[dict-item]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = build(tmp_path / "t.jsonl").table
+    assert table["split"].to_pylist() == ["train"] * 4 + ["test"] * 2
+    assert table["box"].null_count == 4
+
+
+@pytest.mark.parametrize("number", ["1e400", "1" + "0" * 400])
+def test_huge_numbers_of_a_box_are_invalid(tmp_path: Path, pairs: list[tuple[str, str]], number: str) -> None:
+    line = json.dumps({"image": pairs[0][0], "product": "a", "box": "BOX"}).replace('"BOX"', f"[1, 1, 5, {number}]")
+    (tmp_path / "t.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used .*box"):
+        build(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_that_are_not_read_are_listed(
+    tmp_path: Path, pairs: list[tuple[str, str]], suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A split in a column of another name would be trained on without a word."""
+    caplog.set_level(logging.INFO)
+    logging.getLogger("vpr").propagate = True
+    columns = {"image": [name for name, _ in pairs], "product": [product for _, product in pairs]}
+    columns |= {"Subset": ["train"] * 4 + ["test"] * 2, "price": ["1"] * 6}
+    table = tmp_path / f"t.{suffix}"
+    records = pa.table(columns).to_pylist()
+    if suffix == "csv":
+        write_table(table, ",".join(columns), [list(record.values()) for record in records])
+    elif suffix == "jsonl":
+        table.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pq.write_table(pa.table(columns), table)
+    build(table)
+    assert "columns that are not read: Subset, price" in caplog.text
+    assert "column 'Subset' may hold splits, which are not used: add --columns split=Subset" in caplog.text
+    caplog.clear()
+    assert set(build(table, columns=("split=Subset",)).table["split"].to_pylist()) == {"train", "test"}
+    assert "may hold splits" not in caplog.text
+    assert "columns that are not read: price" in caplog.text

@@ -254,13 +254,27 @@ def test_broken_shards_are_rejected_by_name(image: bytes, tmp_path: Path, name: 
         (b'{"product": ""}', "is not text"),
         (b'{"product": "p", "box": [1, 2, 3]}', "is not four numbers"),
         (b'{"product": "p", "box": 4}', "is not an object with text values, and a box of four numbers"),
-        (b'{"product": "p", "role": "gallry"}', "role 'gallry' is not known"),
+        (b'{"product": "p", "role": "gallry"}', r"0\.tar: sample '.*': role 'gallry' is not known"),
     ],
 )
 def test_broken_labels_are_rejected(image: bytes, tmp_path: Path, label: bytes, message: str) -> None:
     write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image), ("a.json", label)])
     with pytest.raises(UserError, match=message):
         build(tmp_path / "s", tmp_path / "c")
+
+
+def test_labels_have_roles_and_splits_in_any_case_or_none(image: bytes, tmp_path: Path) -> None:
+    labels = [{"role": "Query", "split": "TEST"}, {"role": None, "split": "", "category": None}]
+    members: list[Member | tarfile.TarInfo] = []
+    for number, label in enumerate(labels):
+        members += [
+            (f"{number}.jpg", image + bytes([number])),
+            (f"{number}.json", json.dumps({"product": f"p{number}"} | label).encode()),
+        ]
+    write_shard(tmp_path / "shop" / "0.tar", members)
+    table = build(tmp_path / "shop", tmp_path / "c").table
+    assert table["role"].to_pylist() == ["query", "train"]
+    assert table["split"].to_pylist() == ["test", "train"]
 
 
 def test_compressed_shards_and_links_are_rejected(image: bytes, tmp_path: Path) -> None:

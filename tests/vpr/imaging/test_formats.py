@@ -15,6 +15,7 @@ from tests.vpr.data.shops import set_aside
 from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
+from vpr.imaging import limits
 from vpr.imaging.decode import ImageRejected, decode, decode_bytes, read_header
 from vpr.imaging.formats import is_heic, is_image_content
 
@@ -119,9 +120,33 @@ def test_crop_of_a_large_jpeg_is_at_its_place(large: Path) -> None:
     assert np.abs(crop - (250, 0, 0)).max() < 8
 
 
-def test_larger_jpeg_is_rejected(large: Path) -> None:
-    data = bytearray(large.read_bytes())
+def _claim(data: bytes, height: int, width: int) -> bytes:
+    """Return a baseline JPEG whose header claims another size; the rest of the image is then grey."""
     start = data.index(b"\xff\xc0") + 5
-    data[start : start + 4] = (20_000).to_bytes(2, "big") + (12_000).to_bytes(2, "big")
-    with pytest.raises(ImageRejected, match="decompression bomb|more than 178000000"):
-        decode_bytes(bytes(data), "x.jpg")
+    return data[:start] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[start + 4 :]
+
+
+@pytest.mark.parametrize(("height", "factor"), [(16_666, 2), (18_000, 4), (65_000, 4)])
+def test_jpeg_of_more_pixels_than_pillow_opens_is_reduced(
+    large: Path, tmp_path: Path, height: int, factor: int
+) -> None:
+    """200, 216 and 780 megapixels: the largest telephones have 200."""
+    width = 12_000
+    assert height * width > 2 * Image.MAX_IMAGE_PIXELS  # type: ignore[operator]
+    (tmp_path / "x.jpg").write_bytes(_claim(large.read_bytes(), height, width))
+    assert read_header((tmp_path / "x.jpg").read_bytes(), "x.jpg") == (width, height, 1)
+    command = [sys.executable, "-c", _DECODE, str(tmp_path / "x.jpg"), "None", "None"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert [int(value) for value in done[:2]] == [width // factor, height // factor]
+    assert int(done[2]) < 450
+
+
+def test_largest_reduction_keeps_within_the_bound() -> None:
+    for pixels in (limits.MAX_PIXELS + 1, 200_000_000, 200_000_001, 800_000_001, limits.MAX_JPEG_PIXELS):
+        assert pixels / limits.reduction(pixels) ** 2 <= limits.MAX_PIXELS / 2
+    assert limits.reduction(limits.MAX_PIXELS) == 1
+
+
+def test_larger_jpeg_is_rejected(large: Path) -> None:
+    with pytest.raises(ImageRejected, match="50000x20001 pixels, more than 1000000000"):
+        decode_bytes(_claim(large.read_bytes(), 20_001, 50_000), "x.jpg")

@@ -1,0 +1,76 @@
+"""``make figures TOPIC=data``: figures of data sets, views and recipes, into ``docs/results/data.json``.
+
+``PARTS="cases"`` measures this part only. The environment variable ``VPR_DATA`` is the folder of ``grocery``, which
+the part ``sharpness`` needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from experiments.data.cases import case_figures, recipe_figures
+from experiments.data.found_products import found_figures
+from experiments.figures import Figure, Row, command_of, measure, record
+from experiments.teacher.ablation import grocery_data, sample_teacher
+from experiments.teacher.view_sharpness import sample_files, sharpness_by_zoom
+from vpr.data.build_catalog import build_catalog
+from vpr.data.config import CatalogConfig
+
+_SAMPLE = Path("runs/demo/catalog")  # relative: paths are part of an artifact's configuration
+_ZOOM = 1.5  # of the stated goal
+
+
+def measure_cases() -> None:
+    """Record how many of the known cases of misread data have the right result."""
+    figures, rows = case_figures(command_of("data", "cases"))
+    record("data", figures, {"cases": rows})
+
+
+def measure_recipes() -> None:
+    """Record how many recipes have the numbers of their source."""
+    figures, rows = recipe_figures(command_of("data", "recipes"))
+    record("data", figures, {"recipes": rows})
+
+
+def measure_sharpness() -> None:
+    """Record the sharpness of training views against scored photographs, by zoom."""
+    files = sample_files(grocery_data() / "grocery" / "train")
+    command = command_of("data", "sharpness")
+    rows: list[Row] = []
+    figures: list[Figure] = []
+    for zoom, (before, alone, mixed) in sharpness_by_zoom(files).items():
+        rows.append(_sharpness_row(zoom, before, alone, mixed))
+        if zoom == _ZOOM:
+            name = f"sharpness of training views at zoom {zoom:g} against scored images"
+            figures.append(Figure(name, round(alone, 4), "", 0.95, ">=", command))
+    record("data", figures, {"sharpness": rows})
+
+
+def measure_unlabelled() -> None:
+    """Record how many images of scored products the teacher of the demo finds among unlabelled images."""
+    catalog = build_catalog(CatalogConfig("sample", str(_SAMPLE)))
+    teacher = sample_teacher("sample", catalog, "runs/demo/teacher")
+    figures, rows = found_figures(catalog, teacher, command_of("data", "unlabelled"))
+    record("data", figures, {"unlabelled": rows})
+
+
+PARTS = {
+    "cases": measure_cases,
+    "recipes": measure_recipes,
+    "sharpness": measure_sharpness,
+    "unlabelled": measure_unlabelled,
+}
+
+
+def _sharpness_row(zoom: float, before: float, alone: float, mixed: float) -> Row:
+    return {
+        "zoom": f"{zoom:g}",
+        "decoded at the view's size": f"{before:.2f}",
+        "decoded for this zoom": f"{alone:.2f}",
+        "decoded for zooms up to 1.6": f"{mixed:.2f}",
+    }
+
+
+if __name__ == "__main__":
+    measure(PARTS, sys.argv[1:])

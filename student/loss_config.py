@@ -1,0 +1,79 @@
+"""Configuration of the losses of a distillation. Imports no heavy library."""
+
+from dataclasses import dataclass, fields
+
+from teacher.config import HeadConfig
+from vpr.common.errors import UserError
+
+TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
+LABEL_LOSSES = ("margin", "logits")
+# Losses of the relations between images: they compare similarities or distances, not embeddings.
+RELATIONS = ("affinity", "rkd_distance", "rkd_angle")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weight of each loss. A weight of 0 turns its loss off.
+
+    Losses that relate images see the batch of one process.
+
+    Attributes:
+        cosine: Weight of 1 - cosine of student and teacher.
+        mse: Weight of the squared distance of the unit vectors.
+        similarity_kl: Weight of the KL divergence of the similarities to a bank of teacher embeddings.
+        affinity: Weight of the KL divergence of the similarities within the batch.
+        rkd_distance: Weight of the relative distances within the batch.
+        rkd_angle: Weight of the angles of image triples, from the first 128 images of the batch.
+        contrastive: Weight of the contrastive loss between each image and the teacher's embeddings of the batch.
+        margin: Weight of a margin softmax over the products, from labels without the teacher.
+        logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. Logits of the teacher
+            are its similarities to the products' mean embeddings.
+        temperature: Temperature of the softened similarities.
+        contrastive_temperature: Temperature of the contrastive loss.
+        logits_alpha: Share of the teacher in ``logits``. The remainder is cross-entropy with the labels.
+        logits_temperature: Temperature of ``logits``.
+        head: Head of ``margin``. Its scale also scales the teacher's logits.
+    """
+
+    cosine: float = 1.0
+    mse: float = 0.0
+    similarity_kl: float = 1.0
+    affinity: float = 0.0
+    rkd_distance: float = 0.0
+    rkd_angle: float = 0.0
+    contrastive: float = 0.0
+    margin: float = 0.0
+    logits: float = 0.0
+    temperature: float = 0.05
+    contrastive_temperature: float = 0.07
+    logits_alpha: float = 0.5
+    logits_temperature: float = 1.0
+    head: HeadConfig = HeadConfig(scale=16.0, margin=0.0, margin_end=0.2)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("temperature") and not 1e-3 <= value <= 100:
+                raise UserError(f"losses.{field.name}: expected 0.001 to 100, got {value}.")
+            if isinstance(value, float) and not 0 <= value <= 1e6:
+                raise UserError(f"losses.{field.name}: expected 0 or more, got {value}.")
+        if not 0 <= self.logits_alpha <= 1:
+            raise UserError(f"losses.logits_alpha: expected 0 to 1, got {self.logits_alpha}.")
+        if not self.weights():
+            raise UserError("losses: all weights are 0. Set at least one, for example losses.cosine to 1.")
+        if self.logits and len(self.weights()) > 1:
+            raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
+
+    def weights(self) -> dict[str, float]:
+        """Return the weights above 0 by the name of the loss."""
+        return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "margin") if getattr(self, name) > 0}
+
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether any loss compares the student's embeddings with the teacher's, which takes one width for both."""
+        return any(name in TEACHER_LOSSES and name not in RELATIONS for name in self.weights())
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss compares the student with the teacher."""
+        return any(name in TEACHER_LOSSES for name in self.weights())
