@@ -27,6 +27,7 @@ from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import CatalogConfig
 from vpr.data.duplicates import concatenate
+from vpr.data.loaders import decoding_workers
 from vpr.retrieval.embeddings import embed, torch_forward
 
 log = get_logger(__name__)
@@ -162,7 +163,7 @@ def _measure(
         if is_first() and not (cosines.is_file() and measured.is_file()):
             log.info(f"unlabelled: embedding {len(images)} images and {len(scored)} scored ones")
             forward = torch_forward(teacher.network.to(compute_device()))
-            options = (teacher.preprocess, forward, config.loader.batch_size, config.loader.workers)
+            options = (teacher.preprocess, forward, config.loader.batch_size, decoding_workers(config.loader.workers))
             vectors = embed(scored, *options)
             threshold = measure_threshold(vectors, scored.products, count, config.unlabelled_cosine)
             found = largest_cosines(embed(images, *options), vectors) if len(images) else np.empty(0, np.float32)
