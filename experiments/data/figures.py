@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.data.cases import case_figures, recipe_figures
 from experiments.data.found_products import found_figures
+from experiments.data.scale import build_cost
 from experiments.figures import Figure, Row, command_of, measure, record
 from experiments.teacher.ablation import grocery_data, sample_teacher
 from experiments.teacher.view_sharpness import sample_files, sharpness_by_zoom
@@ -55,11 +56,18 @@ def measure_unlabelled() -> None:
     record("data", figures, {"unlabelled": rows})
 
 
+def measure_scale() -> None:
+    """Record what a catalogue of 200,000 images costs beside decoding them; the images take 3 GB."""
+    figures, rows = build_cost(command_of("data", "scale"))
+    record("data", figures, {"scale": rows})
+
+
 PARTS = {
     "cases": measure_cases,
     "recipes": measure_recipes,
     "sharpness": measure_sharpness,
     "unlabelled": measure_unlabelled,
+    "scale": measure_scale,
 }
 
 

@@ -1,15 +1,11 @@
-"""Time and memory of building a catalogue of many images, beside decoding the same images alone.
-
-``python -m experiments.data.scale FOLDER [COUNT]`` writes COUNT synthetic JPEGs (default 200,000, about 3 GB) into
-FOLDER once, and measures both.
-"""
+"""Time and memory of building a catalogue of many images, beside decoding the same images alone."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from experiments.figures import Figure, Row
 from vpr.common.hardware import available_cpus
 from vpr.data.intake import CHECK_SIZE
 from vpr.imaging.decode import decode_bytes, read_image
@@ -44,13 +41,10 @@ def write_product(folder: Path, product: int) -> None:
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Write ``count`` images unless a complete folder is there."""
-    marker = folder.with_name(f"{folder.name}.complete")
-    if marker.is_file() and int(marker.read_text(encoding="utf-8")) == count:
-        return
+    """Write ``count`` images, a folder for each product."""
+    products = range(count // _PER_PRODUCT)
     with ProcessPoolExecutor(len(available_cpus())) as pool:
-        list(pool.map(write_product, [folder] * (count // _PER_PRODUCT), range(count // _PER_PRODUCT), chunksize=50))
-    marker.write_text(str(count), encoding="utf-8")
+        list(pool.map(write_product, [folder] * len(products), products, chunksize=50))
 
 
 def decoding_seconds(folder: Path) -> float:
@@ -84,21 +78,32 @@ def build(folder: Path, output: Path) -> tuple[float, float]:
     return time.perf_counter() - start, int(done.stdout.splitlines()[-1]) / 1e6
 
 
-def measure_scale(folder: Path, count: int) -> dict[str, float]:
-    """Return seconds of decoding alone (the better of a run before and one after), of the build, and its memory."""
-    images = folder / "images"
-    write_images(images, count)
-    before = decoding_seconds(images)
-    seconds, memory = build(images, folder / "catalog")
-    decoding, full = min(before, decoding_seconds(images)), full_decoding_seconds(images)
-    return {
-        "images": count,
-        "decoding at reduced size, s": decoding,
-        "decoding at full size by Pillow alone, s": full,
-        "build, s": seconds,
-        "peak memory, GB": memory,
+def build_cost(command: str, count: int = 200_000) -> tuple[list[Figure], list[Row]]:
+    """Measure decoding alone, at full and at reduced size, and the build, on synthetic JPEGs in a temporary folder.
+
+    The images are in the memory of the operating system for all of them, since they were just written.
+
+    Args:
+        command: Command that repeats the measurement.
+        count: Number of images.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        write_images(images, count)
+        before = decoding_seconds(images)
+        seconds, memory = build(images, Path(folder) / "catalog")
+        reduced, full = min(before, decoding_seconds(images)), full_decoding_seconds(images)
+    name = f"catalogue of {count:,} images"
+    figures = [
+        Figure(f"{name}: build over decoding alone by Pillow", seconds / full, "times", 1.2, "<=", command),
+        Figure(f"{name}: peak memory", memory, "GB", 2.0, "<=", command),
+    ]
+    parts = {
+        "decoding alone by Pillow, at full size": full,
+        "reading, checking and decoding, at the reduced size of a build": reduced,
+        "`vpr catalog`, with its start": seconds,
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_scale(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200_000), indent=2))
+    rows = [
+        {"what": what, "seconds": f"{value:.0f}", "images/s": f"{count / value:.0f}"} for what, value in parts.items()
+    ]
+    return figures, rows
