@@ -56,6 +56,7 @@ def torch_latencies(
     """
     device = "cpu" if is_rehearsal else "cuda"
     label = f"{network} student" if network == "small" else network
+    label += " in the rehearsal" if is_rehearsal else ""
     table = f"gpu-check-{network}{'-compiled' if any(v.is_compiled for v in variants) else ''}".lower()
     rows: list[Row] = []
     for variant in variants:
