@@ -10,6 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.bias import separate_biases
 from vpr.common.errors import UserError
 from vpr.inference.onnx_graph import reraise_as_graph_error, session_with_outputs
 from vpr.inference.onnx_session import INPUT
@@ -25,6 +26,7 @@ def to_fp16(graph: onnx.ModelProto, fp32_nodes: Collection[str] = ()) -> onnx.Mo
     """Return a copy of an FP32 graph from the dynamo exporter that computes in FP16.
 
     The nodes from the last ``ReduceL2`` on (the L2 normalisation) stay FP32, as do those of :func:`find_overflow`.
+    Biases of quantised layers become an Add where ONNX Runtime would round them (:mod:`export.bias`).
     :class:`UserError` if a weight exceeds FP16's range.
     """
     model = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
@@ -34,6 +36,7 @@ def to_fp16(graph: onnx.ModelProto, fp32_nodes: Collection[str] = ()) -> onnx.Mo
     del body.value_info[:]
     _convert_initialisers(body, fp32)
     _cast_edges(body, fp32, floats)
+    separate_biases(model)
     onnx.checker.check_model(model)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 

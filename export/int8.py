@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from calibration.onnx_layers import linear_nodes, weighted_nodes
 from calibration.smoothquant import smooth
+from export.bias import needs_separate_bias
 from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Int8Config, QuantDtype, Recipe
 from export.fp16 import to_fp16
@@ -59,12 +60,14 @@ def export_int8(config: Int8Config) -> Path:
     parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
     parents += [] if validation is None else validation.as_parents()
     values = {**config_to_json(config), "precision": config.dtype}
+    recipe: Recipe = config.scope or ("linear" if validation is None else "full")
+    if config.base == "fp16" and needs_separate_bias(graph, quantised_nodes(graph, (), recipe)):
+        values["bias"] = "separate"  # graphs of earlier versions are wrong on ONNX Runtime
     stage = Stage(config.output, "onnx", values, parents)
     if stage.find():
         return stage.path
 
     calibrated = read_calibrated(graph, model, ranges)
-    recipe: Recipe = config.scope or ("linear" if validation is None else "full")
     excluded = qat_excluded if config.exclude_layers is None else config.exclude_layers
     if qat_excluded is None:
         check_prefixes("exclude_layers", excluded or (), list(quantised_nodes(calibrated.graph, (), "full")))
