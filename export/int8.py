@@ -28,6 +28,7 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.seen import Use, combine, count_seen, hash_catalog, read_seen, record_seen
 from vpr.inference.int8 import read_ranges
+from vpr.inference.onnx_file import save_graph
 from vpr.retrieval.embeddings import read_batches
 
 log = get_logger(__name__)
@@ -57,7 +58,7 @@ def export_int8(config: Int8Config) -> Path:
     ranges = load_artifact(config.ranges, "ranges")
     qat_excluded = _check_parents(config, model, ranges)
     validation = load_catalog(config.catalog).select(split="validation") if config.catalog else None
-    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
+    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.networks()]
     parents += [] if validation is None else validation.as_parents()
     values = {**config_to_json(config), "precision": config.dtype}
     recipe: Recipe = config.scope or ("linear" if validation is None else "full")
@@ -87,7 +88,7 @@ def export_int8(config: Int8Config) -> Path:
     unquantised = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
     is_mixed = not set(quantised_nodes(calibrated.graph, qat_excluded)) <= set(layers)
     with stage.write() as draft:
-        onnx.save(quantised, draft.path / "model.onnx")
+        save_graph(quantised, draft.path)
         fill_graph_card(draft, model, quantised)
         uses: dict[Use, Catalog] = {} if validation is None else {"selection": validation}
         record_seen(draft.path, [model, ranges], uses)

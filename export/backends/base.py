@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.hardware import read_gpus
 from vpr.common.telemetry import disable_telemetry
+from vpr.imaging.preprocess import ModelInput
 from vpr.retrieval.embeddings import Forward
 
 INSTALL = "Run `pip install -r requirements.txt`."
@@ -65,7 +66,7 @@ def graph_precision(artifact: Artifact) -> str:
 def name_artifact_in_errors(artifact: Artifact, forward: Forward) -> Forward:
     """Return the same function; its errors name the artifact."""
 
-    def named(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def named(batch: ModelInput) -> NDArray[np.float32]:
         with reraise_as_artifact_error(artifact):
             return forward(batch)
 

@@ -77,9 +77,9 @@ class PyCudaDriver:
         """Create a stream."""
         return self._cuda.Stream(_NON_BLOCKING)
 
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Allocate page-locked host memory."""
-        return self._cuda.pagelocked_empty(shape, np.float32)
+        return self._cuda.pagelocked_empty(shape, dtype)
 
     def allocate(self, size: int) -> Any:
         """Allocate ``size`` bytes of device memory; ``int()`` of the result is the address."""
@@ -90,7 +90,7 @@ class PyCudaDriver:
         owner: Any = memory.base if isinstance(memory, np.ndarray) else memory
         owner.free()
 
-    def copy_in(self, device: Any, host: NDArray[np.float32], stream: Any) -> None:
+    def copy_in(self, device: Any, host: NDArray[Any], stream: Any) -> None:
         """Copy to the device asynchronously."""
         self._cuda.memcpy_htod_async(device, host, stream)
 

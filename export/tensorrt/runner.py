@@ -22,7 +22,10 @@ from export.tensorrt.profiles import Profile
 from export.tensorrt.thread_context import LoadedEngine, ThreadContext
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
+from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_session import INPUT, OUTPUT
+
+_DTYPES = {"FLOAT": np.float32, "UINT8": np.uint8}  # of the input, by TensorRT's name
 
 
 def open_engine(path: Path | str, device: int = 0, graphs: bool = True, allow_host_code: bool = False) -> EngineRunner:
@@ -82,8 +85,8 @@ class EngineRunner:
             self._engine = deserialise_engine(artifact, trt, driver)
         self._release = weakref.finalize(self, _release, driver, self._engine, self._contexts, self._lock)
 
-    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed (n, 3, size, size) float32 images, preprocessed as the card says, as (n, dim) float32.
+    def __call__(self, batch: ModelInput) -> NDArray[np.float32]:
+        """Embed n images, preprocessed as the card says, such as (n, 3, size, size) float32, as (n, dim) float32.
 
         Larger batches than the engine's are split. :class:`UserError` for a wrong shape or dtype, no images, a closed
         engine, too little GPU memory, or a GPU that fails.
@@ -106,13 +109,14 @@ class EngineRunner:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _check_batch(self, batch: NDArray[np.float32]) -> None:
+    def _check_batch(self, batch: ModelInput) -> None:
         self._check_open()
         is_images = isinstance(batch, np.ndarray) and batch.ndim == 4 and batch.shape[1:] == self._engine.image
-        if not is_images or not len(batch) or batch.dtype != np.float32:
+        dtype = self._engine.input_dtype
+        if not is_images or not len(batch) or batch.dtype != dtype:
             actual = f"{getattr(batch, 'shape', None)} {getattr(batch, 'dtype', type(batch).__name__)}"
             shape = ", ".join(map(str, self._engine.image))
-            raise UserError(f"{INPUT}: expected (n, {shape}) float32 with n of 1 or more, got {actual}.")
+            raise UserError(f"{INPUT}: expected (n, {shape}) {dtype} with n of 1 or more, got {actual}.")
 
     def _check_open(self) -> None:
         if not self._release.alive:
@@ -166,6 +170,10 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: PyCudaDriver
     if names != {INPUT, OUTPUT}:
         tensors, rebuild = ", ".join(sorted(names)), rebuild_command(artifact)
         raise UserError(f"{artifact.path}: expected tensors {INPUT} and {OUTPUT}, got {tensors}. Rebuild: {rebuild}")
+    dtype, output = (engine.get_tensor_dtype(name).name for name in (INPUT, OUTPUT))
+    if dtype not in _DTYPES or output != "FLOAT":
+        problem = f"expected {INPUT} of FLOAT or UINT8 and {OUTPUT} of FLOAT, got {dtype} and {output}"
+        raise UserError(f"{artifact.path}: {problem}. Rebuild: {rebuild_command(artifact)}")
     ranges = [engine.get_tensor_profile_shape(INPUT, index) for index in range(engine.num_optimization_profiles)]
     return LoadedEngine(
         trt=trt,
@@ -174,6 +182,7 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: PyCudaDriver
         native_graphs=artifact.card.config["backend"] == "tensorrt-rtx",
         profiles=tuple(Profile(index, *(int(shape[0]) for shape in shapes)) for index, shapes in enumerate(ranges)),
         image=tuple(engine.get_tensor_shape(INPUT))[1:],
+        input_dtype=np.dtype(_DTYPES[dtype]),
         dim=int(engine.get_tensor_shape(OUTPUT)[1]),
         errors=errors,
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from export.tensorrt.cuda_driver import DriverError, PyCudaDriver
 from export.tensorrt.profiles import Chunk, Profile, split_batch
 from vpr.common.log import get_logger
+from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_session import INPUT, OUTPUT
 
 log = get_logger(__name__)
@@ -32,7 +33,8 @@ class LoadedEngine:
     # already runs, so only the library knows when to capture
     native_graphs: bool
     profiles: tuple[Profile, ...]  # optimisation profiles of the engine
-    image: tuple[int, ...]  # shape of an input image, (3, size, size)
+    image: tuple[int, ...]  # shape of an input image, such as (3, size, size)
+    input_dtype: np.dtype[Any]  # float32 or uint8
     dim: int  # dimension of the embeddings
     errors: list[str]  # errors that TensorRT has logged
 
@@ -73,10 +75,10 @@ class ThreadContext:
         self._uses: Counter[int] = Counter()
         self._buffers: list[Any] = []
         self._stream: Any | None = driver.stream()
-        image_bytes = _FLOAT_BYTES * math.prod(engine.image)
+        image_bytes = engine.input_dtype.itemsize * math.prod(engine.image)
         try:
-            self._host_in = self._keep(driver.pinned((engine.max_batch, *engine.image)))
-            self._host_out = self._keep(driver.pinned((engine.max_batch, engine.dim)))
+            self._host_in = self._keep(driver.pinned((engine.max_batch, *engine.image), engine.input_dtype))
+            self._host_out = self._keep(driver.pinned((engine.max_batch, engine.dim), np.dtype(np.float32)))
             self._input = self._keep(driver.allocate(engine.max_batch * image_bytes))
             self._output = self._keep(driver.allocate(_FLOAT_BYTES * engine.max_batch * engine.dim))
             self._scratch_size = 0 if engine.native_graphs else int(engine.engine.device_memory_size_v2)
@@ -85,8 +87,8 @@ class ThreadContext:
             self.close()
             raise
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed (n, 3, size, size) float32 as (n, dim) float32, inside ``with driver.current()``."""
+    def run(self, batch: ModelInput) -> NDArray[np.float32]:
+        """Embed n images of the engine's input as (n, dim) float32, inside ``with driver.current()``."""
         driver, stream = self._driver, self._stream
         assert stream is not None
         embeddings = np.empty((len(batch), self._engine.dim), np.float32)

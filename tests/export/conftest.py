@@ -15,7 +15,7 @@ from vpr.data.catalog import Catalog
 @pytest.fixture(scope="session")
 def fp32(each_student: Path) -> Path:
     """The FP32 graph of each student."""
-    return export_onnx(OnnxConfig(student=str(each_student), output=str(each_student.parent / "fp32")))
+    return export_onnx(OnnxConfig(model=str(each_student), output=str(each_student.parent / "fp32")))
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ COMMANDS = (
     Command("catalog check --embeddings {embeddings} --catalog {catalog}", "findings"),
     Command("export onnx --student {student} --catalog {catalog} --images 8", "fp32"),
     Command("export onnx --student {student} --precision fp16 --images 8", "fp16"),
+    Command("export onnx --model {teacher} --images 8", "teacher-fp32"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct", "plain-ranges"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct --smooth", "ranges"),
     Command("export int8 --onnx {fp32} --ranges {ranges}", "int8"),

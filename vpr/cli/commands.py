@@ -1,7 +1,8 @@
 """Table of commands: the function and the configuration of each, found by name and imported when called."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,6 +16,7 @@ class Command:
         help: One line for the overview.
         common: Optional keys that the short help shows.
         positional: Keys that take values without a flag, in this order.
+        aliases: Keys by another name of their flag.
     """
 
     target: str
@@ -22,6 +24,7 @@ class Command:
     help: str
     common: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def load_function(self) -> Any:
         """Import and return the function."""
@@ -78,7 +81,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "calibrate": Command("calibration.calibrate:calibrate", "calibration.config:CalibrateConfig",
         "measure INT8 ranges on training images", ("count", "method", "selection", "smooth", "correct")),
     "export onnx": Command("export.to_onnx:export_onnx", "export.config:OnnxConfig",
-        "write a student as ONNX, FP32 or FP16", ("precision", "catalog")),
+        "write a teacher or student as ONNX, FP32 or FP16", ("precision", "catalog", "input"),
+        aliases={"student": "model"}),
     "export int8": Command("export.int8:export_int8", "export.config:Int8Config",
         "write an INT8 Q/DQ graph from ONNX and ranges", ("base", "max_recall_drop", "catalog", "scope")),
     "export engine": Command("export.tensorrt.build:build_engine", "export.config:EngineConfig",
@@ -86,7 +90,7 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "export serving": Command("export.serving:export_serving", "export.config:ServingConfig",
         "write a Triton model repository and gallery", ("name", "max_batch", "device", "index")),
     "export parity": Command("export.parity_report:compare_exports", "export.config:ParityConfig",
-        "compare exports with the student, layer by layer", ("split", "layers")),
+        "compare exports with their network, layer by layer", ("split", "layers"), aliases={"student": "reference"}),
     "bench recall": Command("benchmarks.recall.measure:measure_recall", "benchmarks.config:RecallConfig",
         "measure recall of models on the same queries", ("split",)),
     "bench latency": Command("benchmarks.latency.measure:measure_latency", "benchmarks.config:LatencyConfig",

@@ -81,9 +81,9 @@ class RecordedDriver:
         self.note("stream", stream.handle)
         return stream
 
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         self.note("pinned", shape)
-        self.pinned_arrays.append(np.full(shape, np.nan, np.float32))
+        self.pinned_arrays.append(np.full(shape, np.nan if dtype == np.float32 else 99, dtype))
         return self.pinned_arrays[-1]
 
     def allocate(self, size: int) -> Memory:
@@ -103,7 +103,7 @@ class RecordedDriver:
         else:
             self.pinned_arrays = [array for array in self.pinned_arrays if array is not memory]
 
-    def copy_in(self, device: Memory, host: NDArray[np.float32], stream: Stream) -> None:
+    def copy_in(self, device: Memory, host: NDArray[Any], stream: Stream) -> None:
         self.note("copy_in", stream.handle, len(host))
         stream.put(lambda: device.bytes.__setitem__(slice(host.nbytes), host.tobytes()))
 
@@ -183,7 +183,7 @@ class Context:
         shape = self.shape
 
         def compute() -> None:
-            pixels = np.frombuffer(bytes(source.bytes), np.float32, int(np.prod(shape))).reshape(shape)
+            pixels = np.frombuffer(bytes(source.bytes), engine.input_dtype, int(np.prod(shape))).reshape(shape)
             result = expected(pixels).tobytes()
             target.bytes[: len(result)] = result
 
@@ -201,6 +201,7 @@ class Engine:
         self.fails = settings.get("fails", "")
         self.tensors = settings.get("tensors", ("pixels", "embedding"))
         self.device_memory_size_v2 = 64
+        self.input_dtype = np.dtype(settings.get("input_dtype", np.float32))
         self.contexts: list[Context] = []
 
     @property
@@ -212,6 +213,10 @@ class Engine:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (-1, *IMAGE) if name == "pixels" else (-1, DIM)
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        is_uint8 = name == "pixels" and self.input_dtype == np.uint8
+        return SimpleNamespace(name="UINT8" if is_uint8 else "FLOAT")
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(batch, *IMAGE) for batch in self.ranges[index]]

@@ -68,6 +68,17 @@ def test_batches_of_any_size_stay_in_order(write: Callable[..., Artifact], backe
     assert ("launch" in driver.names()) == (graphs and backend == "tensorrt")
 
 
+def test_uint8_images_are_copied_as_they_are(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver, input_dtype=np.uint8)
+    batch = np.random.default_rng(0).integers(0, 256, (11, *IMAGE), dtype=np.uint8)
+    np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    assert driver.pinned_arrays[0].dtype == np.uint8
+    assert ("allocate", 8 * 3 * 4 * 4) in [call[1:] for call in driver.calls]
+    with pytest.raises(UserError, match=r"pixels: expected \(n, 3, 4, 4\) uint8 .* float32"):
+        engine(images(2))
+
+
 def test_too_few_images_are_padded_with_the_last(write: Callable[..., Artifact]) -> None:
     driver = RecordedDriver()
     engine = runner(write(), driver, ranges=[(4, 8, 8)])
