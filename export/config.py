@@ -8,6 +8,7 @@ from typing import Literal
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
+from vpr.retrieval import config as retrieval
 
 # Every backend, in the order of the report; ``export.backends.registry`` has the code that runs them.
 BACKEND_NAMES = (
@@ -270,3 +271,30 @@ class ParityConfig:
     def __post_init__(self) -> None:
         if not 0 < self.min_layer_cosine <= 1:
             raise UserError(f"min_layer_cosine: expected more than 0 and at most 1, got {self.min_layer_cosine}.")
+
+
+@dataclass(frozen=True)
+class EmbedConfig(retrieval.EmbedConfig):
+    """Embedding of a catalogue with any model.
+
+    Attributes:
+        model: Model artifact: a teacher, a student, a graph or an engine.
+        catalog: Catalogue artifact.
+        output: Path of the embeddings artifact to write.
+        split: Split to embed; empty embeds all splits.
+        batch_size: Images per batch.
+        threads: Background decoding threads per process; 0 decodes in the calling thread.
+        images_per_part: Images per part, rounded up to full batches. A killed job repeats at most its unfinished parts.
+        ray: Workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
+        backend: Backend that runs the model. ``auto`` means PyTorch for teachers and students, the builder's runtime
+            for engines, and for graphs ONNX Runtime on an NVIDIA GPU, else OpenVINO or ONNX Runtime.
+    """
+
+    threads: int = 2
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend not in ("auto", *BACKEND_NAMES):
+            known = ", ".join(("auto", *BACKEND_NAMES))
+            raise UserError(f"backend: unknown backend '{self.backend}'. Choose from {known}.")
