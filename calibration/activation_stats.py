@@ -63,5 +63,5 @@ def measure_activations(
             try:
                 activations[name].add(np.asarray(values), rng)
             except ValueError:
-                raise UserError(f"calibration: tensor '{name}' is not finite. Check the student's weights.") from None
+                raise UserError(f"calibration: tensor '{name}' is not finite. Check the model's weights.") from None
     return activations

@@ -51,8 +51,8 @@ def calibrate(config: CalibrateConfig) -> Path:
     evaluation = load_catalog(config.evaluation) if config.evaluation else None
     if model.card.config.get("precision") != "fp32" or model.card.preprocess is None:
         raise UserError(f"{config.onnx}: expected an FP32 graph to measure ranges on. Export with --precision fp32.")
-    # The student is a parent too, because QAT checks that the ranges belong to it.
-    parents = [model.as_parent("onnx"), *model.parents("student"), *catalog.as_parents()]
+    # The network is a parent too, because QAT checks that the ranges belong to its student.
+    parents = [model.as_parent("onnx"), *model.networks(), *catalog.as_parents()]
     parents += [] if evaluation is None else evaluation.as_parents("evaluation")
     stage = Stage(config.output, "ranges", config_to_json(config), parents)
     if stage.find():

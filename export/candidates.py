@@ -20,6 +20,7 @@ from export.to_onnx import fill_graph_card
 from vpr.artifacts.store import Artifact
 from vpr.artifacts.writer import write_artifact
 from vpr.common.hardware import read_gpus
+from vpr.inference.onnx_file import save_graph
 from vpr.retrieval.embeddings import Forward
 
 Graphs = Mapping[str, onnx.ModelProto]
@@ -54,7 +55,7 @@ class CandidateRunner:
     def _build(self, graph: onnx.ModelProto, builder: Builder, folder: Path) -> Path:
         half = to_fp16(graph, self.fp32_nodes)
         with write_artifact(folder / "graph", "onnx", {"precision": "candidate"}) as draft:
-            onnx.save(half, draft.path / "model.onnx")
+            save_graph(half, draft.path)
             fill_graph_card(draft, self.model, half)
         gpu, batch = this_gpu(), self.batch
         target = gpu if gpu in TARGETS else EngineConfig.target

@@ -8,6 +8,7 @@ from typing import Literal
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
+from vpr.retrieval import config as retrieval
 
 # Every backend, in the order of the report; ``export.backends.registry`` has the code that runs them.
 BACKEND_NAMES = (
@@ -48,26 +49,37 @@ class OnnxConfig:
     """Options of ``vpr export onnx``.
 
     Attributes:
-        student: Student artifact.
+        model: Teacher or student artifact. The flag ``--student`` means the same.
         output: Output folder of the graph.
-        precision: Precision of the arithmetic. ``fp16`` keeps an FP32 input and output.
+        precision: Precision of the arithmetic. ``fp16`` keeps an FP32 output, and an FP32 input unless it is uint8.
         opset: ONNX opset. 23 has one ``Attention`` node per layer, which TensorRT fuses since 10.14. 20 spells
             attention out for older runtimes. ONNX Runtime 1.31 and OpenVINO 2026.4 run both equally fast.
         catalog: Catalogue whose images the graph is checked on. Random pixels if empty.
         split: Split of that catalogue. The check trains nothing, so the test images are allowed.
         images: Number of images to check.
+        input: Data type of the input. ``uint8`` takes pixels and normalises inside the graph, a quarter of the bytes.
+        layout: Order of the axes of a ``uint8`` input: ``NCHW``, or ``NHWC`` as decoders return images.
     """
 
-    student: str
+    model: str
     output: str
     precision: Literal["fp32", "fp16"] = "fp32"
     opset: Literal[20, 23] = 23
     catalog: str = ""
     split: str = "test"
     images: int = 64
+    input: Literal["float32", "uint8"] = "float32"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
 
     def __post_init__(self) -> None:
         check_numbers(self, images=(1, 1 << 16))
+        if self.layout == "NHWC" and self.input == "float32":
+            raise UserError("layout: NHWC needs a uint8 input, got float32. Add --input uint8.")
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Keys that cards did not have at first, see :func:`vpr.common.config_values.config_values`."""
+        return ("input", "layout")
 
 
 Recipe = Literal["linear", "full-mha", "full"]
@@ -206,7 +218,8 @@ class ServingConfig:
     Attributes:
         model: ``onnx`` artifact, or an ``engine`` artifact that TensorRT built. For INT8, use an engine on GPUs and a
             graph of ``--base fp32`` on CPUs with VNNI.
-        gallery: Embeddings artifact of the same student. Its ``gallery`` images are searched, or all without that role.
+        gallery: Embeddings artifact of this model, or of the teacher or student that it was exported from. Its
+            ``gallery`` images are searched, or all without that role.
         output: Output folder of the model repository, the gallery and their README.
         name: Name of the model in Triton. Empty uses the artifact's name.
         max_batch: Largest batch. None uses the engine's largest batch, or 32 for a graph.
@@ -244,7 +257,7 @@ class ParityConfig:
     """Options of ``vpr export parity``.
 
     Attributes:
-        student: Student artifact. PyTorch computes its embeddings.
+        reference: Teacher or student artifact. PyTorch computes its embeddings. ``--student`` means the same.
         models: ``onnx`` artifacts. ONNX Runtime computes their embeddings on the CPU.
         catalog: Catalogue of the images to compare. Nothing is trained on them.
         output: Output folder of the comparison.
@@ -253,7 +266,7 @@ class ParityConfig:
         min_layer_cosine: Cosine below which a layer counts as departing from PyTorch.
     """
 
-    student: str
+    reference: str
     models: tuple[str, ...]
     catalog: str
     output: str
@@ -264,3 +277,30 @@ class ParityConfig:
     def __post_init__(self) -> None:
         if not 0 < self.min_layer_cosine <= 1:
             raise UserError(f"min_layer_cosine: expected more than 0 and at most 1, got {self.min_layer_cosine}.")
+
+
+@dataclass(frozen=True)
+class EmbedConfig(retrieval.EmbedConfig):
+    """Embedding of a catalogue with any model.
+
+    Attributes:
+        model: Model artifact: a teacher, a student, a graph or an engine.
+        catalog: Catalogue artifact.
+        output: Path of the embeddings artifact to write.
+        split: Split to embed; empty embeds all splits.
+        batch_size: Images per batch.
+        threads: Background decoding threads per process; 0 decodes in the calling thread.
+        images_per_part: Images per part, rounded up to full batches. A killed job repeats at most its unfinished parts.
+        ray: Workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
+        backend: Backend that runs the model. ``auto`` means PyTorch for teachers and students, the builder's runtime
+            for engines, and for graphs ONNX Runtime on an NVIDIA GPU, else OpenVINO or ONNX Runtime.
+    """
+
+    threads: int = 2
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend not in ("auto", *BACKEND_NAMES):
+            known = ", ".join(("auto", *BACKEND_NAMES))
+            raise UserError(f"backend: unknown backend '{self.backend}'. Choose from {known}.")

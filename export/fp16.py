@@ -3,14 +3,18 @@
 The graph sets the precision: TensorRT 11 has no FP16 flag and builds the types that the graph contains.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.bias import separate_biases
+from export.uint8_input import NODES
 from vpr.common.errors import UserError
+from vpr.imaging.preprocess import ModelInput
+from vpr.inference.onnx_file import check_well_formed, infer_shapes, infer_types
 from vpr.inference.onnx_graph import reraise_as_graph_error, session_with_outputs
 from vpr.inference.onnx_session import INPUT
 
@@ -18,6 +22,7 @@ _MAX_FP16 = float(np.finfo(np.float16).max)
 # The margin covers images other than those examined.
 _MAX_MAGNITUDE = _MAX_FP16 / 2
 _BATCH = 8
+_MAX_BYTES = 1 << 30  # of the tensors of a batch
 
 
 @reraise_as_graph_error("FP16")
@@ -25,41 +30,44 @@ def to_fp16(graph: onnx.ModelProto, fp32_nodes: Collection[str] = ()) -> onnx.Mo
     """Return a copy of an FP32 graph from the dynamo exporter that computes in FP16.
 
     The nodes from the last ``ReduceL2`` on (the L2 normalisation) stay FP32, as do those of :func:`find_overflow`.
+    Biases of quantised layers become an Add where ONNX Runtime would round them (:mod:`export.bias`).
     :class:`UserError` if a weight exceeds FP16's range.
     """
-    model = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
+    model = infer_shapes(graph, strict=True)
     body = model.graph
     fp32 = _fp32_positions(body, set(fp32_nodes))
-    floats = _float_tensors(body)
+    floats = _float_tensors([*body.input, *body.output, *body.value_info])
     del body.value_info[:]
     _convert_initialisers(body, fp32)
     _cast_edges(body, fp32, floats)
-    onnx.checker.check_model(model)
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    separate_biases(model)
+    check_well_formed(model)
+    return infer_shapes(model, strict=True)
 
 
-def find_overflow(graph: onnx.ModelProto, inputs: NDArray[np.float32]) -> list[str]:
-    """Return the names of nodes whose values exceed half of FP16's largest value, on (n, 3, size, size) float32.
+def find_overflow(graph: onnx.ModelProto, inputs: ModelInput) -> list[str]:
+    """Return the names of nodes whose values exceed half of FP16's largest value, on n inputs of the graph.
 
-    These are nodes that read or write such a tensor, and LayerNormalizations whose sum of squared deviations is that
+    These are nodes that read or write such a tensor, and LayerNormalizations and L2 norms whose sum of squares is that
     large. The products inside ``Attention`` are not visible from outside.
 
     The graph must be FP32: on a CPU, ONNX Runtime and OpenVINO compute FP16 graphs in FP32, so an overflow would not
     show.
     """
-    inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
-    floats = _float_tensors(inferred.graph)
+    floats = _float_tensors(infer_types(graph))
     inner = [name for node in graph.graph.node for name in node.output if name in floats]
-    session = session_with_outputs(inferred, inner)
+    session = session_with_outputs(graph, inner)
     overflowing: set[str] = set()
-    for start in range(0, len(inputs), _BATCH):
-        batch = inputs[start : start + _BATCH]
+    image_bytes = sum(values.nbytes for values in session.run(inner, {INPUT: inputs[:1]}))
+    size = min(max(_MAX_BYTES // max(image_bytes, 1), 1), _BATCH)
+    for start in range(0, len(inputs), size):
+        batch = inputs[start : start + size]
         tensors = dict(zip(inner, session.run(inner, {INPUT: batch}), strict=True))
         overflowing |= _overflowing_nodes(graph, {INPUT: batch, **tensors})
     return [node.name for node in graph.graph.node if node.name in overflowing]
 
 
-def _overflowing_nodes(graph: onnx.ModelProto, tensors: dict[str, NDArray[np.float32]]) -> set[str]:
+def _overflowing_nodes(graph: onnx.ModelProto, tensors: dict[str, ModelInput]) -> set[str]:
     """Return the names of the nodes that exceed the limit in one batch; NaN counts as exceeding."""
     large = {name for name, values in tensors.items() if not np.abs(values).max(initial=0) <= _MAX_MAGNITUDE}
     nodes = {node.name for node in graph.graph.node if large & {*node.input, *node.output}}
@@ -69,12 +77,15 @@ def _overflowing_nodes(graph: onnx.ModelProto, tensors: dict[str, NDArray[np.flo
             squares = ((tokens - tokens.mean(-1, keepdims=True)) ** 2).sum(-1)
             if not squares.max(initial=0) <= _MAX_MAGNITUDE:
                 nodes.add(node.name)
+        elif node.op_type == "ReduceL2" and not (tensors[node.output[0]] ** 2).max(initial=0) <= _MAX_MAGNITUDE:
+            nodes.add(node.name)
     return nodes
 
 
 def _fp32_positions(body: onnx.GraphProto, names: set[str]) -> set[int]:
-    """Return the positions of FP32 nodes: named ones, the final normalisation, and their DequantizeLinears."""
-    fp32 = {i for i, node in enumerate(body.node) if node.name in names} | _normalisation_positions(body)
+    """Return the positions of FP32 nodes: named ones, the first and last normalisation, their DequantizeLinears."""
+    fp32 = {i for i, node in enumerate(body.node) if node.name in names or node.name in NODES}
+    fp32 |= _normalisation_positions(body)
     for i, node in enumerate(body.node):
         if node.op_type == "DequantizeLinear":
             readers = {j for j, other in enumerate(body.node) if node.output[0] in other.input}
@@ -97,9 +108,8 @@ def _normalisation_positions(body: onnx.GraphProto) -> set[int]:
     return positions
 
 
-def _float_tensors(body: onnx.GraphProto) -> set[str]:
-    """Return the names of the FP32 tensors of a graph with inferred shapes."""
-    values = [*body.input, *body.output, *body.value_info]
+def _float_tensors(values: Sequence[onnx.ValueInfoProto]) -> set[str]:
+    """Return the names of the FP32 tensors."""
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
 
 
@@ -107,13 +117,14 @@ def _convert_initialisers(body: onnx.GraphProto, fp32: set[int]) -> None:
     """Convert the weights of FP16 nodes; a weight that an FP32 node also reads is stored in both types."""
     weights = {tensor.name: tensor for tensor in body.initializer if tensor.data_type == TensorProto.FLOAT}
     read_by_fp32 = {name for i in fp32 for name in body.node[i].input if name in weights}
+    read_by_fp32 |= {name for node in body.node for name in _fp32_constants(node) if name in weights}
     read_by_fp16: set[str] = set()
     for i, node in enumerate(body.node):
         if i in fp32:
             continue
         _convert_attributes(node)
         for j, name in enumerate(node.input):
-            if name in weights:
+            if name in weights and name not in _fp32_constants(node):
                 read_by_fp16.add(name)
                 node.input[j] = f"{name}_fp16" if name in read_by_fp32 else name
     for name in sorted(read_by_fp16):
@@ -124,12 +135,17 @@ def _convert_initialisers(body: onnx.GraphProto, fp32: set[int]) -> None:
             weights[name].CopyFrom(numpy_helper.from_array(values, name))
 
 
+def _fp32_constants(node: onnx.NodeProto) -> list[str]:
+    """Return the inputs of a node that are FP32 in every precision: region and scales of a Resize."""
+    return list(node.input[1:3]) if node.op_type == "Resize" else []
+
+
 def _to_half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
     # The exporter's masks use FP32's largest number as infinity; FP16's largest number serves as well.
     is_infinite = np.abs(values) >= np.finfo(np.float32).max
     values = np.where(is_infinite, np.copysign(_MAX_FP16, values), values)
     if np.abs(values).max(initial=0) > _MAX_FP16:
-        raise UserError(f"fp16: weight '{name}' exceeds FP16's range. Serve this student in FP32 or BF16.")
+        raise UserError(f"fp16: weight '{name}' exceeds FP16's range. Serve this model in FP32 or BF16.")
     return values.astype(np.float16)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from calibration.onnx_layers import linear_nodes, weighted_nodes
 from calibration.smoothquant import smooth
+from export.bias import needs_separate_bias
 from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Int8Config, QuantDtype, Recipe
 from export.fp16 import to_fp16
@@ -27,6 +28,7 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.seen import Use, combine, count_seen, hash_catalog, read_seen, record_seen
 from vpr.inference.int8 import read_ranges
+from vpr.inference.onnx_file import save_graph
 from vpr.retrieval.embeddings import read_batches
 
 log = get_logger(__name__)
@@ -56,15 +58,17 @@ def export_int8(config: Int8Config) -> Path:
     ranges = load_artifact(config.ranges, "ranges")
     qat_excluded = _check_parents(config, model, ranges)
     validation = load_catalog(config.catalog).select(split="validation") if config.catalog else None
-    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.parents("student")]
+    parents = [model.as_parent("onnx"), ranges.as_parent("ranges"), *model.networks()]
     parents += [] if validation is None else validation.as_parents()
     values = {**config_to_json(config), "precision": config.dtype}
+    recipe: Recipe = config.scope or ("linear" if validation is None else "full")
+    if config.base == "fp16" and needs_separate_bias(graph, quantised_nodes(graph, (), recipe)):
+        values["bias"] = "separate"  # graphs of earlier versions are wrong on ONNX Runtime
     stage = Stage(config.output, "onnx", values, parents)
     if stage.find():
         return stage.path
 
     calibrated = read_calibrated(graph, model, ranges)
-    recipe: Recipe = config.scope or ("linear" if validation is None else "full")
     excluded = qat_excluded if config.exclude_layers is None else config.exclude_layers
     if qat_excluded is None:
         check_prefixes("exclude_layers", excluded or (), list(quantised_nodes(calibrated.graph, (), "full")))
@@ -84,7 +88,7 @@ def export_int8(config: Int8Config) -> Path:
     unquantised = [name for name in quantised_nodes(calibrated.graph, (), recipe) if name not in layers]
     is_mixed = not set(quantised_nodes(calibrated.graph, qat_excluded)) <= set(layers)
     with stage.write() as draft:
-        onnx.save(quantised, draft.path / "model.onnx")
+        save_graph(quantised, draft.path)
         fill_graph_card(draft, model, quantised)
         uses: dict[Use, Catalog] = {} if validation is None else {"selection": validation}
         record_seen(draft.path, [model, ranges], uses)

@@ -4,6 +4,8 @@ import math
 
 import onnx
 
+from vpr.inference.onnx_file import infer_shapes
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -16,7 +18,7 @@ def multiply_adds(graph: onnx.ModelProto) -> int | None:
     for value in single.graph.output:
         value.type.tensor_type.ClearField("shape")
     del single.graph.value_info[:]
-    shapes = _static_shapes(onnx.shape_inference.infer_shapes(single, data_prop=True))
+    shapes = _static_shapes(infer_shapes(single, data=True))
     products = (node for node in single.graph.node if node.op_type in _COUNTERS)
     try:
         return sum(_COUNTERS[node.op_type](node, shapes) for node in products)

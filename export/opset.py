@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from vpr.common.errors import UserError
+from vpr.inference.onnx_file import check_well_formed, infer_shapes
 from vpr.inference.onnx_graph import reraise_as_graph_error
 
 OLDEST_RUNTIME = "1.20"  # ONNX Runtime that loads the rewritten graphs; it loads opset 21 and IR version 10
@@ -29,7 +30,7 @@ def lower_opset(graph: onnx.ModelProto) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     if opset_of(model) > _OPSET:
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+        inferred = infer_shapes(model).graph
         tensors = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input)}
         nodes: list[onnx.NodeProto] = []
         for node in model.graph.node:
@@ -41,7 +42,7 @@ def lower_opset(graph: onnx.ModelProto) -> onnx.ModelProto:
             if entry.domain in ("", "ai.onnx"):
                 entry.version = _OPSET
     model.ir_version = min(model.ir_version, _IR_VERSION)
-    onnx.checker.check_model(model, full_check=True)
+    check_well_formed(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""``vpr export parity``: compare exports with the student, and find the first layer that differs."""
+"""``vpr export parity``: compare exports with their teacher or student, and find the first layer that differs."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.backends.pytorch import load_module
 from export.config import ParityConfig
 from export.parity import parity, rank_changes
 from export.to_onnx import load_onnx, run_graph
-from student.model import Student, load_student
 from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
-from vpr.artifacts.store import Artifact, reraise_as_artifact_error
+from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
+from vpr.data.pixels import read_pixels
+from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_graph import session_with_outputs
 from vpr.inference.onnx_session import INPUT
-from vpr.retrieval.embeddings import l2_normalize, read_batches
+from vpr.retrieval.embeddings import l2_normalize
 
 log = get_logger(__name__)
 
@@ -32,57 +34,68 @@ _LAYER_IMAGES = 8
 
 
 def compare_exports(config: ParityConfig) -> Path:
-    """Compare exports with their student and write an artifact of kind ``report`` with ``parity.json``.
+    """Compare exports with their teacher or student and write an artifact of kind ``report`` with ``parity.json``.
 
     On CPUs FP16 graphs are computed in FP32: ``vpr export onnx`` finds FP16 overflow, this command does not.
     """
-    model, student = load_student(config.student)
+    reference = load_artifact(config.reference, ("teacher", "student"))
     catalog = load_catalog(config.catalog)
     exports = [load_onnx(path) for path in config.models]
-    parents = [student.as_parent("student"), *(artifact.as_parent("onnx") for _, artifact in exports)]
+    parents = [reference.as_parent(reference.card.kind), *(artifact.as_parent("onnx") for _, artifact in exports)]
     parents += catalog.as_parents()
-    stage = Stage(config.output, "report", config_to_json(config), parents, "parity.json")
+    values = config_to_json(config)
+    values = {reference.card.kind: values.pop("reference"), **values}  # as cards always named a student
+    stage = Stage(config.output, "report", values, parents, "parity.json")
     if stage.find():
         return stage.path
     part = catalog.select(split=config.split)
-    preprocess = student.card.preprocess
+    preprocess = reference.card.preprocess
     if preprocess is None or not len(part):
         raise UserError(f"{config.catalog}: no images in the {config.split} split. Choose another --split.")
     for _, artifact in exports:
-        if artifact.card.preprocess != preprocess:
-            raise UserError(f"{artifact.path}: preprocessing differs from {config.student}. Use its exports.")
-    pixels = np.concatenate(list(read_batches(part, preprocess, _BATCH)))
-    expected = l2_normalize(_run_student(model, pixels))
+        if artifact.card.preprocess is None or artifact.card.preprocess.float_input != preprocess:
+            raise UserError(f"{artifact.path}: preprocessing differs from {config.reference}. Use its exports.")
+    model = load_module(reference)
+    pixels = read_pixels(part, preprocess, range(len(part)))
+    expected = l2_normalize(_run_network(model, preprocess.normalise(pixels)))
     named = with_distinct_names([artifact for _, artifact in exports])
     query, gallery = part.roles == "query", part.roles == "gallery"
     rows = []
     for (graph, _), artifact in zip(exports, named, strict=True):
+        assert artifact.card.preprocess is not None  # checked above
+        inputs = artifact.card.preprocess.model_input(pixels)
         with reraise_as_artifact_error(artifact):
-            actual = l2_normalize(run_graph(graph, pixels, _BATCH))
+            actual = l2_normalize(run_graph(graph, inputs, _BATCH))
         row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, actual)}
         if query.any() and gallery.any():
             row |= rank_changes(expected[query] @ expected[gallery].T, actual[query] @ actual[gallery].T)
         if config.layers:
-            spread = pixels[:: max(len(pixels) // _LAYER_IMAGES, 1)]
-            row |= compare_layers(model, graph, spread, config.min_layer_cosine)
+            step = max(len(pixels) // _LAYER_IMAGES, 1)
+            floats = preprocess.normalise(pixels[::step])
+            row |= compare_layers(model, graph, floats, config.min_layer_cosine, inputs[::step])
         _log_row(artifact, row)
         rows.append(row)
     with stage.write() as draft:
         draft.catalog = catalog.summary()
         (draft.path / "parity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    log.info(f"{config.output}: {len(rows)} models compared with {config.student}")
+    log.info(f"{config.output}: {len(rows)} models compared with {config.reference}")
     return stage.path
 
 
 def compare_layers(
-    model: Student, graph: onnx.ModelProto, pixels: NDArray[np.float32], min_layer_cosine: float
+    model: nn.Module,
+    graph: onnx.ModelProto,
+    pixels: NDArray[np.float32],
+    min_layer_cosine: float,
+    inputs: ModelInput | None = None,
 ) -> dict[str, Any]:
     """Compare the outputs of the modules that PyTorch, in evaluation mode, and its export have in common.
 
-    ``pixels`` are (n, 3, size, size) float32. The result has ``layers``, with the ``cosine`` over all values and the
-    ``max_abs`` of each module in order; and ``first_departing``, the first module below ``min_layer_cosine``, or None.
+    ``pixels`` are (n, 3, size, size) float32, and ``inputs`` the same images as the graph takes them, ``pixels`` if
+    None. The result has ``layers``, with the ``cosine`` over all values and the ``max_abs`` of each module in order. It
+    also has ``first_departing``, the first module below ``min_layer_cosine``, or None.
     """
-    exported = graph_layers(graph, pixels)
+    exported = graph_layers(graph, pixels if inputs is None else inputs)
     original = model_layers(model, pixels, set(exported))
     layers: list[dict[str, Any]] = []
     for name, values in exported.items():
@@ -105,14 +118,14 @@ def model_layers(model: nn.Module, pixels: NDArray[np.float32], names: set[str])
 
             hooks.append(module.register_forward_hook(record))
     try:
-        _run_student(model, pixels)
+        _run_network(model, pixels)
     finally:
         for hook in hooks:
             hook.remove()
     return outputs
 
 
-def graph_layers(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+def graph_layers(graph: onnx.ModelProto, pixels: ModelInput) -> dict[str, NDArray[np.float32]]:
     """Return the outputs of the modules of an export: of the last node that is named after the module."""
     last: dict[str, str] = {}
     for node in graph.graph.node:
@@ -125,7 +138,7 @@ def graph_layers(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[st
     return {module: np.asarray(outputs[name], dtype=np.float32) for module, name in last.items()}
 
 
-def _run_student(model: nn.Module, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+def _run_network(model: nn.Module, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     with torch.inference_mode():
         chunks = [model(torch.from_numpy(pixels[i : i + _BATCH])).numpy() for i in range(0, len(pixels), _BATCH)]
     return np.concatenate(chunks)

@@ -18,6 +18,7 @@ from calibration import onnx_layers
 from export.config import QuantDtype, Recipe
 from vpr.common.errors import UserError
 from vpr.inference.int8 import LEVELS, activation_scale, weight_scales
+from vpr.inference.onnx_file import check_well_formed
 from vpr.inference.onnx_graph import reraise_as_graph_error
 
 _FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
@@ -69,7 +70,7 @@ def quantise(
                 )
             node.input[1] = dequantised[weight]
     _insert_before(body, inserted)
-    onnx.checker.check_model(model)
+    check_well_formed(model)
     return model
 
 

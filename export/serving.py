@@ -20,7 +20,9 @@ from vpr.artifacts.writer import check_output, config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.imaging.preprocess import Preprocess
+from vpr.inference.onnx_file import detach_weights, save_graph
 from vpr.inference.onnx_graph import load_graph
+from vpr.inference.onnx_session import add_weights
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search
 
@@ -102,9 +104,10 @@ def _check_graph(model: Artifact, graph: onnx.ModelProto) -> None:
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    content = graph.SerializeToString()
+    outline, weights = detach_weights(graph)
+    add_weights(options, weights)
     try:
-        ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(outline.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model.path}: ONNX Runtime cannot load it ({reason}). Build an engine from it.") from None
@@ -112,16 +115,18 @@ def _check_graph(model: Artifact, graph: onnx.ModelProto) -> None:
 
 def _check_gallery(model: Artifact, gallery: Embeddings) -> Preprocess:
     """Return the common preprocessing; raise :class:`UserError` if model and gallery are not comparable."""
-    path, students = gallery.artifact.path, model.parents("student")
-    if not students:
-        raise UserError(f"{model.path}: the card names no student. Export it again from the student's graph.")
-    if gallery.model.sha256 not in {model.sha256, students[0].sha256}:
+    path, networks = gallery.artifact.path, model.networks()
+    if not networks:
+        raise UserError(f"{model.path}: the card names no teacher or student. Export it again.")
+    if gallery.model.sha256 not in {model.sha256, networks[0].sha256}:
+        network = f"{networks[0].role} '{networks[0].name}'"
         raise UserError(
-            f"{path}: embedded with '{gallery.model.name}', but the model is of student '{students[0].name}'. "
-            "Embed the gallery with that student (`vpr student embed`)."
+            f"{path}: embedded with '{gallery.model.name}', but the model is of {network}. "
+            f"Embed the gallery with that {networks[0].role} (`vpr embed`)."
         )
     card, gallery_card = model.card, gallery.artifact.card
-    if card.preprocess is None or card.preprocess != gallery_card.preprocess:
+    other = gallery_card.preprocess
+    if card.preprocess is None or other is None or card.preprocess.float_input != other.float_input:
         raise UserError(f"{path}: preprocessing differs from {model.path}. Embed the gallery again.")
     if card.embedding is None or gallery_card.embedding is None or card.embedding.dim != gallery_card.embedding.dim:
         raise UserError(f"{path}: embedding dimension differs from {model.path}. Embed the gallery again.")
@@ -149,7 +154,7 @@ def _write_repository(folder: Path, model: Artifact, graph: onnx.ModelProto | No
     if graph is None:
         shutil.copyfile(model.file("engine.plan"), target)
     else:
-        onnx.save(graph, target)
+        save_graph(graph, target.parent)
     (folder / "config.pbtxt").write_text(to_text(fields), encoding="utf-8")
 
 

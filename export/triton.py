@@ -9,7 +9,7 @@ from vpr.artifacts.card import TensorSpec
 from vpr.artifacts.store import Artifact
 from vpr.imaging.preprocess import Preprocess
 
-_TYPES = {"float32": "TYPE_FP32"}  # every export has FP32 inputs and outputs
+_TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "onnxruntime"), "engine": ("tensorrt_plan", "tensorrt")}
 
 
@@ -31,7 +31,8 @@ class Scheduling:
 def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling) -> dict[str, Any]:
     """Return the fields of Triton's ``ModelConfig`` for an ``onnx`` or ``engine`` artifact.
 
-    The first dimension of its inputs and outputs is the batch. The preprocessing becomes parameters. Warm-up runs the
+    The first dimension of its inputs and outputs is the batch. The preprocessing becomes parameters; a
+    graph with uint8 input applies mean and standard deviation itself. Warm-up runs the
     smallest and the largest batch when the model loads, so too little memory shows at once.
     """
     platform, backend = _PLATFORMS[model.card.kind]
@@ -43,7 +44,7 @@ def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling:
         "platform": platform,
         "backend": backend,
         "max_batch_size": scheduling.max_batch,
-        "input": [{**_tensor(spec), "format": Enumerator("FORMAT_NCHW")} for spec in model.card.inputs],
+        "input": [{**_tensor(spec), "format": Enumerator(f"FORMAT_{preprocess.layout}")} for spec in model.card.inputs],
         "output": [_tensor(spec) for spec in model.card.outputs],
         "instance_group": [{"kind": Enumerator(f"KIND_{scheduling.device.upper()}"), "count": scheduling.instances}],
         "dynamic_batching": batching,
@@ -62,7 +63,8 @@ def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling:
 def _client_parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
     """Return what a client needs; strings are written as they are, numbers and lists as JSON."""
     values: dict[str, Any] = {f"preprocess.{key}": value for key, value in preprocess.model_dump(mode="json").items()}
-    values |= {"preprocess.colour": "RGB", "preprocess.value": "(pixel / 255 - mean) / std"}
+    value = "(pixel / 255 - mean) / std" if preprocess.dtype == "float32" else "pixel"
+    values |= {"preprocess.colour": "RGB", "preprocess.value": value}
     if model.card.embedding is not None:
         values |= {f"embedding.{key}": value for key, value in model.card.embedding.model_dump(mode="json").items()}
     if model.card.kind == "engine":

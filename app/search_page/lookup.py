@@ -50,7 +50,7 @@ class Searcher:
         """Return the ``top`` images nearest to that of a file's bytes; :class:`ImageRejected` if they are none."""
         start = time.perf_counter()
         image = decode_bytes(data, "upload", shortest=self.preprocess.size)
-        batch = self.preprocess.normalise(self.preprocess.pixels(image)[None])
+        batch = self.preprocess.model_input(self.preprocess.pixels(image)[None])
         decoded = time.perf_counter()
         query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()

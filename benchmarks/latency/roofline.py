@@ -1,5 +1,6 @@
 """Roofline of this machine: its best compute and memory rates, and the fewest milliseconds that a model needs."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -45,8 +46,9 @@ def roofline_ms(roofline: Roofline, model: Model, multiply_adds: int, batch: int
     """
     entries, embedding = model.artifact.card.files.items(), model.artifact.card.embedding
     weights = sum(entry.size for name, entry in entries if name.startswith(("model.", "engine.")))
-    moved = 3 * model.preprocess.size**2 + (embedding.dim if embedding else 0)
-    return roofline.milliseconds(batch * multiply_adds, weights + batch * _FLOAT_BYTES * moved)
+    image_bytes = math.prod(model.preprocess.input_shape) * (1 if model.preprocess.dtype == "uint8" else _FLOAT_BYTES)
+    moved = image_bytes + _FLOAT_BYTES * (embedding.dim if embedding else 0)
+    return roofline.milliseconds(batch * multiply_adds, weights + batch * moved)
 
 
 def count_work(artifact: Artifact) -> int | None:

@@ -39,12 +39,13 @@ def draw_changed_examples(part: Catalog, scored: list[ScoredModel], count: int, 
 
 
 def _columns(scored: list[ScoredModel]) -> dict[str, ScoredModel]:
-    """Return the first teacher, the FP32 student and the first INT8 model, by heading."""
+    """Return the first teacher, the FP32 student and its first INT8 model, by heading."""
     columns: dict[str, ScoredModel] = {}
     for model in scored:
         if model.vectors is None:
             continue
-        if (model.row.precision or "").startswith("int8"):
+        is_teacher = model.model is not None and bool(model.model.artifact.parents("teacher"))
+        if (model.row.precision or "").startswith("int8") and not is_teacher:
             columns.setdefault("INT8", model)
         elif model.row.reference:
             columns.setdefault("student", model)

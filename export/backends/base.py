@@ -11,6 +11,7 @@ from vpr.common.errors import UserError
 from vpr.common.gpus import VisibleGpu, list_gpus
 from vpr.common.hardware import read_gpus
 from vpr.common.telemetry import disable_telemetry
+from vpr.imaging.preprocess import ModelInput
 from vpr.retrieval.embeddings import Forward
 
 INSTALL = "Run `pip install -r requirements.txt`."
@@ -83,7 +84,7 @@ def graph_precision(artifact: Artifact) -> str:
 def name_artifact_in_errors(artifact: Artifact, forward: Forward) -> Forward:
     """Return the same function; its errors are :class:`RunFailed` and name the artifact."""
 
-    def named(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def named(batch: ModelInput) -> NDArray[np.float32]:
         try:
             with reraise_as_artifact_error(artifact):
                 return forward(batch)

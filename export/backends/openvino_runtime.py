@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from vpr.common.errors import UserError
 from vpr.common.hardware import lacks_vnni
 from vpr.common.log import get_logger
 from vpr.common.telemetry import disable_telemetry
+from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.retrieval.embeddings import Forward
 
@@ -56,13 +58,15 @@ class OpenVinoBackend:
 
     def open(self, artifact: Artifact, threads: int) -> Forward:
         """See :class:`export.backends.base.Backend`."""
+        from vpr.inference.onnx_file import MODEL_FILE, is_large
         from vpr.inference.onnx_graph import load_graph
 
         with reraise_as_artifact_error(artifact):
             graph = load_graph(artifact)
+            source = artifact.file(MODEL_FILE) if is_large(graph) else graph
         try:
             with reraise_as_artifact_error(artifact):
-                forward = openvino_forward(graph, threads)
+                forward = openvino_forward(source, threads)
         except UserError as error:  # the graph is valid, so another backend may run it
             raise BackendUnavailable(str(error)) from None
         return name_artifact_in_errors(artifact, forward)
@@ -77,6 +81,7 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
     disable_telemetry()
     import openvino
 
+    from vpr.inference.onnx_file import MODEL_FILE, is_large, save_graph
     from vpr.inference.onnx_graph import reraise_as_graph_error
 
     # Without the precision hint the CPU plugin computes FP32 graphs in BF16 where the processor has it.
@@ -87,11 +92,17 @@ def openvino_forward(graph: onnx.ModelProto | Path, threads: int = 0) -> Forward
         if lacks_vnni() and _has_int8(graph):
             _warn_saturation()
         core = openvino.Core()
-        source = str(graph) if isinstance(graph, Path) else core.read_model(graph.SerializeToString(), b"")
-        compiled = core.compile_model(source, "CPU", options)
+        if isinstance(graph, Path):
+            compiled = core.compile_model(str(graph), "CPU", options)
+        elif not is_large(graph):
+            compiled = core.compile_model(core.read_model(graph.SerializeToString(), b""), "CPU", options)
+        else:
+            with TemporaryDirectory() as folder:
+                save_graph(graph, Path(folder))
+                compiled = core.compile_model(str(Path(folder) / MODEL_FILE), "CPU", options)
     local = threading.local()  # threads that share a request get each other's results
 
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def forward(batch: ModelInput) -> NDArray[np.float32]:
         with reraise_as_graph_error("openvino"):
             if not hasattr(local, "request"):
                 local.request = compiled.create_infer_request()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.backends.base import Backend, BackendUnavailable
 from export.backends.onnx_runtime import OnnxRuntimeBackend
@@ -17,7 +16,7 @@ from vpr.artifacts.card import Kind
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
-from vpr.imaging.preprocess import Preprocess
+from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.inference.onnx_session import CPU, CUDA, TENSORRT, TENSORRT_RTX
 from vpr.retrieval.embeddings import Forward
 
@@ -82,10 +81,12 @@ class Model:
             raise BackendUnavailable(f"built for {', '.join(targets)}: {reason}" if targets else reason)
         return self.runner.open(self.artifact, threads)
 
-    def random_input(self, batch: int) -> NDArray[np.float32]:
-        """Return (batch, 3, size, size) float32 in the range of preprocessed images."""
-        size = self.preprocess.size
-        return np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
+    def random_input(self, batch: int) -> ModelInput:
+        """Return a batch of the model's input in the range of preprocessed images."""
+        shape, random = (batch, *self.preprocess.input_shape), np.random.default_rng(0)
+        if self.preprocess.dtype == "uint8":
+            return random.integers(0, 256, shape, dtype=np.uint8)
+        return random.normal(size=shape).astype(np.float32)
 
     @property
     def preprocess(self) -> Preprocess:

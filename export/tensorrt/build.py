@@ -7,6 +7,7 @@ TensorRT 10.12+ and in 11.
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.seen import record_seen
+from vpr.inference.onnx_file import MODEL_FILE, is_large, save_graph
 from vpr.inference.onnx_session import INPUT
 
 log = get_logger(__name__)
@@ -36,7 +38,7 @@ def build_engine(config: EngineConfig) -> Path:
     backend = choose_builder(config.backend)
     trt = import_tensorrt(backend)
     values = {**_values(config), "backend": backend, "builder_version": trt.__version__}
-    parents = [artifact.as_parent("onnx"), *artifact.parents("student")]
+    parents = [artifact.as_parent("onnx"), *artifact.networks()]
     stage = Stage(config.output, "engine", values, parents)
     if stage.find():
         return stage.path
@@ -113,8 +115,14 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, graph: onnx.ModelProto) -
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph.SerializeToString()):
-        raise UserError(f"engine: the parser rejects the graph ({_parser_error(parser)}). Export the student again.")
+    if is_large(graph):
+        with TemporaryDirectory() as folder:
+            save_graph(graph, Path(folder))
+            is_parsed = parser.parse_from_file(str(Path(folder) / MODEL_FILE))
+    else:
+        is_parsed = parser.parse(graph.SerializeToString())
+    if not is_parsed:
+        raise UserError(f"engine: the parser rejects the graph ({_parser_error(parser)}). Export the model again.")
     _decompose_fp32_attention(trt, network)
     return network
 

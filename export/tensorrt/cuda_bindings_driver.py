@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.cuda_driver import (
+    FLOAT32,
     NON_BLOCKING,
     DriverError,
     Gpu,
@@ -104,11 +105,11 @@ class CudaBindingsDriver:
         else:
             self._call("cuEventDestroy", stream_or_event)
 
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT32) -> NDArray[Any]:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        count = int(np.prod(shape))
-        address = int(self._call("cuMemHostAlloc", count * np.dtype(np.float32).itemsize, 0))
-        array = np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+        size = int(np.prod(shape)) * dtype.itemsize
+        address = int(self._call("cuMemHostAlloc", size, 0))
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
         self._pinned[array.ctypes.data] = address
         return array
 
@@ -128,7 +129,7 @@ class CudaBindingsDriver:
         free, total = self._call("cuMemGetInfo")
         return free, total
 
-    def copy_in(self, device: int, host: NDArray[np.float32], stream: BindingsStream) -> None:
+    def copy_in(self, device: int, host: NDArray[Any], stream: BindingsStream) -> None:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
         self._call("cuMemcpyHtoDAsync", device, host.ctypes.data, host.nbytes, stream.raw)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
 
+FLOAT32 = np.dtype(np.float32)
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work on the legacy default stream neither blocks nor breaks a capture
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _INSTALL = "Run `pip install -r requirements.txt`; its torch installs cuda-bindings."
@@ -77,7 +78,7 @@ class CudaDriver(Protocol):
     def destroy(self, stream_or_event: Any) -> None:
         """Destroy a stream that has finished its work, or an event."""
 
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT32) -> NDArray[Any]:
         """Allocate page-locked host memory."""
 
     def allocate(self, size: int) -> Any:
@@ -89,7 +90,7 @@ class CudaDriver(Protocol):
     def memory(self) -> tuple[int, int]:
         """Return the free and all bytes of the GPU's memory."""
 
-    def copy_in(self, device: int, host: NDArray[np.float32], stream: Any) -> None:
+    def copy_in(self, device: int, host: NDArray[Any], stream: Any) -> None:
         """Copy a contiguous array to a device address asynchronously."""
 
     def copy_out(self, host: NDArray[np.float32], device: int, stream: Any) -> None:

@@ -7,10 +7,12 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vpr.common.errors import UserError
 
 _CUDA = 2  # kDLCUDA
-_FLOAT = 2  # kDLFloat
+_CODES = {"u": 1, "f": 2}  # kDLUInt, kDLFloat, by NumPy's kind
 
 
 class _Tensor(ctypes.Structure):
@@ -32,7 +34,7 @@ class _Tensor(ctypes.Structure):
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """Contiguous float32 tensor in GPU memory."""
+    """Contiguous tensor in GPU memory."""
 
     address: int
     shape: tuple[int, ...]
@@ -45,7 +47,7 @@ def is_on_gpu(value: Any) -> bool:
     return read is not None and int(read()[0]) == _CUDA
 
 
-def read_device_tensor(name: str, value: Any, device: int, stream: int) -> DeviceTensor:
+def read_device_tensor(name: str, value: Any, device: int, stream: int, dtype: np.dtype[Any]) -> DeviceTensor:
     """Return the address of a tensor; work on ``stream`` then waits for the producer's work on it.
 
     Args:
@@ -53,9 +55,10 @@ def read_device_tensor(name: str, value: Any, device: int, stream: int) -> Devic
         value: Object with ``__dlpack__``, such as a tensor of PyTorch or CuPy.
         device: Index of the GPU that must hold it.
         stream: Address of the stream that will use it.
+        dtype: Required type of its elements, float32 or uint8.
 
     Raises:
-        UserError: The value is not a contiguous float32 tensor in the memory of this GPU.
+        UserError: The value is not a contiguous tensor of this type in the memory of this GPU.
     """
     if not is_on_gpu(value):
         raise UserError(f"{name}: expected a tensor in GPU memory with __dlpack__, got {type(value).__name__}.")
@@ -67,8 +70,9 @@ def read_device_tensor(name: str, value: Any, device: int, stream: int) -> Devic
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     if tensor.device_id != device:
         raise UserError(f"{name}: expected a tensor of GPU {device}, got one of GPU {tensor.device_id}. Move it.")
-    if (tensor.code, tensor.bits, tensor.lanes) != (_FLOAT, 32, 1) or not _is_contiguous(tensor, shape):
-        raise UserError(f"{name}: expected contiguous float32 values. Convert it with .float().contiguous().")
+    expected = (_CODES[dtype.kind], 8 * dtype.itemsize, 1)
+    if (tensor.code, tensor.bits, tensor.lanes) != expected or not _is_contiguous(tensor, shape):
+        raise UserError(f"{name}: expected contiguous {dtype} values. Convert it with .to(torch.{dtype}).contiguous().")
     return DeviceTensor((tensor.data or 0) + tensor.byte_offset, shape, capsule)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.cuda_driver import (
+    FLOAT32,
     NON_BLOCKING,
     DriverError,
     Gpu,
@@ -86,9 +87,9 @@ class PyCudaDriver:
     def destroy(self, stream_or_event: Any) -> None:
         """Do nothing: PyCUDA destroys streams and events with their objects."""
 
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT32) -> NDArray[Any]:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        return self._cuda.pagelocked_empty(shape, np.float32)
+        return self._cuda.pagelocked_empty(shape, dtype)
 
     def allocate(self, size: int) -> Any:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
@@ -104,7 +105,7 @@ class PyCudaDriver:
         free, total = self._cuda.mem_get_info()
         return free, total
 
-    def copy_in(self, device: int, host: NDArray[np.float32], stream: Any) -> None:
+    def copy_in(self, device: int, host: NDArray[Any], stream: Any) -> None:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
         self._cuda.memcpy_htod_async(device, host, stream)
 

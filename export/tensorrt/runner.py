@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 
 from export.tensorrt.bindings import error_logger, import_tensorrt
 from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine, rebuild_command
-from export.tensorrt.cuda_driver import CudaDriver, DriverError, open_driver
+from export.tensorrt.cuda_driver import FLOAT32, CudaDriver, DriverError, open_driver
 from export.tensorrt.dlpack import read_device_tensor
 from export.tensorrt.kernel_cache import KernelCache
 from export.tensorrt.profiles import Profile
 from export.tensorrt.thread_context import LoadedEngine, ThreadContext
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
+from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_session import INPUT, OUTPUT
+
+_DTYPES = {"FLOAT": np.float32, "UINT8": np.uint8}  # of the input, by TensorRT's name
 
 
 def open_engine(
@@ -106,8 +109,8 @@ class EngineRunner:
         self._engine.kernels = KernelCache(Path(kernel_cache) if kernel_cache else None)
         self._release = weakref.finalize(self, _release, driver, self._engine, self._contexts, self._lock)
 
-    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed (n, 3, size, size) float32 images, preprocessed as the card says, as (n, dim) float32.
+    def __call__(self, batch: ModelInput) -> NDArray[np.float32]:
+        """Embed n images, preprocessed as the card says, such as (n, 3, size, size) float32, as (n, dim) float32.
 
         Larger batches than the engine's are split. :class:`UserError` for a wrong shape or dtype, no images, a closed
         engine, too little GPU memory, or a GPU that fails.
@@ -125,8 +128,8 @@ class EngineRunner:
         Work that other libraries have enqueued on the tensors is done before.
 
         Args:
-            pixels: (n, 3, size, size) float32 tensor with ``__dlpack__``, such as one of PyTorch on ``cuda``.
-            embeddings: (n, dim) float32 tensor with ``__dlpack__``, which is overwritten.
+            pixels: n images, as for a call with an array, as a tensor with ``__dlpack__``, such as one of PyTorch.
+            embeddings: (n, dim) float32 tensor, likewise, which is overwritten.
 
         Raises:
             UserError: A tensor has another shape, dtype or device, or as for a call with an array.
@@ -136,16 +139,16 @@ class EngineRunner:
             context = self._thread_context()
             with context.lock:
                 self._check_open()
-                device, handle, image = self._driver.device, context.handle, self._engine.image
-                source = read_device_tensor(INPUT, pixels, device, handle)
-                target = read_device_tensor(OUTPUT, embeddings, device, handle)
+                device, handle, engine = self._driver.device, context.handle, self._engine
+                source = read_device_tensor(INPUT, pixels, device, handle, engine.input_dtype)
+                target = read_device_tensor(OUTPUT, embeddings, device, handle, FLOAT32)
                 count = source.shape[0] if source.shape else 0
                 for name, actual, expected in (
-                    (INPUT, source.shape, (max(1, count), *image)),
-                    (OUTPUT, target.shape, (count, self._engine.dim)),
+                    (INPUT, source.shape, (max(1, count), *engine.image)),
+                    (OUTPUT, target.shape, (count, engine.dim)),
                 ):
                     if actual != expected:
-                        raise UserError(f"{name}: expected {expected} float32 on the GPU, got {actual}.")
+                        raise UserError(f"{name}: expected {expected} on the GPU, got {actual}.")
                 context.run_on_device(source.address, target.address, count)
 
     def measure_on_device(self, batch: int, calls: int = 100) -> NDArray[np.float64]:
@@ -171,13 +174,14 @@ class EngineRunner:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _check_batch(self, batch: NDArray[np.float32]) -> None:
+    def _check_batch(self, batch: ModelInput) -> None:
         self._check_open()
         is_images = isinstance(batch, np.ndarray) and batch.ndim == 4 and batch.shape[1:] == self._engine.image
-        if not is_images or not len(batch) or batch.dtype != np.float32:
+        dtype = self._engine.input_dtype
+        if not is_images or not len(batch) or batch.dtype != dtype:
             actual = f"{getattr(batch, 'shape', None)} {getattr(batch, 'dtype', type(batch).__name__)}"
             shape = ", ".join(map(str, self._engine.image))
-            raise UserError(f"{INPUT}: expected (n, {shape}) float32 with n of 1 or more, got {actual}.")
+            raise UserError(f"{INPUT}: expected (n, {shape}) {dtype} with n of 1 or more, got {actual}.")
 
     def _check_open(self) -> None:
         if not self._release.alive:
@@ -231,6 +235,10 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: CudaDriver) 
     if names != {INPUT, OUTPUT}:
         tensors, rebuild = ", ".join(sorted(names)), rebuild_command(artifact)
         raise UserError(f"{artifact.path}: expected tensors {INPUT} and {OUTPUT}, got {tensors}. Rebuild: {rebuild}")
+    dtype, output = (engine.get_tensor_dtype(name).name for name in (INPUT, OUTPUT))
+    if dtype not in _DTYPES or output != "FLOAT":
+        problem = f"expected {INPUT} of FLOAT or UINT8 and {OUTPUT} of FLOAT, got {dtype} and {output}"
+        raise UserError(f"{artifact.path}: {problem}. Rebuild: {rebuild_command(artifact)}")
     ranges = [engine.get_tensor_profile_shape(INPUT, index) for index in range(engine.num_optimization_profiles)]
     return LoadedEngine(
         trt=trt,
@@ -239,6 +247,7 @@ def deserialise_engine(artifact: Artifact, trt: ModuleType, driver: CudaDriver) 
         native_graphs=artifact.card.config["backend"] == "tensorrt-rtx",
         profiles=tuple(Profile(index, *(int(shape[0]) for shape in shapes)) for index, shapes in enumerate(ranges)),
         image=tuple(engine.get_tensor_shape(INPUT))[1:],
+        input_dtype=np.dtype(_DTYPES[dtype]),
         dim=int(engine.get_tensor_shape(OUTPUT)[1]),
         errors=errors,
     )

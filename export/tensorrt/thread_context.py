@@ -16,6 +16,7 @@ from export.tensorrt.cuda_driver import CudaDriver, DriverError
 from export.tensorrt.kernel_cache import KernelCache
 from export.tensorrt.profiles import Chunk, Profile, split_batch
 from vpr.common.log import get_logger
+from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_session import INPUT, OUTPUT
 
 log = get_logger(__name__)
@@ -36,7 +37,8 @@ class LoadedEngine:
     # already runs, so only the library knows when to capture
     native_graphs: bool
     profiles: tuple[Profile, ...]  # optimisation profiles of the engine
-    image: tuple[int, ...]  # shape of an input image, (3, size, size)
+    image: tuple[int, ...]  # shape of an input image, such as (3, size, size)
+    input_dtype: np.dtype[Any]  # float32 or uint8
     dim: int  # dimension of the embeddings
     errors: list[str]  # errors that TensorRT has logged
     is_eager: bool = False  # whether TensorRT-RTX compiles a shape's kernels before it runs them
@@ -50,7 +52,7 @@ class LoadedEngine:
     @property
     def image_bytes(self) -> int:
         """Bytes of one input image."""
-        return _FLOAT_BYTES * math.prod(self.image)
+        return self.input_dtype.itemsize * math.prod(self.image)
 
     @property
     def row_bytes(self) -> int:
@@ -104,7 +106,7 @@ class ThreadContext:
         self._buffers: list[Any] = []
         self._streams_and_events: list[Any] = []
         self._slots: list[_Slot] = []
-        self._staging: list[NDArray[np.float32] | None] = [None] * _SLOTS
+        self._staging: list[NDArray[Any] | None] = [None] * _SLOTS
         self._copies: Any = None
         try:
             self._stream: Any | None = self._create(driver.stream)
@@ -121,8 +123,8 @@ class ThreadContext:
         assert self._stream is not None
         return int(self._stream.handle)
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed (n, 3, size, size) float32 as (n, dim) float32, inside ``with driver.current()``."""
+    def run(self, batch: ModelInput) -> NDArray[np.float32]:
+        """Embed n images of the engine's input as (n, dim) float32, inside ``with driver.current()``."""
         embeddings = np.empty((len(batch), self._engine.dim), np.float32)
         chunks = list(split_batch(len(batch), self._engine.profiles))
         try:
@@ -164,7 +166,7 @@ class ThreadContext:
     def measure(self, batch: int, calls: int) -> NDArray[np.float64]:
         """Return the GPU's milliseconds of ``calls`` executions of a batch, without copies: (calls,) float64."""
         driver = self._driver
-        images = np.zeros((batch, *self._engine.image), np.float32)
+        images = np.zeros((batch, *self._engine.image), self._engine.input_dtype)
         for _ in range(3):  # compile kernels, and capture the graphs
             self.run(images)
         chunks = list(split_batch(batch, self._engine.profiles))
@@ -197,7 +199,7 @@ class ThreadContext:
         while self._streams_and_events:
             self._driver.destroy(self._streams_and_events.pop())
 
-    def _run_one(self, chunk: Chunk, batch: NDArray[np.float32], embeddings: NDArray[np.float32]) -> None:
+    def _run_one(self, chunk: Chunk, batch: ModelInput, embeddings: NDArray[np.float32]) -> None:
         slot, stream = self._slot(0), self._stream
         self._driver.copy_in(int(slot.input), self._images(chunk, batch, slot), stream)
         self._enqueue(chunk, slot)
@@ -205,7 +207,7 @@ class ThreadContext:
         self._driver.synchronise(stream)
         embeddings[:] = slot.host_out[: len(batch)]
 
-    def _run_overlapped(self, chunks: list[Chunk], batch: NDArray[np.float32], embeddings: NDArray[np.float32]) -> None:
+    def _run_overlapped(self, chunks: list[Chunk], batch: ModelInput, embeddings: NDArray[np.float32]) -> None:
         driver, stream = self._driver, self._stream
         if self._copies is None:
             self._copies = self._create(driver.stream)
@@ -227,7 +229,7 @@ class ThreadContext:
         for index in range(len(chunks) - _SLOTS, len(chunks)):
             collect(chunks[index], self._slot(index % _SLOTS))
 
-    def _images(self, chunk: Chunk, batch: NDArray[np.float32], slot: _Slot) -> NDArray[np.float32]:
+    def _images(self, chunk: Chunk, batch: ModelInput, slot: _Slot) -> ModelInput:
         """Return a chunk's images as one contiguous block: the caller's memory, or a copy with padding."""
         images = batch[chunk.start : chunk.stop]
         if len(images) == chunk.size and images.flags.c_contiguous:
@@ -235,7 +237,7 @@ class ThreadContext:
         staging = self._staging[slot.index]
         if staging is None:
             shape = (self._engine.max_batch, *self._engine.image)
-            staging = self._staging[slot.index] = self._keep(self._driver.pinned(shape))
+            staging = self._staging[slot.index] = self._keep(self._driver.pinned(shape, self._engine.input_dtype))
         staging[: len(images)] = images
         staging[len(images) : chunk.size] = images[-1]
         return staging[: chunk.size]

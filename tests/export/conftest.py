@@ -17,7 +17,7 @@ def fp32(each_student: Path) -> Path:
     from export.config import OnnxConfig
     from export.to_onnx import export_onnx
 
-    return export_onnx(OnnxConfig(student=str(each_student), output=str(each_student.parent / "fp32")))
+    return export_onnx(OnnxConfig(model=str(each_student), output=str(each_student.parent / "fp32")))
 
 
 @pytest.fixture(scope="session")

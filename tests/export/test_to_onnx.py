@@ -98,7 +98,7 @@ def test_catalogue_images_are_compared(each_student: Path, catalog: Catalog, tmp
 
 def test_unchanged_export_is_skipped(each_student: Path, fp32: Path) -> None:
     before = (fp32 / "card.json").stat().st_mtime_ns
-    export_onnx(OnnxConfig(student=str(each_student), output=str(fp32)))
+    export_onnx(OnnxConfig(model=str(each_student), output=str(fp32)))
     assert (fp32 / "card.json").stat().st_mtime_ns == before
 
 

@@ -85,6 +85,8 @@ COMMANDS = (
     Command("catalog check --embeddings {embeddings} --catalog {catalog}", "findings"),
     Command("export onnx --student {student} --catalog {catalog} --images 8", "fp32"),
     Command("export onnx --student {student} --precision fp16 --images 8", "fp16"),
+    Command("export onnx --model {teacher} --images 8", "teacher-fp32"),
+    Command("embed --model {fp32} --catalog {catalog} --batch-size 2 --images-per-part 2", "graph-embeddings"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct", "plain-ranges"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct --smooth", "ranges"),
     Command("export int8 --onnx {fp32} --ranges {ranges}", "int8"),

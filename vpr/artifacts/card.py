@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from vpr.common.errors import UserError
 from vpr.imaging.preprocess import Preprocess
@@ -105,6 +105,14 @@ class Card(_Part):
     metrics: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     files: dict[str, FileEntry] = {}
+
+    @field_validator("preprocess")
+    @classmethod
+    def _check_network_input(cls, value: Preprocess | None, info: ValidationInfo) -> Preprocess | None:
+        """Only exported graphs normalise inside; PyTorch networks take normalised float32."""
+        if value is not None and info.data.get("kind") in ("teacher", "student") and value != value.float_input:
+            raise ValueError("a teacher or student takes float32 in NCHW")
+        return value
 
 
 class CorruptArtifact(UserError):

@@ -62,6 +62,10 @@ class Artifact:
         """Return the parents of that role."""
         return [parent for parent in self.card.parents if parent.role == role]
 
+    def networks(self) -> list[Parent]:
+        """Return the parent whose network a graph, an engine or ranges compute: a teacher or a student."""
+        return [*self.parents("student"), *self.parents("teacher")]
+
     def names(self, metric: str) -> tuple[str, ...]:
         """Return the names that a metric of the card lists, if any; raise :class:`UserError` for other values."""
         names = self.card.metrics.get(metric, [])

@@ -18,6 +18,7 @@ from typing import Any
 from vpr import __version__
 from vpr.artifacts.paths import CARD_NAME
 from vpr.cli.commands import COMMANDS, DEVICE_COMMANDS
+from vpr.common.allocator import keep_freed_memory
 from vpr.common.distributed import destroy_process_group, is_first
 from vpr.common.errors import CheckFailed, UserError, explain_system_error
 from vpr.common.gpus import select_device
@@ -89,6 +90,8 @@ def run(arguments: Sequence[str]) -> Any:
     if name in DEVICE_COMMANDS:
         rest = _select_device(rest)
     config = read_config(command.load_config(), name, rest)
+    if command.infers:
+        keep_freed_memory()
     return command.load_function()(config)
 
 

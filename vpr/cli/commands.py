@@ -1,7 +1,8 @@
 """Table of commands: the function and the configuration of each, found by name and imported when called."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,6 +16,8 @@ class Command:
         help: One line for the overview.
         common: Optional keys that the short help shows.
         positional: Keys that take values without a flag, in this order.
+        aliases: Keys by another name of their flag.
+        infers: Whether embedding images takes most of the time, so that memory is kept between batches.
     """
 
     target: str
@@ -22,6 +25,8 @@ class Command:
     help: str
     common: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    infers: bool = False
 
     def load_function(self) -> Any:
         """Import and return the function."""
@@ -58,27 +63,28 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "teacher convert": Command("teacher.convert:convert", "teacher.tower_config:ConvertConfig",
         "convert a PyTorch checkpoint to safetensors", ("key", "keep_head")),
     "teacher choose": Command("teacher.choose:choose", "teacher.choose_config:ChooseConfig",
-        "compare untrained towers on your validation split", ("output", "batch_size", "threads", "seed")),
+        "compare untrained towers on your validation split", ("output", "batch_size", "threads", "seed"), infers=True),
     "teacher train": Command("teacher.train:train", "teacher.config:TrainConfig",
         "fine-tune an image tower with margin, proxy and pair losses",
-        ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed")),
+        ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed"), infers=True),
     "teacher embed": Command("teacher.embed:embed_catalog", "vpr.retrieval.config:EmbedConfig",
-        "embed a catalogue with a teacher", ("split", "batch_size", "threads")),
+        "embed a catalogue with a teacher", ("split", "batch_size", "threads"), infers=True),
     "teacher soup": Command("teacher.soup:soup", "teacher.config:SoupConfig",
-        "average teachers, or one with its zero-shot weights", ("method", "batch_size")),
+        "average teachers, or one with its zero-shot weights", ("method", "batch_size"), infers=True),
     "teacher fuse": Command("teacher.fuse:fuse", "teacher.config:FuseConfig",
-        "fuse several teachers into one", ("embedding_dim", "shrinkage", "batch_size")),
+        "fuse several teachers into one", ("embedding_dim", "shrinkage", "batch_size"), infers=True),
     "teacher runs": Command("teacher.runs:runs", "teacher.config:RunsConfig",
         "list teachers and unfinished training runs", ("folder", "output")),
     "student distill": Command("student.distill:distill", "student.config:DistillConfig",
         "distil a teacher into a small ViT",
-        ("model.preset", "model.stem", "start", "quantise.ranges", "epochs", "lr", *_TRAINING, "seed")),
+        ("model.preset", "model.stem", "start", "quantise.ranges", "epochs", "lr", *_TRAINING, "seed"), infers=True),
     "student embed": Command("student.embed:embed_catalog", "vpr.retrieval.config:EmbedConfig",
-        "embed a catalogue with a student", ("split", "batch_size", "threads")),
+        "embed a catalogue with a student", ("split", "batch_size", "threads"), infers=True),
     "calibrate": Command("calibration.calibrate:calibrate", "calibration.config:CalibrateConfig",
-        "measure INT8 ranges on training images", ("count", "method", "selection", "smooth", "correct")),
+        "measure INT8 ranges on training images", ("count", "method", "selection", "smooth", "correct"), infers=True),
     "export onnx": Command("export.to_onnx:export_onnx", "export.config:OnnxConfig",
-        "write a student as ONNX, FP32 or FP16", ("precision", "catalog")),
+        "write a teacher or student as ONNX, FP32 or FP16", ("precision", "catalog", "input"),
+        aliases={"student": "model"}),
     "export int8": Command("export.int8:export_int8", "export.config:Int8Config",
         "write an INT8 Q/DQ graph from ONNX and ranges", ("base", "max_recall_drop", "catalog", "scope")),
     "export engine": Command("export.tensorrt.build:build_engine", "export.config:EngineConfig",
@@ -86,9 +92,9 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "export serving": Command("export.serving:export_serving", "export.config:ServingConfig",
         "write a Triton model repository and gallery", ("name", "max_batch", "device", "index")),
     "export parity": Command("export.parity_report:compare_exports", "export.config:ParityConfig",
-        "compare exports with the student, layer by layer", ("split", "layers")),
+        "compare exports with their network, layer by layer", ("split", "layers"), aliases={"student": "reference"}),
     "bench recall": Command("benchmarks.recall.measure:measure_recall", "benchmarks.config:RecallConfig",
-        "measure recall of models on the same queries", ("split",)),
+        "measure recall of models on the same queries", ("split",), infers=True),
     "bench latency": Command("benchmarks.latency.measure:measure_latency", "benchmarks.config:LatencyConfig",
         "measure latency of models on this machine", ("batches", "seconds", "threads", "backends")),
     "bench scale": Command("benchmarks.scale:measure_scale_table", "benchmarks.config:ScaleConfig",
@@ -98,10 +104,13 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "bench compare": Command("benchmarks.compare:compare_reports", "benchmarks.config:CompareConfig",
         "show what changed from one report to another",
         ("max_recall_drop", "max_latency_ratio", "max_size_ratio"), positional=("before", "after")),
+    "embed": Command("export.embed:embed_catalog", "export.config:EmbedConfig",
+        "embed a catalogue with any model: teacher, student, graph or engine",
+        ("split", "backend", "batch_size", "threads"), infers=True),
     "search": Command("vpr.retrieval.search_command:search_gallery", "vpr.retrieval.config:SearchConfig",
         "find the nearest gallery images of embedded queries", ("output", "k")),
     "search serve": Command("app.search_page.server:serve", "app.config:ServeConfig",
-        "serve a local page to search by image", ("split", "embeddings", "port")),
+        "serve a local page to search by image", ("split", "embeddings", "port"), infers=True),
     "recipes list": Command("vpr.common.recipes:list_recipes", "vpr.common.recipes:ListConfig",
         "list the packaged recipes"),
     "recipes show": Command("vpr.common.recipes:show_recipe", "vpr.common.recipes:ShowConfig",

@@ -91,6 +91,7 @@ def read_config(config_class: type[Any], name: str, arguments: Sequence[str]) ->
 def _expand(arguments: Sequence[str], parser: CommandParser, prog: str, command: Command | None) -> list[str]:
     """Rewrite flags to the ``--key=value`` that jsonargparse reads: recipes first, booleans, lists in brackets."""
     flags, words, positional = flags_of(parser), deque(arguments), deque(command.positional if command else ())
+    aliases = {f"--{name}": f"--{key}" for name, key in (command.aliases if command else {}).items()}
     recipes, others = [], []
     while words:
         word = words.popleft()
@@ -99,6 +100,7 @@ def _expand(arguments: Sequence[str], parser: CommandParser, prog: str, command:
                 raise UserError(f"{word}: unexpected argument. Put a flag before it. See '{prog} --help'.")
             word = f"--{positional.popleft()}={word}"
         flag, equals, value = word.partition("=")
+        flag = aliases.get(flag, flag)
         positive = flag.replace("--no-", "--", 1)
         key = flags.get(flag, flags.get(positive))
         hint = getattr(key, "hint", None)

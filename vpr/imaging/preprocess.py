@@ -1,7 +1,7 @@
 """The one preprocessing that training, evaluation and deployment share."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ _LONG = 4  # largest ratio of the sides of an image that is resized before the c
 # Bounded, so that no card can produce an infinite or NaN input.
 _Mean = Annotated[float, Field(ge=-10, le=10)]
 _Std = Annotated[float, Field(ge=1e-3, le=10)]
+
+ModelInput = NDArray[Any]  # a batch as `Preprocess.model_input` returns it: normalised float32, or uint8 pixels
 
 
 class Preprocess(BaseModel):
@@ -26,8 +28,8 @@ class Preprocess(BaseModel):
         interpolation: Filter of the resize, antialiased.
         mean: Mean of each channel, for values in 0…1.
         std: Standard deviation of each channel, for values in 0…1.
-        layout: Order of the axes of a batch.
-        dtype: Data type of the model's input.
+        layout: Order of the axes of the model's input; a graph with uint8 input may have ``NHWC``.
+        dtype: Data type of the model's input; a graph with ``uint8`` input normalises inside.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,8 +41,23 @@ class Preprocess(BaseModel):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[_Mean, _Mean, _Mean] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[_Std, _Std, _Std] = (0.26862954, 0.26130258, 0.27577711)
-    layout: Literal["NCHW"] = "NCHW"
-    dtype: Literal["float32"] = "float32"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    dtype: Literal["float32", "uint8"] = "float32"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of an image of the model's input."""
+        return (3, self.size, self.size) if self.layout == "NCHW" else (self.size, self.size, 3)
+
+    @property
+    def float_input(self) -> "Preprocess":
+        """The same preprocessing for a model that takes normalised float32; equal for models that read equal images."""
+        return self.model_copy(update={"layout": "NCHW", "dtype": "float32"})
+
+    def model_input(self, pixels: NDArray[np.uint8]) -> ModelInput:
+        """Convert (batch, 3, size, size) uint8 to the model's input: normalised, or as it is in the model's layout."""
+        values: ModelInput = self.normalise(pixels) if self.dtype == "float32" else pixels
+        return values if self.layout == "NCHW" else np.ascontiguousarray(values.transpose(0, 2, 3, 1))
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop an RGB image to (3, size, size) uint8."""

@@ -15,6 +15,8 @@ from onnx import AttributeProto, TensorProto
 from vpr.artifacts.card import Card
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError, explain_system_error
+from vpr.imaging.preprocess import ModelInput
+from vpr.inference.onnx_file import check_well_formed, detach_weights, read_graph
 from vpr.inference.onnx_session import CPU, INPUT, OUTPUT, open_session
 
 _DOMAINS = ("", "ai.onnx")
@@ -25,8 +27,7 @@ _SPARSE = (AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS)
 def load_graph(artifact: Artifact) -> onnx.ModelProto:
     """Load the graph of an ``onnx`` artifact; raise :class:`UserError` if it is not one that an export writes."""
     with reraise_as_artifact_error(artifact):
-        # External data would be read from any path that the file names; exported graphs have none.
-        graph = onnx.load(artifact.file("model.onnx"), load_external_data=False)
+        graph = read_graph(artifact)
         check_graph(graph, artifact.card)
     return graph
 
@@ -58,53 +59,66 @@ def check_graph(graph: onnx.ModelProto, card: Card) -> None:
         "".join([*texts, *(tensor.name for tensor in body.initializer)]).encode()
     except (TypeError, UnicodeEncodeError):  # protobuf's result for bytes that are not UTF-8
         raise UserError("a name in it is not UTF-8 text") from None
-    onnx.checker.check_model(graph, full_check=True)
+    check_well_formed(graph)
     names = [*(value.name for value in body.input), *(tensor.name for tensor in body.initializer)]
     names += [name for node in body.node for name in node.output if name]
     if len(set(names)) != len(names):
         raise UserError("two tensors have the same name")
     if card.preprocess is None or card.embedding is None:
         raise UserError("its card has no preprocessing or no embedding")
-    _check_interface(body.input, INPUT, [3, card.preprocess.size, card.preprocess.size])
-    _check_interface(body.output, OUTPUT, [card.embedding.dim])
+    _check_interface(body.input, INPUT, list(card.preprocess.input_shape), card.preprocess.dtype)
+    _check_interface(body.output, OUTPUT, [card.embedding.dim], "float32")
 
 
-def _check_interface(values: Sequence[onnx.ValueInfoProto], name: str, shape: list[int]) -> None:
+def _check_interface(values: Sequence[onnx.ValueInfoProto], name: str, shape: list[int], dtype: str) -> None:
     types = [value.type.tensor_type for value in values]
     interface = [
-        (value.name, dtype.elem_type, [dim.dim_value for dim in dtype.shape.dim[1:]], dtype.shape.dim[0].dim_value)
-        for value, dtype in zip(values, types, strict=True)
-        if dtype.shape.dim
+        (value.name, tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim[1:]], tensor.shape.dim[0].dim_value)
+        for value, tensor in zip(values, types, strict=True)
+        if tensor.shape.dim
     ]
-    if len(interface) != len(values) or interface != [(name, TensorProto.FLOAT, shape, 0)]:
+    expected_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    if len(interface) != len(values) or interface != [(name, expected_type, shape, 0)]:
         expected = ", ".join(map(str, ["batch", *shape]))
-        raise UserError(f"its card requires the one tensor '{name}' of ({expected}) float32, the graph differs")
+        raise UserError(f"its card requires the one tensor '{name}' of ({expected}) {dtype}, the graph differs")
 
 
 class GraphSession:
     """ONNX Runtime session that raises :class:`UserError` on failure.
 
-    With 0 ``threads`` it uses one CPU thread per core. A missing ``provider`` raises
-    :class:`vpr.inference.onnx_session.ProviderMissing`.
+    With 0 ``threads`` it uses one CPU thread per core. ``outputs`` names inner tensors to output too. A missing
+    ``provider`` raises :class:`vpr.inference.onnx_session.ProviderMissing`.
     """
 
-    def __init__(self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU) -> None:
+    def __init__(
+        self, graph: onnx.ModelProto, threads: int = 0, provider: str = CPU, outputs: Sequence[str] = ()
+    ) -> None:
         is_fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in graph.graph.initializer)
         with reraise_as_graph_error("onnxruntime"):
-            self._session = open_session(graph.SerializeToString(), threads, provider, is_fp8 and provider == CPU)
+            # The session reads the detached weights where they are.
+            outline, self._weights = detach_weights(graph)
+            content = _add_outputs(outline, outputs).SerializeToString()
+            self._session = open_session(content, threads, provider, is_fp8 and provider == CPU, self._weights)
 
-    def run(self, names: Sequence[str], inputs: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    def run(self, names: Sequence[str], inputs: Mapping[str, ModelInput]) -> list[NDArray[np.float32]]:
         """Run the graph and return the named outputs in this order; raise :class:`UserError` on failure."""
         with reraise_as_graph_error("onnxruntime"):
             return self._session.run(list(names), dict(inputs))
 
-    def embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed (n, 3, size, size) float32 as (n, dim) float32."""
+    def embed(self, batch: ModelInput) -> NDArray[np.float32]:
+        """Embed a batch of the input that the card states as (n, dim) float32."""
         return self.run([OUTPUT], {INPUT: batch})[0]
 
 
 def session_with_outputs(graph: onnx.ModelProto, names: Iterable[str]) -> GraphSession:
-    """Open a session of a copy of a graph that also outputs inner tensors; those without a type count as FP32."""
+    """Open a session of a graph that also outputs inner tensors; those without a type count as FP32."""
+    return GraphSession(graph, outputs=list(names))
+
+
+def _add_outputs(graph: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return a copy of a graph with more outputs; the graph itself if there are none."""
+    if not names:
+        return graph
     extended = onnx.ModelProto()
     extended.CopyFrom(graph)
     outputs = {value.name for value in extended.graph.output}
@@ -112,7 +126,7 @@ def session_with_outputs(graph: onnx.ModelProto, names: Iterable[str]) -> GraphS
     for name in (name for name in names if name not in outputs):
         dtype = dtypes.get(name, TensorProto.FLOAT)
         extended.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, None))
-    return GraphSession(extended)
+    return extended
 
 
 @contextmanager
@@ -126,4 +140,4 @@ def reraise_as_graph_error(library: str) -> Iterator[None]:
         if explain_system_error(error):  # not a fault of the graph
             raise
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{library}: cannot run the graph ({reason}). Export the student again.") from None
+        raise UserError(f"{library}: cannot run the graph ({reason}). Export the model again.") from None

@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ class ProviderMissing(UserError):
     """ONNX Runtime cannot load an execution provider here."""
 
 
-def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool = False) -> Any:
-    """Open an ONNX Runtime session of a serialised model without external data.
+def open_session(
+    graph: bytes,
+    threads: int = 0,
+    provider: str = CPU,
+    fp8: bool = False,
+    weights: Mapping[str, Any] | None = None,
+) -> Any:
+    """Open an ONNX Runtime session of a serialised model; ``weights`` are arrays that it names and does not contain.
 
     With 0 ``threads`` an operator uses one CPU thread per core. ``fp8`` (a graph with FP8 Q/DQ on the CPU) disables two
     wrong optimisations of ONNX Runtime 1.31: moving Q/DQ past a Transpose that lacks FP8, dropping a Relu before it.
@@ -36,6 +43,7 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
     options.log_severity_level = 3
     if lacks_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")  # slower kernels with exact sums
+    add_weights(options, weights or {})
     disabled = ["ReluQuantRewrite"] if fp8 else []
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -52,6 +60,15 @@ def open_session(graph: bytes, threads: int = 0, provider: str = CPU, fp8: bool 
         fallback = session.get_providers()[0]
         raise ProviderMissing(f"onnxruntime: {provider} cannot be loaded ({fallback} would run). See `vpr doctor`.")
     return session
+
+
+def add_weights(options: Any, weights: Mapping[str, Any]) -> None:
+    """Give a session's options the arrays that its graph names and does not contain; they must outlive the session."""
+    import onnxruntime as ort
+
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
 
 
 def rtx_devices() -> list[Any]:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vpr.artifacts.run_folder import atomic_save_npy, is_written, run_lock, wait_until
 from vpr.artifacts.stage import Stage
-from vpr.common.distributed import compute_device, is_first, rank_and_world
+from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.seen import read_seen
 from vpr.retrieval.config import EmbedConfig
-from vpr.retrieval.embed_job import EmbedJob, Loader
+from vpr.retrieval.embed_job import EmbedJob, EmbedModel, Loader
 from vpr.retrieval.embeddings import EMPTY_CATALOG, write_embeddings
-
-if TYPE_CHECKING:
-    from torch import nn
 
 log = get_logger(__name__)
 
@@ -32,14 +28,14 @@ log = get_logger(__name__)
 def embed_with(config: EmbedConfig, load: Loader) -> Path:
     """Embed a catalogue and write the artifact, unless it is up to date.
 
-    ``load`` loads a model artifact; worker processes must be able to import it.
+    ``load`` reads the model artifact; worker processes must be able to import it.
 
     Raises:
         UserError: The split is empty, an image cannot be read, or Ray is requested but not installed.
     """
-    network, model = load(config.model)
-    read_seen(model)  # raises before the work if the record, which the embeddings inherit, is broken
-    job = EmbedJob(config, model)
+    loaded = load(config)
+    read_seen(loaded.artifact)  # raises before the work if the record, which the embeddings inherit, is broken
+    job = EmbedJob(config, loaded)
     # Listed before the output is checked: a first process that has finished has removed the parts.
     missing = [part for part in job.parts if not job.file(part).is_file()]
     stage = Stage(config.output, "embeddings", job.values, job.parents)
@@ -49,11 +45,11 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
     if not len(job.catalog):
         raise UserError(EMPTY_CATALOG)
     with run_lock(job.folder):
-        _run(job, missing, network, load)
+        _run(job, missing, loaded, load)
     return stage.path
 
 
-def _run(job: EmbedJob, missing: list[int], network: nn.Module, load: Loader) -> None:
+def _run(job: EmbedJob, missing: list[int], loaded: EmbedModel, load: Loader) -> None:
     config = job.config
     if len(missing) < len(job.parts):
         log.info(f"{config.output}: resuming, {len(job.parts) - len(missing)} of {len(job.parts)} parts are done")
@@ -62,23 +58,25 @@ def _run(job: EmbedJob, missing: list[int], network: nn.Module, load: Loader) ->
 
         compute_parts(job, missing, load)
     else:
-        _compute_local_parts(job, missing, network)
+        _compute_local_parts(job, missing, loaded)
     if is_first():
         _merge_parts(job)
     else:
         wait_until(lambda: is_written(config.output, job.values, job.parents))
 
 
-def _compute_local_parts(job: EmbedJob, missing: list[int], network: nn.Module) -> None:
+def _compute_local_parts(job: EmbedJob, missing: list[int], loaded: EmbedModel) -> None:
     """Compute this process's parts, a contiguous range so that it reads few shards."""
     rank, world = rank_and_world()
     first, last = (len(job.parts) * edge // world for edge in (rank, rank + 1))
-    network = network.to(compute_device())
-    for part in missing:
-        if first <= part < last:
-            atomic_save_npy(job.file(part), job.compute(part, network))
-            if len(job.parts) > 1:
-                log.info(f"  part {part + 1}/{len(job.parts)}")
+    local_parts = [part for part in missing if first <= part < last]
+    if not local_parts:
+        return
+    forward = loaded.open()
+    for part in local_parts:
+        atomic_save_npy(job.file(part), job.compute(part, forward))
+        if len(job.parts) > 1:
+            log.info(f"  part {part + 1}/{len(job.parts)}")
 
 
 def _merge_parts(job: EmbedJob) -> None:

@@ -18,33 +18,35 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.pixels import read_pixels
 from vpr.data.seen import record_seen
-from vpr.imaging.preprocess import Preprocess
+from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 from vpr.retrieval.self_search import find_self_search
 
-Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Forward = Callable[[ModelInput], NDArray[np.float32]]
 EMPTY_CATALOG = "embedding: the catalogue has no images of this split and role. Choose another."
 
 
-def read_batches(
-    catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0
-) -> Iterator[NDArray[np.float32]]:
-    """Yield model inputs in order: (up to batch_size, 3, size, size) float32.
+def read_batches(catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0) -> Iterator[ModelInput]:
+    """Yield model inputs in order, up to ``batch_size`` images each: normalised float32, or uint8 pixels.
 
     ``threads`` is the number of background decoding threads; 0 decodes in the calling thread.
     """
     blocks = [range(start, min(start + batch_size, len(catalog))) for start in range(0, len(catalog), batch_size)]
+
+    def read(rows: range) -> ModelInput:
+        return preprocess.model_input(read_pixels(catalog, preprocess, rows))
+
     if not threads:
-        yield from (preprocess.normalise(read_pixels(catalog, preprocess, rows)) for rows in blocks)
+        yield from map(read, blocks)
         return
-    pending: deque[Future[NDArray[np.uint8]]] = deque()
+    pending: deque[Future[ModelInput]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for rows in blocks:
-            pending.append(pool.submit(read_pixels, catalog, preprocess, rows))
+            pending.append(pool.submit(read, rows))
             if len(pending) > threads:
-                yield preprocess.normalise(pending.popleft().result())
+                yield pending.popleft().result()
         while pending:
-            yield preprocess.normalise(pending.popleft().result())
+            yield pending.popleft().result()
 
 
 def embed(
@@ -52,7 +54,8 @@ def embed(
 ) -> NDArray[np.float32]:
     """Embed every image of a catalogue: (n, dim) float32, L2-normalised.
 
-    ``forward`` maps (batch, 3, size, size) float32 to (batch, dim) float32. ``threads`` decode in the background.
+    ``forward`` maps the model's input, such as (batch, 3, size, size) float32, to (batch, dim) float32.
+    ``threads`` decode in the background.
 
     Raises:
         UserError: The catalogue is empty, an image cannot be read, or a vector is zero or not finite.

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifacts.run_folder import atomic_save_npy
-from vpr.common.distributed import compute_device
 from vpr.common.errors import UserError
 from vpr.common.telemetry import disable_telemetry
 from vpr.retrieval.config import EmbedConfig
@@ -18,13 +17,13 @@ class Worker:
     """Compute parts in a Ray process."""
 
     def __init__(self, config: EmbedConfig, load: Loader) -> None:
-        network, model = load(config.model)
-        self._network = network.to(compute_device())
-        self._job = EmbedJob(config, model)
+        loaded = load(config)
+        self._forward = loaded.open()
+        self._job = EmbedJob(config, loaded)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return a batch of one ``part`` with its ``vectors`` as float32 bytes."""
-        vectors = [self._job.compute(int(part), self._network).tobytes() for part in batch["part"]]
+        vectors = [self._job.compute(int(part), self._forward).tobytes() for part in batch["part"]]
         return {"part": batch["part"], "vectors": np.array(vectors, dtype=object)}
 
 

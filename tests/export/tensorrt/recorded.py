@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.tensorrt.cuda_driver import DriverError, Gpu
+from export.tensorrt.cuda_driver import FLOAT32, DriverError, Gpu
 from export.tensorrt.runner import EngineRunner
 from vpr.artifacts.store import Artifact
 
@@ -81,13 +81,13 @@ class RecordedDriver:
         self.eager_copies = eager_copies
         self.costs = {"copy_in": 2.0, "kernels": 3.0, "copy_out": 0.1}  # milliseconds of the simulated clock
         self.clock = 0.0  # time of the host
-        self.sources: list[NDArray[np.float32]] = []  # arrays that were copied to the GPU
+        self.sources: list[NDArray[Any]] = []  # arrays that were copied to the GPU
         self.destroyed: list[Any] = []
         self.calls: list[tuple[Any, ...]] = []
         self.free_bytes = free_bytes
         self.streams: dict[int, Stream] = {}
         self.memory: dict[int, Memory] = {}
-        self.pinned_arrays: list[NDArray[np.float32]] = []
+        self.pinned_arrays: list[NDArray[Any]] = []
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.rejects_capture = False
         self._thread = threading.local()
@@ -119,9 +119,9 @@ class RecordedDriver:
         self.note("stream", stream.handle)
         return stream
 
-    def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT32) -> NDArray[Any]:
         self.note("pinned", shape)
-        self.pinned_arrays.append(np.full(shape, np.nan, np.float32))
+        self.pinned_arrays.append(np.full(shape, np.nan if dtype == np.float32 else 99, dtype))
         return self.pinned_arrays[-1]
 
     def allocate(self, size: int) -> Memory:
@@ -168,7 +168,7 @@ class RecordedDriver:
         self.note("destroy")
         self.destroyed.append(stream_or_event)
 
-    def copy_in(self, device: int, host: NDArray[np.float32], stream: Stream) -> None:
+    def copy_in(self, device: int, host: NDArray[Any], stream: Stream) -> None:
         self.note("copy_in", stream.handle, len(host))
         assert host.flags.c_contiguous
         self.sources.append(host)
@@ -277,7 +277,7 @@ class Context:
         shape = self.shape
 
         def compute() -> None:
-            pixels = np.frombuffer(bytes(source.bytes), np.float32, int(np.prod(shape))).reshape(shape)
+            pixels = np.frombuffer(bytes(source.bytes), engine.input_dtype, int(np.prod(shape))).reshape(shape)
             result = expected(pixels).tobytes()
             target.bytes[: len(result)] = result
 
@@ -327,6 +327,7 @@ class Engine:
         self.runtime_caches: list[RuntimeCache] = []
         self.tensors = settings.get("tensors", ("pixels", "embedding"))
         self.device_memory_size_v2 = 64
+        self.input_dtype = np.dtype(settings.get("input_dtype", np.float32))
         self.contexts: list[Context] = []
 
     @property
@@ -338,6 +339,10 @@ class Engine:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (-1, *IMAGE) if name == "pixels" else (-1, DIM)
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        is_uint8 = name == "pixels" and self.input_dtype == np.uint8
+        return SimpleNamespace(name="UINT8" if is_uint8 else "FLOAT")
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(batch, *IMAGE) for batch in self.ranges[index]]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from export.tensorrt import dlpack
 from export.tensorrt.runner import EngineRunner
-from tests.export.tensorrt.recorded import DIM, Event, RecordedDriver, Stream, Trt, expected, images, runner
+from tests.export.tensorrt.recorded import DIM, IMAGE, Event, RecordedDriver, Stream, Trt, expected, images, runner
 from vpr.artifacts.store import Artifact
 from vpr.common.errors import UserError
 
@@ -31,6 +31,27 @@ def test_batches_of_any_size_stay_in_order(write: Callable[..., Artifact], backe
                 assert embeddings.dtype == np.float32
                 np.testing.assert_allclose(embeddings, expected(batch), rtol=1e-6)
     assert ("launch" in driver.names()) == (graphs and backend == "tensorrt")
+
+
+def test_uint8_images_are_copied_as_they_are(write: Callable[..., Artifact]) -> None:
+    driver = RecordedDriver()
+    engine = runner(write(), driver, input_dtype=np.uint8)
+    batch = np.random.default_rng(0).integers(0, 256, (11, *IMAGE), dtype=np.uint8)
+    np.testing.assert_allclose(engine(batch), expected(batch), rtol=1e-6)
+    assert {source.dtype for source in driver.sources} == {np.dtype(np.uint8)}
+    assert ("allocate", 8 * 3 * 4 * 4) in [call[1:] for call in driver.calls]
+    with pytest.raises(UserError, match=r"pixels: expected \(n, 3, 4, 4\) uint8 .* float32"):
+        engine(images(2))
+
+
+def test_uint8_tensors_on_the_device_are_embedded(write: Callable[..., Artifact]) -> None:
+    engine = runner(write(), RecordedDriver(), input_dtype=np.uint8)
+    batch = np.random.default_rng(0).integers(0, 256, (5, *IMAGE), dtype=np.uint8)
+    embeddings = np.zeros((5, DIM), np.float32)
+    engine.embed_on_device(GpuTensor(batch), GpuTensor(embeddings))
+    np.testing.assert_allclose(embeddings, expected(batch), rtol=1e-6)
+    with pytest.raises(UserError, match="pixels: expected contiguous uint8 values"):
+        engine.embed_on_device(GpuTensor(images(5)), GpuTensor(embeddings))
 
 
 def test_too_few_images_are_padded_with_the_last(write: Callable[..., Artifact]) -> None:
