@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from export.config import MAX_BATCH, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
+from export.golden import write_graph_golden
 from export.parity import parity
 from vpr.artifacts.card import TensorSpec
 from vpr.artifacts.stage import Stage
@@ -67,6 +68,7 @@ def export_onnx(config: OnnxConfig) -> Path:
     with stage.write() as draft:
         onnx.save(graph, draft.path / "model.onnx")
         fill_graph_card(draft, student, graph)
+        write_graph_golden(draft, graph)
         measured: dict[Use, Catalog] = {} if catalog is None else {"calibration": _sample(catalog, config, "train")}
         record_seen(draft.path, [student], measured)
         kept = {key: value for key, value in student.card.metrics.items() if key == "quantise_exclude_layers"}
