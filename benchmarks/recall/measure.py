@@ -70,7 +70,7 @@ def measure_recall(config: RecallConfig) -> Path:
 def recall_values(config: RecallConfig | ReportConfig) -> dict[str, Any]:
     """Return the JSON values of a report; keys that it did not have at first are left out at their defaults."""
     values = config_to_json(config)
-    for key in ("leave_one_out", "skip_unmatched", "rivals"):
+    for key in ("leave_one_out", "skip_unmatched", "rivals", "skew"):
         if not values.get(key, True):
             del values[key]
     return values
