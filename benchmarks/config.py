@@ -89,6 +89,35 @@ class LatencyConfig:
         check_backends(self.backends)
 
 
+@dataclass(frozen=True)
+class SkewConfig:
+    """Settings of ``vpr bench skew``.
+
+    Attributes:
+        catalog: Catalogue artifact with query and gallery images.
+        model: Artifact to score: teacher, student, ONNX graph or engine. It runs on its first backend here.
+        output: Folder of the table.
+        split: Split to score.
+        pipelines: Pipelines of the queries, such as ``colour.bgr`` or ``resize.bilinear-aliased``. Empty measures all
+            known ones.
+        leave_one_out: Take every image of the split as a query that searches all others, whatever its role.
+        skip_unmatched: Leave out queries whose product has no other gallery image. Otherwise such a query is an error.
+        seed: Seed of the bootstrap.
+    """
+
+    catalog: str
+    model: str
+    output: str
+    split: str = "test"
+    pipelines: tuple[str, ...] = ()
+    leave_one_out: bool = False
+    skip_unmatched: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, seed=(0, None))
+
+
 Kind = Literal["flat", "flat-fp16", "flat-int8", "ivf-flat", "ivf-int8", "ivf-pq", "hnsw"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -157,6 +186,7 @@ class ReportConfig:
         skip_unmatched: Leave out queries whose product has no gallery image, with their count in the rows. Otherwise
             such a query is an error.
         ranges: Artifacts of ``vpr calibrate`` to draw.
+        skew: Artifacts of ``vpr bench skew`` to draw.
         sheet_queries: Number of example queries with their top five.
         seed: Seed of the bootstrap and of the example queries.
     """
@@ -174,13 +204,14 @@ class ReportConfig:
     rerank: RerankConfig = RERANK
     skip_unmatched: bool = False
     ranges: tuple[str, ...] = ()
+    skew: tuple[str, ...] = ()
     sheet_queries: int = 12
     seed: int = 0
 
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("skip_unmatched", "rivals")
+        return ("skip_unmatched", "rivals", "skew")
 
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))

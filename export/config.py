@@ -229,6 +229,8 @@ class ServingConfig:
         instances: Model instances per device.
         device: Device that runs the model. Engines need ``gpu``.
         index: Search index. ``flat`` is exact, ``hnsw`` is approximate and stays fast for millions of images.
+        accept_images: Add an ensemble that takes image files. Triton's Python backend preprocesses them with numpy and
+            Pillow.
     """
 
     model: str
@@ -241,6 +243,7 @@ class ServingConfig:
     instances: int = 1
     device: Literal["gpu", "cpu"] = "gpu"
     index: Literal["flat", "hnsw"] = "flat"
+    accept_images: bool = False
 
     def __post_init__(self) -> None:
         if self.name:

@@ -17,6 +17,7 @@ from export.bias import needs_separate_bias
 from export.candidates import CandidateRunner, resolve_timing_backend
 from export.config import Int8Config, QuantDtype, Recipe
 from export.fp16 import to_fp16
+from export.golden import write_graph_golden
 from export.mixed_precision import Budget, search_mixed_precision
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import count_operators, fill_graph_card, load_onnx
@@ -90,6 +91,7 @@ def export_int8(config: Int8Config) -> Path:
     with stage.write() as draft:
         save_graph(quantised, draft.path)
         fill_graph_card(draft, model, quantised)
+        write_graph_golden(draft, quantised)
         uses: dict[Use, Catalog] = {} if validation is None else {"selection": validation}
         record_seen(draft.path, [model, ranges], uses)
         draft.metrics = {

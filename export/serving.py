@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from export.config import MAX_BATCH, ServingConfig, check_model_name
+from export.golden import copy_golden, has_golden
 from export.opset import OLDEST_RUNTIME, lower_opset, opset_of
 from export.parity import mean_overlap
 from export.tensorrt.compatibility import rebuild_command
-from export.triton import Scheduling, model_config, to_text
+from export.triton import Scheduling, ensemble_config, model_config, preprocess_config, to_text
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import check_output, config_to_json
@@ -33,6 +34,7 @@ _GRAPH_BATCH = 32
 _HNSW_LINKS = 32
 _MAX_QUERIES = 256
 _TEMPLATES = Path(__file__).parent / "templates"
+_PREPROCESSING = Path(__file__).parent / "triton_preprocess.py"
 
 
 def export_serving(config: ServingConfig) -> Path:
@@ -43,12 +45,16 @@ def export_serving(config: ServingConfig) -> Path:
     """
     model, gallery = load_artifact(config.model, ("onnx", "engine")), load_embeddings(config.gallery)
     name = config.name or model.card.name
-    check_model_name(name)
+    names = (name, f"{name}-preprocess", f"{name}-images")
+    for model_name in names if config.accept_images else names[:1]:
+        check_model_name(model_name)
     check_output(config.output, "serving")
     graph = lower_opset(load_graph(model)) if model.card.kind == "onnx" else None
     _check_model(model, graph, config)
     preprocess = _check_gallery(model, gallery)
     values = {**config_to_json(config), "name": name}
+    if not config.accept_images:
+        del values["accept_images"]  # older hand-offs have no such key
     if graph is not None and opset_of(graph) < opset_of(load_graph(model)):
         values["opset"] = opset_of(graph)  # older hand-offs hold the graph as it is
     parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings")]
@@ -60,9 +66,12 @@ def export_serving(config: ServingConfig) -> Path:
         fields = model_config(name, model, preprocess, scheduling)
     with stage.write() as draft:
         _write_repository(draft.path / "model_repository" / name, model, graph, fields)
+        if config.accept_images:
+            _write_ensemble(draft.path / "model_repository", names, model, preprocess, scheduling)
         images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
-        text = _render_readme(name, model, preprocess, scheduling, images, config.index)
+        text = _render_readme(name, model, preprocess, scheduling, images, config)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
+        copy_golden(model, draft.path)
         draft.preprocess, draft.embedding = preprocess, model.card.embedding
         draft.catalog = gallery.artifact.card.catalog
         draft.inputs, draft.outputs = model.card.inputs, model.card.outputs
@@ -158,6 +167,23 @@ def _write_repository(folder: Path, model: Artifact, graph: onnx.ModelProto | No
     (folder / "config.pbtxt").write_text(to_text(fields), encoding="utf-8")
 
 
+def _write_ensemble(
+    repository: Path, names: tuple[str, str, str], model: Artifact, preprocess: Preprocess, scheduling: Scheduling
+) -> None:
+    """Write the preprocessing model and the ensemble; ``names`` are those of model, preprocessing and ensemble."""
+    name, preprocessing, ensemble = names
+    fields = {
+        preprocessing: preprocess_config(preprocessing, model, preprocess, scheduling),
+        ensemble: ensemble_config(ensemble, (preprocessing, name), model, preprocess, scheduling),
+    }
+    for folder, values in fields.items():
+        (repository / folder / "1").mkdir(parents=True)
+        (repository / folder / "config.pbtxt").write_text(to_text(values), encoding="utf-8")
+    shutil.copyfile(_PREPROCESSING, repository / preprocessing / "1" / "model.py")
+    text = "An ensemble has no model file, but Triton requires the folder of a version.\n"
+    (repository / ensemble / "1" / "README").write_text(text, encoding="utf-8")
+
+
 def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, float | None]:
     """Write vectors, rows and index; return the number of images, and for ``hnsw`` the overlap with exact search."""
     import faiss
@@ -185,7 +211,7 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
 
 
 def _render_readme(
-    name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, images: int, index: str
+    name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, images: int, config: ServingConfig
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -200,7 +226,9 @@ def _render_readme(
         preprocess=preprocess,
         embedding=model.card.embedding,
         gallery=images,
-        index="an exact" if index == "flat" else "an approximate",
+        index="an exact" if config.index == "flat" else "an approximate",
+        accepts_images=config.accept_images,
+        golden=has_golden(model),
         max_batch=scheduling.max_batch,
         saturates=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),
         builder=model.card.metrics.get("builder"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from export.config import MAX_BATCH, OnnxConfig
 from export.fp16 import find_overflow, to_fp16
+from export.golden import write_graph_golden
 from export.parity import parity
 from export.transpose import move_transposes
 from export.uint8_input import take_uint8
@@ -74,6 +75,7 @@ def export_onnx(config: OnnxConfig) -> Path:
         save_graph(graph, draft.path)
         fill_graph_card(draft, network, graph)
         draft.preprocess = preprocess
+        write_graph_golden(draft, graph)
         measured: dict[Use, Catalog] = {} if catalog is None else {"calibration": _sample(catalog, config, "train")}
         record_seen(draft.path, [network], measured)
         kept = {key: value for key, value in network.card.metrics.items() if key == "quantise_exclude_layers"}

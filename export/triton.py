@@ -17,6 +17,10 @@ class Enumerator(str):
     """An enumeration value, which the text format writes without quotes."""
 
 
+# Input of image files: one in each row of the batch.
+_IMAGE = {"name": "image", "data_type": Enumerator("TYPE_STRING"), "dims": [1]}
+
+
 @dataclass(frozen=True)
 class Scheduling:
     """How Triton batches requests and distributes them."""
@@ -49,15 +53,17 @@ def model_config(name: str, model: Artifact, preprocess: Preprocess, scheduling:
         "instance_group": [{"kind": Enumerator(f"KIND_{scheduling.device.upper()}"), "count": scheduling.instances}],
         "dynamic_batching": batching,
         "model_warmup": [_warm_up(model.card.inputs, batch) for batch in sorted({1, scheduling.max_batch})],
-        "parameters": [
-            {"key": key, "value": {"string_value": value}}
-            for key, value in _client_parameters(model, preprocess).items()
-        ],
+        "parameters": _parameters(model, preprocess),
     }
     if model.card.kind == "engine":
         # Triton captures graphs for batches of 1, the preferred sizes and the largest size only.
         fields["optimization"] = {"cuda": {"graphs": True}}
     return fields
+
+
+def _parameters(model: Artifact, preprocess: Preprocess) -> list[dict[str, Any]]:
+    values = _client_parameters(model, preprocess)
+    return [{"key": key, "value": {"string_value": value}} for key, value in values.items()]
 
 
 def _client_parameters(model: Artifact, preprocess: Preprocess) -> dict[str, str]:
@@ -103,3 +109,46 @@ def _warm_up(inputs: list[TensorSpec], batch: int) -> dict[str, Any]:
         value = {"data_type": Enumerator(_TYPES[spec.dtype]), "dims": spec.shape[1:], "zero_data": True}
         zeros.append({"key": spec.name, "value": value})
     return {"name": f"batch_{batch}", "batch_size": batch, "inputs": zeros}
+
+
+def preprocess_config(name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling) -> dict[str, Any]:
+    """Return the fields of the model that turns image files into the inputs of ``model``, on the CPU.
+
+    Each request is preprocessed alone; the model that follows batches the requests of all clients.
+    """
+    return {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": scheduling.max_batch,
+        "input": [_IMAGE],
+        "output": [_tensor(spec) for spec in model.card.inputs],
+        "instance_group": [{"kind": Enumerator("KIND_CPU"), "count": scheduling.instances}],
+        "parameters": _parameters(model, preprocess),
+    }
+
+
+def ensemble_config(
+    name: str, steps: tuple[str, str], model: Artifact, preprocess: Preprocess, scheduling: Scheduling
+) -> dict[str, Any]:
+    """Return the fields of the ensemble of the preprocessing and the model with the names of ``steps``."""
+    (pixels,), (embedding,) = model.card.inputs, model.card.outputs
+    tensors = (("image", pixels.name), (pixels.name, embedding.name))
+    return {
+        "name": name,
+        "platform": "ensemble",
+        "max_batch_size": scheduling.max_batch,
+        "input": [_IMAGE],
+        "output": [_tensor(embedding)],
+        "ensemble_scheduling": {
+            "step": [
+                {
+                    "model_name": step,
+                    "model_version": -1,
+                    "input_map": [{"key": source, "value": source}],
+                    "output_map": [{"key": result, "value": result}],
+                }
+                for step, (source, result) in zip(steps, tensors, strict=True)
+            ]
+        },
+        "parameters": _parameters(model, preprocess),
+    }

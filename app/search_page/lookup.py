@@ -18,7 +18,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
 from vpr.imaging.decode import decode_bytes
-from vpr.imaging.preprocess import Preprocess
+from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.inference.timing import measure
 from vpr.retrieval.embeddings import Forward, embed, l2_normalize, load_embeddings, write_embeddings
 from vpr.retrieval.search import search
@@ -45,12 +45,12 @@ class Searcher:
     preprocess: Preprocess  # preprocessing of the model's card
     forward: Forward  # function that runs the model
     vectors: NDArray[np.float32]  # (gallery, dim) float32, L2-normalised
+    sha256: str  # checksum of the card of the artifact
 
     def search_bytes(self, data: bytes, top: int) -> SearchResult:
         """Return the ``top`` images nearest to that of a file's bytes; :class:`ImageRejected` if they are none."""
         start = time.perf_counter()
-        image = decode_bytes(data, "upload", shortest=self.preprocess.size)
-        batch = self.preprocess.model_input(self.preprocess.pixels(image)[None])
+        batch = self._read(data)
         decoded = time.perf_counter()
         query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()
@@ -58,6 +58,14 @@ class Searcher:
         times = (start, decoded, embedded, time.perf_counter())
         steps = ("decode + preprocess", "embed", "search")
         return SearchResult(rows[0], scores[0], dict(zip(steps, 1000 * np.diff(times), strict=True)))
+
+    def embed_bytes(self, data: bytes) -> NDArray[np.float32]:
+        """Return the (dim,) float32 L2-normalised embedding of a file's bytes; :class:`ImageRejected` if no image."""
+        return l2_normalize(self.forward(self._read(data)))[0]
+
+    def _read(self, data: bytes) -> ModelInput:
+        image = decode_bytes(data, "upload", shortest=self.preprocess.size)
+        return self.preprocess.model_input(self.preprocess.pixels(image)[None])
 
 
 def load_searchers(
@@ -83,7 +91,7 @@ def load_searchers(
             with _with_progress(forward, model.name, len(gallery)) as forward_counted:
                 vectors = embed(gallery, preprocess, forward_counted)
         log.info(f"  {model.name:<32} {len(vectors)} gallery images  {vectors.shape[1]} dimensions")
-        searchers.append(Searcher(model.name, preprocess, forward, vectors))
+        searchers.append(Searcher(model.name, preprocess, forward, vectors, model.artifact.sha256))
     return searchers, gallery
 
 

@@ -1,7 +1,8 @@
 """``vpr search serve``: a local page that searches by image with one or two models side by side.
 
-Requests write nothing to disk. An image is the request body itself, because a form parser would spool its parts to
-files. It is decoded from memory, and gallery images are addressed by row only.
+``POST /embed`` answers with the embedding of an image as JSON. Requests write nothing to disk. An image is the request
+body itself, because a form parser would spool its parts to files. It is decoded from memory, and gallery images are
+addressed by row only.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -66,12 +67,13 @@ def serve(config: ServeConfig) -> None:
 
 
 def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
-    """Return the app: page, search and gallery images, with the checks that every request passes."""
+    """Return the app: page, search, embeddings and gallery images, with the checks that every request passes."""
     page = _Page(searchers, gallery, min(top, len(gallery)))
     app = Starlette(
         routes=[
             Route("/", page.show),
             Route("/search", page.search, methods=["POST"]),
+            Route("/embed", page.embed, methods=["POST"]),
             Route("/image/{row}", page.image),
         ],
         middleware=[
@@ -109,6 +111,26 @@ class _Page:
         return HTMLResponse(text, headers={"content-security-policy": f"{policy}; connect-src 'self'"})
 
     async def search(self, request: Request) -> Response:
+        results = await self._answer_upload(request, self._search_all)
+        columns = [self._column(index, results) for index in range(len(results))]
+        return HTMLResponse(self._results.render(columns=columns, agreement=describe_agreement(results)))
+
+    async def embed(self, request: Request) -> Response:
+        vectors = await self._answer_upload(request, self._embed_all)
+        models = [
+            {"name": searcher.name, "sha256": searcher.sha256, "embedding": vector}
+            for searcher, vector in zip(self._searchers, vectors, strict=True)
+        ]
+        return JSONResponse({"models": models})
+
+    async def image(self, request: Request) -> Response:
+        row = request.path_params["row"]
+        if not re.fullmatch("[0-9]{1,9}", row) or int(row) >= len(self._gallery):
+            raise HTTPException(404, "the gallery has no such row")
+        return Response(await self._run_in_worker(lambda: self._thumbnail(int(row))), media_type="image/webp")
+
+    async def _answer_upload(self, request: Request, work: Callable[[bytes], _Result]) -> _Result:
+        """Read the image of a request and return the work's result."""
         origin = f"http://{request.headers['host']}"
         if request.headers.get("origin", origin) != origin:
             raise HTTPException(403, "pages of other sites may not search here")
@@ -119,21 +141,16 @@ class _Page:
                     data = await request.body()
             except TimeoutError:
                 raise HTTPException(408, f"the upload took more than {UPLOAD_SECONDS} s: try again") from None
-            results = await self._run_in_worker(lambda: self._search_all(data))
-        columns = [self._column(index, results) for index in range(len(results))]
-        return HTMLResponse(self._results.render(columns=columns, agreement=describe_agreement(results)))
-
-    async def image(self, request: Request) -> Response:
-        row = request.path_params["row"]
-        if not re.fullmatch("[0-9]{1,9}", row) or int(row) >= len(self._gallery):
-            raise HTTPException(404, "the gallery has no such row")
-        return Response(await self._run_in_worker(lambda: self._thumbnail(int(row))), media_type="image/webp")
+            return await self._run_in_worker(lambda: work(data))
 
     async def _run_in_worker(self, call: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call)
 
     def _search_all(self, data: bytes) -> list[SearchResult]:
         return [searcher.search_bytes(data, self._top) for searcher in self._searchers]
+
+    def _embed_all(self, data: bytes) -> list[list[float]]:
+        return [searcher.embed_bytes(data).tolist() for searcher in self._searchers]
 
     def _thumbnail(self, row: int) -> bytes:
         try:

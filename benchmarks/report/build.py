@@ -41,11 +41,14 @@ def build_report(config: ReportConfig) -> Path:
     catalog = load_catalog(config.catalog)
     models = load_models((*config.models, *config.rivals))
     ranges = [load_artifact(path, "ranges") for path in config.ranges]
+    skews = [load_artifact(path, "report") for path in config.skew]
     parents = [model.as_parent("model") for model in models] + catalog.as_parents()
     parents += [artifact.as_parent("ranges") for artifact in ranges]
+    parents += [artifact.as_parent("skew") for artifact in skews]
     stage = Stage(config.output, "report", config_to_json(config), parents, "report.json")
     if stage.find():
         return stage.path
+    drawn = [read_skew(artifact) for artifact in skews]
     models = with_distinct_names(models)
     part = _choose_queries(catalog, config)
     if {"query", "gallery"} <= set(catalog.select(split=SELECTION_SPLIT).roles.tolist()):
@@ -56,7 +59,7 @@ def build_report(config: ReportConfig) -> Path:
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
     selection = choose_row(catalog, scored, config)
-    values = assemble_report(config, catalog, part.catalog, scored, models, ranges, selection).to_json()
+    values = assemble_report(config, catalog, part.catalog, scored, models, ranges, selection, drawn).to_json()
     report = schema.parse_report(values, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
 
@@ -143,6 +146,7 @@ def assemble_report(
     models: list[Artifact],
     ranges: list[Artifact],
     selection: schema.Selection | None,
+    skews: list[schema.Skew],
 ) -> schema.Report:
     """Return the rows with the examples, calibrations and layer decisions around them.
 
@@ -162,6 +166,7 @@ def assemble_report(
         changed_sheet=draw_changed_examples(part, scored, config.sheet_queries // 2, config.seed),
         calibrations=[read_calibration(artifact) for artifact in ranges],
         decisions=[read_decision(model) for model in models if "decision.json" in model.card.files],
+        skews=skews,
     )
 
 
@@ -177,6 +182,12 @@ def read_calibration(artifact: Artifact) -> schema.Calibration:
         keys = ("threshold", "method", "thresholds", "largest")
         tensors = [schema.TensorRange(name=name, **{key: entry[key] for key in keys}) for name, entry in ranges.items()]
     return schema.Calibration(name=artifact.card.name, tensors=tensors)
+
+
+def read_skew(artifact: Artifact) -> schema.Skew:
+    """Read the table of a ``vpr bench skew``."""
+    with reraise_as_artifact_error(artifact):
+        return schema.Skew.model_validate_json(artifact.file("skew.json").read_bytes())
 
 
 def read_decision(artifact: Artifact) -> schema.LayerDecision:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.report.recommendation import timed_batches
-from benchmarks.report.schema import Calibration, Interval, LayerDecision, Report, Row
+from benchmarks.report.schema import Calibration, Interval, LayerDecision, Report, Row, Skew
 
 _WIDTH = 4.5  # inches; at 72 points each and 9-point text, legible at 390 pixels
 _MARKERS = {"fp32": "o", "bf16": "D", "fp16": "s", "int8": "^", "int8-mixed": "v", "fp8": "P"}
@@ -186,6 +186,23 @@ def _pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]
             best = recall
             front.append((cost, recall))
     return front
+
+
+@mpl.rc_context(_STYLE)
+def draw_skew(skew: Skew) -> str:
+    """Draw recall@1 of the queries by each pipeline; the line is that of the card."""
+    rows = skew.rows
+    figure, axes = _figure(0.7 + 0.2 * len(rows))
+    recalls = [row.recall_at_1 for row in rows]
+    colours = [_BAR_COLOURS[1 if row.agrees else 2] for row in rows]
+    style: dict[str, Any] = {"color": colours, "error_kw": _ERROR_BARS}
+    axes.barh(range(len(rows)), recalls, 0.7, xerr=_errors(recalls, [row.ci95 for row in rows]), **style)
+    axes.axvline(recalls[0], color="#333333", linewidth=0.7)
+    axes.set_yticks(range(len(rows)), [_shorten(row.pipeline) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("recall@1 of queries by this pipeline, gallery by the card")
+    axes.set_xlim(left=0)
+    return _svg(figure, f"skew {skew.name}")
 
 
 def _number_points(axes: Axes, points: list[tuple[int, float, float]]) -> None:

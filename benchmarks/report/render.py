@@ -10,7 +10,15 @@ from benchmarks.report import charts
 from benchmarks.report.recommendation import build_verdict, collect_notes, describe_conditions, recommend
 from benchmarks.report.rivals import compare_rivals
 from benchmarks.report.schema import Report, Row
-from benchmarks.report.tables import Column, detail_columns, extra_columns, main_columns
+from benchmarks.report.tables import (
+    SKEW_HEADINGS,
+    Column,
+    describe_skew,
+    detail_columns,
+    extra_columns,
+    main_columns,
+    skew_cells,
+)
 
 _TEMPLATES = Path(__file__).parent / "templates"
 TABLES = {"models": "Models", "details": "Details", "more": "Other measurements"}
@@ -36,6 +44,9 @@ def draw_markdown(report: Report) -> str:
         headings = [column.heading for column in columns]
         lines += ["", f"## {TABLES[name]}", "", _table_line(headings), "|" + "---|" * len(columns)]
         lines += [_table_line([column.text(row) for column in columns]) for row in report.rows]
+    for skew in report.skews:
+        lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", _table_line(SKEW_HEADINGS)]
+        lines += ["|" + "---|" * len(SKEW_HEADINGS), *[_table_line(skew_cells(row)) for row in skew.rows]]
     if notes := collect_notes(report.rows):
         lines += ["", "## Notes", "", *[f"- {_escape_markdown(note)}" for note in notes]]
     lines += ["", _escape_markdown(describe_conditions(report)), "", "Command:", "", f"    {report.command}", ""]
@@ -68,6 +79,15 @@ def draw_html(report: Report) -> str:
             (decision, Markup(charts.draw_trials(decision)), Markup(charts.draw_sensitivity(decision)))
             for decision in report.decisions
         ],
+        skews=[
+            {
+                "title": describe_skew(skew),
+                "chart": Markup(charts.draw_skew(skew)),
+                "rows": list(map(skew_cells, skew.rows)),
+            }
+            for skew in report.skews
+        ],
+        skew_headings=SKEW_HEADINGS,
         steps=_describe_steps(report.rerank),
         script=Markup(script),
         digest=digest,
@@ -108,7 +128,7 @@ def _in_brackets(remark: str) -> str:
     return f" ({remark})" if remark else ""
 
 
-def _table_line(values: list[str]) -> str:
+def _table_line(values: Sequence[str]) -> str:
     return "| " + " | ".join(_escape_markdown(value) for value in values) + " |"
 
 

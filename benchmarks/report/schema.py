@@ -14,6 +14,7 @@ from vpr.common.errors import UserError
 
 SCHEMA = 2
 LEAK_NOTE = "trained with a leak allowed"
+SKEW_ERROR_RATE = 0.05
 Stage = Literal["baseline", "teacher", "student", "onnx", "engine"]
 Share = Annotated[float, Field(ge=0, le=1)] | None
 Interval = tuple[float, float]
@@ -323,6 +324,38 @@ class LayerDecision(_Part):
     sequence: list[TestedLayers]
 
 
+class SkewRow(_Part):
+    """Recall of the queries by one pipeline. Differences are to the preprocessing of the card, on the same queries."""
+
+    pipeline: str = Field(description="name, such as colour.bgr; card is the preprocessing of the card")
+    description: str = Field(description="what the pipeline does")
+    agrees: bool = Field(description="whether the pipeline is equivalent to the card's")
+    inputs_changed: float = Field(ge=0, le=1, description="share of the queries with another input of the model")
+    cosine_mean: float = Field(description="mean cosine of the queries' embeddings to those by the card")
+    recall_at_1: float = Field(ge=0, le=1)
+    ci95: Interval | None
+    drop: float = Field(description="lost recall@1")
+    drop_ci95: Interval | None = Field(description="95 % interval of the drop, paired, by product")
+    p_value: float | None = Field(description="of no change of recall@1, adjusted for the number of pipelines (Holm)")
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether recall@1 changed, with an error rate of 5 % over all pipelines."""
+        return self.p_value is not None and self.p_value <= SKEW_ERROR_RATE
+
+
+class Skew(_Part):
+    """``skew.json``: queries that other pipelines preprocess, in a gallery by the preprocessing of the card."""
+
+    name: str
+    model: str
+    split: str
+    queries: int
+    products: int
+    skipped: int
+    rows: list[SkewRow]
+
+
 class Candidate(_Part):
     """Row that was tested for the recommendation, on products that the report does not score."""
 
@@ -362,6 +395,7 @@ class Report(_Part):
     changed_sheet: ChangedExamples | None
     calibrations: list[Calibration]
     decisions: list[LayerDecision]
+    skews: list[Skew] = Field([], description="recall of queries that other pipelines preprocess")
 
     @property
     def reference(self) -> Row | None:

@@ -5,7 +5,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.report.recommendation import format_signed, timed_batches
-from benchmarks.report.schema import Interval, Row
+from benchmarks.report.schema import Interval, Row, Skew, SkewRow
+
+SKEW_HEADINGS = ("queries by", "recall@1 [95 %]", "drop [95 %]", "cosine", "queries changed")
+
+
+def skew_cells(row: SkewRow) -> list[str]:
+    """Return the cells of a pipeline below :data:`SKEW_HEADINGS`; a star marks a change of recall@1 beyond noise."""
+    recall, drop = f"{row.recall_at_1:.3f}", format_signed(row.drop)
+    if row.ci95 is not None:
+        recall += f" [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]"
+    if row.drop_ci95 is not None:
+        drop += f" [{', '.join(map(format_signed, row.drop_ci95))}]"
+    star = " *" if row.is_significant else ""
+    return [row.pipeline, recall, drop + star, f"{row.cosine_mean:.4f}", f"{row.inputs_changed:.0%}"]
+
+
+def describe_skew(skew: Skew) -> str:
+    """Return the title of the table of other pipelines."""
+    return f"Queries of {skew.model} by other preprocessing: {skew.queries} of {skew.products} products"
 
 
 @dataclass(frozen=True)

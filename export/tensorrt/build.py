@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 
 from export.config import UNSUPPORTED_TARGETS, EngineConfig
+from export.golden import copy_golden
 from export.multiply_adds import multiply_adds
 from export.tensorrt.bindings import Builder, choose_builder, error_logger, import_tensorrt, this_gpu
 from export.tensorrt.inspector import count_layers, inspect_engine
@@ -52,6 +53,7 @@ def build_engine(config: EngineConfig) -> Path:
     with stage.write() as draft:
         (draft.path / "engine.plan").write_bytes(plan)
         fill_graph_card(draft, artifact, graph)
+        copy_golden(artifact, draft.path)
         record_seen(draft.path, [artifact])
         draft.metrics = {
             "precision": artifact.card.metrics.get("precision") or artifact.card.config.get("precision", "fp32"),

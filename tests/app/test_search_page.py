@@ -4,6 +4,7 @@ import asyncio
 import csv
 import http.client
 import io
+import json
 import re
 import signal
 import socket
@@ -196,6 +197,20 @@ def jpeg(side: int = 64) -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(noise).save(stream, "JPEG")
     return stream.getvalue()
+
+
+def test_embed_answers_with_the_vector_of_each_model(site: Site, catalog: Catalog) -> None:
+    gallery = catalog.select(split="test", role="gallery")
+    answer = site.request("POST", "/embed", gallery.path(2).read_bytes())
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+    models = json.loads(answer.data)["models"]
+    assert [model["name"] for model in models] == [searcher.name for searcher in site.searchers]
+    for model, searcher, path in zip(models, site.searchers, site.embeddings, strict=True):
+        assert model["sha256"] == load_embeddings(path).model.sha256 == searcher.sha256
+        np.testing.assert_allclose(model["embedding"], searcher.vectors[2], atol=1e-5)
+    assert site.request("POST", "/embed", b"text").status == 422
+    assert site.request("POST", "/embed", jpeg(), {"Origin": "http://evil.example"}).status == 403
+    assert site.request("GET", "/embed").status == 405
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,9 @@ COMMANDS = (
     Command("export engine --onnx {int8} --backend tensorrt-rtx --target sm86", "engine"),
     Command("export serving --model {fp32} --gallery {embeddings} --device cpu", "serving"),
     Command("export parity --student {student} --models {fp32} {int8} --catalog {catalog} --layers", "parity"),
+    Command("export verify --artifact {fp32} --vectors {fp32}/golden/embeddings.npy"),
     Command("bench recall --models {fp32} {int8} {engine} --catalog {catalog}", "recall"),
+    Command("bench skew --model {fp32} --catalog {catalog} --pipelines colour.bgr resize.nearest", "skew"),
     Command("bench latency --models {int8} --batches 1 --seconds 0.2 --starts 1", "latency"),
     Command("bench scale --embeddings {embeddings} --sizes 1000 --kinds flat --seconds 0.1", "scale"),
     Command(

@@ -34,7 +34,14 @@ def _build(config: type[Any]) -> Any:
         for field in fields(config)
         if field.default is MISSING and field.default_factory is MISSING
     }
-    for changes in ({}, {"output": "b.safetensors"}, {"checkpoint": "b.pth"}, {"csv": ("a",)}, {"models": ("a",)}):
+    for changes in (
+        {},
+        {"output": "b.safetensors"},
+        {"checkpoint": "b.pth"},
+        {"csv": ("a",)},
+        {"models": ("a",)},
+        {"vectors": "a.npy"},
+    ):
         try:
             return config(**{**required, **{k: v for k, v in changes.items() if k in hints}})
         except UserError:

@@ -4,7 +4,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -94,8 +94,22 @@ def read_image(path: Path) -> bytes:
     return data
 
 
-def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
-    """Decode bytes like :func:`decode`; ``name`` names them in errors."""
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return a stored image as upright RGB: turned by its EXIF orientation, transparent pixels on white."""
+    return to_rgb(make_upright(image))
+
+
+def decode_bytes(
+    data: bytes,
+    name: Path | str,
+    box: Box | None = None,
+    shortest: int | None = None,
+    convert: Callable[[Image.Image], Image.Image] = upright_rgb,
+) -> Image.Image:
+    """Decode bytes like :func:`decode`; ``name`` names them in errors.
+
+    ``convert`` maps the stored image to the result, before the crop. Only comparisons with other pipelines change it.
+    """
     with _errors(data, name):
         image, scans = _open(data)
         pixels = image.width * image.height
@@ -109,7 +123,7 @@ def decode_bytes(data: bytes, name: Path | str, box: Box | None = None, shortest
         with _BUDGET.hold(pixels if scans > 1 else image.width * image.height):
             image.load()
             edges = edges or _crop_edges(image, box, name)  # a PNG may store its orientation after the pixels
-            image = _to_rgb(_make_upright(image))
+            image = convert(image)
     if edges is None:
         return image
     left, top, right, bottom = (round(edge / scale) for edge in edges)
@@ -175,32 +189,34 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def _make_upright(image: Image.Image) -> Image.Image:
+def make_upright(image: Image.Image) -> Image.Image:
+    """Turn or mirror an image by its EXIF orientation."""
     # Not ImageOps.exif_transpose: it rewrites the other tags, so one broken tag would lose a good image.
     transpose = _TRANSPOSES.get(_read_orientation(image))
     return image if transpose is None else image.transpose(transpose)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, background: str | None = "white") -> Image.Image:
+    """Convert an image to RGB on a background colour; None drops the transparency."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
         if isinstance(transparent := image.info.get("transparency"), int):
             grey[values == transparent] = 255
         return Image.fromarray(grey).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        return _composite_on_white(image)
+    if background and ("A" in image.getbands() or "transparency" in image.info):
+        return _composite(image, background)
     return image.convert("RGB")
 
 
-def _composite_on_white(image: Image.Image) -> Image.Image:
-    """Composite on white, as shops do; in strips, since each step copies four bytes per pixel."""
+def _composite(image: Image.Image, background: str) -> Image.Image:
+    """Composite on a colour, as shops do on white; in strips, since each step copies four bytes per pixel."""
     result = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-        white = Image.new("RGBA", strip.size, "white")
-        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+        plain = Image.new("RGBA", strip.size, background)
+        result.paste(Image.alpha_composite(plain, strip).convert("RGB"), (0, top))
     return result
 
 

@@ -1,0 +1,1 @@
+"""Evidence on serving: clients that agree with the exported model, and clients that do not."""
