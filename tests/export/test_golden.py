@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
 from experiments.serving.clients import TEN_LINES
-from export.config import EngineConfig, Int8Config
+from export.config import EngineConfig, Int8Config, OnnxConfig
+from export.diagnosis import PipelineVectors, diagnose
 from export.golden import load_golden
 from export.int8 import export_int8
 from export.tensorrt.build import build_engine
+from export.to_onnx import export_onnx, load_onnx
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data import golden
 from vpr.imaging.decode import decode
+from vpr.imaging.pipelines import departures
+from vpr.inference.onnx_graph import GraphSession
 
 
 def test_client_reproduces_the_golden_vectors(fp32: Path) -> None:
@@ -50,6 +55,31 @@ def test_quantised_graph_has_vectors_of_its_values(fp32: Path, ranges: Path, tmp
     copied = load_golden(load_artifact(engine))
     np.testing.assert_array_equal(copied.embeddings, quantised.embeddings)
     assert copied.images == quantised.images
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_graph_of_uint8_has_inputs_of_its_own_kind(
+    student_artifact: Path, tmp_path: Path, layout: Literal["NCHW", "NHWC"]
+) -> None:
+    """The same images; a client's mistake is named as for a graph of floats, except normalisation, which is inside."""
+    path = export_onnx(
+        OnnxConfig(str(student_artifact), str(tmp_path / "graph"), images=1, input="uint8", layout=layout)
+    )
+    artifact = load_artifact(path)
+    preprocess, vectors = artifact.card.preprocess, load_golden(artifact)
+    assert preprocess is not None
+    assert vectors.inputs.dtype == np.uint8
+    assert vectors.inputs.shape == (len(golden.IMAGES), *preprocess.input_shape)
+    floats = load_golden(load_artifact(export_onnx(OnnxConfig(str(student_artifact), str(tmp_path / "f"), images=1))))
+    np.testing.assert_allclose((vectors.embeddings * floats.embeddings).sum(axis=1), 1, atol=1e-5)
+    session = ort.InferenceSession(path / "model.onnx")
+    swapped = vectors.inputs[..., ::-1] if layout == "NHWC" else vectors.inputs[:, ::-1]
+    client = session.run(None, {"pixels": np.ascontiguousarray(swapped)})[0]
+    run = GraphSession(load_onnx(path)[0]).embed
+    known = PipelineVectors(vectors, preprocess, run)
+    assert diagnose(vectors, client, known).pipeline.departures == {"colour": "bgr"}
+    assert diagnose(vectors, floats.embeddings, known).agrees
+    assert not [name for name in departures(preprocess) if name.startswith("normalisation")]
 
 
 @pytest.fixture
