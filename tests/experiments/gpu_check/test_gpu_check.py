@@ -141,13 +141,13 @@ _RESTRICTED = """
 import importlib.metadata, sys
 allowed = set(sys.argv[1].split(","))
 owners = importlib.metadata.packages_distributions()
-class Finder:
+class Restricted:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        names = {owner.lower().replace("_", "-") for owner in owners.get(top, [])}
-        if names and not names & allowed:
-            raise ModuleNotFoundError(f"No module named '{name}'", name=top)
-sys.meta_path.insert(0, Finder())
+        names = {owner.lower().replace("_", "-") for owner in owners.get(name.partition(".")[0], [])}
+        return None if names and not names & allowed else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Restricted(finder) for finder in sys.meta_path]
 import experiments.gpu_check.run_parts, experiments.gpu_check.__main__
 from experiments.gpu_check.latency import Variant, torch_latencies
 from experiments.gpu_check.parts import measure_student, measure_teacher
