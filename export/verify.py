@@ -128,8 +128,9 @@ def _open_serving(artifact: Artifact) -> Forward | None:
     from vpr.inference.onnx_graph import GraphSession, check_graph
 
     files = [name for name in artifact.card.files if name.endswith("/1/model.onnx")]
-    if not files:
-        log.info(f"{artifact.path}: its engine is not run here")
+    if not files or any(name.endswith("/1/model.weights") for name in artifact.card.files):
+        reason = "its weights are above 2 GB: verify with the graph it was made from" if files else "an engine"
+        log.info(f"{artifact.path}: not run here: {reason}")
         return None
     with reraise_as_artifact_error(artifact):
         graph = onnx.load(artifact.file(files[0]), load_external_data=False)
