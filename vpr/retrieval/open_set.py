@@ -35,6 +35,10 @@ class BestProducts:
     similarity: Scores
     margin: Scores
 
+    def select(self, used: NDArray[np.bool_]) -> "BestProducts":
+        """Return the queries that ``used``, (queries,) bool, marks."""
+        return BestProducts(self.rows[used], self.similarity[used], self.margin[used])
+
 
 def find_best_products(queries: Vectors, gallery: Vectors, products: Ids) -> BestProducts:
     """Search (queries, dim) float32 vectors in a (gallery, dim) float32 gallery with (gallery,) product ids.

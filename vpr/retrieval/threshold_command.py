@@ -60,8 +60,7 @@ class Queries:
     def fit(self, division: Division) -> Probability:
         """Fit the probability on the products drawn for it."""
         used = np.isin(self.products, np.concatenate([division.present_fit, division.absent_fit]))
-        best = BestProducts(self.best.rows[used], self.best.similarity[used], self.best.margin[used])
-        return fit_probability(best, self.right[used], self.products[used])
+        return fit_probability(self.best.select(used), self.right[used], self.products[used])
 
     def confirming(self, scores: Scores, division: Division) -> ScoredQueries:
         """Return the scored queries of the products that confirm."""
