@@ -120,8 +120,9 @@ def measure(config: OpenSetConfig) -> list[Coverage]:
 def _print(config: OpenSetConfig) -> None:
     results = measure(config)
     for key in ("confirmed", "broken", "true_rate", "held_out_rate"):
-        values = [getattr(result, key) for result in results]
-        print(f"{key:14} {np.nanmean(values):.4f}  largest of {len(values)} divisions {np.nanmax(values):.4f}")
+        values = [value for result in results if np.isfinite(value := getattr(result, key))]
+        largest = f"largest of {len(values)} divisions {max(values):.4f}" if values else "no threshold confirmed"
+        print(f"{key:14} {np.mean(values) if values else np.nan:.4f}  {largest}")
 
 
 if __name__ == "__main__":

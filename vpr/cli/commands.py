@@ -104,7 +104,7 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "search": Command("vpr.retrieval.search_command:search_gallery", "vpr.retrieval.config:SearchConfig",
         "find the nearest gallery images of embedded queries", ("output", "k", "threshold")),
     "search serve": Command("app.search_page.server:serve", "app.config:ServeConfig",
-        "serve a local page to search by image", ("split", "embeddings", "port")),
+        "serve a local page to search by image", ("split", "embeddings", "threshold", "port")),
     "recipes list": Command("vpr.common.recipes:list_recipes", "vpr.common.recipes:ListConfig",
         "list the packaged recipes"),
     "recipes show": Command("vpr.common.recipes:show_recipe", "vpr.common.recipes:ShowConfig",
