@@ -110,7 +110,7 @@ def score_queries(name: ScoreName, best: BestProducts, probability: Probability)
 def product_weights(products: Ids) -> Scores:
     """Return (queries,) float64 weights that sum to 1 in each product."""
     _, codes, sizes = np.unique(products, return_inverse=True, return_counts=True)
-    return 1.0 / sizes[codes]
+    return np.asarray(1.0 / sizes[codes], dtype=np.float64)
 
 
 @dataclass(frozen=True)

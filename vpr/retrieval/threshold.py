@@ -126,7 +126,8 @@ class ScoredQueries:
         for threshold in thresholds:
             accepted = self.scores >= threshold
             errors = (accepted & self.is_absent, ~accepted & present, accepted & present & ~self.right)
-            rows.append((float(threshold), *(float(weights[error].sum()) for error in errors)))
+            false_accept, false_reject, wrong = (float(weights[error].sum()) for error in errors)
+            rows.append((float(threshold), false_accept, false_reject, wrong))
         return rows
 
 
