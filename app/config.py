@@ -46,6 +46,7 @@ class ServeConfig:
         catalog: Catalogue artifact.
         split: Split whose gallery images are searched; empty searches all splits.
         embeddings: Embeddings artifact of each model, written if it does not exist; empty embeds at every start.
+        threshold: Artifact of ``vpr gallery threshold`` of each model; empty answers every image.
         top: Number of results to show, 1 to 100.
         port: Port on 127.0.0.1; 0 takes a free one.
     """
@@ -54,15 +55,17 @@ class ServeConfig:
     catalog: str
     split: str = "test"
     embeddings: tuple[str, ...] = ()
+    threshold: tuple[str, ...] = ()
     top: int = 12
     port: int = 8000
 
     def __post_init__(self) -> None:
         if len(self.models) not in (1, 2):
             raise UserError(f"models: expected one artifact, or two to compare, got {len(self.models)}.")
-        if self.embeddings and len(self.embeddings) != len(self.models):
-            expected, actual = len(self.models), len(self.embeddings)
-            raise UserError(f"embeddings: expected {expected}, one for each model in the same order, got {actual}.")
+        for key in ("embeddings", "threshold"):
+            expected, actual = len(self.models), len(getattr(self, key))
+            if actual not in (0, expected):
+                raise UserError(f"{key}: expected {expected}, one for each model in the same order, got {actual}.")
         if not 1 <= self.top <= 100:
             raise UserError(f"top: expected 1 to 100, got {self.top}.")
         if not 0 <= self.port <= 65535:

@@ -21,7 +21,9 @@ from vpr.imaging.decode import decode_bytes
 from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.inference.timing import measure
 from vpr.retrieval.embeddings import Forward, embed, l2_normalize, load_embeddings, write_embeddings
+from vpr.retrieval.open_set import find_best_products
 from vpr.retrieval.search import search
+from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
 
 log = get_logger(__name__)
 
@@ -35,6 +37,8 @@ class SearchResult:
     rows: NDArray[np.int64]  # (top,) int64, rows of the gallery, nearest first
     scores: NDArray[np.float32]  # (top,) float32, cosines of these rows
     milliseconds: dict[str, float]  # milliseconds of each step, by name
+    is_match: bool = True  # whether the best image reaches the threshold
+    probability: float | None = None  # probability that its product is right; None without a threshold
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Searcher:
     forward: Forward  # function that runs the model
     vectors: NDArray[np.float32]  # (gallery, dim) float32, L2-normalised
     sha256: str  # checksum of the card of the artifact
+    products: NDArray[np.str_]  # (gallery,) product ids
+    threshold: StoredThreshold | None = None  # None answers every image
 
     def search_bytes(self, data: bytes, top: int) -> SearchResult:
         """Return the ``top`` images nearest to that of a file's bytes; :class:`ImageRejected` if they are none."""
@@ -57,7 +63,12 @@ class Searcher:
         scores, rows = search(query, self.vectors, top)
         times = (start, decoded, embedded, time.perf_counter())
         steps = ("decode + preprocess", "embed", "search")
-        return SearchResult(rows[0], scores[0], dict(zip(steps, 1000 * np.diff(times), strict=True)))
+        milliseconds = dict(zip(steps, 1000 * np.diff(times), strict=True))
+        if self.threshold is None:
+            return SearchResult(rows[0], scores[0], milliseconds)
+        best = find_best_products(query, self.vectors, self.products)
+        probability = float(self.threshold.probability.predict(best)[0])
+        return SearchResult(rows[0], scores[0], milliseconds, bool(self.threshold.accepts(best)[0]), probability)
 
     def embed_bytes(self, data: bytes) -> NDArray[np.float32]:
         """Return the (dim,) float32 L2-normalised embedding of a file's bytes; :class:`ImageRejected` if no image."""
@@ -69,13 +80,14 @@ class Searcher:
 
 
 def load_searchers(
-    models: tuple[str, ...], catalog: str, split: str, embeddings: tuple[str, ...]
+    models: tuple[str, ...], catalog: str, split: str, embeddings: tuple[str, ...], thresholds: tuple[str, ...] = ()
 ) -> tuple[list[Searcher], Catalog]:
     """Load each model on its fastest backend here, and the gallery of a split that all of them search.
 
     The embeddings artifact of each model is written if it does not exist; without ``embeddings`` the gallery is
-    embedded in memory. :class:`UserError` if there is no gallery, a model cannot run here, or embeddings are of another
-    model or gallery.
+    embedded in memory. ``thresholds`` are artifacts of ``vpr gallery threshold``, one for each model, or none.
+    :class:`UserError` if there is no gallery, a model cannot run here, embeddings are of another model or gallery, or a
+    threshold is of another model.
     """
     images = load_catalog(catalog).select(split=split or None)
     gallery = images.select(role="gallery")
@@ -85,13 +97,15 @@ def load_searchers(
     for index, path in enumerate(models):
         model, forward = _open_fastest(path)
         preprocess = model.preprocess
+        threshold = load_threshold(thresholds[index], model.artifact.as_parent("model")) if thresholds else None
         if embeddings:
             vectors = _stored_vectors(embeddings[index], model, forward, images, split)
         else:
             with _with_progress(forward, model.name, len(gallery)) as forward_counted:
                 vectors = embed(gallery, preprocess, forward_counted)
         log.info(f"  {model.name:<32} {len(vectors)} gallery images  {vectors.shape[1]} dimensions")
-        searchers.append(Searcher(model.name, preprocess, forward, vectors, model.artifact.sha256))
+        sha256 = model.artifact.sha256
+        searchers.append(Searcher(model.name, preprocess, forward, vectors, sha256, gallery.products, threshold))
     return searchers, gallery
 
 

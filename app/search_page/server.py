@@ -58,7 +58,9 @@ _Result = TypeVar("_Result")
 def serve(config: ServeConfig) -> None:
     """Serve the page until an interrupt; :class:`UserError` if the port is taken, or from :func:`load_searchers`."""
     with listen(config.port) as listener:
-        searchers, gallery = load_searchers(config.models, config.catalog, config.split, config.embeddings)
+        searchers, gallery = load_searchers(
+            config.models, config.catalog, config.split, config.embeddings, config.threshold
+        )
         app = make_app(searchers, gallery, config.top)
         log.info(f"http://{ADDRESS}:{listener.getsockname()[1]}: open it in a browser, Ctrl-C stops the server")
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
@@ -175,7 +177,9 @@ class _Page:
             }
             for row, score in zip(results[index].rows.tolist(), results[index].scores.tolist(), strict=True)
         ]
-        return {"name": self._searchers[index].name, "milliseconds": results[index].milliseconds, "hits": hits}
+        result = results[index]
+        answer = {"is_match": result.is_match, "probability": result.probability, "hits": hits}
+        return {"name": self._searchers[index].name, "milliseconds": result.milliseconds, **answer}
 
 
 def _declared_size(request: Request) -> int:

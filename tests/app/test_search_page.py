@@ -34,11 +34,15 @@ from app.search_page.upload_limits import ADDRESS, UploadBudget, make_server
 from export.config import OnnxConfig
 from export.to_onnx import export_onnx
 from tests.reliability.hostile.images import promised_png
+from vpr.artifacts.card import Parent
+from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings
+from vpr.retrieval.open_set import Probability
 from vpr.retrieval.search_command import search_gallery
+from vpr.retrieval.threshold_command import StoredThreshold
 
 TOP = 5
 
@@ -582,3 +586,31 @@ def test_command_prints_its_address_and_stops_on_interrupt(models: tuple[str, st
     assert (process.returncode, rest) == (0, "server stopped\n")
     connection.close()
     upload.close()
+
+
+def test_page_says_whether_there_is_a_match(site: Site) -> None:
+    """The probability is .5 for every image, so one threshold answers and the other does not."""
+    even = Probability(0.0, 0.0, 0.0)
+    values = {"accepts": 0.5, "rejects": 0.51}
+    searchers = [
+        replace(searcher, name=name, threshold=StoredThreshold("probability", value, even, 1))
+        for searcher, (name, value) in zip(site.searchers, values.items(), strict=True)
+    ]
+    with serving(searchers, site.gallery) as served:
+        answer = served.request("POST", "/search", site.gallery.path(0).read_bytes())
+    accepted, rejected = answer.text.split("<h2>rejects</h2>")
+    assert "<p>Match (probability 0.50)</p>" in accepted
+    assert "<p>No match: the nearest images are below the threshold (probability 0.50)</p>" in rejected
+    assert [len(rows) for rows in Lists(answer).rows] == [TOP, TOP]
+    plain = site.request("POST", "/search", site.gallery.path(0).read_bytes())
+    assert "atch (probability" not in plain.text
+
+
+def test_threshold_of_another_model_is_rejected(models: tuple[str, str], catalog: Catalog, tmp_path: Path) -> None:
+    parents = [Parent(role="model", name="other", sha256="0")]
+    with write_artifact(tmp_path / "threshold", "threshold", {}, parents) as draft:
+        (draft.path / "threshold.json").write_text("{}")
+    with pytest.raises(UserError, match="threshold: .* is of model 'other'"):
+        load_searchers(models[:1], path_of(catalog), "test", (), (str(tmp_path / "threshold"),))
+    with pytest.raises(UserError, match="threshold: expected 2, one for each model"):
+        ServeConfig(models, "c", threshold=("a",))

@@ -104,7 +104,10 @@ COMMANDS = (
         "bench report --models {teacher} {student} {int8} --catalog {catalog} --batches 1 --seconds 0.05", "report"
     ),
     Command("bench compare {report} {report}"),
-    Command("search --queries {embeddings} --gallery {embeddings} --k 3", "neighbours.csv"),
+    Command(
+        "gallery threshold --embeddings {embeddings} --split '' --max-false-accept 0.9 --confidence 0.5", "threshold"
+    ),
+    Command("search --queries {embeddings} --gallery {embeddings} --k 3 --threshold {threshold}", "neighbours.csv"),
     Command("search serve --models {int8} --catalog {catalog} --port 0"),
     Command("doctor"),
     Command("recipes list"),

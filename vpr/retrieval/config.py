@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vpr.artifacts.paths import check_file
 from vpr.common.distributed import rank_and_world
@@ -86,6 +87,7 @@ class SearchConfig:
         rerank: Steps between the embeddings and the ranking.
         submission: NumPy file (``.npy``) for the AIcrowd Visual Product Recognition challenge. Holds (queries, 1000)
             int64 gallery indices; both are numbered in the order of their tables.
+        threshold: Artifact of ``vpr gallery threshold``. Queries below its threshold get no match; empty answers all.
     """
 
     queries: str
@@ -94,13 +96,61 @@ class SearchConfig:
     k: int = 5
     rerank: RerankConfig = RerankConfig()
     submission: str = ""
+    threshold: str = ""
 
     def __post_init__(self) -> None:
         check_numbers(self, k=(1, None))
+        if self.threshold and self.rerank != RerankConfig():
+            raise UserError("threshold: re-ranking changes the scores that it limits. Leave out --rerank.")
+        if self.threshold and self.submission:
+            raise UserError("threshold: a submission has no 'no match'. Leave out --submission.")
         check_file("output", self.output)
         check_file("submission", self.submission)
         if self.submission and self.output and Path(self.submission).resolve() == Path(self.output).resolve():
             raise UserError(f"submission: {self.submission} is the output file too. Choose another file.")
+
+
+ScoreName = Literal["similarity", "margin", "probability"]
+
+
+@dataclass(frozen=True)
+class ThresholdConfig:
+    """Threshold below which a search answers "no match", with a bound on false accepts.
+
+    Some products with queries are removed from the gallery, drawn at random. An answer to one of their queries is a
+    false accept.
+
+    Attributes:
+        embeddings: Embeddings artifact with ``query`` and ``gallery`` images. All its gallery images are searched.
+        output: Folder of the threshold.
+        max_false_accept: Largest share of queries of absent products that may be answered.
+        confidence: Probability that the true share is within ``max_false_accept``.
+        split: Split of the queries; the model must not have learned from it. Empty takes all splits.
+        score: Score of a query's best image: its cosine (``similarity``), its distance to the best image of another
+            product (``margin``), or the ``probability`` that its product is right, fitted to both.
+        absent: Share of the products to remove from the gallery.
+        fit: Share of the products that fit the probability. The other products confirm the threshold.
+        compare: Embeddings artifacts of the same images with other models, such as INT8, or with other formats. The
+            result says how far their threshold is away.
+        seed: Seed of the draw.
+    """
+
+    embeddings: str
+    output: str
+    max_false_accept: float = 0.01
+    confidence: float = 0.95
+    split: str = "validation"
+    score: ScoreName = "probability"
+    absent: float = 0.5
+    fit: float = 0.2
+    compare: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, seed=(0, None))
+        for name in ("max_false_accept", "confidence", "absent", "fit"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """``vpr search``: nearest gallery images of queries, from two embeddings artifacts."""
 
 import csv
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from vpr.common.errors import UserError, printable
 from vpr.common.log import get_logger
 from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
+from vpr.retrieval.open_set import BestProducts, find_best_products
 from vpr.retrieval.rerank import rank
+from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
 
 Strings = NDArray[np.str_]
 Rows = NDArray[np.int64]
@@ -23,31 +27,80 @@ log = get_logger(__name__)
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _MAX_PRINTED = 8  # queries
+_MAX_GROWTH = 2  # the absent products of the bound, half of those with queries by default, are in the gallery again
+NO_MATCH = "no match"
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Results of all queries: (queries, k) gallery rows and scores; with a threshold, which queries have a match."""
+
+    query_images: Strings
+    query_products: Strings
+    hits: Rows
+    scores: Scores
+    best: BestProducts | None = None  # best images of the queries; None without a threshold
+    threshold: StoredThreshold | None = None
+
+    @cached_property
+    def accepted(self) -> NDArray[np.bool_]:
+        """Whether each query has a match, (queries,) bool."""
+        if self.threshold is None or self.best is None:
+            return np.ones(len(self.hits), dtype=bool)
+        return self.threshold.accepts(self.best)
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float64] | None:
+        """Probability that the best image is of the query's product, (queries,) float64; None without a threshold."""
+        return None if self.threshold is None or self.best is None else self.threshold.probability.predict(self.best)
 
 
 def search_gallery(config: SearchConfig) -> Path | None:
     """Search, print the first queries, and write all results as CSV (query, rank, image, product, score).
 
+    With a threshold, a query without a match has one line: rank 0, no image, no product, and its best score. A column
+    has the probability that the best image is of the query's product.
+
     Raises:
-        UserError: The embeddings are from two models, or the gallery is too small for ``k`` or a submission.
+        UserError: The embeddings are from two models, the threshold is of another one, or the gallery is too small for
+            ``k`` or a submission.
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
     _check_comparable(config, queries, gallery)
+    threshold = load_threshold(config.threshold, gallery.model) if config.threshold else None
     query_rows, gallery_rows = queries.rows_with_role("query"), gallery.rows_with_role("gallery")
     if config.submission:
         _check_complete(queries, gallery, len(gallery_rows))
     k = max(config.k, SUBMITTED) if config.submission else config.k
-    scores, ranking = rank(queries.vectors[query_rows], gallery.vectors[gallery_rows], config.rerank, k)
+    vectors = queries.vectors[query_rows], gallery.vectors[gallery_rows]
+    scores, ranking = rank(*vectors, config.rerank, k)
+    best = None
+    if threshold:
+        _check_gallery_size(threshold, gallery.products[gallery_rows])
+        best = find_best_products(*vectors, gallery.products[gallery_rows])
     hits = gallery_rows[ranking[:, : config.k]]
-    _print(queries.products[query_rows], gallery, hits[:_MAX_PRINTED], scores)
+    answers = _Answers(queries.images[query_rows], queries.products[query_rows], hits, scores, best, threshold)
+    _print(answers, gallery)
+    if threshold:
+        log.info(f"{len(query_rows)} queries: {int((~answers.accepted).sum())} without a match")
     if config.submission:
         atomic_save_npy(Path(config.submission), ranking[:, :SUBMITTED].astype(np.int64))
         log.info(f"{config.submission}: {len(query_rows)} queries, {SUBMITTED} of {len(gallery_rows)} gallery images")
     if not config.output:
         return None
-    _write(Path(config.output), queries.images[query_rows], gallery, hits, scores)
+    _write(Path(config.output), answers, gallery)
     log.info(f"{config.output}: {len(query_rows)} queries, {config.k} results each")
     return Path(config.output)
+
+
+def _check_gallery_size(threshold: StoredThreshold, products: Strings) -> None:
+    """Warn if the gallery has many more products than the one of the bound: more of them look like an absent one."""
+    count, confirmed = len(np.unique(products)), threshold.gallery_products
+    if count > _MAX_GROWTH * confirmed:
+        log.warning(
+            f"threshold: confirmed in a gallery of {confirmed} products, this one has {count}, so more false accepts "
+            "are likely. Run `vpr gallery threshold` with this gallery."
+        )
 
 
 def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embeddings) -> None:
@@ -72,21 +125,29 @@ def _check_complete(queries: Embeddings, gallery: Embeddings, gallery_size: int)
             raise UserError(f"submission: {problem}. Repair those in its catalogue's set_aside.csv and embed again.")
 
 
-def _write(path: Path, query_images: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:
+def _write(path: Path, answers: _Answers, gallery: Embeddings) -> None:
+    probabilities = answers.probabilities
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["query", "rank", "image", "product", "score"])
-        for row, query_image in enumerate(query_images):
-            for column, hit in enumerate(hits[row]):
+        writer.writerow(["query", "rank", "image", "product", "score", *(["probability"] if answers.threshold else [])])
+        for row, query_image in enumerate(answers.query_images):
+            last = [] if probabilities is None else [f"{probabilities[row]:.6f}"]
+            if not answers.accepted[row]:
+                writer.writerow([query_image, 0, "", "", f"{answers.scores[row, 0]:.6f}", *last])
+                continue
+            for column, hit in enumerate(answers.hits[row]):
                 values = [query_image, column + 1, gallery.images[hit], gallery.products[hit]]
-                writer.writerow([*values, f"{scores[row, column]:.6f}"])
+                writer.writerow([*values, f"{answers.scores[row, column]:.6f}", *last])
 
 
-def _print(query_products: Strings, gallery: Embeddings, hits: Rows, scores: Scores) -> None:
+def _print(answers: _Answers, gallery: Embeddings) -> None:
     """Print a table of the first queries; control characters and markup in names are neutralised."""
-    table = Table("query", *[f"top {column + 1}" for column in range(hits.shape[1])])
-    for row, hit_rows in enumerate(hits):
-        pairs = zip(hit_rows, scores[row], strict=False)
+    table = Table("query", *[f"top {column + 1}" for column in range(answers.hits.shape[1])])
+    for row, hit_rows in enumerate(answers.hits[:_MAX_PRINTED]):
+        scores = answers.scores[row]
+        pairs = zip(hit_rows, scores, strict=False)
         cells = [escape(printable(f"{gallery.products[hit]} {score:.2f}")) for hit, score in pairs]
-        table.add_row(escape(printable(query_products[row])), *cells)
+        if not answers.accepted[row]:
+            cells = [f"{NO_MATCH} (best {scores[0]:.2f})"]
+        table.add_row(escape(printable(answers.query_products[row])), *cells)
     Console().print(table)
