@@ -103,6 +103,8 @@ def run_tests(tests: Sequence[str]) -> dict[str, bool]:
         for case in ElementTree.parse(report).iter("testcase"):
             is_wrong = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
             outcomes[f"{case.get('file')}::{case.get('name')}"] = not is_wrong
+    if not outcomes:
+        raise UserError(f"pytest: it ran none of {', '.join(tests)}. Run `make test` first.")
     return outcomes
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -346,7 +347,9 @@ def test_values_out_of_range_are_rejected(make, message: str) -> None:  # type: 
 def test_learning_rates_follow_depth_and_part(catalog: Catalog) -> None:
     stage = StageConfig("all", 1, lr_head=0.5, lr_tower=0.1, layer_decay=0.5)
     module = make_module(catalog, stage)
-    module._trainer = type("T", (), {"estimated_stepping_batches": 10})()  # type: ignore[assignment]
+    cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(estimated_stepping_batches=10, precision_plugin=None, strategy=cpu)
+    module._trainer = trainer  # type: ignore[assignment]
     optimizer = module.configure_optimizers()["optimizer"]
     rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(module.teacher.visual.named_parameters())

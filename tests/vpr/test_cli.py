@@ -20,6 +20,7 @@ from vpr.cli import COMMANDS, main, read_config, run
 from vpr.cli.parser import build_parser, flags_of
 from vpr.common.errors import BudgetExceeded
 from vpr.common.flags import to_flags
+from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import RerankConfig
 
 TRAIN = ("teacher", "train", "--catalog", "c", "--output", "o")
@@ -428,6 +429,7 @@ def test_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path:
     name, config = ("model.safetensors", {"model": {}}) if kind == "student" else ("model.onnx", {"precision": "fp32"})
     with write_artifact(tmp_path / kind, kind, config) as draft:
         (draft.path / name).write_bytes(b"\xff" * 100)
+        draft.preprocess = Preprocess(size=32)
     verb = ["export", "onnx", "--student"] if kind == "student" else ["export", "engine", "--onnx"]
     error = _error_of(capsys, *verb, str(tmp_path / kind), "--output", str(tmp_path / "out"))
     assert f"{tmp_path / kind}: not a usable {kind}" in error

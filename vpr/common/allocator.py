@@ -9,7 +9,7 @@ _BYTES = (1 << 31) - 1  # the largest value of its argument
 def keep_freed_memory() -> bool:
     """Keep freed blocks in this process instead of returning them to the kernel; return whether the library can.
 
-    By default glibc maps each large block anew, so the activations of every batch cost page faults. Networks of
+    By default glibc maps each large block again, so the activations of every batch cost page faults. Networks of
     convolutions suffer most. The process keeps its largest memory until it ends.
     """
     try:

@@ -220,7 +220,7 @@ def describe_near_twins(table: pa.Table, hashes: dict[tuple[str, str], int]) -> 
 
 
 def _describe_same_photos(table: pa.Table) -> list[str]:
-    """Return lines that count the queries cut from a photo of the gallery, with their product and another box."""
+    """Return lines that count the queries cut from a photograph of the gallery, with their product and another box."""
     columns = [table[name].to_pylist() for name in ("split", "role", "product", "sha256", "image")]
     rows = list(zip(*columns, map(_box_key, table["box"].to_pylist()), strict=True))
     gallery: dict[tuple[str, str, str], set[Any]] = defaultdict(set)
@@ -232,7 +232,7 @@ def _describe_same_photos(table: pa.Table) -> list[str]:
         if role == "query" and gallery.get((split, product, sha256), {box}) - {box}:
             cut[split].append(image)
     return [
-        f"{split} queries cut from a photo that is in the gallery with another box: {len(images)} ({images[0]})"
+        f"{split} queries cut from a photograph that is in the gallery with another box: {len(images)} ({images[0]})"
         for split, images in cut.items()
     ]
 

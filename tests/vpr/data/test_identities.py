@@ -211,7 +211,7 @@ def test_queries_cut_from_a_gallery_photo_are_counted(tmp_path: Path, notes: pyt
         rows.append([f"img/{product}-{1 - product}.png", f"SKU{product}", "gallery", 40, 20, 60, 60])
     write_table(tmp_path / "t.csv", "image,product,role,box_x,box_y,box_w,box_h", rows)
     assert len(build(tmp_path / "t.csv")) == 4
-    line = "test queries cut from a photo that is in the gallery with another box: 1 (img/1-0.png)"
+    line = "test queries cut from a photograph that is in the gallery with another box: 1 (img/1-0.png)"
     assert line in notes.text
 
 
