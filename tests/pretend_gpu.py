@@ -92,7 +92,11 @@ class PretendGpu(TorchDispatchMode):
         return tree_map(wrap, result)
 
     def _record(self, what: str) -> None:
-        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(_ROOT))]
+        frames = [
+            frame
+            for frame in traceback.extract_stack()
+            if frame.filename.startswith(str(_ROOT)) and ".venv" not in frame.filename
+        ]
         places = [f for f in frames if not f.filename.endswith("pretend_gpu.py") and "/tests/" not in f.filename]
         place = f"{Path(places[-1].filename).relative_to(_ROOT)}:{places[-1].lineno}" if places else "a library"
         self.waits.append(f"{place}: {what}")

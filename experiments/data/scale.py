@@ -20,10 +20,11 @@ from vpr.imaging.decode import decode_bytes, read_image
 
 _SIDE, _CELLS, _PER_PRODUCT = 320, 12, 10
 _COMMAND = "catalog --reader folder --validation 0.1 --test 0.1"
-# The peak of the process that builds, in kilobytes on Linux, on the last line of its output.
+# The peak of the process that builds, in kilobytes, on the last line of its output. Linux resets VmHWM for a new
+# program; ru_maxrss would be at least that of the parent.
 _CHILD = (
-    "import resource, sys; from vpr.cli import run; run(sys.argv[1:]); "
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    "import sys; from vpr.cli import run; run(sys.argv[1:]); "
+    "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 )
 
 

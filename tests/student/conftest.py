@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 from student.config import DistillConfig, StudentConfig, TargetsConfig
-from student.distill import distill
 from teacher.config import HeadConfig, StageConfig, TowerConfig, TrainConfig
-from teacher.train import train
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.training.config import RunConfig
@@ -19,6 +17,8 @@ STUDENT = StudentConfig(
 
 @pytest.fixture(scope="session")
 def teacher(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from teacher.train import train  # imported late: the tests of GPUs are collected without every package
+
     assert catalog.artifact is not None
     stages = (StageConfig("all", 8, lr_head=2e-3, lr_tower=2e-3),)
     return train(
@@ -51,4 +51,6 @@ def config(teacher: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def student(config: DistillConfig) -> Path:
+    from student.distill import distill
+
     return distill(config)

@@ -67,12 +67,12 @@ def test_scored_images_are_left_out(
     images, parents = open_unlabelled((str(image_folder),), str(tmp_path / "student"))
     assert [parent.role for parent in parents] == ["unlabelled"]
     assert images is not None
-    high = replace(CONFIG, unlabelled_cosine=0.9999)
+    high = replace(CONFIG, unlabelled_cosine=0.999)
     kept, summary = leave_out_scored(images, _scored(catalog), colours, high, tmp_path / "run")
     assert sorted(kept.table["image"].to_pylist()) == [f"{n}.png" for n in range(6)]
     entry = summary["unlabelled"]
     assert (entry["images"], entry["left_out"], entry["same_bytes"], entry["close"]) == (6, 2, 1, 1)
-    assert entry["threshold"]["cosine"] == 0.9999
+    assert entry["threshold"]["cosine"] == 0.999
     # Another start of the same run takes the cosines from its folder.
     broken = replace(colours, network=torch.nn.Identity())
     assert leave_out_scored(images, _scored(catalog), broken, high, tmp_path / "run")[1] == summary

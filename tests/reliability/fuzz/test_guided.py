@@ -49,7 +49,7 @@ def test_stored_input_is_accepted_or_one_error_line(target: str, file: str, tmp_
             ("leads out of", "zero byte", "cannot be used", "not known", "out of range", "utf-8", "two images"),
         ),
         ("ranges", 2, ("within FP16's range", "no range for", "does not fit this graph")),
-        ("graph", 1, ("another file", "linears: cannot", "Q/DQ: cannot", "FP16: cannot", "InferenceError")),
+        ("graph", 1, ("outside the artifact", "linears: cannot", "Q/DQ: cannot", "FP16: cannot", "InferenceError")),
     ],
 )
 def test_corpus_covers_every_rejection(target: str, accepted: int, reasons: tuple[str, ...], tmp_path: Path) -> None:
