@@ -150,3 +150,17 @@ def _autocast(device_type: str, *args: Any, **options: Any) -> Any:
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **options: Any) -> Tensor:
     scores = query @ key.transpose(-2, -1) * (options.get("scale") or query.shape[-1] ** -0.5)
     return (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1) @ value
+
+
+def check_waits(module: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    """Check that a training step gives ``expected`` on the pretended GPU, and that only each tenth one waits for it."""
+    with pretended_gpu() as gpu:
+        move(module)
+        moved = {**batch, "pixels": on_gpu(batch["pixels"])}
+        module.training_step(moved, 1)  # copies constants once
+        gpu.waits.clear()
+        value = module.training_step(moved, 1)
+        assert gpu.waits == []
+        module.training_step(moved, 10)
+        assert [wait.partition(":")[0] for wait in gpu.waits] == ["vpr/training/loop.py"]
+    torch.testing.assert_close(value.values_on_cpu, expected.detach())

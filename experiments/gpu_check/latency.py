@@ -31,7 +31,7 @@ class Variant:
 
     Attributes:
         precision: Type of weights and activations; ``tf32`` multiplies float32 with ten bits of mantissa.
-        is_compiled: Compile it with CUDA graphs, anew for each batch size, since a second one would become dynamic.
+        is_compiled: Compile it with CUDA graphs, once for each batch size: one compiled for two sizes would be dynamic.
     """
 
     precision: Literal["fp32", "tf32", "bf16", "fp16"]

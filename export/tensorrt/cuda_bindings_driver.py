@@ -1,7 +1,7 @@
 """The CUDA driver by ``cuda-bindings``, a wheel that torch installs; it needs no compiler."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from export.tensorrt.cuda_driver import (
     DriverError,
     Gpu,
     GraphCalls,
+    GraphMethods,
     check_device,
     cuda_version,
     explain_unusable,
@@ -31,7 +32,7 @@ class BindingsStream:
     handle: int
 
 
-class CudaBindingsDriver:
+class CudaBindingsDriver(GraphMethods):
     """See :class:`export.tensorrt.cuda_driver.CudaDriver`; take it from ``open_driver``, not from here.
 
     :class:`UserError` if the GPU does not exist, or CUDA cannot use it.
@@ -144,18 +145,6 @@ class CudaBindingsDriver:
     def synchronise(self, stream: BindingsStream) -> None:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
         self._call("cuStreamSynchronize", stream.raw)
-
-    def capture(self, stream: BindingsStream, enqueue: Callable[[], bool]) -> int:
-        """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        return self._graphs.capture(stream.handle, enqueue)
-
-    def launch(self, graph: int, stream: BindingsStream) -> None:
-        """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        self._graphs.launch(graph, stream.handle)
-
-    def discard(self, graph: int) -> None:
-        """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        self._graphs.discard(graph)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a function, and return its value, or its values if it has several."""

@@ -212,3 +212,21 @@ class GraphCalls:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(result, ctypes.byref(text))
             raise DriverError(f"{name}: {(text.value or b'error').decode()} ({result})")
+
+
+class GraphMethods:
+    """The methods of a :class:`CudaDriver` for CUDA graphs, which both drivers share."""
+
+    _graphs: GraphCalls
+
+    def capture(self, stream: Stream, enqueue: Callable[[], bool]) -> int:
+        """See :class:`CudaDriver`."""
+        return self._graphs.capture(stream.handle, enqueue)
+
+    def launch(self, graph: int, stream: Stream) -> None:
+        """See :class:`CudaDriver`."""
+        self._graphs.launch(graph, stream.handle)
+
+    def discard(self, graph: int) -> None:
+        """See :class:`CudaDriver`."""
+        self._graphs.discard(graph)

@@ -1,7 +1,7 @@
 """The CUDA driver by PyCUDA, which compiles on installation."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,14 @@ from export.tensorrt.cuda_driver import (
     DriverError,
     Gpu,
     GraphCalls,
+    GraphMethods,
     check_device,
     cuda_version,
     explain_unusable,
 )
 
 
-class PyCudaDriver:
+class PyCudaDriver(GraphMethods):
     """See :class:`export.tensorrt.cuda_driver.CudaDriver`; take it from ``open_driver``, not from here.
 
     :class:`UserError` if the GPU does not exist, or CUDA cannot use it.
@@ -120,15 +121,3 @@ class PyCudaDriver:
     def synchronise(self, stream: Any) -> None:
         """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
         stream.synchronize()
-
-    def capture(self, stream: Any, enqueue: Callable[[], bool]) -> int:
-        """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        return self._graphs.capture(stream.handle, enqueue)
-
-    def launch(self, graph: int, stream: Any) -> None:
-        """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        self._graphs.launch(graph, stream.handle)
-
-    def discard(self, graph: int) -> None:
-        """See :class:`export.tensorrt.cuda_driver.CudaDriver`."""
-        self._graphs.discard(graph)

@@ -14,7 +14,7 @@ from student.criterion import DistillationLoss, Labels
 from student.model import Student
 from student.module import StudentModule
 from student.targets import CachedTargets, OnlineTargets
-from tests.pretend_gpu import move, on_gpu, pretended_gpu
+from tests.pretend_gpu import check_waits
 from tests.student.conftest import STUDENT
 from tests.teacher.test_host_waits import random_batch, stub_trainer, waits_are_errors
 from vpr.data.catalog import Catalog
@@ -68,16 +68,7 @@ def test_step_waits_for_the_gpu_every_tenth_time(mode: str, mixup: float, catalo
     module = build_module(mode, mixup, catalog)
     targets = module.targets
     targets.start_epoch(1, torch.device("cpu"))
-    with pretended_gpu() as gpu:
-        move(module)
-        moved = {**batch, "pixels": on_gpu(batch["pixels"])}
-        module.training_step(moved, 1)  # copies constants once
-        gpu.waits.clear()
-        value = module.training_step(moved, 1)
-        assert gpu.waits == []
-        module.training_step(moved, 10)
-        assert [wait.partition(":")[0] for wait in gpu.waits] == ["vpr/training/loop.py"]
-    torch.testing.assert_close(value.values_on_cpu, expected.detach())  # type: ignore[attr-defined]
+    check_waits(module, batch, expected)
 
 
 @pytest.mark.gpu

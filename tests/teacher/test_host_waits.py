@@ -13,7 +13,7 @@ from teacher.config import HeadConfig, ScheduledStage, StageConfig, TowerConfig
 from teacher.loss_config import StageLosses
 from teacher.model import build_teacher, read_tower
 from teacher.module import TeacherModule
-from tests.pretend_gpu import move, on_gpu, pretended_gpu
+from tests.pretend_gpu import check_waits
 from vpr.data.catalog import Catalog
 from vpr.imaging.config import ViewConfig
 from vpr.training.loop import RecallModule
@@ -57,16 +57,7 @@ def build_module(loss: Any, catalog: Catalog) -> TeacherModule:
 def test_step_waits_for_the_gpu_every_tenth_time(loss: str, catalog: Catalog) -> None:
     module, batch = build_module(loss, catalog), random_batch(VIEWS)
     expected = module.training_step(dict(batch), 1)
-    with pretended_gpu() as gpu:
-        move(module)
-        moved = {**batch, "pixels": on_gpu(batch["pixels"])}
-        module.training_step(moved, 1)  # copies constants once
-        gpu.waits.clear()
-        value = module.training_step(moved, 1)
-        assert gpu.waits == []
-        module.training_step(moved, 10)
-        assert [wait.partition(":")[0] for wait in gpu.waits] == ["vpr/training/loop.py"]
-    torch.testing.assert_close(value.values_on_cpu, expected.detach())  # type: ignore[attr-defined]
+    check_waits(module, batch, expected)
 
 
 @pytest.mark.gpu

@@ -30,12 +30,8 @@ def test_the_sweep_has_every_command_with_numbers() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.command.verb in QUICK], ids=lambda case: case.name)
-def test_quick_commands_end_without_a_traceback(
-    case: LimitCase, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = _inputs(tmp_path_factory)
-    monkeypatch.chdir(folder)
-    result = run_case(folder, case)
+def test_quick_commands_end_without_a_traceback(case: LimitCase, tmp_path_factory: pytest.TempPathFactory) -> None:
+    result = run_case(_inputs(tmp_path_factory), case)
     assert result["outcome"] in ("accepted", "rejected"), result["line"]
 
 

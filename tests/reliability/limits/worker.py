@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import traceback
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ def run_case(folder: Path, case: LimitCase) -> dict[str, Any]:
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    os.chdir(work)
     words = case.command.words(paths_in(folder), str(work / case.command.output) if case.command.output else "")
     try:
-        cli.main([*words, *case.flag])
+        with chdir(work):
+            cli.main([*words, *case.flag])
     except SystemExit as end:
         return {"outcome": "rejected" if end.code in (1, 2) else "exception", "line": f"exit code {end.code}"}
     except BaseException as error:
