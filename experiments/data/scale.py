@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ _CHILD = (
 )
 
 
-def write_product(folder: Path, product: int) -> None:
+def write_product(folder: Path, product: int, side: int = _SIDE) -> None:
     """Write the images of one product: one coarse texture with different noise in each."""
     generator = np.random.default_rng(product)
     texture = generator.integers(0, 256, (_CELLS, _CELLS, 3))
@@ -37,15 +38,15 @@ def write_product(folder: Path, product: int) -> None:
     for number in range(_PER_PRODUCT):
         noise = generator.integers(-80, 81, texture.shape)
         cells = np.clip(texture + noise, 0, 255).astype(np.uint8)
-        image = Image.fromarray(cells).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        image = Image.fromarray(cells).resize((side, side), Image.Resampling.BICUBIC)
         image.save(target / f"{number}.jpg", quality=85)
 
 
-def write_images(folder: Path, count: int) -> None:
-    """Write ``count`` images, a folder for each product."""
+def write_images(folder: Path, count: int, side: int = _SIDE) -> None:
+    """Write ``count`` JPEGs of ``side`` pixels, a folder for each product."""
     products = range(count // _PER_PRODUCT)
     with ProcessPoolExecutor(len(available_cpus())) as pool:
-        list(pool.map(write_product, [folder] * len(products), products, chunksize=50))
+        list(pool.map(partial(write_product, folder, side=side), products, chunksize=50))
 
 
 def decoding_seconds(folder: Path) -> float:

@@ -1,7 +1,7 @@
 """``make figures TOPIC=serving``: clients and their preprocessing, into ``docs/results/serving.json``.
 
-Parts: ``verify``, ``skew``. The second one needs the student and the photographs of ``make figures TOPIC=student
-PARTS=photos``.
+Parts: ``verify``, ``skew``, ``uint8``, ``bulk``, ``allocator``. ``skew`` needs the student and the photographs of
+``make figures TOPIC=student PARTS=photos``. Run nothing else on the machine during the last three.
 """
 
 from __future__ import annotations
@@ -13,21 +13,31 @@ from pathlib import Path
 
 from benchmarks.config import SkewConfig
 from benchmarks.recall.skew import measure_skew
+from calibration.calibrate import calibrate
+from calibration.config import CalibrateConfig
+from experiments.data.scale import write_images
 from experiments.figures import Figure, Row, command_of, measure, record
 from experiments.intervals import interval_text
 from experiments.random_student import write_random_student
+from experiments.random_teacher import write_random_teacher
+from experiments.serving.speed import compare_allocators, compare_inputs, export_inputs, measure_bulk
 from experiments.serving.verify_table import measure_verify
-from export.config import OnnxConfig
+from export.config import Int8Config, OnnxConfig
+from export.int8 import export_int8
 from export.to_onnx import export_onnx
 from student.config import StudentConfig
+from teacher.config import TowerConfig
 from vpr.common.errors import UserError
 from vpr.data.build_catalog import build_catalog
+from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
 
 _GRAPH = Path("runs/figures-student/photos/student-160-seed0-fp32")
 _PHOTOS = Path("runs/figures-teacher/photos/catalog")
 # ViT-Ti/16 at 224 pixels, the size of most clients.
 _STUDENT = StudentConfig(image_size=224, patch_size=16, dim=192, depth=4, heads=3, dim_head=64, mlp_dim=768)
+_BULK_IMAGES = 4000
+_TEACHERS = {"EfficientNet-Lite2": "tf_efficientnet_lite2", "ResNet-50": "resnet50", "ViT-B/16": "vit_base_patch16_224"}
 
 
 def measure_clients() -> None:
@@ -40,6 +50,43 @@ def measure_clients() -> None:
         graph = export_onnx(OnnxConfig(str(student), str(folder / "fp32"), images=1))
         figures, rows = measure_verify(graph, catalog, command)
     record("serving", figures, {"verify": rows})
+
+
+def measure_uint8() -> None:
+    """Record graphs that take uint8 pixels beside those that take floats."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        catalog = build_catalog(CatalogConfig(reader="sample", output=str(folder / "catalog")))
+        student = write_random_student(folder / "student", _STUDENT)
+        graphs = export_inputs(student, str(folder / "catalog"), folder)
+        figures, rows = compare_inputs(graphs, load_catalog(str(catalog)), (1, 8), 10, command_of("serving", "uint8"))
+    record("serving", figures, {"uint8": rows})
+
+
+def measure_bulk_embedding() -> None:
+    """Record ``vpr embed`` with an INT8 graph on JPEGs of 500 pixels, beside decoding and the model alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder / "images", _BULK_IMAGES, side=500)
+        catalog = folder / "catalog"
+        build_catalog(CatalogConfig(reader="folder", root=str(folder / "images"), output=str(catalog)))
+        student = write_random_student(folder / "student", StudentConfig(preset="sample", image_size=96))
+        fp32 = export_onnx(OnnxConfig(str(student), str(folder / "fp32"), images=1))
+        ranges = calibrate(CalibrateConfig(str(fp32), str(catalog), str(folder / "ranges")))
+        graph = export_int8(Int8Config(str(fp32), str(ranges), str(folder / "int8"), base="fp32"))
+        figures, rows = measure_bulk(Path(graph), catalog, folder, 3, command_of("serving", "bulk"))
+    record("serving", figures, {"bulk": rows})
+
+
+def measure_allocator() -> None:
+    """Record teachers of convolutions and of attention with and without the allocator's setting."""
+    with tempfile.TemporaryDirectory() as name:
+        teachers = {
+            title: write_random_teacher(Path(name) / title, TowerConfig(name=f"timm/{tower}", pretrained=""))
+            for title, tower in _TEACHERS.items()
+        }
+        figures, rows = compare_allocators(teachers, 32, command_of("serving", "allocator"))
+    record("serving", figures, {"allocator": rows})
 
 
 def measure_pipelines() -> None:
@@ -70,7 +117,13 @@ def measure_pipelines() -> None:
     record("serving", figures, {"skew": table})
 
 
-PARTS = {"verify": measure_clients, "skew": measure_pipelines}
+PARTS = {
+    "verify": measure_clients,
+    "skew": measure_pipelines,
+    "uint8": measure_uint8,
+    "bulk": measure_bulk_embedding,
+    "allocator": measure_allocator,
+}
 
 if __name__ == "__main__":
     measure(PARTS, sys.argv[1:])
