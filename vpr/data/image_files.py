@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from vpr.common.errors import UserError
-from vpr.imaging.formats import is_heic, is_image_content
+from vpr.imaging.formats import HEIC_UNREADABLE, can_read_heic, is_heic, is_image_content
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-HEIC_SUFFIXES = frozenset({".heic", ".heif"})
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+_HEIC_SUFFIXES = frozenset({".heic", ".heif"})
 UNKNOWN_SUFFIX, FOLDER_LINK = "unknown suffix", "a link to a folder, which is not followed"
-HEIC = "HEIC, which is not supported: convert it to JPEG"
 _HEAD = 32  # bytes that show the format of a file
 
 
@@ -74,7 +73,12 @@ def image_files(root: Path, allowed: Sequence[Path] = ()) -> Iterator[str]:
 def is_image(root: Path, name: str) -> bool:
     """Return whether a file has the suffix of an image, or no suffix and the content of one."""
     suffix = os.path.splitext(name)[1].lower()
-    return suffix in SUFFIXES if suffix else is_image_content(_head(root, name))
+    return suffix in image_suffixes() if suffix else is_image_content(_head(root, name))
+
+
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of the images that can be read here, in lower case."""
+    return _SUFFIXES | _HEIC_SUFFIXES if can_read_heic() else _SUFFIXES
 
 
 def skipped_files(root: Path, output: Path, allowed: Sequence[Path] = ()) -> list[tuple[str, str]]:
@@ -100,7 +104,9 @@ def list_files(root: Path, allowed: Sequence[Path] = ()) -> list[str]:
 
 def _reason(root: Path, name: str) -> str:
     suffix = os.path.splitext(name)[1].lower()
-    return HEIC if suffix in HEIC_SUFFIXES or (not suffix and is_heic(_head(root, name))) else UNKNOWN_SUFFIX
+    return (
+        HEIC_UNREADABLE if suffix in _HEIC_SUFFIXES or (not suffix and is_heic(_head(root, name))) else UNKNOWN_SUFFIX
+    )
 
 
 def _head(root: Path, name: str) -> bytes:

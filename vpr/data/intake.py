@@ -30,10 +30,11 @@ from vpr.data.identities import (
     reject_invalid,
     row_name,
 )
-from vpr.data.image_files import HEIC, PathGuard, is_image
+from vpr.data.image_files import PathGuard, is_image
 from vpr.data.readers import READERS, Row
 from vpr.data.tables import describe_unread
 from vpr.imaging.decode import Box, Header, ImageRejected, decode_bytes, read_header, read_image
+from vpr.imaging.formats import HEIC_UNREADABLE
 
 _CHUNK = 32  # images of one task: the hand-over of a task costs as much as a tenth of an image
 CHECK_SIZE = 64  # pixels; JPEGs are decoded to their end, at a reduced scale
@@ -157,8 +158,8 @@ def check_images(
 
 def describe_skipped(skipped: list[Rejected]) -> list[str]:
     """Return lines that count the files of a folder that are images of an unsupported format."""
-    heic = [name for name, reason in skipped if reason == HEIC]
-    return [f"HEIC files: {len(heic)} left out ({heic[0]}), convert them to JPEG"] if heic else []
+    heic = [name for name, reason in skipped if reason == HEIC_UNREADABLE]
+    return [f"HEIC files: {len(heic)} left out ({heic[0]}), see set_aside.csv"] if heic else []
 
 
 def _check_image(root: Path, row: Row, reading: BoxReading, guard: PathGuard | None) -> Row | ImageRejected:

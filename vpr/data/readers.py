@@ -10,7 +10,7 @@ from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
 from vpr.data.csv_table import read_csv_rows
 from vpr.data.hidden_labels import has_hidden_labels
-from vpr.data.image_files import SUFFIXES, PathGuard, check_utf8, image_files, list_files
+from vpr.data.image_files import PathGuard, check_utf8, image_files, image_suffixes, list_files
 from vpr.data.split_folders import find_split_folders, place_of
 from vpr.data.tables import read_table_rows
 from vpr.data.webdataset import read_label, read_samples
@@ -122,7 +122,7 @@ def read_webdataset(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Ro
         check_utf8(root, shard)
         if not guard.check(shard).endswith(".tar"):
             raise UserError(f"{root / shard}: images are only read from uncompressed .tar shards. Run gunzip on it.")
-        for sample in read_samples(root / shard, SUFFIXES):
+        for sample in read_samples(root / shard, image_suffixes()):
             yield from ({"image": f"{shard}/{name}", "rejected": reason} for name, reason in sample.rejected)
             if not sample.images:
                 if sample.labels:

@@ -14,7 +14,7 @@ from PIL import Image, JpegImagePlugin
 
 from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.imaging import limits
-from vpr.imaging.formats import FORMATS, is_heic
+from vpr.imaging.formats import HEIC_UNREADABLE, can_read_heic, formats_of, is_heic
 from vpr.imaging.limits import MAX_FILE_BYTES, DecodeBudget, DecodeLimitExceeded
 
 _MEMBER = re.compile(r"(.*?\.tar)#(\d{1,15})\+(\d{1,15})/.+", re.DOTALL)
@@ -56,7 +56,7 @@ class ImageRejected(UserError):
 
 
 def decode(path: Path | str, box: Box | None = None, shortest: int | None = None) -> Image.Image:
-    """Decode a file of one of :data:`vpr.imaging.formats.FORMATS` to RGB with bounded memory.
+    """Decode a file of one of :data:`vpr.imaging.formats.FORMATS`, or HEIC, to RGB with bounded memory.
 
     ``box`` is a crop (x, y, width, height) in pixels of the upright image, applied after decoding. ``shortest`` is the
     shortest side that the caller needs, in pixels. JPEGs are then decoded at a reduced scale at which the image, or the
@@ -151,7 +151,7 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         scans = limits.check_file(data)
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats_of(data[:32]))
         except Image.DecompressionBombError:
             if data[:3] != b"\xff\xd8\xff":
                 raise
@@ -171,7 +171,7 @@ def _errors(data: bytes, name: Path | str) -> Iterator[None]:
     except DecodeLimitExceeded as error:
         raise ImageRejected(name, str(error)) from None
     except Image.UnidentifiedImageError:
-        reason = "HEIC, which is not supported: convert it to JPEG" if is_heic(data[:32]) else "not an image"
+        reason = HEIC_UNREADABLE if is_heic(data[:32]) and not can_read_heic() else "not an image"
         raise ImageRejected(name, reason) from None
     except MemoryError:
         raise ImageRejected(name, f"{OUT_OF_MEMORY} to decode it") from None
@@ -181,7 +181,7 @@ def _errors(data: bytes, name: Path | str) -> Iterator[None]:
 
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 if the block is missing, broken, or larger than any camera writes."""
-    if len(image.info.get("exif", b"")) > limits.MAX_EXIF_BYTES:
+    if len(image.info.get("exif") or b"") > limits.MAX_EXIF_BYTES:
         return 1
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)

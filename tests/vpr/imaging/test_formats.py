@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
 from vpr.imaging import limits
 from vpr.imaging.decode import ImageRejected, decode, decode_bytes, read_header
-from vpr.imaging.formats import is_heic, is_image_content
+from vpr.imaging.formats import can_read_heic, is_heic, is_image_content
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+# `_image()`, encoded by pillow-heif 1.8.1 at quality 90 without chroma subsampling.
+UPRIGHT = Path(__file__).with_name("upright.heic")
 
 
 def _image(side: int = 64) -> Image.Image:
@@ -54,17 +58,53 @@ def test_formats_are_known_by_content(form: str) -> None:
     "data", [HEIC, b"hello, no image", b"", b"<svg/>", b"%PDF-1.7", b"\0\0\0\x18ftypisom" + bytes(20)]
 )
 def test_other_files_are_not_images(data: bytes) -> None:
-    assert not is_image_content(data[:32])
+    assert not is_image_content(data[:32]) or data is HEIC
     assert is_heic(data[:32]) == (data is HEIC)
 
 
-def test_heic_is_rejected_by_name() -> None:
-    with pytest.raises(ImageRejected, match="HEIC, which is not supported: convert it to JPEG"):
+@pytest.fixture
+def without_heic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that pi-heif is not installed."""
+    can_read_heic.cache_clear()
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "pi_heif", None)
+        yield
+    can_read_heic.cache_clear()
+
+
+def test_heic_needs_a_package(without_heic: None) -> None:
+    assert not is_image_content(HEIC[:32])
+    with pytest.raises(ImageRejected, match=r"HEIC, which needs pi-heif: run `pip install -r requirements-heic\.txt`"):
         decode_bytes(HEIC, "x.jpg")
 
 
+def test_heic_is_decoded() -> None:
+    difference = np.asarray(decode(UPRIGHT), dtype=int) - np.asarray(_image(), dtype=int)
+    assert np.abs(difference).mean() < 3
+    assert read_header(UPRIGHT.read_bytes(), UPRIGHT) == (96, 64, 1)
+    assert decode(UPRIGHT, (10, 20, 30, 40)).size == (30, 40)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_broken_heic_is_rejected(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    data = bytearray(UPRIGHT.read_bytes())
+    for position in rng.integers(12, len(data), 16):
+        data[position] = rng.integers(256)
+    with contextlib.suppress(ImageRejected):
+        decode_bytes(bytes(data[: int(rng.integers(32, len(data) + 1))]), "x.heic")
+
+
+def test_heic_above_the_limit_is_rejected() -> None:
+    data = UPRIGHT.read_bytes()
+    size = data.index(b"ispe") + 8
+    huge = data[:size] + (9000).to_bytes(4, "big") * 2 + data[size + 8 :]
+    with pytest.raises(ImageRejected, match="9000x9000 pixels, more than 50000000"):
+        decode_bytes(huge, "x.heic")
+
+
 @pytest.mark.parametrize("reader", ["folder", "images"])
-def test_folders_with_files_of_all_formats(tmp_path: Path, reader: str) -> None:
+def test_folders_with_files_of_all_formats(tmp_path: Path, reader: str, without_heic: None) -> None:
     root = tmp_path / "shop" / "shoe"
     root.mkdir(parents=True)
     for number, (name, form) in enumerate([("1.avif", "AVIF"), ("2.JFIF", "JPEG"), ("3", "PNG"), ("4.v2", "PNG")]):
@@ -74,8 +114,19 @@ def test_folders_with_files_of_all_formats(tmp_path: Path, reader: str) -> None:
     config = CatalogConfig(reader=reader, root=str(tmp_path / "shop"), output=str(tmp_path / "c"))  # type: ignore[arg-type]
     catalog = load_catalog(build_catalog(config))
     assert catalog.table["image"].to_pylist() == ["shoe/1.avif", "shoe/2.JFIF", "shoe/3"]
-    assert set_aside(catalog).count("HEIC, which is not supported") == 2
+    assert set_aside(catalog).count("HEIC, which needs pi-heif") == 2
     assert all(f"shoe/{name},unknown suffix" in set_aside(catalog) for name in ("4.v2", "README", ".hidden"))
+
+
+@pytest.mark.parametrize("reader", ["folder", "images"])
+def test_folders_with_heic(tmp_path: Path, reader: str) -> None:
+    root = tmp_path / "shop" / "shoe"
+    root.mkdir(parents=True)
+    for number, name in enumerate(("1.HEIC", "2")):
+        (root / name).write_bytes(UPRIGHT.read_bytes() + bytes(number))
+    config = CatalogConfig(reader=reader, root=str(tmp_path / "shop"), output=str(tmp_path / "c"))  # type: ignore[arg-type]
+    catalog = load_catalog(build_catalog(config))
+    assert catalog.table["image"].to_pylist() == ["shoe/1.HEIC", "shoe/2"]
 
 
 _DECODE = """
