@@ -141,7 +141,7 @@ def test_hostile_members_are_set_aside_with_a_reason(image: bytes, tmp_path: Pat
         ("not-utf8-\udcff.jpg", image),
         (long, image),
         ("._good.jpg", b"a fork"),
-        ("letter.heic", b"?"),
+        ("letter.psd", b"?"),
         ("text.jpg", b"<html>"),
     ]
     root = write_shard(tmp_path / "s" / "0.tar", members, form).parent
@@ -163,7 +163,7 @@ def test_hostile_members_are_set_aside_with_a_reason(image: bytes, tmp_path: Pat
         "/not-utf8-\\udcff.jpg": "its name has unprintable characters, or more than 1024",
         f"/{long[:1024]}": "its name has unprintable characters, or more than 1024",
         "/._good.jpg": "its name starts with a dot",
-        "/letter.heic": "unknown suffix",
+        "/letter.psd": "unknown suffix",
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s", "secret.jpg"]
 
