@@ -1,7 +1,8 @@
 """``make figures TOPIC=serving``: clients and their preprocessing, into ``docs/results/serving.json``.
 
-Parts: ``verify``, ``skew``, ``uint8``, ``bulk``, ``allocator``. ``skew`` needs the student and the photographs of
-``make figures TOPIC=student PARTS=photos``. Run nothing else on the machine during the last three.
+Parts: ``verify``, ``skew``, ``graphs``, ``uint8``, ``bulk``, ``allocator``. ``skew`` needs the student of
+``make figures TOPIC=student PARTS=photos``, ``graphs`` also that of ``make demo``. Run nothing else on the machine
+during the last three.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from experiments.figures import Figure, Row, command_of, measure, record
 from experiments.intervals import interval_text
 from experiments.random_student import write_random_student
 from experiments.random_teacher import write_random_teacher
+from experiments.serving.graphs import compare_runtimes
 from experiments.serving.speed import compare_allocators, compare_inputs, export_inputs, measure_bulk
 from experiments.serving.verify_table import measure_verify
 from export.config import Int8Config, OnnxConfig
@@ -36,6 +38,11 @@ _GRAPH = Path("runs/figures-student/photos/student-160-seed0-fp32")
 _PHOTOS = Path("runs/figures-teacher/photos/catalog")
 # ViT-Ti/16 at 224 pixels, the size of most clients.
 _STUDENT = StudentConfig(image_size=224, patch_size=16, dim=192, depth=4, heads=3, dim_head=64, mlp_dim=768)
+# Trained students and their catalogues; those that are not there are left out.
+_TRAINED = {
+    "sample": (Path("runs/demo/student"), Path("runs/demo/catalog")),
+    "photographs": (Path("runs/figures-student/photos/student-160-seed0"), _PHOTOS),
+}
 _BULK_IMAGES = 4000
 _TEACHERS = {"EfficientNet-Lite2": "tf_efficientnet_lite2", "ResNet-50": "resnet50", "ViT-B/16": "vit_base_patch16_224"}
 
@@ -76,6 +83,16 @@ def measure_bulk_embedding() -> None:
         graph = export_int8(Int8Config(str(fp32), str(ranges), str(folder / "int8"), base="fp32"))
         figures, rows = measure_bulk(Path(graph), catalog, folder, 3, command_of("serving", "bulk"))
     record("serving", figures, {"bulk": rows})
+
+
+def measure_graphs() -> None:
+    """Record INT8 graphs of trained students on every runtime, against ONNX's reference evaluator."""
+    students = {title: paths for title, paths in _TRAINED.items() if (paths[0] / "card.json").is_file()}
+    if not students:
+        raise UserError(f"{_TRAINED['sample'][0]}: no student is trained. Run `make demo` first.")
+    with tempfile.TemporaryDirectory() as name:
+        figures, rows = compare_runtimes(students, Path(name), 8, command_of("serving", "graphs"))
+    record("serving", figures, {"graphs": rows})
 
 
 def measure_allocator() -> None:
@@ -123,6 +140,7 @@ PARTS = {
     "uint8": measure_uint8,
     "bulk": measure_bulk_embedding,
     "allocator": measure_allocator,
+    "graphs": measure_graphs,
 }
 
 if __name__ == "__main__":
