@@ -16,10 +16,10 @@ import pytest
 
 from experiments.figures import Figure
 from tests.reliability.soak.round import make_inputs, run_round
-from tests.reliability.soak.soak import Sample, SoakConfig, read_samples, record_rounds, soak, summarise
+from tests.reliability.soak.soak import SAMPLES, Sample, SoakConfig, read_samples, record_rounds, soak, summarise
 from vpr.common.errors import UserError
 
-SECONDS = 2.0
+ROUNDS = 100
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +35,21 @@ def figures_of(samples: list[Sample]) -> dict[str, Figure]:
     return {figure.name.removeprefix("soak: "): figure for figure in summarise(samples, 0.2, "command")[0]}
 
 
-def soak_figures(folder: Path, work: Callable[[], object]) -> dict[str, Figure]:
+def interrupted_soak(folder: Path, rounds: int, work: Callable[[], object]) -> list[Sample]:
+    """Return the samples of a soak that is interrupted after a number of rounds, however long they take."""
+    started: list[str] = []
+
     def work_and_sleep() -> str:
+        if len(started) == rounds:
+            raise KeyboardInterrupt
+        started.append("same")
         work()
         time.sleep(0.01)
-        return "same"
+        return started[-1]
 
-    return figures_of(read_samples(record_rounds(SoakConfig(SECONDS / 3600, str(folder)), work_and_sleep)))
+    with pytest.raises(KeyboardInterrupt):
+        record_rounds(SoakConfig(1, str(folder)), work_and_sleep)
+    return read_samples(folder / SAMPLES)
 
 
 def leak_memory(folder: Path) -> tuple[dict[str, Figure], float]:
@@ -49,8 +57,8 @@ def leak_memory(folder: Path) -> tuple[dict[str, Figure], float]:
     gc.collect()
     gc.freeze()
     leaked: list[bytes] = []
-    figures = soak_figures(folder, lambda: leaked.append(b"x" * (1 << 19)))
-    return figures, len(leaked) / 2 / (SECONDS / 3600)
+    samples = interrupted_soak(folder, ROUNDS, lambda: leaked.append(b"x" * (1 << 19)))
+    return figures_of(samples), len(leaked) / 2 / samples[-1].hours
 
 
 def test_leaked_memory_is_detected(tmp_path: Path) -> None:
@@ -70,7 +78,7 @@ def test_leaked_memory_is_detected(tmp_path: Path) -> None:
 
 def test_leaked_files_are_counted(tmp_path: Path) -> None:
     leaked: list[int] = []
-    figures = soak_figures(tmp_path, lambda: leaked.append(os.open(__file__, os.O_RDONLY)))
+    figures = figures_of(interrupted_soak(tmp_path, ROUNDS, lambda: leaked.append(os.open(__file__, os.O_RDONLY))))
     for descriptor in leaked:
         os.close(descriptor)
     assert figures["more files at the end"].met is False
@@ -94,9 +102,9 @@ def test_steady_samples_meet_the_goals() -> None:
 
 
 def test_interrupted_soak_is_readable(tmp_path: Path) -> None:
-    path = record_rounds(SoakConfig(0.1 / 3600, str(tmp_path)), lambda: time.sleep(0.01) or "a")
-    samples = read_samples(path)
-    assert len(samples) > 2
+    samples = interrupted_soak(tmp_path, 4, lambda: None)
+    assert len(samples) == 4
+    path = tmp_path / SAMPLES
     path.write_bytes(path.read_bytes()[:-3])
     assert read_samples(path) == samples[:-1]
 
