@@ -42,11 +42,11 @@ def draw_markdown(report: Report) -> str:
         lines += [_escape_markdown(f"- {rival.text}") for rival in rivals]
     for name, columns in tables(report).items():
         headings = [column.heading for column in columns]
-        lines += ["", f"## {TABLES[name]}", "", _table_line(headings), "|" + "---|" * len(columns)]
-        lines += [_table_line([column.text(row) for column in columns]) for row in report.rows]
+        lines += ["", f"## {TABLES[name]}", "", markdown_line(headings), "|" + "---|" * len(columns)]
+        lines += [markdown_line([column.text(row) for column in columns]) for row in report.rows]
     for skew in report.skews:
-        lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", _table_line(SKEW_HEADINGS)]
-        lines += ["|" + "---|" * len(SKEW_HEADINGS), *[_table_line(skew_cells(row)) for row in skew.rows]]
+        lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", markdown_line(SKEW_HEADINGS)]
+        lines += ["|" + "---|" * len(SKEW_HEADINGS), *[markdown_line(skew_cells(row)) for row in skew.rows]]
     if notes := collect_notes(report.rows):
         lines += ["", "## Notes", "", *[f"- {_escape_markdown(note)}" for note in notes]]
     lines += ["", _escape_markdown(describe_conditions(report)), "", "Command:", "", f"    {report.command}", ""]
@@ -128,7 +128,8 @@ def _in_brackets(remark: str) -> str:
     return f" ({remark})" if remark else ""
 
 
-def _table_line(values: Sequence[str]) -> str:
+def markdown_line(values: Sequence[str]) -> str:
+    """Return a line of a Markdown table with escaped cells."""
     return "| " + " | ".join(_escape_markdown(value) for value in values) + " |"
 
 
