@@ -154,7 +154,6 @@ class StorageConfig:
             validation split, and the drop is confirmed on the others. None measures only.
         confidence: Confidence that the true drop of the confirmed setting is within ``max_recall_drop``.
         max_ms: Largest p50 of a query in milliseconds for a setting to be chosen. None sets no limit.
-        save_index: Folder for the chosen setting's index of the gallery images; empty writes none.
         queries: Maximum number of queries of each split.
         batch: Queries per call; single queries are timed too.
         tuning: Search effort of approximate indexes.
@@ -179,7 +178,6 @@ class StorageConfig:
     max_recall_drop: float | None = None
     confidence: float = 0.95
     max_ms: float | None = None
-    save_index: str = ""
     queries: int = 2000
     batch: int = 100
     tuning: IndexTuning = IndexTuning()
@@ -209,8 +207,8 @@ class StorageConfig:
         if bool(self.reference_distractors) != bool(self.reference and self.distractors):
             problem = "needs reference and distractors, and these two need it"
             raise UserError(f"reference_distractors: {problem}. Set all three, or leave one of the others out.")
-        if self.max_recall_drop is None and (self.save_index or self.max_ms is not None):
-            raise UserError("max_recall_drop: save_index and max_ms need a budget. Set --max-recall-drop.")
+        if self.max_recall_drop is None and self.max_ms is not None:
+            raise UserError("max_ms: limits the settings of a budget. Set --max-recall-drop, or leave out --max-ms.")
 
 
 @dataclass(frozen=True)
@@ -234,6 +232,7 @@ class ReportConfig:
             such a query is an error.
         ranges: Artifacts of ``vpr calibrate`` to draw.
         skew: Artifacts of ``vpr bench skew`` to draw.
+        storage: Artifacts of ``vpr bench storage`` to draw.
         sheet_queries: Number of example queries with their top five.
         seed: Seed of the bootstrap and of the example queries.
     """
@@ -252,13 +251,14 @@ class ReportConfig:
     skip_unmatched: bool = False
     ranges: tuple[str, ...] = ()
     skew: tuple[str, ...] = ()
+    storage: tuple[str, ...] = ()
     sheet_queries: int = 12
     seed: int = 0
 
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("skip_unmatched", "rivals", "skew")
+        return ("skip_unmatched", "rivals", "skew", "storage")
 
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))

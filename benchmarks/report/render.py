@@ -10,14 +10,18 @@ from benchmarks.report import charts
 from benchmarks.report.recommendation import build_verdict, collect_notes, describe_conditions, recommend
 from benchmarks.report.rivals import compare_rivals
 from benchmarks.report.schema import Report, Row
+from benchmarks.report.storage_schema import Storage
 from benchmarks.report.tables import (
     SKEW_HEADINGS,
+    STORAGE_HEADINGS,
     Column,
     describe_skew,
+    describe_storage,
     detail_columns,
     extra_columns,
     main_columns,
     skew_cells,
+    storage_cells,
 )
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -47,10 +51,19 @@ def draw_markdown(report: Report) -> str:
     for skew in report.skews:
         lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", markdown_line(SKEW_HEADINGS)]
         lines += ["|" + "---|" * len(SKEW_HEADINGS), *[markdown_line(skew_cells(row)) for row in skew.rows]]
+    for storage in report.storages:
+        lines += ["", f"## {_escape_markdown(describe_storage(storage))}", "", *draw_storage_table(storage)]
     if notes := collect_notes(report.rows):
         lines += ["", "## Notes", "", *[f"- {_escape_markdown(note)}" for note in notes]]
     lines += ["", _escape_markdown(describe_conditions(report)), "", "Command:", "", f"    {report.command}", ""]
     return "\n".join(lines)
+
+
+def draw_storage_table(storage: Storage) -> list[str]:
+    """Return the lines of the statements and the table of storage settings as Markdown."""
+    lines = [_escape_markdown(f"- {decision.size:,} vectors: {decision.outcome}") for decision in storage.decisions]
+    lines += ["", markdown_line(STORAGE_HEADINGS), "|" + "---|" * len(STORAGE_HEADINGS)]
+    return [*lines, *[markdown_line(storage_cells(row)) for row in storage.rows]]
 
 
 def draw_html(report: Report) -> str:
@@ -88,6 +101,16 @@ def draw_html(report: Report) -> str:
             for skew in report.skews
         ],
         skew_headings=SKEW_HEADINGS,
+        storages=[
+            {
+                "title": describe_storage(storage),
+                "statements": [f"{decision.size:,} vectors: {decision.outcome}" for decision in storage.decisions],
+                "charts": [Markup(charts.draw_storage(storage, gallery.size)) for gallery in storage.galleries],
+                "rows": list(map(storage_cells, storage.rows)),
+            }
+            for storage in report.storages
+        ],
+        storage_headings=STORAGE_HEADINGS,
         steps=_describe_steps(report.rerank),
         script=Markup(script),
         digest=digest,

@@ -27,8 +27,10 @@ def describe_skew(skew: Skew) -> str:
     return f"Queries of {skew.model} by other preprocessing: {skew.queries} of {skew.products} products"
 
 
-STORAGE_HEADINGS = ("vectors", "setting", "bytes per vector", "ms per query (p50)", "recall@1 [95 %]", "drop")
-STORAGE_HEADINGS += ("neighbours kept",)
+STORAGE_HEADINGS = (
+    *("vectors", "setting", "bytes per vector", "ms per query (p50)"),
+    *("recall@1 [95 %]", "drop", "neighbours kept"),
+)
 
 
 def storage_cells(row: StorageRow) -> list[str]:

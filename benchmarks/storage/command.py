@@ -15,10 +15,11 @@ from benchmarks.recall.seen_marks import log_seen
 from benchmarks.report.storage_schema import Storage, StorageDecision, StorageRow, StoredGallery
 from benchmarks.report.tables import STORAGE_HEADINGS, describe_storage, storage_cells
 from benchmarks.storage.choose import choose_setting
-from benchmarks.storage.gallery import StorageData, grow_gallery, read_data
+from benchmarks.storage.gallery import StorageData, find_file, grow_gallery, read_data
 from benchmarks.storage.measure import Measured, list_settings, measure_settings, search_exactly
 from export.backends.registry import default_threads
 from vpr.artifacts.stage import Stage
+from vpr.artifacts.store import file_sha256
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import CheckFailed
 from vpr.common.log import get_logger
@@ -52,7 +53,11 @@ def measure_storage(config: StorageConfig) -> Path:
     reference = load_embeddings(config.reference) if config.reference else embeddings
     parents = [embeddings.artifact.as_parent("embeddings"), embeddings.model]
     parents += [reference.artifact.as_parent("reference")] if config.reference else []
-    stage = Stage(config.output, "report", config_to_json(config), parents, FILE)
+    values = config_to_json(config)
+    for key in ("distractors", "reference_distractors"):
+        if path := getattr(config, key):
+            values[f"{key}_sha256"] = file_sha256(find_file(path, key))
+    stage = Stage(config.output, "report", values, parents, FILE)
     if artifact := stage.find():
         storage = Storage.model_validate_json(artifact.file(FILE).read_bytes())
         return _finish(stage.path, storage)
@@ -65,12 +70,15 @@ def measure_storage(config: StorageConfig) -> Path:
     results = list(measure_sizes(config, settings, data))
     storage = _to_storage(config, data, results, embeddings, reference)
     from benchmarks.report.charts import draw_storage  # loads matplotlib, so only after the timing
+    from benchmarks.report.render import draw_storage_table
 
     with stage.write() as draft:
         draft.metrics = {"seen": asdict(seen), "statements": [decision.outcome for decision in storage.decisions]}
         draft.preprocess, draft.embedding = embeddings.artifact.card.preprocess, embeddings.artifact.card.embedding
         (draft.path / FILE).write_text(json.dumps(storage.to_json(), indent=1), encoding="utf-8")
-        (draft.path / "storage.md").write_text(draw_table(storage), encoding="utf-8")
+        (draft.path / "storage.md").write_text(
+            "\n".join([f"# {describe_storage(storage)}", "", *draw_storage_table(storage), ""]), encoding="utf-8"
+        )
         for size in config.sizes:
             (draft.path / f"storage-{size}.svg").write_text(draw_storage(storage, size), encoding="utf-8")
     print_rows(storage)
@@ -125,16 +133,6 @@ def _to_storage(
         rows=[row for result in results for row in result.rows],
         decisions=[result.decision for result in results if result.decision],
     )
-
-
-def draw_table(storage: Storage) -> str:
-    """Return the statements and the table as Markdown."""
-    from benchmarks.report.render import markdown_line
-
-    lines = [f"# {describe_storage(storage)}", ""]
-    lines += [f"- {decision.size:,} vectors: {decision.outcome}" for decision in storage.decisions]
-    lines += ["", markdown_line(STORAGE_HEADINGS), "|" + "---|" * len(STORAGE_HEADINGS)]
-    return "\n".join([*lines, *[markdown_line(storage_cells(row)) for row in storage.rows], ""])
 
 
 def print_rows(storage: Storage) -> None:

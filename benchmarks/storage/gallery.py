@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.config import StorageConfig
-from vpr.artifacts.store import reraise_as_artifact_error
+from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import Embeddings, l2_normalize, load_embeddings
 from vpr.retrieval.intervals import Ids
@@ -101,14 +102,14 @@ def read_data(config: StorageConfig, embeddings: Embeddings, reference: Embeddin
     rows = (training, gallery, queries)
     scored = np.unique(embeddings.products[gallery])
     distractors, kept = _read_distractors(config.distractors, "distractors", embeddings, scored)
-    model = ModelVectors(*(embeddings.vectors[part] for part in rows), distractors[kept])
+    model = _take(embeddings, rows, distractors[kept])
     other = model
     if reference is not embeddings:
         paired, _ = _read_distractors(config.reference_distractors, "reference_distractors", reference, scored)
         if len(paired) != len(distractors):
             problem = f"expected {len(distractors)} vectors, as in distractors, got {len(paired)}"
             raise UserError(f"reference_distractors: {problem}. Embed the same images with both models.")
-        other = ModelVectors(*(reference.vectors[part] for part in rows), paired[kept])
+        other = _take(reference, rows, paired[kept])
     codes = np.unique(embeddings.products, return_inverse=True)[1].astype(np.int32)
     return StorageData(
         model,
@@ -149,6 +150,11 @@ def grow_gallery(data: StorageData, size: int, seed: int) -> Gallery:
     vectors = stored(data.model)
     reference = vectors if data.reference is data.model else stored(data.reference)
     return Gallery(vectors, reference, codes, real, synthetic)
+
+
+def _take(embeddings: Embeddings, rows: tuple[Rows, Rows, Rows], distractors: Vectors) -> ModelVectors:
+    training, gallery, queries = (embeddings.vectors[part] for part in rows)
+    return ModelVectors(training, gallery, queries, distractors)
 
 
 def _synthesise(training: Vectors, neighbours: Rows, count: int, seed: int) -> Vectors:
@@ -208,11 +214,18 @@ def _read_distractors(path: str, key: str, embeddings: Embeddings, scored: Ids) 
     return other.vectors, ~np.isin(other.products, scored)
 
 
-def _read_array(path: str, key: str) -> Vectors:
+def find_file(path: str, key: str) -> Path:
+    """Return the file that identifies distractors: the array, or the card of the artifact."""
+    if not path.endswith(".npy"):
+        return load_artifact(path, "embeddings").path / CARD_NAME
     if not Path(path).is_file():
         raise UserError(f"{key}: {path} is not a file. Pass an embeddings artifact or a .npy file.")
+    return Path(path)
+
+
+def _read_array(path: str, key: str) -> Vectors:
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        return np.asarray(np.load(find_file(path, key), mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}: {path} is not an array ({reason}). Write it with numpy.save.") from None

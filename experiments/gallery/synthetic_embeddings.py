@@ -36,7 +36,7 @@ class SyntheticProducts:
     validation: int = 900
     test: int = 400
     noise: float = 0.45
-    decay: float = 0.7
+    decay: float = 1.0
     seed: int = 0
 
 
