@@ -1,12 +1,19 @@
 """Configuration of the benchmark commands. It imports no heavy library, so that help and argument errors are quick."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from export.config import DEFAULT_BACKENDS, check_backends, check_confidence, check_drop
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
-from vpr.retrieval.config import RerankConfig
+from vpr.retrieval.config import (
+    IndexKind,
+    IndexTuning,
+    Reduction,
+    RerankConfig,
+    Rescoring,
+    VectorFormat,
+)
 
 # Steps whose cost grows as search does; k-reciprocal re-ranking takes minutes on a large gallery.
 RERANK = RerankConfig(centre=True, dba=5, qe=5)
@@ -118,52 +125,90 @@ class SkewConfig:
         check_numbers(self, seed=(0, None))
 
 
-Kind = Literal["flat", "flat-fp16", "flat-int8", "ivf-flat", "ivf-int8", "ivf-pq", "hnsw"]
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
 _MAX_SIZE = 1 << 32
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
-    """Settings of ``vpr bench scale``.
+class StorageConfig:
+    """Settings of ``vpr bench storage``.
 
     Attributes:
-        embeddings: Embeddings artifact with ``query`` images; its other images are the real part of the gallery.
+        embeddings: Embeddings artifact of a catalogue with its training, validation and scored split.
         output: Folder of the table.
-        sizes: Sizes of the galleries, rising.
-        kinds: Kinds of index. ``flat`` is exact; the others are compared with it.
-        queries: Maximum number of queries.
+        sizes: Sizes of the galleries, rising. Distractors fill up the gallery images of validation and scored split.
+        dims: Dimensions to keep. Empty takes all of them, a half, a quarter and an eighth.
+        reductions: Ways to fewer dimensions: ``pca`` keeps the first principal directions of the training products,
+            ``truncate`` the first dimensions, for students with nested embeddings.
+        formats: Vector formats. Empty takes those that the training vectors suffice for. ``float32`` at full width in
+            a ``flat`` index is always measured.
+        indexes: Kinds of index. ``shortlist`` rescores results in ``pq`` or ``binary``, ``ivf-shortlist`` in ``pq``.
+            Empty takes those that the training vectors suffice for.
+        rescoring: Format of the vectors that rescore a short list. Their bytes count.
+        distractors: Embeddings artifact of other products by the same model, or a NumPy file (``.npy``) of such
+            vectors, (n, dim) float32. Synthetic vectors around training images fill the remaining places.
+        reference: Embeddings artifact of the same images by another model, such as the teacher or the FP32 student. The
+            drop is then that of model and storage together. Empty compares with the exact search of ``embeddings``.
+        reference_distractors: Distractors by the model of ``reference``, in the same order.
+        split: Split that the table scores. Settings are chosen and confirmed on the validation split.
+        max_recall_drop: Largest drop of recall@1, such as 0.01. Settings are chosen on a third of the products of the
+            validation split, and the drop is confirmed on the others. None measures only.
+        confidence: Confidence that the true drop of the confirmed setting is within ``max_recall_drop``.
+        max_ms: Largest p50 of a query in milliseconds for a setting to be chosen. None sets no limit.
+        queries: Maximum number of queries of each split.
         batch: Queries per call; single queries are timed too.
-        nprobe: Lists that an IVF index searches for a query.
-        ef_search: Candidates that HNSW keeps for a query.
-        seconds: Seconds of timing for each way of searching; at least one call is timed.
-        build_seconds: Longest expected build of an index; slower indexes are left out.
-        seed: Seed of the synthetic vectors and of the choice of queries.
+        tuning: Search effort of approximate indexes.
+        threads: Threads of the search; 0 is one per processor.
+        seconds: Seconds of timing for each setting; at least one query is timed.
+        build_seconds: Longest expected build of an index; slower settings are left out.
+        seed: Seed of the synthetic vectors, of the choice of queries, and of the division of the validation products.
     """
 
     embeddings: str
     output: str
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    kinds: tuple[Kind, ...] = KINDS
-    queries: int = 1000
+    dims: tuple[int, ...] = ()
+    reductions: tuple[Reduction, ...] = ("pca",)
+    formats: tuple[VectorFormat, ...] = ()
+    indexes: tuple[IndexKind, ...] = ()
+    rescoring: Rescoring = "int8"
+    distractors: str = ""
+    reference: str = ""
+    reference_distractors: str = ""
+    split: str = "test"
+    max_recall_drop: float | None = None
+    confidence: float = 0.95
+    max_ms: float | None = None
+    queries: int = 2000
     batch: int = 100
-    nprobe: int = 16
-    ef_search: int = 128
-    seconds: float = 3.0
+    tuning: IndexTuning = IndexTuning()
+    threads: int = 0
+    seconds: float = 1.0
     build_seconds: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         largest = (1 << 31) - 1  # faiss counts in 32 bits
-        check_numbers(self, queries=(1, largest), batch=(1, largest), nprobe=(1, largest), ef_search=(1, largest))
-        check_numbers(self, seed=(0, None))
+        check_numbers(self, queries=(1, largest), batch=(1, largest), threads=(0, MAX_THREADS), seed=(0, None))
+        check_numbers(self, seconds=(0, None), build_seconds=(0, None))
+        check_drop("max_recall_drop", self.max_recall_drop)
+        check_confidence("confidence", self.confidence)
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
             raise UserError(f"sizes: expected rising numbers of vectors, got {list(self.sizes)}. Change --sizes.")
         if not 10 <= self.sizes[0] <= self.sizes[-1] <= _MAX_SIZE:  # ten neighbours are compared
             raise UserError(f"sizes: expected 10 to {_MAX_SIZE}, got {list(self.sizes)}. Change --sizes.")
+        if any(dims < 1 for dims in self.dims):
+            raise UserError(f"dims: expected numbers of 1 or more, got {list(self.dims)}. Change --dims.")
+        if not self.reductions:
+            raise UserError("reductions: expected one or more, got none. Leave out --reductions.")
+        if self.max_ms is not None and not self.max_ms > 0:
+            raise UserError(f"max_ms: expected more than 0, got {self.max_ms}.")
+        if self.split == "validation":
+            raise UserError("split: settings are chosen on the validation split. Score another one, such as test.")
+        if bool(self.reference_distractors) != bool(self.reference and self.distractors):
+            problem = "needs reference and distractors, and these two need it"
+            raise UserError(f"reference_distractors: {problem}. Set all three, or leave one of the others out.")
+        if self.max_recall_drop is None and self.max_ms is not None:
+            raise UserError("max_ms: limits the settings of a budget. Set --max-recall-drop, or leave out --max-ms.")
 
 
 @dataclass(frozen=True)
@@ -187,6 +232,7 @@ class ReportConfig:
             such a query is an error.
         ranges: Artifacts of ``vpr calibrate`` to draw.
         skew: Artifacts of ``vpr bench skew`` to draw.
+        storage: Artifacts of ``vpr bench storage`` to draw.
         sheet_queries: Number of example queries with their top five.
         seed: Seed of the bootstrap and of the example queries.
     """
@@ -205,13 +251,14 @@ class ReportConfig:
     skip_unmatched: bool = False
     ranges: tuple[str, ...] = ()
     skew: tuple[str, ...] = ()
+    storage: tuple[str, ...] = ()
     sheet_queries: int = 12
     seed: int = 0
 
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("skip_unmatched", "rivals", "skew")
+        return ("skip_unmatched", "rivals", "skew", "storage")
 
     def __post_init__(self) -> None:
         check_numbers(self, seconds=(0, None), threads=(0, MAX_THREADS), sheet_queries=(0, None), seed=(0, None))

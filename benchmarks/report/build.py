@@ -17,6 +17,7 @@ from benchmarks.report import schema
 from benchmarks.report.examples import draw_changed_examples, draw_examples
 from benchmarks.report.recommendation import SELECTION_SPLIT, timed_batches
 from benchmarks.report.selection import order_rows, select_row
+from benchmarks.report.storage_schema import Storage
 from export.backends.registry import default_threads
 from vpr.artifacts.names import with_distinct_names
 from vpr.artifacts.stage import Stage
@@ -42,13 +43,15 @@ def build_report(config: ReportConfig) -> Path:
     models = load_models((*config.models, *config.rivals))
     ranges = [load_artifact(path, "ranges") for path in config.ranges]
     skews = [load_artifact(path, "report") for path in config.skew]
+    storages = [load_artifact(path, "report") for path in config.storage]
     parents = [model.as_parent("model") for model in models] + catalog.as_parents()
     parents += [artifact.as_parent("ranges") for artifact in ranges]
     parents += [artifact.as_parent("skew") for artifact in skews]
+    parents += [artifact.as_parent("storage") for artifact in storages]
     stage = Stage(config.output, "report", config_to_json(config), parents, "report.json")
     if stage.find():
         return stage.path
-    drawn = [read_skew(artifact) for artifact in skews]
+    drawn = [read_skew(artifact) for artifact in skews], [read_storage(artifact) for artifact in storages]
     models = with_distinct_names(models)
     part = _choose_queries(catalog, config)
     if {"query", "gallery"} <= set(catalog.select(split=SELECTION_SPLIT).roles.tolist()):
@@ -146,11 +149,11 @@ def assemble_report(
     models: list[Artifact],
     ranges: list[Artifact],
     selection: schema.Selection | None,
-    skews: list[schema.Skew],
+    drawn: tuple[list[schema.Skew], list[Storage]],
 ) -> schema.Report:
     """Return the rows with the examples, calibrations and layer decisions around them.
 
-    ``part`` has the scored rows of ``catalog``.
+    ``part`` has the scored rows of ``catalog``; ``drawn`` are the tables of other measurements.
     """
     return schema.Report(
         schema=schema.SCHEMA,
@@ -166,7 +169,8 @@ def assemble_report(
         changed_sheet=draw_changed_examples(part, scored, config.sheet_queries // 2, config.seed),
         calibrations=[read_calibration(artifact) for artifact in ranges],
         decisions=[read_decision(model) for model in models if "decision.json" in model.card.files],
-        skews=skews,
+        skews=drawn[0],
+        storages=drawn[1],
     )
 
 
@@ -188,6 +192,12 @@ def read_skew(artifact: Artifact) -> schema.Skew:
     """Read the table of a ``vpr bench skew``."""
     with reraise_as_artifact_error(artifact):
         return schema.Skew.model_validate_json(artifact.file("skew.json").read_bytes())
+
+
+def read_storage(artifact: Artifact) -> Storage:
+    """Read the table of a ``vpr bench storage``."""
+    with reraise_as_artifact_error(artifact):
+        return Storage.model_validate_json(artifact.file("storage.json").read_bytes())
 
 
 def read_decision(artifact: Artifact) -> schema.LayerDecision:

@@ -14,9 +14,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.report.recommendation import timed_batches
 from benchmarks.report.schema import Calibration, Interval, LayerDecision, Report, Row, Skew
+from benchmarks.report.storage_schema import Storage
+from vpr.retrieval.config import VECTOR_FORMATS, IndexKind
 
 _WIDTH = 4.5  # inches; at 72 points each and 9-point text, legible at 390 pixels
 _MARKERS = {"fp32": "o", "bf16": "D", "fp16": "s", "int8": "^", "int8-mixed": "v", "fp8": "P"}
+_INDEX_MARKERS: dict[IndexKind, str] = {"flat": "o", "hnsw": "^", "ivf": "s", "shortlist": "D", "ivf-shortlist": "P"}
 _ERROR_BARS = {"elinewidth": 0.7, "ecolor": "#333333"}
 _BAR_COLOURS = ("#b8c4d6", "#1f77b4", "#e08a1e")
 _MAX_CATEGORIES = 12
@@ -203,6 +206,47 @@ def draw_skew(skew: Skew) -> str:
     axes.set_xlabel("recall@1 of queries by this pipeline, gallery by the card")
     axes.set_xlim(left=0)
     return _svg(figure, f"skew {skew.name}")
+
+
+@mpl.rc_context(_STYLE)
+def draw_storage(storage: Storage, size: int) -> str:
+    """Draw recall@1 against bytes per vector in one gallery; empty if nothing was measured.
+
+    The line is the Pareto front, with the dimensions of its settings. A circle marks the cheapest confirmed setting.
+    """
+    rows = [row for row in storage.rows if row.size == size]
+    points = [
+        (row, row.bytes_per_vector, row.recall_at_1)
+        for row in rows
+        if row.bytes_per_vector is not None and row.recall_at_1 is not None
+    ]
+    if not points:
+        return ""
+    figure, axes = _figure(3.9)
+    for row, cost, recall in points:
+        style: dict[str, Any] = {"color": f"C{VECTOR_FORMATS.index(row.format)}", "capsize": 2, "elinewidth": 0.4}
+        marker = _INDEX_MARKERS[row.index]
+        axes.errorbar([cost], [recall], yerr=_errors([recall], [row.ci95]), fmt=marker, markersize=5, **style)
+    for name in dict.fromkeys(row.format for row, *_ in points):
+        axes.plot([], [], "s", color=f"C{VECTOR_FORMATS.index(name)}", label=name)
+    for index in dict.fromkeys(row.index for row, *_ in points):
+        axes.plot([], [], _INDEX_MARKERS[index], color="#555555", label=index)
+    front = _pareto_front([(cost, recall) for _, cost, recall in points])
+    axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
+    if (chosen := storage.chosen(size)) and chosen.bytes_per_vector and chosen.recall_at_1 is not None:
+        ring: dict[str, Any] = {"markersize": 14, "markerfacecolor": "none", "color": "#1d7f4a", "linewidth": 2}
+        axes.plot([chosen.bytes_per_vector], [chosen.recall_at_1], "o", **ring)
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    _plain_ticks(axes, (1, 2, 5))
+    for row, cost, recall in points:
+        if (cost, recall) in front:
+            axes.annotate(str(row.dims), (cost, recall), (5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"bytes per vector in a gallery of {size:,} (log scale); numbers: dimensions")
+    axes.set_ylabel("recall@1, 95 % interval")
+    axes.grid(alpha=0.25, which="both")
+    _legend(figure, axes, 4)
+    return _svg(figure, f"storage {storage.name} {size}")
 
 
 def _number_points(axes: Axes, points: list[tuple[int, float, float]]) -> None:

@@ -10,14 +10,18 @@ from benchmarks.report import charts
 from benchmarks.report.recommendation import build_verdict, collect_notes, describe_conditions, recommend
 from benchmarks.report.rivals import compare_rivals
 from benchmarks.report.schema import Report, Row
+from benchmarks.report.storage_schema import Storage
 from benchmarks.report.tables import (
     SKEW_HEADINGS,
+    STORAGE_HEADINGS,
     Column,
     describe_skew,
+    describe_storage,
     detail_columns,
     extra_columns,
     main_columns,
     skew_cells,
+    storage_cells,
 )
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -42,15 +46,24 @@ def draw_markdown(report: Report) -> str:
         lines += [_escape_markdown(f"- {rival.text}") for rival in rivals]
     for name, columns in tables(report).items():
         headings = [column.heading for column in columns]
-        lines += ["", f"## {TABLES[name]}", "", _table_line(headings), "|" + "---|" * len(columns)]
-        lines += [_table_line([column.text(row) for column in columns]) for row in report.rows]
+        lines += ["", f"## {TABLES[name]}", "", markdown_line(headings), "|" + "---|" * len(columns)]
+        lines += [markdown_line([column.text(row) for column in columns]) for row in report.rows]
     for skew in report.skews:
-        lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", _table_line(SKEW_HEADINGS)]
-        lines += ["|" + "---|" * len(SKEW_HEADINGS), *[_table_line(skew_cells(row)) for row in skew.rows]]
+        lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", markdown_line(SKEW_HEADINGS)]
+        lines += ["|" + "---|" * len(SKEW_HEADINGS), *[markdown_line(skew_cells(row)) for row in skew.rows]]
+    for storage in report.storages:
+        lines += ["", f"## {_escape_markdown(describe_storage(storage))}", "", *draw_storage_table(storage)]
     if notes := collect_notes(report.rows):
         lines += ["", "## Notes", "", *[f"- {_escape_markdown(note)}" for note in notes]]
     lines += ["", _escape_markdown(describe_conditions(report)), "", "Command:", "", f"    {report.command}", ""]
     return "\n".join(lines)
+
+
+def draw_storage_table(storage: Storage) -> list[str]:
+    """Return the lines of the statements and the table of storage settings as Markdown."""
+    lines = [_escape_markdown(f"- {decision.size:,} vectors: {decision.outcome}") for decision in storage.decisions]
+    lines += ["", markdown_line(STORAGE_HEADINGS), "|" + "---|" * len(STORAGE_HEADINGS)]
+    return [*lines, *[markdown_line(storage_cells(row)) for row in storage.rows]]
 
 
 def draw_html(report: Report) -> str:
@@ -88,6 +101,16 @@ def draw_html(report: Report) -> str:
             for skew in report.skews
         ],
         skew_headings=SKEW_HEADINGS,
+        storages=[
+            {
+                "title": describe_storage(storage),
+                "statements": [f"{decision.size:,} vectors: {decision.outcome}" for decision in storage.decisions],
+                "charts": [Markup(charts.draw_storage(storage, gallery.size)) for gallery in storage.galleries],
+                "rows": list(map(storage_cells, storage.rows)),
+            }
+            for storage in report.storages
+        ],
+        storage_headings=STORAGE_HEADINGS,
         steps=_describe_steps(report.rerank),
         script=Markup(script),
         digest=digest,
@@ -128,7 +151,8 @@ def _in_brackets(remark: str) -> str:
     return f" ({remark})" if remark else ""
 
 
-def _table_line(values: Sequence[str]) -> str:
+def markdown_line(values: Sequence[str]) -> str:
+    """Return a line of a Markdown table with escaped cells."""
     return "| " + " | ".join(_escape_markdown(value) for value in values) + " |"
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from benchmarks.report.part import Interval, Part
+from benchmarks.report.storage_schema import Storage
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
@@ -17,20 +19,11 @@ LEAK_NOTE = "trained with a leak allowed"
 SKEW_ERROR_RATE = 0.05
 Stage = Literal["baseline", "teacher", "student", "onnx", "engine"]
 Share = Annotated[float, Field(ge=0, le=1)] | None
-Interval = tuple[float, float]
 Hits = Annotated[str, Field(pattern="^[01]+$")]
 Batch = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values: the keys that were set."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
-
-
-class Latency(_Part):
+class Latency(Part):
     """Milliseconds of one call; quantiles over the calls."""
 
     p50: float = Field(gt=0)
@@ -42,7 +35,7 @@ class Latency(_Part):
     unstable: str | None = Field(None, description="reason not to rely on these latencies")
 
 
-class OpenLoop(_Part):
+class OpenLoop(Part):
     """Milliseconds from the due time of a request to its answer, at a given rate of arrivals."""
 
     arrivals: str
@@ -57,7 +50,7 @@ class OpenLoop(_Part):
     requests_per_s: float = Field(description="requests per second that were answered")
 
 
-class Ceiling(_Part):
+class Ceiling(Part):
     """Roofline that a model's latency is compared with."""
 
     dtype: str
@@ -67,7 +60,7 @@ class Ceiling(_Part):
     model_multiply_adds: int = Field(description="multiply-adds of one image")
 
 
-class Gpu(_Part):
+class Gpu(Part):
     """GPU that ran a model, and its state after the timed calls, where the driver reports it."""
 
     name: str
@@ -78,7 +71,7 @@ class Gpu(_Part):
     throttled: list[str] = Field([], description="reasons for a reduced clock")
 
 
-class Timing(_Part):
+class Timing(Part):
     """Costs of one model on one backend: an entry of ``latency.json``. Unmeasured values are null."""
 
     cold_start_ms: float | None = None
@@ -100,7 +93,7 @@ class Timing(_Part):
     notes: str = ""
 
 
-class Retrieval(_Part):
+class Retrieval(Part):
     """Recall and mean average precision, with the interval of recall@1 by product."""
 
     recall_at_1: float = Field(ge=0, le=1)
@@ -111,7 +104,7 @@ class Retrieval(_Part):
     ci95: Interval | None
 
 
-class Category(_Part):
+class Category(Part):
     """Recall@1 of the queries of one category."""
 
     queries: int = Field(ge=1)
@@ -120,7 +113,7 @@ class Category(_Part):
     ci95: Interval | None = Field(description="95 % interval by product; null with fewer than 10 products")
 
 
-class Changed(_Part):
+class Changed(Part):
     """Number of queries whose first result differs from the FP32 student's, and the direction of the change."""
 
     queries: int = Field(ge=0)
@@ -128,7 +121,7 @@ class Changed(_Part):
     wrong: int = Field(ge=0, description="queries that this model breaks")
 
 
-class SeenCounts(_Part):
+class SeenCounts(Part):
     """Scored products and images that a model, or a model it comes from, has seen, by use."""
 
     products: int = Field(ge=0, description="number of scored products")
@@ -140,7 +133,7 @@ class SeenCounts(_Part):
     selected: str = Field(description="mark of what the epoch, weights or layers were chosen on; empty if nothing was")
 
 
-class Row(_Part):
+class Row(Part):
     """A model on a backend. Unmeasured values are null, with the reason in ``notes``."""
 
     name: str
@@ -230,7 +223,7 @@ class Row(_Part):
         return {batch: latency.unstable for batch, latency in (self.latency_ms or {}).items() if latency.unstable}
 
 
-class ScoredCatalog(_Part):
+class ScoredCatalog(Part):
     """Scored split, and the checksum of all rows of its catalogue."""
 
     sha256: str
@@ -239,14 +232,14 @@ class ScoredCatalog(_Part):
     products: dict[str, int] = Field(description="number of products by split")
 
 
-class Environment(_Part):
+class Environment(Part):
     """Hardware and package versions of the machine."""
 
     cpu: dict[str, Any]
     gpus: list[dict[str, Any]]
 
 
-class Hit(_Part):
+class Hit(Part):
     """Gallery image that a query found; ``image`` is a data URI."""
 
     product: str
@@ -255,7 +248,7 @@ class Hit(_Part):
     right: bool
 
 
-class ExampleQuery(_Part):
+class ExampleQuery(Part):
     """Query image with the nearest gallery images of each model, by the model's heading."""
 
     product: str
@@ -263,7 +256,7 @@ class ExampleQuery(_Part):
     results: dict[str, list[Hit]]
 
 
-class ChangedExamples(_Part):
+class ChangedExamples(Part):
     """Queries whose first result an INT8 model changed; ``changed`` counts all of them."""
 
     model: str
@@ -271,7 +264,7 @@ class ChangedExamples(_Part):
     sheet: list[ExampleQuery]
 
 
-class TensorRange(_Part):
+class TensorRange(Part):
     """Calibrated range of one tensor: the threshold of every method, and the largest magnitude seen."""
 
     name: str
@@ -281,14 +274,14 @@ class TensorRange(_Part):
     largest: float
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """Ranges of a ``ranges`` artifact."""
 
     name: str
     tensors: list[TensorRange]
 
 
-class LayerTrial(_Part):
+class LayerTrial(Part):
     """Set of quantised layers that the search evaluated."""
 
     quantised: list[str]
@@ -296,7 +289,7 @@ class LayerTrial(_Part):
     drop: float
 
 
-class TestedLayers(_Part):
+class TestedLayers(Part):
     """Set of quantised layers that was tested on the confirmation products."""
 
     quantised: list[str]
@@ -308,7 +301,7 @@ class TestedLayers(_Part):
     confirmed: bool
 
 
-class LayerDecision(_Part):
+class LayerDecision(Part):
     """``decision.json`` of a mixed-precision graph, with the name of its artifact."""
 
     name: str
@@ -324,7 +317,7 @@ class LayerDecision(_Part):
     sequence: list[TestedLayers]
 
 
-class SkewRow(_Part):
+class SkewRow(Part):
     """Recall of the queries by one pipeline. Differences are to the preprocessing of the card, on the same queries."""
 
     pipeline: str = Field(description="name, such as colour.bgr; card is the preprocessing of the card")
@@ -344,7 +337,7 @@ class SkewRow(_Part):
         return self.p_value is not None and self.p_value <= SKEW_ERROR_RATE
 
 
-class Skew(_Part):
+class Skew(Part):
     """``skew.json``: queries that other pipelines preprocess, in a gallery by the preprocessing of the card."""
 
     name: str
@@ -356,7 +349,7 @@ class Skew(_Part):
     rows: list[SkewRow]
 
 
-class Candidate(_Part):
+class Candidate(Part):
     """Row that was tested for the recommendation, on products that the report does not score."""
 
     title: str
@@ -366,7 +359,7 @@ class Candidate(_Part):
     confirmed: bool
 
 
-class Selection(_Part):
+class Selection(Part):
     """Choice of the recommended row on the validation split, by fixed-sequence testing."""
 
     split: str
@@ -379,7 +372,7 @@ class Selection(_Part):
     reason: str = Field(description="result of the tests in words")
 
 
-class Report(_Part):
+class Report(Part):
     """All of ``report.json``."""
 
     version: int = Field(alias="schema", ge=1)
@@ -396,6 +389,7 @@ class Report(_Part):
     calibrations: list[Calibration]
     decisions: list[LayerDecision]
     skews: list[Skew] = Field([], description="recall of queries that other pipelines preprocess")
+    storages: list[Storage] = Field([], description="recall, bytes and time of stored galleries")
 
     @property
     def reference(self) -> Row | None:

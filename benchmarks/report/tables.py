@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from benchmarks.report.recommendation import format_signed, timed_batches
 from benchmarks.report.schema import Interval, Row, Skew, SkewRow
+from benchmarks.report.storage_schema import Storage, StorageRow
 
 SKEW_HEADINGS = ("queries by", "recall@1 [95 %]", "drop [95 %]", "cosine", "queries changed")
 
@@ -24,6 +25,30 @@ def skew_cells(row: SkewRow) -> list[str]:
 def describe_skew(skew: Skew) -> str:
     """Return the title of the table of other pipelines."""
     return f"Queries of {skew.model} by other preprocessing: {skew.queries} of {skew.products} products"
+
+
+STORAGE_HEADINGS = (
+    *("vectors", "setting", "bytes per vector", "ms per query (p50)"),
+    *("recall@1 [95 %]", "drop", "neighbours kept"),
+)
+
+
+def storage_cells(row: StorageRow) -> list[str]:
+    """Return the cells of a setting below :data:`STORAGE_HEADINGS`."""
+    if row.recall_at_1 is None or row.bytes_per_vector is None or row.single_ms is None:
+        return [f"{row.size:,}", row.name, row.notes, *["–"] * 4]
+    recall = f"{row.recall_at_1:.3f}"
+    if row.ci95 is not None:
+        recall += f" [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]"
+    drop = "–" if row.drop is None else format_signed(row.drop)
+    kept = "–" if row.neighbours is None else f"{row.neighbours:.3f}"
+    return [f"{row.size:,}", row.name, f"{row.bytes_per_vector:.1f}", f"{row.single_ms:.3f}", recall, drop, kept]
+
+
+def describe_storage(storage: Storage) -> str:
+    """Return the title of the table of storage settings."""
+    compared = "" if storage.reference == storage.model else f", against {storage.reference}"
+    return f"Storage of {storage.model}{compared}: {storage.queries} queries of {storage.products} products"
 
 
 @dataclass(frozen=True)

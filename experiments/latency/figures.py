@@ -21,7 +21,6 @@ from experiments.demo.toolkit_comparison import compare_peers
 from experiments.figures import Figure, Row, command_of, markdown, measure, record
 from experiments.int8.tools import TrainedStudent
 from experiments.latency.pyperf_check import pyperf_median
-from experiments.latency.scale import scale_figures
 from experiments.latency.search_check import measure_recall_code
 from experiments.random_student import write_random_student
 from export.backends.registry import default_threads, models_of
@@ -191,12 +190,6 @@ def measure_recall() -> None:
     record("latency", figures, {"recall": table})
 
 
-def measure_scale() -> None:
-    """Record exact and approximate search in galleries of up to a million vectors."""
-    figures, table = scale_figures(command_of("latency", "scale"))
-    record("latency", figures, {"scale": table})
-
-
 def measure_peers() -> None:
     """Record the size curve's student of width 192, exported by this and other toolkits (``make other-toolkits``)."""
     curve, catalog = Path("runs/figures-student/sizes/width-192"), Path("runs/demo-full/catalog")
@@ -212,7 +205,6 @@ PARTS = {
     "truth": measure_truth,
     "open-loop": measure_open_loop,
     "recall": measure_recall,
-    "scale": measure_scale,
     "peers": measure_peers,
 }
 

@@ -38,7 +38,7 @@ SMALLER = {
     "calibrate": ("--count", "32"),
     "export int8": ("--seconds", "0.01"),
     "bench report": ("--seconds", "0.01", "--batches", "1", "--threads", "1"),
-    "bench scale": ("--seconds", "0.01", "--queries", "8", "--sizes", "500"),
+    "bench storage": ("--seconds", "0.01", "--sizes", "500"),
 }
 _GENERAL = {"-h", "--help", "--help-all", "--version", "-q", "-v", "--json"}
 _FENCE = re.compile(r"^```(\w*) *(.*)\n((?:.*\n)*?)```\n", re.MULTILINE)

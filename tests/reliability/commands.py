@@ -99,7 +99,9 @@ COMMANDS = (
     Command("bench recall --models {fp32} {int8} {engine} --catalog {catalog}", "recall"),
     Command("bench skew --model {fp32} --catalog {catalog} --pipelines colour.bgr resize.nearest", "skew"),
     Command("bench latency --models {int8} --batches 1 --seconds 0.2 --starts 1", "latency"),
-    Command("bench scale --embeddings {embeddings} --sizes 1000 --kinds flat --seconds 0.1", "scale"),
+    Command(
+        "bench storage --embeddings {embeddings} --sizes 1000 --formats int8 --indexes flat --seconds 0.1", "storage"
+    ),
     Command(
         "bench report --models {teacher} {student} {int8} --catalog {catalog} --batches 1 --seconds 0.05", "report"
     ),

@@ -153,7 +153,7 @@ def test_wrong_words_are_named(capsys: pytest.CaptureFixture[str], words: str, m
         ("bench report", "--catalog", "c", "--models", "a", "--output", "o", "--threads", "-1"),
         ("bench latency", "--models", "a", "--output", "o", "--threads", "100000"),
         ("bench compare", "a", "b", "--seed", "-1"),
-        ("bench scale", "--embeddings", "e", "--output", "o", "--seed", "-1"),
+        ("bench storage", "--embeddings", "e", "--output", "o", "--seed", "-1"),
         ("calibrate", "--onnx", "a", "--catalog", "c", "--output", "o", "--seed", "-1"),
         ("student embed", "--model", "a", "--catalog", "c", "--output", "o", "--threads", "100000"),
     ],

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from vpr.artifacts.paths import check_file
 from vpr.common.distributed import rank_and_world
@@ -40,6 +40,35 @@ class EmbedConfig:
         check_numbers(self, images_per_part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
             raise UserError("ray: a Ray job starts its own workers. Run the command without torchrun.")
+
+
+VectorFormat = Literal["float32", "float16", "int8", "pq", "binary"]
+IndexKind = Literal["flat", "hnsw", "ivf", "shortlist", "ivf-shortlist"]
+Reduction = Literal["pca", "truncate"]
+Rescoring = Literal["float32", "float16", "int8"]
+
+VECTOR_FORMATS: tuple[VectorFormat, ...] = get_args(VectorFormat)
+INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+@dataclass(frozen=True)
+class IndexTuning:
+    """Search effort of approximate indexes.
+
+    Attributes:
+        nprobe: Lists that an IVF index searches for a query.
+        ef_search: Candidates that HNSW keeps for a query.
+        shortlist: Vectors of the short list that are rescored.
+    """
+
+    nprobe: int = 16
+    ef_search: int = 128
+    shortlist: int = 100
+
+    def __post_init__(self) -> None:
+        largest = (1 << 31) - 1  # faiss counts in 32 bits
+        check_numbers(self, "tuning.", nprobe=(1, largest), ef_search=(1, largest), shortlist=(10, largest))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Storage of a gallery: recall, bytes and time of vector formats, dimensions and indexes."""
