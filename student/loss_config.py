@@ -9,6 +9,7 @@ TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", 
 LABEL_LOSSES = ("margin", "logits")
 # Losses of the relations between images: they compare similarities or distances, not embeddings.
 RELATIONS = ("affinity", "rkd_distance", "rkd_angle")
+_MAX_NESTED, _MAX_PREFIXES = 8192, 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class LossConfig:
         logits_alpha: Share of the teacher in ``logits``. The remainder is cross-entropy with the labels.
         logits_temperature: Temperature of ``logits``.
         head: Head of ``margin``. Its scale also scales the teacher's logits.
+        nested: Ascending numbers of dimensions, such as 32 64 128, below the embedding's. The losses also apply to the
+            first 32, 64 and 128 dimensions, renormalised, so that these are embeddings themselves (Kusupati et al.,
+            "Matryoshka Representation Learning", NeurIPS 2022). The targets are rotated to their principal directions,
+            so that a prefix of a target is the best target of its width.
+        nested_weights: Weight of the losses of each of these prefixes; empty weights each by 1.
     """
 
     cosine: float = 1.0
@@ -49,6 +55,8 @@ class LossConfig:
     logits_alpha: float = 0.5
     logits_temperature: float = 1.0
     head: HeadConfig = HeadConfig(scale=16.0, margin=0.0, margin_end=0.2)
+    nested: tuple[int, ...] = ()
+    nested_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +71,33 @@ class LossConfig:
             raise UserError("losses: all weights are 0. Set at least one, for example losses.cosine to 1.")
         if self.logits and len(self.weights()) > 1:
             raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
+        self._check_nested()
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("nested", "nested_weights")
+
+    def _check_nested(self) -> None:
+        """Raise :class:`UserError` for prefixes that are not ascending, or weights that do not belong to them."""
+        if list(self.nested) != sorted(set(self.nested)) or not all(1 <= dim <= _MAX_NESTED for dim in self.nested):
+            expected = f"expected different numbers from 1 to {_MAX_NESTED} in ascending order"
+            raise UserError(f"losses.nested: {expected}, got {_listed(self.nested)}.")
+        if len(self.nested) > _MAX_PREFIXES:
+            raise UserError(f"losses.nested: expected at most {_MAX_PREFIXES} numbers, got {len(self.nested)}.")
+        if self.nested_weights and len(self.nested_weights) != len(self.nested):
+            problem = f"expected one weight for each of the {len(self.nested)} prefixes, got {len(self.nested_weights)}"
+            raise UserError(f"losses.nested_weights: {problem}.")
+        if not all(0 <= weight <= 1e6 for weight in self.nested_weights):
+            raise UserError(f"losses.nested_weights: expected 0 or more each, got {_listed(self.nested_weights)}.")
+        if self.nested and self.logits:
+            raise UserError("losses.nested: the baseline logits does not support it. Set losses.logits to 0.")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """Weight above 0 by the number of dimensions of each nested prefix, ascending."""
+        weights = self.nested_weights or (1.0,) * len(self.nested)
+        return {dim: weight for dim, weight in zip(self.nested, weights, strict=True) if weight > 0}
 
     def weights(self) -> dict[str, float]:
         """Return the weights above 0 by the name of the loss."""
@@ -77,3 +112,7 @@ class LossConfig:
     def needs_teacher(self) -> bool:
         """Whether any loss compares the student with the teacher."""
         return any(name in TEACHER_LOSSES for name in self.weights())
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
