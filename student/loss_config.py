@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, fields
 
-from teacher.config import HeadConfig
+from teacher.loss_config import HeadConfig, check_nested
 from vpr.common.errors import UserError
 
 TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
 LABEL_LOSSES = ("margin", "logits")
 # Losses of the relations between images: they compare similarities or distances, not embeddings.
 RELATIONS = ("affinity", "rkd_distance", "rkd_angle")
-_MAX_NESTED, _MAX_PREFIXES = 8192, 16
 
 
 @dataclass(frozen=True)
@@ -80,16 +79,15 @@ class LossConfig:
 
     def _check_nested(self) -> None:
         """Raise :class:`UserError` for prefixes that are not ascending, or weights that do not belong to them."""
-        if list(self.nested) != sorted(set(self.nested)) or not all(1 <= dim <= _MAX_NESTED for dim in self.nested):
-            expected = f"expected different numbers from 1 to {_MAX_NESTED} in ascending order"
-            raise UserError(f"losses.nested: {expected}, got {_listed(self.nested)}.")
-        if len(self.nested) > _MAX_PREFIXES:
-            raise UserError(f"losses.nested: expected at most {_MAX_PREFIXES} numbers, got {len(self.nested)}.")
+        check_nested("losses.nested", self.nested)
+        if self.head.nested:
+            raise UserError("losses.head.nested: the margin of a student follows losses.nested. Set that instead.")
         if self.nested_weights and len(self.nested_weights) != len(self.nested):
             problem = f"expected one weight for each of the {len(self.nested)} prefixes, got {len(self.nested_weights)}"
             raise UserError(f"losses.nested_weights: {problem}.")
         if not all(0 <= weight <= 1e6 for weight in self.nested_weights):
-            raise UserError(f"losses.nested_weights: expected 0 or more each, got {_listed(self.nested_weights)}.")
+            weights = " ".join(f"{weight:g}" for weight in self.nested_weights)
+            raise UserError(f"losses.nested_weights: expected 0 or more each, got {weights}.")
         if self.nested and self.logits:
             raise UserError("losses.nested: the baseline logits does not support it. Set losses.logits to 0.")
 
@@ -112,7 +110,3 @@ class LossConfig:
     def needs_teacher(self) -> bool:
         """Whether any loss compares the student with the teacher."""
         return any(name in TEACHER_LOSSES for name in self.weights())
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)

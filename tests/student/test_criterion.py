@@ -17,6 +17,7 @@ from student.criterion import DistillationLoss, Labels, compute_class_means
 from student.loss_config import TEACHER_LOSSES
 from student.losses import cosine_loss, rkd_distance, similarity_kl
 from student.model import Student
+from teacher.config import HeadConfig
 from teacher.head import MarginHead
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
@@ -262,6 +263,7 @@ def test_margin_of_a_prefix_is_that_of_a_narrow_head(labels: Labels) -> None:
         ({"nested": (4,), "nested_weights": (-1.0,)}, r"losses\.nested_weights: expected 0 or more each, got -1\."),
         ({"nested": (4,), "nested_weights": (float("nan"),)}, r"losses\.nested_weights: expected 0 or more"),
         ({"nested": (4,), "cosine": 0.0, "similarity_kl": 0.0, "logits": 1.0}, r"losses\.nested: the baseline logits"),
+        ({"head": HeadConfig(nested=(4,))}, r"losses\.head\.nested: .* follows losses\.nested"),
     ],
 )
 def test_wrong_prefixes_are_rejected(values: dict[str, Any], reason: str) -> None:

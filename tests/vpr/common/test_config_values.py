@@ -10,7 +10,7 @@ import pytest
 from benchmarks.config import RecallConfig, ReportConfig
 from export.config import OnnxConfig
 from student.config import LAYER_KEYS, DistillConfig, LossConfig, StudentConfig
-from teacher.config import StageConfig, TowerConfig, TrainConfig
+from teacher.config import HeadConfig, StageConfig, TowerConfig, TrainConfig
 from vpr.common.config_values import config_values
 from vpr.retrieval.config import EmbedConfig
 
@@ -26,6 +26,7 @@ TRAIN = TrainConfig("c", "o", tower=TowerConfig("sample", "", 32, embedding_dim=
         (RecallConfig("c", ("m",), "o"), {"leave_one_out": True, "skip_unmatched": True, "dimensions": 8}),
         (ReportConfig("c", ("m",), "o"), {"skip_unmatched": True}),
         (LossConfig(), {"nested": (8, 16)}),
+        (HeadConfig(), {"nested": (8, 16)}),
         (EmbedConfig("m", "c", "o"), {"dimensions": 8}),
         (OnnxConfig("m", "o"), {"dimensions": 8}),
     ],
