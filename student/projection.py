@@ -58,8 +58,8 @@ def find_projection(
 ) -> tuple[Tensor | None, dict[str, float]]:
     """Fit the projection of the teacher and measure its recall on the validation images.
 
-    It is fitted on cached embeddings, or without a cache on embeddings of training images. A nested student that starts
-    from one of the same teacher keeps the projection of ``start``, because directions depend on the images of the fit.
+    It is fitted on cached embeddings, or without a cache on embeddings of training images. Nested students and QAT keep
+    the projection of a ``start`` with the same teacher, because directions depend on the images of the fit.
 
     Returns:
         The (D, d) projection, None if the targets are the teacher's embeddings as they are, and the card's metrics.
@@ -75,7 +75,8 @@ def find_projection(
     metrics = {"teacher_val_recall_at_1": recall}
     if reduces and not method.projects_teacher:
         return None, metrics
-    projection = _read_projection(start, teacher, dim) if rotates and start is not None else None
+    keeps = start is not None and (rotates or bool(config.quantise.ranges))
+    projection = _read_projection(start, teacher, dim) if keeps and start is not None else None
     if projection is None:
         projection = _fit(config, _collect(config, teacher, cache, training), full, validation)
     if reduces:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student.config import DimensionConfig, DistillConfig, LossConfig, TargetsConfig
+from student.config import DimensionConfig, DistillConfig, LossConfig, QuantiseConfig, TargetsConfig
 from student.distill import distill
 from student.model import load_student
+from student.projection import find_projection
+from student.qat import check_same_prefixes
 from student.teacher_model import load_teacher_model
 from tests.student.conftest import STUDENT
 from vpr.artifacts.store import Artifact, load_artifact
@@ -43,16 +45,21 @@ def train(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> Tr
     return run
 
 
+@pytest.fixture(scope="module")
+def nested(train: Train) -> Artifact:
+    """Return a student with two prefixes, trained for one epoch."""
+    return train(losses=NESTED)
+
+
 def projection_of(artifact: Artifact) -> torch.Tensor:
     return load_file(artifact.file("projection.safetensors"))["projection"]
 
 
-def test_targets_are_rotated_to_principal_directions(train: Train, config: DistillConfig, capsys: Capture) -> None:
+def test_targets_are_rotated_to_principal_directions(nested: Artifact, config: DistillConfig) -> None:
     """A prefix of the targets has the recall of the teacher's PCA, computed by SVD."""
-    artifact = train(losses=NESTED)
+    artifact = nested
     assert artifact.card.embedding is not None
     assert artifact.card.embedding.nested == [4, 16]
-    assert "nested: 1 x the first 4, 1 x the first 16" in capsys.readouterr().err
     rotation = projection_of(artifact)
     np.testing.assert_allclose(rotation.T @ rotation, np.eye(256), atol=1e-4)
     cache = load_artifact(f"{artifact.path}-views")
@@ -68,7 +75,7 @@ def test_targets_are_rotated_to_principal_directions(train: Train, config: Disti
     assert recall == pytest.approx(score_split(validation, prefix).recall_at_1, abs=0.05)
 
 
-@pytest.mark.parametrize("method", ["pca", "cosine"])
+@pytest.mark.parametrize("method", ["pca", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_projection_to_fewer_dimensions_is_rotated(method: Any, train: Train) -> None:
     artifact = train(
         losses=NESTED, model=replace(STUDENT, embedding_dim=24), dimension=DimensionConfig(method, steps=20)
@@ -102,13 +109,13 @@ def test_prefixes_of_weight_zero_are_no_prefixes(train: Train) -> None:
         assert torch.equal(before, after)
 
 
-def test_continued_student_keeps_its_directions(train: Train, capsys: Capture) -> None:
-    first = train(losses=NESTED)
-    capsys.readouterr()
+def test_continued_student_keeps_its_directions(nested: Artifact, train: Train, capsys: Capture) -> None:
     # Other views would give other directions.
-    again = train(losses=NESTED, start=str(first.path), targets=TargetsConfig(views=2, bank=32), seed=3)
-    assert "the targets keep the projection of student" in capsys.readouterr().err
-    assert torch.equal(projection_of(first), projection_of(again))
+    again = train(losses=NESTED, start=str(nested.path), targets=TargetsConfig(views=2, bank=32), seed=3)
+    log = capsys.readouterr().err
+    assert "nested: 1 x the first 4, 1 x the first 16" in log
+    assert "the targets keep the projection of student" in log
+    assert torch.equal(projection_of(nested), projection_of(again))
 
 
 def test_prefix_of_the_full_width_is_rejected_before_training(config: DistillConfig, tmp_path: Path) -> None:
@@ -134,3 +141,25 @@ def test_nested_losses_raise_the_recall_of_a_prefix(train: Train, catalog: Catal
         recalls[name] = np.mean(scores, axis=0)
     assert recalls["nested"][0] > recalls["plain"][0] + 0.05
     assert recalls["nested"][1] > recalls["plain"][1] - 0.1
+
+
+def test_qat_keeps_the_projection_of_its_student(train: Train, config: DistillConfig) -> None:
+    reduction = {"model": replace(STUDENT, embedding_dim=24), "dimension": DimensionConfig("pca")}
+    first = train(**reduction)
+    teacher = load_teacher_model(load_artifact(config.teacher[0]))
+    data = load_catalog(config.catalog)
+    splits = data.select(split="train").take(np.arange(40)), data.select(split="validation")
+    for ranges, is_kept in (("ranges", True), ("", False)):
+        changed = replace(config, start=str(first.path), quantise=QuantiseConfig(ranges), **reduction)
+        projection, metrics = find_projection(changed, teacher, None, *splits, first)
+        assert projection is not None
+        assert torch.equal(projection, projection_of(first)) == is_kept
+        assert 0 < metrics["projected_teacher_val_recall_at_1"] <= 1
+
+
+def test_qat_needs_the_same_prefixes(nested: Artifact) -> None:
+    check_same_prefixes(NESTED, nested)
+    with pytest.raises(
+        UserError, match=r"losses\.nested: .*student has the nested dimensions 4 16\. Set the same ones"
+    ):
+        check_same_prefixes(LossConfig(), nested)
