@@ -33,6 +33,8 @@ class RecallConfig:
             automatic where the queries and the gallery are the same images.
         skip_unmatched: Leave out queries whose product has no other gallery image, with their count in the rows.
             Otherwise such a query is an error.
+        dimensions: Score the first N dimensions of the embeddings, renormalised. Teachers, the reference of the
+            retention, keep all of theirs; 0 scores all dimensions of every model.
         seed: Seed of the bootstrap.
     """
 
@@ -43,15 +45,16 @@ class RecallConfig:
     rerank: RerankConfig = RERANK
     leave_one_out: bool = False
     skip_unmatched: bool = False
+    dimensions: int = 0
     seed: int = 0
 
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("leave_one_out", "skip_unmatched")
+        return ("leave_one_out", "skip_unmatched", "dimensions")
 
     def __post_init__(self) -> None:
-        check_numbers(self, seed=(0, None))
+        check_numbers(self, dimensions=(0, 1 << 16), seed=(0, None))
         if self.leave_one_out and self.rerank not in (RERANK, RerankConfig()):
             problem = "its steps compare a query with the gallery, which holds the query's own image"
             raise UserError(f"rerank: {problem}. Leave out --rerank or --leave-one-out.")

@@ -59,6 +59,8 @@ class OnnxConfig:
         images: Number of images to check.
         input: Data type of the input. ``uint8`` takes pixels and normalises inside the graph, a quarter of the bytes.
         layout: Order of the axes of a ``uint8`` input: ``NCHW``, or ``NHWC`` as decoders return images.
+        dimensions: Keep the first N dimensions of the embedding, renormalised inside the graph, as nested students are
+            trained for. 0 keeps all.
     """
 
     model: str
@@ -70,16 +72,17 @@ class OnnxConfig:
     images: int = 64
     input: Literal["float32", "uint8"] = "float32"
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    dimensions: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, images=(1, 1 << 16))
+        check_numbers(self, images=(1, 1 << 16), dimensions=(0, 1 << 16))
         if self.layout == "NHWC" and self.input == "float32":
             raise UserError("layout: NHWC needs a uint8 input, got float32. Add --input uint8.")
 
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Keys that cards did not have at first, see :func:`vpr.common.config_values.config_values`."""
-        return ("input", "layout")
+        return ("input", "layout", "dimensions")
 
 
 Recipe = Literal["linear", "full-mha", "full"]
@@ -295,6 +298,7 @@ class EmbedConfig(retrieval.EmbedConfig):
         threads: Background decoding threads per process; 0 decodes in the calling thread.
         images_per_part: Images per part, rounded up to full batches. A killed job repeats at most its unfinished parts.
         ray: Workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
+        dimensions: Keep the first N dimensions, renormalised, as nested students are trained for; 0 keeps all.
         backend: Backend that runs the model. ``auto`` means PyTorch for teachers and students, the builder's runtime
             for engines, and for graphs ONNX Runtime on an NVIDIA GPU, else OpenVINO or ONNX Runtime.
     """

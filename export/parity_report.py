@@ -25,6 +25,7 @@ from vpr.data.pixels import read_pixels
 from vpr.imaging.preprocess import ModelInput
 from vpr.inference.onnx_graph import session_with_outputs
 from vpr.inference.onnx_session import INPUT
+from vpr.retrieval.cut import cut_vectors
 from vpr.retrieval.embeddings import l2_normalize
 
 log = get_logger(__name__)
@@ -66,9 +67,10 @@ def compare_exports(config: ParityConfig) -> Path:
         inputs = artifact.card.preprocess.model_input(pixels)
         with reraise_as_artifact_error(artifact):
             actual = l2_normalize(run_graph(graph, inputs, _BATCH))
-        row: dict[str, Any] = {"model": artifact.card.name, **parity(expected, actual)}
+        same = _cut_like(expected, actual, artifact)
+        row: dict[str, Any] = {"model": artifact.card.name, **parity(same, actual)}
         if query.any() and gallery.any():
-            row |= rank_changes(expected[query] @ expected[gallery].T, actual[query] @ actual[gallery].T)
+            row |= rank_changes(same[query] @ same[gallery].T, actual[query] @ actual[gallery].T)
         if config.layers:
             step = max(len(pixels) // _LAYER_IMAGES, 1)
             floats = preprocess.normalise(pixels[::step])
@@ -80,6 +82,14 @@ def compare_exports(config: ParityConfig) -> Path:
         (draft.path / "parity.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     log.info(f"{config.output}: {len(rows)} models compared with {config.reference}")
     return stage.path
+
+
+def _cut_like(expected: NDArray[np.float32], actual: NDArray[np.float32], artifact: Artifact) -> NDArray[np.float32]:
+    """Return the reference's embeddings with the dimensions of a graph, which may be exported with fewer."""
+    full, dim = expected.shape[1], actual.shape[1]
+    if dim > full:
+        raise UserError(f"{artifact.path}: {dim} dimensions, the reference has {full}. Compare its own exports.")
+    return expected if dim == full else cut_vectors(expected, dim)
 
 
 def compare_layers(

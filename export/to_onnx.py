@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export.config import MAX_BATCH, OnnxConfig
+from export.cut_output import cut_output
 from export.fp16 import find_overflow, to_fp16
 from export.golden import write_graph_golden
 from export.parity import parity
@@ -30,6 +31,7 @@ from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.inference.onnx_file import check_well_formed, save_graph
 from vpr.inference.onnx_graph import GraphSession, load_graph
 from vpr.inference.onnx_session import INPUT, OUTPUT
+from vpr.retrieval.cut import check_dimensions, cut_vectors
 
 if TYPE_CHECKING:  # running a graph or an engine needs no torch
     from torch import nn
@@ -60,9 +62,13 @@ def export_onnx(config: OnnxConfig) -> Path:
         return stage.path
     if network.card.preprocess is None:
         raise UserError(f"{config.model}: the card has no preprocessing. Train the {network.card.kind} again.")
+    if config.dimensions:
+        check_dimensions(network, config.dimensions)
     preprocess = network.card.preprocess.model_copy(update={"dtype": config.input, "layout": config.layout})
     model = load_module(network)
     graph = trace(model, preprocess.size, config.opset)
+    if config.dimensions:
+        graph = cut_output(graph, config.dimensions)
     if config.input == "uint8":
         graph = take_uint8(graph, preprocess)
     fp32_nodes = find_overflow(graph, preprocess.model_input(_read_images(catalog, config, preprocess, "train")))
@@ -75,6 +81,8 @@ def export_onnx(config: OnnxConfig) -> Path:
         save_graph(graph, draft.path)
         fill_graph_card(draft, network, graph)
         draft.preprocess = preprocess
+        if config.dimensions and draft.embedding is not None:
+            draft.embedding = draft.embedding.cut(config.dimensions)
         write_graph_golden(draft, graph)
         measured: dict[Use, Catalog] = {} if catalog is None else {"calibration": _sample(catalog, config, "train")}
         record_seen(draft.path, [network], measured)
@@ -171,6 +179,7 @@ def _compare(
     floats = torch.from_numpy(preprocess.normalise(images))
     with torch.inference_mode():
         expected = torch.cat([model(chunk) for chunk in floats.split(max(_BATCHES))]).numpy()
+    expected = cut_vectors(expected, config.dimensions)
     worst: dict[str, float] = {}
     for batch in _BATCHES:
         metrics = parity(expected, run_graph(graph, preprocess.model_input(images), batch))

@@ -396,6 +396,9 @@ class DistillConfig:
                 raise UserError("losses.logits: needs the teacher's full embeddings. Set dimension.method to none.")
             if self.unlabelled:
                 raise UserError("losses.logits: needs a label for every image. Remove unlabelled.")
+        if self.losses.nested and self.losses.compares_embeddings and self.dimension.method == "projector":
+            problem = "the projector reads all dimensions of the student"
+            raise UserError(f"losses.nested: {problem}. Set dimension.method to pca or cosine.")
         relations = weights.keys() & set(RELATIONS)
         if relations and self.loader.batch_size < 2:
             raise UserError(f"loader.batch_size: losses.{min(relations)} needs at least 2 images in a batch, got 1.")

@@ -1,5 +1,7 @@
 """Training criterion of a student: the weighted losses and their layers that are dropped after training."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,7 @@ class Labels:
 class DistillationLoss(nn.Module):
     """Named losses of a batch and their weighted sum.
 
+    ``cosine_64`` is the loss ``cosine`` of the nested prefix of 64 dimensions.
     ``logits`` trains the student's layers inside vit-pytorch's wrapper. A learned projection leads from another student
     width to ``dim``, the width of the target embeddings.
 
@@ -75,13 +78,24 @@ class DistillationLoss(nn.Module):
         """
         with torch.autocast(student.device.type, enabled=False):
             named = {}
-            if self.head is not None:
-                named["margin"] = self._margin_loss(self.head, student, rows, progress, epoch)
-            return named if teacher is None else named | self._teacher_losses(student, teacher, bank)
+            for dim in (0, *self.config.prefixes):
+                part = losses.cut_prefix(student, dim) if dim else student
+                if self.head is not None:
+                    named[_name("margin", dim)] = self._margin_loss(self.head, part, rows, progress, epoch)
+                if teacher is not None:
+                    of_teacher = self._teacher_losses(part, teacher, bank, dim)
+                    named |= {_name(name, dim): loss for name, loss in of_teacher.items()}
+            return named
 
     def total(self, named: dict[str, Tensor]) -> Tensor:
-        """Return the weighted sum of named losses."""
-        return torch.stack([self.config.weights()[name] * value for name, value in named.items()]).sum()
+        """Return the weighted sum of named losses; those of a prefix also have the weight of the prefix."""
+        prefixes = {0: 1.0, **self.config.prefixes}
+        weights = {
+            _name(name, dim): of_prefix * weight
+            for dim, of_prefix in prefixes.items()
+            for name, weight in self.config.weights().items()
+        }
+        return torch.stack([weights[name] * value for name, value in named.items()]).sum()
 
     def _margin_loss(self, head: MarginHead, student: Tensor, rows: Tensor, progress: float, epoch: int) -> Tensor:
         labels = self.labels.by_row[rows]
@@ -91,21 +105,36 @@ class DistillationLoss(nn.Module):
             return head(student[chosen], to_device(labels[known], student.device), progress, epoch)
         return 0.0 * head.weight.sum()  # DDP needs the head in the graph of every step.
 
-    def _teacher_losses(self, student: Tensor, teacher: Tensor, bank: Tensor | None) -> dict[str, Tensor]:
-        config = self.config
+    def _teacher_losses(self, student: Tensor, teacher: Tensor, bank: Tensor | None, dim: int) -> dict[str, Tensor]:
+        """Return the losses of all dimensions (``dim`` 0), or of a prefix.
+
+        A prefix is compared with the prefix of the teacher's embeddings, and its similarities and distances with those
+        of the teacher's full embeddings.
+        """
+        config, triples = self.config, slice(_MAX_TRIPLE_IMAGES)
         if self.project is not None:
             student = F.normalize(self.project(student), dim=1)
-        triples = slice(_MAX_TRIPLE_IMAGES)
+
+        def target(vectors: Tensor | None) -> Any:
+            return losses.cut_prefix(vectors, dim) if dim and vectors is not None else vectors
+
         functions = {
-            "cosine": lambda: losses.cosine_loss(student, teacher),
-            "mse": lambda: losses.mse_loss(student, teacher),
-            "similarity_kl": lambda: losses.similarity_kl(student, teacher, bank, config.temperature),  # type: ignore[arg-type]
+            "cosine": lambda: losses.cosine_loss(student, target(teacher)),
+            "mse": lambda: losses.mse_loss(student, target(teacher)),
+            "similarity_kl": lambda: losses.similarity_kl(student, teacher, bank, config.temperature, target(bank)),  # type: ignore[arg-type]
             "affinity": lambda: losses.affinity_loss(student, teacher, config.temperature),
             "rkd_distance": lambda: losses.rkd_distance(student, teacher),
             "rkd_angle": lambda: losses.rkd_angle(student[triples], teacher[triples]),
-            "contrastive": lambda: losses.interactive_contrastive(student, teacher, config.contrastive_temperature),
+            "contrastive": lambda: losses.interactive_contrastive(
+                student, target(teacher), config.contrastive_temperature
+            ),
         }
         return {name: loss() for name, loss in functions.items() if config.weights().get(name)}
+
+
+def _name(loss: str, dim: int) -> str:
+    """Return the name of a loss of all dimensions (``dim`` 0), or of a prefix."""
+    return f"{loss}_{dim}" if dim else loss
 
 
 class LogitDistillation(nn.Module):

@@ -18,7 +18,7 @@ from student.criterion import DistillationLoss, Labels, compute_class_means
 from student.inputs import DistillInputs, leak_metadata, load_inputs
 from student.model import Student
 from student.module import StudentModule
-from student.projection import find_projection
+from student.projection import PROJECTION, find_projection
 from student.qat import insert_fake_quant, read_thresholds
 from student.start_fit import fit_start
 from student.targets import CachedTargets, OnlineTargets, Targets, TwoSizeDataset
@@ -116,6 +116,8 @@ def _log_plan(config: DistillConfig, inputs: DistillInputs) -> None:
     losses = ", ".join(f"{weight:g} x {loss}" for loss, weight in config.losses.weights().items())
     size = f"{parameters / 1e6:.2f} M parameters, {model.embedding_dim} dimensions, {model.image_size} pixels"
     log.info(f"student: {size}; {config.epochs} epochs of {images} images; {losses}")
+    if prefixes := config.losses.prefixes:
+        log.info("  nested: " + ", ".join(f"{weight:g} x the first {dim}" for dim, weight in prefixes.items()))
     if not config.losses.needs_teacher:
         log.info("  labels only, no teacher")
     elif config.targets.mode == "online":
@@ -173,7 +175,8 @@ def _build_targets(
     if config.dry_run:
         projection = None if dim == teacher.dim else torch.eye(teacher.dim)[:, :dim]
     else:
-        projection, recalls = find_projection(config, teacher, cache, inputs.training, inputs.validation)
+        splits = inputs.training, inputs.validation
+        projection, recalls = find_projection(config, teacher, cache, *splits, inputs.models.get("start"))
     if cache is None:
         return OnlineTargets(teacher.network, teacher.preprocess, config.targets, dim, projection), recalls
     if criterion.logits is not None:
@@ -214,7 +217,8 @@ def _write_files(draft: ArtifactWriter, config: DistillConfig, folder: Path, tar
     copy_logs(folder, draft.path)
     shutil.copyfile(folder / "best.safetensors", draft.path / "model.safetensors")
     if targets is not None and targets.projection is not None:
-        save_file({"projection": targets.projection.cpu().contiguous()}, draft.path / "projection.safetensors")
-    draft.embedding = Embedding(dim=config.model.embedding_dim, normalised=True, dtype="float32")
+        save_file({"projection": targets.projection.cpu().contiguous()}, draft.path / PROJECTION)
+    nested = list(config.losses.prefixes)
+    draft.embedding = Embedding(dim=config.model.embedding_dim, normalised=True, dtype="float32", nested=nested)
     if config.quantise.ranges:
         draft.metrics["quantise_exclude_layers"] = list(config.quantise.exclude_layers)

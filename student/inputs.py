@@ -8,7 +8,7 @@ from typing import Any
 
 from student.config import DistillConfig, StudentConfig
 from student.projection import check_directions, resolve_dimensions
-from student.qat import check_ranges
+from student.qat import check_ranges, check_same_prefixes
 from student.several_teachers import plan_fusion
 from student.start import Start, load_start, resolve_model
 from student.teacher_model import TeacherModel, load_teacher_model
@@ -130,4 +130,5 @@ def _load_models(config: DistillConfig, start: Start | None) -> dict[str, Artifa
     if config.quantise.ranges:
         models["ranges"] = load_artifact(config.quantise.ranges, "ranges")
         check_ranges(models["ranges"], models["start"])
+        check_same_prefixes(config.losses, models["start"])
     return models

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from teacher.config import HeadConfig
+from teacher.loss_config import HeadConfig, check_nested
 from vpr.common.errors import UserError
 
 TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
@@ -33,6 +33,11 @@ class LossConfig:
         logits_alpha: Share of the teacher in ``logits``. The remainder is cross-entropy with the labels.
         logits_temperature: Temperature of ``logits``.
         head: Head of ``margin``. Its scale also scales the teacher's logits.
+        nested: Ascending numbers of dimensions, such as 32 64 128, below the embedding's. The losses also apply to the
+            first 32, 64 and 128 dimensions, renormalised, so that these are embeddings themselves (Kusupati et al.,
+            "Matryoshka Representation Learning", NeurIPS 2022). The targets are rotated to their principal directions,
+            so that a prefix of a target is the best target of its width.
+        nested_weights: Weight of the losses of each of these prefixes; empty weights each by 1.
     """
 
     cosine: float = 1.0
@@ -49,6 +54,8 @@ class LossConfig:
     logits_alpha: float = 0.5
     logits_temperature: float = 1.0
     head: HeadConfig = HeadConfig(scale=16.0, margin=0.0, margin_end=0.2)
+    nested: tuple[int, ...] = ()
+    nested_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +70,32 @@ class LossConfig:
             raise UserError("losses: all weights are 0. Set at least one, for example losses.cosine to 1.")
         if self.logits and len(self.weights()) > 1:
             raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
+        self._check_nested()
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("nested", "nested_weights")
+
+    def _check_nested(self) -> None:
+        """Raise :class:`UserError` for prefixes that are not ascending, or weights that do not belong to them."""
+        check_nested("losses.nested", self.nested)
+        if self.head.nested:
+            raise UserError("losses.head.nested: the margin of a student follows losses.nested. Set that instead.")
+        if self.nested_weights and len(self.nested_weights) != len(self.nested):
+            problem = f"expected one weight for each of the {len(self.nested)} prefixes, got {len(self.nested_weights)}"
+            raise UserError(f"losses.nested_weights: {problem}.")
+        if not all(0 <= weight <= 1e6 for weight in self.nested_weights):
+            weights = " ".join(f"{weight:g}" for weight in self.nested_weights)
+            raise UserError(f"losses.nested_weights: expected 0 or more each, got {weights}.")
+        if self.nested and self.logits:
+            raise UserError("losses.nested: the baseline logits does not support it. Set losses.logits to 0.")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """Weight above 0 by the number of dimensions of each nested prefix, ascending."""
+        weights = self.nested_weights or (1.0,) * len(self.nested)
+        return {dim: weight for dim, weight in zip(self.nested, weights, strict=True) if weight > 0}
 
     def weights(self) -> dict[str, float]:
         """Return the weights above 0 by the name of the loss."""

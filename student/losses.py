@@ -22,13 +22,17 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(dim=1).mean()
 
 
-def similarity_kl(student: Tensor, teacher: Tensor, bank: Tensor, temperature: float) -> Tensor:
+def similarity_kl(
+    student: Tensor, teacher: Tensor, bank: Tensor, temperature: float, student_bank: Tensor | None = None
+) -> Tensor:
     """Return the KL divergence of softened similarities to a (size, dim) bank of teacher embeddings.
 
     mean over the batch of KL(softmax(teacher bank^T / T) || softmax(student bank^T / T)): the student
-    ranks the bank as the teacher does (Fang et al., "SEED", ICLR 2021, eq. 4-6).
+    ranks the bank as the teacher does (Fang et al., "SEED", ICLR 2021, eq. 4-6). A student of another width is compared
+    with ``student_bank``, the bank in that width.
     """
-    return _kl_divergence(student @ bank.T / temperature, teacher @ bank.T / temperature)
+    compared = bank if student_bank is None else student_bank
+    return _kl_divergence(student @ compared.T / temperature, teacher @ bank.T / temperature)
 
 
 def affinity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -67,6 +71,11 @@ def interactive_contrastive(student: Tensor, teacher: Tensor, temperature: float
     """
     logits = student @ teacher.T / temperature
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def cut_prefix(vectors: Tensor, dim: int) -> Tensor:
+    """Return the first ``dim`` dimensions of (n, D) vectors, scaled to unit length."""
+    return F.normalize(vectors[:, :dim], dim=1)
 
 
 def _kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from student.loss_config import LossConfig
 from vpr.artifacts.store import Artifact
 from vpr.common.errors import UserError, check_prefixes
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
@@ -79,6 +80,14 @@ def check_ranges(ranges: Artifact, start: Artifact) -> None:
     if start.sha256 not in {parent.sha256 for parent in ranges.card.parents}:
         problem = f"{ranges.path} was not measured on a graph of {start.path}"
         raise UserError(f"quantise.ranges: {problem}. Run `vpr export onnx` and `vpr calibrate` on that student.")
+
+
+def check_same_prefixes(losses: LossConfig, start: Artifact) -> None:
+    """Raise :class:`UserError` if fine-tuning has other nested dimensions than the student, and so other targets."""
+    nested = [] if start.card.embedding is None else start.card.embedding.nested
+    if nested != list(losses.prefixes):
+        trained = " ".join(map(str, nested)) or "none"
+        raise UserError(f"losses.nested: {start.path} has the nested dimensions {trained}. Set the same ones.")
 
 
 def read_thresholds(artifact: Artifact) -> dict[str, float]:

@@ -34,9 +34,13 @@ class MarginHead(nn.Module):
         return margin.growing_margin(progress, config.margin, config.margin_end)
 
     def cosine(self, embeddings: Tensor) -> Tensor:
-        """Map L2-normalised (batch, dim) to (batch, classes) float32 cosines with each class's nearest direction."""
+        """Map L2-normalised (batch, dim) to (batch, classes) float32 cosines with each class's nearest direction.
+
+        Embeddings of fewer dimensions, nested prefixes, are compared with the first dimensions of the directions
+        (Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, section 3, MRL-E).
+        """
         with torch.autocast(embeddings.device.type, enabled=False):
-            directions = F.normalize(self.weight.float(), dim=1)
+            directions = F.normalize(self.weight[:, : embeddings.shape[1]].float(), dim=1)
             return margin.nearest_centre(F.linear(embeddings.float(), directions), self.config.sub_centres)
 
     def forward(self, embeddings: Tensor, labels: Tensor, progress: float, epoch: int) -> Tensor:

@@ -6,6 +6,18 @@ from typing import Literal
 
 from vpr.common.errors import UserError, check_numbers
 
+_MAX_NESTED, _MAX_PREFIXES = 8192, 16
+
+
+def check_nested(key: str, dimensions: tuple[int, ...]) -> None:
+    """Raise :class:`UserError` with ``key`` if nested dimensions are not a few ascending numbers."""
+    is_ascending = list(dimensions) == sorted(set(dimensions))
+    if not is_ascending or not all(1 <= dim <= _MAX_NESTED for dim in dimensions):
+        expected = f"expected different numbers from 1 to {_MAX_NESTED} in ascending order"
+        raise UserError(f"{key}: {expected}, got {' '.join(map(str, dimensions))}.")
+    if len(dimensions) > _MAX_PREFIXES:
+        raise UserError(f"{key}: expected at most {_MAX_PREFIXES} numbers, got {len(dimensions)}.")
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -21,6 +33,9 @@ class HeadConfig:
         sub_centres: Directions per class.
         label_smoothing: Share of the target that is spread over all classes.
         class_weight_power: Power p of the weight n^-p of an image whose class has n images; 0 weights all alike.
+        nested: Ascending numbers of dimensions, such as 64 128, below the embedding's. The loss also applies to the
+            first 64 and 128 dimensions, renormalised, with the first dimensions of the same class directions (Kusupati
+            et al., "Matryoshka Representation Learning", NeurIPS 2022, MRL-E).
     """
 
     loss: Literal["arcface", "cosface"] = "arcface"
@@ -32,6 +47,12 @@ class HeadConfig:
     sub_centres: int = 1
     label_smoothing: float = 0.0
     class_weight_power: float = 0.0
+    nested: tuple[int, ...] = ()
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("nested",)
 
     def __post_init__(self) -> None:
         largest = math.pi / 2 if self.loss == "arcface" else 2.0
@@ -44,6 +65,7 @@ class HeadConfig:
         check_numbers(self, "head.", min_margin_ratio=(0, 1), label_smoothing=(0, 1), class_weight_power=(0, 1))
         if not 0 <= self.margin_step < math.inf:
             raise UserError(f"head.margin_step: expected a finite number of 0 or more, got {self.margin_step}.")
+        check_nested("head.nested", self.nested)
 
 
 @dataclass(frozen=True)
@@ -153,6 +175,8 @@ class StageLosses:
         check_numbers(self, "", margin_weight=(0, 1000))
         if not self.weights():
             raise UserError("margin_weight: no loss has a weight above 0. Raise it, or choose proxy.loss or pair.loss.")
+        if self.head.nested and not self.margin_weight:
+            raise UserError("head.nested: only the margin softmax supports it. Raise margin_weight.")
 
     def weights(self) -> dict[str, float]:
         """Return the weights of the losses above 0, by the name that they are logged under."""

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher.head import MarginHead
 from teacher.loss_config import StageLosses
 from teacher.pair_loss import PairLoss, ProxyLoss
+from vpr.common.errors import UserError
 from vpr.training.loop import decay_groups
 
 _BYTES_PER_PAIR = 64  # similarities, masks, sorted copies and int64 indices of the pairs, counted at batch 128
@@ -24,13 +26,16 @@ class TrainingHead(nn.Module):
         self.losses = losses
         self.dim = dim
         weights = losses.weights()
+        if losses.head.nested and losses.head.nested[-1] >= dim:
+            problem = f"expected less than the teacher's {dim} dimensions, got {losses.head.nested[-1]}"
+            raise UserError(f"head.nested: {problem}. Lower it.")
         self.margin = MarginHead(dim, counts, losses.head) if "margin" in weights else None
         has_proxy, has_pair = (bool(s.weight) and s.loss != "none" for s in (losses.proxy, losses.pair))
         self.proxy = ProxyLoss(dim, len(counts), losses.proxy) if has_proxy else None
         self.pair = PairLoss(dim, losses.pair) if has_pair else None
 
     def forward(self, embeddings: Tensor, labels: Tensor, progress: float, epoch: int) -> dict[str, Tensor]:
-        """Return the unweighted losses by name, computed in float32.
+        """Return the unweighted losses by name, computed in float32; ``margin_64`` is that of a nested prefix.
 
         Args:
             embeddings: (batch, dim) L2-normalised embeddings.
@@ -43,6 +48,9 @@ class TrainingHead(nn.Module):
             embeddings = embeddings.float()
             if self.margin is not None:
                 named["margin"] = self.margin(embeddings, labels, progress, epoch)
+                for width in self.losses.head.nested:
+                    prefix = F.normalize(embeddings[:, :width], dim=1)
+                    named[f"margin_{width}"] = self.margin(prefix, labels, progress, epoch)
             for section, loss in ((self.losses.proxy, self.proxy), (self.losses.pair, self.pair)):
                 if loss is not None:
                     named[section.loss.replace("-", "_")] = loss(embeddings, labels)
@@ -51,6 +59,7 @@ class TrainingHead(nn.Module):
     def total(self, named: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the losses that :meth:`forward` returns."""
         weights = self.losses.weights()
+        weights |= {f"margin_{width}": self.losses.margin_weight for width in self.losses.head.nested}
         return torch.stack([weights[name] * loss for name, loss in named.items()]).sum()
 
     def parameter_groups(self, lr: float, weight_decay: float, decay_vectors: bool = False) -> list[dict[str, Any]]:

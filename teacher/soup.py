@@ -15,6 +15,7 @@ from teacher.config import SoupConfig, TowerConfig
 from teacher.model import build_teacher, is_fused
 from teacher.scorer import Scorer, Weights
 from teacher.train import identify_init_weights
+from vpr.artifacts.card import Embedding
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
@@ -59,7 +60,7 @@ def soup(config: SoupConfig) -> Path:
     with stage.write() as writer:
         save_file(result.weights, writer.path / "model.safetensors")
         record_seen(writer.path, teachers, {"selection": scorer.validation})
-        writer.preprocess, writer.embedding = card.preprocess, card.embedding
+        writer.preprocess, writer.embedding = card.preprocess, common_embedding(teachers)
         writer.catalog = {**(card.catalog or {}), **({"leak": leak} if leak else {})}
         writer.metrics = {
             "val_recall_at_1": result.scores.recall_at_1,
@@ -102,6 +103,16 @@ def _check_same_network(first: Artifact, teacher: Artifact) -> None:
         is_long = key in ("tower_config", "preprocess")
         values = "" if is_long else f" ({network.get(key)!r}, not {expected.get(key)!r})"
         raise UserError(f"{teacher.path}: {key} differs from {first.path}{values}. Soups need identical networks.")
+
+
+def common_embedding(teachers: list[Artifact]) -> Embedding | None:
+    """Return the embedding of teachers of one network, with the nested dimensions that all have."""
+    embeddings = [teacher.card.embedding for teacher in teachers]
+    known = [embedding for embedding in embeddings if embedding is not None]
+    if len(known) < len(embeddings):
+        return embeddings[0]
+    nested = [dim for dim in known[0].nested if all(dim in embedding.nested for embedding in known)]
+    return known[0].model_copy(update={"nested": nested})
 
 
 def inherited_leak(teachers: Sequence[Artifact], catalog: Catalog) -> Row:

@@ -67,7 +67,8 @@ def train(config: TrainConfig) -> Path | None:
             with stage.write() as writer:
                 writer.licences = licences
                 writer.preprocess = preprocess
-                writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+                nested = list(config.schedule()[-1].losses.head.nested)
+                writer.embedding = Embedding(dim=dim, normalised=True, dtype="float32", nested=nested)
                 writer.catalog = {**catalog.summary(), **leaks}
                 _write_files(writer, config, stages, folder)
                 record_seen(writer.path, inherited, {"training": training, "selection": validation})

@@ -97,7 +97,14 @@ def load_searchers(
     for index, path in enumerate(models):
         model, forward = _open_fastest(path)
         preprocess = model.preprocess
-        threshold = load_threshold(thresholds[index], model.artifact.as_parent("model")) if thresholds else None
+        card = model.artifact.card
+        if thresholds and card.embedding is None:
+            raise UserError(f"{path}: the card has no embedding. Create the artifact again.")
+        threshold = (
+            load_threshold(thresholds[index], model.artifact.as_parent("model"), card.embedding.dim)
+            if thresholds and card.embedding
+            else None
+        )
         if embeddings:
             vectors = _stored_vectors(embeddings[index], model, forward, images, split)
         else:
@@ -145,6 +152,10 @@ def _stored_vectors(path: str, model: Model, forward: Forward, images: Catalog, 
     stored = load_embeddings(path)
     if model.artifact.as_parent("model") not in stored.artifact.card.parents:
         raise UserError(f"{path}: these embeddings are not of {model.artifact.path}. Pass this model's, or a new path.")
+    expected = model.artifact.card.embedding
+    if expected is not None and stored.vectors.shape[1] != expected.dim:
+        problem = f"{stored.vectors.shape[1]} dimensions, {model.artifact.path} gives {expected.dim}"
+        raise UserError(f"{path}: {problem}. Embed it without --dimensions, or export a graph with them.")
     with reraise_as_artifact_error(stored.artifact):
         rows = pq.read_table(stored.artifact.file("rows.parquet")).cast(SCHEMA)
     in_gallery = stored.roles == "gallery"

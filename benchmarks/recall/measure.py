@@ -27,6 +27,7 @@ from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.seen import count_seen, hash_catalog, read_seen
 from vpr.retrieval.config import RerankConfig
+from vpr.retrieval.cut import check_dimensions, cut_vectors
 from vpr.retrieval.embeddings import embed
 from vpr.retrieval.intervals import TOO_FEW
 from vpr.retrieval.metrics import evaluate
@@ -57,7 +58,11 @@ def measure_recall(config: RecallConfig) -> Path:
     if stage.find():
         return stage.path
     part = choose_queries(catalog.select(split=config.split), config.leave_one_out, config.skip_unmatched)
-    scored = score_models(part, with_distinct_names(artifacts), config.seed, config.rerank)
+    for artifact in artifacts if config.dimensions else ():
+        if artifact.card.kind != "teacher":
+            check_dimensions(artifact, config.dimensions)
+    named = with_distinct_names(artifacts)
+    scored = score_models(part, named, config.seed, config.rerank, dimensions=config.dimensions)
     with stage.write() as draft:
         draft.catalog = catalog.summary()
         rows = [model.row.to_json() for model in scored]
@@ -73,9 +78,11 @@ def score_models(
     seed: int,
     rerank: RerankConfig = RERANK,
     rivals: Sequence[Artifact] = (),
+    dimensions: int = 0,
 ) -> list[ScoredModel]:
     """Score the baselines, and every artifact and rival on each of its backends, on one split.
 
+    Embeddings are cut to their first ``dimensions``, unless that is 0 or the model is a teacher.
     ``retention`` is recall@1 divided by that of the first teacher, whose gallery is the one of ``asymmetric``.
     Differences are taken to the first student that is no assistant of another student in the list.
     """
@@ -86,7 +93,7 @@ def score_models(
         seen = count_seen(read_seen(artifact), hashes)
         log_seen(artifact.card.name, seen)
         for loaded in models_of(artifact):
-            scored.append(_score(loaded, part, seed, rerank))
+            scored.append(_score(loaded, part, seed, rerank, 0 if loaded.stage == "teacher" else dimensions))
             add_seen(scored[-1].row, seen)
             scored[-1].row.rival = artifact in rivals
     teacher = next((model for model in scored if model.row.stage == "teacher" and not model.row.rival), None)
@@ -144,7 +151,7 @@ def _score_baseline(name: str, vectors: NDArray[np.float32], part: ScoredPart, s
     return ScoredModel(row, vectors)
 
 
-def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig) -> ScoredModel:
+def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig, dimensions: int) -> ScoredModel:
     card = model.artifact.card
     row = Row.empty(card.name, model.stage, model.backend, model.precision)
     row.size_bytes = sum(e.size for name, e in card.files.items() if name.startswith(("model.", "engine.")))
@@ -160,7 +167,9 @@ def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig) -> S
     if (card.catalog or {}).get("leak"):
         row.add_note(f"{LEAK_NOTE}, see its card: recall is overestimated")
         log.warning(f"{model.name}: {LEAK_NOTE}, see its card. Its recall is overestimated.")
-    vectors = part.embed(lambda images: embed(images, model.preprocess, forward))
+    vectors = cut_vectors(part.embed(lambda images: embed(images, model.preprocess, forward)), dimensions)
+    if dimensions:
+        row.add_note(f"the first {dimensions} dimensions of its embedding")
     add_scores(row, part, vectors, seed)
     row.reranked = score_reranked(part.catalog, vectors, rerank, seed)
     return ScoredModel(row, vectors, model)
@@ -177,6 +186,10 @@ def _reference(scored: list[ScoredModel]) -> ScoredModel | None:
 
 def _add_asymmetric(model: ScoredModel, part: ScoredPart, teacher: NDArray[np.float32], seed: int) -> None:
     if model.vectors is None:
+        return
+    embedding = model.model.artifact.card.embedding if model.model else None
+    if embedding is not None and embedding.nested:
+        model.row.add_note("no search in the teacher's gallery: its nested dimensions are in another order")
         return
     model.row.asymmetric = score_asymmetric(part.catalog, model.vectors, teacher, seed, part.own)
     if model.row.asymmetric is None:

@@ -16,6 +16,7 @@ from experiments.figures import RESULTS, command_of, measure, record, record_unm
 from experiments.student.ablation import SMALL, Setting, ablate_students, distillation
 from experiments.student.dimension import dimension_figures
 from experiments.student.epoch import epoch_figures
+from experiments.student.nested import NestedSetting, nested_figures
 from experiments.student.photos import Students, student_figures
 from experiments.student.sizes import size_curve
 from experiments.student.training_step import StudentStepConfig, student_step, unmeasured
@@ -80,6 +81,15 @@ def measure_dimension() -> None:
     record("student", figures, {"dimension": table})
 
 
+def measure_nested() -> None:
+    """Record prefixes of the demo's student with and without nested losses, against nested PCA, with three seeds."""
+    catalog = build_catalog(CatalogConfig("sample", "runs/demo/catalog"))
+    teacher = sample_teacher("sample", catalog, "runs/demo/teacher")
+    setting = NestedSetting(teacher, catalog, _FOLDER / "nested", command_of("student", "nested"))
+    figures, table = nested_figures(setting)
+    record("student", figures, {"nested": table})
+
+
 def measure_throughput() -> None:
     """Record cached epochs against bare passes, for the ablation's student and the demo's."""
     setting = replace(sample(), folder=_FOLDER / "throughput", epochs=4, views=1)
@@ -101,6 +111,7 @@ def measure_gpu() -> None:
 
 PARTS = {
     "dimension": measure_dimension,
+    "nested": measure_nested,
     "throughput": measure_throughput,
     "grocery": measure_grocery,
     "sample": measure_sample,

@@ -31,7 +31,8 @@ from app.search_page import upload_limits as http_limits
 from app.search_page.lookup import Searcher, load_searchers
 from app.search_page.server import MAX_BYTES, make_app, serve
 from app.search_page.upload_limits import ADDRESS, UploadBudget, make_server
-from export.config import OnnxConfig
+from export.config import EmbedConfig, OnnxConfig
+from export.embed import embed_catalog
 from export.to_onnx import export_onnx
 from tests.reliability.hostile.images import promised_png
 from vpr.artifacts.card import Parent
@@ -537,6 +538,9 @@ def test_stored_embeddings_must_match_model_and_gallery(
         load_searchers(models[:1], path_of(catalog), "validation", site.embeddings[:1])
     with pytest.raises(UserError, match="split 'train' has no gallery images"):
         load_searchers(models[:1], path_of(catalog), "train", ())
+    cut = str(embed_catalog(EmbedConfig(models[0], path_of(catalog), str(tmp_path / "cut"), "test", dimensions=8)))
+    with pytest.raises(UserError, match=r"cut: 8 dimensions, .* gives 32\. Embed it without --dimensions"):
+        load_searchers(models[:1], path_of(catalog), "test", (cut,))
     assert gallery.table.equals(site.gallery.table)
 
 

@@ -77,15 +77,17 @@ COMMANDS = (
     Command("teacher runs --folder ."),
     Command(
         f"student distill {_TRAINING} --teacher {{teacher}} {_STUDENT} --model.embedding-dim 16"
-        " --targets.views 2 --targets.shard 8 --dimension.method pca --epochs 5",
+        " --targets.views 2 --targets.shard 8 --dimension.method pca --losses.nested 4 8 --epochs 5",
         "student",
     ),
     Command(f"{_EMBED} --catalog {{catalog}}", "embeddings"),
     Command(f"{_EMBED} --catalog {{shards}}", "shard-embeddings"),
+    Command(f"{_EMBED} --catalog {{catalog}} --dimensions 8", "cut-embeddings"),
     Command("catalog check --embeddings {embeddings} --catalog {catalog}", "findings"),
     Command("export onnx --student {student} --catalog {catalog} --images 8", "fp32"),
     Command("export onnx --student {student} --precision fp16 --images 8", "fp16"),
     Command("export onnx --model {teacher} --images 8", "teacher-fp32"),
+    Command("export onnx --student {student} --dimensions 8 --images 8", "cut-fp32"),
     Command("embed --model {fp32} --catalog {catalog} --batch-size 2 --images-per-part 2", "graph-embeddings"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct", "plain-ranges"),
     Command("calibrate --onnx {fp32} --catalog {catalog} --count 8 --correct --smooth", "ranges"),

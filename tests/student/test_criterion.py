@@ -17,6 +17,8 @@ from student.criterion import DistillationLoss, Labels, compute_class_means
 from student.loss_config import TEACHER_LOSSES
 from student.losses import cosine_loss, rkd_distance, similarity_kl
 from student.model import Student
+from teacher.config import HeadConfig
+from teacher.head import MarginHead
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.readers import UNLABELLED
@@ -161,3 +163,109 @@ def test_logits_of_another_family_are_rejected(labels: Labels) -> None:
     config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
     with pytest.raises(UserError, match=r"Set model\.family to vit"):
         DistillationLoss(config, Student(replace(SHAPE, family="small-data")), labels, 16)
+
+
+def cut(vectors: torch.Tensor, dim: int) -> np.ndarray:
+    values = vectors.double().numpy()[:, :dim]
+    return values / np.sqrt(np.square(values).sum(axis=1, keepdims=True))
+
+
+def softened_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
+    """Return the mean KL divergence of (n, m) similarities, by a loop in float64."""
+    total = 0.0
+    for ours, theirs in zip(student / temperature, teacher / temperature, strict=True):
+        p, q = np.exp(theirs) / np.exp(theirs).sum(), np.exp(ours) / np.exp(ours).sum()
+        total += sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+    return total / len(student)
+
+
+def test_prefix_losses_equal_float64_loops(labels: Labels) -> None:
+    config = LossConfig(affinity=1.0, mse=0.5, contrastive=0.1, nested=(4, 8), nested_weights=(0.5, 3.0))
+    student, teacher, bank = unit_vectors(6, 16), unit_vectors(6, 16, seed=1), unit_vectors(20, 16, seed=2)
+    named = DistillationLoss(config, Student(SHAPE), labels, 16)(student, teacher, bank, torch.arange(6), 0.0, 0)
+    others = ~np.eye(6, dtype=bool)
+    for dim in (4, 8):
+        s, t, b = (cut(vectors, dim) for vectors in (student, teacher, bank))
+        full, full_bank = teacher.double().numpy(), bank.double().numpy()
+        cosines = [float(s[i] @ t[i]) for i in range(6)]
+        logits = s @ t.T / config.contrastive_temperature
+        own, theirs = (v @ v.T for v in (s, full))
+        expected = {
+            "cosine": 1 - np.mean(cosines),
+            "mse": 2 - 2 * np.mean(cosines),
+            "similarity_kl": softened_kl(s @ b.T, full @ full_bank.T, config.temperature),
+            "affinity": softened_kl(own[others].reshape(6, 5), theirs[others].reshape(6, 5), config.temperature),
+            "contrastive": np.mean([np.log(np.exp(logits[i]).sum()) - logits[i, i] for i in range(6)]),
+        }
+        for name, value in expected.items():
+            assert float(named[f"{name}_{dim}"]) == pytest.approx(float(value), rel=2e-4), name
+
+
+def test_total_weights_each_prefix(labels: Labels) -> None:
+    config = LossConfig(cosine=2.0, similarity_kl=0.0, rkd_angle=0.5, nested=(4, 8), nested_weights=(0.5, 3.0))
+    student, teacher = unit_vectors(6, 16), unit_vectors(6, 16, seed=1)
+    criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
+    named = criterion(student, teacher, None, torch.arange(6), 0.0, 0)
+    expected = 0.0
+    for suffix, factor in (("", 1.0), ("_4", 0.5), ("_8", 3.0)):
+        expected += factor * float(2 * named[f"cosine{suffix}"] + 0.5 * named[f"rkd_angle{suffix}"])
+    assert len(named) == 6
+    assert float(criterion.total(named)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [*TEACHER_LOSSES[:-1], "margin"])
+def test_prefixes_of_weight_zero_change_nothing(name: str, labels: Labels) -> None:
+    off = dict.fromkeys(("cosine", "similarity_kl"), 0.0)
+    plain = LossConfig(**{**off, name: 1.0})
+    nested = replace(plain, nested=(4, 8), nested_weights=(0.0, 0.0))
+    results = []
+    for config in (plain, nested):
+        torch.manual_seed(0)
+        student = unit_vectors(6, 16).requires_grad_()
+        criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
+        named = criterion(student, unit_vectors(6, 16, seed=1), unit_vectors(9, 16), torch.arange(6), 0.5, 0)
+        total = criterion.total(named)
+        results.append((total, *torch.autograd.grad(total, student)))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", [*TEACHER_LOSSES[:-1], "margin"])
+def test_loss_of_a_prefix_has_gradients_in_its_dimensions_only(name: str, labels: Labels) -> None:
+    config = LossConfig(**{**dict.fromkeys(("cosine", "similarity_kl"), 0.0), name: 1.0, "nested": (4,)})
+    student = unit_vectors(6, 16).requires_grad_()
+    criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
+    named = criterion(student, unit_vectors(6, 16, seed=1), unit_vectors(9, 16), torch.arange(6), 0.5, 0)
+    (gradient,) = torch.autograd.grad(named[f"{name}_4"], student)
+    assert bool((gradient[:, :4].abs().sum(dim=0) > 0).all())
+    assert not gradient[:, 4:].any()
+
+
+def test_margin_of_a_prefix_is_that_of_a_narrow_head(labels: Labels) -> None:
+    criterion = DistillationLoss(replace(NONE, margin=1.0, nested=(4,)), Student(SHAPE), labels, 16)
+    assert criterion.head is not None
+    narrow = MarginHead(4, torch.from_numpy(labels.counts), NONE.head)
+    narrow.weight.data = criterion.head.weight.data[:, :4].clone()
+    student = unit_vectors(6, 16)
+    named = criterion(student, None, None, torch.arange(6), 0.5, 0)
+    expected = narrow(F.normalize(student[:, :4], dim=1), labels.by_row[:6], 0.5, 0)
+    torch.testing.assert_close(named["margin_4"], expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"nested": (8, 4)}, r"losses\.nested: .* ascending order, got 8 4\."),
+        ({"nested": (4, 4)}, r"losses\.nested: .* ascending order, got 4 4\."),
+        ({"nested": (0, 4)}, r"losses\.nested: .* from 1 to 8192 .*, got 0 4\."),
+        ({"nested": tuple(range(1, 18))}, r"losses\.nested: expected at most 16 numbers, got 17\."),
+        ({"nested": (4, 8), "nested_weights": (1.0,)}, r"losses\.nested_weights: .* each of the 2 prefixes, got 1\."),
+        ({"nested": (4,), "nested_weights": (-1.0,)}, r"losses\.nested_weights: expected 0 or more each, got -1\."),
+        ({"nested": (4,), "nested_weights": (float("nan"),)}, r"losses\.nested_weights: expected 0 or more"),
+        ({"nested": (4,), "cosine": 0.0, "similarity_kl": 0.0, "logits": 1.0}, r"losses\.nested: the baseline logits"),
+        ({"head": HeadConfig(nested=(4,))}, r"losses\.head\.nested: .* follows losses\.nested"),
+    ],
+)
+def test_wrong_prefixes_are_rejected(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        LossConfig(**values)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from student.config import DimensionConfig, DistillConfig, LossConfig, StudentConfig
-from student.projection import fit_projection, resolve_dimensions
+from student.projection import fit_projection, resolve_dimensions, rotates_targets
 from vpr.common.errors import UserError
+from vpr.retrieval.cut import cut_vectors
 from vpr.retrieval.embeddings import l2_normalize
-from vpr.retrieval.projection import preserve_cosines, principal_directions, project
+from vpr.retrieval.projection import preserve_cosines, principal_directions, principal_rotation, project
 
 
 def decaying_vectors(n: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -99,3 +100,38 @@ def test_projection_is_exact_under_autocast() -> None:
         actual = project(vectors, projection)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_rotation_keeps_cosines_and_its_prefixes_are_principal() -> None:
+    vectors = decaying_vectors(300, 40)
+    rotation = principal_rotation(vectors)
+    np.testing.assert_allclose(rotation.T.double() @ rotation.double(), np.eye(40), atol=1e-5)
+    rotated = project(torch.from_numpy(vectors), rotation).numpy()
+    np.testing.assert_allclose(rotated @ rotated.T, vectors @ vectors.T, atol=1e-5)
+    singular = np.linalg.svd(vectors.astype(np.float64))[2]
+    for dim in (1, 6, 39):
+        expected = l2_normalize((vectors @ singular[:dim].T).astype(np.float32))
+        prefix = cut_vectors(rotated, dim)
+        np.testing.assert_allclose(prefix @ prefix.T, expected @ expected.T, atol=1e-4)
+
+
+def test_rotation_of_few_vectors_is_complete() -> None:
+    vectors = decaying_vectors(5, 12)
+    rotation = principal_rotation(vectors)
+    np.testing.assert_allclose(rotation.T.double() @ rotation.double(), np.eye(12), atol=1e-5)
+    assert np.abs(vectors @ rotation[:, 5:].numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize(("method", "student_dim", "nested"), [("none", 0, (8, 40)), ("pca", 24, (24,))])
+def test_prefixes_are_shorter_than_the_embedding(method: Any, student_dim: int, nested: tuple[int, ...]) -> None:
+    config = replace(reduction(method, student_dim), losses=LossConfig(nested=nested))
+    width = student_dim or 40
+    with pytest.raises(UserError, match=rf"losses\.nested: expected less than the student's {width} .*, got {width}"):
+        resolve_dimensions(config, 40)
+
+
+def test_projector_does_not_support_prefixes() -> None:
+    with pytest.raises(UserError, match=r"losses\.nested: the projector reads all dimensions"):
+        replace(reduction("projector", 24), losses=LossConfig(nested=(8,)))
+    relations = LossConfig(cosine=0.0, similarity_kl=0.0, affinity=1.0, nested=(8,))
+    assert not rotates_targets(replace(reduction("none", 24), losses=relations))

@@ -151,6 +151,35 @@ def test_head_of_the_margin_alone_is_the_margin_head() -> None:
     assert head.pair_bytes(128) == 0
 
 
+def test_margin_of_a_prefix_is_that_of_a_narrow_head() -> None:
+    """The class directions of a prefix are the first dimensions of the full ones, scaled to length 1."""
+    embeddings, labels = make_batch()
+    counts = torch.arange(1, CLASSES + 1)
+    config = HeadConfig(scale=16.0, nested=(4, 8))
+    head = TrainingHead(DIM, counts, StageLosses(config, 0.5))
+    assert head.margin is not None
+    named = head(embeddings, labels, 0.5, 1)
+    assert list(named) == ["margin", "margin_4", "margin_8"]
+    for width in (4, 8):
+        narrow = MarginHead(width, counts, HeadConfig(scale=16.0))
+        narrow.weight.data = head.margin.weight.data[:, :width].clone()
+        prefix = embeddings[:, :width] / embeddings[:, :width].square().sum(dim=1, keepdim=True).sqrt()
+        torch.testing.assert_close(named[f"margin_{width}"], narrow(prefix, labels, 0.5, 1))
+    assert head.total(named).item() == pytest.approx(0.5 * sum(loss.item() for loss in named.values()))
+    (gradient,) = torch.autograd.grad(named["margin_4"], head.margin.weight)
+    assert gradient[:, :4].any()
+    assert not gradient[:, 4:].any()
+
+
+def test_wrong_prefixes_of_a_head_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"head\.nested: .* ascending order, got 8 4\."):
+        HeadConfig(nested=(8, 4))
+    with pytest.raises(UserError, match=r"head\.nested: only the margin softmax supports it"):
+        StageLosses(HeadConfig(nested=(4,)), 0.0, pair=PairConfig("contrastive"))
+    with pytest.raises(UserError, match=rf"head\.nested: expected less than the teacher's {DIM} dimensions, got {DIM}"):
+        TrainingHead(DIM, torch.ones(CLASSES, dtype=torch.int64), StageLosses(HeadConfig(nested=(4, DIM))))
+
+
 def test_proxies_have_their_rate_and_decay() -> None:
     config = StageLosses(proxy=ProxyConfig("soft-triple", lr=1.9e-3, weight_decay=1.5e-3))
     head = TrainingHead(DIM, torch.ones(CLASSES, dtype=torch.int64), config)

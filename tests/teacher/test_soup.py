@@ -19,7 +19,7 @@ from teacher.averaging import average
 from teacher.config import SoupConfig, TowerConfig
 from teacher.model import Teacher, build_teacher, load_teacher, read_tower
 from teacher.scorer import Scorer, Weights, recalibrate_batch_norm
-from teacher.soup import soup
+from teacher.soup import common_embedding, soup
 from tests.catalogs import write_catalog
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.store import Artifact, load_artifact
@@ -496,3 +496,14 @@ def test_head_statistics_are_recalibrated_alone(
         outputs = torch.cat([scorer.model.visual(torch.from_numpy(batch)) for batch in batches]).double()
     torch.testing.assert_close(after["project.1.running_mean"].double(), outputs.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after["project.1.running_var"].double(), outputs.var(0), rtol=1e-4, atol=1e-5)
+
+
+def test_soup_lists_the_prefixes_that_all_members_have(vit: TowerConfig, catalog: Catalog, tmp_path: Path) -> None:
+    artifact = load_artifact(write_teacher(tmp_path / "a", vit, initial_weights(vit), catalog))
+    assert artifact.card.embedding is not None
+    members = []
+    for nested in ([4, 8], [8, 16]):
+        embedding = artifact.card.embedding.model_copy(update={"nested": nested})
+        members.append(replace(artifact, card=artifact.card.model_copy(update={"embedding": embedding})))
+    assert common_embedding(members) == artifact.card.embedding.model_copy(update={"nested": [8]})
+    assert common_embedding([artifact, members[0]]) == artifact.card.embedding

@@ -68,6 +68,18 @@ def test_trained_teacher_is_loaded(trained: Path) -> None:
     torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
 
 
+def test_nested_head_trains_and_is_listed(catalog: Catalog, tmp_path: Path) -> None:
+    stages = (StageConfig("head", 1, lr_head=1e-3),)
+    config = small_config(catalog, tmp_path / "t", head=HeadConfig(scale=16.0, nested=(4, 16)), stages=stages)
+    artifact = load_artifact(train(config) or "")
+    assert artifact.card.embedding is not None
+    assert artifact.card.embedding.nested == [4, 16]
+    assert "margin_16" in artifact.file("metrics-stage-1.csv").read_text()
+    with pytest.raises(UserError, match=r"head\.nested: expected less than the teacher's 256 dimensions, got 256"):
+        train(replace(config, head=HeadConfig(nested=(256,)), output=str(tmp_path / "o")))
+    assert not (tmp_path / "o").exists()
+
+
 def test_unchanged_training_is_skipped(trained: Path, catalog: Catalog) -> None:
     before = (trained / "card.json").stat().st_mtime_ns
     train(small_config(catalog, trained))

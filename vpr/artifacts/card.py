@@ -71,11 +71,20 @@ class FileEntry(_Part):
 
 
 class Embedding(_Part):
-    """Output of a model: dimension, L2-normalised or not, dtype."""
+    """Output of a model: dimension, L2-normalised or not, dtype.
+
+    ``nested`` are the dimensions of trained prefixes: the first 64, renormalised, are an embedding themselves.
+    """
 
     dim: int = Field(ge=1, le=1 << 16)
     normalised: bool
     dtype: Literal["float32", "float16"]
+    nested: list[Annotated[int, Field(ge=1, le=1 << 16)]] = Field(default=[], max_length=64)
+
+    def cut(self, dimensions: int) -> "Embedding":
+        """Return the embedding of the first ``dimensions``."""
+        nested = [width for width in self.nested if width < dimensions]
+        return self.model_copy(update={"dim": dimensions, "nested": nested})
 
 
 class TensorSpec(_Part):

@@ -24,6 +24,7 @@ class EmbedConfig:
         threads: Background decoding threads per process; 0 decodes in the calling thread.
         images_per_part: Images per part, rounded up to full batches. A killed job repeats at most its unfinished parts.
         ray: Workers of a Ray Data job (``requirements-scale.txt``); 0 embeds in this process, or in those of torchrun.
+        dimensions: Keep the first N dimensions, renormalised, as nested students are trained for; 0 keeps all.
     """
 
     model: str
@@ -34,9 +35,15 @@ class EmbedConfig:
     threads: int = 0
     images_per_part: int = 4096
     ray: int = 0
+    dimensions: int = 0
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("dimensions",)
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MAX_THREADS))
+        check_numbers(self, batch_size=(1, 1 << 16), threads=(0, MAX_THREADS), dimensions=(0, 1 << 16))
         check_numbers(self, images_per_part=(1, 1 << 24), ray=(0, 4096))
         if self.ray and rank_and_world()[1] > 1:
             raise UserError("ray: a Ray job starts its own workers. Run the command without torchrun.")

@@ -20,6 +20,7 @@ from vpr.common.errors import UserError
 from vpr.data.catalog import load_catalog
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import EmbedConfig
+from vpr.retrieval.cut import check_dimensions, cut_vectors
 from vpr.retrieval.embeddings import Forward, embed, torch_forward
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ def _open_network(network: nn.Module) -> Forward:
 
 
 class EmbedJob:
-    """Parts of a catalogue, one file each; a model without preprocessing raises :class:`UserError`."""
+    """Parts of a catalogue, one file each.
+
+    Raises:
+        UserError: The model has no preprocessing, or fewer dimensions than are kept.
+    """
 
     def __init__(self, config: EmbedConfig, loaded: EmbedModel) -> None:
         model = loaded.artifact
@@ -60,6 +65,8 @@ class EmbedJob:
         catalog = load_catalog(config.catalog)
         self.config, self.model = config, model
         self.preprocess: Preprocess = model.card.preprocess
+        if config.dimensions:
+            check_dimensions(model, config.dimensions)
         self.parents: list[Parent] = [model.as_parent("model"), *catalog.as_parents()]
         values = {key: value for key, value in config_to_json(config).items() if key not in _RUNTIME_KEYS}
         self.values = {**values, **loaded.values}
@@ -78,7 +85,8 @@ class EmbedJob:
         return self.folder / f"part-{part:06d}.npy"
 
     def compute(self, part: int, forward: Forward) -> NDArray[np.float32]:
-        """Return the embeddings of a part: (images, dim) float32, L2-normalised."""
+        """Return the embeddings of a part: (images, dim or dimensions) float32, L2-normalised."""
         rows = np.arange(part * self.part_size, min((part + 1) * self.part_size, len(self.catalog)))
         images = self.catalog.take(rows)
-        return embed(images, self.preprocess, forward, self.config.batch_size, self.config.threads)
+        vectors = embed(images, self.preprocess, forward, self.config.batch_size, self.config.threads)
+        return cut_vectors(vectors, self.config.dimensions)

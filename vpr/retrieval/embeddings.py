@@ -131,7 +131,9 @@ def write_embeddings(
         pq.write_table(catalog.table, draft.path / "rows.parquet")
         record_seen(draft.path, [model])
         draft.preprocess = model.card.preprocess
-        draft.embedding = Embedding(dim=vectors.shape[1], normalised=True, dtype="float32")
+        dim, of_model = vectors.shape[1], model.card.embedding
+        nested = [] if of_model is None else of_model.cut(dim).nested
+        draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32", nested=nested)
         draft.catalog = catalog.summary()
         if catalog.artifact:
             draft.metrics = {"set_aside": catalog.artifact.card.metrics.get("set_aside", 0)}

@@ -1,4 +1,8 @@
-"""Linear projections of unit vectors to fewer dimensions, fitted to keep their cosines."""
+"""Linear projections of unit vectors to fewer dimensions, fitted to keep their cosines.
+
+:func:`principal_rotation` gives nested embeddings without training. It keeps all cosines, and of all rotations its
+first d dimensions keep the inner products best, for every d.
+"""
 
 import numpy as np
 import torch
@@ -28,9 +32,19 @@ def principal_directions(vectors: Vectors, dim: int) -> Tensor:
     """
     if dim > min(vectors.shape):
         raise ValueError(f"{len(vectors)} vectors of {vectors.shape[1]} dimensions have no {dim} directions")
+    return principal_rotation(vectors)[:, :dim].clone()
+
+
+def principal_rotation(vectors: Vectors) -> Tensor:
+    """Return the (D, D) float32 orthogonal matrix of all principal directions of (n, D) vectors, most energy first.
+
+    ``project(x, rotation)`` keeps the cosines of x. ``project(x, rotation[:, :d])`` equals the first d dimensions of
+    that, renormalised, and is the reduction of :func:`principal_directions`. Fewer vectors than dimensions suffice: the
+    remaining directions, without energy, come last.
+    """
     moment = vectors.astype(np.float64).T @ vectors.astype(np.float64)
     _, directions = np.linalg.eigh(moment)
-    return torch.from_numpy(directions[:, ::-1][:, :dim].astype(np.float32).copy())
+    return torch.from_numpy(directions[:, ::-1].astype(np.float32).copy())
 
 
 def preserve_cosines(vectors: Vectors, start: Tensor, steps: int, seed: int) -> Tensor:

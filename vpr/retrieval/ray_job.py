@@ -57,7 +57,8 @@ def compute_parts(job: EmbedJob, missing: list[int], load: Loader) -> None:
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
         )
-        dim = job.model.card.embedding.dim if job.model.card.embedding else -1
+        model_dim = job.model.card.embedding.dim if job.model.card.embedding else -1
+        dim = job.config.dimensions or model_dim
         for row in computed.iter_rows():
             vectors = np.frombuffer(row["vectors"], dtype=np.float32).reshape(-1, dim)
             atomic_save_npy(job.file(int(row["part"])), vectors)

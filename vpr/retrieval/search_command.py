@@ -67,7 +67,8 @@ def search_gallery(config: SearchConfig) -> Path | None:
     """
     queries, gallery = load_embeddings(config.queries), load_embeddings(config.gallery)
     _check_comparable(config, queries, gallery)
-    threshold = load_threshold(config.threshold, gallery.model) if config.threshold else None
+    dim = gallery.vectors.shape[1]
+    threshold = load_threshold(config.threshold, gallery.model, dim) if config.threshold else None
     query_rows, gallery_rows = queries.rows_with_role("query"), gallery.rows_with_role("gallery")
     if config.submission:
         _check_complete(queries, gallery, len(gallery_rows))
@@ -111,7 +112,8 @@ def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embedd
         raise UserError(f"{config.queries}: {models}. Embed both with one model.")
     dim, gallery_dim = queries.vectors.shape[1], gallery.vectors.shape[1]
     if dim != gallery_dim:
-        raise UserError(f"{config.queries}: {dim} dimensions, the gallery has {gallery_dim}. Embed both again.")
+        problem = f"{dim} dimensions, the gallery has {gallery_dim}"
+        raise UserError(f"{config.queries}: {problem}. Embed both with the same --dimensions.")
 
 
 def _check_complete(queries: Embeddings, gallery: Embeddings, gallery_size: int) -> None:

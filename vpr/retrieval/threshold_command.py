@@ -117,11 +117,12 @@ def find_threshold(config: ThresholdConfig) -> Path:
     return _finish(stage.path, result)
 
 
-def load_threshold(path: str, model: Parent) -> StoredThreshold:
-    """Load a confirmed threshold of a model's embeddings.
+def load_threshold(path: str, model: Parent, dim: int) -> StoredThreshold:
+    """Load a confirmed threshold of a model's embeddings with ``dim`` dimensions.
 
     Raises:
-        UserError: The artifact is broken or of another model, or its products confirmed no threshold.
+        UserError: The artifact is broken, of another model or another number of dimensions, or its products confirmed
+            no threshold.
     """
     artifact = load_artifact(path, "threshold")
     models = artifact.parents("model")
@@ -129,6 +130,9 @@ def load_threshold(path: str, model: Parent) -> StoredThreshold:
         names = ", ".join(parent.name for parent in models)
         problem = f"the threshold is of model '{names}', the embeddings are of '{model.name}'"
         raise UserError(f"threshold: {path}: {problem}. Run `vpr gallery threshold` with this model's embeddings.")
+    if artifact.card.embedding is not None and artifact.card.embedding.dim != dim:
+        problem = f"the threshold is of {artifact.card.embedding.dim} dimensions, the embeddings have {dim}"
+        raise UserError(f"threshold: {path}: {problem}. Run `vpr gallery threshold` with these embeddings.")
     with reraise_as_artifact_error(artifact):
         values = json.loads(artifact.file(FILE).read_text(encoding="utf-8"))
         score, value = values["score"], values["threshold"]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import faiss
@@ -13,19 +13,20 @@ from safetensors.torch import save_file
 
 from benchmarks.config import RecallConfig
 from benchmarks.recall.extra_metrics import score_asymmetric, score_categories, score_reranked
-from benchmarks.recall.measure import add_scores, measure_recall
-from benchmarks.recall.queries import ScoredPart
+from benchmarks.recall.measure import ScoredModel, _add_asymmetric, add_scores, measure_recall
+from benchmarks.recall.queries import ScoredPart, choose_queries
 from benchmarks.report.schema import Row
-from student.model import Student
+from export.backends.registry import models_of
+from student.model import Student, load_student
 from tests.conftest import small_student
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.store import load_artifact
 from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
-from vpr.data.catalog import Catalog
+from vpr.data.catalog import Catalog, load_catalog
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import RerankConfig
-from vpr.retrieval.embeddings import l2_normalize
+from vpr.retrieval.embeddings import embed, l2_normalize, torch_forward
 
 
 @pytest.fixture
@@ -108,8 +109,8 @@ def test_steps_that_keep_the_ranking_keep_the_scores(shop_catalog: Catalog, vect
     assert other.map != same.map
 
 
-def _write_student(folder: Path, assistant: str = "", dim: int = 32) -> str:
-    """Write a student artifact; ``assistant`` is the path of its assistant."""
+def _write_student(folder: Path, assistant: str = "", dim: int = 32, nested: tuple[int, ...] = ()) -> str:
+    """Write a student artifact; ``assistant`` is the path of its assistant, ``nested`` are its nested dimensions."""
     torch.manual_seed(dim)
     config = small_student("patch")
     config = type(config)(**{**asdict(config), "embedding_dim": dim})
@@ -117,7 +118,7 @@ def _write_student(folder: Path, assistant: str = "", dim: int = 32) -> str:
     with write_artifact(folder, "student", {"model": asdict(config)}, parents) as draft:
         save_file(Student(config).state_dict(), draft.path / "model.safetensors")
         draft.preprocess = Preprocess(size=config.image_size)
-        draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+        draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32", nested=list(nested))
     return str(folder)
 
 
@@ -145,3 +146,29 @@ def test_unusable_recall_input_is_rejected(shop: Path, student_artifact: Path, t
         measure_recall(RecallConfig(str(shop), models * 2, str(tmp_path / "r")))
     with pytest.raises(UserError, match="models: expected one or more artifacts, got none"):
         measure_recall(RecallConfig(str(shop), (), str(tmp_path / "r")))
+
+
+def test_cut_dimensions_are_scored(shop: Path, student_artifact: Path, tmp_path: Path) -> None:
+    config = RecallConfig(str(shop), (str(student_artifact),), str(tmp_path / "r"), rerank=RerankConfig(), dimensions=4)
+    row = json.loads((measure_recall(config) / "recall.json").read_text(encoding="utf-8"))[-1]
+    model, artifact = load_student(student_artifact)
+    assert artifact.card.preprocess is not None
+    part = load_catalog(shop).select(split="test")
+    prefix = embed(part, artifact.card.preprocess, torch_forward(model))[:, :4]
+    prefix = prefix / np.linalg.norm(prefix, axis=1, keepdims=True)
+    assert row["recall_at_1"] == pytest.approx(_first_right(part, prefix, prefix).mean())
+    assert "the first 4 dimensions of its embedding" in row["notes"]
+    with pytest.raises(UserError, match=r"dimensions: expected at most the 32 of .*, got 33"):
+        measure_recall(replace(config, dimensions=33, output=str(tmp_path / "o")))
+
+
+def test_nested_students_do_not_search_the_teachers_gallery(shop: Path, tmp_path: Path) -> None:
+    paths = [_write_student(tmp_path / name, nested=nested) for name, nested in (("plain", ()), ("nested", (8,)))]
+    part = choose_queries(load_catalog(shop).select(split="test"))
+    plain, nested = (load_artifact(path) for path in paths)
+    teacher = np.eye(len(part.catalog), 32, dtype=np.float32) + 0.1
+    for artifact, has_scores in ((plain, True), (nested, False)):
+        scored = ScoredModel(Row.empty("m", "student", "torch", None), l2_normalize(teacher), models_of(artifact)[0])
+        _add_asymmetric(scored, part, l2_normalize(teacher), 0)
+        assert (scored.row.asymmetric is not None) == has_scores
+        assert ("nested dimensions" in (scored.row.notes or "")) != has_scores

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from benchmarks.config import RecallConfig, ReportConfig
-from student.config import LAYER_KEYS, DistillConfig, StudentConfig
-from teacher.config import StageConfig, TowerConfig, TrainConfig
+from export.config import OnnxConfig
+from student.config import LAYER_KEYS, DistillConfig, LossConfig, StudentConfig
+from teacher.config import HeadConfig, StageConfig, TowerConfig, TrainConfig
 from vpr.common.config_values import config_values
+from vpr.retrieval.config import EmbedConfig
 
 DISTILL = DistillConfig(teacher=("t",), catalog="c", output="o")
 TRAIN = TrainConfig("c", "o", tower=TowerConfig("sample", "", 32, embedding_dim=8))
@@ -21,8 +23,12 @@ TRAIN = TrainConfig("c", "o", tower=TowerConfig("sample", "", 32, embedding_dim=
     [
         (StudentConfig(), {"qkv_bias": True, "norm_eps": 1e-6, "activation": "quick-gelu", "pooled_norm": True}),
         (DISTILL, {"layer_decay": 0.9, "unlabelled_cosine": 0.8}),
-        (RecallConfig("c", ("m",), "o"), {"leave_one_out": True, "skip_unmatched": True}),
+        (RecallConfig("c", ("m",), "o"), {"leave_one_out": True, "skip_unmatched": True, "dimensions": 8}),
         (ReportConfig("c", ("m",), "o"), {"skip_unmatched": True}),
+        (LossConfig(), {"nested": (8, 16)}),
+        (HeadConfig(), {"nested": (8, 16)}),
+        (EmbedConfig("m", "c", "o"), {"dimensions": 8}),
+        (OnnxConfig("m", "o"), {"dimensions": 8}),
     ],
 )
 def test_later_keys_are_recorded_where_they_differ(config: Any, changes: dict[str, Any]) -> None:

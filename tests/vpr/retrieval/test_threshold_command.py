@@ -16,6 +16,7 @@ from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.retrieval.config import RerankConfig, ScoreName, SearchConfig, ThresholdConfig
+from vpr.retrieval.cut import cut_vectors
 from vpr.retrieval.embeddings import l2_normalize, load_embeddings, write_embeddings
 from vpr.retrieval.search_command import search_gallery
 from vpr.retrieval.threshold_command import find_threshold
@@ -37,8 +38,9 @@ def write(folder: Path, vectors: NDArray[np.float32], model: str = "model", spli
         {"image": f"{row}.jpg", "product": f"p{row // len(roles)}", "role": roles[row % len(roles)], "split": split}
         for row in range(len(vectors))
     ]
-    with write_artifact(folder / f"{model}-weights", "teacher", {"name": model}) as draft:
-        (draft.path / "x").write_text(model)
+    if not (folder / f"{model}-weights").exists():
+        with write_artifact(folder / f"{model}-weights", "teacher", {"name": model}) as draft:
+            (draft.path / "x").write_text(model)
     catalog = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), folder)
     write_embeddings(str(folder / model), vectors, catalog, load_artifact(folder / f"{model}-weights"), {})
     return str(folder / model)
@@ -220,3 +222,11 @@ def test_unchanged_inputs_are_not_measured_again(tmp_path: Path, monkeypatch: py
     before = load_artifact(find_threshold(config)).sha256
     monkeypatch.setattr("vpr.retrieval.threshold_command._measure", None)
     assert load_artifact(find_threshold(config)).sha256 == before
+
+
+def test_threshold_of_another_cut_is_rejected(tmp_path: Path) -> None:
+    vectors = draw_vectors()
+    threshold = str(find_threshold(settings(write(tmp_path, vectors), tmp_path)))
+    cut = write(tmp_path, cut_vectors(vectors, 8))
+    with pytest.raises(UserError, match=f"threshold: .* is of {DIM} dimensions, the embeddings have 8"):
+        search_gallery(SearchConfig(cut, cut, threshold=threshold))
