@@ -1,0 +1,27 @@
+"""``make figures TOPIC=gallery``: the databases of the gallery's trial, into ``docs/results/gallery.json``.
+
+Parts: ``databases``, ``database-kills``. Both need ``make other-databases``. Run nothing else during ``databases``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from experiments.figures import command_of, measure, record
+from experiments.gallery.trial import STORES, kill_stores, time_stores
+
+
+def _measure_databases() -> None:
+    figures, rows = time_stores(STORES, command_of("gallery", "databases"))
+    record("gallery", figures, {"databases": rows})
+
+
+def _measure_database_kills() -> None:
+    figures, rows = kill_stores(STORES, command_of("gallery", "database-kills"))
+    record("gallery", figures, {"database-kills": rows})
+
+
+PARTS = {"databases": _measure_databases, "database-kills": _measure_database_kills}
+
+if __name__ == "__main__":
+    measure(PARTS, sys.argv[1:])
