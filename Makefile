@@ -12,6 +12,7 @@ GPU_STAMP := .venv/.installed-gpu
 SCALE_STAMP := .venv/.installed-scale
 FUZZ_STAMP := .venv/.installed-fuzz
 PHOTOS_STAMP := .venv/.installed-photos
+GALLERY_STAMP := .venv/.installed-gallery
 TOPIC ?= demo
 PARTS ?=
 # Processes of make test; each needs 3 GB of memory.
@@ -21,8 +22,8 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 CHECK ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-full test test-all test-gpu gpu-check reliability check lint figures docs lock audit licences scale fuzzer photos-weights \
-	other-quantisers other-metrics other-toolkits oldest-runtime clean
+.PHONY: help demo demo-full test test-all test-gpu gpu-check reliability check lint figures docs lock audit licences scale gallery fuzzer photos-weights \
+	other-quantisers other-metrics other-toolkits other-databases oldest-runtime clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-18s %s\n", $$1, $$2 }'
@@ -34,10 +35,10 @@ demo-full: $(STAMP) ## run the long demo, about an hour
 	@$(BIN)/vpr demo --full
 
 # One thread for each process: more would oversubscribe the cores.
-test: $(DEV_STAMP) ## run the fast tests
+test: $(DEV_STAMP) $(GALLERY_STAMP) ## run the fast tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-test-all: $(DEV_STAMP) $(FUZZ_STAMP) ## run all tests that need no GPU, for hours
+test-all: $(DEV_STAMP) $(GALLERY_STAMP) $(FUZZ_STAMP) ## run all tests that need no GPU, for hours
 	@$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(DEV_STAMP) $(GPU_STAMP) ## run the tests that need a GPU
@@ -48,7 +49,7 @@ gpu-check: ## measure this machine's GPU within nine minutes, see docs/gpu.md
 	@test ! -d .wheels || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .wheels/site .wheels/*.whl
 	@PYTHONPATH=.wheels/site:. $(GPU_PYTHON) -m experiments.gpu_check $(CHECK)
 
-reliability: $(DEV_STAMP) $(FUZZ_STAMP) ## run the long fuzzing, fault, load, offline and soak tests
+reliability: $(DEV_STAMP) $(GALLERY_STAMP) $(FUZZ_STAMP) ## run the long fuzzing, fault, load, offline and soak tests
 	@$(BIN)/python -m pytest -m reliability
 
 check: lint test ## run lint and the fast tests
@@ -92,6 +93,8 @@ licences: $(DEV_STAMP) .venv-audit/.installed ## write docs/licences.md, the lic
 
 scale: $(SCALE_STAMP) ## install Ray, to embed on several machines
 
+gallery: $(GALLERY_STAMP) ## install LanceDB, for galleries that change
+
 fuzzer: $(FUZZ_STAMP) ## install atheris, for coverage-guided fuzzing
 
 photos-weights: $(PHOTOS_STAMP) ## install ImageNet weights, for the experiments on photographs
@@ -118,6 +121,13 @@ other-toolkits: ## install lightly-train and ONNX Runtime's quantiser, each in i
 	@test -x .venv-onnxruntime/bin/python || $(PYTHON) -m venv .venv-onnxruntime
 	@.venv-onnxruntime/bin/python -m pip install --quiet onnx==1.23.2 onnxruntime==1.31.1
 
+# pgvector is an extension of a PostgreSQL server and has no embedded form.
+other-databases: ## install LanceDB, Milvus Lite and Qdrant's client, each in its own environment
+	@for name in lancedb==0.40.0 "pymilvus[milvus_lite]==3.0.2 milvus-lite==3.2.2" qdrant-client==1.20.0; do \
+		folder=.venv-$$(echo $$name | cut -d= -f1 | cut -d[ -f1); \
+		test -x $$folder/bin/python || $(PYTHON) -m venv $$folder; \
+		$$folder/bin/python -m pip install --quiet $$name numpy==2.4.6 faiss-cpu==1.15.1 psutil==7.2.2 || exit 1; done
+
 oldest-runtime: ## install the oldest ONNX Runtime of the Triton hand-off in its own environment, for its tests
 	@test -x .venv-oldest-runtime/bin/python || $(PYTHON) -m venv .venv-oldest-runtime
 	@.venv-oldest-runtime/bin/python -m pip install --quiet onnxruntime==1.20.1 numpy==2.4.6
@@ -140,6 +150,10 @@ $(GPU_STAMP): requirements-gpu.txt $(STAMP)
 
 $(SCALE_STAMP): requirements-scale.txt $(STAMP)
 	@$(PIP) -r requirements-scale.txt
+	@touch $@
+
+$(GALLERY_STAMP): requirements-gallery.txt $(STAMP)
+	@$(PIP) -r requirements-gallery.txt
 	@touch $@
 
 $(PHOTOS_STAMP): requirements-photos.txt $(STAMP)

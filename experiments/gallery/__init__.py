@@ -1,1 +1,1 @@
-"""Evidence on stored galleries."""
+"""Evidence for stored galleries: what they cost, a trial of vector databases, and kills of their commands."""

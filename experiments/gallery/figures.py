@@ -1,102 +1,29 @@
-"""``make figures TOPIC=gallery``: the cost of a stored gallery, into ``docs/results/gallery.json``.
+"""``make figures TOPIC=gallery``: stored galleries and vector databases, into ``docs/results/gallery.json``.
 
-The part ``storage`` has a million vectors of 256 dimensions. Run nothing else on the machine meanwhile.
+Parts: ``storage``, ``databases``, ``database-kills``. The last two need ``make other-databases``. Run nothing else
+during the first two.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from benchmarks.config import StorageConfig
-from benchmarks.report.storage_schema import Storage
-from benchmarks.storage.command import FILE, measure_storage
-from experiments.figures import Figure, Row, command_of, measure, record
-from experiments.gallery.synthetic_embeddings import SyntheticProducts, write_synthetic_embeddings
-from vpr.artifacts.store import load_artifact
-from vpr.retrieval.config import IndexTuning
-
-_FOLDER = Path("runs/figures-gallery")
-_BUDGET, _CONFIDENCE, _MAX_MS = 0.01, 0.95, 5.0
-_SHARE = 1 / 8  # of float32's bytes
-_FLOAT_BYTES = 4
+from experiments.figures import command_of, measure, record
+from experiments.gallery.storage import measure_stored
+from experiments.gallery.trial import STORES, kill_stores, time_stores
 
 
-def storage_figures(storage: Storage, dim: int, command: str) -> tuple[list[Figure], list[Row]]:
-    """Return the figures of the cheapest confirmed setting of the largest gallery, and the table of all settings."""
-    decision = storage.decisions[-1]
-    chosen, title = storage.chosen(decision.size), f"{decision.size:,} vectors, cheapest confirmed setting"
-    share = None if chosen is None or chosen.bytes_per_vector is None else chosen.bytes_per_vector / _FLOAT_BYTES / dim
-    level = f"{100 * decision.confidence:g} % confidence"
-    figures = [
-        Figure(f"{title}: bytes over float32's", share, "", _SHARE, "<=", command),
-        Figure(
-            f"{title}: upper bound of the drop of recall@1 ({level})",
-            decision.drop_upper_bound,
-            "",
-            decision.max_recall_drop,
-            "<=",
-            command,
-        ),
-        Figure(f"{title}: p50 of a query", None if chosen is None else chosen.single_ms, "ms", _MAX_MS, "<=", command),
-        Figure(
-            f"{title}: drop of recall@1, test products",
-            None if chosen is None else chosen.drop,
-            "",
-            None,
-            "<=",
-            command,
-        ),
-    ]
-    return figures, [table_row(storage, row.size, row.name) for row in storage.rows]
+def _measure_databases() -> None:
+    figures, rows = time_stores(STORES, command_of("gallery", "databases"))
+    record("gallery", figures, {"databases": rows})
 
 
-def table_row(storage: Storage, size: int, name: str) -> Row:
-    """Return a row of the table; the confirmed setting of the size is marked."""
-    row = next(row for row in storage.rows if (row.size, row.name) == (size, name))
-    tests = {step.name: step for decision in storage.decisions if decision.size == size for step in decision.sequence}
-    mark = " (**chosen**)" if storage.chosen(size) is row else ""
-    head: Row = {"vectors": f"{size:,}", "setting": f"{name}{mark}"}
-    names = ("bytes per vector", "build s", "ms per query (p50)", "recall@1 [95 %]", "neighbours kept")
-    if row.recall_at_1 is None or row.ci95 is None:
-        return {**head, **dict.fromkeys(names, "–"), "upper bound of the drop": row.notes}
-    test = tests.get(name)
-    bound = "not tested" if test is None else f"{test.upper_bound:.4f}{'' if test.confirmed else ' (not confirmed)'}"
-    values = (
-        f"{row.bytes_per_vector:.1f}",
-        f"{row.build_seconds:.1f}",
-        f"{row.single_ms:.3f}",
-        f"{row.recall_at_1:.3f} [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]",
-        f"{row.neighbours:.3f}",
-    )
-    return {**head, **dict(zip(names, values, strict=True)), "upper bound of the drop": bound}
+def _measure_database_kills() -> None:
+    figures, rows = kill_stores(STORES, command_of("gallery", "database-kills"))
+    record("gallery", figures, {"database-kills": rows})
 
 
-def measure_stored() -> None:
-    """Record the settings of a gallery of a million vectors."""
-    products = SyntheticProducts()
-    vectors = write_synthetic_embeddings(_FOLDER, products)
-    config = StorageConfig(
-        str(vectors),
-        str(_FOLDER / "storage"),
-        sizes=(1_000_000,),
-        dims=(256, 128, 64),
-        formats=("int8", "pq", "binary"),
-        indexes=("ivf", "shortlist"),
-        max_recall_drop=_BUDGET,
-        confidence=_CONFIDENCE,
-        max_ms=_MAX_MS,
-        queries=1000,
-        batch=1000,
-        tuning=IndexTuning(nprobe=32),
-    )
-    storage = Storage.model_validate_json(load_artifact(measure_storage(config)).file(FILE).read_bytes())
-    figures, table = storage_figures(storage, products.dim, command_of("gallery", "storage"))
-    record("gallery", figures, {"storage": table})
-
-
-PARTS = {"storage": measure_stored}
-
+PARTS = {"storage": measure_stored, "databases": _measure_databases, "database-kills": _measure_database_kills}
 
 if __name__ == "__main__":
     measure(PARTS, sys.argv[1:])

@@ -28,7 +28,15 @@ from vpr.data.readers import read_csv
 
 # In reading order: a page may use what the blocks before it have written.
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/index.md", "docs/install.md", "docs/concepts.md")
-PAGES += ("docs/data.md", "docs/teacher.md", "docs/student.md", "docs/export.md", "docs/gpu.md", "docs/serving.md")
+PAGES += (
+    "docs/data.md",
+    "docs/teacher.md",
+    "docs/student.md",
+    "docs/export.md",
+    "docs/gpu.md",
+    "docs/serving.md",
+    "docs/gallery.md",
+)
 PAGES += ("docs/benchmarking.md", "docs/artifacts.md", "docs/architecture.md", "docs/results.md")
 PAGES += ("docs/test-suite.md", "docs/reliability.md", "docs/security.md", "docs/licences.md")
 # Appended to the commands of tested blocks: the documented defaults measure for seconds or train for many epochs.

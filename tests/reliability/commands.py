@@ -111,6 +111,15 @@ COMMANDS = (
     Command(
         "gallery threshold --embeddings {embeddings} --split '' --max-false-accept 0.9 --confidence 0.5", "threshold"
     ),
+    Command("gallery create --embeddings {embeddings} --split train --threshold {threshold}", "stock"),
+    Command("gallery add --gallery {stock} --embeddings {embeddings} --split test"),
+    Command("gallery update --gallery {stock} --embeddings {embeddings}"),
+    Command("gallery remove --gallery {stock} --products 1 --skip-missing"),
+    Command("gallery search --gallery {stock} --queries {embeddings} --k 3", "stock.csv"),
+    Command("gallery verify --gallery {stock} --embeddings {embeddings}"),
+    Command("gallery compact --gallery {stock}"),
+    Command("gallery info --gallery {stock}"),
+    Command("gallery export --gallery {stock}", "stock-embeddings"),
     Command("search --queries {embeddings} --gallery {embeddings} --k 3 --threshold {threshold}", "neighbours.csv"),
     Command("search serve --models {int8} --catalog {catalog} --port 0"),
     Command("doctor"),

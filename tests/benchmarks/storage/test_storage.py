@@ -15,7 +15,7 @@ from benchmarks.storage.choose import choose_setting, order_candidates
 from benchmarks.storage.command import measure_storage
 from benchmarks.storage.gallery import grow_gallery, read_data
 from benchmarks.storage.measure import Exact, Measured, StorageRow, list_settings
-from experiments.gallery.figures import storage_figures
+from experiments.gallery.storage import storage_figures
 from experiments.gallery.synthetic_embeddings import SyntheticProducts, write_synthetic_embeddings
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import CheckFailed, UserError

@@ -1,0 +1,109 @@
+"""``kill -9`` of a process that changes a gallery, and a full disk, while another process reads."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from experiments.figures import ROOT
+from tests.vpr.gallery.shop import name_images, unit_vectors, write_shop
+from tests.vpr.gallery.writer import Contents, expect, write_deliveries
+from vpr.gallery.change import compact_gallery, create_gallery
+from vpr.gallery.config import CompactConfig, CreateConfig, VerifyGalleryConfig
+from vpr.gallery.gallery import IDS, load_gallery, vectors_of
+from vpr.gallery.inspect import verify_gallery
+from vpr.gallery.store import LostFile
+
+pytest.importorskip("lancedb")
+
+
+def read(gallery: Path) -> Contents:
+    """Return the newest version's contents, as a reader that starts again if its version was compacted meanwhile."""
+    while True:
+        try:
+            table = load_gallery(gallery).snapshot().read([*IDS, "vector"])
+        except LostFile:
+            continue
+        keys = zip(*(table[name].to_pylist() for name in IDS), strict=True)
+        contents = {key: vector.tobytes() for key, vector in zip(keys, vectors_of(table), strict=True)}
+        assert len(contents) == len(table)
+        return contents
+
+
+def kill_once(
+    folder: Path, first: int, contents: Contents, deliveries: list[Contents], delay: float
+) -> tuple[int, Contents]:
+    """Let a process change the gallery from change ``first`` on, read meanwhile, and kill it ``delay`` seconds later.
+
+    Returns:
+        The number of the next change, and the contents after the kill.
+    """
+    command = [sys.executable, "-m", "tests.vpr.gallery.writer", str(folder), str(first)]
+    states, lines = [contents], []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        lines.append(process.stdout.readline().split())
+        timer = threading.Timer(delay, process.send_signal, [signal.SIGKILL])
+        timer.start()
+        seen = []
+        while timer.is_alive():
+            seen.append(read(folder / "gallery"))
+        lines += [line.split() for line in process.stdout if line.endswith("\n")]
+    assert process.returncode == -signal.SIGKILL
+    for number in (int(number) for kind, number in lines if kind == "begin"):
+        states.append(expect(states[-1], number, deliveries))
+    assert all(contents in states for contents in seen)  # a reader sees one version, never a part of one
+    last_kind, last = lines[-1]
+    after = read(folder / "gallery")
+    assert after in (states[-2:] if last_kind == "begin" else states[-1:])
+    return int(last) + (after == states[-1]), after
+
+
+def kill_often(folder: Path, kills: int, seed: int) -> None:
+    rng, deliveries = random.Random(seed), write_deliveries(folder)
+    gallery = create_gallery(CreateConfig(str(folder / "delivery-0"), str(folder / "gallery")))
+    number, contents = 0, deliveries[0]
+    for _ in range(kills):
+        number, contents = kill_once(folder, number, contents, deliveries, rng.uniform(0, 0.6))
+        verify_gallery(VerifyGalleryConfig(str(gallery)))
+    assert number > kills  # several changes for each kill
+    compact_gallery(CompactConfig(str(gallery)))
+    assert read(gallery) == contents
+    # Nothing of the killed writers stays: the table is one data file.
+    assert len(list(gallery.rglob("*.lance"))) - 1 == 1
+    assert sorted(path.name for path in gallery.iterdir()) == ["card.json", "vectors"]
+
+
+def test_killed_writer_leaves_one_version(tmp_path: Path) -> None:
+    kill_often(tmp_path, kills=3, seed=1)
+
+
+@pytest.mark.reliability
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    kill_often(tmp_path, kills=200, seed=2)
+
+
+def test_full_disk_leaves_the_gallery(tmp_path: Path) -> None:
+    ids = name_images(300)
+    embeddings = write_shop(tmp_path / "e", ids[:30], unit_vectors(30))
+    more = write_shop(tmp_path / "more", ids[30:], unit_vectors(270))
+    gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
+    before = read(gallery)
+    for words in (["add", "--embeddings", more], ["compact"]):
+        code = (
+            "import sys; from tests.reliability.faults.injection import limit_file_size; from vpr.cli import main;"
+            "limit_file_size(1000); main(sys.argv[1:])"
+        )
+        command = [sys.executable, "-c", code, "gallery", *words, "--gallery", str(gallery)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert process.returncode == 2, process.stderr
+        assert "the disk has no room (File too large)" in process.stderr.splitlines()[-1]
+        assert "Traceback" not in process.stderr
+        assert read(gallery) == before
+        verify_gallery(VerifyGalleryConfig(str(gallery)))

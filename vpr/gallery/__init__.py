@@ -1,0 +1,1 @@
+"""Galleries that change: embedded images in a vector database, with ids, metadata and versions."""

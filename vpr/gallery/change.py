@@ -1,0 +1,220 @@
+"""``vpr gallery create | add | update | remove | compact``: each change of the images is one new version, or none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vpr.artifacts.card import Embedding
+from vpr.artifacts.store import reraise_as_artifact_error
+from vpr.artifacts.writer import check_output, write_artifact
+from vpr.common.errors import UserError, nearest_names
+from vpr.common.log import get_logger
+from vpr.data.tables import list_columns, read_table_rows
+from vpr.gallery.config import AddConfig, CompactConfig, CreateConfig, RemoveConfig, UpdateConfig, read_columns
+from vpr.gallery.gallery import (
+    IDS,
+    VECTORS,
+    Gallery,
+    build_rows,
+    bytes_on_disk,
+    load_gallery,
+    table_schema,
+    threshold_to_json,
+)
+from vpr.gallery.metadata import Metadata, read_metadata
+from vpr.gallery.store import Snapshot, Store, quote
+from vpr.retrieval.embeddings import Embeddings, load_embeddings
+from vpr.retrieval.threshold_command import load_threshold
+
+Rows = NDArray[np.int64]
+log = get_logger(__name__)
+
+_PART = 16_384  # images per part of a first version
+
+
+def create_gallery(config: CreateConfig) -> Path:
+    """Create a gallery and fill it with the gallery images of an embeddings artifact.
+
+    Raises:
+        UserError: The output or the address has a gallery, ids are there twice, or an input is invalid.
+    """
+    path = Path(config.output)
+    check_output(path, "gallery")
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path}: there is a gallery. Use `vpr gallery add`, or choose another output.")
+    embeddings = load_embeddings(config.embeddings)
+    columns = read_columns(config.columns)
+    metadata = read_metadata(config.metadata, columns)
+    rows = select_rows(embeddings, config.split, "embeddings")
+    dim = embeddings.vectors.shape[1]
+    threshold = load_threshold(config.threshold, embeddings.model, dim) if config.threshold else None
+    values: dict[str, Any] = {"columns": list(config.columns), "address": config.address}
+    if threshold:
+        values["threshold"] = threshold_to_json(threshold)
+    with write_artifact(path, "gallery", values, [embeddings.model]) as draft:
+        draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+        draft.preprocess = embeddings.artifact.card.preprocess
+        draft.unlisted |= {VECTORS}
+        parts = (build_part(embeddings, rows[start : start + _PART], metadata) for start in range(0, len(rows), _PART))
+        store = Store(config.address or str(draft.path / VECTORS))
+        store.create((batch for part in parts for batch in part.to_batches()), table_schema(columns, dim))
+    log.info(f"{path}: version 1, {len(rows)} images of {len(np.unique(embeddings.products[rows]))} products")
+    return path
+
+
+def add_images(config: AddConfig) -> Path:
+    """Add the gallery images of an embeddings artifact as one version.
+
+    Raises:
+        UserError: The embeddings are of another model, or an image is in the gallery.
+    """
+    gallery = load_gallery(config.gallery)
+    embeddings = load_embeddings(config.embeddings)
+    gallery.check_model(embeddings, "embeddings")
+    rows = select_rows(embeddings, config.split, "embeddings")
+    metadata = read_metadata(config.metadata, gallery.columns)
+    with gallery.lock():
+        snapshot = gallery.snapshot()
+        new = build_part(embeddings, rows, metadata)
+        is_present = pc.is_in(_keys(new), value_set=_keys(snapshot.read(IDS))).to_numpy(zero_copy_only=False)
+        if len(present := rows[is_present]):
+            name = _name(embeddings.products[present[0]], embeddings.images[present[0]])
+            problem = f"{name} is in the gallery ({len(present)} of {len(rows)} are)"
+            raise UserError(f"embeddings: {config.embeddings}: {problem}. Use `vpr gallery update`.")
+        gallery.store.append(new)
+        return _announce(gallery, f"{len(rows)} images added")
+
+
+def update_images(config: UpdateConfig) -> Path:
+    """Replace images, or metadata, as one version; and the threshold.
+
+    Raises:
+        UserError: The embeddings or the threshold are of another model, or the metadata are of unknown products.
+    """
+    gallery = load_gallery(config.gallery)
+    threshold = load_threshold(config.threshold, gallery.model, gallery.dim) if config.threshold else None
+    metadata = read_metadata(config.metadata, gallery.columns)
+    if config.embeddings:
+        embeddings = load_embeddings(config.embeddings)
+        gallery.check_model(embeddings, "embeddings")
+        rows = select_rows(embeddings, config.split, "embeddings")
+    with gallery.lock():
+        if config.embeddings:
+            gallery.store.replace(build_part(embeddings, rows, metadata), IDS)
+        elif config.metadata:
+            gallery.store.replace(_rows_with(gallery.snapshot(), metadata, config.metadata), IDS)
+        if threshold:
+            load_gallery(config.gallery).store_threshold(threshold)
+        return _announce(gallery, "updated")
+
+
+def remove_images(config: RemoveConfig) -> Path:
+    """Remove products or images as one version; their files are removed by :func:`compact_gallery`.
+
+    Raises:
+        UserError: The gallery does not have a product or an image.
+    """
+    gallery = load_gallery(config.gallery)
+    listed = _read_ids(config.table) if config.table else {name: [] for name in IDS}
+    wanted = {"product": [*config.products, *listed["product"]], "image": [*config.images, *listed["image"]]}
+    with gallery.lock():
+        present = gallery.snapshot().read(IDS)
+        conditions, removed = [], pa.array(np.zeros(len(present), dtype=bool))
+        for name, values in wanted.items():
+            known = pc.is_in(pa.array(values, pa.string()), value_set=present[name].combine_chunks()).to_pylist()
+            missing = [value for value, is_known in zip(values, known, strict=True) if not is_known]
+            if missing and not config.skip_missing:
+                near = nearest_names(missing[0], present[name].slice(0, 10_000).to_pylist()) or "none"
+                problem = f"no {name} '{missing[0]}' in the gallery ({len(missing)} unknown)"
+                raise UserError(f"remove: {problem}. The nearest are {near}. Correct it, or set --skip-missing.")
+            if found := sorted({value for value, is_known in zip(values, known, strict=True) if is_known}):
+                conditions.append(f"{name} IN ({quote(found)})")
+                removed = pc.or_(removed, pc.is_in(present[name].combine_chunks(), value_set=pa.array(found)))
+        count = pc.sum(removed).as_py() or 0
+        if count:
+            gallery.store.delete(" OR ".join(conditions))
+        return _announce(gallery, f"{count} images removed")
+
+
+def compact_gallery(config: CompactConfig) -> Path:
+    """Rewrite the files without removed images and older versions; optionally build an index.
+
+    Nothing of a removed image stays in the gallery's files. Readers of older versions have to open the newest one.
+    """
+    gallery = load_gallery(config.gallery)
+    with gallery.lock():
+        before = bytes_on_disk(gallery.path)
+        gallery.store.rewrite(config.index)
+        sizes = "" if gallery.address else f", {before / 1e6:.1f} -> {bytes_on_disk(gallery.path) / 1e6:.1f} MB"
+        return _announce(gallery, f"compacted{sizes}")
+
+
+def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
+    """Return the gallery rows of a split, or all gallery rows; :class:`UserError` for none, or for an id twice."""
+    rows = embeddings.rows_with_role("gallery")
+    path = embeddings.artifact.path
+    if split:
+        with reraise_as_artifact_error(embeddings.artifact):
+            column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
+        rows = rows[np.array([name or "" for name in column.to_pylist()], dtype=np.str_)[rows] == split]
+    if not len(rows):
+        raise UserError(f"split: {path} has no gallery images in split '{split}'. Leave out --split.")
+    counts = Counter(zip(embeddings.products[rows].tolist(), embeddings.images[rows].tolist(), strict=True))
+    if len(counts) < len(rows):
+        name = _name(*counts.most_common(1)[0][0])
+        raise UserError(f"{key}: {path}: {name} is there twice. Remove one row from the catalogue and embed again.")
+    return rows
+
+
+def build_part(embeddings: Embeddings, rows: Rows, metadata: Metadata) -> pa.Table:
+    """Return rows of embeddings as rows of a gallery's table."""
+    products, images = embeddings.products[rows].tolist(), embeddings.images[rows].tolist()
+    return build_rows(products, images, embeddings.vectors[rows], metadata)
+
+
+def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:
+    """Return the stored rows of the metadata's products or images with these metadata."""
+    products = sorted({product for product, _ in metadata.values})
+    names = snapshot.schema.names
+    stored = snapshot.read(names, f"product IN ({quote(products)})").select(names).combine_chunks()
+    found = {(product, "") for product in stored["product"].to_pylist()}
+    keys = list(zip(stored["product"].to_pylist(), stored["image"].to_pylist(), strict=True))
+    if unknown := [key for key in metadata.values if key not in found and key not in set(keys)]:
+        raise UserError(f"metadata: {path}: the gallery has no {_name(*unknown[0])}. Remove the row.")
+    used = [metadata.find(*key) is not None for key in keys]
+    chosen = stored.filter(pa.array(used, pa.bool_()))
+    values = metadata.arrays(chosen["product"].to_pylist(), chosen["image"].to_pylist())
+    columns = {name: values.get(name, chosen[name]) for name in names}
+    return pa.table(columns, schema=snapshot.schema)
+
+
+def _read_ids(path: str) -> dict[str, list[str]]:
+    """Return the values of a table's column ``product`` or ``image``; an ``image`` column is the more exact one."""
+    found = {column.strip().casefold() for column in list_columns(Path(path))}
+    name = "image" if "image" in found else "product"
+    return {other: [] for other in IDS} | {name: [row[name] for _, row in read_table_rows(Path(path), [name])]}
+
+
+def _keys(table: pa.Table) -> pa.Array:
+    """Return one text for the ids of each row."""
+    products, images = table["product"].combine_chunks(), table["image"].combine_chunks()
+    lengths = pc.cast(pc.utf8_length(products), pa.string())
+    return pc.binary_join_element_wise(lengths, pa.scalar(":"), products, images, "")
+
+
+def _name(product: str, image: str) -> str:
+    return f"image '{image}' of product '{product}'" if image else f"product '{product}'"
+
+
+def _announce(gallery: Gallery, what: str) -> Path:
+    snapshot = gallery.snapshot()
+    log.info(f"{gallery.path}: version {snapshot.version}, {len(snapshot)} images, {what}")
+    return gallery.path

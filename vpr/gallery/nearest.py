@@ -1,0 +1,111 @@
+"""Nearest images of queries in a version of a gallery: exact over all images, or by the index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpr.common.errors import UserError
+from vpr.gallery.gallery import vectors_of
+from vpr.gallery.store import ROW_ID, RowIds, Snapshot, Vectors
+from vpr.retrieval.open_set import BestProducts
+
+Scores = NDArray[np.float32]
+_FIRST_K = 16  # images in which a second product is looked for first
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Nearest images of queries, best first.
+
+    Attributes:
+        scores: (queries, k) float32 cosines; minus infinity where there are fewer images.
+        rows: (queries, k) uint64 row ids of the version.
+    """
+
+    scores: Scores
+    rows: RowIds
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """Which of the (queries, k) places have an image."""
+        return np.isfinite(self.scores)
+
+
+def find_nearest(snapshot: Snapshot, queries: Vectors, k: int, where: str = "", probes: int = 0) -> Nearest:
+    """Search (queries, dim) float32 unit vectors.
+
+    Args:
+        snapshot: Version to search.
+        queries: Query vectors.
+        k: Images per query.
+        where: Condition in SQL.
+        probes: Partitions of the index to search; 0 reads all images once, and keeps the best of each query.
+
+    Raises:
+        UserError: The condition is invalid, or there is no index to probe.
+    """
+    if not probes:
+        return _find_exact(snapshot, queries, k, where)
+    if snapshot.index() is None:
+        raise UserError(
+            "probes: the gallery has no index. Run `vpr gallery compact --index 256`, or leave out --probes."
+        )
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    rows = np.zeros((len(queries), k), dtype=np.uint64)
+    for number, query in enumerate(queries):
+        best, ids = snapshot.probe(query, k, probes, where)
+        scores[number, : len(best)], rows[number, : len(ids)] = best, ids
+    return Nearest(scores, rows)
+
+
+def _find_exact(snapshot: Snapshot, queries: Vectors, k: int, where: str) -> Nearest:
+    """Compare all queries with each part of the images; memory is that of one part and of the results."""
+    import faiss
+
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    rows = np.zeros((len(queries), k), dtype=np.uint64)
+    for batch in snapshot.batches(["vector"], where):
+        if not batch.num_rows:
+            continue
+        vectors, ids = np.ascontiguousarray(vectors_of(batch)), batch[ROW_ID].to_numpy()
+        new, index = faiss.knn(queries, vectors, min(k, len(ids)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, rows = np.concatenate([scores, new], axis=1), np.concatenate([rows, ids[index]], axis=1)
+        order = np.lexsort((rows, -scores))[:, :k]
+        scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    return Nearest(scores, rows)
+
+
+def find_best(snapshot: Snapshot, queries: Vectors, where: str = "", probes: int = 0) -> BestProducts:
+    """Return the best image of each query and the margin to the best image of another product.
+
+    ``rows`` of the result are positions of the queries. A query without a second product has the margin to -1, the
+    lowest cosine. One without any image has the similarity -1 and no margin.
+    """
+    best, second = np.full((2, len(queries)), -1.0)
+    pending, k, count = np.arange(len(queries)), _FIRST_K, max(len(snapshot), 1)
+    while len(pending):
+        nearest = find_nearest(snapshot, queries[pending], min(k, count), where, probes)
+        found = nearest.found
+        products = _products(snapshot, nearest)
+        is_other = (products != products[:, :1]) & found
+        has_other = is_other.any(axis=1)
+        best[pending] = np.where(found[:, 0], nearest.scores[:, 0], -1.0)
+        column = is_other.argmax(axis=1)
+        second[pending[has_other]] = nearest.scores[has_other, column[has_other]]
+        is_done = has_other | ~found[:, -1] | (k >= count)
+        pending, k = pending[~is_done], 4 * k
+    return BestProducts(np.arange(len(queries)), best, np.where(best > -1, best - second, 0.0))
+
+
+def _products(snapshot: Snapshot, nearest: Nearest) -> NDArray[np.int64]:
+    """Return (queries, k) codes of the products."""
+    rows = nearest.rows[nearest.found]
+    names = snapshot.take(rows, ["product"])["product"].to_pylist()
+    codes = np.full(nearest.rows.shape, -1, dtype=np.int64)
+    if names:
+        codes[nearest.found] = np.unique(np.array(names, dtype=np.str_), return_inverse=True)[1]
+    return codes
