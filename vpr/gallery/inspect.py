@@ -159,7 +159,7 @@ def _check_index(snapshot: Snapshot, problems: _Problems) -> float | None:
 def export_embeddings(config: ExportConfig) -> Path:
     """Write a gallery's images as embeddings of the gallery's model, sorted by product and image.
 
-    ``vpr export serving --gallery`` writes a faiss index of them, ``vpr search`` and ``vpr bench scale`` read them.
+    ``vpr export serving --gallery`` writes a faiss index of them, ``vpr search`` and ``vpr bench storage`` read them.
 
     Raises:
         UserError: The condition is invalid or no image fulfils it.
