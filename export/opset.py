@@ -32,6 +32,8 @@ def lower_opset(graph: onnx.ModelProto) -> onnx.ModelProto:
     if opset_of(model) > _OPSET:
         inferred = infer_shapes(model).graph
         tensors = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input)}
+        for stored in model.graph.initializer:  # of a mask, which shape inference does not list
+            tensors[stored.name] = helper.make_tensor_type_proto(stored.data_type, stored.dims).tensor_type
         nodes: list[onnx.NodeProto] = []
         for node in model.graph.node:
             nodes += _spell_out(node, tensors, model.graph) if node.op_type == "Attention" else [node]

@@ -30,8 +30,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small data": {"family": "small-data"},
     "registers and map": {"registers": 4, "pool": "map"},
 }
-# Largest distance of a cosine from 1 against this environment's runtime; quantised sums differ in their last step.
-_DISTANCES = {"fp32": 1e-6, "fp16": 1e-5, "int8": 2e-3}
+# Largest distance of a cosine from 1 against this environment's runtime. FP16 rounds differently in both, and each
+# difference may move a quantised value by a step: with random weights, the cosine to ONNX's reference evaluator is
+# .9994 here and .9974 there.
+_DISTANCES = {"fp32": 1e-6, "fp16": 1e-5, "int8 over fp32": 1e-4, "int8 over fp16": 5e-3}
 
 
 @pytest.mark.skipif(not (ROOT / ENVIRONMENT).is_dir(), reason="`make oldest-runtime` installs the environment")
@@ -52,7 +54,8 @@ def test_every_graph_equals_this_runtime(shape: str, tmp_path: Path) -> None:
     assert version.strip().rpartition(".")[0] == OLDEST_RUNTIME
     for name, exported in graphs.items():
         distance = 1 - parity(run_graph(exported, pixels), np.load(tmp_path / f"{name}.npy"))["cosine_min"]
-        assert distance < _DISTANCES[name.partition("-")[0]], name
+        kind = f"int8 over {name[-4:]}" if name.startswith("int8") else name
+        assert distance < _DISTANCES[kind], name
 
 
 def _all_graphs(graph: onnx.ModelProto, pixels: np.ndarray) -> dict[str, onnx.ModelProto]:
