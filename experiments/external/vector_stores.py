@@ -55,7 +55,7 @@ class Lance:
 
         self.database = lancedb.connect(folder)
         names = self.database.list_tables().tables
-        self.table = self.database.open_table("images") if "images" in names else None
+        self.table: Any = self.database.open_table("images") if "images" in names else None
 
     @staticmethod
     def _rows(numbers: np.ndarray, vectors: np.ndarray) -> Any:
@@ -378,7 +378,14 @@ def kill(store: str, folder: str, trials: int) -> dict[str, Any]:
     """Kill a writer ``trials`` times; return the batches that were lost or torn, and databases that do not open."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = random.Random(SEED)
-    result = {"store": store, "kills": 0, "accepted_batches": 0, "lost_batches": 0, "torn_batches": 0, "not_opened": 0}
+    result: dict[str, Any] = {
+        "store": store,
+        "kills": 0,
+        "accepted_batches": 0,
+        "lost_batches": 0,
+        "torn_batches": 0,
+        "not_opened": 0,
+    }
     accepted: set[int] = set()
     torn: set[int] = set()
     for _ in range(trials):

@@ -132,7 +132,7 @@ def _rows(snapshot: Snapshot) -> Iterator[tuple[str, str, int, np.ndarray[Any, n
 def _read_expected(
     gallery: Gallery, paths: tuple[str, ...]
 ) -> dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float32]]]:
-    expected = {}
+    expected: dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float32]]] = {}
     for path in paths:
         embeddings = load_embeddings(path)
         gallery.check_model(embeddings, "embeddings")
