@@ -99,6 +99,8 @@ def update_images(config: UpdateConfig) -> Path:
     Raises:
         UserError: The embeddings or the threshold are of another model, or the metadata are of unknown products.
     """
+    if not (config.embeddings or config.metadata or config.threshold):
+        raise UserError("update: nothing to change. Set --embeddings, --metadata or --threshold.")
     gallery = load_gallery(config.gallery)
     threshold = load_threshold(config.threshold, gallery.model, gallery.dim) if config.threshold else None
     metadata = read_metadata(config.metadata, gallery.columns)
@@ -122,6 +124,8 @@ def remove_images(config: RemoveConfig) -> Path:
     Raises:
         UserError: The gallery does not have a product or an image.
     """
+    if not (config.products or config.images or config.table):
+        raise UserError("remove: nothing to remove. Set --products, --images or --table.")
     gallery = load_gallery(config.gallery)
     listed = _read_ids(config.table) if config.table else {name: [] for name in IDS}
     wanted = {"product": [*config.products, *listed["product"]], "image": [*config.images, *listed["image"]]}

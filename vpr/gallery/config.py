@@ -114,10 +114,6 @@ class UpdateConfig:
     split: str = ""
     threshold: str = ""
 
-    def __post_init__(self) -> None:
-        if not (self.embeddings or self.metadata or self.threshold):
-            raise UserError("update: nothing to change. Set --embeddings, --metadata or --threshold.")
-
 
 @dataclass(frozen=True)
 class RemoveConfig:
@@ -136,10 +132,6 @@ class RemoveConfig:
     images: tuple[str, ...] = ()
     table: str = ""
     skip_missing: bool = False
-
-    def __post_init__(self) -> None:
-        if not (self.products or self.images or self.table):
-            raise UserError("remove: nothing to remove. Set --products, --images or --table.")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b40[013]\b|forbidden|unauthori[sz]ed|credentials|access ?denied", re.IGNORECASE)
-_LOST_FILE = re.compile(r"not found|no longer exists|no such file|NoSuchKey", re.IGNORECASE)
+_LOST_FILE = re.compile(r"not found|no such file|NoSuchKey|no longer exists", re.IGNORECASE)
 # Of the client of object storage. Without them it repeats requests for minutes.
 _STORAGE_OPTIONS = {"connect_timeout": "5s", "timeout": "60s", "client_max_retries": "2", "client_retry_timeout": "20"}
 

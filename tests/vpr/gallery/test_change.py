@@ -214,6 +214,8 @@ def test_bad_input_leaves_the_gallery(shop: tuple[str, str], tmp_path: Path) -> 
         (lambda: update_images(UpdateConfig(gallery, metadata=unknown)), "the gallery has no product 'px'"),
         (lambda: remove_images(RemoveConfig(gallery, products=("p0", "p77"))), r"no product 'p77' .*nearest are 'p7'"),
         (lambda: remove_images(RemoveConfig(gallery, images=("9/9.jpg",))), r"no image '9/9.jpg'"),
+        (lambda: remove_images(RemoveConfig(gallery)), "nothing to remove"),
+        (lambda: update_images(UpdateConfig(gallery)), "nothing to change"),
         (lambda: create_gallery(CreateConfig(embeddings, gallery)), "there is a gallery"),
         (lambda: create_gallery(CreateConfig(embeddings, embeddings)), "expected gallery"),
     )
