@@ -19,9 +19,11 @@ PRODUCT = {"vpr", "teacher", "student", "calibration", "export", "benchmarks", "
 
 
 def read_requirements(name: str) -> list[Requirement]:
-    """Return the requirements of a file."""
-    lines = (line.partition(" #")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+    """Return the requirements of a file, and of the files that it includes."""
+    lines = [line.partition(" #")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    included = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    own = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r "))]
+    return [*own, *(requirement for file in included for requirement in read_requirements(file))]
 
 
 DIRECT = [*read_requirements("requirements.txt"), *read_requirements("requirements-dev.txt")]

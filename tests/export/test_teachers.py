@@ -54,6 +54,7 @@ SMALL = {
     "SigLIP's attention pooling": TowerConfig("timm/test_vit3", "", image_size=64),
     "MobileCLIP's FastViT": TowerConfig("timm/fastvit_t8", "", image_size=64),
 }
+_LONG = {"MobileCLIP's FastViT": pytest.mark.slow, "open_clip ResNet": pytest.mark.slow}
 PUBLISHED = (
     *("open_clip/ViT-B-16", "open_clip/ViT-L-14", "open_clip/ViT-B-16-SigLIP", "open_clip/convnext_base_w"),
     *("open_clip/RN50", "timm/tf_efficientnet_lite0", "timm/resnet50", "open_clip/MobileCLIP-S1"),
@@ -80,7 +81,9 @@ def _check_equal_to_pytorch(graph: Path, teacher: Path) -> None:
     assert load_artifact(graph).card.parents == [artifact.as_parent("teacher")]
 
 
-@pytest.mark.parametrize("tower", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize(
+    "tower", [pytest.param(tower, id=name, marks=_LONG.get(name, ())) for name, tower in SMALL.items()]
+)
 def test_every_tower_is_exported_and_its_fp16_graph_builds(tower: TowerConfig | dict[str, Any], tmp_path: Path) -> None:
     teacher = _write(tmp_path, tower)
     graph = export_onnx(OnnxConfig(str(teacher), str(tmp_path / "fp32"), images=5))
@@ -151,6 +154,7 @@ def test_unchanged_teacher_is_not_exported_again_and_the_older_flag_works(
     assert capsys.readouterr().out.split() == [str(graph)] * 2
 
 
+@pytest.mark.slow
 def test_fused_teacher_of_two_image_sizes_is_exported(catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.artifact is not None
     parts = [write_teacher(tmp_path / str(seed), config, catalog, seed) for seed, config in enumerate((LARGE, PART))]

@@ -204,6 +204,7 @@ STAGES = (
 )
 
 
+@pytest.mark.slow
 def test_teacher_trained_in_stages_is_a_plain_teacher(catalog: Catalog, tmp_path: Path) -> None:
     """Validation recall of the adapted network is that of the stored weights."""
     train(lora_config(catalog, tmp_path / "lora", stages=STAGES, run=RunConfig(precision="32-true", ema=0.5)))
@@ -226,6 +227,7 @@ def test_teacher_trained_in_stages_is_a_plain_teacher(catalog: Catalog, tmp_path
     }
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_bit_equal(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

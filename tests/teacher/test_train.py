@@ -29,7 +29,7 @@ from vpr.training.config import RunConfig
 SMALL = TowerConfig(name="sample", pretrained="", image_size=32)
 STAGES = (StageConfig("head", 1, lr_head=1e-3), StageConfig("all", 2, lr_head=1e-3, lr_tower=1e-3))
 RECIPES = sorted(Path(teacher.__file__).parent.glob("recipes/*.yaml"))
-_LONG = dict.fromkeys(("guie-1st", "guie-2nd", "aicrowd-margin", "melgor"), pytest.mark.slow)
+_LONG = dict.fromkeys(("guie-1st", "guie-2nd", "aicrowd-margin", "aicrowd-1st", "melgor"), pytest.mark.slow)
 
 
 def small_config(catalog: Catalog, output: Path, **changes: object) -> TrainConfig:
@@ -239,6 +239,7 @@ def test_head_stage_does_not_change_the_tower(catalog: Catalog, tmp_path: Path) 
         assert torch.equal(value, trained[name]), name
 
 
+@pytest.mark.slow
 def test_artifact_has_the_averaged_weights(catalog: Catalog, tmp_path: Path) -> None:
     train(small_config(catalog, tmp_path / "plain"))
     train(small_config(catalog, tmp_path / "ema", run=RunConfig(precision="32-true", ema=0.9)))
@@ -256,6 +257,7 @@ ALL_LOSSES = {
 }
 
 
+@pytest.mark.slow
 def test_interrupted_training_with_memory_and_mining_resumes_bit_equal(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ _INDEX = "vector_idx"
 _PARTITIONS = "partitions"  # of the index, in the metadata of the schema
 _BATCH_ROWS = 16_384
 _NO_ANSWER = re.compile(
-    r"error sending request|connect(ion)? (error|refused)|dispatch failure|dns error|timed? ?out|trying to connect",
+    r"error sending request|connect(ion)? (error|ref\w+)|dispatch failure|dns error|timed? ?out|trying to connect",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b40[013]\b|forbidden|unauthori[sz]ed|credentials|access ?denied", re.IGNORECASE)

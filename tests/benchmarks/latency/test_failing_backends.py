@@ -117,7 +117,7 @@ def test_roofline_that_fails_is_left_out(
 @pytest.mark.parametrize("index", [1, 2])
 def test_rejected_model_has_no_recall(models: list[Model], index: int, shop_catalog: Catalog) -> None:
     part: ScoredPart = choose_queries(shop_catalog.select(split="test"))
-    scored = _score(models[index], part, 0, RerankConfig())
+    scored = _score(models[index], part, 0, RerankConfig(), 0)
     assert scored.row.recall_at_1 is None
     assert scored.row.notes.startswith("not run: ")
     assert scored.vectors is None

@@ -64,6 +64,7 @@ def test_command_measures_what_a_matrix_product_finds(vectors: str, tmp_path: Pa
     assert "int8 flat" in (path / "storage.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_report_draws_the_storage(report_values: dict, vectors: str, tmp_path: Path) -> None:
     """The table, the statement and a chart for each size are in both forms of the report."""
     config = settings(vectors, tmp_path / "storage", sizes=(200, 400), max_recall_drop=0.3, confidence=0.9)

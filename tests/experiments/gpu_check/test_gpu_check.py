@@ -54,6 +54,7 @@ def skip(is_rehearsal: bool) -> Iterator[Any]:
     yield
 
 
+@pytest.mark.slow
 def test_parts_are_independent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works = {"fails": fail, "crashes": crash, "lacks": skip, "measures": measure, "hangs": partial(hang, tmp_path)}
     parts = [Part(name, 10 if name == "hangs" else 600, work) for name, work in works.items()]

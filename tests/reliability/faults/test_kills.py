@@ -35,6 +35,7 @@ def test_killed_stage_resumes_to_same_result(pipeline: Pipeline, tmp_path: Path,
     assert not run.is_faulty, run
 
 
+@pytest.mark.slow
 def test_kill_at_any_file_change_is_harmless(pipeline: Pipeline) -> None:
     runs = kill_every_step(pipeline, pipeline.stages["int8"])
     assert len(runs) > 10
