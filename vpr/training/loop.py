@@ -7,7 +7,9 @@ killed training run resumes to the same result.
 import logging
 import math
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -265,13 +268,23 @@ def fit(
     last = folder / "last.ckpt"
     if last.is_file():
         log.info(f"  resuming from {last}")
-    with reraise_compile_errors():
+    with reraise_compile_errors(), _fail_if_terminated():
         trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
         if epochs % run.validate_every:
             trainer.validate(module, loaders[1], verbose=False)
     state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
     plain = module.plain_weights(state)
     return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), plain)
+
+
+@contextmanager
+def _fail_if_terminated() -> Iterator[None]:
+    """Exit with 143 at SIGTERM, as other programs do; Lightning's exception alone would exit with 0."""
+    try:
+        yield
+    except SIGTERMException:
+        log.warning("training was terminated (SIGTERM). Run the command again to resume it.")
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,14 @@ def test_non_finite_loss_stops_training(catalog: Catalog, tmp_path: Path) -> Non
     loader = training_loader(training, LoaderConfig(batch_size=16), 0)
     with pytest.raises(UserError, match=r"not finite at step 0\. Lower the learning rate"):
         fit(module, (loader, loader), module.net, tmp_path, 1, RunConfig("32-true"))
+
+
+def test_terminated_training_fails(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that stops a job sends SIGTERM; the next command of a script must not run."""
+    monkeypatch.setattr(Tiny, "on_train_batch_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        train(catalog, tmp_path, 2, RunConfig())
+    assert ended.value.code == 143
 
 
 def test_checkpoint_write_is_atomic(tmp_path: Path) -> None:
