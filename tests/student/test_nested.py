@@ -126,21 +126,30 @@ def test_prefix_of_the_full_width_is_rejected_before_training(config: DistillCon
 
 
 @pytest.mark.slow
-def test_nested_losses_raise_the_recall_of_a_prefix(train: Train, catalog: Catalog) -> None:
-    """A plain student's first dimensions are those of the teacher, in no order."""
-    long: dict[str, Any] = {"epochs": 24, "targets": TargetsConfig(views=3, bank=32)}
-    recalls = {}
+def test_nested_losses_bring_a_prefix_nearer_to_the_teacher(
+    train: Train, config: DistillConfig, catalog: Catalog
+) -> None:
+    """Similarities of the first 4 dimensions correlate more with the teacher's.
+
+    Recall is not compared: 16 queries decide nothing, and of an untrained teacher all dimensions are alike.
+    """
+    images = catalog.select(split="train")
+    teacher = load_teacher_model(load_artifact(config.teacher[0]))
+    pairs = np.triu_indices(len(images), 1)
+
+    def similarities(vectors: np.ndarray) -> np.ndarray:
+        return (vectors @ vectors.T)[pairs]
+
+    expected = similarities(embed(images, teacher.preprocess, torch_forward(teacher.network)))
+    correlations: dict[tuple[str, int], float] = {}
     for name, losses in (("plain", LossConfig()), ("nested", LossConfig(nested=(4, 16)))):
-        scores = []
-        for seed in (0, 1):
-            artifact = train(losses=losses, seed=seed, **long)
-            assert isinstance(artifact.card.preprocess, Preprocess)
-            network, test = load_student(artifact.path)[0], catalog.select(split="test")
-            vectors = embed(test, artifact.card.preprocess, torch_forward(network))
-            scores.append([score_split(test, cut_vectors(vectors, dim)).recall_at_1 for dim in (4, 256)])
-        recalls[name] = np.mean(scores, axis=0)
-    assert recalls["nested"][0] > recalls["plain"][0] + 0.05
-    assert recalls["nested"][1] > recalls["plain"][1] - 0.1
+        artifact = train(losses=losses, epochs=24, targets=TargetsConfig(views=3, bank=32))
+        assert isinstance(artifact.card.preprocess, Preprocess)
+        vectors = embed(images, artifact.card.preprocess, torch_forward(load_student(artifact.path)[0]))
+        for dim in (4, 256):
+            prefix = similarities(cut_vectors(vectors, dim))
+            correlations[name, dim] = float(np.corrcoef(prefix, expected)[0, 1])
+    assert correlations["nested", 4] > correlations["plain", 4], correlations
 
 
 def test_qat_keeps_the_projection_of_its_student(train: Train, config: DistillConfig) -> None:

@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import storage_schema
 from benchmarks.report.recommendation import build_verdict, collect_notes, recommend
 from benchmarks.report.render import draw_html, draw_markdown
 from benchmarks.report.schema import Latency, Report, Row, ScoredCatalog, Selection
+from benchmarks.report.storage_schema import Storage, StorageDecision, StorageRow, StoredGallery
 
 
 class _Page(HTMLParser):
@@ -241,3 +243,37 @@ def test_rows_with_the_same_note_are_grouped() -> None:
     rows = _rows()
     rows[1].notes = rows[2].notes = "peak memory: not measured"
     assert collect_notes(rows) == ["student on torch, fp16 on torch: peak memory: not measured"]
+
+
+def test_storage_is_drawn_with_its_statement_and_a_chart_for_each_size(report_values: dict[str, Any]) -> None:
+    """A setting that was not built has its reason in the table and no point in the chart."""
+    setting: dict[str, Any] = {"dims": 8, "reduction": "pca", "format": "int8", "index": "flat", "rescoring": None}
+    measured: dict[str, Any] = {"bytes_per_vector": 8.5, "single_ms": 0.5, "recall_at_1": 0.7, "ci95": (0.6, 0.8)}
+    rows = [StorageRow(size=size, name="8 int8", **setting, **measured, drop=0.01, neighbours=0.9) for size in (20, 40)]
+    rows.append(StorageRow(size=40, name="8 hnsw", **{**setting, "index": "hnsw"}, notes="not built: too <slow>"))
+    step = storage_schema.TestedSetting(
+        name="8 int8", bytes_per_vector=8.5, search_drop=0.0, drop=0.0, p_value=0.01, upper_bound=0.02, confirmed=True
+    )
+    decision = StorageDecision(
+        size=40, max_recall_drop=0.05, confidence=0.95, max_ms=None, chosen="8 int8", outcome="confirmed: <b>",
+        drop_upper_bound=0.02, smallest_confirmable_drop=0.01, search_products=20, confirmation_products=40,
+        sequence=[step], untested=0,
+    )  # fmt: skip
+    galleries = [
+        StoredGallery(size=size, real_images=10, real_distractors=0, synthetic_distractors=size - 10)
+        for size in (20, 40)
+    ]
+    storage = Storage(
+        name="s", model="student", reference="teacher", split="test", queries=9, products=3, threads=2,
+        galleries=galleries, rows=rows, decisions=[decision],
+    )  # fmt: skip
+    plain, stored = (Report.model_validate({**report_values, "storages": drawn}) for drawn in ([], [storage.to_json()]))
+    page, text = draw_html(stored), draw_markdown(stored)
+    assert page.count("<svg") == draw_html(plain).count("<svg") + 2
+    for part in (page, text):
+        assert "Storage of student, against teacher: 9 queries of 3 products" in part
+        assert "40 vectors: confirmed: &lt;b" in part
+        assert "0.700 [0.600, 0.800]" in part
+        assert "not built: too &lt;slow" in part
+    assert storage.chosen(40) is rows[1]
+    assert storage.chosen(20) is None
