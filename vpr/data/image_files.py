@@ -56,7 +56,7 @@ class PathGuard:
         """Return whether a folder is inside. One that is no link is where its parent is, and is not resolved."""
         if folder not in self._folders:
             parent, _, name = folder.rpartition("/")
-            is_plain = name not in ("", ".", "..") and not os.path.islink(f"{self.root}/{folder}")
+            is_plain = ".." not in folder and name not in ("", ".") and not os.path.islink(f"{self.root}/{folder}")
             self._folders[folder] = self._is_folder_inside(parent) if is_plain else self._is_inside(folder)
         return self._folders[folder]
 
