@@ -15,9 +15,11 @@ from export.tensorrt.build import build_engine
 from export.tensorrt.timing_cache import TimingCache
 from export.to_onnx import export_onnx
 from tests.export.tensorrt.recorded import VERSION
+from vpr.artifacts.replace import lock_path
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 from vpr.common.gpus import Listing, VisibleGpu
+from vpr.common.locks import file_lock
 
 L4, H200 = VisibleGpu("NVIDIA L4", "8.9", 1 << 34, "a"), VisibleGpu("NVIDIA H200", "9.0", 1 << 37, "b")
 L4_FILE = "timings-sm89-nvidia-l4-tensorrt-11-4-0-106.cache"
@@ -194,26 +196,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from export.tensorrt.timing_cache import TimingCache
 
-content = sys.argv[2].encode() * (1 << 20)
-cache = SimpleNamespace(serialize=lambda: content)
+cache = SimpleNamespace(serialize=lambda: b"of the second build")
 print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(40):
-    TimingCache(Path(sys.argv[1]), False).save(SimpleNamespace(get_timing_cache=lambda: cache))
+TimingCache(Path(sys.argv[1]), False).save(SimpleNamespace(get_timing_cache=lambda: cache))
 """
 
 
-def test_builds_at_the_same_time_leave_a_complete_file(tmp_path: Path) -> None:
+def test_builds_that_end_together_write_in_turn(tmp_path: Path) -> None:
+    """Both would otherwise write the same unfinished file."""
     path = tmp_path / L4_FILE
-    command = [sys.executable, "-c", _WRITER, str(path)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    writers = [subprocess.Popen([*command, letter], text=True, **pipes) for letter in "ab"]
-    for writer in writers:
+    with file_lock(lock_path(path)):
+        command = [sys.executable, "-c", _WRITER, str(path)]
+        writer = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
-    results = [writer.communicate("\n", timeout=120) for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0], results
-    assert all(not error for _, error in results)
-    content = path.read_bytes()
-    assert content in (b"a" * (1 << 20), b"b" * (1 << 20))
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(1)
+        assert not path.exists()
+    assert writer.communicate(timeout=60) == ("", "")
+    assert writer.returncode == 0
+    assert path.read_bytes() == b"of the second build"
     assert names(tmp_path) == [L4_FILE]
