@@ -184,5 +184,6 @@ def _with_vectors(
     rows: pa.Table | pa.RecordBatch, vectors: Vectors, places: Sequence[int | None], names: Sequence[str]
 ) -> dict[str, pa.Array]:
     """Return the columns ``names`` of rows with other vectors and places."""
-    new = vector_columns(*(rows[name].to_pylist() for name in IDS), vectors, places)
+    products, images = (rows[name].to_pylist() for name in IDS)
+    new = vector_columns(products, images, vectors, places)
     return {name: new[name] if name in new else rows[name] for name in names}

@@ -142,7 +142,12 @@ def _check_disjoint(train: SplitVectors, validation: SplitVectors, test: SplitVe
 
 
 def _describe(
-    old: Embeddings, new: Embeddings, fit: Fit, order: OrderName, orders: dict[str, float], parts: tuple[Any, Any, Any]
+    old: Embeddings,
+    new: Embeddings,
+    fit: Fit,
+    order: OrderName,
+    orders: dict[str, dict[str, Any]],
+    parts: tuple[SplitVectors, SplitVectors, SplitVectors],
 ) -> dict[str, Any]:
     """Return all of the plan but its curve, as JSON."""
     train, _, test = parts
@@ -181,9 +186,10 @@ def _log(result: dict[str, Any], images: int) -> None:
         log.info(
             f"  {row['method']:<10} {ridge:>7}  {row['recall']:>19.3f}  {row['map']:.3f}  {row['cosine']:.3f}{mark}"
         )
-    for name, recall in result["orders"].items():
+    for name, row in result["orders"].items():
         mark = "  (used)" if name == result["order"] else ""
-        log.info(f"  order {name:<8} validation recall@1 on the way {recall:.3f}{mark}")
+        gain = f", over random [{row['gain'][0]:+.4f}, {row['gain'][1]:+.4f}]" if row["gain"] else ""
+        log.info(f"  order {name:<8} validation recall@1 on the way {row['recall']:.3f}{gain}{mark}")
     log.info(f"  recall@1 of {result['test_queries']} queries of {result['test_products']} test products")
     log.info(f"  {'embedded':>8}  {'images':>9}  recall@1              of the new model's own  in random order")
     for step in result["curve"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.figures import ROOT
-from tests.vpr.gallery.shop import name_images, unit_vectors, write_shop
+from tests.vpr.gallery.shop import DIM, name_images, unit_vectors, write_model, write_plan, write_shop
 from tests.vpr.gallery.writer import Contents, State, expect, write_deliveries
 from vpr.gallery.change import compact_gallery, create_gallery
 from vpr.gallery.config import CompactConfig, CreateConfig, VerifyGalleryConfig
@@ -114,7 +114,9 @@ def test_full_disk_leaves_the_gallery(tmp_path: Path) -> None:
     more = write_shop(tmp_path / "more", ids[30:], unit_vectors(270))
     gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
     before = read(gallery)
-    for words in (["add", "--embeddings", more], ["compact"]):
+    models = write_model(tmp_path, "student"), write_model(tmp_path, "other", 5)
+    plan = write_plan(tmp_path / "plan", *models, unit_vectors(DIM, 5))
+    for words in (["add", "--embeddings", more], ["compact"], ["migrate", "--plan", plan]):
         code = (
             "import sys; from tests.reliability.faults.injection import limit_file_size; from vpr.cli import main;"
             "limit_file_size(1000); main(sys.argv[1:])"
