@@ -29,6 +29,13 @@ def check_backends(names: Sequence[str]) -> None:
         raise UserError(f"backends: unknown backend '{unknown[0]}'. Choose from all, {', '.join(BACKEND_NAMES)}.")
 
 
+def check_backend(name: str) -> None:
+    """Raise :class:`UserError` if a name is neither a backend nor ``auto``."""
+    if name not in ("auto", *BACKEND_NAMES):
+        known = ", ".join(("auto", *BACKEND_NAMES))
+        raise UserError(f"backend: unknown backend '{name}'. Choose from {known}.")
+
+
 def check_drop(name: str, drop: float | None, lowest: int = 0) -> None:
     """Raise :class:`UserError` if a limit on the drop of recall@1 is set and is not ``lowest`` to 1."""
     if drop is not None and not lowest <= drop <= 1:
@@ -316,6 +323,4 @@ class EmbedConfig(retrieval.EmbedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.backend not in ("auto", *BACKEND_NAMES):
-            known = ", ".join(("auto", *BACKEND_NAMES))
-            raise UserError(f"backend: unknown backend '{self.backend}'. Choose from {known}.")
+        check_backend(self.backend)

@@ -120,6 +120,12 @@ COMMANDS = (
     Command("gallery compact --gallery {stock}"),
     Command("gallery info --gallery {stock}"),
     Command("gallery export --gallery {stock}", "stock-embeddings"),
+    Command(
+        "gallery plan-migration --gallery {stock} --old {embeddings} --new {teacher-embeddings}",
+        "plan",
+    ),
+    Command("gallery create --embeddings {embeddings} --split test", "old-stock"),
+    Command("gallery migrate --gallery {old-stock} --plan {plan} --model {teacher} --catalogs {catalog} --rows 2"),
     Command("search --queries {embeddings} --gallery {embeddings} --k 3 --threshold {threshold}", "neighbours.csv"),
     Command("search serve --models {int8} --catalog {catalog} --port 0"),
     Command("doctor"),

@@ -16,7 +16,7 @@ _MAX_CARD_BYTES = 4 << 20
 
 Kind = Literal[
     "catalog", "teacher", "student", "views", "embeddings", "onnx", "ranges", "engine", "serving",
-    "report", "threshold", "gallery",
+    "report", "threshold", "gallery", "migration",
 ]  # fmt: skip
 
 

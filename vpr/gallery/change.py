@@ -21,6 +21,7 @@ from vpr.data.tables import list_columns, read_table_rows
 from vpr.gallery.config import AddConfig, CompactConfig, CreateConfig, RemoveConfig, UpdateConfig, read_columns
 from vpr.gallery.gallery import (
     IDS,
+    PENDING,
     VECTORS,
     Gallery,
     build_rows,
@@ -32,7 +33,7 @@ from vpr.gallery.gallery import (
 from vpr.gallery.metadata import Metadata, read_metadata
 from vpr.gallery.store import Snapshot, Store, quote
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
-from vpr.retrieval.threshold_command import load_threshold
+from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
 
 Rows = NDArray[np.int64]
 log = get_logger(__name__)
@@ -78,12 +79,12 @@ def add_images(config: AddConfig) -> Path:
     """
     gallery = load_gallery(config.gallery)
     embeddings = load_embeddings(config.embeddings)
-    gallery.check_model(embeddings, "embeddings")
     rows = select_rows(embeddings, config.split, "embeddings")
     metadata = read_metadata(config.metadata, gallery.columns)
     with gallery.lock():
-        snapshot = gallery.snapshot()
-        new = build_part(embeddings, rows, metadata)
+        snapshot = gallery.snapshot()  # its model may have changed while another process held the lock
+        gallery.check_model(embeddings, "embeddings", snapshot)
+        new = build_part(embeddings, rows, metadata, gallery.model_of(snapshot).is_migrated)
         is_present = pc.is_in(_keys(new), value_set=_keys(snapshot.read(IDS))).to_numpy(zero_copy_only=False)
         if len(present := rows[is_present]):
             name = _name(embeddings.products[present[0]], embeddings.images[present[0]])
@@ -102,19 +103,21 @@ def update_images(config: UpdateConfig) -> Path:
     if not (config.embeddings or config.metadata or config.threshold):
         raise UserError("update: nothing to change. Set --embeddings, --metadata or --threshold.")
     gallery = load_gallery(config.gallery)
-    threshold = load_threshold(config.threshold, gallery.model, gallery.dim) if config.threshold else None
     metadata = read_metadata(config.metadata, gallery.columns)
     if config.embeddings:
         embeddings = load_embeddings(config.embeddings)
-        gallery.check_model(embeddings, "embeddings")
         rows = select_rows(embeddings, config.split, "embeddings")
     with gallery.lock():
+        snapshot = gallery.snapshot()
+        model = gallery.model_of(snapshot)
+        threshold = load_threshold(config.threshold, model.model, model.dim) if config.threshold else None
         if config.embeddings:
-            gallery.store.replace(build_part(embeddings, rows, metadata), IDS)
+            gallery.check_model(embeddings, "embeddings", snapshot)
+            gallery.store.replace(build_part(embeddings, rows, metadata, model.is_migrated), IDS)
         elif config.metadata:
-            gallery.store.replace(_rows_with(gallery.snapshot(), metadata, config.metadata), IDS)
+            gallery.store.replace(_rows_with(snapshot, metadata, config.metadata), IDS)
         if threshold:
-            load_gallery(config.gallery).store_threshold(threshold)
+            _store_threshold(load_gallery(config.gallery), threshold)
         return _announce(gallery, "updated")
 
 
@@ -178,10 +181,20 @@ def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
     return rows
 
 
-def build_part(embeddings: Embeddings, rows: Rows, metadata: Metadata) -> pa.Table:
+def build_part(embeddings: Embeddings, rows: Rows, metadata: Metadata, is_migrated: bool = False) -> pa.Table:
     """Return rows of embeddings as rows of a gallery's table."""
     products, images = embeddings.products[rows].tolist(), embeddings.images[rows].tolist()
-    return build_rows(products, images, embeddings.vectors[rows], metadata)
+    return build_rows(products, images, embeddings.vectors[rows], metadata, is_migrated)
+
+
+def _store_threshold(gallery: Gallery, threshold: StoredThreshold) -> None:
+    """Store a threshold of the newest version's model; warn if vectors of an adapter are among those it compares."""
+    snapshot = gallery.snapshot()
+    model = gallery.model_of(snapshot)
+    if model.is_migrated and (pending := snapshot.count(PENDING)):
+        problem = f"{pending} of {len(snapshot)} images have vectors of the adapter, for which it was not confirmed"
+        log.warning(f"threshold: {problem}. Finish `vpr gallery migrate`.")
+    gallery.store_threshold(threshold, model)
 
 
 def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:

@@ -8,7 +8,7 @@ from vpr.common.errors import UserError, check_numbers
 
 _MAX_COLUMNS = 64
 _COLUMN = re.compile(r"[a-z][a-z0-9_]{0,62}")
-RESERVED = frozenset({"product", "image", "digest", "vector", "score", "rank", "query", "probability"})
+RESERVED = frozenset({"product", "image", "digest", "backfill", "vector", "score", "rank", "query", "probability"})
 COLUMN_TYPES = ("text", "number")
 
 
@@ -217,3 +217,25 @@ class ExportConfig:
     gallery: str
     output: str
     where: str = ""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan of a gallery's migration to a new model. Nothing of the gallery changes.
+
+    Attributes:
+        gallery: Gallery.
+        old: Embeddings of a catalogue with all splits by the gallery's model.
+        new: Embeddings of the same catalogue by the new model.
+        output: Path of the plan to write.
+        seed: Seed of the random orders, and of the intervals.
+    """
+
+    gallery: str
+    old: str
+    new: str
+    output: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, seed=(0, (1 << 32) - 1))

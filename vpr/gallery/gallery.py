@@ -1,6 +1,7 @@
-"""A gallery: an artifact whose card has the identity of the model, and a table of vectors that changes.
+"""A gallery: an artifact whose card has the identity of the first model, and a table of vectors that changes.
 
-The card is fixed, except for the threshold. Every version is therefore one version of the table.
+The card is fixed, except for the threshold. Every version is therefore one version of the table, which records its
+model from a migration on (:mod:`vpr.gallery.vector_model`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from vpr.artifacts.card import Parent
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import atomic_write
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
@@ -25,6 +25,7 @@ from vpr.common.locks import file_lock
 from vpr.gallery.config import check_address, read_columns
 from vpr.gallery.metadata import Metadata, metadata_fields
 from vpr.gallery.store import Snapshot, Store, Vectors
+from vpr.gallery.vector_model import VectorModel, read_vector_model
 from vpr.retrieval.config import ScoreName
 from vpr.retrieval.embeddings import Embeddings
 from vpr.retrieval.open_set import probability_from_json, probability_to_json
@@ -32,6 +33,10 @@ from vpr.retrieval.threshold_command import StoredThreshold
 
 IDS = ("product", "image")
 VECTORS = "vectors"  # folder of the table
+# Column of migrated versions: place in the order of embedding, null where the vector is the model's and no adapter's.
+BACKFILL = "backfill"
+PENDING = f"{BACKFILL} IS NOT NULL"
+CALIBRATE = "Calibrate again with `vpr gallery threshold` and the new model's embeddings, then run `vpr gallery update`"
 _LOCK = ".writer.lock"
 
 
@@ -55,33 +60,31 @@ class Gallery:
         return self.artifact.path
 
     @property
-    def model(self) -> Parent:
-        """Model of all vectors."""
-        return self.artifact.parents("model")[0]
-
-    @property
-    def dim(self) -> int:
-        """Dimension of the vectors."""
-        assert self.artifact.card.embedding is not None
-        return self.artifact.card.embedding.dim
-
-    @property
     def store(self) -> Store:
         """Table of the vectors."""
         return Store(self.address or str(self.path / VECTORS))
 
     def snapshot(self, version: int = 0) -> Snapshot:
-        """Open a version, 0 for the newest; raise :class:`UserError` if the table contradicts the card."""
+        """Open a version, 0 for the newest; raise :class:`UserError` if the table contradicts its model."""
         snapshot = self.store.open(version)
-        if snapshot.schema.remove_metadata() != table_schema(self.columns, self.dim):
+        model = self.model_of(snapshot)
+        if snapshot.schema.remove_metadata() != table_schema(self.columns, model.dim, model.is_migrated):
             problem = f"version {snapshot.version} has other columns or another dimension than the card"
             raise UserError(f"{self.path}: {problem}. Restore the gallery, or create it again.")
         return snapshot
 
-    def threshold(self) -> StoredThreshold | None:
-        """Return the stored threshold of "no match", if there is one."""
+    def model_of(self, snapshot: Snapshot) -> VectorModel:
+        """Return the model of a version: that of the last migration before it, or that of the card."""
+        if recorded := read_vector_model(snapshot.schema, str(self.path)):
+            return recorded
+        card = self.artifact.card
+        assert card.embedding is not None
+        return VectorModel(model=self.artifact.parents("model")[0], dim=card.embedding.dim, preprocess=card.preprocess)
+
+    def threshold(self, snapshot: Snapshot) -> StoredThreshold | None:
+        """Return the stored threshold of "no match", if there is one of the version's model."""
         values = self.artifact.card.config.get("threshold")
-        if values is None:
+        if values is None or self.is_threshold_outgrown(snapshot):
             return None
         with reraise_as_artifact_error(self.artifact):
             score, value = values["score"], float(values["value"])
@@ -90,22 +93,32 @@ class Gallery:
             probability = probability_from_json(values["probability"])
             return StoredThreshold(score, value, probability, int(values["gallery_products"]))
 
-    def store_threshold(self, threshold: StoredThreshold) -> None:
-        """Replace the stored threshold; the card is written atomically."""
-        config = {**self.artifact.card.config, "threshold": threshold_to_json(threshold)}
-        card = self.artifact.card.model_copy(update={"config": config})
+    def is_threshold_outgrown(self, snapshot: Snapshot) -> bool:
+        """Return whether the stored threshold is of another model than the version."""
+        values = self.artifact.card.config.get("threshold")
+        if not isinstance(values, dict):
+            return False
+        return values.get("model", self.artifact.parents("model")[0].sha256) != self.model_of(snapshot).model.sha256
+
+    def store_threshold(self, threshold: StoredThreshold, model: VectorModel) -> None:
+        """Replace the stored threshold by one of a model; the card is written atomically."""
+        values = {**threshold_to_json(threshold), "model": model.model.sha256}
+        card = self.artifact.card.model_copy(update={"config": {**self.artifact.card.config, "threshold": values}})
         with atomic_write(self.path / CARD_NAME, "w") as stream:
             stream.write(card.model_dump_json(by_alias=True, indent=1) + "\n")
 
-    def check_model(self, embeddings: Embeddings, key: str) -> None:
-        """Raise :class:`UserError` if the embeddings are of another model or dimension."""
-        where, model = f"{key}: {embeddings.artifact.path}", embeddings.model
-        if model.sha256 != self.model.sha256:
-            problem = f"embedded with '{model.name}', the gallery with '{self.model.name}'"
+    def check_model(self, embeddings: Embeddings, key: str, snapshot: Snapshot) -> None:
+        """Raise :class:`UserError` if the embeddings are of another model or dimension than a version."""
+        where, model, own = f"{key}: {embeddings.artifact.path}", embeddings.model, self.model_of(snapshot)
+        if model.sha256 != own.model.sha256:
+            problem = f"embedded with '{model.name}', the gallery with '{own.model.name}'"
+            if own.previous and own.previous.sha256 == model.sha256:
+                state = describe_share(len(snapshot), snapshot.count(PENDING))
+                problem = f"embedded with '{model.name}', the gallery was migrated to '{own.model.name}' ({state})"
             fix = "Embed with the gallery's model, or run `vpr gallery create` with these embeddings"
             raise UserError(f"{where}: {problem}. {fix}.")
-        if embeddings.vectors.shape[1] != self.dim:
-            problem = f"{embeddings.vectors.shape[1]} dimensions, the gallery has {self.dim}"
+        if embeddings.vectors.shape[1] != own.dim:
+            problem = f"{embeddings.vectors.shape[1]} dimensions, the gallery has {own.dim}"
             raise UserError(f"{where}: {problem}. Embed again with the gallery's model.")
 
     @contextmanager
@@ -113,6 +126,12 @@ class Gallery:
         """Exclude other writers on this machine or file system; readers do not wait."""
         with file_lock(self.path / _LOCK):
             yield
+
+
+def describe_share(images: int, pending: int) -> str:
+    """Return how many of the images are embedded again."""
+    share = 1 - pending / images if images else 1.0
+    return f"{images - pending} of {images} images embedded again, {share:.1%}"
 
 
 def load_gallery(path: Path | str) -> Gallery:
@@ -128,28 +147,52 @@ def load_gallery(path: Path | str) -> Gallery:
     return Gallery(artifact, columns, address)
 
 
-def table_schema(columns: Mapping[str, str], dim: int) -> pa.Schema:
-    """Return the schema of a gallery's table."""
+def table_schema(columns: Mapping[str, str], dim: int, is_migrated: bool = False) -> pa.Schema:
+    """Return the schema of a gallery's table; a migrated one has the column :data:`BACKFILL`."""
     ids = [pa.field(name, pa.string()) for name in IDS]
+    places = [pa.field(BACKFILL, pa.int64())] if is_migrated else []
     vector = pa.field("vector", pa.list_(pa.float32(), dim))
-    return pa.schema([*ids, *metadata_fields(columns), pa.field("digest", pa.int64()), vector])
+    return pa.schema([*ids, *metadata_fields(columns), *places, pa.field("digest", pa.int64()), vector])
 
 
-def build_rows(products: Sequence[str], images: Sequence[str], vectors: Vectors, metadata: Metadata) -> pa.Table:
-    """Return rows of a gallery's table; ``vectors`` are (n, dim) float32."""
+def build_rows(
+    products: Sequence[str], images: Sequence[str], vectors: Vectors, metadata: Metadata, is_migrated: bool = False
+) -> pa.Table:
+    """Return rows of a gallery's table with the model's own (n, dim) float32 vectors."""
     values = {
         "product": pa.array(products, pa.string()),
         "image": pa.array(images, pa.string()),
         **metadata.arrays(products, images),
-        "digest": pa.array([digest(*row) for row in zip(products, images, vectors, strict=True)], pa.int64()),
+        **vector_columns(products, images, vectors, [None] * len(products) if is_migrated else None),
+    }
+    schema = table_schema(metadata.columns, vectors.shape[1], is_migrated)
+    return pa.table({name: values[name] for name in schema.names}, schema=schema)
+
+
+def vector_columns(
+    products: Sequence[str], images: Sequence[str], vectors: Vectors, places: Sequence[int | None] | None
+) -> dict[str, pa.Array]:
+    """Return the columns of (n, dim) float32 vectors, by name.
+
+    Args:
+        products: (n,) product ids.
+        images: (n,) image ids.
+        vectors: (n, dim) vectors.
+        places: (n,) values of :data:`BACKFILL`; None leaves out the column.
+    """
+    rows = zip(products, images, vectors, places or [None] * len(products), strict=True)
+    digests = [digest(product, image, vector, place is not None) for product, image, vector, place in rows]
+    columns = {
+        "digest": pa.array(digests, pa.int64()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), vectors.shape[1]),
     }
-    return pa.table(values, schema=table_schema(metadata.columns, vectors.shape[1]))
+    return columns if places is None else {BACKFILL: pa.array(places, pa.int64()), **columns}
 
 
-def digest(product: str, image: str, vector: Vectors) -> int:
-    """Return a signed checksum of 64 bits of an image's ids and its (dim,) float32 vector."""
+def digest(product: str, image: str, vector: Vectors, is_adapted: bool = False) -> int:
+    """Return a signed checksum of 64 bits of an image's ids, its (dim,) float32 vector, and whether it is adapted."""
     content = f"{len(product)}:{product}{image}\0".encode() + np.ascontiguousarray(vector).tobytes()
+    content += b"adapted" if is_adapted else b""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 

@@ -18,7 +18,19 @@ from vpr.common.errors import CheckFailed, UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA
 from vpr.gallery.config import ExportConfig, InfoConfig, VerifyGalleryConfig
-from vpr.gallery.gallery import IDS, VECTORS, Gallery, bytes_on_disk, digest, load_gallery, vectors_of
+from vpr.gallery.gallery import (
+    BACKFILL,
+    CALIBRATE,
+    IDS,
+    PENDING,
+    VECTORS,
+    Gallery,
+    bytes_on_disk,
+    describe_share,
+    digest,
+    load_gallery,
+    vectors_of,
+)
 from vpr.gallery.nearest import find_nearest
 from vpr.gallery.store import ROW_ID, Snapshot
 from vpr.retrieval.embeddings import load_embeddings
@@ -26,6 +38,7 @@ from vpr.retrieval.embeddings import load_embeddings
 log = get_logger(__name__)
 
 _TOLERANCE = 1e-3  # of the length of a vector
+_SAME = 1e-4  # largest difference of a value after a migration, which embeds the images in batches of another order
 _MAX_SHOWN = 5  # problems
 _SAMPLED = 100  # stored vectors that are searched with the index
 _PROBES = 16
@@ -38,7 +51,7 @@ def print_info(config: InfoConfig) -> dict[str, Any]:
     snapshot = gallery.snapshot()
     products = snapshot.read(["product"])["product"]
     versions = snapshot.versions()
-    threshold = gallery.threshold()
+    threshold, model = gallery.threshold(snapshot), gallery.model_of(snapshot)
     result: dict[str, Any] = {
         "path": str(gallery.path),
         "address": gallery.address or str(gallery.path / VECTORS),
@@ -46,11 +59,14 @@ def print_info(config: InfoConfig) -> dict[str, Any]:
         "versions": [vars(version) for version in versions],
         "images": len(products),
         "products": len(pc.unique(products)),
-        "dimensions": gallery.dim,
-        "model": gallery.model.name,
-        "model_sha256": gallery.model.sha256,
+        "dimensions": model.dim,
+        "model": model.model.name,
+        "model_sha256": model.model.sha256,
+        "migrated_from": model.previous.name if model.previous else None,
+        "adapted": snapshot.count(PENDING) if model.is_migrated else 0,
         "columns": dict(gallery.columns),
         "threshold": None if threshold is None else {"score": threshold.score, "value": threshold.value},
+        "threshold_outgrown": gallery.is_threshold_outgrown(snapshot),
         "index": snapshot.index(),
         "bytes": None if gallery.address else bytes_on_disk(gallery.path),
     }
@@ -61,18 +77,29 @@ def print_info(config: InfoConfig) -> dict[str, Any]:
 def _print_info(result: dict[str, Any]) -> None:
     index, threshold, size = result["index"], result["threshold"], result["bytes"]
     columns = ", ".join(f"{name} ({kind})" for name, kind in result["columns"].items())
+    no_match = f"{threshold['score']} below {threshold['value']:.4f}" if threshold else "never"
+    if result["threshold_outgrown"]:
+        no_match = f"never: the stored threshold is of an earlier model. {CALIBRATE}"
     lines = {
         "version": f"{result['version']} ({len(result['versions'])} stored)",
         "images": f"{result['images']} of {result['products']} products",
         "vectors": f"{result['dimensions']} dimensions, float32, at {result['address']}",
         "model": f"{result['model']} ({result['model_sha256'][:12]})",
+        "migration": _describe_migration(result),
         "columns": columns or "none",
-        "no match": f"{threshold['score']} below {threshold['value']:.4f}" if threshold else "never",
+        "no match": no_match,
         "index": f"{index['partitions']} partitions, {index['others']} images outside" if index else "none (exact)",
         "size": "at the address" if size is None else f"{size / 1e6:.1f} MB",
     }
     for name, text in lines.items():
         print(f"{name:<9} {text}")
+
+
+def _describe_migration(result: dict[str, Any]) -> str:
+    """Return from which model the gallery was migrated, and the share of images that the new model has embedded."""
+    if result["migrated_from"] is None:
+        return "none"
+    return f"from {result['migrated_from']}, {describe_share(result['images'], result['adapted'])}"
 
 
 @dataclass
@@ -91,51 +118,62 @@ class _Problems:
 def verify_gallery(config: VerifyGalleryConfig) -> dict[str, Any]:
     """Check ids, lengths and checksums of all stored vectors, and that the index finds them.
 
+    In a migrated gallery, images with vectors of the adapter are counted and not compared with embeddings.
+
     Raises:
         CheckFailed: A vector changed since it was added, an id is there twice, or the index misses vectors.
         UserError: The gallery or the embeddings cannot be read, or are of different models.
     """
     gallery = load_gallery(config.gallery)
-    expected = _read_expected(gallery, config.embeddings)
     snapshot = gallery.snapshot()
+    expected = _read_expected(gallery, config.embeddings, snapshot)
+    is_migrated = gallery.model_of(snapshot).is_migrated
     problems, seen = _Problems(), set()
-    compared = 0
-    for product, image, stored, vector in _rows(snapshot):
+    compared = adapted = 0
+    for product, image, stored, is_adapted, vector in _rows(snapshot, is_migrated):
         name = f"image '{image}' of product '{product}'"
         if (product, image) in seen:
             problems.add(f"{name} is there twice")
         seen.add((product, image))
         if not abs(float(np.linalg.norm(vector)) - 1) < _TOLERANCE:
             problems.add(f"{name} has a vector that is not of length 1")
-        elif digest(product, image, vector) != stored:
+        elif digest(product, image, vector, is_adapted) != stored:
             problems.add(f"{name} changed since it was added")
-        if (product, image) in expected:
+        adapted += is_adapted
+        if (product, image) in expected and not is_adapted:
             compared += 1
-            if not np.array_equal(expected[product, image], vector):
+            tolerance = _SAME if is_migrated else 0.0
+            if not np.allclose(expected[product, image], vector, rtol=0, atol=tolerance):
                 problems.add(f"{name} has another vector than the embeddings")
     found = _check_index(snapshot, problems)
     result = {"version": snapshot.version, "images": len(seen), "compared": compared, "index_found": found}
+    result["adapted"] = adapted
     if problems.count:
         fix = "Run `vpr gallery update` with their embeddings, or `vpr gallery compact` if it is the index"
         text = "; ".join(problems.shown)
         raise CheckFailed(f"{gallery.path}: version {snapshot.version}: {problems.count} problems: {text}. {fix}.")
-    log.info(f"{gallery.path}: version {snapshot.version}, {len(seen)} images have the vectors that were added")
+    note = f", {adapted} of them of the adapter" if adapted else ""
+    log.info(f"{gallery.path}: version {snapshot.version}, {len(seen)} images have the vectors that were added{note}")
     return result
 
 
-def _rows(snapshot: Snapshot) -> Iterator[tuple[str, str, int, np.ndarray[Any, np.dtype[np.float32]]]]:
-    for batch in snapshot.batches([*IDS, "digest", "vector"]):
-        columns = (batch[name].to_pylist() for name in (*IDS, "digest"))
-        yield from zip(*columns, vectors_of(batch), strict=True)
+def _rows(
+    snapshot: Snapshot, is_migrated: bool
+) -> Iterator[tuple[str, str, int, bool, np.ndarray[Any, np.dtype[np.float32]]]]:
+    names = [*IDS, "digest", *([BACKFILL] if is_migrated else [])]
+    for batch in snapshot.batches([*names, "vector"]):
+        columns = [batch[name].to_pylist() for name in (*IDS, "digest")]
+        places = batch[BACKFILL].to_pylist() if is_migrated else [None] * batch.num_rows
+        yield from zip(*columns, (place is not None for place in places), vectors_of(batch), strict=True)
 
 
 def _read_expected(
-    gallery: Gallery, paths: tuple[str, ...]
+    gallery: Gallery, paths: tuple[str, ...], snapshot: Snapshot
 ) -> dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float32]]]:
     expected: dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float32]]] = {}
     for path in paths:
         embeddings = load_embeddings(path)
-        gallery.check_model(embeddings, "embeddings")
+        gallery.check_model(embeddings, "embeddings", snapshot)
         rows = embeddings.rows_with_role("gallery")
         keys = zip(embeddings.products[rows].tolist(), embeddings.images[rows].tolist(), strict=True)
         expected |= dict(zip(keys, embeddings.vectors[rows], strict=True))
@@ -170,16 +208,19 @@ def export_embeddings(config: ExportConfig) -> Path:
     table = snapshot.read([*IDS, "vector"], config.where).sort_by([(name, "ascending") for name in IDS])
     if not len(table):
         raise UserError(f"where: {gallery.path} has no such images. Change the condition.")
-    card = gallery.artifact.card
+    model = gallery.model_of(snapshot)
+    adapted = snapshot.count(PENDING) if model.is_migrated else 0
+    if adapted:
+        log.warning(f"{gallery.path}: {adapted} images have vectors of the adapter. Finish `vpr gallery migrate`.")
     values = {"gallery": gallery.artifact.card.name, "version": snapshot.version, "where": config.where}
-    with write_artifact(config.output, "embeddings", values, [gallery.model]) as draft:
+    with write_artifact(config.output, "embeddings", values, [model.model]) as draft:
         np.save(draft.path / "vectors.npy", vectors_of(table), allow_pickle=False)
         empty = {name: pa.nulls(len(table), SCHEMA.field(name).type) for name in SCHEMA.names}
         roles = pa.array(["gallery"] * len(table))
         columns = {**empty, "image": table["image"], "product": table["product"], "role": roles}
         pq.write_table(pa.table(columns, schema=SCHEMA), draft.path / "rows.parquet")
-        draft.embedding = Embedding(dim=gallery.dim, normalised=True, dtype="float32")
-        draft.preprocess = card.preprocess
-        draft.metrics = {"set_aside": 0}
+        draft.embedding = Embedding(dim=model.dim, normalised=True, dtype="float32")
+        draft.preprocess = model.preprocess
+        draft.metrics = {"set_aside": 0, "adapted": adapted}
     log.info(f"{config.output}: {len(table)} images of version {snapshot.version}")
     return Path(config.output)

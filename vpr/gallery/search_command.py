@@ -16,10 +16,10 @@ from vpr.artifacts.run_folder import atomic_write
 from vpr.common.errors import printable
 from vpr.common.log import get_logger
 from vpr.gallery.config import GallerySearchConfig
-from vpr.gallery.gallery import IDS, Gallery, load_gallery
+from vpr.gallery.gallery import CALIBRATE, IDS, Gallery, load_gallery
 from vpr.gallery.nearest import find_best, find_nearest
 from vpr.gallery.store import LostFile, Snapshot, Vectors
-from vpr.retrieval.embeddings import load_embeddings
+from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search_command import NO_MATCH
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
 
@@ -52,33 +52,45 @@ def search_in_gallery(config: GallerySearchConfig) -> Path | None:
     """
     gallery = load_gallery(config.gallery)
     queries = load_embeddings(config.queries)
-    gallery.check_model(queries, "queries")
-    given = config.threshold
-    threshold = load_threshold(given, gallery.model, gallery.dim) if given else gallery.threshold()
-    rows = queries.rows_with_role("query")
-    version, answers = answer(gallery, queries.vectors[rows], config, threshold)
-    names = queries.images[rows].tolist()
+    version, answers, has_threshold = answer(gallery, queries, config)
+    names = queries.images[queries.rows_with_role("query")].tolist()
     _print(names, answers)
     missed = sum(not found.hits for found in answers)
-    log.info(f"version {version}: {len(rows)} queries, {missed} without a match")
+    log.info(f"version {version}: {len(names)} queries, {missed} without a match")
     if not config.output:
         return None
-    _write(Path(config.output), names, answers, list(gallery.columns), threshold is not None)
+    _write(Path(config.output), names, answers, list(gallery.columns), has_threshold)
     return Path(config.output)
 
 
-def answer(
-    gallery: Gallery, queries: Vectors, config: GallerySearchConfig, threshold: StoredThreshold | None
-) -> tuple[int, list[Answer]]:
-    """Return the version that was searched, and the answer of each of the (queries, dim) float32 vectors."""
+def answer(gallery: Gallery, queries: Embeddings, config: GallerySearchConfig) -> tuple[int, list[Answer], bool]:
+    """Return the version that was searched, the answer of each query, and whether a threshold was applied.
+
+    Raises:
+        UserError: The queries or the threshold are of another model than the version, or the condition is invalid.
+    """
+    vectors = queries.vectors[queries.rows_with_role("query")]
     for attempt in range(_ATTEMPTS):
         try:
             snapshot = gallery.snapshot(config.version)
-            return snapshot.version, _answer(snapshot, gallery, queries, config, threshold)
+            gallery.check_model(queries, "queries", snapshot)
+            threshold = _find_threshold(gallery, snapshot, config.threshold)
+            answers = _answer(snapshot, gallery, vectors, config, threshold)
+            return snapshot.version, answers, threshold is not None
         except LostFile:
             if config.version or attempt == _ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def _find_threshold(gallery: Gallery, snapshot: Snapshot, path: str) -> StoredThreshold | None:
+    """Return the threshold of a file, or the stored one; none, with a warning, if that is of an earlier model."""
+    if path:
+        model = gallery.model_of(snapshot)
+        return load_threshold(path, model.model, model.dim)
+    if gallery.is_threshold_outgrown(snapshot):
+        log.warning(f"threshold: the stored one is of an earlier model, so all queries are answered. {CALIBRATE}.")
+    return gallery.threshold(snapshot)
 
 
 def _answer(

@@ -100,6 +100,14 @@ class Store:
         with self._errors():
             self._database.open_table(_TABLE).delete(condition)
 
+    def overwrite(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+        """Replace all rows and the schema, as one version; older versions stay.
+
+        An index is built again, as a second version. Until then, the first one has none.
+        """
+        with self._errors():
+            self._overwrite(batches, schema, _partitions_of(self._database.open_table(_TABLE)))
+
     def rewrite(self, partitions: int) -> None:
         """Write the newest version's rows into new files, and remove all other files.
 
@@ -109,22 +117,27 @@ class Store:
         Args:
             partitions: Partitions of an IVF index; 0 keeps an existing index's number, or no index.
         """
-        from lancedb.index import IvfFlat
-
         with self._errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # LanceDB's, that readers of other versions fail
             old = self._database.open_table(_TABLE)
             partitions = partitions or _partitions_of(old)
             old.checkout(old.version)
-            # Taken from the reader's batches: its schema lacks the number of partitions.
-            schema = old.schema.with_metadata({_PARTITIONS: str(partitions)})
             rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if old.count_rows() else ()
-            reader = pa.RecordBatchReader.from_batches(schema, (_with_schema(batch, schema) for batch in rows))
-            table = self._database.create_table(_TABLE, reader, mode="overwrite")
-            if partitions and table.count_rows() >= partitions:
-                config = IvfFlat(distance_type="dot", num_partitions=partitions)
-                table.create_index("vector", config=config, name=_INDEX)
+            table = self._overwrite(rows, old.schema, partitions)
             table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+
+    def _overwrite(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema, partitions: int) -> Any:
+        """Write rows with a schema as a new version, and build its index; return the table."""
+        from lancedb.index import IvfFlat
+
+        # Taken from the reader's batches: its schema lacks the metadata.
+        schema = schema.with_metadata({**(schema.metadata or {}), _PARTITIONS.encode(): str(partitions).encode()})
+        reader = pa.RecordBatchReader.from_batches(schema, (_with_schema(batch, schema) for batch in batches))
+        table = self._database.create_table(_TABLE, reader, mode="overwrite")
+        if partitions and table.count_rows() >= partitions:
+            config = IvfFlat(distance_type="dot", num_partitions=partitions)
+            table.create_index("vector", config=config, name=_INDEX)
+        return table
 
     def _connect(self) -> Any:
         try:
@@ -173,6 +186,11 @@ class Snapshot:
     def __len__(self) -> int:
         with self._store._errors():
             return int(self._table.count_rows())
+
+    def count(self, where: str) -> int:
+        """Return the number of rows that fulfil a condition in SQL."""
+        with self._store._errors(where):
+            return int(self._table.count_rows(where))
 
     def batches(self, columns: Sequence[str], where: str = "") -> Iterator[pa.RecordBatch]:
         """Yield all rows, or those that fulfil a condition in SQL, with their ``_rowid``, in parts.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from vpr.artifacts.card import Embedding
-from vpr.artifacts.store import load_artifact
+from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import write_artifact
 from vpr.data.catalog import SCHEMA, Catalog
+from vpr.gallery.plan import ADAPTERS, FILE
 from vpr.retrieval.embeddings import write_embeddings
 
 DIM = 8
@@ -32,18 +35,42 @@ def name_images(count: int, images: int = 3, first: int = 0) -> list[Ids]:
     ]
 
 
+def write_model(folder: Path, name: str, dim: int = DIM) -> Artifact:
+    """Write a model that no test runs, if it is not there."""
+    weights = folder / name
+    if not weights.is_dir():
+        with write_artifact(weights, "student", {"name": name}) as draft:
+            (draft.path / "weights").write_text(name)
+            draft.embedding = Embedding(dim=dim, normalised=True, dtype="float32")
+    return load_artifact(weights)
+
+
 def write_shop(
-    path: Path, ids: Sequence[Ids], vectors: Vectors, model: str = "student", roles: Sequence[str] = ()
+    path: Path,
+    ids: Sequence[Ids],
+    vectors: Vectors,
+    model: str = "student",
+    roles: Sequence[str] = (),
+    splits: Sequence[str] = (),
 ) -> str:
     """Write embeddings of a model, which is written next to them once."""
-    weights = path.parent / model
-    if not weights.is_dir():
-        with write_artifact(weights, "student", {"name": model}) as draft:
-            (draft.path / "weights").write_text(model)
-            draft.embedding = Embedding(dim=vectors.shape[1], normalised=True, dtype="float32")
-    roles = roles or ["gallery"] * len(ids)
+    weights = write_model(path.parent, model, vectors.shape[1])
+    roles, splits = roles or ["gallery"] * len(ids), splits or [""] * len(ids)
     rows = [
-        {"image": image, "product": product, "role": role} for (product, image), role in zip(ids, roles, strict=True)
+        {"image": image, "product": product, "role": role, "split": split}
+        for (product, image), role, split in zip(ids, roles, splits, strict=True)
     ]
     catalog = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), path.parent)
-    return str(write_embeddings(str(path), vectors, catalog, load_artifact(weights), {}))
+    return str(write_embeddings(str(path), vectors, catalog, weights, {}))
+
+
+def write_plan(path: Path, old: Artifact, new: Artifact, weight: Vectors, order: str = "random") -> str:
+    """Write a plan with a given (old, new) map, as `vpr gallery plan-migration` does."""
+    parents = [new.as_parent("model"), old.as_parent("old_model")]
+    with write_artifact(path, "migration", {"seed": 0}, parents) as draft:
+        bias = np.zeros(weight.shape[1], np.float32)
+        save_file({"procrustes.weight": weight, "linear.weight": weight, "linear.bias": bias}, draft.path / ADAPTERS)
+        values = {"adapter": "procrustes", "order": order, "old_dim": len(weight)}
+        (draft.path / FILE).write_text(json.dumps(values))
+        draft.embedding = Embedding(dim=weight.shape[1], normalised=True, dtype="float32")
+    return str(path)

@@ -13,48 +13,53 @@ from pathlib import Path
 import pytest
 
 from experiments.figures import ROOT
-from tests.vpr.gallery.shop import name_images, unit_vectors, write_shop
-from tests.vpr.gallery.writer import Contents, expect, write_deliveries
+from tests.vpr.gallery.shop import DIM, name_images, unit_vectors, write_model, write_plan, write_shop
+from tests.vpr.gallery.writer import Contents, State, expect, write_deliveries
 from vpr.gallery.change import compact_gallery, create_gallery
 from vpr.gallery.config import CompactConfig, CreateConfig, VerifyGalleryConfig
-from vpr.gallery.gallery import IDS, load_gallery, vectors_of
+from vpr.gallery.gallery import BACKFILL, IDS, load_gallery, vectors_of
 from vpr.gallery.inspect import verify_gallery
 from vpr.gallery.store import LostFile
 
 pytest.importorskip("lancedb")
 
 
-def read(gallery: Path) -> Contents:
-    """Return the newest version's contents, as a reader that starts again if its version was compacted meanwhile."""
+def read(gallery: Path) -> State:
+    """Return the newest version, as a reader that starts again if its version was compacted meanwhile."""
     while True:
+        opened = load_gallery(gallery)
         try:
-            table = load_gallery(gallery).snapshot().read([*IDS, "vector"])
+            snapshot = opened.snapshot()
+            names = [name for name in (*IDS, BACKFILL, "vector") if name in snapshot.schema.names]
+            table = snapshot.read(names)
         except LostFile:
             continue
         keys = zip(*(table[name].to_pylist() for name in IDS), strict=True)
-        contents = {key: vector.tobytes() for key, vector in zip(keys, vectors_of(table), strict=True)}
+        places = table[BACKFILL].to_pylist() if BACKFILL in names else [None] * len(table)
+        vectors = [vector.tobytes() for vector in vectors_of(table)]
+        contents = dict(zip(keys, zip(vectors, places, strict=True), strict=True))
         assert len(contents) == len(table)
-        return contents
+        return State(opened.model_of(snapshot).model.name, contents)
 
 
 def kill_once(
-    folder: Path, first: int, contents: Contents, deliveries: list[Contents], changes: int, delay: float
-) -> tuple[int, Contents]:
+    folder: Path, first: int, state: State, deliveries: list[dict[str, Contents]], changes: int, delay: float
+) -> tuple[int, State]:
     """Let a process change the gallery from change ``first`` on, read meanwhile, and kill it in the middle of a change.
 
     Args:
         folder: Folder of the gallery and the deliveries.
         first: Number of the first change.
-        contents: Contents before it.
-        deliveries: Contents of the deliveries.
+        state: State before it.
+        deliveries: Contents of the deliveries by each model.
         changes: Changes to complete before the kill.
         delay: Seconds from the begin of the next change to the kill.
 
     Returns:
-        The number of the next change, and the contents after the kill.
+        The number of the next change, and the state after the kill.
     """
     command = [sys.executable, "-m", "tests.vpr.gallery.writer", str(folder), str(first)]
-    states, seen, lines = [contents], [], []
+    states, seen, lines = [state], [], []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         stream = process.stdout
@@ -72,7 +77,7 @@ def kill_once(
     assert process.returncode == -signal.SIGKILL
     for number in (int(number) for kind, number in lines if kind == "begin"):
         states.append(expect(states[-1], number, deliveries))
-    assert all(contents in states for contents in seen)  # a reader sees one version, never a part of one
+    assert all(state in states for state in seen)  # a reader sees one version, never a part of one
     last_kind, last = lines[-1]
     after = read(folder / "gallery")
     assert after in (states[-2:] if last_kind == "begin" else states[-1:])
@@ -81,14 +86,14 @@ def kill_once(
 
 def kill_often(folder: Path, kills: int, seed: int) -> None:
     rng, deliveries = random.Random(seed), write_deliveries(folder)
-    gallery = create_gallery(CreateConfig(str(folder / "delivery-0"), str(folder / "gallery")))
-    number, contents = 0, deliveries[0]
+    gallery = create_gallery(CreateConfig(str(folder / "delivery-0-student"), str(folder / "gallery")))
+    number, state = 0, State("student", deliveries[0]["student"])
     for _ in range(kills):
-        number, contents = kill_once(folder, number, contents, deliveries, rng.randint(0, 3), rng.uniform(0, 0.05))
+        number, state = kill_once(folder, number, state, deliveries, rng.randint(0, 3), rng.uniform(0, 0.05))
         verify_gallery(VerifyGalleryConfig(str(gallery)))
     assert number > kills / 2  # changes were completed, not only begun
     compact_gallery(CompactConfig(str(gallery)))
-    assert read(gallery) == contents
+    assert read(gallery) == state
     # Nothing of the killed writers stays: the table is one data file.
     assert len(list(gallery.rglob("*.lance"))) - 1 == 1
     assert sorted(path.name for path in gallery.iterdir()) == ["card.json", "vectors"]
@@ -109,7 +114,9 @@ def test_full_disk_leaves_the_gallery(tmp_path: Path) -> None:
     more = write_shop(tmp_path / "more", ids[30:], unit_vectors(270))
     gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
     before = read(gallery)
-    for words in (["add", "--embeddings", more], ["compact"]):
+    models = write_model(tmp_path, "student"), write_model(tmp_path, "other", 5)
+    plan = write_plan(tmp_path / "plan", *models, unit_vectors(DIM, 5))
+    for words in (["add", "--embeddings", more], ["compact"], ["migrate", "--plan", plan]):
         code = (
             "import sys; from tests.reliability.faults.injection import limit_file_size; from vpr.cli import main;"
             "limit_file_size(1000); main(sys.argv[1:])"
