@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 
 from experiments.figures import RESULTS, command_of, measure, record, record_unmeasured
 from experiments.student.ablation import SMALL, Setting, ablate_students, distillation
+from experiments.student.candidates import CANDIDATES, MORE_CANDIDATES, Trial, candidate_figures
 from experiments.student.dimension import dimension_figures
 from experiments.student.epoch import epoch_figures
+from experiments.student.lightly import compare_lightly
 from experiments.student.nested import NestedSetting, nested_figures
 from experiments.student.photos import Students, student_figures
 from experiments.student.sizes import size_curve
@@ -58,6 +61,33 @@ def measure_grocery() -> None:
     """Record the ablation on photographs of products that no stage has seen."""
     figures, table = ablate_students(grocery())
     record("student", figures, {"grocery": table})
+
+
+def sample_trial(part: str) -> Trial:
+    """Return the first candidates for the defaults on furniture renders, with three seeds and the demo's teacher."""
+    catalog = build_catalog(CatalogConfig("sample", "runs/demo/catalog"))
+    teacher = sample_teacher("sample", catalog, "runs/demo/teacher")
+    setting = Setting("sample", teacher, catalog, _FOLDER / "candidates-sample", 4, 4, command_of("student", part))
+    return Trial(setting, dict(list(CANDIDATES.items())[:3]))
+
+
+def grocery_trial(part: str) -> Trial:
+    """Return candidates for the defaults on photographs, with three seeds; renders are the images without labels."""
+    folder, command = _FOLDER / "candidates-grocery", command_of("student", part)
+    setting = replace(grocery(), folder=folder, epochs=16, views=16, command=command)
+    return Trial(setting, {**CANDIDATES, **MORE_CANDIDATES}, grocery_data() / "home3d" / "images")
+
+
+def measure_candidates(name: str, build: Callable[[str], Trial]) -> None:
+    """Record candidates for the defaults."""
+    figures, table = candidate_figures(build(name))
+    record("student", figures, {name: table})
+
+
+def measure_lightly(name: str, build: Callable[[str], Trial]) -> None:
+    """Record students that lightly-train distils from the same teacher and images."""
+    figures, table = compare_lightly(build(name))
+    record("student", figures, {name: table})
 
 
 def measure_photos() -> None:
@@ -115,6 +145,10 @@ PARTS = {
     "throughput": measure_throughput,
     "grocery": measure_grocery,
     "sample": measure_sample,
+    "candidates-sample": lambda: measure_candidates("candidates-sample", sample_trial),
+    "candidates-grocery": lambda: measure_candidates("candidates-grocery", grocery_trial),
+    "lightly-sample": lambda: measure_lightly("lightly-sample", sample_trial),
+    "lightly-grocery": lambda: measure_lightly("lightly-grocery", grocery_trial),
     "photos": measure_photos,
     "sizes": measure_sizes,
     "gpu": measure_gpu,
