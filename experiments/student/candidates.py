@@ -69,7 +69,6 @@ CANDIDATES: Mapping[str, Candidate] = {
 }
 # On the smaller data set, which trains faster. The images without labels are a folder of the trial.
 MORE_CANDIDATES: Mapping[str, Candidate] = {
-    "labels added": Candidate(LossConfig(margin=0.1)),
     "images without labels added": Candidate(unlabelled=True),
     "start from a student of images without labels": Candidate(start=_GENERAL),
 }
