@@ -48,19 +48,20 @@ class CandidateRunner:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             forwards = {}
             for index, (name, graph) in enumerate(graphs.items()):
-                engine = self._build(graph, self.backend, Path(folder) / str(index))
+                engine = self._build(graph, self.backend, Path(folder), index)
                 forwards[name] = stack.enter_context(self.open_engine(engine))
             yield forwards
 
-    def _build(self, graph: onnx.ModelProto, builder: Builder, folder: Path) -> Path:
+    def _build(self, graph: onnx.ModelProto, builder: Builder, folder: Path, index: int) -> Path:
+        """Build one engine; those of one folder share TensorRT's kernel timings."""
         half = to_fp16(graph, self.fp32_nodes)
-        with write_artifact(folder / "graph", "onnx", {"precision": "candidate"}) as draft:
+        graph_path, engine_path = folder / f"graph-{index}", folder / f"engine-{index}"
+        with write_artifact(graph_path, "onnx", {"precision": "candidate"}) as draft:
             save_graph(half, draft.path)
             fill_graph_card(draft, self.model, half)
         gpu, batch = this_gpu(), self.batch
         target = gpu if gpu in TARGETS else EngineConfig.target
-        graph_path, engine_path = str(folder / "graph"), str(folder / "engine")
-        return build_engine(EngineConfig(graph_path, engine_path, builder, target, batch, batch, batch))
+        return build_engine(EngineConfig(str(graph_path), str(engine_path), builder, target, batch, batch, batch))
 
 
 def resolve_timing_backend(backend: TimingBackend) -> Literal["openvino"] | Builder:

@@ -144,6 +144,8 @@ class Int8Config:
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 # Targets of the builder that the support matrix of TensorRT-RTX (1.0 to 1.5) lacks: A100.
 UNSUPPORTED_TARGETS = ("sm80",)
+CURRENT_TARGET = "current"  # the GPU of this machine
+NO_TIMING_CACHE = "none"
 
 _MAX_WORKSPACE_MB = 1 << 20
 
@@ -157,14 +159,16 @@ class EngineConfig:
         output: Output folder of the engine.
         backend: Builder of the engine. ``auto`` means TensorRT if it is installed, else TensorRT-RTX.
         target: GPU architectures of a TensorRT-RTX engine, separated by commas; fewer targets make it smaller.
-            TensorRT ignores this and builds for the GPU of this machine.
+            ``current`` means the GPU of this machine. TensorRT ignores this key and always builds for that GPU.
         min_batch: Smallest batch of the optimisation profile.
         opt_batch: Batch size that the engine is tuned for.
         max_batch: Largest batch of the optimisation profile.
         batches: Batch sizes with a profile of their own, tuned for exactly that size. Each one takes build time.
         optimisation_level: Builder effort from 0 (quick build) to 5 (fast engine). None uses the builder's default.
         workspace_mb: Largest scratch memory of a layer, in MiB. None sets no limit.
-        timing_cache: File of kernel timings of one GPU and TensorRT version, read if it exists and then updated.
+        timing_cache: File of kernel timings of one GPU and TensorRT version, read if it exists and then updated. Empty
+            uses a file next to the output, named after both. ``none`` times every kernel again. TensorRT-RTX times no
+            kernels.
         version_compatible: Build an engine that later TensorRT versions load too. It contains a lean runtime.
     """
 
@@ -187,10 +191,14 @@ class EngineConfig:
         return tuple(name for name in self.target.split(",") if name)
 
     def __post_init__(self) -> None:
-        check_file("timing_cache", self.timing_cache)
+        if self.timing_cache != NO_TIMING_CACHE:
+            check_file("timing_cache", self.timing_cache)
         is_known = bool(self.targets) and all(name in TARGETS for name in self.targets)
-        if not is_known or len(set(self.targets)) != len(self.targets):
-            raise UserError(f"target: expected different names out of {', '.join(TARGETS)}, got '{self.target}'.")
+        if self.target != CURRENT_TARGET and (not is_known or len(set(self.targets)) != len(self.targets)):
+            names = ", ".join(TARGETS)
+            raise UserError(
+                f"target: expected {CURRENT_TARGET}, or different names out of {names}, got '{self.target}'."
+            )
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch <= MAX_BATCH:
             raise UserError(
                 f"min_batch, opt_batch, max_batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, "

@@ -387,6 +387,13 @@ class DistillConfig:
     def _check_losses(self) -> None:
         """Raise :class:`UserError` if a loss does not work with the other settings."""
         weights = self.losses.weights()
+        for name in self.losses.tokens:
+            if self.targets.mode != "online":
+                raise UserError(f"losses.{name}: needs the teacher's tokens. Set targets.mode to online.")
+            if len(self.teacher) > 1:
+                raise UserError(f"losses.{name}: several teachers share no grid of tokens. Name one, or set it to 0.")
+            if self.run.compile:
+                raise UserError(f"losses.{name}: a compiled network gives no tokens. Leave out run.compile.")
         if self.targets.mixup and weights.keys() & set(LABEL_LOSSES):
             raise UserError("targets.mixup: mixed images have no label. Set losses.margin and losses.logits to 0.")
         if "logits" in weights:

@@ -13,6 +13,7 @@ from student import losses
 from student.config import LossConfig
 from student.loss_config import LABEL_LOSSES
 from student.model import Student, build_vit
+from student.tokens import TokenMaps, TokenProjection
 from teacher.head import MarginHead
 from vpr.common.errors import UserError
 from vpr.common.transfer import to_device
@@ -44,13 +45,13 @@ class DistillationLoss(nn.Module):
 
     ``cosine_64`` is the loss ``cosine`` of the nested prefix of 64 dimensions.
     ``logits`` trains the student's layers inside vit-pytorch's wrapper. A learned projection leads from another student
-    width to ``dim``, the width of the target embeddings.
+    width to ``dim``, the width of the target embeddings, and one for tokens to ``token_width``, that of the teacher.
 
     Raises:
         UserError: Fewer than two products for a loss of labels, or a family that ``logits`` does not support.
     """
 
-    def __init__(self, config: LossConfig, student: Student, labels: Labels, dim: int) -> None:
+    def __init__(self, config: LossConfig, student: Student, labels: Labels, dim: int, token_width: int = 0) -> None:
         super().__init__()
         self.config = config
         self.labels = labels
@@ -62,9 +63,17 @@ class DistillationLoss(nn.Module):
         counts = torch.from_numpy(labels.counts)
         self.head = MarginHead(student_dim, counts, config.head) if config.margin else None
         self.logits = LogitDistillation(config, student, torch.zeros(len(counts), dim)) if config.logits else None
+        self.tokens = TokenProjection(student.config.dim, token_width) if config.token_feature else None
 
     def forward(
-        self, student: Tensor, teacher: Tensor | None, bank: Tensor | None, rows: Tensor, progress: float, epoch: int
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        bank: Tensor | None,
+        rows: Tensor,
+        progress: float,
+        epoch: int,
+        tokens: TokenMaps | None = None,
     ) -> dict[str, Tensor]:
         """Return the unweighted losses by name, in float32 also under autocast; all embeddings have unit length.
 
@@ -75,6 +84,7 @@ class DistillationLoss(nn.Module):
             rows: (batch,) rows of the training catalogue, on the CPU.
             progress: Completed share of the training, 0 to 1.
             epoch: Epoch from 0.
+            tokens: Tokens of the step, for the losses that compare them.
         """
         with torch.autocast(student.device.type, enabled=False):
             named = {}
@@ -85,6 +95,8 @@ class DistillationLoss(nn.Module):
                 if teacher is not None:
                     of_teacher = self._teacher_losses(part, teacher, bank, dim)
                     named |= {_name(name, dim): loss for name, loss in of_teacher.items()}
+            if tokens is not None:
+                named |= self._token_losses(*losses.align_tokens(*tokens.latest()))
             return named
 
     def total(self, named: dict[str, Tensor]) -> Tensor:
@@ -104,6 +116,15 @@ class DistillationLoss(nn.Module):
             chosen = to_device(known, student.device)
             return head(student[chosen], to_device(labels[known], student.device), progress, epoch)
         return 0.0 * head.weight.sum()  # DDP needs the head in the graph of every step.
+
+    def _token_losses(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Return the losses of (batch, tokens, width) tokens of one grid."""
+        named, config = {}, self.config
+        if config.token_similarity:
+            named["token_similarity"] = losses.token_similarity(student, teacher, config.token_temperature)
+        if self.tokens is not None:
+            named["token_feature"] = losses.token_feature(*self.tokens(student, teacher))
+        return named
 
     def _teacher_losses(self, student: Tensor, teacher: Tensor, bank: Tensor | None, dim: int) -> dict[str, Tensor]:
         """Return the losses of all dimensions (``dim`` 0), or of a prefix.

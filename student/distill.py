@@ -23,6 +23,7 @@ from student.qat import insert_fake_quant, read_thresholds
 from student.start_fit import fit_start
 from student.targets import CachedTargets, OnlineTargets, Targets, TwoSizeDataset
 from student.teacher_cache import TeacherCache, build_teacher_cache, cache_bytes
+from student.tokens import TeacherTokens, find_teacher_tokens
 from student.weight_selection import init_from_start
 from vpr.artifacts.card import Embedding
 from vpr.artifacts.run_folder import run_lock
@@ -55,12 +56,13 @@ def distill(config: DistillConfig) -> Path | None:
     if not config.dry_run and stage.find():
         drop_checkpoints(folder)  # A process killed after writing the artifact leaves them.
         return stage.path
+    tokens = find_teacher_tokens(config, config.model, inputs.teacher)
     inputs = inputs.add_unlabelled(config, None if config.dry_run else folder)
     own = {"size": config.model.image_size, **(inputs.start.statistics if inputs.start is not None else {})}
     preprocess = inputs.teacher.preprocess.model_copy(update=own)
     catalog_metadata = {**inputs.catalog.summary(), **inputs.unlabelled, **leak_metadata(inputs, config.allow_leak)}
     inherited = [read_seen(model) for model in inputs.learned_from(config)]
-    _log_plan(config, inputs)
+    _log_plan(config, inputs, tokens)
     check_tracker(config.run.tracker)
     start = time.monotonic()
     loaders = _build_loaders(config, inputs, preprocess)
@@ -69,9 +71,10 @@ def distill(config: DistillConfig) -> Path | None:
     fits_head = inputs.fits_head(config)
     inputs = replace(inputs, start=None)  # frees the weights, which may be many times the student's
     L.seed_everything(config.seed, verbose=False)
-    criterion = DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim)
+    token_width = 0 if tokens is None else tokens.grid.width
+    criterion = DistillationLoss(config.losses, student, Labels(inputs.training), inputs.target_dim, token_width)
     targets, recalls = _build_targets(config, inputs, criterion)
-    module = StudentModule(config, student, criterion, targets, preprocess, inputs.validation)
+    module = StudentModule(config, student, criterion, targets, preprocess, inputs.validation, tokens)
     if config.dry_run:
         _train_one_step(module, loaders[0].dataset, config.run)
         return None
@@ -108,7 +111,7 @@ def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
     return values | ({} if inputs.start is None else inputs.start.values)
 
 
-def _log_plan(config: DistillConfig, inputs: DistillInputs) -> None:
+def _log_plan(config: DistillConfig, inputs: DistillInputs, tokens: TeacherTokens | None) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
     images, model = len(inputs.training), config.model
@@ -122,6 +125,8 @@ def _log_plan(config: DistillConfig, inputs: DistillInputs) -> None:
         log.info("  labels only, no teacher")
     elif config.targets.mode == "online":
         log.info(f"  teacher {name} runs in every step, bank of {config.targets.bank}")
+        if tokens is not None:
+            log.info(f"  tokens: {tokens.describe(model)}")
     else:
         megabytes = cache_bytes(images, inputs.teacher.dim, config.targets) / 1e6
         log.info(f"  teacher cache: {config.targets.views * images} forward passes of {name}, {megabytes:.1f} MB")

@@ -6,6 +6,8 @@ from teacher.loss_config import HeadConfig, check_nested
 from vpr.common.errors import UserError
 
 TEACHER_LOSSES = ("cosine", "mse", "similarity_kl", "affinity", "rkd_distance", "rkd_angle", "contrastive", "logits")
+# Losses of the tokens of each image, of which the embedding is pooled.
+TOKEN_LOSSES = ("token_similarity", "token_feature")
 LABEL_LOSSES = ("margin", "logits")
 # Losses of the relations between images: they compare similarities or distances, not embeddings.
 RELATIONS = ("affinity", "rkd_distance", "rkd_angle")
@@ -26,17 +28,21 @@ class LossConfig:
         rkd_angle: Weight of the angles of image triples, from the first 128 images of the batch.
         contrastive: Weight of the contrastive loss between each image and the teacher's embeddings of the batch.
         margin: Weight of a margin softmax over the products, from labels without the teacher.
+        token_similarity: Weight of the KL divergence of the similarities among the tokens of an image. It needs
+            ``targets.mode: online``, as all losses of tokens.
+        token_feature: Weight of the difference between projected tokens and the teacher's standardised ones.
         logits: Weight of vit-pytorch's ``DistillWrapper``, a baseline that excludes other losses. Logits of the teacher
             are its similarities to the products' mean embeddings.
         temperature: Temperature of the softened similarities.
         contrastive_temperature: Temperature of the contrastive loss.
+        token_temperature: Temperature of the similarities among tokens.
         logits_alpha: Share of the teacher in ``logits``. The remainder is cross-entropy with the labels.
         logits_temperature: Temperature of ``logits``.
         head: Head of ``margin``. Its scale also scales the teacher's logits.
-        nested: Ascending numbers of dimensions, such as 32 64 128, below the embedding's. The losses also apply to the
-            first 32, 64 and 128 dimensions, renormalised, so that these are embeddings themselves (Kusupati et al.,
-            "Matryoshka Representation Learning", NeurIPS 2022). The targets are rotated to their principal directions,
-            so that a prefix of a target is the best target of its width.
+        nested: Ascending numbers of dimensions, such as 32 64 128, below the embedding's. All losses but those of
+            tokens also apply to the first 32, 64 and 128 dimensions, renormalised, so that these are embeddings
+            themselves (Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022). The targets are rotated to
+            their principal directions, so that a prefix of a target is the best target of its width.
         nested_weights: Weight of the losses of each of these prefixes; empty weights each by 1.
     """
 
@@ -47,10 +53,13 @@ class LossConfig:
     rkd_distance: float = 0.0
     rkd_angle: float = 0.0
     contrastive: float = 0.0
+    token_similarity: float = 0.0
+    token_feature: float = 0.0
     margin: float = 0.0
     logits: float = 0.0
     temperature: float = 0.05
     contrastive_temperature: float = 0.07
+    token_temperature: float = 0.07
     logits_alpha: float = 0.5
     logits_temperature: float = 1.0
     head: HeadConfig = HeadConfig(scale=16.0, margin=0.0, margin_end=0.2)
@@ -71,11 +80,14 @@ class LossConfig:
         if self.logits and len(self.weights()) > 1:
             raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
         self._check_nested()
+        if self.tokens and not self.weights().keys() - set(TOKEN_LOSSES):
+            problem = "it trains the tokens, and nothing trains the embedding"
+            raise UserError(f"losses.{self.tokens[0]}: {problem}. Set another weight too, such as losses.cosine to 1.")
 
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("nested", "nested_weights")
+        return ("nested", "nested_weights", *TOKEN_LOSSES, "token_temperature")
 
     def _check_nested(self) -> None:
         """Raise :class:`UserError` for prefixes that are not ascending, or weights that do not belong to them."""
@@ -99,7 +111,13 @@ class LossConfig:
 
     def weights(self) -> dict[str, float]:
         """Return the weights above 0 by the name of the loss."""
-        return {name: getattr(self, name) for name in (*TEACHER_LOSSES, "margin") if getattr(self, name) > 0}
+        names = (*TEACHER_LOSSES, *TOKEN_LOSSES, "margin")
+        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Names of the losses of tokens that have a weight."""
+        return tuple(name for name in TOKEN_LOSSES if getattr(self, name) > 0)
 
     @property
     def compares_embeddings(self) -> bool:
@@ -109,4 +127,4 @@ class LossConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss compares the student with the teacher."""
-        return any(name in TEACHER_LOSSES for name in self.weights())
+        return any(name in (*TEACHER_LOSSES, *TOKEN_LOSSES) for name in self.weights())

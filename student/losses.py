@@ -1,12 +1,16 @@
-"""Distillation losses as pure functions of embeddings.
+"""Distillation losses as pure functions of embeddings, and of the tokens of each image.
 
 Embeddings are (batch, dim) float32 of unit length. Row i of student and teacher belongs to the same view. Every loss is
 a mean over the batch, at least 0, and smallest where the student's embeddings equal the teacher's.
+
+Tokens are (batch, tokens, width) float32.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_MAX_UPSAMPLING = 4  # tokens of the teacher for one of the student
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -73,6 +77,60 @@ def interactive_contrastive(student: Tensor, teacher: Tensor, temperature: float
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
+def token_similarity(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the KL divergence of the softened similarities among the tokens of one image.
+
+    mean over images and tokens of KL(softmax(teacher_i teacher^T / T) || softmax(student_i student^T / T)), with tokens
+    of unit length: the local loss of lightly-train's ``distillationv3``. Each token is also compared with itself, as
+    there. lightly-train projects the student's tokens first; here they are compared in their own width.
+    """
+    logits = []
+    for tokens in (student, teacher):
+        unit = F.normalize(tokens, dim=2)
+        logits.append((unit @ unit.transpose(1, 2)).flatten(0, 1) / temperature)
+    return _kl_divergence(*logits)
+
+
+def token_feature(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return 0.9 (1 - cosine) + 0.1 smooth L1 of tokens of one width, a mean over all tokens.
+
+    Source: Ranzinger et al., "AM-RADIO", CVPR 2024, section 3.3. The smooth L1 loss is also a mean over channels.
+    """
+    cosine = 1 - F.cosine_similarity(student, teacher, dim=2).mean()
+    return 0.9 * cosine + 0.1 * F.smooth_l1_loss(student, teacher)
+
+
+def common_grid(student: tuple[int, int], teacher: tuple[int, int]) -> tuple[int, int]:
+    """Return the (rows, columns) in which tokens are compared: the teacher's, if the student's can be resampled to it.
+
+    A teacher of more than 4 times as many tokens is resampled instead. Bilinear tokens between the student's would add
+    no information, and the memory of the similarities grows with the square of their number.
+    """
+    is_far_finer = teacher[0] * teacher[1] > _MAX_UPSAMPLING * student[0] * student[1]
+    return student if is_far_finer else teacher
+
+
+def align_tokens(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Resample maps of tokens to :func:`common_grid`.
+
+    The student's are resampled as in lightly-train's ``distillationv3`` (bilinear, without a filter), the teacher's
+    with a filter, so that each token of the teacher has a weight.
+
+    Args:
+        student: (batch, student width, rows, columns) tokens.
+        teacher: (batch, teacher width, rows, columns) tokens, of another grid or the same.
+
+    Returns:
+        (batch, tokens, width) tokens of both, row after row.
+    """
+    grid = common_grid(_grid_of(student), _grid_of(teacher))
+    if _grid_of(student) != grid:
+        student = F.interpolate(student, grid, mode="bilinear", align_corners=False)
+    if _grid_of(teacher) != grid:
+        teacher = F.interpolate(teacher, grid, mode="bilinear", align_corners=False, antialias=True)
+    return student.flatten(2).transpose(1, 2), teacher.flatten(2).transpose(1, 2)
+
+
 def cut_prefix(vectors: Tensor, dim: int) -> Tensor:
     """Return the first ``dim`` dimensions of (n, D) vectors, scaled to unit length."""
     return F.normalize(vectors[:, :dim], dim=1)
@@ -103,3 +161,7 @@ def _angle_cosines(vectors: Tensor) -> Tensor:
     directions = F.normalize(vectors[None] - vectors[:, None], dim=2, eps=1e-6)
     cosines = directions @ directions.transpose(1, 2)
     return cosines - torch.diag_embed(torch.diagonal(cosines, dim1=1, dim2=2))
+
+
+def _grid_of(tokens: Tensor) -> tuple[int, int]:
+    return tokens.shape[2], tokens.shape[3]

@@ -1,6 +1,7 @@
 """Lightning module of a student: views, targets and losses of a step."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from student.criterion import DistillationLoss
 from student.model import Student
 from student.network_stem import NetworkStem
 from student.targets import Mixup, Targets
+from student.tokens import TeacherTokens, TokenMaps, watch_tokens
 from vpr.common.transfer import to_device
 from vpr.data.catalog import Catalog
 from vpr.imaging.augment import apply_views, draw_views
@@ -22,7 +24,11 @@ _BLOCK = re.compile(r"vit\.transformer\.layers\.(\d+)\.")
 
 
 class StudentModule(RecallModule):
-    """Student and criterion. The teacher is present only through its targets, None for losses of labels only."""
+    """Student and criterion.
+
+    The teacher is present only through its targets, None for losses of labels only, and its tokens, None unless a loss
+    compares them.
+    """
 
     def __init__(
         self,
@@ -32,12 +38,14 @@ class StudentModule(RecallModule):
         targets: Targets | None,
         preprocess: Preprocess,
         validation: Catalog,
+        tokens: TeacherTokens | None = None,
     ) -> None:
         super().__init__(preprocess, validation)
         self.config = config
         self.student = student
         self.criterion = criterion
         self.targets = targets
+        self.tokens = tokens
 
     def embed(self, x: Tensor) -> Tensor:
         """Map (batch, 3, size, size) preprocessed images to (batch, dim) of unit length."""
@@ -63,14 +71,18 @@ class StudentModule(RecallModule):
         pixels = apply_views(batch["pixels"], parameters, self.image_size)
         x = self.normalise(pixels if mixup is None else mixup(pixels))
         teacher = bank = None
-        if self.targets is not None:
-            teacher, bank = self.targets.targets_for(batch, parameters, epoch, mixup)
-        if self.criterion.logits is not None:
-            labels = to_device(self.criterion.labels.by_row[rows], x.device)
-            losses = {"logits": self.criterion.logits(x, labels, teacher)}
-        else:
-            progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
-            losses = self.criterion(self.student(x), teacher, bank, rows, progress, epoch)
+        watch: AbstractContextManager[TokenMaps | None] = nullcontext()
+        if self.tokens is not None:
+            watch = watch_tokens(self.student, self.tokens.tap)
+        with watch as tokens:
+            if self.targets is not None:
+                teacher, bank = self.targets.targets_for(batch, parameters, epoch, mixup)
+            if self.criterion.logits is not None:
+                labels = to_device(self.criterion.labels.by_row[rows], x.device)
+                losses = {"logits": self.criterion.logits(x, labels, teacher)}
+            else:
+                progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+                losses = self.criterion(self.student(x), teacher, bank, rows, progress, epoch, tokens)
         self.log_losses(losses, len(rows))
         loss = self.criterion.total(losses)
         self.check_finite(loss, number)

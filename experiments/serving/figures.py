@@ -36,8 +36,10 @@ from vpr.data.config import CatalogConfig
 
 _GRAPH = Path("runs/figures-student/photos/student-160-seed0-fp32")
 _PHOTOS = Path("runs/figures-teacher/photos/catalog")
-# ViT-Ti/16 at 224 pixels, the size of most clients.
-_STUDENT = StudentConfig(image_size=224, patch_size=16, dim=192, depth=4, heads=3, dim_head=64, mlp_dim=768)
+# Four blocks of ViT-Ti/16 at 224 pixels, the size of most clients.
+_STUDENT = StudentConfig(
+    image_size=224, patch_size=16, dim=192, depth=4, heads=3, dim_head=64, mlp_dim=768, embedding_dim=256
+)
 # Trained students and their catalogues; those that are not there are left out.
 _TRAINED = {
     "sample": (Path("runs/demo/student"), Path("runs/demo/catalog")),
@@ -77,7 +79,9 @@ def measure_bulk_embedding() -> None:
         write_images(folder / "images", _BULK_IMAGES, side=500)
         catalog = folder / "catalog"
         build_catalog(CatalogConfig(reader="folder", root=str(folder / "images"), output=str(catalog)))
-        student = write_random_student(folder / "student", StudentConfig(preset="sample", image_size=96))
+        student = write_random_student(
+            folder / "student", StudentConfig(preset="sample", image_size=96, embedding_dim=256)
+        )
         fp32 = export_onnx(OnnxConfig(str(student), str(folder / "fp32"), images=1))
         ranges = calibrate(CalibrateConfig(str(fp32), str(catalog), str(folder / "ranges")))
         graph = export_int8(Int8Config(str(fp32), str(ranges), str(folder / "int8"), base="fp32"))

@@ -6,6 +6,7 @@ TensorRT 10.12+ and in 11.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -13,16 +14,17 @@ from typing import Any
 
 import onnx
 
-from export.config import UNSUPPORTED_TARGETS, EngineConfig
+from export.config import CURRENT_TARGET, TARGETS, UNSUPPORTED_TARGETS, EngineConfig
 from export.golden import copy_golden
 from export.multiply_adds import multiply_adds
 from export.tensorrt.bindings import Builder, choose_builder, error_logger, import_tensorrt, this_gpu
 from export.tensorrt.inspector import count_layers, inspect_engine
+from export.tensorrt.timing_cache import TimingCache
 from export.to_onnx import fill_graph_card, load_onnx
-from vpr.artifacts.run_folder import atomic_write
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import UserError
+from vpr.common.gpus import list_gpus
 from vpr.common.log import get_logger
 from vpr.data.seen import record_seen
 from vpr.inference.onnx_file import MODEL_FILE, is_large, save_graph
@@ -30,13 +32,13 @@ from vpr.inference.onnx_session import INPUT
 
 log = get_logger(__name__)
 
-_MAX_CACHE_BYTES = 1 << 28
-
 
 def build_engine(config: EngineConfig) -> Path:
     """Build an engine and write it as an artifact; :class:`UserError` without a builder, or for a rejected graph."""
-    graph, artifact = load_onnx(config.onnx)
     backend = choose_builder(config.backend)
+    if backend == "tensorrt-rtx" and config.target == CURRENT_TARGET:
+        config = replace(config, target=_current_target())
+    graph, artifact = load_onnx(config.onnx)
     trt = import_tensorrt(backend)
     values = {**_values(config), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.networks()]
@@ -85,12 +87,17 @@ def build_plan(
         profile.set_shape(INPUT, *[(batch, *shape) for batch in batches])
         build.add_optimization_profile(profile)
     _set_options(trt, backend, build, config)
+    timings = TimingCache.find(config, backend, trt.__version__)
+    if timings is not None:
+        earlier = len(errors)
+        timings.load(build)
+        del errors[earlier:]  # those of a rejected file are no reason of a failed build
     plan = builder.build_serialized_network(network, build)
     if plan is None:
         reason = " ".join(errors[0][:400].split()) if errors else "no reason given"
         raise UserError(f"engine: the build failed ({reason}). {_remedy(config)}")
-    if config.timing_cache:
-        _write_cache(build, Path(config.timing_cache))
+    if timings is not None:
+        timings.save(build)
     plan = bytes(plan)
     return plan, count_layers(network) | inspect_engine(trt, plan, logger)
 
@@ -109,6 +116,23 @@ def _values(config: EngineConfig) -> dict[str, Any]:
     if not config.batches:
         del values["batches"]
     return {**values, "weight_stripped": False}  # a former option
+
+
+def _current_target() -> str:
+    """Return the TensorRT-RTX target of this machine's GPU.
+
+    The card thus names the architecture, and the engine is the one of ``--target`` with that name. TensorRT-RTX's own
+    ``ComputeCapability.CURRENT`` would not name it.
+    """
+    listing = list_gpus()
+    if not listing.gpus:
+        problem = f"{CURRENT_TARGET} needs an NVIDIA GPU; this machine {listing.problem.rstrip('.')}"
+        raise UserError(f"target: {problem}. Name the architectures, such as --target sm89.")
+    gpu = listing.gpus[0]
+    if gpu.architecture not in TARGETS:
+        problem = f"TensorRT-RTX has no target for {gpu.name} ({gpu.architecture})"
+        raise UserError(f"target: {problem}. Build with --backend tensorrt.")
+    return gpu.architecture
 
 
 def _parse(trt: ModuleType, builder: Any, logger: Any, graph: onnx.ModelProto) -> Any:
@@ -150,25 +174,6 @@ def _set_options(trt: ModuleType, backend: Builder, build: Any, config: EngineCo
         build.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mb << 20)
     if config.version_compatible:
         build.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if config.timing_cache:
-        _read_cache(backend, build, Path(config.timing_cache))
-
-
-def _read_cache(backend: Builder, build: Any, path: Path) -> None:
-    if backend == "tensorrt-rtx":
-        raise UserError("timing_cache: TensorRT-RTX times no kernels at build time. Remove --timing-cache.")
-    content = path.read_bytes() if path.is_file() else b""
-    if len(content) > _MAX_CACHE_BYTES:
-        raise UserError(f"{path}: the file is too large for a timing cache. Name another file.")
-    cache = build.create_timing_cache(content)
-    if cache is None or not build.set_timing_cache(cache, False):
-        raise UserError(f"{path}: not a timing cache of this GPU and TensorRT version. Name another file.")
-
-
-def _write_cache(build: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as stream:
-        stream.write(bytes(build.get_timing_cache().serialize()))
 
 
 def _remedy(config: EngineConfig) -> str:

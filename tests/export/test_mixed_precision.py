@@ -157,7 +157,7 @@ def test_gpu_candidates_are_timed_as_engines(
     def open_recorded(path: Path) -> Iterator[Forward]:
         artifact = load_artifact(path, "engine")
         cards.append(artifact.card)
-        built = load_onnx(artifact.path.parent / "graph")[0]
+        built = load_onnx(artifact.path.with_name(artifact.path.name.replace("engine", "graph")))[0]
         events.append("open")
         yield lambda batch: run_graph(built, batch)
         events.append("close")

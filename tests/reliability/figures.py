@@ -53,9 +53,15 @@ def record_fuzz() -> None:
 
 
 def record_options() -> None:
-    """Record every number option of every command at its limits, among the figures of data sets."""
-    figures, table = sweep.summarise(sweep.sweep(sweep.SweepConfig()), command_of("reliability", "options"))
+    """Record every number option of every command at its limits, among the figures of data sets.
+
+    An interrupted sweep continues where it was.
+    """
+    progress = Path("runs/figures-reliability/options.jsonl")
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    figures, table = sweep.summarise(sweep.sweep(sweep.SweepConfig(), progress), command_of("reliability", "options"))
     record("data", figures, {"options": table})
+    progress.unlink()
 
 
 def record_offline() -> None:

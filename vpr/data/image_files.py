@@ -40,9 +40,7 @@ class PathGuard:
             return False
         if file in ("", ".", "..") or os.path.islink(f"{self.root}/{name}"):
             return self._is_inside(name)
-        if folder not in self._folders:
-            self._folders[folder] = self._is_inside(folder)
-        return self._folders[folder]
+        return self._is_folder_inside(folder)
 
     def relative(self, name: str) -> str:
         """Return a name from a table relative to the root, with slashes: it may be absolute or have backslashes."""
@@ -53,6 +51,14 @@ class PathGuard:
                 if PurePosixPath(name).is_relative_to(root):
                     return PurePosixPath(name).relative_to(root).as_posix()
         return name
+
+    def _is_folder_inside(self, folder: str) -> bool:
+        """Return whether a folder is inside. One that is no link is where its parent is, and is not resolved."""
+        if folder not in self._folders:
+            parent, _, name = folder.rpartition("/")
+            is_plain = ".." not in folder and name not in ("", ".") and not os.path.islink(f"{self.root}/{folder}")
+            self._folders[folder] = self._is_folder_inside(parent) if is_plain else self._is_inside(folder)
+        return self._folders[folder]
 
     def _is_inside(self, name: str) -> bool:
         try:

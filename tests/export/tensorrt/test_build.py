@@ -19,6 +19,7 @@ from export.to_onnx import export_onnx, load_onnx
 from vpr.artifacts.store import load_artifact
 from vpr.cli import read_config
 from vpr.common.errors import UserError
+from vpr.common.gpus import Listing, VisibleGpu
 
 CONFIG = EngineConfig(onnx="", output="", target="sm86")
 
@@ -83,6 +84,40 @@ def test_target_outside_the_support_matrix_is_a_warning(
     assert "warning: engine: TensorRT-RTX builds for sm80, but its support matrix" in capsys.readouterr().err
 
 
+def test_current_target_is_the_first_gpu(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card names the architecture, so that another GPU does not take the engine for its own."""
+    gpus = [VisibleGpu("NVIDIA Test", capability, 1 << 34, capability) for capability in ("8.9", "8.6")]
+    monkeypatch.setattr("export.tensorrt.build.list_gpus", lambda: Listing(tuple(gpus)))
+    config = EngineConfig(str(fp32), str(tmp_path / "engine"), "tensorrt-rtx", "current")
+    card = load_artifact(build_engine(config)).card
+    assert (card.config["target"], card.metrics["targets"]) == ("sm89", ["sm89"])
+    gpus.reverse()
+    card = load_artifact(build_engine(config)).card
+    assert (card.config["target"], card.metrics["targets"]) == ("sm86", ["sm86"])
+
+
+@pytest.mark.parametrize(
+    ("listing", "message"),
+    [
+        (
+            Listing(problem="has none"),
+            "current needs an NVIDIA GPU; this machine has none. Name the architectures, such",
+        ),
+        (
+            Listing((VisibleGpu("NVIDIA H200", "9.0", 1, ""),)),
+            r"TensorRT-RTX has no target for NVIDIA H200 \(sm90\)\. Build with --backend tensorrt\.$",
+        ),
+    ],
+)
+def test_current_target_without_a_usable_gpu_is_one_line(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: Listing, message: str
+) -> None:
+    monkeypatch.setattr("export.tensorrt.build.list_gpus", lambda: listing)
+    with pytest.raises(UserError, match=f"^target: {message}"):
+        build_engine(EngineConfig(str(fp32), str(tmp_path / "engine"), "tensorrt-rtx", "current"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_engine_without_weights_cannot_be_requested() -> None:
     """No runner of the toolkit could use it."""
     with pytest.raises(UserError, match="--weight-stripped: unknown option"):
@@ -124,7 +159,8 @@ def test_quantised_int32_biases_are_rejected(graph: onnx.ModelProto) -> None:
     [
         ({"target": "sm90"}, "target: expected .*, got 'sm90'"),
         ({"target": ""}, "target: expected .*, got ''"),
-        ({"target": "sm86,sm86"}, "target: expected different names .*, got 'sm86,sm86'"),
+        ({"target": "sm86,sm86"}, "target: expected current, or different names .*, got 'sm86,sm86'"),
+        ({"target": "current,sm86"}, "target: expected current, or different names .*, got 'current,sm86'"),
         ({"max_batch": 4096}, "max <= 1024, got 1, 8, 4096"),
         ({"batches": (8, 8)}, r"batches: expected different numbers of 1 to 1024, got \[8, 8\]"),
         ({"batches": (0,)}, r"batches: expected different numbers of 1 to 1024, got \[0\]"),

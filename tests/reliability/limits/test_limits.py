@@ -6,7 +6,7 @@ import pytest
 
 from tests.reliability.commands import COMMANDS, write_inputs
 from tests.reliability.limits.options import LimitCase, cases
-from tests.reliability.limits.sweep import SweepConfig, SweepResult, summarise, sweep
+from tests.reliability.limits.sweep import SweepConfig, SweepResult, _append, summarise, sweep
 from tests.reliability.limits.worker import run_case
 
 QUICK = ("catalog", "catalog relocate", "teacher data", "teacher convert", "teacher runs")
@@ -38,6 +38,18 @@ def test_quick_commands_end_without_a_traceback(case: LimitCase, tmp_path_factor
 @pytest.mark.reliability
 def test_all_commands_end_without_a_traceback() -> None:
     assert [f"{result.case.name}: {result.line}" for result in sweep(SweepConfig()) if result.is_faulty] == []
+
+
+def test_finished_sweep_is_not_measured_again(tmp_path: Path) -> None:
+    """No inputs are made and no worker starts: the second sweep would take minutes otherwise."""
+    progress = tmp_path / "options.jsonl"
+    chosen = [case for case in cases() if case.command.verb == "export parity"]
+    expected = [SweepResult(case, "rejected", f"line {number}") for number, case in enumerate(chosen)]
+    for result in expected:
+        _append(progress, result)
+    with progress.open("a") as stream:
+        stream.write('\n["export parity --images=7", "rej')  # a kill
+    assert sweep(SweepConfig("export parity"), progress) == expected
 
 
 def test_faults_are_counted_by_command() -> None:

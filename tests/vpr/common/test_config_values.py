@@ -25,7 +25,7 @@ TRAIN = TrainConfig("c", "o", tower=TowerConfig("sample", "", 32, embedding_dim=
         (DISTILL, {"layer_decay": 0.9, "unlabelled_cosine": 0.8}),
         (RecallConfig("c", ("m",), "o"), {"leave_one_out": True, "skip_unmatched": True, "dimensions": 8}),
         (ReportConfig("c", ("m",), "o"), {"skip_unmatched": True}),
-        (LossConfig(), {"nested": (8, 16)}),
+        (LossConfig(), {"nested": (8, 16), "token_similarity": 1.0, "token_feature": 1.0, "token_temperature": 0.1}),
         (HeadConfig(), {"nested": (8, 16)}),
         (EmbedConfig("m", "c", "o"), {"dimensions": 8}),
         (OnnxConfig("m", "o"), {"dimensions": 8}),
