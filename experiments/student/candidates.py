@@ -41,7 +41,7 @@ class Candidate:
     """What a training changes of the default.
 
     Attributes:
-        losses: Weights and settings of the losses.
+        losses: Weights and settings of the losses; losses of tokens run the teacher next to the student.
         start: Student that initialises this one: the ``larger`` one, a ``general`` one of images without labels, or
             none.
         mixup: Parameter of the Beta distribution of mixed images, as in :class:`student.config.TargetsConfig`; above 0
@@ -67,8 +67,12 @@ CANDIDATES: Mapping[str, Candidate] = {
     "contrastive added": Candidate(LossConfig(contrastive=1.0)),
     "affinity only": Candidate(LossConfig(cosine=0.0, similarity_kl=0.0, affinity=1.0)),
 }
-# On the smaller data set, which trains faster. The images without labels are a folder of the trial.
+# On the smaller data set, which trains faster. lightly-train's method "distillationv3" adds similarities among tokens;
+# EUPE's training code is not public, its paper describes cosines of the embedding and AM-RADIO's loss of tokens. The
+# images without labels are a folder of the trial.
 MORE_CANDIDATES: Mapping[str, Candidate] = {
+    "losses of lightly-train v3": Candidate(replace(_LIGHTLY, token_similarity=1.0), mixup=1.0),
+    "losses of EUPE": Candidate(LossConfig(similarity_kl=0.0, token_feature=1.0)),
     "images without labels added": Candidate(unlabelled=True),
     "start from a student of images without labels": Candidate(start=_GENERAL),
 }
@@ -93,11 +97,12 @@ class Trial:
     def train(self, name: str, seed: int) -> Path:
         """Distil a candidate with a seed; a finished student is reused."""
         candidate = self.candidates[name]
-        config = self._config(_file(name), seed, candidate.model, losses=candidate.losses, start=self._start(candidate))
-        if candidate.mixup:
+        config = self._config(_file(name), seed, candidate.model, start=self._start(candidate))
+        if candidate.mixup or candidate.losses.tokens:
             # The teacher runs as often as for the cache, once for each image of each epoch.
             targets = replace(config.targets, mode="online", mixup=candidate.mixup)
             config = replace(config, targets=targets, cache="")
+        config = replace(config, losses=candidate.losses)
         if candidate.unlabelled:
             config = self._add_unlabelled(config)
         return _distilled(config)

@@ -64,6 +64,8 @@ def test_only_what_the_candidate_names_differs_from_the_default(trial: Trial, tr
     online = by_name["losses-of-lightly-train-v1-seed1"]
     assert (online.targets.mode, online.targets.mixup, online.losses.cosine) == ("online", 1.0, 0.0)
     assert (online.epochs, online.model) == (default.epochs, default.model)
+    tokens = by_name["losses-of-eupe-seed1"]
+    assert (tokens.targets.mode, tokens.targets.mixup, tokens.losses.tokens) == ("online", 0.0, ("token_feature",))
 
 
 def test_images_without_labels_shorten_the_training(trial: Trial, trained: list[DistillConfig]) -> None:
