@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.external.lightly_train import PRECISIONS
+from experiments.external.lightly_export import PRECISIONS
 from experiments.figures import Figure, Row
 from experiments.int8 import tools as int8_tools
 from experiments.int8.tools import MeasuredGraph, TrainedStudent, export_graphs, measure_graphs, run_tool
@@ -95,7 +95,7 @@ def export_with_lightly(student: TrainedStudent, shape: dict[str, Any]) -> dict[
     with tempfile.TemporaryDirectory(dir=student.folder) as temporary:
         shape_file = Path(temporary) / "shape.json"
         shape_file.write_text(json.dumps(shape), encoding="utf-8")
-        printed = run_in_venv(LIGHTLY, "lightly_train.py", [str(shape_file), str(weights), temporary], _TARGET)
+        printed = run_in_venv(LIGHTLY, "lightly_export.py", [str(shape_file), str(weights), temporary], _TARGET)
         version = printed.strip().splitlines()[-1]  # lightly-train prints other lines first
         for precision in PRECISIONS:
             output = student.folder / f"lightly-train-{precision}.onnx"

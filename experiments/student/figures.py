@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,11 @@ import torch
 
 from experiments.figures import RESULTS, command_of, measure, record, record_unmeasured
 from experiments.student.ablation import SMALL, Setting, ablate_students, distillation
+from experiments.student.candidates import CANDIDATES, MORE_CANDIDATES, Trial, candidate_figures
 from experiments.student.dimension import dimension_figures
 from experiments.student.epoch import epoch_figures
+from experiments.student.families import compare_families
+from experiments.student.lightly import compare_lightly
 from experiments.student.nested import NestedSetting, nested_figures
 from experiments.student.photos import Students, student_figures
 from experiments.student.sizes import size_curve
@@ -60,6 +64,33 @@ def measure_grocery() -> None:
     record("student", figures, {"grocery": table})
 
 
+def sample_trial(part: str) -> Trial:
+    """Return the first candidates for the defaults on furniture renders, with three seeds and the demo's teacher."""
+    catalog = build_catalog(CatalogConfig("sample", "runs/demo/catalog"))
+    teacher = sample_teacher("sample", catalog, "runs/demo/teacher")
+    setting = Setting("sample", teacher, catalog, _FOLDER / "candidates-sample", 3, 3, command_of("student", part))
+    return Trial(setting, dict(list(CANDIDATES.items())[:2]))
+
+
+def grocery_trial(part: str) -> Trial:
+    """Return candidates for the defaults on photographs, with three seeds; renders are the images without labels."""
+    folder, command = _FOLDER / "candidates-grocery", command_of("student", part)
+    setting = replace(grocery(), folder=folder, epochs=8, views=8, command=command)
+    return Trial(setting, {**CANDIDATES, **MORE_CANDIDATES}, grocery_data() / "home3d" / "images")
+
+
+def measure_candidates(name: str, build: Callable[[str], Trial]) -> None:
+    """Record candidates for the defaults."""
+    figures, table = candidate_figures(build(name))
+    record("student", figures, {name: table})
+
+
+def measure_lightly(name: str, build: Callable[[str], Trial]) -> None:
+    """Record students that lightly-train distils from the same teacher and images."""
+    figures, table = compare_lightly(build(name))
+    record("student", figures, {name: table})
+
+
 def measure_photos() -> None:
     """Record students of the teacher on photographs, beside towers of the same cost."""
     data = grocery_data()
@@ -90,6 +121,12 @@ def measure_nested() -> None:
     record("student", figures, {"nested": table})
 
 
+def measure_families() -> None:
+    """Record which networks of vit-pytorch for small data export, and their speed; run nothing else meanwhile."""
+    figures, table = compare_families(command_of("student", "families"))
+    record("student", figures, {"families": table})
+
+
 def measure_throughput() -> None:
     """Record cached epochs against bare passes, for the ablation's student and the demo's."""
     setting = replace(sample(), folder=_FOLDER / "throughput", epochs=4, views=1)
@@ -113,8 +150,13 @@ PARTS = {
     "dimension": measure_dimension,
     "nested": measure_nested,
     "throughput": measure_throughput,
+    "families": measure_families,
     "grocery": measure_grocery,
     "sample": measure_sample,
+    "candidates-sample": lambda: measure_candidates("candidates-sample", sample_trial),
+    "candidates-grocery": lambda: measure_candidates("candidates-grocery", grocery_trial),
+    "lightly-sample": lambda: measure_lightly("lightly-sample", sample_trial),
+    "lightly-grocery": lambda: measure_lightly("lightly-grocery", grocery_trial),
     "photos": measure_photos,
     "sizes": measure_sizes,
     "gpu": measure_gpu,

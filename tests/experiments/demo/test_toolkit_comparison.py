@@ -71,9 +71,9 @@ def test_missing_input_names_its_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'student: it does not exist. Run `make figures TOPIC=student PARTS="sizes"`'):
         compare_peers(absent, "make")
     with pytest.raises(
-        UserError, match=r"\.venv-absent: the environment of lightly_train.py does not exist. Run `make other-toolkits`"
+        UserError, match=r"\.venv-absent: the environment of lightly_export.py does not exist. Run `make other-toolkits`"
     ):
-        run_in_venv(".venv-absent", "lightly_train.py", [], "other-toolkits")
+        run_in_venv(".venv-absent", "lightly_export.py", [], "other-toolkits")
 
 
 def test_failing_program_is_one_error_line() -> None:

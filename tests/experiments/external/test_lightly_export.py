@@ -11,7 +11,7 @@ import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from experiments.external.lightly_train import INPUT, OUTPUT, cut_at_scores, timm_arguments, timm_weights
+from experiments.external.lightly_export import INPUT, OUTPUT, cut_at_scores, timm_arguments, timm_weights
 from student.config import StudentConfig
 from student.model import Student
 from vpr.inference.onnx_graph import GraphSession

@@ -1,6 +1,6 @@
 """Export of a student by lightly-train, in lightly-train's environment: this file imports nothing of the project.
 
-``python experiments/external/lightly_train.py SHAPE.json WEIGHTS.safetensors FOLDER`` writes ``fp32.onnx`` and
+``python experiments/external/lightly_export.py SHAPE.json WEIGHTS.safetensors FOLDER`` writes ``fp32.onnx`` and
 ``fp16.onnx``, all precisions of lightly-train, and prints its version. ``make other-toolkits`` installs it.
 
 lightly-train exports embedding models to PyTorch files only, and classifiers to ONNX. This program therefore loads the
