@@ -56,8 +56,9 @@ class Grid(nn.Module):
 
         arguments = timm_arguments(shape)
         stem = arguments.pop("embed_layer")  # a local class, which lightly-train's checkpoints cannot hold
-        self.vit = timm.create_model("vit_tiny_patch16_224", **arguments)
-        self.vit.patch_embed.proj = stem(shape["image_size"], shape["patch_size"], 3, shape["dim"]).proj
+        self.vit: Any = timm.create_model("vit_tiny_patch16_224", **arguments)
+        embed: Any = self.vit.patch_embed
+        embed.proj = stem(shape["image_size"], shape["patch_size"], 3, shape["dim"]).proj
         self.side = shape["image_size"] // shape["patch_size"]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class TimedModule(StudentModule):
         super().on_train_epoch_start()
 
 
-def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float | None = 1.15) -> list[Figure]:
+def epoch_figures(config: DistillConfig, folder: Path, command: str, goal: float | None = 1.10) -> list[Figure]:
     """Measure the seconds of an epoch (images in memory, cached targets) over those of the bare passes.
 
     Args:

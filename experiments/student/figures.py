@@ -129,7 +129,7 @@ def measure_families() -> None:
 
 def measure_throughput() -> None:
     """Record cached epochs against bare passes, for the ablation's student and the demo's."""
-    setting = replace(sample(), folder=_FOLDER / "throughput", epochs=4, views=1)
+    setting = replace(sample_trial("throughput").setting, folder=_FOLDER / "throughput", epochs=4, views=1)
     config, figures = distillation(setting, setting.folder / "none", replace(SMALL, embedding_dim=256), 0), []
     for model in (config.model, StudentConfig(stem="conv", embedding_dim=256)):
         with tempfile.TemporaryDirectory() as folder:

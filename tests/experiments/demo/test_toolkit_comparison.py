@@ -70,9 +70,8 @@ def test_missing_input_names_its_command(tmp_path: Path) -> None:
     absent = TrainedStudent("sample", tmp_path / "student", tmp_path / "catalog", tmp_path)
     with pytest.raises(UserError, match=r'student: it does not exist. Run `make figures TOPIC=student PARTS="sizes"`'):
         compare_peers(absent, "make")
-    with pytest.raises(
-        UserError, match=r"\.venv-absent: the environment of lightly_export.py does not exist. Run `make other-toolkits`"
-    ):
+    problem = r"\.venv-absent: the environment of lightly_export\.py does not exist\. Run `make other-toolkits`"
+    with pytest.raises(UserError, match=problem):
         run_in_venv(".venv-absent", "lightly_export.py", [], "other-toolkits")
 
 
