@@ -123,5 +123,6 @@ def _openvino(graph: bytes) -> Any:
     import openvino
 
     config = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(graph, "CPU", config)
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(graph), "CPU", config)
     return lambda inputs: compiled(inputs)[OUTPUT]
