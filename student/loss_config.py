@@ -52,7 +52,7 @@ class LossConfig:
     affinity: float = 0.0
     rkd_distance: float = 0.0
     rkd_angle: float = 0.0
-    contrastive: float = 0.0
+    contrastive: float = 1.0
     token_similarity: float = 0.0
     token_feature: float = 0.0
     margin: float = 0.0
@@ -78,7 +78,8 @@ class LossConfig:
         if not self.weights():
             raise UserError("losses: all weights are 0. Set at least one, for example losses.cosine to 1.")
         if self.logits and len(self.weights()) > 1:
-            raise UserError("losses.logits: this baseline excludes other losses. Set their weights to 0.")
+            others = ", ".join(name for name in self.weights() if name != "logits")
+            raise UserError(f"losses.logits: this baseline excludes other losses. Set these to 0: {others}.")
         self._check_nested()
         if self.tokens and not self.weights().keys() - set(TOKEN_LOSSES):
             problem = "it trains the tokens, and nothing trains the embedding"

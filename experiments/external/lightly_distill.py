@@ -67,10 +67,22 @@ class Grid(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
-def train(settings: dict[str, Any], student: Any, teacher: Any) -> float:
-    """Distil the student by the method of the settings, and return the seconds."""
-    import lightly_train
+def train(settings: dict[str, Any], student: Any, teacher: Any) -> tuple[float, nn.Module]:
+    """Distil the student by the method of the settings, and return the seconds and the module that was trained.
 
+    lightly-train returns nothing, and its checkpoint is a pickle, which is not read: the module is taken from Lightning.
+    """
+    import lightly_train
+    from pytorch_lightning import Trainer
+
+    modules: list[nn.Module] = []
+    fit = Trainer.fit
+
+    def keep_module(trainer: Any, model: nn.Module, *arguments: Any, **named: Any) -> None:
+        modules.append(model)
+        fit(trainer, model, *arguments, **named)
+
+    Trainer.fit = keep_module
     start = time.perf_counter()
     lightly_train.pretrain(
         out=settings["folder"],
@@ -94,16 +106,20 @@ def train(settings: dict[str, Any], student: Any, teacher: Any) -> float:
             **settings["transform"],
         },
     )
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    Trainer.fit = fit
+    if not modules:
+        raise SystemExit("lightly-train: it did not train by pytorch_lightning. Use lightly-train 0.18.0.")
+    return seconds, modules[-1]
 
 
-def projection_of(checkpoint: Path) -> tuple[Tensor, Tensor]:
+def projection_of(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the layer from the student's features to the teacher's embeddings."""
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]  # written by this program
+    weights = module.state_dict()
     for name in _HEADS:
         if f"{name}.weight" in weights:
-            return weights[f"{name}.weight"], weights[f"{name}.bias"]
-    raise SystemExit(f"{checkpoint}: it has none of {', '.join(_HEADS)}. Use lightly-train 0.18.0.")
+            return weights[f"{name}.weight"].cpu(), weights[f"{name}.bias"].cpu()
+    raise SystemExit(f"lightly-train: its module has none of {', '.join(_HEADS)}. Use lightly-train 0.18.0.")
 
 
 def embed(network: Any, pixels: NDArray[np.float32]) -> Tensor:
@@ -124,9 +140,9 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     network = Grid(settings["shape"])
     teacher = torch.jit.load(settings["teacher"])
     student = Wrapper(network, settings["shape"]["dim"])
-    seconds = train(settings, student, Wrapper(teacher, settings["teacher_dim"]))
+    seconds, module = train(settings, student, Wrapper(teacher, settings["teacher_dim"]))
     folder = Path(settings["folder"])
-    weight, bias = projection_of(folder / "checkpoints" / "last.ckpt")
+    weight, bias = projection_of(module)
     features = embed(network, np.load(settings["pixels"], allow_pickle=False))
     for name, vectors in (("features", features), ("projected", features @ weight.float().T + bias.float())):
         unit = torch.nn.functional.normalize(vectors.float(), dim=1)

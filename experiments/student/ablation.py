@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ SEEDS = (0, 1)
 # Patches of 16 at the teacher's 96 pixels: the fewest multiply-adds that keep the detail of a convolutional stem.
 SMALL = StudentConfig(image_size=96, patch_size=16, stem="conv")
 LARGER = replace(SMALL, dim=256, heads=4, mlp_dim=512)
-DEFAULT = "cosine + queue-KL"
+BASE = "cosine + queue-KL"
 LABELS, LOGITS = "labels only", "logits by DistillWrapper"
 
 
@@ -46,26 +46,28 @@ class Variant:
         assistant: Whether the larger student replaces the teacher.
     """
 
-    losses: LossConfig = field(default_factory=LossConfig)
+    losses: LossConfig
     times: int = 1
     start: bool = False
     assistant: bool = False
 
 
-# Each of the first four adds a loss. RKD's distance and angle are weighted 1 : 2, as in its paper.
-_RELATIONS = LossConfig(affinity=1.0, rkd_distance=1.0, rkd_angle=2.0)
-_LABELLED = LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0)
+# Each of the first four adds a loss. RKD's distance and angle are weighted 1 : 2, as in its paper. The second one is
+# the base of the others.
+_BASE = LossConfig(contrastive=0.0)
+_RELATIONS = replace(_BASE, affinity=1.0, rkd_distance=1.0, rkd_angle=2.0)
+_LABELLED = LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, margin=1.0)
 VARIANTS = {
-    "cosine": Variant(LossConfig(similarity_kl=0.0)),
-    DEFAULT: Variant(),
+    "cosine": Variant(LossConfig(similarity_kl=0.0, contrastive=0.0)),
+    BASE: Variant(_BASE),
     "cosine + queue-KL + relations": Variant(_RELATIONS),
     "cosine + queue-KL + relations + contrastive": Variant(replace(_RELATIONS, contrastive=1.0)),
-    "cosine + queue-KL + labels": Variant(LossConfig(margin=0.1)),
-    LOGITS: Variant(LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)),
+    "cosine + queue-KL + labels": Variant(replace(_BASE, margin=0.1)),
+    LOGITS: Variant(LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0)),
     LABELS: Variant(_LABELLED),
     f"{LABELS}, 3 times as long": Variant(_LABELLED, times=3),
-    f"{DEFAULT}, weights selected from a larger student": Variant(start=True),
-    f"{DEFAULT}, a larger student as assistant": Variant(assistant=True),
+    f"{BASE}, weights selected from a larger student": Variant(_BASE, start=True),
+    f"{BASE}, a larger student as assistant": Variant(_BASE, assistant=True),
 }
 
 
@@ -121,15 +123,15 @@ def ablate_students(setting: Setting, seeds: tuple[int, ...] = SEEDS) -> tuple[l
     """Train every variant with every seed and score all on the same test queries.
 
     Returns:
-        Figures of the default against labels and logits, and the table.
+        Figures of the base against labels and logits, and the table.
     """
     test = load_catalog(setting.catalog).select(split="test")
     _, artifact, teacher = score_teacher(setting, test)
     trained = {(name, seed): _train(setting, name, seed) for seed in seeds for name in VARIANTS}
     scores = {name: score_students([trained[name, seed] for seed in seeds], test) for name in VARIANTS}
-    rows = [_row(name, of_variant, teacher, scores[DEFAULT]) for name, of_variant in scores.items()]
+    rows = [_row(name, of_variant, teacher, scores[BASE]) for name, of_variant in scores.items()]
     figures = [
-        _paired_gain(setting, scores[DEFAULT], scores[name], name, seeds)
+        _paired_gain(setting, scores[BASE], scores[name], name, seeds)
         for name in (LABELS, f"{LABELS}, 3 times as long", LOGITS)
     ]
     return figures, [_teacher_row(teacher, artifact.card.metrics["seconds"]), *rows]
@@ -181,7 +183,7 @@ def _train(setting: Setting, name: str, seed: int) -> Path:
     config = distillation(setting, setting.folder / f"{file}-seed{seed}", SMALL, seed)
     config = replace(config, losses=variant.losses, epochs=variant.times * setting.epochs)
     if variant.start or variant.assistant:
-        larger = _distilled(distillation(setting, setting.folder / "larger", LARGER, 0))
+        larger = _distilled(replace(distillation(setting, setting.folder / "larger", LARGER, 0), losses=_BASE))
         if variant.start:
             config = replace(config, start=str(larger))
         else:
@@ -195,15 +197,15 @@ def _distilled(config: DistillConfig) -> Path:
     return path
 
 
-def _paired_gain(setting: Setting, default: Scores, other: Scores, name: str, seeds: tuple[int, ...]) -> Figure:
+def _paired_gain(setting: Setting, base: Scores, other: Scores, name: str, seeds: tuple[int, ...]) -> Figure:
     """Return a figure of the lower end of the paired interval, with the goal to exceed 0."""
-    low, high = mean_interval(default.hits - other.hits, default.products, lowest=-1) or (float("nan"), float("nan"))
-    title = f"{setting.name}: default over {name}, recall@1, lower end of the paired interval"
+    low, high = mean_interval(base.hits - other.hits, base.products, lowest=-1) or (float("nan"), float("nan"))
+    title = f"{setting.name}: {BASE} over {name}, recall@1, lower end of the paired interval"
     goal = 0.0 if VARIANTS[name].times == 1 else None  # a longer training is a comparison without a goal
     return Figure(title, low, "", goal, ">=", setting.command, (low, high), seeds)
 
 
-def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -> Row:
+def _row(name: str, scores: Scores, teacher: RetrievalScores, base: Scores) -> Row:
     kept, interval = compute_retention(scores.hits, teacher)
     return {
         "variant": name,
@@ -211,13 +213,11 @@ def _row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -
         "mAP [95 %]": mean_text(scores.precisions, teacher.products),
         "retention [95 %]": f"{kept:.2f}{interval_text(interval, '.2f')}",
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.by_seed),
-        "default ahead by": ""
-        if scores is default
-        else gain_text(default.hits - scores.hits, teacher.products, "+.3f"),
+        "base ahead by": "" if scores is base else gain_text(base.hits - scores.hits, teacher.products, "+.3f"),
         "seconds": f"{scores.seconds:.0f}",
     }
 
 
 def _teacher_row(teacher: RetrievalScores, seconds: float) -> Row:
     row = _row("the teacher", Scores([teacher], seconds), teacher, Scores([teacher], seconds))
-    return {**row, "default ahead by": ""}
+    return {**row, "base ahead by": ""}

@@ -42,7 +42,7 @@ _COMMAND = command_of("student", "photos")
 _DIM, _BATCH, _VIEWS, _EPOCHS = 256, 64, 4, 8
 # The new block after the stem; 192 dimensions keep it within a quarter of the teacher's multiply-adds.
 _BLOCK = StudentConfig(preset="auto", pool="auto", dim=192, heads=3, mlp_dim=384, depth=1)
-_RELATIONS = LossConfig(cosine=0, similarity_kl=0, affinity=1)
+_RELATIONS = LossConfig(cosine=0, similarity_kl=0, contrastive=0, affinity=1)
 # Image size, and the largest share of the teacher's multiply-adds with the goal of the retention. The goals were
 # .95 at half the cost and .90 at a quarter; the student of a quarter is held to both.
 SIZES: dict[int, tuple[float, float | None]] = {160: (0.25, 0.95), 96: (0.125, None)}

@@ -29,7 +29,7 @@ from experiments.training_step import (
     step_command,
 )
 from student.config import LossConfig, Preset, StudentConfig
-from student.losses import cosine_loss, similarity_kl
+from student.losses import cosine_loss, interactive_contrastive, similarity_kl
 from student.model import Student
 from student.teacher_cache import embed_pixels
 from teacher.config import TowerConfig
@@ -129,7 +129,9 @@ class StudentStep(Step):
             size = self.student.config.image_size
             student = self.student(self.normalise(apply_views(self.pixels[size], views, size)))
         loss = losses.cosine * cosine_loss(student, teacher)
-        return loss + losses.similarity_kl * similarity_kl(student, teacher, self.bank, losses.temperature)
+        loss = loss + losses.similarity_kl * similarity_kl(student, teacher, self.bank, losses.temperature)
+        contrast = interactive_contrastive(student, teacher, losses.contrastive_temperature)
+        return loss + losses.contrastive * contrast
 
 
 def student_step(config: StudentStepConfig) -> tuple[list[Figure], dict[str, list[Row]]]:

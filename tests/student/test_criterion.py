@@ -24,7 +24,7 @@ from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.readers import UNLABELLED
 
 SHAPE = StudentConfig(image_size=32, dim=48, depth=2, heads=2, dim_head=24, mlp_dim=64, embedding_dim=16)
-NONE = LossConfig(cosine=1e-9, similarity_kl=0.0)
+NONE = LossConfig(cosine=1e-9, similarity_kl=0.0, contrastive=0.0)
 
 
 def catalog(products: list[str], unlabelled: int = 0) -> Catalog:
@@ -51,7 +51,7 @@ def test_unlabelled_images_have_no_product(labels: Labels) -> None:
 
 @pytest.mark.parametrize("name", TEACHER_LOSSES[:-1])
 def test_each_loss_is_returned_by_its_name(name: str, labels: Labels) -> None:
-    config = replace(LossConfig(), **{**dict.fromkeys(("cosine", "similarity_kl"), 0.0), name: 3.0})
+    config = replace(LossConfig(), **{**dict.fromkeys(("cosine", "similarity_kl", "contrastive"), 0.0), name: 3.0})
     student, teacher = unit_vectors(6, 16), unit_vectors(6, 16, seed=1)
     criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
     losses = criterion(student, teacher, unit_vectors(20, 16, seed=2), torch.arange(6), 0.0, 0)
@@ -60,7 +60,7 @@ def test_each_loss_is_returned_by_its_name(name: str, labels: Labels) -> None:
 
 
 def test_total_is_the_weighted_sum(labels: Labels) -> None:
-    config = LossConfig(cosine=0.5, similarity_kl=2.0, rkd_distance=0.25, temperature=0.1)
+    config = LossConfig(cosine=0.5, similarity_kl=2.0, contrastive=0.0, rkd_distance=0.25, temperature=0.1)
     student, teacher, bank = unit_vectors(6, 16), unit_vectors(6, 16, seed=1), unit_vectors(20, 16, seed=2)
     criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
     losses = criterion(student, teacher, bank, torch.arange(6), 0.0, 0)
@@ -86,7 +86,7 @@ def test_margin_ignores_unlabelled_images(labels: Labels) -> None:
 
 
 def test_projector_reaches_the_teacher_width(labels: Labels) -> None:
-    criterion = DistillationLoss(LossConfig(similarity_kl=0.0), Student(SHAPE), labels, 40)
+    criterion = DistillationLoss(LossConfig(similarity_kl=0.0, contrastive=0.0), Student(SHAPE), labels, 40)
     assert criterion.project is not None
     student, teacher = unit_vectors(6, 16), unit_vectors(6, 40, seed=1)
     losses = criterion(student, teacher, None, torch.arange(6), 0.0, 0)["cosine"]
@@ -98,7 +98,9 @@ def test_logits_equal_the_published_wrapper(labels: Labels) -> None:
     """Compare with the same layers in vit-pytorch's network and a teacher that is a network."""
     torch.manual_seed(0)
     student, classes = Student(SHAPE), unit_vectors(3, 16, seed=4)
-    config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0, logits_alpha=0.3, logits_temperature=2.0)
+    config = LossConfig(
+        cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0, logits_alpha=0.3, logits_temperature=2.0
+    )
     criterion = DistillationLoss(config, student, labels, 16)
     logits = criterion.logits
     assert logits is not None
@@ -124,7 +126,7 @@ def test_logits_equal_the_published_wrapper(labels: Labels) -> None:
 
 def test_logits_train_all_layers_of_the_student(labels: Labels) -> None:
     student = Student(SHAPE)
-    config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
+    config = LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0)
     criterion = DistillationLoss(config, student, labels, 16)
     assert criterion.logits is not None
     criterion.logits(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), unit_vectors(4, 16)).backward()
@@ -141,11 +143,14 @@ def test_class_means_equal_numpy(labels: Labels) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cosine": 0.0, "similarity_kl": 0.0}, "all weights are 0"),
+        ({"cosine": 0.0, "similarity_kl": 0.0, "contrastive": 0.0}, "all weights are 0"),
         ({"cosine": -1.0}, r"losses\.cosine: expected 0 or more, got -1\.0"),
         ({"rkd_angle": float("nan")}, r"losses\.rkd_angle: expected 0 or more, got nan"),
         ({"temperature": 0.0}, r"losses\.temperature: expected 0\.001 to 100, got 0\.0"),
-        ({"logits": 1.0}, r"losses\.logits: this baseline excludes other losses"),
+        (
+            {"logits": 1.0},
+            r"losses\.logits: this baseline excludes other losses\. Set these to 0: cosine, similarity_kl, contrastive",
+        ),
         ({"logits_alpha": 1.5}, r"losses\.logits_alpha: expected 0 to 1, got 1\.5"),
     ],
 )
@@ -160,7 +165,7 @@ def test_labels_of_one_product_are_rejected() -> None:
 
 
 def test_logits_of_another_family_are_rejected(labels: Labels) -> None:
-    config = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
+    config = LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0)
     with pytest.raises(UserError, match=r"Set model\.family to vit"):
         DistillationLoss(config, Student(replace(SHAPE, family="small-data")), labels, 16)
 
@@ -202,7 +207,9 @@ def test_prefix_losses_equal_float64_loops(labels: Labels) -> None:
 
 
 def test_total_weights_each_prefix(labels: Labels) -> None:
-    config = LossConfig(cosine=2.0, similarity_kl=0.0, rkd_angle=0.5, nested=(4, 8), nested_weights=(0.5, 3.0))
+    config = LossConfig(
+        cosine=2.0, similarity_kl=0.0, contrastive=0.0, rkd_angle=0.5, nested=(4, 8), nested_weights=(0.5, 3.0)
+    )
     student, teacher = unit_vectors(6, 16), unit_vectors(6, 16, seed=1)
     criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
     named = criterion(student, teacher, None, torch.arange(6), 0.0, 0)
@@ -215,7 +222,7 @@ def test_total_weights_each_prefix(labels: Labels) -> None:
 
 @pytest.mark.parametrize("name", [*TEACHER_LOSSES[:-1], "margin"])
 def test_prefixes_of_weight_zero_change_nothing(name: str, labels: Labels) -> None:
-    off = dict.fromkeys(("cosine", "similarity_kl"), 0.0)
+    off = dict.fromkeys(("cosine", "similarity_kl", "contrastive"), 0.0)
     plain = LossConfig(**{**off, name: 1.0})
     nested = replace(plain, nested=(4, 8), nested_weights=(0.0, 0.0))
     results = []
@@ -232,7 +239,7 @@ def test_prefixes_of_weight_zero_change_nothing(name: str, labels: Labels) -> No
 
 @pytest.mark.parametrize("name", [*TEACHER_LOSSES[:-1], "margin"])
 def test_loss_of_a_prefix_has_gradients_in_its_dimensions_only(name: str, labels: Labels) -> None:
-    config = LossConfig(**{**dict.fromkeys(("cosine", "similarity_kl"), 0.0), name: 1.0, "nested": (4,)})
+    config = LossConfig(**{**dict.fromkeys(("cosine", "similarity_kl", "contrastive"), 0.0), name: 1.0, "nested": (4,)})
     student = unit_vectors(6, 16).requires_grad_()
     criterion = DistillationLoss(config, Student(SHAPE), labels, 16)
     named = criterion(student, unit_vectors(6, 16, seed=1), unit_vectors(9, 16), torch.arange(6), 0.5, 0)
@@ -262,7 +269,10 @@ def test_margin_of_a_prefix_is_that_of_a_narrow_head(labels: Labels) -> None:
         ({"nested": (4, 8), "nested_weights": (1.0,)}, r"losses\.nested_weights: .* each of the 2 prefixes, got 1\."),
         ({"nested": (4,), "nested_weights": (-1.0,)}, r"losses\.nested_weights: expected 0 or more each, got -1\."),
         ({"nested": (4,), "nested_weights": (float("nan"),)}, r"losses\.nested_weights: expected 0 or more"),
-        ({"nested": (4,), "cosine": 0.0, "similarity_kl": 0.0, "logits": 1.0}, r"losses\.nested: the baseline logits"),
+        (
+            {"nested": (4,), "cosine": 0.0, "similarity_kl": 0.0, "contrastive": 0.0, "logits": 1.0},
+            r"losses\.nested: the baseline logits",
+        ),
         ({"head": HeadConfig(nested=(4,))}, r"losses\.head\.nested: .* follows losses\.nested"),
     ],
 )

@@ -34,7 +34,7 @@ from vpr.data.config import LoaderConfig
 from vpr.imaging.config import ViewConfig
 from vpr.training.config import RunConfig
 
-LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0)
+LOGITS = LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0)
 ONLINE, MIXED = TargetsConfig(mode="online"), TargetsConfig(mode="online", mixup=0.5)
 SHORT: dict[str, Any] = {"epochs": 1, "targets": TargetsConfig(views=1, bank=32)}
 
@@ -54,8 +54,8 @@ def read_log(artifact: Artifact, name: str) -> list[float]:
     "losses",
     [
         LossConfig(mse=1.0, affinity=1.0, rkd_distance=1.0, rkd_angle=2.0, contrastive=1.0, margin=0.1),
-        LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0),
-        LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0),
+        LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0),
+        LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, margin=1.0),
     ],
     ids=["all", "logits", "labels"],
 )
@@ -323,7 +323,7 @@ def test_dry_run_writes_nothing(config: DistillConfig, tmp_path: Path, capsys: p
     "changes",
     [
         {"losses": LOGITS},
-        {"losses": LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0)},
+        {"losses": LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, margin=1.0)},
         {"targets": MIXED, "model": replace(STUDENT, image_size=48)},
         {"dimension": DimensionConfig("pca"), "model": replace(STUDENT, embedding_dim=24)},
         {"dimension": DimensionConfig("projector"), "model": replace(STUDENT, embedding_dim=24)},

@@ -93,7 +93,7 @@ def test_projection_to_fewer_dimensions_is_rotated(method: Any, train: Train) ->
 
 
 def test_relations_leave_the_targets_as_they_are(train: Train) -> None:
-    relations = LossConfig(cosine=0.0, similarity_kl=0.0, affinity=1.0, nested=(4,))
+    relations = LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, affinity=1.0, nested=(4,))
     artifact = train(losses=relations, model=replace(STUDENT, embedding_dim=24))
     assert "projection.safetensors" not in artifact.card.files
     assert artifact.card.embedding is not None

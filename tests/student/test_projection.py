@@ -76,7 +76,9 @@ def test_dimensions_follow_the_method(method: Any, student_dim: int, expected: t
 
 
 def test_labels_alone_allow_any_dimension() -> None:
-    labels_only = replace(reduction("none", 24), losses=LossConfig(cosine=0.0, similarity_kl=0.0, margin=1.0))
+    labels_only = replace(
+        reduction("none", 24), losses=LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, margin=1.0)
+    )
     assert resolve_dimensions(labels_only, 40) == (24, 40)
 
 
@@ -133,5 +135,5 @@ def test_prefixes_are_shorter_than_the_embedding(method: Any, student_dim: int, 
 def test_projector_does_not_support_prefixes() -> None:
     with pytest.raises(UserError, match=r"losses\.nested: the projector reads all dimensions"):
         replace(reduction("projector", 24), losses=LossConfig(nested=(8,)))
-    relations = LossConfig(cosine=0.0, similarity_kl=0.0, affinity=1.0, nested=(8,))
+    relations = LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, affinity=1.0, nested=(8,))
     assert not rotates_targets(replace(reduction("none", 24), losses=relations))

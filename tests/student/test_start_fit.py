@@ -216,8 +216,8 @@ def test_training_begins_with_the_fitted_head(
     [
         ({}, True),
         ({"fit_head": "none"}, False),
-        ({"losses": LossConfig(cosine=0, similarity_kl=0, margin=1)}, False),
-        ({"losses": LossConfig(cosine=0, similarity_kl=0, logits=1)}, False),
+        ({"losses": LossConfig(cosine=0, similarity_kl=0, contrastive=0, margin=1)}, False),
+        ({"losses": LossConfig(cosine=0, similarity_kl=0, contrastive=0, logits=1)}, False),
         ({"dimension": DimensionConfig("projector")}, True),
     ],
 )

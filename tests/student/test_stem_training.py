@@ -22,7 +22,7 @@ from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
 from vpr.training.config import RunConfig
 
-RELATIONS = LossConfig(cosine=0, similarity_kl=0, affinity=1)
+RELATIONS = LossConfig(cosine=0, similarity_kl=0, contrastive=0, affinity=1)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from vpr.imaging.preprocess import Preprocess
 from vpr.training.config import RunConfig
 
 SHAPE = StudentConfig(image_size=32, dim=48, depth=1, heads=2, dim_head=24, mlp_dim=64, embedding_dim=16)
-TOKENS = LossConfig(similarity_kl=0.0, token_similarity=2.0, token_feature=0.5)
+TOKENS = LossConfig(similarity_kl=0.0, contrastive=0.0, token_similarity=2.0, token_feature=0.5)
 ONLINE = TargetsConfig(mode="online", bank=32)
 
 
@@ -295,11 +295,11 @@ def test_wrong_settings_are_rejected_by_key(name: str, settings: DistillConfig) 
         (lambda: replace(settings, losses=losses, teacher=("a", "b")), rf"^losses\.{name}: several teachers .* set it"),
         (lambda: replace(settings, losses=losses, run=RunConfig(compile=True)), rf"^losses\.{name}: .*run\.compile"),
         (
-            lambda: LossConfig(cosine=0.0, similarity_kl=0.0, **{name: 1.0}),
+            lambda: LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, **{name: 1.0}),
             rf"^losses\.{name}: it trains the tokens, .* losses\.cosine to 1",
         ),
         (
-            lambda: LossConfig(cosine=0.0, similarity_kl=0.0, logits=1.0, **{name: 1.0}),
+            lambda: LossConfig(cosine=0.0, similarity_kl=0.0, contrastive=0.0, logits=1.0, **{name: 1.0}),
             r"^losses\.logits: this baseline excludes other losses",
         ),
         (lambda: LossConfig(**{name: -1.0}), rf"^losses\.{name}: expected 0 or more, got -1\.0"),
