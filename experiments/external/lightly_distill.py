@@ -70,7 +70,7 @@ class Grid(nn.Module):
 def train(settings: dict[str, Any], student: Any, teacher: Any) -> tuple[float, nn.Module]:
     """Distil the student by the method of the settings, and return the seconds and the module that was trained.
 
-    lightly-train returns nothing, and its checkpoint is a pickle, which is not read: the module is taken from Lightning.
+    lightly-train returns nothing, and its checkpoint is a pickle, which is not read. Lightning is given the module.
     """
     import lightly_train
     from pytorch_lightning import Trainer

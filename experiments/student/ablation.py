@@ -183,15 +183,16 @@ def _train(setting: Setting, name: str, seed: int) -> Path:
     config = distillation(setting, setting.folder / f"{file}-seed{seed}", SMALL, seed)
     config = replace(config, losses=variant.losses, epochs=variant.times * setting.epochs)
     if variant.start or variant.assistant:
-        larger = _distilled(replace(distillation(setting, setting.folder / "larger", LARGER, 0), losses=_BASE))
+        larger = train_student(replace(distillation(setting, setting.folder / "larger", LARGER, 0), losses=_BASE))
         if variant.start:
             config = replace(config, start=str(larger))
         else:
             config = replace(config, assistant=str(larger), cache=str(setting.folder / f"views-assistant-{seed}"))
-    return _distilled(config)
+    return train_student(config)
 
 
-def _distilled(config: DistillConfig) -> Path:
+def train_student(config: DistillConfig) -> Path:
+    """Distil a student; a finished one is reused."""
     path = distill(config)
     assert path is not None
     return path
@@ -205,17 +206,22 @@ def _paired_gain(setting: Setting, base: Scores, other: Scores, name: str, seeds
     return Figure(title, low, "", goal, ">=", setting.command, (low, high), seeds)
 
 
-def _row(name: str, scores: Scores, teacher: RetrievalScores, base: Scores) -> Row:
+def score_row(column: str, name: str, scores: Scores, teacher: RetrievalScores) -> Row:
+    """Return the scores of a student under its name, which is in ``column``, with its retention."""
     kept, interval = compute_retention(scores.hits, teacher)
     return {
-        "variant": name,
-        "recall@1 [95 %]": mean_text(scores.hits, teacher.products),
-        "mAP [95 %]": mean_text(scores.precisions, teacher.products),
+        column: name,
+        "recall@1 [95 %]": mean_text(scores.hits, scores.products),
+        "mAP [95 %]": mean_text(scores.precisions, scores.products),
         "retention [95 %]": f"{kept:.2f}{interval_text(interval, '.2f')}",
         "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.by_seed),
-        "base ahead by": "" if scores is base else gain_text(base.hits - scores.hits, teacher.products, "+.3f"),
-        "seconds": f"{scores.seconds:.0f}",
     }
+
+
+def _row(name: str, scores: Scores, teacher: RetrievalScores, base: Scores) -> Row:
+    ahead = "" if scores is base else gain_text(base.hits - scores.hits, scores.products, "+.3f")
+    row = score_row("variant", name, scores, teacher)
+    return row | {"base ahead by": ahead, "seconds": f"{scores.seconds:.0f}"}
 
 
 def _teacher_row(teacher: RetrievalScores, seconds: float) -> Row:

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.figures import Figure, Row
-from experiments.intervals import gain_text, interval_text, mean_text
+from experiments.intervals import gain_text
 from experiments.student.ablation import (
     LARGER,
     SMALL,
     Scores,
     Setting,
-    compute_retention,
     distillation,
+    score_row,
     score_students,
     score_teacher,
+    train_student,
 )
 from student.config import DistillConfig, LossConfig, StudentConfig
-from student.distill import distill
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.retrieval.intervals import mean_interval
@@ -107,7 +107,7 @@ class Trial:
         config = replace(config, losses=candidate.losses)
         if candidate.unlabelled:
             config = self._add_unlabelled(config)
-        return _distilled(config)
+        return train_student(config)
 
     def _config(self, name: str, seed: int, model: StudentConfig, **changes: Any) -> DistillConfig:
         """Return a distillation; all seeds see the same views, so that one cache serves all."""
@@ -118,9 +118,9 @@ class Trial:
     def _start(self, candidate: Candidate) -> str:
         """Return the student that initialises a candidate, distilled with one seed; empty without one."""
         if candidate.start == _LARGER:
-            return str(_distilled(self._config(_LARGER, 0, LARGER)))
+            return str(train_student(self._config(_LARGER, 0, LARGER)))
         if candidate.start == _GENERAL:
-            return str(_distilled(self._add_unlabelled(self._config(_GENERAL, 0, SMALL))))
+            return str(train_student(self._add_unlabelled(self._config(_GENERAL, 0, SMALL))))
         return ""
 
     def _add_unlabelled(self, config: DistillConfig) -> DistillConfig:
@@ -143,7 +143,7 @@ def candidate_figures(trial: Trial) -> tuple[list[Figure], list[Row]]:
     test = load_catalog(trial.setting.catalog).select(split="test")
     _, _, teacher = score_teacher(trial.setting, test)
     scores = score_candidates(trial, tuple(trial.candidates), test)
-    rows = [_row("teacher", Scores([teacher], 0.0), teacher)]
+    rows = [score_row("candidate", "teacher", Scores([teacher], 0.0), teacher)]
     rows += [candidate_row(name, of_seeds, teacher, scores[DEFAULT]) for name, of_seeds in scores.items()]
     columns = dict.fromkeys(column for row in rows for column in row)
     figures = [
@@ -172,29 +172,12 @@ def gain_figure(trial: Trial, title: str, scores: Scores, rival: Scores) -> Figu
 
 def candidate_row(name: str, scores: Scores, teacher: RetrievalScores, default: Scores) -> Row:
     """Return the table row of a candidate, with its paired gains over the default."""
-    row = _row(name, scores, teacher) | {"seconds": f"{scores.seconds:.0f}"}
+    row = score_row("candidate", name, scores, teacher) | {"seconds": f"{scores.seconds:.0f}"}
     if scores is not default:
         row["recall@1 over the default [95 %]"] = gain_text(scores.hits - default.hits, scores.products, "+.3f")
         gains = scores.precisions - default.precisions
         row["mAP over the default [95 %]"] = gain_text(gains, scores.products, "+.3f")
     return row
-
-
-def _row(name: str, scores: Scores, teacher: RetrievalScores) -> Row:
-    kept, interval = compute_retention(scores.hits, teacher)
-    return {
-        "candidate": name,
-        "recall@1 [95 %]": mean_text(scores.hits, scores.products),
-        "mAP [95 %]": mean_text(scores.precisions, scores.products),
-        "retention [95 %]": f"{kept:.2f}{interval_text(interval, '.2f')}",
-        "recall@1 of each seed": ", ".join(f"{score.recall_at_1:.3f}" for score in scores.by_seed),
-    }
-
-
-def _distilled(config: DistillConfig) -> Path:
-    path = distill(config)
-    assert path is not None
-    return path
 
 
 def _file(name: str) -> str:

@@ -36,7 +36,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[DistillConfig]:
         def select(self, split: str) -> range:
             return range(30)
 
-    monkeypatch.setattr(candidates, "distill", distil)
+    monkeypatch.setattr(candidates, "train_student", distil)
     monkeypatch.setattr(candidates, "load_catalog", lambda _: Images())
     return configs
 
