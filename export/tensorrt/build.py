@@ -38,14 +38,15 @@ def build_engine(config: EngineConfig) -> Path:
     backend = choose_builder(config.backend)
     if backend == "tensorrt-rtx" and config.target == CURRENT_TARGET:
         config = replace(config, target=_current_target())
+    targets = list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()]
     graph, artifact = load_onnx(config.onnx)
     trt = import_tensorrt(backend)
-    values = {**_values(config), "backend": backend, "builder_version": trt.__version__}
+    # What was built for another GPU is not up to date here.
+    values = {**_values(config), "target": ",".join(targets), "backend": backend, "builder_version": trt.__version__}
     parents = [artifact.as_parent("onnx"), *artifact.networks()]
     stage = Stage(config.output, "engine", values, parents)
     if stage.find():
         return stage.path
-    targets = list(config.targets) if backend == "tensorrt-rtx" else [this_gpu()]
     if unsupported := [target for target in targets if backend == "tensorrt-rtx" and target in UNSUPPORTED_TARGETS]:
         log.warning(f"engine: TensorRT-RTX builds for {', '.join(unsupported)}, but its support matrix has no such GPU")
     log.info(f"engine: {artifact.card.name} by {backend} {trt.__version__} for {', '.join(targets)}")

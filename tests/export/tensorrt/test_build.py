@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -94,6 +95,27 @@ def test_current_target_is_the_first_gpu(fp32: Path, tmp_path: Path, monkeypatch
     gpus.reverse()
     card = load_artifact(build_engine(config)).card
     assert (card.config["target"], card.metrics["targets"]) == ("sm86", ["sm86"])
+
+
+def test_engine_of_tensorrt_is_built_again_for_another_gpu(
+    fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT ignores the target, so the architecture of the GPU takes its place; only the plan is made up here."""
+    built: list[str] = []
+
+    def plan(*_: object) -> tuple[bytes, dict[str, object]]:
+        built.append("plan")
+        return b"plan", {}
+
+    monkeypatch.setattr("export.tensorrt.build.choose_builder", lambda _: "tensorrt")
+    monkeypatch.setattr("export.tensorrt.build.import_tensorrt", lambda _: SimpleNamespace(__version__="11.0"))
+    monkeypatch.setattr("export.tensorrt.build.build_plan", plan)
+    config = EngineConfig(str(fp32), str(tmp_path / "engine"), "tensorrt")
+    for architecture in ("sm90", "sm90", "sm89"):
+        monkeypatch.setattr("export.tensorrt.build.this_gpu", lambda architecture=architecture: architecture)
+        card = load_artifact(build_engine(config)).card
+        assert (card.config["target"], card.metrics["targets"]) == (architecture, [architecture])
+    assert len(built) == 2
 
 
 @pytest.mark.parametrize(
