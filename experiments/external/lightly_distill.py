@@ -73,16 +73,17 @@ def train(settings: dict[str, Any], student: Any, teacher: Any) -> tuple[float, 
     lightly-train returns nothing, and its checkpoint is a pickle, which is not read. Lightning is given the module.
     """
     import lightly_train
-    from pytorch_lightning import Trainer
+    import pytorch_lightning
 
+    trainers: Any = pytorch_lightning.Trainer
     modules: list[nn.Module] = []
-    fit = Trainer.fit
+    fit = trainers.fit
 
     def keep_module(trainer: Any, model: nn.Module, *arguments: Any, **named: Any) -> None:
         modules.append(model)
         fit(trainer, model, *arguments, **named)
 
-    Trainer.fit = keep_module
+    trainers.fit = keep_module
     start = time.perf_counter()
     lightly_train.pretrain(
         out=settings["folder"],
@@ -107,7 +108,7 @@ def train(settings: dict[str, Any], student: Any, teacher: Any) -> tuple[float, 
         },
     )
     seconds = time.perf_counter() - start
-    Trainer.fit = fit
+    trainers.fit = fit
     if not modules:
         raise SystemExit("lightly-train: it did not train by pytorch_lightning. Use lightly-train 0.18.0.")
     return seconds, modules[-1]
