@@ -1,0 +1,144 @@
+"""Search in galleries by an uploaded image: each search opens the newest version, so that changes show at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.search_page.images import GalleryImages
+from app.search_page.lookup import Hit, Searcher, SearchResult, judge, open_fastest
+from export.backends.registry import Model
+from vpr.common.errors import UserError
+from vpr.common.log import get_logger
+from vpr.data.catalog import load_catalog
+from vpr.gallery.gallery import CALIBRATE, IDS, Gallery, load_gallery
+from vpr.gallery.nearest import find_best, find_nearest
+from vpr.gallery.store import Snapshot
+from vpr.retrieval.embeddings import Forward
+from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GallerySearcher(Searcher):
+    """A gallery and its model, which embeds the queries."""
+
+    path: str  # folder of the gallery
+    dim: int  # dimension of the model's embeddings
+    rows: Mapping[tuple[str, str], int]  # row of the image to show, by product and image id
+    threshold: StoredThreshold | None = None  # in place of the stored one
+    probes: int = 0  # partitions of the index to search; 0 compares with all images
+
+    def describe(self) -> str:
+        """Return the name, the number of images and the newest version."""
+        snapshot = load_gallery(self.path).snapshot()
+        return f"{self.name}: {len(snapshot)} gallery images, version {snapshot.version}"
+
+    def columns(self) -> Mapping[str, str]:
+        """Return the types of the ids and of the metadata columns."""
+        return {**dict.fromkeys(IDS, "text"), **load_gallery(self.path).columns}
+
+    def find(self, query: NDArray[np.float32], top: int, where: str) -> SearchResult:
+        """Return the nearest images of the newest version that fulfil the condition."""
+        gallery = load_gallery(self.path)  # read again, because its threshold may have changed
+        return gallery.search_newest(lambda snapshot: self._find(gallery, snapshot, query, top, where))
+
+    def check(self, gallery: Gallery, snapshot: Snapshot) -> None:
+        """Raise :class:`UserError` if a version is of another model or dimension."""
+        own = gallery.model_of(snapshot)
+        if own.model.sha256 != self.sha256:
+            problem = f"it is of model '{own.model.name}' by now"
+            raise UserError(f"galleries: {self.path}: {problem}. Start the page again with that model.")
+        if own.dim != self.dim:
+            problem = f"{own.dim} dimensions, the model '{own.model.name}' gives {self.dim}"
+            raise UserError(f"galleries: {self.path}: {problem}. Export a graph with them, or embed it again.")
+
+    def _find(
+        self, gallery: Gallery, snapshot: Snapshot, query: NDArray[np.float32], top: int, where: str
+    ) -> SearchResult:
+        self.check(gallery, snapshot)
+        nearest = find_nearest(snapshot, query, top, where, self.probes)
+        found = nearest.found[0]
+        table = snapshot.take(nearest.rows[0][found], [*IDS, *gallery.columns])
+        hits = []
+        for values, score in zip(table.to_pylist(), nearest.scores[0][found].tolist(), strict=True):
+            key = (values["product"], values["image"])
+            metadata = {name: values[name] for name in gallery.columns}
+            hits.append(Hit(key, self.rows.get(key), values["product"], score, metadata=metadata))
+        threshold = self.threshold or gallery.threshold(snapshot)
+        if threshold is None or not hits:
+            return SearchResult(hits)
+        return judge(hits, threshold, find_best(snapshot, query, where, self.probes))
+
+
+def load_gallery_searchers(
+    models: Sequence[str],
+    galleries: Sequence[str],
+    catalogs: Sequence[str],
+    thresholds: Sequence[str] = (),
+    probes: int = 0,
+) -> tuple[list[GallerySearcher], GalleryImages]:
+    """Load galleries, their models on the fastest backend here, and the images of catalogues.
+
+    Args:
+        models: Artifacts of the galleries' models, in any order; two galleries may have the same model.
+        galleries: Galleries.
+        catalogs: Catalogues of the images; those that no catalogue has are not shown.
+        thresholds: Artifact of ``vpr gallery threshold`` for each gallery in place of the stored ones; or none.
+        probes: Partitions of the index to search; 0 compares with all images.
+
+    Raises:
+        UserError: The model of a gallery is missing, a model is of no gallery or cannot run here, or an artifact is
+            invalid.
+    """
+    images = GalleryImages([load_catalog(path).select(role="gallery") for path in catalogs])
+    opened = {model.artifact.sha256: (model, forward) for model, forward in map(open_fastest, models)}
+    searchers: list[GallerySearcher] = []
+    for index, path in enumerate(galleries):
+        gallery = load_gallery(path)
+        snapshot = gallery.snapshot()
+        own = gallery.model_of(snapshot)
+        if own.model.sha256 not in opened:
+            names = ", ".join(model.artifact.card.name for model, _ in opened.values())
+            problem = f"{path} is of model '{own.model.name}', got {names}"
+            raise UserError(f"models: {problem}. Pass the artifact that embedded the gallery.")
+        threshold = load_threshold(thresholds[index], own.model, own.dim) if thresholds else None
+        searcher = _make_searcher(gallery, *opened[own.model.sha256], images, threshold, probes)
+        searcher.check(gallery, snapshot)
+        _report(searcher, gallery, snapshot, bool(threshold))
+        searchers.append(searcher)
+    used = {searcher.sha256 for searcher in searchers}
+    if unused := [model.artifact.path for sha256, (model, _) in opened.items() if sha256 not in used]:
+        raise UserError(f"models: no gallery is of {unused[0]}. Leave it out, or pass its gallery.")
+    return searchers, images
+
+
+def _make_searcher(
+    gallery: Gallery,
+    model: Model,
+    forward: Forward,
+    images: GalleryImages,
+    threshold: StoredThreshold | None,
+    probes: int,
+) -> GallerySearcher:
+    card = model.artifact.card
+    if card.embedding is None:
+        raise UserError(f"{model.artifact.path}: the card has no embedding. Create the artifact again.")
+    name, sha256, dim = f"{gallery.path.name}, {model.name}", model.artifact.sha256, card.embedding.dim
+    path = str(gallery.path)
+    return GallerySearcher(name, model.preprocess, forward, sha256, path, dim, images.places, threshold, probes)
+
+
+def _report(searcher: GallerySearcher, gallery: Gallery, snapshot: Snapshot, is_replaced: bool) -> None:
+    """Log the gallery, and warn of images that cannot be shown and of an old threshold."""
+    log.info(f"  {searcher.describe()}")
+    columns = (column.to_pylist() for column in snapshot.read(IDS).select(IDS).columns)
+    if missing := sum(key not in searcher.rows for key in zip(*columns, strict=True)):
+        problem = f"{missing} of {len(snapshot)} images are in none of the catalogues and cannot be shown"
+        log.warning(f"catalogs: {gallery.path}: {problem}. Add their catalogues.")
+    if not is_replaced and gallery.is_threshold_outgrown(snapshot):
+        log.warning(f"threshold: the stored one is of an earlier model, so all queries are answered. {CALIBRATE}.")
