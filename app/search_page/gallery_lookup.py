@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from app.search_page.images import GalleryImages
 from app.search_page.lookup import Hit, Searcher, SearchResult, judge, open_fastest
-from export.backends.registry import Model
+from export.backends.registry import MODEL_KINDS, Model
+from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
@@ -95,26 +96,35 @@ def load_gallery_searchers(
         UserError: The model of a gallery is missing, a model is of no gallery or cannot run here, or an artifact is
             invalid.
     """
+    artifacts = [load_artifact(path, MODEL_KINDS) for path in models]
+    opened_galleries = [load_gallery(path) for path in galleries]
+    snapshots = [gallery.snapshot() for gallery in opened_galleries]
+    _check_models(artifacts, opened_galleries, snapshots)  # before the models are loaded, which takes seconds
     images = GalleryImages([load_catalog(path).select(role="gallery") for path in catalogs])
-    opened = {model.artifact.sha256: (model, forward) for model, forward in map(open_fastest, models)}
+    opened = {artifact.sha256: open_fastest(str(artifact.path)) for artifact in artifacts}
     searchers: list[GallerySearcher] = []
-    for index, path in enumerate(galleries):
-        gallery = load_gallery(path)
-        snapshot = gallery.snapshot()
+    for index, (gallery, snapshot) in enumerate(zip(opened_galleries, snapshots, strict=True)):
         own = gallery.model_of(snapshot)
-        if own.model.sha256 not in opened:
-            names = ", ".join(model.artifact.card.name for model, _ in opened.values())
-            problem = f"{path} is of model '{own.model.name}', got {names}"
-            raise UserError(f"models: {problem}. Pass the artifact that embedded the gallery.")
         threshold = load_threshold(thresholds[index], own.model, own.dim) if thresholds else None
         searcher = _make_searcher(gallery, *opened[own.model.sha256], images, threshold, probes)
         searcher.check(gallery, snapshot)
         _report(searcher, gallery, snapshot, bool(threshold))
         searchers.append(searcher)
-    used = {searcher.sha256 for searcher in searchers}
-    if unused := [model.artifact.path for sha256, (model, _) in opened.items() if sha256 not in used]:
-        raise UserError(f"models: no gallery is of {unused[0]}. Leave it out, or pass its gallery.")
     return searchers, images
+
+
+def _check_models(artifacts: Sequence[Artifact], galleries: Sequence[Gallery], snapshots: Sequence[Snapshot]) -> None:
+    """Raise :class:`UserError` if a gallery lacks its model, or a model its gallery."""
+    needed = [gallery.model_of(snapshot).model for gallery, snapshot in zip(galleries, snapshots, strict=True)]
+    given = {artifact.sha256 for artifact in artifacts}
+    for gallery, model in zip(galleries, needed, strict=True):
+        if model.sha256 not in given:
+            names = ", ".join(artifact.card.name for artifact in artifacts)
+            problem = f"{gallery.path} is of model '{model.name}', got {names}"
+            raise UserError(f"models: {problem}. Pass the artifact that embedded the gallery.")
+    used = {model.sha256 for model in needed}
+    if unused := [artifact.path for artifact in artifacts if artifact.sha256 not in used]:
+        raise UserError(f"models: no gallery is of {unused[0]}. Leave it out, or pass its gallery.")
 
 
 def _make_searcher(
