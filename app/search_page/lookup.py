@@ -1,9 +1,10 @@
-"""Search by the bytes of an image: nearest gallery rows, and the time of each step."""
+"""Search by an uploaded image: nearest gallery images, and the time of each step."""
 
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
+from app.search_page.upload import BadRequest, Upload
 from export.backends.registry import BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog, load_catalog
-from vpr.imaging.decode import decode_bytes
 from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.inference.timing import measure
 from vpr.retrieval.embeddings import Forward, embed, l2_normalize, load_embeddings, write_embeddings
-from vpr.retrieval.open_set import find_best_products
+from vpr.retrieval.open_set import BestProducts, find_best_products
 from vpr.retrieval.search import search
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
 
@@ -31,57 +32,114 @@ _BACKEND_SECONDS = 0.2  # timing of each backend, if an artifact has several
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """Gallery images that one model found."""
+class Hit:
+    """A gallery image that was found."""
 
-    rows: NDArray[np.int64]  # (top,) int64, rows of the gallery, nearest first
-    scores: NDArray[np.float32]  # (top,) float32, cosines of these rows
-    milliseconds: dict[str, float]  # milliseconds of each step, by name
-    is_match: bool = True  # whether the best image reaches the threshold
-    probability: float | None = None  # probability that its product is right; None without a threshold
+    key: Hashable  # identity, to compare two lists
+    row: int | None  # row of the image to show; None if no catalogue has it
+    product: str
+    score: float  # cosine
+    category: str = ""
+    metadata: Mapping[str, str | float | None] = field(default_factory=dict)  # of a gallery, by column
 
 
 @dataclass(frozen=True)
-class Searcher:
-    """A model and the gallery that it embedded."""
+class SearchResult:
+    """Gallery images that one model found."""
+
+    hits: Sequence[Hit]  # nearest first
+    is_match: bool = True  # whether the best image reaches the threshold
+    probability: float | None = None  # probability that its product is right; None without a threshold
+    milliseconds: Mapping[str, float] = field(default_factory=dict)  # milliseconds of each step, by name
+
+
+@dataclass(frozen=True)
+class Searcher(ABC):
+    """A model and the images that it searches."""
 
     name: str  # names of the artifact and the backend
     preprocess: Preprocess  # preprocessing of the model's card
     forward: Forward  # function that runs the model
-    vectors: NDArray[np.float32]  # (gallery, dim) float32, L2-normalised
     sha256: str  # checksum of the card of the artifact
-    products: NDArray[np.str_]  # (gallery,) product ids
-    threshold: StoredThreshold | None = None  # None answers every image
 
-    def search_bytes(self, data: bytes, top: int) -> SearchResult:
-        """Return the ``top`` images nearest to that of a file's bytes; :class:`ImageRejected` if they are none."""
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the name and the number of images that are searched."""
+
+    def columns(self) -> Mapping[str, str]:
+        """Return the types of the columns that a condition may use, by name; empty if it may use none."""
+        return {}
+
+    @abstractmethod
+    def find(self, query: NDArray[np.float32], top: int, where: str) -> SearchResult:
+        """Return the ``top`` images nearest to a (1, dim) float32 L2-normalised query.
+
+        Args:
+            query: Embedding of the query.
+            top: Number of images; fewer are returned if there are fewer.
+            where: Condition in SQL on the images; empty for all.
+
+        Raises:
+            BadRequest: There are no columns to filter by.
+            InvalidCondition: The condition is invalid.
+            UserError: A gallery cannot be read, or is of another model by now.
+        """
+
+    def search(self, upload: Upload, top: int) -> SearchResult:
+        """Return the ``top`` nearest images with the time of each step; raise the errors of reading and of finding."""
         start = time.perf_counter()
-        batch = self._read(data)
+        batch = self._read(upload)
         decoded = time.perf_counter()
         query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()
-        scores, rows = search(query, self.vectors, top)
+        result = self.find(query, top, upload.where)
         times = (start, decoded, embedded, time.perf_counter())
         steps = ("decode + preprocess", "embed", "search")
-        milliseconds = dict(zip(steps, 1000 * np.diff(times), strict=True))
-        if self.threshold is None:
-            return SearchResult(rows[0], scores[0], milliseconds)
-        best = find_best_products(query, self.vectors, self.products)
-        probability = float(self.threshold.probability.predict(best)[0])
-        return SearchResult(rows[0], scores[0], milliseconds, bool(self.threshold.accepts(best)[0]), probability)
+        return replace(result, milliseconds=dict(zip(steps, 1000 * np.diff(times), strict=True)))
 
-    def embed_bytes(self, data: bytes) -> NDArray[np.float32]:
-        """Return the (dim,) float32 L2-normalised embedding of a file's bytes; :class:`ImageRejected` if no image."""
-        return l2_normalize(self.forward(self._read(data)))[0]
+    def embed(self, upload: Upload) -> NDArray[np.float32]:
+        """Return the (dim,) float32 L2-normalised embedding; raise :class:`ImageRejected` if it is no image."""
+        return l2_normalize(self.forward(self._read(upload)))[0]
 
-    def _read(self, data: bytes) -> ModelInput:
-        image = decode_bytes(data, "upload", shortest=self.preprocess.size)
+    def _read(self, upload: Upload) -> ModelInput:
+        image = upload.decode(self.preprocess.size)
         return self.preprocess.model_input(self.preprocess.pixels(image)[None])
+
+
+@dataclass(frozen=True)
+class VectorSearcher(Searcher):
+    """A model and the gallery images of a catalogue that it embedded."""
+
+    vectors: NDArray[np.float32]  # (gallery, dim) float32, L2-normalised
+    gallery: Catalog  # images of the vectors
+    threshold: StoredThreshold | None = None  # None answers every image
+
+    def describe(self) -> str:
+        """Return the name and the number of images."""
+        return f"{self.name}: {len(self.gallery)} gallery images"
+
+    def find(self, query: NDArray[np.float32], top: int, where: str) -> SearchResult:
+        """Return the nearest images by exact search."""
+        if where:
+            raise BadRequest("where: this page has no metadata to filter by. Start it with --galleries.")
+        scores, rows = search(query, self.vectors, min(top, len(self.vectors)))
+        hits = [
+            Hit(row, row, str(self.gallery.products[row]), score, str(self.gallery.categories[row]))
+            for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+        ]
+        if self.threshold is None:
+            return SearchResult(hits)
+        return judge(hits, self.threshold, find_best_products(query, self.vectors, self.gallery.products))
+
+
+def judge(hits: Sequence[Hit], threshold: StoredThreshold, best: BestProducts) -> SearchResult:
+    """Return hits with the threshold's answer to their query, the only one of ``best``."""
+    return SearchResult(hits, bool(threshold.accepts(best)[0]), float(threshold.probability.predict(best)[0]))
 
 
 def load_searchers(
     models: tuple[str, ...], catalog: str, split: str, embeddings: tuple[str, ...], thresholds: tuple[str, ...] = ()
-) -> tuple[list[Searcher], Catalog]:
+) -> tuple[list[VectorSearcher], Catalog]:
     """Load each model on its fastest backend here, and the gallery of a split that all of them search.
 
     The embeddings artifact of each model is written if it does not exist; without ``embeddings`` the gallery is
@@ -95,7 +153,7 @@ def load_searchers(
         raise UserError(f"{catalog}: split '{split or 'any'}' has no gallery images. Choose another --split.")
     searchers = []
     for index, path in enumerate(models):
-        model, forward = _open_fastest(path)
+        model, forward = open_fastest(path)
         preprocess = model.preprocess
         card = model.artifact.card
         if thresholds and card.embedding is None:
@@ -112,20 +170,12 @@ def load_searchers(
                 vectors = embed(gallery, preprocess, forward_counted)
         log.info(f"  {model.name:<32} {len(vectors)} gallery images  {vectors.shape[1]} dimensions")
         sha256 = model.artifact.sha256
-        searchers.append(Searcher(model.name, preprocess, forward, vectors, sha256, gallery.products, threshold))
+        searchers.append(VectorSearcher(model.name, preprocess, forward, sha256, vectors, gallery, threshold))
     return searchers, gallery
 
 
-def describe_agreement(results: list[SearchResult]) -> str:
-    """Return a sentence on the agreement of two lists; empty for one list."""
-    if len(results) == 1:
-        return ""
-    first, second = (result.rows for result in results)
-    same = "Same first image" if first[0] == second[0] else "Different first images"
-    return f"{same}; {len(np.intersect1d(first, second))} of {len(first)} are in both lists."
-
-
-def _open_fastest(path: str) -> tuple[Model, Forward]:
+def open_fastest(path: str) -> tuple[Model, Forward]:
+    """Load a model on its fastest backend here; raise :class:`UserError` if none can run it."""
     opened: dict[str, tuple[Model, Forward]] = {}
     reasons = []
     for model in models_of(path):

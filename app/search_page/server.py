@@ -1,15 +1,16 @@
-"""``vpr search serve``: a local page that searches by image with one or two models side by side.
+"""``vpr search serve``: a local page that searches by image with one or two models or galleries side by side.
 
 ``POST /embed`` answers with the embedding of an image as JSON. Requests write nothing to disk. An image is the request
 body itself, because a form parser would spool its parts to files. It is decoded from memory, and gallery images are
-addressed by row only.
+addressed by row only. The query string has the box that was drawn on the image, and the filter. The page sends the
+original file and a box, not a crop: a crop of the browser would be decoded and compressed in another way.
 """
 
 import asyncio
 import io
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,12 +30,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.config import ServeConfig
-from app.search_page.lookup import Searcher, SearchResult, describe_agreement, load_searchers
+from app.search_page.gallery_lookup import load_gallery_searchers
+from app.search_page.images import GalleryImages
+from app.search_page.lookup import Searcher, SearchResult, load_searchers
+from app.search_page.results import describe_agreement, make_columns
+from app.search_page.upload import MAX_FILTER, BadRequest, Upload, read_upload
 from app.search_page.upload_limits import ADDRESS, UploadBudget, listen, make_server
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
-from vpr.data.catalog import Catalog
-from vpr.imaging.decode import ImageRejected, decode
+from vpr.gallery.store import InvalidCondition
+from vpr.imaging.decode import ImageRejected
 from vpr.imaging.formats import FORMATS
 
 log = get_logger(__name__)
@@ -42,7 +47,6 @@ log = get_logger(__name__)
 MAX_BYTES = 16 << 20
 UPLOAD_SECONDS = 20
 MAX_UPLOAD_MEMORY = 8 * MAX_BYTES  # bytes of all uploads; a request waits until enough is free
-_THUMBNAIL = 240  # pixels of the longer side
 _TEMPLATES = Path(__file__).parent / "templates"
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _HEADERS = {
@@ -56,21 +60,31 @@ _Result = TypeVar("_Result")
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve the page until an interrupt; :class:`UserError` if the port is taken, or from :func:`load_searchers`."""
+    """Serve the page until an interrupt.
+
+    Raises:
+        UserError: The port is taken, or a model, a gallery or a catalogue is invalid.
+    """
     with listen(config.port) as listener:
-        searchers, gallery = load_searchers(
-            config.models, config.catalog, config.split, config.embeddings, config.threshold
-        )
-        app = make_app(searchers, gallery, config.top)
+        app = make_app(*_load(config), config.top)
         log.info(f"http://{ADDRESS}:{listener.getsockname()[1]}: open it in a browser, Ctrl-C stops the server")
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
             make_server(app).run(sockets=[listener])
     log.info("server stopped")
 
 
-def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
+def _load(config: ServeConfig) -> tuple[Sequence[Searcher], GalleryImages]:
+    if config.galleries:
+        return load_gallery_searchers(config.models, config.galleries, config.catalogs, config.threshold, config.probes)
+    searchers, gallery = load_searchers(
+        config.models, config.catalog, config.split, config.embeddings, config.threshold
+    )
+    return searchers, GalleryImages([gallery])
+
+
+def make_app(searchers: Sequence[Searcher], images: GalleryImages, top: int) -> ASGIApp:
     """Return the app: page, search, embeddings and gallery images, with the checks that every request passes."""
-    page = _Page(searchers, gallery, min(top, len(gallery)))
+    page = _Page(searchers, images, top)
     app = Starlette(
         routes=[
             Route("/", page.show),
@@ -85,6 +99,8 @@ def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
         ],
         exception_handlers={
             ImageRejected: _answer_rejected,
+            BadRequest: _answer_bad_request,
+            InvalidCondition: _answer_bad_request,
             UserError: _answer_failed,
             ClientDisconnect: _answer_disconnected,
         },
@@ -93,8 +109,8 @@ def make_app(searchers: list[Searcher], gallery: Catalog, top: int) -> ASGIApp:
 
 
 class _Page:
-    def __init__(self, searchers: list[Searcher], gallery: Catalog, top: int) -> None:
-        self._searchers, self._gallery, self._top = searchers, gallery, top
+    def __init__(self, searchers: Sequence[Searcher], images: GalleryImages, top: int) -> None:
+        self._searchers, self._images, self._top = searchers, images, top
         templates = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True)
         self._form, self._results = (templates.get_template(f"{name}.html") for name in ("search", "search-results"))
         # One image at a time bounds the memory, and concurrent searches cannot distort the displayed times.
@@ -103,18 +119,18 @@ class _Page:
         blank = io.BytesIO()
         Image.new("RGB", (64, 64), "white").save(blank, "WEBP")  # unlike PNG, WebP loads all readers of Pillow
         # Warm up: the first call of a thread is slower and would distort the first displayed times.
-        self._worker.submit(self._search_all, blank.getvalue()).result()
+        self._worker.submit(self._search_all, Upload(blank.getvalue())).result()
 
     async def show(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
         policy = f"{_POLICY}; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' blob: data:"
-        names = [searcher.name for searcher in self._searchers]
-        text = self._form.render(nonce=nonce, models=names, gallery=len(self._gallery), max_bytes=MAX_BYTES)
+        limits = {"max_bytes": MAX_BYTES, "max_filter": MAX_FILTER}
+        text = self._form.render(nonce=nonce, **await self._run_in_worker(self._describe_all), **limits)
         return HTMLResponse(text, headers={"content-security-policy": f"{policy}; connect-src 'self'"})
 
     async def search(self, request: Request) -> Response:
         results = await self._answer_upload(request, self._search_all)
-        columns = [self._column(index, results) for index in range(len(results))]
+        columns = make_columns(self._searchers, results)
         return HTMLResponse(self._results.render(columns=columns, agreement=describe_agreement(results)))
 
     async def embed(self, request: Request) -> Response:
@@ -127,12 +143,16 @@ class _Page:
 
     async def image(self, request: Request) -> Response:
         row = request.path_params["row"]
-        if not re.fullmatch("[0-9]{1,9}", row) or int(row) >= len(self._gallery):
+        if not re.fullmatch("[0-9]{1,9}", row) or int(row) >= len(self._images):
             raise HTTPException(404, "the gallery has no such row")
-        return Response(await self._run_in_worker(lambda: self._thumbnail(int(row))), media_type="image/webp")
+        try:
+            data = await self._run_in_worker(lambda: self._images.thumbnail(int(row)))
+        except ImageRejected as error:
+            raise HTTPException(404, f"gallery image {row} cannot be shown: {error.reason}") from None
+        return Response(data, media_type="image/webp")
 
-    async def _answer_upload(self, request: Request, work: Callable[[bytes], _Result]) -> _Result:
-        """Read the image of a request and return the work's result."""
+    async def _answer_upload(self, request: Request, work: Callable[[Upload], _Result]) -> _Result:
+        """Read the image, the box and the filter of a request, and return the work's result."""
         origin = f"http://{request.headers['host']}"
         if request.headers.get("origin", origin) != origin:
             raise HTTPException(403, "pages of other sites may not search here")
@@ -143,43 +163,22 @@ class _Page:
                     data = await request.body()
             except TimeoutError:
                 raise HTTPException(408, f"the upload took more than {UPLOAD_SECONDS} s: try again") from None
-            return await self._run_in_worker(lambda: work(data))
+            upload = read_upload(data, request.query_params)
+            return await self._run_in_worker(lambda: work(upload))
 
     async def _run_in_worker(self, call: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, call)
 
-    def _search_all(self, data: bytes) -> list[SearchResult]:
-        return [searcher.search_bytes(data, self._top) for searcher in self._searchers]
+    def _describe_all(self) -> dict[str, Any]:
+        """Return the texts of the galleries, and the columns of all of them."""
+        columns = {name: kind for searcher in self._searchers for name, kind in searcher.columns().items()}
+        return {"galleries": [searcher.describe() for searcher in self._searchers], "columns": columns}
 
-    def _embed_all(self, data: bytes) -> list[list[float]]:
-        return [searcher.embed_bytes(data).tolist() for searcher in self._searchers]
+    def _search_all(self, upload: Upload) -> list[SearchResult]:
+        return [searcher.search(upload, self._top) for searcher in self._searchers]
 
-    def _thumbnail(self, row: int) -> bytes:
-        try:
-            image = decode(self._gallery.path(row), self._gallery.box(row), _THUMBNAIL)
-        except ImageRejected as error:
-            raise HTTPException(404, f"gallery image {row} cannot be shown: {error.reason}") from None
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        stream = io.BytesIO()
-        image.save(stream, "WEBP", quality=80)
-        return stream.getvalue()
-
-    def _column(self, index: int, results: list[SearchResult]) -> dict[str, Any]:
-        others = [result.rows.tolist() for number, result in enumerate(results) if number != index]
-        hits = [
-            {
-                "row": row,
-                "product": self._gallery.products[row],
-                "category": self._gallery.categories[row],
-                "score": score,
-                # Its rank in the other list, empty if it is not there; None without another list.
-                "elsewhere": [other.index(row) + 1 for other in others if row in other] if others else None,
-            }
-            for row, score in zip(results[index].rows.tolist(), results[index].scores.tolist(), strict=True)
-        ]
-        result = results[index]
-        answer = {"is_match": result.is_match, "probability": result.probability, "hits": hits}
-        return {"name": self._searchers[index].name, "milliseconds": result.milliseconds, **answer}
+    def _embed_all(self, upload: Upload) -> list[list[float]]:
+        return [searcher.embed(upload).tolist() for searcher in self._searchers]
 
 
 def _declared_size(request: Request) -> int:
@@ -208,6 +207,10 @@ def _with_headers(app: ASGIApp) -> ASGIApp:
 async def _answer_rejected(_: Request, error: Exception) -> Response:
     assert isinstance(error, ImageRejected)
     return PlainTextResponse(f"{error.reason}. Choose another image ({', '.join(FORMATS)}).", status_code=422)
+
+
+async def _answer_bad_request(_: Request, error: Exception) -> Response:
+    return PlainTextResponse(str(error), status_code=400)
 
 
 async def _answer_failed(_: Request, error: Exception) -> Response:

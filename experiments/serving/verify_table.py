@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 import export
+from app.search_page.images import GalleryImages
 from app.search_page.lookup import load_searchers
 from app.search_page.server import make_app
 from app.search_page.upload_limits import ADDRESS, make_server
@@ -116,7 +117,7 @@ def serve_page(model: Path, catalog: Path) -> Iterator[str]:
     """Serve the search page of a model in a thread; yield its address."""
     searchers, gallery = load_searchers((str(model),), str(catalog), "", ())
     with socket.create_server((ADDRESS, 0)) as listener:
-        server = make_server(make_app(searchers, gallery, 1))
+        server = make_server(make_app(searchers, GalleryImages([gallery]), 1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

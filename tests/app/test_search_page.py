@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +27,13 @@ from starlette.requests import Request
 from app.config import ServeConfig
 from app.search_page import server as search_page
 from app.search_page import upload_limits as http_limits
-from app.search_page.lookup import Searcher, load_searchers
-from app.search_page.server import MAX_BYTES, make_app, serve
-from app.search_page.upload_limits import ADDRESS, UploadBudget, make_server
+from app.search_page.lookup import load_searchers
+from app.search_page.server import MAX_BYTES, serve
+from app.search_page.upload_limits import ADDRESS, UploadBudget
 from export.config import EmbedConfig, OnnxConfig
 from export.embed import embed_catalog
 from export.to_onnx import export_onnx
+from tests.app.page import TOP, Lists, Site, jpeg, queries, serving
 from tests.reliability.hostile.images import promised_png
 from vpr.artifacts.card import Parent
 from vpr.artifacts.writer import write_artifact
@@ -44,58 +44,6 @@ from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.open_set import Probability
 from vpr.retrieval.search_command import search_gallery
 from vpr.retrieval.threshold_command import StoredThreshold
-
-TOP = 5
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    text: str
-    data: bytes
-    headers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Site:
-    """Page that a server in this process serves."""
-
-    port: int
-    searchers: list[Searcher]
-    gallery: Catalog
-    embeddings: tuple[str, ...] = field(default=())
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        headers: dict[str, str] | None = None,
-        timeout: float = 30,
-    ) -> Answer:
-        connection = http.client.HTTPConnection(ADDRESS, self.port, timeout=timeout)
-        connection.request(method, path, body, headers or {})
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, data.decode("utf-8", "replace"), data, headers)
-
-
-@contextmanager
-def serving(searchers: list[Searcher], gallery: Catalog, embeddings: tuple[str, ...] = ()) -> Iterator[Site]:
-    with socket.create_server((ADDRESS, 0)) as listener:
-        server = make_server(make_app(searchers, gallery, TOP))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            yield Site(listener.getsockname()[1], searchers, gallery, embeddings)
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def path_of(catalog: Catalog) -> str:
@@ -115,37 +63,6 @@ def site(models: tuple[str, str], catalog: Catalog, tmp_path_factory: pytest.Tem
     stored = (str(folder / "student"), str(folder / "fp32"))
     with serving(*load_searchers(models, path_of(catalog), "test", stored), stored) as served:
         yield served
-
-
-class Lists(HTMLParser):
-    """Rows and scores of each model's list."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.rows: list[list[int]] = []
-        self.scores: list[list[float]] = []
-        self.text = ""
-        assert answer.status == 200, answer.text
-        self.feed(answer.text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag == "ol":
-            self.rows.append([])
-            self.scores.append([])
-        if tag == "img":
-            self.rows[-1].append(int((dict(attributes)["src"] or "").removeprefix("/image/")))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if rank := re.fullmatch(r"\d+\. (-?\d\.\d{3})", data):
-            self.scores[-1].append(float(rank[1]))
-
-
-def queries(catalog: Catalog) -> list[tuple[str, bytes]]:
-    part = catalog.select(split="test", role="query")
-    return [(part.table["image"][row].as_py(), part.path(row).read_bytes()) for row in range(len(part))]
 
 
 def test_results_equal_those_of_vpr_search(site: Site, catalog: Catalog, tmp_path: Path) -> None:
@@ -195,13 +112,6 @@ def test_concurrent_clients_get_their_answers(site: Site, catalog: Catalog) -> N
 
     with ThreadPoolExecutor(20) as clients:
         assert list(clients.map(search, images)) == expected
-
-
-def jpeg(side: int = 64) -> bytes:
-    stream = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def test_embed_answers_with_the_vector_of_each_model(site: Site, catalog: Catalog) -> None:
@@ -384,8 +294,9 @@ def test_names_from_data_are_escaped(site: Site, catalog: Catalog) -> None:
     table = site.gallery.table
     for name in ("product", "category"):
         table = table.set_column(table.schema.get_field_index(name), name, column)
-    named = [replace(searcher, name=evil) for searcher in site.searchers]
-    with serving(named, Catalog(table, site.gallery.root)) as other:
+    hostile = Catalog(table, site.gallery.root)
+    named = [replace(searcher, name=evil, gallery=hostile) for searcher in site.searchers]
+    with serving(named, hostile) as other:
         page, answer = other.request("GET", "/"), other.request("POST", "/search", queries(catalog)[0][1])
     lists = Lists(answer)
     assert "script" not in lists.tags
@@ -603,8 +514,8 @@ def test_page_says_whether_there_is_a_match(site: Site) -> None:
     with serving(searchers, site.gallery) as served:
         answer = served.request("POST", "/search", site.gallery.path(0).read_bytes())
     accepted, rejected = answer.text.split("<h2>rejects</h2>")
-    assert "<p>Match (probability 0.50)</p>" in accepted
-    assert "<p>No match: the nearest images are below the threshold (probability 0.50)</p>" in rejected
+    assert '<p class="match">Match (probability 0.50)</p>' in accepted
+    assert '<p class="no-match">No match: the nearest images are below the threshold (probability 0.50)</p>' in rejected
     assert [len(rows) for rows in Lists(answer).rows] == [TOP, TOP]
     plain = site.request("POST", "/search", site.gallery.path(0).read_bytes())
     assert "atch (probability" not in plain.text

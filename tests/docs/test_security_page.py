@@ -8,6 +8,7 @@ import pytest
 
 from app.search_page import server as search_page
 from app.search_page import upload_limits as http_limits
+from app.search_page.upload import MAX_FILTER
 from experiments.figures import ROOT
 from vpr.artifacts import card as artifact
 from vpr.data import webdataset as shards
@@ -42,6 +43,7 @@ def test_limits_equal_the_code() -> None:
         f"{http_limits.MAX_CONNECTIONS} connections",
         f"{search_page.MAX_UPLOAD_MEMORY >> 20} MiB of uploads at once",
         f"a connection has {http_limits.HEAD_SECONDS:g} s",
+        f"one condition of at most {MAX_FILTER} characters",
         f"listens on {search_page.ADDRESS} only",
     ):
         assert limit in PAGE

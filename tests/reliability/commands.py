@@ -128,6 +128,7 @@ COMMANDS = (
     Command("gallery migrate --gallery {old-stock} --plan {plan} --model {teacher} --catalogs {catalog} --rows 2"),
     Command("search --queries {embeddings} --gallery {embeddings} --k 3 --threshold {threshold}", "neighbours.csv"),
     Command("search serve --models {int8} --catalog {catalog} --port 0"),
+    Command("search serve --galleries {stock} --models {student} --catalogs {catalog} --port 0"),
     Command("doctor"),
     Command("recipes list"),
     Command("recipes show teacher/sample"),

@@ -41,6 +41,7 @@ def _build(config: type[Any]) -> Any:
         {"csv": ("a",)},
         {"models": ("a",)},
         {"vectors": "a.npy"},
+        {"catalog": "a"},
     ):
         try:
             return config(**{**required, **{k: v for k, v in changes.items() if k in hints}})

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from vpr.common.errors import UserError
 from vpr.common.locks import file_lock
 from vpr.gallery.config import check_address, read_columns
 from vpr.gallery.metadata import Metadata, metadata_fields
-from vpr.gallery.store import Snapshot, Store, Vectors
+from vpr.gallery.store import LostFile, Snapshot, Store, Vectors
 from vpr.gallery.vector_model import VectorModel, read_vector_model
 from vpr.retrieval.config import ScoreName
 from vpr.retrieval.embeddings import Embeddings
@@ -38,6 +38,8 @@ BACKFILL = "backfill"
 PENDING = f"{BACKFILL} IS NOT NULL"
 CALIBRATE = "Calibrate again with `vpr gallery threshold` and the new model's embeddings, then run `vpr gallery update`"
 _LOCK = ".writer.lock"
+_ATTEMPTS = 5  # of a search, each one on the newest version
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ class Gallery:
             problem = f"version {snapshot.version} has other columns or another dimension than the card"
             raise UserError(f"{self.path}: {problem}. Restore the gallery, or create it again.")
         return snapshot
+
+    def search_newest(self, search: Callable[[Snapshot], _Result]) -> _Result:
+        """Return the result of a function of the newest version; repeat it if another process compacts meanwhile.
+
+        Raises:
+            LostFile: A file is missing in each attempt.
+        """
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(LostFile):
+                return search(self.snapshot())
+        return search(self.snapshot())
 
     def model_of(self, snapshot: Snapshot) -> VectorModel:
         """Return the model of a version: that of the last migration before it, or that of the card."""

@@ -18,7 +18,7 @@ from vpr.common.log import get_logger
 from vpr.gallery.config import GallerySearchConfig
 from vpr.gallery.gallery import CALIBRATE, IDS, Gallery, load_gallery
 from vpr.gallery.nearest import find_best, find_nearest
-from vpr.gallery.store import LostFile, Snapshot, Vectors
+from vpr.gallery.store import Snapshot, Vectors
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search_command import NO_MATCH
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
@@ -26,7 +26,6 @@ from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
 log = get_logger(__name__)
 
 _MAX_PRINTED = 8  # queries
-_ATTEMPTS = 5  # each one on the newest version, if another process compacts the gallery meanwhile
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,14 @@ def answer(gallery: Gallery, queries: Embeddings, config: GallerySearchConfig) -
         UserError: The queries or the threshold are of another model than the version, or the condition is invalid.
     """
     vectors = queries.vectors[queries.rows_with_role("query")]
-    for attempt in range(_ATTEMPTS):
-        try:
-            snapshot = gallery.snapshot(config.version)
-            gallery.check_model(queries, "queries", snapshot)
-            threshold = _find_threshold(gallery, snapshot, config.threshold)
-            answers = _answer(snapshot, gallery, vectors, config, threshold)
-            return snapshot.version, answers, threshold is not None
-        except LostFile:
-            if config.version or attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+
+    def search(snapshot: Snapshot) -> tuple[int, list[Answer], bool]:
+        gallery.check_model(queries, "queries", snapshot)
+        threshold = _find_threshold(gallery, snapshot, config.threshold)
+        answers = _answer(snapshot, gallery, vectors, config, threshold)
+        return snapshot.version, answers, threshold is not None
+
+    return search(gallery.snapshot(config.version)) if config.version else gallery.search_newest(search)
 
 
 def _find_threshold(gallery: Gallery, snapshot: Snapshot, path: str) -> StoredThreshold | None:

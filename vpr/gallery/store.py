@@ -42,6 +42,10 @@ class LostFile(UserError):
     """A file of the version is missing, such as after another process compacted the gallery."""
 
 
+class InvalidCondition(UserError):
+    """A condition in SQL is invalid."""
+
+
 @dataclass(frozen=True)
 class Version:
     """A version of a table: its number, and the time of its change in ISO format."""
@@ -169,7 +173,7 @@ class Store:
                 raise LostFile(f"{self.address}: {problem}. Check the path, or restore the gallery.") from None
             if where and isinstance(error, ValueError):
                 reason = text.removeprefix("Invalid input, ").rstrip(".")[:300]
-                raise UserError(f"where: '{where[:100]}': {reason}. Correct the condition.") from None
+                raise InvalidCondition(f"where: '{where[:100]}': {reason}. Correct the condition.") from None
             raise UserError(
                 f"{self.address}: LanceDB reports: {text.rstrip('.')[:300]}. See docs/gallery.md."
             ) from None
@@ -190,7 +194,7 @@ class Snapshot:
     def count(self, where: str) -> int:
         """Return the number of rows that fulfil a condition in SQL."""
         with self._store._errors(where):
-            return int(self._table.count_rows(where))
+            return int(self._table.count_rows(_complete(where)))
 
     def batches(self, columns: Sequence[str], where: str = "") -> Iterator[pa.RecordBatch]:
         """Yield all rows, or those that fulfil a condition in SQL, with their ``_rowid``, in parts.
@@ -202,7 +206,7 @@ class Snapshot:
         with self._store._errors(where):
             query = self._table.search().with_row_id(True).select(list(columns)).limit(None)
             if where:
-                query = query.where(where)
+                query = query.where(_complete(where))
             yield from query.to_batches(batch_size=_BATCH_ROWS)
 
     def read(self, columns: Sequence[str], where: str = "") -> pa.Table:
@@ -229,7 +233,7 @@ class Snapshot:
         with self._store._errors(where):
             builder = self._table.search(query).distance_type("dot").nprobes(probes).with_row_id(True).limit(count)
             if where:
-                builder = builder.where(where, prefilter=True)
+                builder = builder.where(_complete(where), prefilter=True)
             found = builder.select(["product", "_distance"]).to_arrow()
         return 1 - found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
 
@@ -254,6 +258,11 @@ def _partitions_of(table: Any) -> int:
 
 def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([batch[name] for name in schema.names], schema=schema)
+
+
+def _complete(where: str) -> str:
+    """Return a condition in brackets. Without them LanceDB 0.40 ignores what follows a complete condition."""
+    return f"({where})"
 
 
 def quote(values: Iterable[str]) -> str:

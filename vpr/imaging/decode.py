@@ -46,6 +46,12 @@ class Header(NamedTuple):
     height: int
     orientation: int
 
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height of the upright image, in pixels."""
+        is_turned = self.orientation in _SWAPS_SIDES
+        return (self.height, self.width) if is_turned else (self.width, self.height)
+
 
 class ImageRejected(UserError):
     """File that is not a usable image; ``reason`` says why."""

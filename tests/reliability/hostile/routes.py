@@ -18,7 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from app.search_page.lookup import Searcher, load_searchers
+from app.search_page.images import GalleryImages
+from app.search_page.lookup import VectorSearcher, load_searchers
 from app.search_page.server import ADDRESS, make_app
 from benchmarks.config import ReportConfig
 from benchmarks.report.build import build_report
@@ -105,14 +106,15 @@ def _train_teacher(folder: Path) -> None:
 
 
 @cache
-def _searchers(folder: Path) -> tuple[list[Searcher], Catalog]:
+def _searchers(folder: Path) -> tuple[list[VectorSearcher], Catalog]:
     """Return the model and its gallery, embedded once while the shop's images are still the original ones."""
     return load_searchers((str(folder / "student"),), str(folder / "catalog"), "", ())
 
 
 @cache
 def _app(folder: Path) -> Any:
-    return make_app(*_searchers(folder), _TOP)
+    searchers, gallery = _searchers(folder)
+    return make_app(searchers, GalleryImages([gallery]), _TOP)
 
 
 def open_page(folder: Path) -> None:
@@ -230,8 +232,9 @@ def _results_page(folder: Path) -> None:
         for column in ("product", "category"):
             index = table.schema.get_field_index(column)
             table = table.set_column(index, column, pa.array([name] * len(table), pa.string()))
-        named = [replace(searcher, name=name) for searcher in searchers]
-        app = make_app(named, Catalog(table, gallery.root), _TOP)
+        hostile = Catalog(table, gallery.root)
+        named = [replace(searcher, name=name, gallery=hostile) for searcher in searchers]
+        app = make_app(named, GalleryImages([hostile]), _TOP)
         request(app, "GET", "/")
         return request(app, "POST", "/search", (folder / "shop" / IMAGE).read_bytes())
 

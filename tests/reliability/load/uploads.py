@@ -9,6 +9,7 @@ from PIL import Image
 
 from app.search_page.lookup import Searcher
 from app.search_page.server import MAX_BYTES, UPLOAD_SECONDS
+from app.search_page.upload import Upload as SearchUpload
 from tests.reliability.hostile.images import promised_png
 from tests.reliability.load.clients import Expected, Upload, Way
 from vpr.common.errors import UserError
@@ -67,7 +68,7 @@ class Uploads:
                 return Upload(kind, body, Expected(413, text="Content Too Large"), size=MAX_BYTES + 1)
         bodies = {"cut short": body[: len(body) * 2 // 3], "no image": b"<svg><script>", "claims 144 megapixels": _BOMB}
         try:
-            self._searcher.search_bytes(bodies[kind], 1)
+            self._searcher.search(SearchUpload(bodies[kind]), 1)
         except ImageRejected as rejected:
             return Upload(kind, bodies[kind], Expected(422, text=rejected.reason))
         raise UserError(f"load: query image {row} is readable although {kind}. Choose another catalogue.")
@@ -76,8 +77,8 @@ class Uploads:
         if (row, large) not in self._answers:
             body = self._images.path(row).read_bytes()
             body = _enlarged(body) if large else body
-            result = self._searcher.search_bytes(body, TOP)
-            answer = Expected(200, tuple(result.rows.tolist()), tuple(result.scores.tolist()))
+            hits = self._searcher.search(SearchUpload(body), TOP).hits
+            answer = Expected(200, tuple(hit.row for hit in hits), tuple(hit.score for hit in hits))
             self._answers[row, large] = body, answer
         return self._answers[row, large]
 

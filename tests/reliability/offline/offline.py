@@ -133,10 +133,11 @@ def visit_page(arguments: list[str]) -> int:
         address = _ADDRESS.search(line)
     if address is not None:
         image = next(Path("images").rglob("*.png")).read_bytes()
+        model = Path(arguments[arguments.index("--models") + 1]).name.encode()
         for data in (None, image):
             path = "/search" if data else "/"
             with urllib.request.urlopen(f"{address[0]}{path}", data, timeout=60) as answer:
-                assert b"int8" in answer.read()
+                assert model in answer.read()
         page.send_signal(signal.SIGINT)
     sys.stderr.write(page.communicate()[1])
     return page.returncode

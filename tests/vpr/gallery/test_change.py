@@ -229,7 +229,10 @@ def test_bad_input_leaves_the_gallery(shop: tuple[str, str], tmp_path: Path) -> 
     assert len(contents(gallery)) == 27
 
 
-@pytest.mark.parametrize(("where", "message"), [("prce < 3", "No field named prce"), ("price <<", "parser error")])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("prce < 3", "No field named prce"), ("price <<", "parser error"), ("price < 3 title", r"Expected: \)")],
+)
 def test_wrong_condition(where: str, message: str, shop: tuple[str, str], tmp_path: Path) -> None:
     searched = write_shop(tmp_path / "q", name_images(1), unit_vectors(1), roles=["query"])
     with pytest.raises(UserError, match=message) as caught:
