@@ -161,6 +161,8 @@ class StorageConfig:
             validation split, and the drop is confirmed on the others. None measures only.
         confidence: Confidence that the true drop of the confirmed setting is within ``max_recall_drop``.
         max_ms: Largest p50 of a query in milliseconds for a setting to be chosen. None sets no limit.
+        narrow: Leave out of the larger galleries what the search rules out in a smaller one: settings that lose more
+            than twice the budget there, or whose query takes longer than ``max_ms``.
         queries: Maximum number of queries of each split.
         batch: Queries per call; single queries are timed too.
         tuning: Search effort of approximate indexes.
@@ -187,6 +189,7 @@ class StorageConfig:
     max_recall_drop: float | None = None
     confidence: float = 0.95
     max_ms: float | None = None
+    narrow: bool = False
     queries: int = 2000
     batch: int = 100
     tuning: IndexTuning = IndexTuning()
@@ -198,7 +201,7 @@ class StorageConfig:
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("model", "reference_model")
+        return ("model", "reference_model", "narrow")
 
     def __post_init__(self) -> None:
         largest = (1 << 31) - 1  # faiss counts in 32 bits
@@ -224,6 +227,8 @@ class StorageConfig:
             raise UserError(f"reference_distractors: {problem}. Set all three, or leave one of the others out.")
         if self.max_recall_drop is None and self.max_ms is not None:
             raise UserError("max_ms: limits the settings of a budget. Set --max-recall-drop, or leave out --max-ms.")
+        if self.max_recall_drop is None and self.narrow:
+            raise UserError("narrow: compares settings with a budget. Set --max-recall-drop, or leave out --narrow.")
 
 
 @dataclass(frozen=True)

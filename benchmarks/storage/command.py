@@ -14,7 +14,7 @@ from benchmarks.config import StorageConfig
 from benchmarks.recall.seen_marks import log_seen
 from benchmarks.report.storage_schema import Storage, StorageDecision, StorageRow, StoredGallery
 from benchmarks.report.tables import STORAGE_HEADINGS, describe_storage, storage_cells
-from benchmarks.storage.choose import choose_setting
+from benchmarks.storage.choose import choose_setting, rule_out
 from benchmarks.storage.distractor_folder import embed_distractors
 from benchmarks.storage.gallery import StorageData, find_file, grow_gallery, read_data
 from benchmarks.storage.measure import Measured, list_settings, measure_settings, search_exactly
@@ -90,11 +90,12 @@ def measure_storage(config: StorageConfig) -> Path:
 def measure_sizes(config: StorageConfig, settings: list[StorageSetting], data: StorageData) -> Iterator[SizeResult]:
     """Yield the result of each size."""
     smaller: dict[str, StorageRow] = {}
-    for size in config.sizes:
+    ruled_out: dict[str, str] = {}
+    for size, larger in zip(config.sizes, (*config.sizes[1:], 0), strict=True):
         gallery = grow_gallery(data, size, config.seed)
         exact = search_exactly(data, gallery)
         measured, rows = [], []
-        for result in measure_settings(config, settings, data, gallery, exact, smaller):
+        for result in measure_settings(config, settings, data, gallery, exact, smaller, ruled_out):
             row = result.row if isinstance(result, Measured) else result
             rows.append(row)
             log_row(row)
@@ -112,6 +113,8 @@ def measure_sizes(config: StorageConfig, settings: list[StorageSetting], data: S
             decision = choose_setting(measured, exact, data.query_products, data.is_choice, config)
             chosen = next((one.setting for one in measured if one.row.name == decision.chosen), None)
             (log.info if chosen else log.warning)(f"{size:,} vectors: {decision.outcome}")
+        if config.narrow and larger:
+            ruled_out |= rule_out(measured, exact, data.query_products, data.is_choice, config, larger / size)
         yield SizeResult(stored, sorted(rows, key=_by_bytes), decision, chosen)
 
 
