@@ -62,12 +62,12 @@ class SyntheticProducts:
     validation: int = 1500
     test: int = 400
     categories: int = 1000
-    common: float = 0.15
+    common: float = 0.25
     category: float = 0.2
     gallery_noise: float = 0.1
-    query_noise: float = 0.3
-    noise_spread: float = 0.4
-    head: int = 8
+    query_noise: float = 0.33
+    noise_spread: float = 0.3
+    head: int = 4
     decay: float = 1.5
     seed: int = 0
 
