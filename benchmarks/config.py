@@ -147,16 +147,22 @@ class StorageConfig:
         indexes: Kinds of index. ``shortlist`` rescores results in ``pq`` or ``binary``, ``ivf-shortlist`` in ``pq``.
             Empty takes those that the training vectors suffice for.
         rescoring: Format of the vectors that rescore a short list. Their bytes count.
-        distractors: Embeddings artifact of other products by the same model, or a NumPy file (``.npy``) of such
-            vectors, (n, dim) float32. Synthetic vectors around training images fill the remaining places.
+        distractors: Folder of images of other products, embeddings artifact of them by the same model, or NumPy file
+            (``.npy``) of such vectors, (n, dim) float32. Synthetic vectors around training images fill the remaining
+            places.
+        model: Model artifact of ``embeddings``, which embeds a folder of distractors. Both the catalogue of the folder
+            and its embeddings are written into ``OUTPUT.distractors``.
         reference: Embeddings artifact of the same images by another model, such as the teacher or the FP32 student. The
             drop is then that of model and storage together. Empty compares with the exact search of ``embeddings``.
-        reference_distractors: Distractors by the model of ``reference``, in the same order.
+        reference_distractors: Distractors by the model of ``reference``, in the same order. Not needed for a folder.
+        reference_model: Model artifact of ``reference``, which embeds a folder of distractors too.
         split: Split that the table scores. Settings are chosen and confirmed on the validation split.
         max_recall_drop: Largest drop of recall@1, such as 0.01. Settings are chosen on a third of the products of the
             validation split, and the drop is confirmed on the others. None measures only.
         confidence: Confidence that the true drop of the confirmed setting is within ``max_recall_drop``.
         max_ms: Largest p50 of a query in milliseconds for a setting to be chosen. None sets no limit.
+        narrow: Leave out of the larger galleries what the search rules out in a smaller one: settings that lose more
+            than twice the budget there, or whose query takes longer than ``max_ms``.
         queries: Maximum number of queries of each split.
         batch: Queries per call; single queries are timed too.
         tuning: Search effort of approximate indexes.
@@ -175,12 +181,15 @@ class StorageConfig:
     indexes: tuple[IndexKind, ...] = ()
     rescoring: Rescoring = "int8"
     distractors: str = ""
+    model: str = ""
     reference: str = ""
     reference_distractors: str = ""
+    reference_model: str = ""
     split: str = "test"
     max_recall_drop: float | None = None
     confidence: float = 0.95
     max_ms: float | None = None
+    narrow: bool = False
     queries: int = 2000
     batch: int = 100
     tuning: IndexTuning = IndexTuning()
@@ -188,6 +197,11 @@ class StorageConfig:
     seconds: float = 1.0
     build_seconds: float = 300.0
     seed: int = 0
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("model", "reference_model", "narrow")
 
     def __post_init__(self) -> None:
         largest = (1 << 31) - 1  # faiss counts in 32 bits
@@ -207,11 +221,14 @@ class StorageConfig:
             raise UserError(f"max_ms: expected more than 0, got {self.max_ms}.")
         if self.split == "validation":
             raise UserError("split: settings are chosen on the validation split. Score another one, such as test.")
-        if bool(self.reference_distractors) != bool(self.reference and self.distractors):
-            problem = "needs reference and distractors, and these two need it"
+        paired = self.reference_distractors or self.reference_model
+        if bool(paired) != bool(self.reference and self.distractors):
+            problem = "needs reference and distractors, and these two need it, or reference_model for a folder"
             raise UserError(f"reference_distractors: {problem}. Set all three, or leave one of the others out.")
         if self.max_recall_drop is None and self.max_ms is not None:
             raise UserError("max_ms: limits the settings of a budget. Set --max-recall-drop, or leave out --max-ms.")
+        if self.max_recall_drop is None and self.narrow:
+            raise UserError("narrow: compares settings with a budget. Set --max-recall-drop, or leave out --narrow.")
 
 
 @dataclass(frozen=True)

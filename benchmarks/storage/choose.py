@@ -13,10 +13,13 @@ from benchmarks.config import StorageConfig
 from benchmarks.report.storage_schema import StorageDecision, TestedSetting
 from benchmarks.storage.measure import Exact, Hits, Measured
 from calibration.confirmation import Confirmation, confirm_sequence, split_products
+from vpr.retrieval.config import IndexKind
 from vpr.retrieval.drop_test import DropTest, change_correlation, drop_test, state_result
 from vpr.retrieval.intervals import Ids
 
 _STEP = 0.8  # a setting is tested only if it takes less than this share of the bytes of the one before
+_HOPELESS = 2  # times the budget: no setting that loses more in a smaller gallery is measured in a larger one
+_SCANS: tuple[IndexKind, ...] = ("flat", "shortlist")  # indexes whose time is proportional to the size
 
 
 def order_candidates(measured: Sequence[Measured], drops: Sequence[float], kept: Sequence[float]) -> list[int]:
@@ -83,6 +86,41 @@ def choose_setting(
         sequence=[_record(step, used[step.candidate], drops[within[step.candidate]]) for step in steps],
         untested=len(order) - len(steps),
     )
+
+
+def rule_out(
+    measured: Sequence[Measured],
+    exact: Exact,
+    products: Ids,
+    is_choice: Hits,
+    config: StorageConfig,
+    growth: float,
+) -> dict[str, str]:
+    """Return the settings that a larger gallery can do without, by name, with the reason.
+
+    Only the products of the search decide, so the confirmation is as valid as without. Recall falls faster for coarse
+    vectors the more a gallery holds; a setting that loses twice the budget is not expected to recover.
+
+    Args:
+        measured: Settings of the smaller gallery.
+        exact: Exact search in that gallery.
+        products: (q,) product ids of the queries.
+        is_choice: (q,) bool, whether a query is of the validation split.
+        config: Budget, limit of time and seed; a budget is set.
+        growth: Size of the larger gallery over that of the smaller one.
+    """
+    assert config.max_recall_drop is not None
+    names, _ = split_products(products[is_choice], config.seed)
+    searched = is_choice & np.isin(products, names)
+    reasons = {}
+    for one in measured:
+        drop = float(exact.hits[searched].mean() - one.hits[searched].mean())
+        expected = (one.row.single_ms or 0) * (growth if one.setting.index in _SCANS else 1)
+        if drop > _HOPELESS * config.max_recall_drop:
+            reasons[one.row.name] = f"not measured: drop {drop:+.4f} in the search at {one.row.size:,} vectors"
+        elif config.max_ms is not None and expected > config.max_ms:
+            reasons[one.row.name] = f"not measured: expected {expected:.0f} ms from {one.row.size:,} vectors"
+    return reasons
 
 
 def _state(

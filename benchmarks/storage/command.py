@@ -14,7 +14,8 @@ from benchmarks.config import StorageConfig
 from benchmarks.recall.seen_marks import log_seen
 from benchmarks.report.storage_schema import Storage, StorageDecision, StorageRow, StoredGallery
 from benchmarks.report.tables import STORAGE_HEADINGS, describe_storage, storage_cells
-from benchmarks.storage.choose import choose_setting
+from benchmarks.storage.choose import choose_setting, rule_out
+from benchmarks.storage.distractor_folder import embed_distractors
 from benchmarks.storage.gallery import StorageData, find_file, grow_gallery, read_data
 from benchmarks.storage.measure import Measured, list_settings, measure_settings, search_exactly
 from export.backends.registry import default_threads
@@ -54,6 +55,7 @@ def measure_storage(config: StorageConfig) -> Path:
     parents = [embeddings.artifact.as_parent("embeddings"), embeddings.model]
     parents += [reference.artifact.as_parent("reference")] if config.reference else []
     values = config_to_json(config)
+    config = embed_distractors(config, embeddings, reference)
     for key in ("distractors", "reference_distractors"):
         if path := getattr(config, key):
             values[f"{key}_sha256"] = file_sha256(find_file(path, key))
@@ -66,7 +68,7 @@ def measure_storage(config: StorageConfig) -> Path:
     seen = count_seen(read_seen(embeddings.artifact), hash_products(data.query_products.tolist()))
     log_seen(embeddings.model.name, seen)
     if data.left_out:
-        log.info(f"{data.left_out} distractors are of scored products and were left out")
+        log.info(f"{data.left_out} distractors are of scored products or images and were left out")
     results = list(measure_sizes(config, settings, data))
     storage = _to_storage(config, data, results, embeddings, reference)
     from benchmarks.report.charts import draw_storage  # loads matplotlib, so only after the timing
@@ -88,11 +90,12 @@ def measure_storage(config: StorageConfig) -> Path:
 def measure_sizes(config: StorageConfig, settings: list[StorageSetting], data: StorageData) -> Iterator[SizeResult]:
     """Yield the result of each size."""
     smaller: dict[str, StorageRow] = {}
-    for size in config.sizes:
+    ruled_out: dict[str, str] = {}
+    for size, larger in zip(config.sizes, (*config.sizes[1:], 0), strict=True):
         gallery = grow_gallery(data, size, config.seed)
         exact = search_exactly(data, gallery)
         measured, rows = [], []
-        for result in measure_settings(config, settings, data, gallery, exact, smaller):
+        for result in measure_settings(config, settings, data, gallery, exact, smaller, ruled_out):
             row = result.row if isinstance(result, Measured) else result
             rows.append(row)
             log_row(row)
@@ -110,6 +113,8 @@ def measure_sizes(config: StorageConfig, settings: list[StorageSetting], data: S
             decision = choose_setting(measured, exact, data.query_products, data.is_choice, config)
             chosen = next((one.setting for one in measured if one.row.name == decision.chosen), None)
             (log.info if chosen else log.warning)(f"{size:,} vectors: {decision.outcome}")
+        if config.narrow and larger:
+            ruled_out |= rule_out(measured, exact, data.query_products, data.is_choice, config, larger / size)
         yield SizeResult(stored, sorted(rows, key=_by_bytes), decision, chosen)
 
 

@@ -53,7 +53,7 @@ class StorageData:
         query_codes: (q,) int32, number of the product.
         query_products: (q,) product ids.
         is_choice: (q,) bool, whether a query is of the validation split.
-        left_out: Distractors that were left out, because their product is scored.
+        left_out: Distractors that were left out, because their product or an image of the same bytes is scored.
     """
 
     model: ModelVectors
@@ -83,7 +83,7 @@ def read_data(config: StorageConfig, embeddings: Embeddings, reference: Embeddin
     Raises:
         UserError: A split or role is missing, the reference has other images, or distractors do not fit.
     """
-    splits = _read_splits(embeddings)
+    splits = _read_column(embeddings, "split")
     training = np.flatnonzero(splits == "train")
     used = splits == config.split
     if config.max_recall_drop is not None:
@@ -100,7 +100,8 @@ def read_data(config: StorageConfig, embeddings: Embeddings, reference: Embeddin
         raise UserError(f"{path}: product '{lacking[0]}' has queries and no gallery image. Rebuild the catalogue.")
     _check_same_images(embeddings, reference)
     rows = (training, gallery, queries)
-    scored = np.unique(embeddings.products[gallery])
+    images = _read_column(embeddings, "sha256")[np.concatenate([gallery, queries])]
+    scored = np.unique(embeddings.products[gallery]), np.unique(images[images != ""])
     distractors, kept = _read_distractors(config.distractors, "distractors", embeddings, scored)
     model = _take(embeddings, rows, distractors[kept])
     other = model
@@ -169,10 +170,11 @@ def _synthesise(training: Vectors, neighbours: Rows, count: int, seed: int) -> V
     return vectors
 
 
-def _read_splits(embeddings: Embeddings) -> NDArray[np.str_]:
+def _read_column(embeddings: Embeddings, name: str) -> NDArray[np.str_]:
+    """Return (n,) values of a column of the catalogue, empty where there is none."""
     with reraise_as_artifact_error(embeddings.artifact):
-        column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
-        return np.array([split or "" for split in column.to_pylist()], dtype=np.str_)
+        column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=[name])[name]
+        return np.array([value or "" for value in column.to_pylist()], dtype=np.str_)
 
 
 def _draw_queries(config: StorageConfig, embeddings: Embeddings, splits: NDArray[np.str_]) -> Rows:
@@ -197,8 +199,13 @@ def _check_same_images(embeddings: Embeddings, reference: Embeddings) -> None:
         raise UserError(f"reference: {problem}. Embed the same catalogue with both models.")
 
 
-def _read_distractors(path: str, key: str, embeddings: Embeddings, scored: Ids) -> tuple[Vectors, NDArray[np.bool_]]:
-    """Return vectors, and which of them are not of a scored product: (n, dim) float32 and (n,) bool."""
+def _read_distractors(
+    path: str, key: str, embeddings: Embeddings, scored: tuple[Ids, Ids]
+) -> tuple[Vectors, NDArray[np.bool_]]:
+    """Return vectors, and which of them may be distractors: (n, dim) float32 and (n,) bool.
+
+    ``scored`` are ids of products and sha256 of images that are scored.
+    """
     width = embeddings.vectors.shape[1]
     if not path:
         return np.empty((0, width), dtype=np.float32), np.ones(0, dtype=bool)
@@ -211,7 +218,8 @@ def _read_distractors(path: str, key: str, embeddings: Embeddings, scored: Ids) 
         names = f"embedded with '{other.model.name}', expected '{embeddings.model.name}'"
         raise UserError(f"{key}: {path} is {names}. Embed both with one model.")
     check_vectors(other.vectors, f"{key}: {path}", width)
-    return other.vectors, ~np.isin(other.products, scored)
+    is_scored = np.isin(other.products, scored[0]) | np.isin(_read_column(other, "sha256"), scored[1])
+    return other.vectors, ~is_scored
 
 
 def find_file(path: str, key: str) -> Path:

@@ -111,16 +111,19 @@ def measure_settings(
     gallery: Gallery,
     exact: Exact,
     smaller: Mapping[str, StorageRow],
+    ruled_out: Mapping[str, str],
 ) -> Iterator[Measured | StorageRow]:
-    """Yield each setting as soon as it is measured, or only its row if the build would take too long.
+    """Yield each setting as soon as it is measured, or only its row if it is ruled out or would take too long to build.
 
     ``smaller`` has the last measured rows of smaller galleries by name, from which the seconds are estimated.
+    ``ruled_out`` has the reasons of the settings to leave out by name. The exact setting is always measured.
     """
     size, reduced = len(gallery.vectors), _Reduced(data, gallery)
     for setting in sorted(settings, key=lambda setting: (setting.dims, str(setting.reduction), setting.is_rotated)):
-        expected = _expected_seconds(smaller.get(setting.name), size)
-        if expected > config.build_seconds and setting != settings[0]:  # others are compared with the exact one
-            notes = f"not built: expected {expected:.0f} s, above --build-seconds"
+        expected, notes = _expected_seconds(smaller.get(setting.name), size), ruled_out.get(setting.name, "")
+        if expected > config.build_seconds:
+            notes = notes or f"not built: expected {expected:.0f} s, above --build-seconds"
+        if notes and setting != settings[0]:  # others are compared with the exact one
             yield StorageRow(size=size, name=setting.name, **asdict(setting), notes=notes)
         else:
             yield _measure(config, setting, data, gallery, exact, reduced)

@@ -1,7 +1,7 @@
 """``make figures TOPIC=gallery``: stored galleries and vector databases, into ``docs/results/gallery.json``.
 
-Parts: ``storage``, ``databases``, ``database-kills``. The last two need ``make other-databases``. Run nothing else
-during the first two.
+Parts: ``embeddings`` (after ``make demo``), ``storage``, ``databases``, ``database-kills``. The last two need ``make
+other-databases``. Run nothing else during ``storage`` and ``databases``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from experiments.figures import command_of, measure, record
+from experiments.gallery.real_embeddings import measure_embeddings
 from experiments.gallery.storage import measure_stored
 from experiments.gallery.trial import STORES, kill_stores, time_stores
 
@@ -23,7 +24,12 @@ def _measure_database_kills() -> None:
     record("gallery", figures, {"database-kills": rows})
 
 
-PARTS = {"storage": measure_stored, "databases": _measure_databases, "database-kills": _measure_database_kills}
+PARTS = {
+    "embeddings": measure_embeddings,
+    "storage": measure_stored,
+    "databases": _measure_databases,
+    "database-kills": _measure_database_kills,
+}
 
 if __name__ == "__main__":
     measure(PARTS, sys.argv[1:])

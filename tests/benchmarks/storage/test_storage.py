@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from benchmarks.report.build import read_storage
 from benchmarks.report.render import draw_html, draw_markdown
 from benchmarks.report.schema import Report
 from benchmarks.report.storage_schema import Storage
-from benchmarks.storage.choose import choose_setting, order_candidates
+from benchmarks.storage.choose import choose_setting, order_candidates, rule_out
 from benchmarks.storage.command import measure_storage
 from benchmarks.storage.gallery import grow_gallery, read_data
 from benchmarks.storage.measure import Exact, Measured, StorageRow, list_settings
+from calibration.confirmation import split_products
 from experiments.gallery.storage import storage_figures
 from experiments.gallery.synthetic_embeddings import SyntheticProducts, write_synthetic_embeddings
 from vpr.artifacts.store import load_artifact
@@ -22,7 +24,9 @@ from vpr.common.errors import CheckFailed, UserError
 from vpr.retrieval.embeddings import load_embeddings
 from vpr.retrieval.vector_index import StorageSetting
 
-PRODUCTS = SyntheticProducts(dim=16, training=60, validation=60, test=20, decay=0.2)
+PRODUCTS = SyntheticProducts(
+    dim=16, training=60, validation=60, test=20, categories=10, common=0.0, category=0.1, query_noise=0.2, decay=0.2
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,36 @@ def test_last_confirmed_setting_is_chosen() -> None:
         choose_setting(rows(4), exact, products, np.arange(400) < 28, config)
 
 
+def test_search_alone_rules_out_settings_of_larger_galleries() -> None:
+    exact = Exact(np.ones(400, bool), np.empty((0, 10), np.float32))
+    products = np.array([f"p{row // 2}" for row in range(400)])
+    config = StorageConfig("e", "o", max_recall_drop=0.05, max_ms=4.5)
+    measured = rows(4)
+    found = rule_out(measured, exact, products, np.ones(400, bool), config, 2.5)
+    assert found == {
+        "1": "not measured: expected 5 ms from 400 vectors",
+        "2": "not measured: expected 8 ms from 400 vectors",
+        "3": "not measured: drop +1.0000 in the search at 400 vectors",
+    }
+    searched, _ = split_products(products, config.seed)
+    broken = measured[0].hits & np.isin(products, searched)  # right on the products of the search only
+    other = [replace(measured[0], hits=broken), *measured[1:]]
+    assert rule_out(other, exact, products, np.ones(400, bool), config, 2.5) == found
+    by_lists = replace(measured[1], setting=replace(measured[1].setting, index="ivf"))
+    assert rule_out([by_lists], exact, products, np.ones(400, bool), config, 2.5) == {}
+
+
+def test_narrowed_galleries_have_the_reasons_in_the_table(vectors: str, tmp_path: Path) -> None:
+    config = settings(
+        vectors, tmp_path / "storage", sizes=(200, 400), dims=(16, 2), max_recall_drop=0.2, confidence=0.9, narrow=True
+    )
+    storage = read(measure_storage(config))
+    left_out = [row for row in storage.rows if row.recall_at_1 is None]
+    assert {(row.size, row.dims) for row in left_out} == {(400, 2)}
+    assert all("in the search at 200 vectors" in row.notes for row in left_out)
+    assert len(storage.decisions) == 2
+
+
 def test_candidates_are_the_pareto_front_with_clear_steps() -> None:
     measured = rows(4)
     assert order_candidates(measured, [0, 0, 0, 0], [1.0, 0.9, 0.95, 0.5]) == [0, 2, 3]
@@ -234,6 +268,7 @@ def test_unusable_inputs_are_one_line(vectors: str, tmp_path: Path) -> None:
         ({"batch": 0}, "batch: "),
         ({"split": "validation"}, "split: settings are chosen"),
         ({"max_ms": 5.0}, "max_ms: "),
+        ({"narrow": True}, "narrow: compares settings with a budget"),
         ({"max_ms": 0.0, "max_recall_drop": 0.1}, "max_ms: expected more than 0"),
         ({"reference_distractors": "x"}, "reference_distractors: "),
         ({"reductions": ()}, "reductions: "),
