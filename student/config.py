@@ -268,6 +268,8 @@ class DistillConfig:
         dimension: Reduction from the teacher's embedding width to the student's.
         quantise: Quantisation-aware training.
         epochs: Number of passes over the images.
+        steps: Optimiser steps in place of ``epochs``, as many on a small catalogue as on a large one; the training ends
+            with the epoch that reaches them. 0 trains ``epochs``.
         lr: Peak learning rate.
         layer_decay: Factor of the learning rate from each layer to the one below it, from the head down to the stem.
             Pretrained starts keep more of what they know with less than 1.
@@ -302,6 +304,7 @@ class DistillConfig:
     dimension: DimensionConfig = DimensionConfig()
     quantise: QuantiseConfig = QuantiseConfig()
     epochs: int = 30
+    steps: int = 0
     lr: float = 1e-3
     layer_decay: float = 1.0
     fit_head: Literal["features", "teacher", "none"] = "features"
@@ -320,6 +323,7 @@ class DistillConfig:
             self,
             unlabelled_cosine=(0, 1),
             epochs=(1, None),
+            steps=(0, None),
             lr=(0, 10),
             layer_decay=(0, 1),
             weight_decay=(0, 100),
@@ -348,7 +352,7 @@ class DistillConfig:
     @staticmethod
     def later_keys() -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("start_weights", "layer_decay", "unlabelled_cosine")
+        return ("start_weights", "layer_decay", "unlabelled_cosine", "steps")
 
     def derived_values(self) -> dict[str, Any]:
         """Return what cards record of the unlabelled images: near-duplicates by their hash were left out before."""

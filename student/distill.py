@@ -1,5 +1,6 @@
 """``vpr student distill``: catalogue -> teacher embeddings -> vit-pytorch ViT -> training -> artifact."""
 
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -66,6 +67,7 @@ def distill(config: DistillConfig) -> Path | None:
     check_tracker(config.run.tracker)
     start = time.monotonic()
     loaders = _build_loaders(config, inputs, preprocess)
+    epochs = count_epochs(config, len(loaders[0]))
     student = _build_student(config, inputs)
     licences = [] if inputs.start is None else list(inputs.start.licences)
     fits_head = inputs.fits_head(config)
@@ -86,7 +88,7 @@ def distill(config: DistillConfig) -> Path | None:
     seconds = time.monotonic() - start
     with run_lock(folder):
         open_caches([loader.dataset for loader in loaders], folder, config.loader)  # type: ignore[misc]
-        result = fit(module, loaders, student, folder, config.epochs, config.run)
+        result = fit(module, loaders, student, folder, epochs, config.run)
         if is_first():
             with stage.write() as draft:
                 draft.preprocess, draft.catalog, draft.licences = preprocess, catalog_metadata, licences
@@ -111,6 +113,16 @@ def _values(config: DistillConfig, inputs: DistillInputs) -> dict[str, Any]:
     return values | ({} if inputs.start is None else inputs.start.values)
 
 
+def count_epochs(config: DistillConfig, batches: int) -> int:
+    """Return the number of epochs: with ``steps``, the fewest that reach them by epochs of so many batches."""
+    if not config.steps:
+        return config.epochs
+    steps = math.ceil(batches / config.run.accumulate)
+    epochs = math.ceil(config.steps / steps)
+    log.info(f"  {config.steps} steps: {epochs} epochs of {steps} steps")
+    return epochs
+
+
 def _log_plan(config: DistillConfig, inputs: DistillInputs, tokens: TeacherTokens | None) -> None:
     with torch.device("meta"):
         parameters = count_parameters(Student(config.model))
@@ -118,7 +130,8 @@ def _log_plan(config: DistillConfig, inputs: DistillInputs, tokens: TeacherToken
     name = inputs.teacher.artifact.card.name if len(config.teacher) == 1 else "the fused teacher"
     losses = ", ".join(f"{weight:g} x {loss}" for loss, weight in config.losses.weights().items())
     size = f"{parameters / 1e6:.2f} M parameters, {model.embedding_dim} dimensions, {model.image_size} pixels"
-    log.info(f"student: {size}; {config.epochs} epochs of {images} images; {losses}")
+    length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
+    log.info(f"student: {size}; {length} of {images} images; {losses}")
     if prefixes := config.losses.prefixes:
         log.info("  nested: " + ", ".join(f"{weight:g} x the first {dim}" for dim, weight in prefixes.items()))
     if not config.losses.needs_teacher:

@@ -1,10 +1,10 @@
 """Embeddings of synthetic products in categories, for galleries of a million vectors.
 
 Their parameters are of the kinds that :mod:`experiments.gallery.embedding_statistics` measures on real embeddings, and
-`make figures TOPIC=gallery PARTS="embeddings"` measures both. The defaults were chosen by hand: decay and common share lie
-between the demo teacher's and those of a network of ImageNet, and the noise was set towards a recall@1 of .859 with
-11,316 products, a published score of photographs (Ermolov et al., "Hyperbolic Vision Transformers", CVPR 2022). So their
-recall is no evidence.
+`make figures TOPIC=gallery PARTS="embeddings"` measures both. The defaults were chosen by hand: decay and common share
+lie between the demo teacher's and those of a network of ImageNet, and the noise was set towards a recall@1 of .859 with
+11,316 products, a published score of photographs (Ermolov et al., "Hyperbolic Vision Transformers", CVPR 2022). Their
+recall is therefore no evidence.
 
 Synthetic vectors tell the bytes, the time and the build of a setting, and whether the procedure reaches a decision with
 so many products. Which setting it chooses depends on the parameters, above all on the decay and the noise. They do not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.config_values import config_values
 from vpr.common.errors import UserError
 from vpr.common.flags import to_flags
-from vpr.data.catalog import Catalog
+from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.config import LoaderConfig
 from vpr.imaging.config import ViewConfig
 from vpr.training.config import RunConfig
@@ -67,6 +68,17 @@ def test_losses_train_and_are_logged(losses: LossConfig, config: DistillConfig, 
         assert values[-1] < values[0] or name == "margin", name  # The margin grows.
     assert (tmp_path / "student-views").exists() == losses.needs_teacher
     load_student(tmp_path / "student")  # Heads and wrappers are dropped.
+
+
+def test_steps_replace_epochs(config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last epoch is completed."""
+    run = RunConfig(precision="32-true", accumulate=2)
+    artifact = distill_artifact(config, tmp_path, steps=5, epochs=30, loader=LoaderConfig(16), run=run)
+    per_epoch = math.ceil(len(load_catalog(config.catalog).select(split="train")) / 16 / 2)
+    assert artifact.card.metrics["steps"] == math.ceil(5 / per_epoch) * per_epoch
+    log = capsys.readouterr().err
+    assert "; 5 steps of " in log
+    assert f"  5 steps: {math.ceil(5 / per_epoch)} epochs of {per_epoch} steps" in log
 
 
 def test_online_with_mixup_and_ema(config: DistillConfig, tmp_path: Path) -> None:

@@ -44,25 +44,41 @@ class AtomicCheckpoint(TorchCheckpointIO):
 class BestWeights(Callback):
     """Write the weights of a module's best epoch by validation recall@1 as safetensors, replaced atomically.
 
-    ``convert`` changes names and values before they are written.
+    ``convert`` changes names and values before they are written. After ``patience`` validations in a row without a
+    higher recall the training ends; 0 lets it go on.
     """
 
     state_key = "best_weights"
 
-    def __init__(self, module: nn.Module, path: Path, convert: Callable[[Weights], Weights]) -> None:
+    def __init__(self, module: nn.Module, path: Path, convert: Callable[[Weights], Weights], patience: int = 0) -> None:
         self.module = module
         self.convert = convert
         self.path = path
+        self.patience = patience
         self.best = -1.0
         self.epoch = -1
+        self.stale = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the recall has not risen for as many validations as the patience allows."""
+        return 0 < self.patience <= self.stale
+
+    def on_train_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        """End a resumed training that had ended early."""
+        trainer.should_stop = trainer.should_stop or self.is_exhausted
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
         """Write the weights if the recall is the best so far."""
         recall = float(trainer.callback_metrics.get(MONITOR, -1.0))
         if recall <= self.best:
+            self.stale += 1
+            if self.is_exhausted and not trainer.should_stop and trainer.state.fn == TrainerFn.FITTING:
+                trainer.should_stop = True
+                log.info(f"  no higher recall@1 in {self.stale} validations: the training ends")
             return
         assert trainer.max_epochs is not None
-        self.best, self.epoch = recall, min(trainer.current_epoch + 1, trainer.max_epochs)
+        self.best, self.epoch, self.stale = recall, min(trainer.current_epoch + 1, trainer.max_epochs), 0
         weights = full_state_dict(self.module)
         if is_first():
             # safetensors writes to a hidden file next to its target, hence the folder.
@@ -76,12 +92,13 @@ class BestWeights(Callback):
             new.rmdir()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best recall and its epoch for the checkpoint."""
-        return {"best": self.best, "epoch": self.epoch}
+        """Return the best recall, its epoch and the validations since then for the checkpoint."""
+        return {"best": self.best, "epoch": self.epoch, "stale": self.stale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best recall and its epoch from a checkpoint."""
+        """Restore the best recall, its epoch and the validations since then from a checkpoint."""
         self.best, self.epoch = state_dict["best"], state_dict["epoch"]
+        self.stale = state_dict.get("stale", 0)  # checkpoints of earlier versions have none
 
 
 class TrainingTimer(Callback):

@@ -23,6 +23,8 @@ class RunConfig:
         validate_every: Epochs between validations; the last epoch is always validated.
         tracker: Service to log to, in addition to CSV and TensorBoard; its package must be installed.
         clip_by: Clip the ``norm`` of the gradient, or each ``value`` in it.
+        patience: Validations without a higher recall@1 after which the training, or the stage of a teacher, ends early.
+            0 never ends early.
         compile: Compile the network with ``torch.compile``: the first steps take minutes, later ones less time. It
             needs a C++ compiler.
     """
@@ -36,9 +38,10 @@ class RunConfig:
     tracker: Literal["none", "wandb", "mlflow"] = "none"
     clip_by: Literal["norm", "value"] = "norm"
     compile: bool = False
+    patience: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None))
+        check_numbers(self, "run.", accumulate=(1, None), validate_every=(1, None), patience=(0, None))
         if not 0 <= self.ema < 1:
             raise UserError(f"run.ema: expected 0 (no average) to below 1, got {self.ema}. Set a decay such as 0.999.")
         if self.compile and self.strategy == "fsdp":
@@ -48,4 +51,4 @@ class RunConfig:
 
     def later_keys(self) -> tuple[str, ...]:
         """Return the keys that older cards do not have."""
-        return ("clip_by", "compile")
+        return ("clip_by", "compile", "patience")

@@ -256,7 +256,8 @@ def fit(
     The training loader has an :class:`~vpr.data.loaders.EpochSampler`. The best weights of ``best_part`` are written to
     ``best.safetensors`` in the folder, next to logs and checkpoint.
     """
-    best, timer = BestWeights(best_part, folder / "best.safetensors", module.plain_weights), TrainingTimer()
+    best = BestWeights(best_part, folder / "best.safetensors", module.plain_weights, run.patience)
+    timer = TrainingTimer()
     ema = Ema(run.ema) if run.ema else None
     sampler = loaders[0].sampler
     assert isinstance(sampler, EpochSampler)
@@ -270,7 +271,7 @@ def fit(
         log.info(f"  resuming from {last}")
     with reraise_compile_errors(), _fail_if_terminated():
         trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
-        if epochs % run.validate_every:
+        if epochs % run.validate_every and not best.is_exhausted:
             trainer.validate(module, loaders[1], verbose=False)
     state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
     plain = module.plain_weights(state)

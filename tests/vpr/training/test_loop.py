@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,37 @@ def test_last_epoch_is_always_validated(catalog: Catalog, tmp_path: Path) -> Non
     assert torch.equal(module.validated[-1], module.weights[-1])
     assert fitted.epoch in (2, 3)
     assert load_file(tmp_path / "best.safetensors")["2.weight"].shape == (8, 48)
+
+
+@pytest.mark.parametrize(
+    ("recalls", "epochs"), [([0.125, 0.25, 0.25, 0.125, 0.5, 0.5], 4), ([0.125, 0.25, 0.125, 0.5, 0.5, 0.25], 6)]
+)
+def test_training_ends_on_a_plateau(
+    recalls: list[float], epochs: int, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two validations in a row without a higher recall; an equal one is not higher."""
+    values = iter(recalls)
+    monkeypatch.setattr(
+        "vpr.training.loop.score_split", lambda *_: SimpleNamespace(recall_at_1=next(values), recall_at_5=1.0, map=1.0)
+    )
+    module, fitted = train(catalog, tmp_path, 8, RunConfig("32-true", patience=2, validate_every=1))
+    assert len(module.validated) == epochs
+    assert fitted.steps == len(module.losses) == epochs * 4
+    assert (fitted.best, fitted.epoch) == (max(recalls[:epochs]), 1 + int(np.argmax(recalls[:epochs])))
+    # Run again, it is complete: no step and no validation follow.
+    again, second = train(catalog, tmp_path, 8, RunConfig("32-true", patience=2, validate_every=1))
+    assert (again.losses, again.validated) == ([], [])
+    assert (second.best, second.epoch, second.steps) == (fitted.best, fitted.epoch, fitted.steps)
+    assert all(torch.equal(fitted.last[name], second.last[name]) for name in fitted.last)
+
+
+def test_plateau_before_a_last_epoch_without_validation(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = SimpleNamespace(recall_at_1=0.5, recall_at_5=1.0, map=1.0)
+    monkeypatch.setattr("vpr.training.loop.score_split", lambda *_: scores)
+    module, fitted = train(catalog, tmp_path, 7, RunConfig("32-true", patience=1, validate_every=2))
+    assert (len(module.validated), fitted.steps, fitted.epoch) == (2, 4 * 4, 2)
 
 
 def test_logged_loss_is_the_epoch_mean(catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
