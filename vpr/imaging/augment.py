@@ -67,11 +67,12 @@ def apply_views(pixels: Tensor, parameters: Tensor, size: int) -> Tensor:
     # In the 16 bits of autocast the sampling grid would be off by a fifth of a pixel.
     with torch.autocast(pixels.device.type, enabled=False):
         # Read before the parameters move.
-        has_hue, is_black = bool(parameters[:, 14].any()), bool(parameters[:, 16].any())
+        has_hue, has_hole, is_black = (bool(parameters[:, column].any()) for column in (14, 11, 16))
         sides = _reduced_sides(parameters[:, 1], pixels.shape[-1], size)
         p = to_device(parameters, pixels.device)
         x = _sample(pixels, p, size, "zeros" if is_black else "border", sides)
-        return _cutout(_recolour(_shift_hue(x, p[:, 14]) if has_hue else x, p), p)
+        x = _recolour(_shift_hue(x, p[:, 14]) if has_hue else x, p)
+        return _cutout(x, p) if has_hole else x
 
 
 def _reduced_sides(zooms: Tensor, side: int, size: int) -> NDArray[np.int64]:
@@ -96,16 +97,18 @@ def _sample(pixels: Tensor, p: Tensor, size: int, padding: str, sides: NDArray[n
         if side < pixels.shape[-1]:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
         x[chosen] = F.grid_sample(images, grid[chosen], mode="bicubic", padding_mode=padding, align_corners=False)
-    return x.clamp(0, 255)  # bicubic weights overshoot at edges
+    return x.clamp_(0, 255)  # bicubic weights overshoot at edges
 
 
 def _recolour(x: Tensor, p: Tensor) -> Tensor:
-    gain = torch.stack([p[:, 9], -(p[:, 9] + p[:, 10]) / 2, p[:, 10]], dim=1) + 1
-    x = x * (gain * p[:, 6:7])[:, :, None, None]
-    luma = (x * constant(_LUMA, x.device)[:, None, None]).sum(dim=1, keepdim=True)
-    x = luma + (x - luma) * p[:, 8, None, None, None]
-    mean = luma.mean(dim=(2, 3), keepdim=True)
-    return (mean + (x - mean) * p[:, 7, None, None, None]).clamp(0, 255)
+    """Apply tint, brightness, saturation and contrast, all linear, as one gain per channel plus a share of the luma."""
+    gain = (torch.stack([p[:, 9], -(p[:, 9] + p[:, 10]) / 2, p[:, 10]], dim=1) + 1) * p[:, 6:7]
+    weights = (gain * constant(_LUMA, x.device))[:, :, None, None]
+    luma = torch.addcmul(torch.addcmul(x[:, 0] * weights[:, 0], x[:, 1], weights[:, 1]), x[:, 2], weights[:, 2])
+    contrast, saturation = p[:, 7, None, None], p[:, 8, None, None]
+    mean = luma.mean(dim=(1, 2), keepdim=True)
+    grey = torch.addcmul((1 - contrast) * mean, luma, contrast * (1 - saturation))
+    return torch.addcmul(grey[:, None], x, gain[:, :, None, None] * (contrast * saturation)[:, None]).clamp_(0, 255)
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
