@@ -78,6 +78,15 @@ MORE_CANDIDATES: Mapping[str, Candidate] = {
     "images without labels added": Candidate(unlabelled=True),
     "start from a student of images without labels": Candidate(start=_GENERAL),
 }
+# Students of vit-pytorch's networks at about the multiply-adds of the default, which has a convolutional stem.
+NETWORKS: Mapping[str, Candidate] = {
+    DEFAULT: Candidate(),
+    "linear patches, 7 blocks": Candidate(model=replace(SMALL, stem="patch", depth=7)),
+    "ViT for small data sets": Candidate(model=replace(SMALL, stem="patch", family="small-data", mlp_dim=320)),
+    "stem of EfficientNet-Lite0, random weights": Candidate(
+        model=replace(SMALL, stem="timm/efficientnet_lite0", patch_size=32, depth=5)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,8 @@ def candidate_figures(trial: Trial) -> tuple[list[Figure], list[Row]]:
         for name in scores
         if name != DEFAULT
     ]
-    figures.append(gain_figure(trial, f"{SELECTED} over the former default", scores[SELECTED], scores[FORMER]))
+    if SELECTED in scores and FORMER in scores:
+        figures.append(gain_figure(trial, f"{SELECTED} over the former default", scores[SELECTED], scores[FORMER]))
     return figures, [{column: row.get(column, "") for column in columns} for row in rows]
 
 

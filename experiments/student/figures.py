@@ -15,7 +15,7 @@ import torch
 
 from experiments.figures import RESULTS, command_of, measure, record, record_unmeasured
 from experiments.student.ablation import SMALL, Setting, ablate_students, distillation
-from experiments.student.candidates import CANDIDATES, MORE_CANDIDATES, Trial, candidate_figures
+from experiments.student.candidates import CANDIDATES, MORE_CANDIDATES, NETWORKS, Trial, candidate_figures
 from experiments.student.dimension import dimension_figures
 from experiments.student.epoch import epoch_figures
 from experiments.student.families import compare_families
@@ -77,6 +77,11 @@ def grocery_trial(part: str) -> Trial:
     folder, command = _FOLDER / "candidates-grocery", command_of("student", part)
     setting = replace(grocery(), folder=folder, epochs=8, views=8, command=command)
     return Trial(setting, {**CANDIDATES, **MORE_CANDIDATES}, grocery_data() / "home3d" / "images")
+
+
+def network_trial(part: str) -> Trial:
+    """Return vit-pytorch's networks for small data at about equal multiply-adds, on the same photographs."""
+    return replace(grocery_trial(part), candidates=NETWORKS)
 
 
 def measure_candidates(name: str, build: Callable[[str], Trial]) -> None:
@@ -155,6 +160,7 @@ PARTS = {
     "sample": measure_sample,
     "candidates-sample": lambda: measure_candidates("candidates-sample", sample_trial),
     "candidates-grocery": lambda: measure_candidates("candidates-grocery", grocery_trial),
+    "networks-grocery": lambda: measure_candidates("networks-grocery", network_trial),
     "lightly-sample": lambda: measure_lightly("lightly-sample", sample_trial),
     "lightly-grocery": lambda: measure_lightly("lightly-grocery", grocery_trial),
     "photos": measure_photos,
