@@ -164,13 +164,14 @@ $(FUZZ_STAMP): requirements-fuzz.txt $(STAMP)
 	@$(PIP) -r requirements-fuzz.txt
 	@touch $@
 
-# The stamp holds the seconds of the installation, which `make figures TOPIC=demo` adds to those of the demo.
+# The stamp of a new environment holds the seconds of its installation, which `make figures TOPIC=demo` adds to those of the
+# demo. An update leaves it empty.
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "setting up .venv (about 2 minutes and 6 GB, once)"
-	@date +%s > .venv-started
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@rm -f .venv-started
+	@test -x $(BIN)/python || { date +%s > .venv-started; $(PYTHON) -m venv .venv; }
 	@$(PIP) -r $(REQUIREMENTS)
 	@$(PIP) --no-deps $(BUILD) --editable .
-	@echo "$$(($$(date +%s) - $$(cat .venv-started)))" > $(STAMP)
+	@{ test ! -f .venv-started || echo "$$(($$(date +%s) - $$(cat .venv-started)))"; } > $(STAMP).partial && mv $(STAMP).partial $(STAMP)
 	@rm -f .venv-started
