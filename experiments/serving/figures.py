@@ -1,8 +1,8 @@
 """``make figures TOPIC=serving``: clients and their preprocessing, into ``docs/results/serving.json``.
 
-Parts: ``verify``, ``skew``, ``graphs``, ``uint8``, ``bulk``, ``allocator``. ``skew`` needs the student of
-``make figures TOPIC=student PARTS=photos``, ``graphs`` also that of ``make demo``. Run nothing else on the machine
-during the last three.
+Parts: ``verify``, ``skew``, ``graphs``, ``uint8``, ``bulk``, ``allocator``. ``skew`` and ``graphs`` distil a student of
+photographs and need the environment variable ``VPR_DATA``, ``graphs`` also needs ``make demo``. Run nothing else on the
+machine during ``uint8``, ``bulk`` and ``allocator``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from experiments.random_teacher import write_random_teacher
 from experiments.serving.graphs import compare_runtimes
 from experiments.serving.speed import compare_allocators, compare_inputs, export_inputs, measure_bulk
 from experiments.serving.verify_table import measure_verify
+from experiments.student.candidates import DEFAULT
+from experiments.student.figures import grocery_trial
 from export.config import Int8Config, OnnxConfig
 from export.int8 import export_int8
 from export.to_onnx import export_onnx
@@ -34,17 +36,11 @@ from vpr.data.build_catalog import build_catalog
 from vpr.data.catalog import load_catalog
 from vpr.data.config import CatalogConfig
 
-_GRAPH = Path("runs/figures-student/photos/student-160-seed0-fp32")
-_PHOTOS = Path("runs/figures-teacher/photos/catalog")
+_DEMO = Path("runs/demo")
 # Four blocks of ViT-Ti/16 at 224 pixels, the size of most clients.
 _STUDENT = StudentConfig(
     image_size=224, patch_size=16, dim=192, depth=4, heads=3, dim_head=64, mlp_dim=768, embedding_dim=256
 )
-# Trained students and their catalogues; those that are not there are left out.
-_TRAINED = {
-    "sample": (Path("runs/demo/student"), Path("runs/demo/catalog")),
-    "photographs": (Path("runs/figures-student/photos/student-160-seed0"), _PHOTOS),
-}
 _BULK_IMAGES = 4000
 _TEACHERS = {"EfficientNet-Lite2": "tf_efficientnet_lite2", "ResNet-50": "resnet50", "ViT-B/16": "vit_base_patch16_224"}
 
@@ -91,9 +87,9 @@ def measure_bulk_embedding() -> None:
 
 def measure_graphs() -> None:
     """Record INT8 graphs of trained students on every runtime, against ONNX's reference evaluator."""
-    students = {title: paths for title, paths in _TRAINED.items() if (paths[0] / "card.json").is_file()}
-    if not students:
-        raise UserError(f"{_TRAINED['sample'][0]}: no student is trained. Run `make demo` first.")
+    if not (_DEMO / "student" / "card.json").is_file():
+        raise UserError(f"{_DEMO / 'student'}: it does not exist. Run `make demo`.")
+    students = {"sample": (_DEMO / "student", _DEMO / "catalog"), "photographs": _distil_photographs("graphs")}
     with tempfile.TemporaryDirectory() as name:
         figures, rows = compare_runtimes(students, Path(name), 8, command_of("serving", "graphs"))
     record("serving", figures, {"graphs": rows})
@@ -111,12 +107,12 @@ def measure_allocator() -> None:
 
 
 def measure_pipelines() -> None:
-    """Record recall of photographs as queries by other pipelines, with a distilled student of 160 pixels."""
-    if not (_GRAPH / "card.json").is_file():
-        raise UserError(f"{_GRAPH}: the student is missing. Run `make figures TOPIC=student PARTS=photos` first.")
+    """Record recall of photographs as queries by other pipelines, with a distilled student of 96 pixels."""
+    student, catalog = _distil_photographs("skew")
     command = command_of("serving", "skew")
     with tempfile.TemporaryDirectory() as name:
-        output = measure_skew(SkewConfig(str(_PHOTOS), str(_GRAPH), str(Path(name) / "skew")))
+        graph = export_onnx(OnnxConfig(str(student), str(Path(name) / "fp32"), images=1))
+        output = measure_skew(SkewConfig(str(catalog), str(graph), str(Path(name) / "skew")))
         rows = json.loads((output / "skew.json").read_text(encoding="utf-8"))["rows"]
     lost = {row["pipeline"]: row for row in rows}
     figures = [
@@ -136,6 +132,12 @@ def measure_pipelines() -> None:
         for row in rows
     ]
     record("serving", figures, {"skew": table})
+
+
+def _distil_photographs(part: str) -> tuple[Path, Path]:
+    """Return the student of photographs by the default recipe and their catalogue; a finished student is reused."""
+    trial = grocery_trial(part)
+    return trial.train(DEFAULT, 0), trial.setting.catalog
 
 
 PARTS = {
