@@ -9,6 +9,7 @@ from export.config import EmbedConfig
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError
+from vpr.common.gpus import select_gpu_of_rank
 from vpr.common.hardware import lacks_vnni
 from vpr.retrieval import config as retrieval
 from vpr.retrieval.embed import embed_with
@@ -34,6 +35,7 @@ def load_model(config: retrieval.EmbedConfig) -> EmbedModel:
     artifact = load_artifact(config.model, MODEL_KINDS)
     if artifact.card.kind in ("teacher", "student") and config.backend == "auto":
         return torch_model(load_module(artifact), artifact)
+    select_gpu_of_rank()
     model = choose_backend(artifact, config.backend)
     return EmbedModel(artifact, partial(_open, model), {"backend": model.backend})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class _Server:
             try:
                 connection.request(method, path, body or None, headers or {})
                 response = connection.getresponse()
-                answer = response.read(_MAX_ANSWER)
+                answer = _read(response, time.monotonic() + self.seconds)
             finally:
                 connection.close()
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -65,6 +66,16 @@ class _Server:
     def unexpected(self) -> UserError:
         """Return the error of an answer without an embedding."""
         return UserError(f"endpoint: {self.url} answered with no embedding. Pass a search page or a model's address.")
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """Return the first bytes of an answer; the timeout of the socket alone would allow a byte per timeout forever."""
+    answer = b""
+    while len(answer) < _MAX_ANSWER and (block := response.read1(_MAX_ANSWER - len(answer))):
+        answer += block
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")
+    return answer
 
 
 def embed_by_endpoint(

@@ -1,6 +1,7 @@
 """Configuration of ``vpr export verify``. Imports no heavy library, so help and errors in arguments are instant."""
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from vpr.common.errors import UserError
 
@@ -30,7 +31,16 @@ class VerifyConfig:
             raise UserError(
                 f"vectors, endpoint: {problem}. Pass the client's --vectors FILE.npy or its --endpoint URL."
             )
-        if self.endpoint and not self.endpoint.startswith("http://"):
+        if self.endpoint and not _is_address(self.endpoint):
             raise UserError(f"endpoint: expected an address such as http://127.0.0.1:8000, got '{self.endpoint}'.")
         if not 0 < self.seconds <= 600:
             raise UserError(f"seconds: expected more than 0 and at most 600, got {self.seconds}.")
+
+
+def _is_address(url: str) -> bool:
+    """Whether an HTTP address has a host and a valid port."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False

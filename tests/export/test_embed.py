@@ -85,6 +85,11 @@ def test_int8_is_not_left_to_openvino_where_it_saturates(graph: Path, monkeypatc
         assert choose_backend(artifact).backend == "openvino"
 
 
+def test_split_without_images_is_named(student_artifact: Path, images: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"split: .* has no images in split 'tset', but in: .*test"):
+        embed_catalog(EmbedConfig(str(student_artifact), images, str(tmp_path / "vectors"), split="tset"))
+
+
 def test_backend_that_cannot_run_the_model_is_rejected(
     student_artifact: Path, graph: Path, images: str, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ import http.server
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,31 @@ def test_wrong_answers_are_one_line(graph: Path, answer: Any, message: str) -> N
         verify(VerifyConfig(str(graph), endpoint=url))
 
 
+def test_slow_answer_ends_at_the_deadline(graph: Path) -> None:
+    """A byte before each timeout of the socket would otherwise keep the client waiting."""
+    stopped = threading.Event()
+
+    class Dripping(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            with suppress(OSError):
+                while not stopped.wait(0.1):
+                    self.wfile.write(b" ")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match=r"does not answer \(timed out\)"):
+            verify(VerifyConfig(str(graph), endpoint=url, seconds=0.5))
+        stopped.set()
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -213,7 +238,9 @@ def test_wrong_answers_are_one_line(graph: Path, answer: Any, message: str) -> N
         (["--vectors", "a.npy", "--endpoint", "http://x"], "vectors, endpoint: both are set"),
         (["--endpoint", "https://x"], "endpoint: expected an address such as http://127.0.0.1:8000, got 'https://x'"),
         (["--endpoint", "http://127.0.0.1:1", "--seconds", "5"], "endpoint: http://127.0.0.1:1 does not answer ("),
-        (["--endpoint", "http://127.0.0.1:notaport"], "does not answer ("),
+        (["--endpoint", "http://127.0.0.1:notaport"], "endpoint: expected an address such as"),
+        (["--endpoint", "http://[foo"], "endpoint: expected an address such as"),
+        (["--endpoint", "http://:8000"], "endpoint: expected an address such as"),
         (["--endpoint", "http://127.0.0.1:1", "--seconds", "0"], "seconds: expected more than 0"),
         (["--vectors", "missing.npy"], "vectors: missing.npy is no .npy file of numbers (not a plain file"),
         (["--vectors", "SHAPE"], "vectors: expected (8, 32) for the 8 images in"),

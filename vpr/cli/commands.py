@@ -86,13 +86,15 @@ COMMANDS = {  # name: target, configuration, help, common keys
         "write a teacher or student as ONNX, FP32 or FP16", ("precision", "catalog", "input"),
         aliases={"student": "model"}),
     "export int8": Command("export.int8:export_int8", "export.config:Int8Config",
-        "write an INT8 Q/DQ graph from ONNX and ranges", ("base", "max_recall_drop", "catalog", "scope")),
+        "write an INT8 Q/DQ graph from ONNX and ranges", ("base", "max_recall_drop", "catalog", "scope"),
+        infers=True),
     "export engine": Command("export.tensorrt.build:build_engine", "export.config:EngineConfig",
         "build TensorRT engines from an ONNX graph", ("backend", "target", "min_batch", "opt_batch", "max_batch")),
     "export serving": Command("export.serving:export_serving", "export.config:ServingConfig",
         "write a Triton model repository and gallery", ("name", "max_batch", "device", "index")),
     "export parity": Command("export.parity_report:compare_exports", "export.config:ParityConfig",
-        "compare exports with their network, layer by layer", ("split", "layers"), aliases={"student": "reference"}),
+        "compare exports with their network, layer by layer", ("split", "layers"), aliases={"student": "reference"},
+        infers=True),
     "export verify": Command("export.verify:verify", "export.verify_config:VerifyConfig",
         "find where a client's preprocessing departs from a model's", ("vectors", "endpoint"), infers=True),
     "bench recall": Command("benchmarks.recall.measure:measure_recall", "benchmarks.config:RecallConfig",
@@ -104,7 +106,7 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "bench storage": Command("benchmarks.storage.command:measure_storage", "benchmarks.config:StorageConfig",
         "find the smallest vectors and index within a recall budget",
         ("max_recall_drop", "confidence", "max_ms", "sizes", "dims", "formats", "indexes", "distractors", "model",
-         "reference")),
+         "reference"), infers=True),
     "bench report": Command("benchmarks.report.build:build_report", "benchmarks.config:ReportConfig",
         "write recall and latency as JSON, Markdown and HTML", ("split", "batches", "seconds", "threads", "ranges")),
     "bench compare": Command("benchmarks.compare:compare_reports", "benchmarks.config:CompareConfig",
@@ -163,8 +165,9 @@ COMMANDS = {  # name: target, configuration, help, common keys
 # Commands that compute on a GPU where there is one; they take `--device`.
 DEVICE_COMMANDS = frozenset(
     {
-        *("teacher choose", "teacher train", "teacher embed", "teacher soup", "teacher fuse"),
-        *("student distill", "student embed", "export int8", "export engine"),
-        *("bench recall", "bench latency", "bench report", "search serve", "demo"),
+        *("teacher choose", "teacher train", "teacher embed", "teacher soup", "teacher fuse", "embed"),
+        *("student distill", "student embed", "export int8", "export engine", "export parity", "export verify"),
+        *("bench recall", "bench latency", "bench report", "bench skew", "bench storage", "gallery migrate"),
+        *("search serve", "demo"),
     }
 )

@@ -15,6 +15,7 @@ from vpr.common.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _ORDER = "CUDA_DEVICE_ORDER"
+_LOCAL_RANK = "LOCAL_RANK"  # of torchrun
 _PROBE = Path(__file__).with_name("cuda_probe.py")
 _PROBE_SECONDS = 60  # eight GPUs without the persistence daemon take tens of seconds to start
 _NVML_SM_CLOCK = 1
@@ -87,6 +88,27 @@ def select_device(device: str) -> None:
     visible = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     # The names of the user keep their meaning: CUDA may know a GPU by another index than nvidia-smi does.
     os.environ[VISIBLE] = visible[int(device)] if visible else device
+
+
+def select_gpu_of_rank() -> None:
+    """Hide every GPU but that of this process of torchrun, for backends that compute on the first GPU.
+
+    The process then counts as the first of its machine for the choice of a device. Call this before a library starts
+    CUDA. Without torchrun or GPUs nothing changes.
+
+    Raises:
+        UserError: The machine has fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get(VISIBLE) == "":
+        return
+    rank, gpus = int(os.environ.get(_LOCAL_RANK, "0")), list_gpus().gpus
+    if not gpus:
+        return
+    if rank >= len(gpus):
+        raise UserError(f"device: torchrun started a process {rank} for {len(gpus)} GPUs. Lower --nproc-per-node.")
+    visible = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    os.environ[VISIBLE] = visible[rank] if visible else str(rank)
+    os.environ[_LOCAL_RANK] = "0"
 
 
 def gpu_memory_used(gpu: VisibleGpu | None = None) -> int | None:

@@ -32,7 +32,7 @@ class EmbedConfig:
     output: str
     split: str = ""
     batch_size: int = 64
-    threads: int = 0
+    threads: int = 2
     images_per_part: int = 4096
     ray: int = 0
     dimensions: int = 0

@@ -17,10 +17,11 @@ from vpr.artifacts.stage import Stage
 from vpr.common.distributed import is_first, rank_and_world
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
+from vpr.data.catalog import load_catalog
 from vpr.data.seen import read_seen
 from vpr.retrieval.config import EmbedConfig
 from vpr.retrieval.embed_job import EmbedJob, EmbedModel, Loader
-from vpr.retrieval.embeddings import EMPTY_CATALOG, write_embeddings
+from vpr.retrieval.embeddings import write_embeddings
 
 log = get_logger(__name__)
 
@@ -43,7 +44,8 @@ def embed_with(config: EmbedConfig, load: Loader) -> Path:
         shutil.rmtree(job.folder, ignore_errors=True)  # left by a process killed after it wrote the artifact
         return stage.path
     if not len(job.catalog):
-        raise UserError(EMPTY_CATALOG)
+        splits = ", ".join(sorted(set(load_catalog(config.catalog).table["split"].to_pylist())))
+        raise UserError(f"split: {config.catalog} has no images in split '{config.split}', but in: {splits}.")
     with run_lock(job.folder):
         _run(job, missing, loaded, load)
     return stage.path

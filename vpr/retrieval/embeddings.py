@@ -23,7 +23,6 @@ from vpr.retrieval.metrics import RetrievalScores, evaluate
 from vpr.retrieval.self_search import find_self_search
 
 Forward = Callable[[ModelInput], NDArray[np.float32]]
-EMPTY_CATALOG = "embedding: the catalogue has no images of this split and role. Choose another."
 
 
 def read_batches(catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0) -> Iterator[ModelInput]:
@@ -61,7 +60,7 @@ def embed(
         UserError: The catalogue is empty, an image cannot be read, or a vector is zero or not finite.
     """
     if not len(catalog):
-        raise UserError(EMPTY_CATALOG)
+        raise UserError("embedding: the catalogue has no images of this split and role. Choose another.")
     batches = read_batches(catalog, preprocess, batch_size, threads)
     return l2_normalize(np.concatenate([forward(batch) for batch in batches]))
 

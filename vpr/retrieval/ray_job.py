@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifacts.run_folder import atomic_save_npy
+from vpr.common.allocator import keep_freed_memory
 from vpr.common.errors import UserError
 from vpr.common.telemetry import disable_telemetry
 from vpr.retrieval.config import EmbedConfig
@@ -17,6 +18,7 @@ class Worker:
     """Compute parts in a Ray process."""
 
     def __init__(self, config: EmbedConfig, load: Loader) -> None:
+        keep_freed_memory()
         loaded = load(config)
         self._forward = loaded.open()
         self._job = EmbedJob(config, loaded)

@@ -16,7 +16,7 @@ from tests.export.tensorrt.fake_driver import build_fake_libcuda, run_with
 from vpr.cli import main
 from vpr.common import cuda_probe, gpus
 from vpr.common.errors import UserError
-from vpr.common.gpus import Listing, VisibleGpu, gpu_memory_used, read_clocks, select_device
+from vpr.common.gpus import Listing, VisibleGpu, gpu_memory_used, read_clocks, select_device, select_gpu_of_rank
 
 TWO = "NVIDIA A100-SXM4-40GB MIG 1g.5gb:8:0:4864,NVIDIA L4:8:9:23034"
 LIST = """
@@ -135,6 +135,23 @@ def test_missing_device_is_an_error(device: str) -> None:
     with pytest.raises(UserError, match=rf"^device: expected cpu or one of 0 \(L4\), 1 \(L40\), got '{device}'\.$"):
         select_device(device)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,2"
+
+
+@pytest.mark.usefixtures("two")
+def test_each_process_of_torchrun_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for _ in range(2):  # a second call changes nothing
+        select_gpu_of_rank()
+        assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]) == ("2", "0")
+
+
+@pytest.mark.usefixtures("two")
+def test_more_processes_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="torchrun started a process 2 for 2 GPUs. Lower --nproc-per-node"):
+        select_gpu_of_rank()
 
 
 def test_device_of_torchrun_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
