@@ -14,7 +14,17 @@ import pyarrow as pa
 
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
-from vpr.data.boxes import BoxReading, Form, Frame, check_plausible, is_outside, reaches_out, to_upright, upright_size
+from vpr.data.boxes import (
+    BoxReading,
+    Form,
+    Frame,
+    check_plausible,
+    covers_image,
+    is_outside,
+    reaches_out,
+    to_upright,
+    upright_size,
+)
 from vpr.data.catalog import Rejected, image_root, rows_to_table
 from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
@@ -136,7 +146,8 @@ def check_images(
     """Decode every image once; return the readable rows with ``sha256`` and ``hash``, and (image, reason) of others.
 
     Rows with ``rejected`` have the reason there and are not decoded. Boxes are converted to pixels of the upright
-    image; a box outside of its image makes a row ``invalid``. An unreadable image raises :class:`UserError` unless
+    image, and a box that covers all of it becomes None, so that the same pixels are found under the same box. A box
+    outside of its image makes a row ``invalid``. An unreadable image raises :class:`UserError` unless
     ``skip_unreadable``. With ``guard``, a missing name is also looked for in other Unicode forms.
     """
     readable: list[Row] = []
@@ -174,11 +185,14 @@ def _check_image(root: Path, row: Row, reading: BoxReading, guard: PathGuard | N
             x, y, w, h = to_upright(tuple(row["box"].values()), reading, header)
             box = (x, y, w, h)
             row |= {"box": dict(zip("xywh", box, strict=True)), "header": header}
+            row["reaches_out"] = reaches_out(box, header)
             if is_outside(box, header):
                 width, height = upright_size(header)
                 numbers = ", ".join(f"{number:g}" for number in row["raw_box"])
                 row["invalid"] = f"box ({numbers}) is outside the {width}x{height} image"
                 box = None
+            elif covers_image(box, header):
+                row["box"] = box = None
         return {**row, "hash": image_hash(decode_bytes(data, root / path, box, CHECK_SIZE))}
     except ImageRejected as error:
         return error
@@ -242,8 +256,7 @@ def _describe_boxes(rows: list[Row], reading: BoxReading, notices: tuple[str, st
         return []
     columns, hint = notices
     notes = [f"boxes: {len(boxed)}{columns}, read as {reading.describe()}"]
-    usable = [row for row in boxed if "invalid" not in row]
-    if out := [row for row in usable if reaches_out(tuple(row["box"].values()), row["header"])]:
+    if out := [row for row in boxed if row["reaches_out"] and "invalid" not in row]:
         notes.append(f"boxes that reach out of their image and are clipped: {len(out)} ({row_name(out[0])})")
     if turned := [row for row in boxed if row["header"].orientation in range(2, 9)]:
         example = row_name(turned[0])
