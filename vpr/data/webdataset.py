@@ -75,12 +75,19 @@ def read_label(sample: Sample, where: str) -> dict[str, Any]:
     The result has those of ``product``, ``category``, ``role``, ``split`` (text) and ``box`` (list) that the label has.
 
     Raises:
-        UserError: The label is not a JSON object, or a value has another type; it starts with ``where``.
+        UserError: The label is not a JSON object in UTF-8, or a value has another type; it starts with ``where``.
     """
-    if ".json" not in sample.labels:
-        return {"product": _text(sample.labels[".cls"].decode(errors="replace"), where)} if sample.labels else {}
+    if ".json" in sample.labels:
+        return _read_json(sample.labels[".json"], where)
     try:
-        values = json.loads(sample.labels[".json"])
+        return {"product": _text(sample.labels[".cls"].decode(), where)} if sample.labels else {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: its .cls is not text in UTF-8 ({error}). Rewrite the shard.") from None
+
+
+def _read_json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
         optional = [name for name in ("category", "role", "split") if values.get(name) not in (None, "")]
         label = {
             name: _text(values[name], where) for name in (*(["product"] if "product" in values else []), *optional)

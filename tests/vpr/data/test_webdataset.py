@@ -263,6 +263,21 @@ def test_broken_labels_are_rejected(image: bytes, tmp_path: Path, label: bytes, 
         build(tmp_path / "s", tmp_path / "c")
 
 
+@pytest.mark.parametrize("name", ["cls", "json"])
+def test_labels_that_are_not_utf8_are_rejected(tmp_path: Path, name: str) -> None:
+    """Two products in Latin-1 would become one, since both letters would be replaced by the same sign."""
+    members: list[Member | tarfile.TarInfo] = []
+    for number, product in enumerate((b"caf\xe9", b"caf\xe8")):
+        label = product if name == "cls" else b'{"product": "' + product + b'"}'
+        members += [(f"{number}.jpg", b"?"), (f"{number}.{name}", label)]
+    write_shard(tmp_path / "s" / "0.tar", members)
+    with pytest.raises(
+        UserError, match=rf"0\.tar: sample '/0': its \.{name} is not .*\. Rewrite the shard\.$"
+    ) as raised:
+        build(tmp_path / "s", tmp_path / "c")
+    assert "\n" not in str(raised.value)
+
+
 def test_labels_have_roles_and_splits_in_any_case_or_none(image: bytes, tmp_path: Path) -> None:
     labels = [{"role": "Query", "split": "TEST"}, {"role": None, "split": "", "category": None}]
     members: list[Member | tarfile.TarInfo] = []
