@@ -41,8 +41,8 @@ from vpr.data.identities import (
     row_name,
 )
 from vpr.data.image_files import PathGuard, is_image
-from vpr.data.readers import READERS, Row
-from vpr.data.tables import describe_unread
+from vpr.data.readers import READERS, UNLABELLED, Row
+from vpr.data.tables import describe_unread, describe_unread_keys
 from vpr.imaging.decode import Box, Header, ImageRejected, decode_bytes, read_header, read_image
 from vpr.imaging.formats import HEIC_UNREADABLE
 
@@ -118,6 +118,7 @@ def read_data(
     if reader == "csv":
         boxes = next((row["box_columns"] for row in rows if "box_columns" in row), ())
         notes += describe_unread(path, (*_COLUMNS, *boxes), read_mapping(options.columns))
+    notes += _describe_keys(rows)
     rows, invalid = reject_invalid(rows, skip_invalid_rows, str(path))
     rows, rejected = check_images(root, rows, skip_unreadable, reading, guard)
     check_plausible(_boxes(rows), reading, options.box_form != "auto", str(path))
@@ -264,6 +265,14 @@ def _describe_boxes(rows: list[Row], reading: BoxReading, notices: tuple[str, st
         text = f"boxes of images with an EXIF orientation: {len(turned)} ({example})"
         notes.append(f"{text}, read in the {frame} image{hint}")
     return notes
+
+
+def _describe_keys(rows: list[Row]) -> list[str]:
+    """Return lines about the keys of shard labels that are not read."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.get("unread", ())))
+    has = {"product": any(row.get("source", UNLABELLED) != UNLABELLED for row in rows)}
+    has |= {"split": any(row.get("split") for row in rows), "box": any("raw_box" in row for row in rows)}
+    return describe_unread_keys(keys, [name for name, is_there in has.items() if not is_there])
 
 
 def _describe_unlisted(root: Path, rows: list[Row]) -> list[str]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from vpr.common.errors import UserError
 from vpr.data.boxes import BOX_COLUMNS
-from vpr.data.columns import rename_columns
+from vpr.data.columns import common_names, rename_columns
 from vpr.data.csv_table import MAX_COLUMNS, BoundedLines, check_table_file, read_csv_header, read_csv_rows
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -22,6 +22,7 @@ PARQUET = (".parquet", ".pq")
 _BATCH_ROWS = 1024
 _MAX_CELL = 1 << 20  # characters
 _SHOWN_COLUMNS = 8
+_BOX_KEYS = ("bbox", "bounding_box", "boxes", "box_x", "bbox_x", "xmin", "x_min", "x1")
 _SPLIT_NAMES = ("subset", "set", "partition", "fold", "usage", "phase", "dataset", "is_test", "is_train", "train_test")
 
 Record = tuple[int, dict[str, Any]]
@@ -76,12 +77,34 @@ def describe_unread(table: Path, read: Sequence[str], mapping: Mapping[str, str]
     unread = [column for column, name in zip(found, names, strict=True) if name not in read and column.strip()]
     if not unread:
         return []
-    more = f" and {len(unread) - _SHOWN_COLUMNS} more" if len(unread) > _SHOWN_COLUMNS else ""
-    notes = [f"columns that are not read: {', '.join(unread[:_SHOWN_COLUMNS])}{more}"]
+    notes = [f"columns that are not read: {_list_names(unread)}"]
     likely = [column for column in unread if column.strip().casefold() in _SPLIT_NAMES]
     if likely and "split" not in names:
         notes.append(f"column '{likely[0]}' may hold splits, which are not used: add --columns split={likely[0]}")
     return notes
+
+
+def describe_unread_keys(keys: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Return lines about the keys of shard labels that are not read; one of them may hold what all labels lack.
+
+    Args:
+        keys: Keys that are not read.
+        missing: Those of ``product``, ``split`` and ``box`` that no label has.
+    """
+    if not keys:
+        return []
+    notes = [f"keys of labels that are not read: {_list_names(keys)}"]
+    others = {"product": common_names("product"), "split": _SPLIT_NAMES, "box": _BOX_KEYS}
+    for name in missing:
+        if likely := [key for key in keys if key.casefold() in others[name]]:
+            plural = "boxes" if name == "box" else f"{name}s"
+            notes.append(f"key '{likely[0]}' may hold {plural}, which are not used: rename it to '{name}'")
+    return notes
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+    return ", ".join(names[:_SHOWN_COLUMNS]) + more
 
 
 def list_columns(table: Path) -> list[str]:
@@ -109,7 +132,7 @@ def _read_json_lines(table: Path) -> Iterator[Record]:
                 lines.row_characters = 0
                 if line.isspace():
                     continue
-                values = json.loads(line, object_pairs_hook=_to_object)
+                values = json.loads(line, object_pairs_hook=to_object)
                 if not isinstance(values, dict) or len(values) > MAX_COLUMNS:
                     raise ValueError(f"it is not an object of at most {MAX_COLUMNS} keys")
                 yield number, values
@@ -143,12 +166,12 @@ def _parquet_errors(table: Path) -> Iterator[None]:
         raise UserError(f"{table}: broken Parquet ({error}). Write the file again.") from None
 
 
-def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise :class:`ValueError` for a repeated key, of which one value would be lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)[:100]}' is there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} is there twice")
     return values
 
 
