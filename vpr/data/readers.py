@@ -11,7 +11,7 @@ from vpr.data.config import ReadOptions
 from vpr.data.csv_table import MAX_COLUMNS, read_csv_rows
 from vpr.data.hidden_labels import has_hidden_labels
 from vpr.data.image_files import PathGuard, check_utf8, image_files, image_suffixes, list_files
-from vpr.data.split_folders import find_split_folders, place_of
+from vpr.data.split_folders import SPLIT_NAMES, find_split_folders, place_of
 from vpr.data.tables import read_table_rows
 from vpr.data.webdataset import read_label, read_samples
 
@@ -161,11 +161,14 @@ READERS: dict[str, Reader] = {
 
 
 def _known(text: str, column: str, where: str) -> str:
-    """Return a role or split in lower case: ``train`` for an empty role, and empty text for an empty split.
+    """Return a role or split by its usual name: ``train`` for an empty role, and empty text for an empty split.
+
+    A split may have the names that folders may have, such as ``val``.
 
     :func:`vpr.data.catalog.rows_to_table` checks it too, but here the line is known and no image has been decoded.
     """
     value, known = text.strip().lower(), {"role": ROLES, "split": SPLITS}[column]
+    value = SPLIT_NAMES.get(value, value) if column == "split" else value
     if value in _EMPTY:
         return "train" if column == "role" else ""
     if value not in known:
