@@ -5,22 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vpr.common.errors import UserError
 from vpr.data.boxes import BOX_COLUMNS
 from vpr.data.columns import common_names, rename_columns
 from vpr.data.csv_table import MAX_COLUMNS, BoundedLines, check_table_file, read_csv_header, read_csv_rows
+from vpr.data.parquet_table import MAX_CELL, read_parquet_columns, read_parquet_rows
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
-_BATCH_ROWS = 1024
-_MAX_CELL = 1 << 20  # characters
 _SHOWN_COLUMNS = 8
 _BOX_KEYS = ("bbox", "bounding_box", "boxes", "box_x", "bbox_x", "xmin", "x_min", "x1")
 _SPLIT_NAMES = ("subset", "set", "partition", "fold", "usage", "phase", "dataset", "is_test", "is_train", "train_test")
@@ -55,7 +50,7 @@ def read_table_rows(
     names = dict(zip(found, rename_columns(found, known, required, mapping or {}, where), strict=True))
     used = {column: name for column, name in names.items() if name in known}
     filled = [name for name in required if name not in may_be_empty]
-    records = _read_parquet(table, list(used)) if is_parquet else _read_json_lines(table)
+    records = read_parquet_rows(table, list(used)) if is_parquet else _read_json_lines(table)
     for number, values in records:
         where = f"{table}: {'row' if is_parquet else 'line'} {number}"
         row = {name: _to_cell(values.get(column), name, where) for column, name in used.items()}
@@ -111,7 +106,7 @@ def list_columns(table: Path) -> list[str]:
     """Return the names of a table's columns; those of JSON lines are the keys of all objects, in their first order."""
     check_table_file(table)
     if table.suffix.lower() in PARQUET:
-        return _parquet_columns(table)
+        return read_parquet_columns(table)
     if table.suffix.lower() not in JSON_LINES:
         return read_csv_header(table)
     found: dict[str, None] = {}
@@ -141,31 +136,6 @@ def _read_json_lines(table: Path) -> Iterator[Record]:
             raise UserError(f"{table}: line {number}: {error}. Write one JSON object per line in UTF-8.") from None
 
 
-def _parquet_columns(table: Path) -> list[str]:
-    """Return the columns of a Parquet file, after checks of its size."""
-    with _parquet_errors(table), pq.ParquetFile(table) as file:
-        if len(file.schema_arrow.names) > MAX_COLUMNS:
-            raise UserError(f"{table}: more than {MAX_COLUMNS} columns. Remove those that are not needed.")
-        return list(file.schema_arrow.names)
-
-
-def _read_parquet(table: Path, columns: list[str]) -> Iterator[Record]:
-    number = 0
-    with _parquet_errors(table), pq.ParquetFile(table) as file:
-        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            for values in batch.to_pylist():
-                number += 1
-                yield number, values
-
-
-@contextmanager
-def _parquet_errors(table: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{table}: broken Parquet ({error}). Write the file again.") from None
-
-
 def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise :class:`ValueError` for a repeated key, of which one value would be lost."""
     values = dict(pairs)
@@ -185,6 +155,6 @@ def _to_cell(value: Any, column: str, where: str) -> Any:
         kind = {dict: "an object", bytes: "bytes"}.get(type(value), "a list")
         raise UserError(f"{where}: '{column}' is {kind}. Write it as text.")
     text = str(value)
-    if "\0" in text or len(text) > _MAX_CELL or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where}: a value that is not text of at most {_MAX_CELL} characters. Write the row again.")
+    if "\0" in text or len(text) > MAX_CELL or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: a value that is not text of at most {MAX_CELL} characters. Write the row again.")
     return text
