@@ -24,6 +24,7 @@ from vpr.data.division import TRAIN, Division, encode, find_overlap, image_keys,
 from vpr.data.duplicates import Duplicates, common_root, merge
 from vpr.data.identities import TWIN, find_conflicts, find_twins
 from vpr.data.intake import read_data
+from vpr.data.readers import UNLABELLED
 from vpr.data.relocate import find_relocated
 from vpr.data.splits import find_leaks, warn_of_moves
 
@@ -43,7 +44,8 @@ def build_data(config: DataConfig) -> Path:
     while configuration and tables are unchanged; images replaced under the same names are not detected.
 
     Raises:
-        UserError: A source is broken, or an image cannot be read and ``skip_unreadable`` is off.
+        UserError: A source is broken, an image cannot be read and ``skip_unreadable`` is off, or no query is left of a
+            split that a source has itself.
     """
     root = common_root([_image_root(config, reader, path) for reader, path in config.sources()])
     values = config_to_json(config) | {"reader": "table", "root": str(root), "tables": _table_checksums(config)}
@@ -67,6 +69,7 @@ def build_data(config: DataConfig) -> Path:
     dropped += untrue
     find_leaks(joined, allow=False)
     _check_held_out(config, joined)
+    _check_own_queries(config, divisions, merged, joined, dropped)
     repeats = list_repeats(merged, joined, duplicates, dropped)
     counts = {"same_bytes": len(duplicates.same_bytes), "near_same": len(duplicates.near_same)}
     counts["near_same_across_splits"] = sum(kind == "near, across splits" for _, _, kind in repeats)
@@ -210,6 +213,32 @@ def _check_held_out(config: DataConfig, joined: Catalog) -> None:
             raise UserError(f"{name}: no source has enough products for {share}. Raise it or add images.")
     if not len(joined.select(split="train")):
         raise UserError("validation, test: they leave no product to train on. Lower them or use another --seed.")
+
+
+def _check_own_queries(
+    config: DataConfig, divisions: list[Division], merged: Catalog, joined: Catalog, dropped: list[Repeat]
+) -> None:
+    """Raise :class:`UserError` if no query is left of a split that a source has itself.
+
+    Args:
+        config: Configuration, which names the sources.
+        divisions: Division of each source.
+        merged: Joined rows of all sources.
+        joined: Rows of ``merged`` that are left.
+        dropped: Rows of ``merged`` that were dropped, see :func:`drop_split_overlap` and :func:`drop_untrue_rows`.
+    """
+    sha256 = dict(zip(merged.table["image"].to_pylist(), image_keys(merged.table), strict=True))
+    for (_, path), division in zip(config.sources(), divisions, strict=True):
+        labelled = Catalog(division.table, path).where(division.table["source"].to_numpy() != UNLABELLED)
+        for split in ("validation", "test"):
+            own = set(image_keys(labelled.select(split, "query").table)) if split not in division.drawn else set()
+            if not own or own & set(image_keys(joined.select(split, "query").table)):
+                continue
+            image, other, kind = next(repeat for repeat in dropped if sha256[repeat[0]] in own)
+            problem = f"none of its {len(own)} {split} queries is left, such as {image} ({kind}: {other})"
+            raise UserError(
+                f"{path}: {problem}. Correct its {split} rows, or leave out the source that contradicts them."
+            )
 
 
 def _table_checksums(config: DataConfig) -> dict[str, str]:

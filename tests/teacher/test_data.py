@@ -197,6 +197,40 @@ def test_table_that_tests_a_file_of_another_table_keeps_it(sources_copy: Path, t
     assert len(built.select(split="test")) == 2
 
 
+def _build_tables(folder: Path, tables: dict[str, list[str]]) -> Catalog:
+    """Build tables of the images 0.png to 3.png, with the columns image, product, role and split."""
+    for number in range(4):
+        _write_image(folder / f"{number}.png", np.random.default_rng(number))
+    for name, rows in tables.items():
+        (folder / name).write_text("\n".join(["image,product,role,split", *rows]) + "\n")
+    values = {"products10k": "", "aicrowd": "", "validation": 0, "csv": tuple(str(folder / name) for name in tables)}
+    return _build(folder, folder / "data", **values)
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+def test_split_that_searches_itself_keeps_its_queries(tmp_path: Path, tables: int) -> None:
+    """Leave-one-out: each held-out image is listed as query and as gallery image, in one table or in one for each."""
+    roles = {role: [f"{n}.png,lamp,{role},test" for n in (0, 1)] for role in ("query", "gallery")}
+    own = {"q.csv": roles["query"], "g.csv": roles["gallery"]} if tables == 2 else {"t.csv": sum(roles.values(), [])}
+    built = _build_tables(tmp_path, {**own, "train.csv": ["2.png,sofa,,train", "3.png,sofa,,train"]})
+    rows = zip(*(built.table[name].to_pylist() for name in ("image", "role", "split")), strict=True)
+    held_out = [(f"{n}.png", role, "test") for role in ("query", "gallery") for n in (0, 1)]
+    assert list(rows) == [*held_out, ("2.png", "train", "train"), ("3.png", "train", "train")]
+    assert all(line[2] == "near" for line in _read_duplicates(built))
+
+
+def test_own_split_that_another_table_takes_away_stops(tmp_path: Path) -> None:
+    """The second table puts the only gallery image of the first one's queries into test, which keeps it."""
+    tables = {
+        "a.csv": ["0.png,lamp,query,validation", "1.png,lamp,gallery,validation", "2.png,sofa,,train"],
+        "b.csv": ["1.png,lamp,gallery,test", "3.png,lamp,query,test"],
+    }
+    message = r"a\.csv: none of its 1 validation queries is left, such as 0\.png \(dropped, product: lamp\)\. Correct"
+    with pytest.raises(UserError, match=message):
+        _build_tables(tmp_path, tables)
+    assert not (tmp_path / "data").exists()
+
+
 def test_near_duplicates_are_listed_and_kept(sources_copy: Path, tmp_path: Path) -> None:
     first = _build(sources_copy, tmp_path / "data")
     scored, trained = first.select(split="validation", role="gallery"), first.select(split="train")

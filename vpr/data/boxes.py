@@ -157,6 +157,12 @@ def is_outside(box: Box, header: Header) -> bool:
     return is_empty or min(height, round(y + h)) <= max(0, round(y))
 
 
+def covers_image(box: Box, header: Header) -> bool:
+    """Return whether a box that is rounded to pixels and cut at the edges is the full upright image."""
+    (x, y, w, h), (width, height) = box, upright_size(header)
+    return max(round(x), round(y)) <= 0 and round(x + w) >= width and round(y + h) >= height
+
+
 def upright_size(header: Header) -> tuple[int, int]:
     """Return width and height of the upright image."""
     is_turned = header.orientation in _TURNED

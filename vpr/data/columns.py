@@ -72,6 +72,11 @@ def rename_columns(
     return names
 
 
+def common_names(name: str) -> tuple[str, ...]:
+    """Return the names that other tools give to a column, in lower case, most specific first."""
+    return _COMMON_NAMES.get(name, ())
+
+
 def list_columns(columns: Sequence[str]) -> str:
     """Return the columns of a table for an error message, shortened."""
     text = ", ".join(columns) or "an empty first line"
@@ -102,7 +107,7 @@ def _explain_missing(found: Sequence[str], missing: Sequence[str], required: Seq
     lower = [name.casefold() for name in found]
     words, taken = [], set()
     for name in missing:
-        candidates = [other for other in _COMMON_NAMES.get(name, ()) if other in lower and other not in taken]
+        candidates = [other for other in common_names(name) if other in lower and other not in taken]
         taken |= set(candidates[:1])
         words.append(f"{name}={found[lower.index(candidates[0])] if candidates else 'NAME'}")
     problem = f"column '{missing[0]}' is missing. Found: {list_columns(found)}. Needed: {', '.join(required)}."

@@ -37,8 +37,9 @@ class Duplicates:
 def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
     """Join catalogues under their common root, and find repeated images; every distinct image is decoded once.
 
-    Rows with the same file, product, box and split become one row; all other rows stay. Products with the same id
-    become one product. Near-duplicates need a manual check: small objects on a plain background have similar hashes.
+    Rows with the same file, product, box, role and split become one row; all other rows stay, such as a query that is
+    in the gallery too. Products with the same id become one product. Near-duplicates need a manual check: small objects
+    on a plain background have similar hashes.
     """
     roots = [catalog.root.resolve() for catalog in catalogs]
     root = common_root(roots)
@@ -48,7 +49,8 @@ def merge(catalogs: list[Catalog]) -> tuple[Catalog, Duplicates]:
     tables = []
     for catalog, folder in zip(catalogs, roots, strict=True):
         table = _table_from(root, catalog, folder)
-        columns = [map(str, table[name].to_pylist()) for name in ("image", "sha256", "product", "box", "split")]
+        names = ("image", "sha256", "product", "box", "role", "split")
+        columns = [map(str, table[name].to_pylist()) for name in names]
         kept = []
         for row, (image, sha256, *place) in enumerate(zip(*columns, strict=True)):
             first = by_bytes.setdefault(sha256, image)

@@ -14,7 +14,17 @@ import pyarrow as pa
 
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
-from vpr.data.boxes import BoxReading, Form, Frame, check_plausible, is_outside, reaches_out, to_upright, upright_size
+from vpr.data.boxes import (
+    BoxReading,
+    Form,
+    Frame,
+    check_plausible,
+    covers_image,
+    is_outside,
+    reaches_out,
+    to_upright,
+    upright_size,
+)
 from vpr.data.catalog import Rejected, image_root, rows_to_table
 from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
@@ -31,8 +41,8 @@ from vpr.data.identities import (
     row_name,
 )
 from vpr.data.image_files import PathGuard, is_image
-from vpr.data.readers import READERS, Row
-from vpr.data.tables import describe_unread
+from vpr.data.readers import READERS, UNLABELLED, Row
+from vpr.data.tables import describe_unread, describe_unread_keys
 from vpr.imaging.decode import Box, Header, ImageRejected, decode_bytes, read_header, read_image
 from vpr.imaging.formats import HEIC_UNREADABLE
 
@@ -108,6 +118,7 @@ def read_data(
     if reader == "csv":
         boxes = next((row["box_columns"] for row in rows if "box_columns" in row), ())
         notes += describe_unread(path, (*_COLUMNS, *boxes), read_mapping(options.columns))
+    notes += _describe_keys(rows)
     rows, invalid = reject_invalid(rows, skip_invalid_rows, str(path))
     rows, rejected = check_images(root, rows, skip_unreadable, reading, guard)
     check_plausible(_boxes(rows), reading, options.box_form != "auto", str(path))
@@ -136,7 +147,8 @@ def check_images(
     """Decode every image once; return the readable rows with ``sha256`` and ``hash``, and (image, reason) of others.
 
     Rows with ``rejected`` have the reason there and are not decoded. Boxes are converted to pixels of the upright
-    image; a box outside of its image makes a row ``invalid``. An unreadable image raises :class:`UserError` unless
+    image, and a box that covers all of it becomes None, so that the same pixels are found under the same box. A box
+    outside of its image makes a row ``invalid``. An unreadable image raises :class:`UserError` unless
     ``skip_unreadable``. With ``guard``, a missing name is also looked for in other Unicode forms.
     """
     readable: list[Row] = []
@@ -174,11 +186,14 @@ def _check_image(root: Path, row: Row, reading: BoxReading, guard: PathGuard | N
             x, y, w, h = to_upright(tuple(row["box"].values()), reading, header)
             box = (x, y, w, h)
             row |= {"box": dict(zip("xywh", box, strict=True)), "header": header}
+            row["reaches_out"] = reaches_out(box, header)
             if is_outside(box, header):
                 width, height = upright_size(header)
                 numbers = ", ".join(f"{number:g}" for number in row["raw_box"])
                 row["invalid"] = f"box ({numbers}) is outside the {width}x{height} image"
                 box = None
+            elif covers_image(box, header):
+                row["box"] = box = None
         return {**row, "hash": image_hash(decode_bytes(data, root / path, box, CHECK_SIZE))}
     except ImageRejected as error:
         return error
@@ -242,8 +257,7 @@ def _describe_boxes(rows: list[Row], reading: BoxReading, notices: tuple[str, st
         return []
     columns, hint = notices
     notes = [f"boxes: {len(boxed)}{columns}, read as {reading.describe()}"]
-    usable = [row for row in boxed if "invalid" not in row]
-    if out := [row for row in usable if reaches_out(tuple(row["box"].values()), row["header"])]:
+    if out := [row for row in boxed if row["reaches_out"] and "invalid" not in row]:
         notes.append(f"boxes that reach out of their image and are clipped: {len(out)} ({row_name(out[0])})")
     if turned := [row for row in boxed if row["header"].orientation in range(2, 9)]:
         example = row_name(turned[0])
@@ -251,6 +265,14 @@ def _describe_boxes(rows: list[Row], reading: BoxReading, notices: tuple[str, st
         text = f"boxes of images with an EXIF orientation: {len(turned)} ({example})"
         notes.append(f"{text}, read in the {frame} image{hint}")
     return notes
+
+
+def _describe_keys(rows: list[Row]) -> list[str]:
+    """Return lines about the keys of shard labels that are not read."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.get("unread", ())))
+    has = {"product": any(row.get("source", UNLABELLED) != UNLABELLED for row in rows)}
+    has |= {"split": any(row.get("split") for row in rows), "box": any("raw_box" in row for row in rows)}
+    return describe_unread_keys(keys, [name for name, is_there in has.items() if not is_there])
 
 
 def _describe_unlisted(root: Path, rows: list[Row]) -> list[str]:

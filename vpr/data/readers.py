@@ -8,10 +8,10 @@ from vpr.common.errors import UserError
 from vpr.data.boxes import BOX_COLUMNS, Form, find_box_columns, parse_box, to_xywh
 from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
-from vpr.data.csv_table import read_csv_rows
+from vpr.data.csv_table import MAX_COLUMNS, read_csv_rows
 from vpr.data.hidden_labels import has_hidden_labels
 from vpr.data.image_files import PathGuard, check_utf8, image_files, image_suffixes, list_files
-from vpr.data.split_folders import find_split_folders, place_of
+from vpr.data.split_folders import SPLIT_NAMES, find_split_folders, place_of
 from vpr.data.tables import read_table_rows
 from vpr.data.webdataset import read_label, read_samples
 
@@ -113,11 +113,13 @@ def read_webdataset(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Ro
 
     A sample's ``.json`` has ``product`` and optionally ``category``, ``role``, ``split`` and ``box`` (four numbers).
     Alternatively its ``.cls`` is the product. Shards without labels are read like images without labels.
-    Rows with ``rejected`` are members that cannot be used, with the reason.
+    Rows with ``rejected`` are members that cannot be used, with the reason. ``unread`` of a row are the keys of its
+    label that are not read, if no earlier label has them.
     """
     guard = _guard(root, options)
     shards = [name for name in list_files(root, _links(options)) if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
     is_labelled: bool | None = None
+    unread: set[str] = set()
     for shard in shards:
         check_utf8(root, shard)
         if not guard.check(shard).endswith(".tar"):
@@ -129,13 +131,18 @@ def read_webdataset(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Ro
                     yield {"image": f"{shard}/{sample.key.lstrip('/')}", "rejected": "a label without an image"}
                 continue
             where = f"{root / shard}: sample '{sample.key}'"
-            label = read_label(sample, where)
+            label, keys = read_label(sample, where)
             if is_labelled not in (None, "product" in label):
                 raise UserError(f"{where} has no product, or is the only one that has. Label all samples or none.")
             is_labelled = "product" in label
             for column in ("role", "split"):
                 if column in label:
                     label[column] = _known(label[column], column, where)
+            if new := [key for key in keys if key not in unread]:
+                label["unread"] = new
+                unread |= set(new)
+                if len(unread) > MAX_COLUMNS:
+                    raise UserError(f"{where}: more than {MAX_COLUMNS} different keys. Remove those not needed.")
             box = label.pop("box", None)
             for member in sample.images:
                 image = shard + member
@@ -154,11 +161,14 @@ READERS: dict[str, Reader] = {
 
 
 def _known(text: str, column: str, where: str) -> str:
-    """Return a role or split in lower case: ``train`` for an empty role, and empty text for an empty split.
+    """Return a role or split by its usual name: ``train`` for an empty role, and empty text for an empty split.
+
+    A split may have the names that folders may have, such as ``val``.
 
     :func:`vpr.data.catalog.rows_to_table` checks it too, but here the line is known and no image has been decoded.
     """
     value, known = text.strip().lower(), {"role": ROLES, "split": SPLITS}[column]
+    value = SPLIT_NAMES.get(value, value) if column == "split" else value
     if value in _EMPTY:
         return "train" if column == "role" else ""
     if value not in known:

@@ -1,4 +1,4 @@
-"""Folders named ``train``, ``val``, ``test``, ``query`` or ``gallery``, which hold the products of a split or role."""
+"""Folders that hold the products of a split or role: ``train``, ``val``, ``test``, ``query``, ``gallery``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
-FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), "validation")
+# Names of splits in folders and tables, in lower case.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _ROLES = {"query": "query", "queries": "query", "gallery": "gallery"}
 Places = dict[str, tuple[str, str]]
 
@@ -29,19 +34,24 @@ def find_split_folders(root: Path, names: list[str]) -> Places:
         Split and role (``train`` for none) by the path of the folder, relative to the root.
 
     Raises:
-        UserError: There are folders for training and for scored images, and others next to them.
+        UserError: There are folders for training and for scored images, and others next to them. Or the root has a
+            single folder, and the splits are in it.
     """
     folders = sorted({name.partition("/")[0] for name in names if "/" in name})
-    splits = {folder: FOLDERS[folder.casefold()] for folder in folders if folder.casefold() in FOLDERS}
+    splits = {folder: SPLIT_NAMES[folder.casefold()] for folder in folders if folder.casefold() in SPLIT_NAMES}
     roles = _find_roles(folders)
     others = [folder for folder in folders if folder not in splits and folder not in roles]
     if others and (roles or ("train" in splits.values() and len(set(splits.values())) > 1)):
         raise _mixed(root, [*splits, *roles], others)
+    if len(folders) == len(others) == 1:
+        _reject_nested(root, folders[0], names)
     if others or not (splits or roles):
+        if splits:
+            log.warning(f"{root}: all its folders are read as products, also {', '.join(splits)}, named as a split")
         return {}
     places: Places = {folder: ("test", role) for folder, role in roles.items()}
     for folder, split in splits.items():
-        inner = sorted({name.split("/")[1] for name in names if name.startswith(f"{folder}/") and name.count("/") > 1})
+        inner = _list_inner(folder, names)
         inner_roles = _find_roles(inner)
         if inner_roles and (mixed := [name for name in inner if name not in inner_roles]):
             raise _mixed(root / folder, list(inner_roles), mixed)
@@ -66,6 +76,20 @@ def _find_roles(folders: list[str]) -> dict[str, str]:
     """Return the role of each folder that is named as one; empty unless both roles are there."""
     roles = {folder: _ROLES[folder.casefold()] for folder in folders if folder.casefold() in _ROLES}
     return roles if set(roles.values()) == {"query", "gallery"} else {}
+
+
+def _list_inner(folder: str, names: list[str]) -> list[str]:
+    """Return the names of the folders in a folder of the root."""
+    return sorted({name.split("/")[1] for name in names if name.startswith(f"{folder}/") and name.count("/") > 1})
+
+
+def _reject_nested(root: Path, folder: str, names: list[str]) -> None:
+    """Raise :class:`UserError` if the only folder of the root, which would be the only product, holds splits."""
+    inner = _list_inner(folder, names)
+    named = [name for name in inner if name.casefold() in SPLIT_NAMES or name.casefold() in _ROLES]
+    if named and (len(named) > 1 or len(inner) == 1):
+        problem = f"its only folder '{folder}' would be one product, but it has the splits {', '.join(named)}"
+        raise UserError(f"{root}: {problem}. Give {root / folder} as the root, or rename these folders.")
 
 
 def _mixed(root: Path, named: list[str], others: list[str]) -> UserError:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from vpr.common.errors import UserError
 from vpr.data.boxes import BOX_COLUMNS
-from vpr.data.columns import rename_columns
+from vpr.data.columns import common_names, rename_columns
 from vpr.data.csv_table import MAX_COLUMNS, BoundedLines, check_table_file, read_csv_header, read_csv_rows
+from vpr.data.parquet_table import MAX_CELL, read_parquet_columns, read_parquet_rows
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
-_BATCH_ROWS = 1024
-_MAX_CELL = 1 << 20  # characters
 _SHOWN_COLUMNS = 8
+_BOX_KEYS = ("bbox", "bounding_box", "boxes", "box_x", "bbox_x", "xmin", "x_min", "x1")
 _SPLIT_NAMES = ("subset", "set", "partition", "fold", "usage", "phase", "dataset", "is_test", "is_train", "train_test")
 
 Record = tuple[int, dict[str, Any]]
@@ -54,7 +50,7 @@ def read_table_rows(
     names = dict(zip(found, rename_columns(found, known, required, mapping or {}, where), strict=True))
     used = {column: name for column, name in names.items() if name in known}
     filled = [name for name in required if name not in may_be_empty]
-    records = _read_parquet(table, list(used)) if is_parquet else _read_json_lines(table)
+    records = read_parquet_rows(table, list(used)) if is_parquet else _read_json_lines(table)
     for number, values in records:
         where = f"{table}: {'row' if is_parquet else 'line'} {number}"
         row = {name: _to_cell(values.get(column), name, where) for column, name in used.items()}
@@ -76,19 +72,41 @@ def describe_unread(table: Path, read: Sequence[str], mapping: Mapping[str, str]
     unread = [column for column, name in zip(found, names, strict=True) if name not in read and column.strip()]
     if not unread:
         return []
-    more = f" and {len(unread) - _SHOWN_COLUMNS} more" if len(unread) > _SHOWN_COLUMNS else ""
-    notes = [f"columns that are not read: {', '.join(unread[:_SHOWN_COLUMNS])}{more}"]
+    notes = [f"columns that are not read: {_list_names(unread)}"]
     likely = [column for column in unread if column.strip().casefold() in _SPLIT_NAMES]
     if likely and "split" not in names:
         notes.append(f"column '{likely[0]}' may hold splits, which are not used: add --columns split={likely[0]}")
     return notes
 
 
+def describe_unread_keys(keys: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Return lines about the keys of shard labels that are not read; one of them may hold what all labels lack.
+
+    Args:
+        keys: Keys that are not read.
+        missing: Those of ``product``, ``split`` and ``box`` that no label has.
+    """
+    if not keys:
+        return []
+    notes = [f"keys of labels that are not read: {_list_names(keys)}"]
+    others = {"product": common_names("product"), "split": _SPLIT_NAMES, "box": _BOX_KEYS}
+    for name in missing:
+        if likely := [key for key in keys if key.casefold() in others[name]]:
+            plural = "boxes" if name == "box" else f"{name}s"
+            notes.append(f"key '{likely[0]}' may hold {plural}, which are not used: rename it to '{name}'")
+    return notes
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+    return ", ".join(names[:_SHOWN_COLUMNS]) + more
+
+
 def list_columns(table: Path) -> list[str]:
     """Return the names of a table's columns; those of JSON lines are the keys of all objects, in their first order."""
     check_table_file(table)
     if table.suffix.lower() in PARQUET:
-        return _parquet_columns(table)
+        return read_parquet_columns(table)
     if table.suffix.lower() not in JSON_LINES:
         return read_csv_header(table)
     found: dict[str, None] = {}
@@ -109,7 +127,7 @@ def _read_json_lines(table: Path) -> Iterator[Record]:
                 lines.row_characters = 0
                 if line.isspace():
                     continue
-                values = json.loads(line, object_pairs_hook=_to_object)
+                values = json.loads(line, object_pairs_hook=to_object)
                 if not isinstance(values, dict) or len(values) > MAX_COLUMNS:
                     raise ValueError(f"it is not an object of at most {MAX_COLUMNS} keys")
                 yield number, values
@@ -118,37 +136,12 @@ def _read_json_lines(table: Path) -> Iterator[Record]:
             raise UserError(f"{table}: line {number}: {error}. Write one JSON object per line in UTF-8.") from None
 
 
-def _parquet_columns(table: Path) -> list[str]:
-    """Return the columns of a Parquet file, after checks of its size."""
-    with _parquet_errors(table), pq.ParquetFile(table) as file:
-        if len(file.schema_arrow.names) > MAX_COLUMNS:
-            raise UserError(f"{table}: more than {MAX_COLUMNS} columns. Remove those that are not needed.")
-        return list(file.schema_arrow.names)
-
-
-def _read_parquet(table: Path, columns: list[str]) -> Iterator[Record]:
-    number = 0
-    with _parquet_errors(table), pq.ParquetFile(table) as file:
-        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            for values in batch.to_pylist():
-                number += 1
-                yield number, values
-
-
-@contextmanager
-def _parquet_errors(table: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{table}: broken Parquet ({error}). Write the file again.") from None
-
-
-def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise :class:`ValueError` for a repeated key, of which one value would be lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)[:100]}' is there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} is there twice")
     return values
 
 
@@ -162,6 +155,6 @@ def _to_cell(value: Any, column: str, where: str) -> Any:
         kind = {dict: "an object", bytes: "bytes"}.get(type(value), "a list")
         raise UserError(f"{where}: '{column}' is {kind}. Write it as text.")
     text = str(value)
-    if "\0" in text or len(text) > _MAX_CELL or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where}: a value that is not text of at most {_MAX_CELL} characters. Write the row again.")
+    if "\0" in text or len(text) > MAX_CELL or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: a value that is not text of at most {MAX_CELL} characters. Write the row again.")
     return text

@@ -15,11 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from vpr.common.errors import UserError
+from vpr.data.columns import rename_columns
+from vpr.data.csv_table import MAX_COLUMNS
+from vpr.data.tables import to_object
 from vpr.imaging.limits import MAX_FILE_BYTES
 
 LABELS = (".json", ".cls")
 _MAX_LABEL_BYTES = 1 << 20
+_KEYS = ("product", "category", "role", "split", "box")
 _MAX_NAME = 1024  # characters
+_MAX_KEY = 100  # characters of a key that is reported
 _MAX_HEADER_BYTES = 1 << 20  # of an extended header, which tarfile reads into memory
 _END_MARK = bytes(tarfile.BLOCKSIZE)
 
@@ -69,33 +74,51 @@ def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
     yield sample
 
 
-def read_label(sample: Sample, where: str) -> dict[str, Any]:
+def read_label(sample: Sample, where: str) -> tuple[dict[str, Any], list[str]]:
     """Read the label of a sample from its ``.json``, or its product from ``.cls``; empty without a label.
 
-    The result has those of ``product``, ``category``, ``role``, ``split`` (text) and ``box`` (list) that the label has.
+    Returns those of ``product``, ``category``, ``role``, ``split`` (text) and ``box`` (list) that the label has, and
+    the keys that are not read. Keys are found regardless of case and white space, as the columns of tables.
 
     Raises:
-        UserError: The label is not a JSON object, or a value has another type; it starts with ``where``.
+        UserError: The label is not a JSON object in UTF-8, a key is there twice, or a value has another type; it starts
+            with ``where``.
     """
-    if ".json" not in sample.labels:
-        return {"product": _text(sample.labels[".cls"].decode(errors="replace"), where)} if sample.labels else {}
+    if ".json" in sample.labels:
+        return _read_json(sample.labels[".json"], where)
     try:
-        values = json.loads(sample.labels[".json"])
-        optional = [name for name in ("category", "role", "split") if values.get(name) not in (None, "")]
-        label = {
-            name: _text(values[name], where) for name in (*(["product"] if "product" in values else []), *optional)
-        }
-        return {**label, "box": list(values["box"])} if values.get("box") else label
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {"product": _text(sample.labels[".cls"].decode(), where)} if sample.labels else {}, []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: its .cls is not text in UTF-8 ({error}). Rewrite the shard.") from None
+
+
+def _read_json(data: bytes, where: str) -> tuple[dict[str, Any], list[str]]:
+    try:
+        found = json.loads(data, object_pairs_hook=to_object)
+        if not isinstance(found, dict) or len(found) > MAX_COLUMNS:
+            raise ValueError(f"expected at most {MAX_COLUMNS} keys")
+        names = rename_columns(list(found), _KEYS, (), {}, where)
+        values = dict(zip(names, found.values(), strict=True))
+        filled = [name for name in ("category", "role", "split") if values.get(name) not in (None, "")]
+        label = {name: _text(values[name], where) for name in (*(["product"] if "product" in values else []), *filled)}
+        box = {"box": list(values["box"])} if values.get("box") else {}
+        return {**label, **box}, [_shorten(name) for name in names if name not in _KEYS]
+    except (ValueError, TypeError, RecursionError) as error:
         problem = "its .json is not an object with text values, and a box of four numbers"
-        raise UserError(f"{where}: {problem}. Rewrite the shard.") from None
+        raise UserError(f"{where}: {problem} ({error}). Rewrite the shard.") from None
 
 
 def _text(value: object, where: str) -> str:
-    text = str(value).strip() if type(value) in (str, int) else ""
+    """Return a text or an integer as text; ``4.0`` is an integer, as writers of tables make of a missing value."""
+    is_integer = type(value) is int or (isinstance(value, float) and value.is_integer())
+    text = str(value).strip() if is_integer or isinstance(value, str) else ""
     if not text.isprintable() or not text:
-        raise UserError(f"{where}: label {value!r:.80} is not text or a number. Rewrite the shard.")
+        raise UserError(f"{where}: label {value!r:.80} is not text or an integer. Rewrite the shard.")
     return text
+
+
+def _shorten(key: str) -> str:
+    return (key if key.isprintable() else ascii(key)[1:-1])[:_MAX_KEY]
 
 
 def _read_members(shard: Path, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:

@@ -138,6 +138,13 @@ def test_boxes_of_the_stored_image_are_turned_with_it(tmp_path: Path, orientatio
     assert np.unique(crop.reshape(-1, 3), axis=0).tolist() == [[250, 0, 0]]
 
 
+@pytest.mark.parametrize("frame", ["stored", "upright"])
+def test_box_of_a_full_turned_image_is_none(tmp_path: Path, frame: str) -> None:
+    table = _turned(tmp_path / "a", 6, (0, 0, 90, 120))
+    table.write_text(table.read_text().replace("0,0,90,120", "0,0,90,120" if frame == "stored" else "0,0,120,90"))
+    assert build(table, box_frame=frame).box(0) is None
+
+
 def test_frame_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 1 boxes do not fit .* upright image.*with --box-frame stored"):
         build(_turned(tmp_path / "a", 6, (10, 70, 30, 30)))

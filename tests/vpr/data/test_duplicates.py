@@ -88,3 +88,12 @@ def test_merged_paths_are_normalised(tmp_path: Path) -> None:
     assert joined.root == tmp_path.resolve()
     assert duplicates.same_bytes == [("a/x/1.png", "a/x/1.png")]
     assert duplicates.near_same == [("a/x/2.png", "a/x/1.png"), ("b/3.png", "a/x/1.png")]
+
+
+def test_merging_keeps_an_image_in_each_of_its_roles(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9), "white").save(tmp_path / "1.png")
+    fixed = {"image": "1.png", "product": "p", "category": "", "split": "test", "box": None, "source": "made"}
+    rows = [{**fixed, "role": role, "sha256": "a"} for role in ("query", "gallery", "query")]
+    joined, duplicates = merge([Catalog(rows_to_table(rows), tmp_path)])
+    assert joined.roles.tolist() == ["query", "gallery"]
+    assert duplicates.same_bytes == [("1.png", "1.png")]

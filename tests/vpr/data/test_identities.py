@@ -120,6 +120,30 @@ def test_one_image_shows_several_products_in_different_boxes(tmp_path: Path) -> 
     assert build(tmp_path / "t.csv").products.tolist() == ["a", "b"]
 
 
+@pytest.mark.parametrize("box", [[0, 0, 120, 90], [-2, 0, 125, 90.4], [0.3, 0.2, 119.3, 89.6]])
+def test_box_of_the_full_image_is_the_image(tmp_path: Path, box: list[object], notes: pytest.LogCaptureFixture) -> None:
+    names = [name for name, _ in write_images(tmp_path, 2, 2)]
+    rows: list[list[object]] = [
+        [names[0], "a", "query", *box],
+        [names[1], "a", "query", 0, 0, 119, 90],
+        [names[0], "a", "gallery", "", "", "", ""],
+        [names[1], "a", "gallery", "", "", "", ""],
+        [names[2], "b", "gallery", *box],
+        [names[2], "c", "gallery", "", "", "", ""],
+        [names[3], "b", "gallery", *box],
+        [names[3], "b", "gallery", "", "", "", ""],
+    ]
+    write_table(tmp_path / "t.csv", "image,product,role,box_x,box_y,box_w,box_h", rows)
+    catalog = build(tmp_path / "t.csv")
+    assert [catalog.box(row) for row in range(len(catalog))] == [(0, 0, 119, 90), None, None, None]
+    assert catalog.table["image"].to_pylist() == [names[1], names[0], names[1], names[3]]
+    listed = set_aside(catalog)
+    assert f"{names[0]},query equals gallery image {names[0]}" in listed
+    assert listed.count(f'{names[2]},"under 2 products: b, c"') == 2
+    assert f"{names[3]},repeats an earlier row" in listed
+    assert "boxes: 4 from box_x, box_y, box_w, box_h" in notes.text
+
+
 def test_unlabelled_copies_stay(tmp_path: Path) -> None:
     write_images(tmp_path / "shop", 1, 1)
     shutil.copyfile(tmp_path / "shop/img/0-0.png", tmp_path / "shop/img/copy.png")

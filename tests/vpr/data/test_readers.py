@@ -62,6 +62,13 @@ def test_csv_with_all_columns(tmp_path: Path) -> None:
     assert (second["role"], second["split"], second["box"]) == ("train", "", None)
 
 
+def test_splits_of_tables_have_the_names_of_folders(tmp_path: Path) -> None:
+    names = ["train", "Training", "val", "VALID", "validation", "dev", "test", "testing", ""]
+    (tmp_path / "t.csv").write_text("\n".join(["image,product,split", *(f"a.jpg,1,{name}" for name in names)]))
+    expected = ["train"] * 2 + ["validation"] * 4 + ["test"] * 2 + [""]
+    assert [row["split"] for row in read_csv(tmp_path / "t.csv")] == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -72,7 +79,7 @@ def test_csv_with_all_columns(tmp_path: Path) -> None:
         ("image,product\n../../etc/passwd,1\n", "line 2: '../../etc/passwd' leads out of"),
         ("image,product\n/etc/passwd,1\n", "line 2: '/etc/passwd' leads out of .* with --image-root"),
         ("image,product\nloop/a.jpg,1\n", "line 2: 'loop/a.jpg' leads out of"),
-        ("image,product,split\na.jpg,1,\nb.jpg,1,val\n", "line 3: split 'val' is not known. Use train, validation"),
+        ("image,product,split\na.jpg,1,\nb.jpg,1,eval\n", "line 3: split 'eval' is not known. Use train, validation"),
         ("image,product,role\na.jpg,1,shop\n", "line 2: role 'shop' is not known. Use train, gallery, query"),
         ("image,product\na.jpg,Shoe, red\n", "line 2: more cells than columns"),
         ('image,product\na.jpg,"p1\nb.jpg,p2\nc.jpg,p3\n', "unexpected end of data"),
@@ -153,6 +160,34 @@ def test_name_that_is_not_utf8_is_rejected(tmp_path: Path, image: bytes) -> None
     (tmp_path / "shoe" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(image)
     with pytest.raises(UserError, match=r"its name is not UTF-8\. Rename it"):
         list(read_folder(tmp_path))
+
+
+@pytest.mark.parametrize("folders", [("training", "testing"), ("Training", "dev"), ("train", "dev", "testing")])
+def test_other_names_of_split_folders(tmp_path: Path, image: bytes, folders: tuple[str, ...]) -> None:
+    for folder in folders:
+        (tmp_path / folder / f"of-{folder}").mkdir(parents=True)
+        (tmp_path / folder / f"of-{folder}" / "1.jpg").write_bytes(image)
+    known = {"t": "train", "d": "validation"} | {"testing": "test"}
+    expected = {(f"of-{name}", known.get(name, known[name[0].lower()])) for name in folders}
+    assert {(row["product"], row["split"]) for row in read_folder(tmp_path)} == expected
+
+
+@pytest.mark.parametrize("inner", [("train", "test"), ("train",), ("train", "val", "shoes"), ("query", "gallery")])
+def test_splits_in_the_only_folder_are_rejected(tmp_path: Path, image: bytes, inner: tuple[str, ...]) -> None:
+    """All images would be of one product."""
+    for folder in inner:
+        (tmp_path / "images" / folder / "lamp").mkdir(parents=True)
+        (tmp_path / "images" / folder / "lamp" / "1.jpg").write_bytes(image)
+    with pytest.raises(UserError, match=r"its only folder 'images' would be one product, .*Give .*images as the root"):
+        list(read_folder(tmp_path))
+
+
+@pytest.mark.parametrize("names", [("lamp/1.jpg",), ("lamp/front/1.jpg", "lamp/test/1.jpg")])
+def test_only_folder_without_splits_is_a_product(tmp_path: Path, image: bytes, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(image)
+    assert {(row["product"], row["split"]) for row in read_folder(tmp_path)} == {("lamp", "")}
 
 
 def test_image_outside_product_folders_is_rejected(tmp_path: Path, image: bytes) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import tarfile
 from pathlib import Path
 
@@ -248,7 +249,12 @@ def test_broken_shards_are_rejected_by_name(image: bytes, tmp_path: Path, name: 
         (b"[]", "is not an object"),
         (b"{", "is not an object"),
         (b"[" * 100_000, "is not an object"),
-        (b'{"product": true}', "label True is not text or a number"),
+        (b'{"product": true}', "label True is not text or an integer"),
+        (b'{"product": 4.5}', "label 4.5 is not text or an integer"),
+        (b'{"product": NaN}', "label nan is not text or an integer"),
+        (b'{"product": null}', "label None is not text or an integer"),
+        (b'{"product": "a", "product": "b"}', "the key 'product' is there twice"),
+        (b'{"product": "a", "Role": "query", "ROLE": "query"}', "several columns are named 'role'"),
         (b'{"product": "a\\nb"}', "label 'a\\\\nb' is not text"),
         (b'{"product": "\\ud800"}', "is not text"),
         (b'{"product": ""}', "is not text"),
@@ -261,6 +267,52 @@ def test_broken_labels_are_rejected(image: bytes, tmp_path: Path, label: bytes, 
     write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image), ("a.json", label)])
     with pytest.raises(UserError, match=message):
         build(tmp_path / "s", tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["cls", "json"])
+def test_labels_that_are_not_utf8_are_rejected(tmp_path: Path, name: str) -> None:
+    """Two products in Latin-1 would become one, since both letters would be replaced by the same sign."""
+    members: list[Member | tarfile.TarInfo] = []
+    for number, product in enumerate((b"caf\xe9", b"caf\xe8")):
+        label = product if name == "cls" else b'{"product": "' + product + b'"}'
+        members += [(f"{number}.jpg", b"?"), (f"{number}.{name}", label)]
+    write_shard(tmp_path / "s" / "0.tar", members)
+    with pytest.raises(
+        UserError, match=rf"0\.tar: sample '/0': its \.{name} is not .*\. Rewrite the shard\.$"
+    ) as raised:
+        build(tmp_path / "s", tmp_path / "c")
+    assert "\n" not in str(raised.value)
+
+
+def _write_labels(folder: Path, image: bytes, labels: list[dict[str, object]]) -> Path:
+    members: list[Member | tarfile.TarInfo] = []
+    for number, label in enumerate(labels):
+        members += [(f"{number}.jpg", image + bytes([number])), (f"{number}.json", json.dumps(label).encode())]
+    return write_shard(folder / "0.tar", members).parent
+
+
+def test_keys_and_numbers_are_read_as_in_tables(image: bytes, tmp_path: Path) -> None:
+    labels: list[dict[str, object]] = [{"product": 4}, {"Product": 4.0, " BOX ": [1, 2, 20, 30]}, {"product": "4.0"}]
+    catalog = build(_write_labels(tmp_path / "s", image, labels), tmp_path / "c")
+    assert catalog.products.tolist() == ["4", "4", "4"]
+    assert [catalog.box(row) for row in range(3)] == [None, (1.0, 2.0, 20.0, 30.0), None]
+
+
+def test_keys_that_are_not_read_are_listed(image: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A box, split or product under another key would be ignored without a word."""
+    caplog.set_level(logging.INFO)
+    logging.getLogger("vpr").propagate = True
+    labels: list[dict[str, object]] = [
+        {"product": "a", "bbox": [1, 2, 20, 30], "Subset": "test"},
+        {"product": "b", "bbox": [1, 2, 20, 30], "price": 3},
+    ]
+    build(_write_labels(tmp_path / "s", image, labels), tmp_path / "c")
+    assert "keys of labels that are not read: bbox, Subset, price" in caplog.text
+    assert "key 'bbox' may hold boxes, which are not used: rename it to 'box'" in caplog.text
+    assert "key 'Subset' may hold splits, which are not used: rename it to 'split'" in caplog.text
+    assert "may hold products" not in caplog.text
+    build(_write_labels(tmp_path / "t", image, [{"sku": "a"}, {"sku": "b"}]), tmp_path / "d")
+    assert "key 'sku' may hold products, which are not used: rename it to 'product'" in caplog.text
 
 
 def test_labels_have_roles_and_splits_in_any_case_or_none(image: bytes, tmp_path: Path) -> None:

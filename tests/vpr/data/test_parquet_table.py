@@ -1,0 +1,97 @@
+"""Parquet tables whose small files would decode to large ones."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vpr.common.errors import UserError
+from vpr.data.parquet_table import read_parquet_rows
+
+_LONG = "x" * (1 << 20)
+_DENSE: dict[str, Any] = {"use_dictionary": False}
+_PREFIXES: dict[str, Any] = {"column_encoding": {"image": "DELTA_BYTE_ARRAY", "product": "PLAIN"}} | _DENSE
+_LENGTHS: dict[str, Any] = {"column_encoding": {"image": "DELTA_LENGTH_BYTE_ARRAY", "product": "PLAIN"}} | _DENSE
+
+_POOLS: list[pa.MemoryPool] = []  # kept, since arrays of an error's frames outlive the test
+
+
+def _write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    pq.write_table(pa.table(columns), path, compression="zstd", **options)
+    return path
+
+
+def _read(path: Path, columns: list[str]) -> tuple[str, int, int]:
+    """Return the error of reading a table, and the peaks of Arrow's and Python's memory in MiB."""
+    pool, default = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    _POOLS.append(pool)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as caught:
+            list(read_parquet_rows(path, columns))
+        return str(caught.value), pool.max_memory() >> 20, tracemalloc.get_traced_memory()[1] >> 20
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(default)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 16), (_DENSE, 16), (_LENGTHS, 16), (_PREFIXES, 80)],
+    ids=["dict", "plain", "len", "prefix"],
+)
+def test_small_file_of_long_texts_takes_little_memory(tmp_path: Path, options: dict[str, Any], most: int) -> None:
+    """64 texts of a megabyte; a batch of prefixes has at most 64 times the size of their column."""
+    path = _write(tmp_path / "t.parquet", {"image": [_LONG] * 64, "product": ["a", "b"] * 32}, **options)
+    error, arrow, python = _read(path, ["image", "product"])
+    assert error.startswith(f"{path}: ")
+    assert error.endswith(f"too many for a file of {path.stat().st_size} bytes. Write it as CSV.")
+    assert arrow <= most
+    assert python <= 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": ["a", "y" * (5 << 20)]}, "row 2: 'image' has more than 1048576 characters. Write the row again."),
+        ({"image": ["a", "y" * (40 << 20)]}, "row group 0 has .* bytes, too many"),
+        ({"image": ["a"], "bbox": [[1.0] * 8_000_000]}, "row group 0 has .* bytes, too many"),
+        ({"image": pa.array(["a"]).take(pa.array([0] * 1_100_000))}, "it has 1100000 rows, too many"),
+        ({"image": [b"a"]}, "column 'image' has the type binary. Write it as text, and a box as a list of numbers."),
+        ({"image": [{"a": 1}]}, "column 'image' has the type struct"),
+        ({"image": [["a"]]}, "column 'image' has the type list"),
+    ],
+)
+def test_large_and_strange_columns_are_rejected(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    path = _write(tmp_path / "t.parquet", columns)
+    with pytest.raises(UserError, match=message):
+        list(read_parquet_rows(path, list(columns)))
+
+
+@pytest.mark.parametrize("options", [{}, _DENSE, {"row_group_size": 700}], ids=["dict", "plain", "groups"])
+def test_values_equal_those_of_pyarrow(tmp_path: Path, options: dict[str, Any]) -> None:
+    count = 2500
+    columns: dict[str, Any] = {
+        "image": [f"é/{row}.jpg" for row in range(count)],
+        "product": pa.array([None if row % 9 == 0 else f"p{row % 50}" for row in range(count)], pa.large_string()),
+        "category": pa.array([f"c{row // 100}" for row in range(count)]).dictionary_encode(),
+        "number": [row if row % 7 else None for row in range(count)],
+        "bbox": [None if row % 3 else [1.0, 2.0, 3.0, row] for row in range(count)],
+    }
+    path = _write(tmp_path / "t.parquet", columns, **options)
+    rows = list(read_parquet_rows(path, list(columns)))
+    assert [number for number, _ in rows] == list(range(1, count + 1))
+    assert [values for _, values in rows] == pa.table(columns).to_pylist()
+
+
+def test_long_rows_of_a_large_file_are_read(tmp_path: Path) -> None:
+    """A batch of long texts that fits the file is decoded row by row."""
+    texts = [f"{row:020}" * 30_000 for row in range(40)]
+    path = _write(tmp_path / "t.parquet", {"image": texts}, **_DENSE)
+    assert [values["image"] for _, values in read_parquet_rows(path, ["image"])] == texts
