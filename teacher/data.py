@@ -234,8 +234,10 @@ def _check_own_queries(
             own = set(image_keys(labelled.select(split, "query").table)) if split not in division.drawn else set()
             if not own or own & set(image_keys(joined.select(split, "query").table)):
                 continue
-            image, other, kind = next(repeat for repeat in dropped if sha256[repeat[0]] in own)
-            problem = f"none of its {len(own)} {split} queries is left, such as {image} ({kind}: {other})"
+            examples = (
+                f", such as {image} ({kind}: {other})" for image, other, kind in dropped if sha256[image] in own
+            )
+            problem = f"none of its {len(own)} {split} queries is left{next(examples, '')}"
             raise UserError(
                 f"{path}: {problem}. Correct its {split} rows, or leave out the source that contradicts them."
             )
