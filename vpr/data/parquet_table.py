@@ -63,7 +63,7 @@ def read_parquet_rows(table: Path, columns: list[str]) -> Iterator[tuple[int, di
                 raise _too_large(table, f"{number + len(batch)} rows have {total} bytes of text")
             step = 1 if count > _BATCH_BYTES else max(1, len(batch))
             for start in range(0, len(batch), step):
-                for values in batch.slice(start, step).to_pylist():
+                for values in _to_rows(batch.slice(start, step)):
                     number += 1
                     yield number, values
 
@@ -93,6 +93,12 @@ def _plan(
     names = [name for name in texts if name not in deltas]
     # The rows of a batch are as long as their column chunk at most, unless they repeat an entry of a dictionary.
     return names, _BATCH_ROWS if len(names) == len(texts) else max(1, min(_BATCH_ROWS, 4 * _BATCH_BYTES // largest))
+
+
+def _to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the values of each row; dictionaries are decoded first, since Arrow converts their entries slowly."""
+    arrays = [cells.dictionary_decode() if isinstance(cells, pa.DictionaryArray) else cells for cells in batch.columns]
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names).to_pylist()
 
 
 def _column_of(path: str, columns: Sequence[str]) -> str:
