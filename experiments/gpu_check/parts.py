@@ -124,12 +124,14 @@ def measure_runtime(backend: str, is_rehearsal: bool) -> Iterator[Results]:
 
 
 def _build_engine(graph: Path, output: Path, backend: str) -> Path:
-    from export.config import EngineConfig
+    from export.config import CURRENT_TARGET, EngineConfig
     from export.tensorrt.build import build_engine
 
     try:
         builder: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
-        return build_engine(EngineConfig(str(graph), str(output), builder, opt_batch=32, max_batch=max(BATCHES)))
+        target = CURRENT_TARGET  # the default targets lack some GPUs
+        config = EngineConfig(str(graph), str(output), builder, target, max_batch=max(BATCHES), batches=BATCHES)
+        return build_engine(config)
     except UserError as error:
         raise Skipped(str(error)) from None
 
@@ -151,4 +153,5 @@ PARTS = (
     Part("onnxruntime-cuda", 45, partial(measure_runtime, "onnxruntime-cuda"), runs_on_cpu=False),
     Part("tensorrt", 90, partial(measure_runtime, "tensorrt"), runs_on_cpu=False),
     Part("tensorrt-rtx", 60, partial(measure_runtime, "tensorrt-rtx"), runs_on_cpu=False),
+    Part("vit-b-compiled-latency", 120, partial(torch_latencies, "ViT-B-16", _COMPILED, BATCHES)),
 )

@@ -16,6 +16,7 @@ import torch
 from experiments.figures import Figure, Row
 from experiments.gpu_check.parts import PARTS, Part, Skipped
 from vpr.common.errors import UserError
+from vpr.common.gpus import read_clocks
 from vpr.common.log import configure_logging, get_logger
 
 log = get_logger(__name__)
@@ -43,17 +44,33 @@ def run_parts(names: Sequence[str], seconds: float, is_rehearsal: bool, keep: Ke
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports PyTorch once
     start, outcomes = time.monotonic(), list[Row]()
+    clocks = ""
+
+    def keep_with_clocks(figures: list[Figure], tables: dict[str, list[Row]]) -> None:
+        nonlocal clocks
+        clocks = describe_clocks(read_clocks())  # while the GPU is busy
+        keep(figures, tables)
+
     for part in (part for part in PARTS if not names or part.name in names):
-        began = time.monotonic()
+        began, clocks = time.monotonic(), ""
         left = seconds - (began - start)
         if reason := _reason_to_skip(part, left, is_rehearsal):
             outcome = f"skipped: {reason}"
         else:
-            outcome = _run_part(context, part, min(part.seconds, left), is_rehearsal, keep)
-        outcomes.append({"part": part.name, "seconds": f"{time.monotonic() - began:.0f}", "outcome": outcome})
+            outcome = _run_part(context, part, min(part.seconds, left), is_rehearsal, keep_with_clocks)
+        seconds_taken = f"{time.monotonic() - began:.0f}"
+        outcomes.append({"part": part.name, "seconds": seconds_taken, "outcome": outcome, "clock": clocks})
         log.info(f"{part.name}: {outcome}")
         keep([], {"gpu-check": outcomes})
     return outcomes
+
+
+def describe_clocks(state: dict[str, Any]) -> str:
+    """Return the SM clock and what slows it down in words; empty where NVML does not report them."""
+    if "sm_clock_mhz" not in state:
+        return ""
+    text = f"{state['sm_clock_mhz']} of {state.get('max_sm_clock_mhz', '?')} MHz"
+    return ", ".join([text, *state.get("throttled", ())])
 
 
 def _reason_to_skip(part: Part, left: float, is_rehearsal: bool) -> str | None:
