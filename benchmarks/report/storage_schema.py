@@ -76,6 +76,7 @@ class Storage(Part):
     split: str
     queries: int
     products: int
+    leave_one_out: bool = Field(False, description="whether queries are gallery images and search all others")
     threads: int
     galleries: list[StoredGallery]
     rows: list[StorageRow]

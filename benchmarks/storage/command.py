@@ -16,7 +16,7 @@ from benchmarks.report.storage_schema import Storage, StorageDecision, StorageRo
 from benchmarks.report.tables import STORAGE_HEADINGS, describe_storage, storage_cells
 from benchmarks.storage.choose import choose_setting, rule_out
 from benchmarks.storage.distractor_folder import embed_distractors
-from benchmarks.storage.gallery import StorageData, find_file, grow_gallery, read_data
+from benchmarks.storage.gallery import StorageData, find_file, find_rows, grow_gallery, read_data
 from benchmarks.storage.measure import Measured, list_settings, measure_settings, search_exactly
 from export.backends.registry import default_threads
 from vpr.artifacts.stage import Stage
@@ -26,6 +26,7 @@ from vpr.common.errors import CheckFailed
 from vpr.common.log import get_logger
 from vpr.data.seen import count_seen, hash_products, read_seen
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
+from vpr.retrieval.self_search import self_search_values
 from vpr.retrieval.vector_index import StorageSetting
 
 log = get_logger(__name__)
@@ -54,7 +55,7 @@ def measure_storage(config: StorageConfig) -> Path:
     reference = load_embeddings(config.reference) if config.reference else embeddings
     parents = [embeddings.artifact.as_parent("embeddings"), embeddings.model]
     parents += [reference.artifact.as_parent("reference")] if config.reference else []
-    values = config_to_json(config)
+    values = config_to_json(config) | self_search_values(find_rows(config, embeddings))
     config = embed_distractors(config, embeddings, reference)
     for key in ("distractors", "reference_distractors"):
         if path := getattr(config, key):
@@ -64,7 +65,8 @@ def measure_storage(config: StorageConfig) -> Path:
         storage = Storage.model_validate_json(artifact.file(FILE).read_bytes())
         return _finish(stage.path, storage)
     data = read_data(config, embeddings, reference)
-    settings = list_settings(config, embeddings.vectors.shape[1], len(data.model.training))
+    width, training = embeddings.vectors.shape[1], len(data.model.training)
+    settings = list_settings(config, width, training, data.own is not None)
     seen = count_seen(read_seen(embeddings.artifact), hash_products(data.query_products.tolist()))
     log_seen(embeddings.model.name, seen)
     if data.left_out:
@@ -133,6 +135,7 @@ def _to_storage(
         split=config.split,
         queries=len(products),
         products=len(np.unique(products)),
+        leave_one_out=data.own is not None,
         threads=config.threads or default_threads(),
         galleries=[result.gallery for result in results],
         rows=[row for result in results for row in result.rows],
