@@ -125,6 +125,13 @@ def self_search_values(found: SearchRows) -> dict[str, str]:
     return {"queries_search": "leave-one-out"}
 
 
+def find_own_images(part: Catalog) -> NDArray[np.bool_]:
+    """Return which gallery images have the content and the product of a query, (queries, gallery) bool."""
+    codes: dict[ContentKey, int] = {}
+    rows = np.array([codes.setdefault(key, len(codes)) for key in content_keys(part)], dtype=np.int64)
+    return rows[part.roles == "query", None] == rows[part.roles == "gallery"]
+
+
 ContentKey = tuple[str, str, str]
 _ROLES = ("query", "gallery")
 
