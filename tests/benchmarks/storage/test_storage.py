@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.config import StorageConfig
+from benchmarks.recall.seen_marks import LEARNED_REASON
 from benchmarks.report.build import read_storage
-from benchmarks.report.render import draw_html, draw_markdown
+from benchmarks.report.render import draw_html, draw_markdown, draw_storage_table
 from benchmarks.report.schema import Report
 from benchmarks.report.storage_schema import Storage
 from benchmarks.storage.choose import choose_setting, order_candidates, rule_out
@@ -31,6 +32,7 @@ from experiments.gallery.synthetic_embeddings import SyntheticProducts, write_sy
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import CheckFailed, UserError
 from vpr.data.catalog import SCHEMA, Catalog
+from vpr.data.seen import seen_in
 from vpr.retrieval.embeddings import load_embeddings, write_embeddings
 from vpr.retrieval.vector_index import StorageSetting, build_index
 
@@ -145,6 +147,25 @@ def test_images_in_both_roles_are_scored_without_themselves(
     assert load_artifact(path).card.config["queries_search"] == "leave-one-out"
 
 
+def test_seen_products_are_marked_with_the_table(
+    vectors: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note is printed, stored and in both Markdown tables; files without counts still load."""
+    table = pq.read_table(load_artifact(vectors).file("rows.parquet"))
+    rows = Catalog(table, Path())
+    trained = rows.take(np.flatnonzero((rows.products == "test-0") | (rows.products == "test-1")))
+    monkeypatch.setattr("benchmarks.storage.command.read_seen", lambda artifact: seen_in(trained, "training"))
+    path = measure_storage(settings(vectors, tmp_path / "storage", dims=(16,), formats=("int8",)))
+    storage, note = read(path), f"seen: 2 of 20 products in training: {LEARNED_REASON}"
+    assert storage.seen is not None
+    assert storage.seen.seen_products["training"] == 2
+    assert note in capsys.readouterr().out
+    assert note in (path / "storage.md").read_text(encoding="utf-8")
+    older = storage.to_json()
+    del older["seen"]
+    assert not any("seen" in line for line in draw_storage_table(Storage.model_validate(older)))
+
+
 def test_graphs_that_link_the_queries_are_rejected(doubled: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="indexes: hnsw links each query's own image .* Leave hnsw out of --indexes"):
         measure_storage(settings(doubled, tmp_path / "storage", sizes=(500,), indexes=("flat", "hnsw")))
@@ -159,6 +180,8 @@ def test_report_draws_the_storage(report_values: dict, vectors: str, tmp_path: P
     config = settings(vectors, tmp_path / "storage", sizes=(200, 400), max_recall_drop=0.3, confidence=0.9)
     measure_storage(config)
     storage = read_storage(load_artifact(tmp_path / "storage", "report"))
+    assert storage.seen is not None
+    storage.seen.learned = "seen: 9 of 80 products in training"
     report = Report.model_validate({**report_values, "storages": [storage.to_json()]})
     page, text = draw_html(report), draw_markdown(report)
     plain = Report.model_validate({**report_values, "storages": []})
@@ -166,6 +189,7 @@ def test_report_draws_the_storage(report_values: dict, vectors: str, tmp_path: P
     for part in (page, text):
         assert "Storage of synthetic-0-model: 80 queries of 20 products" in part
         assert "400 vectors: " in part
+        assert f"seen: 9 of 80 products in training: {LEARNED_REASON}" in part
         assert part.count("8 dimensions (pca) int8 flat") >= 2
 
 
