@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from export.config import MAX_BATCH, ServingConfig, check_model_name
 from export.golden import copy_golden, has_golden
@@ -26,6 +27,7 @@ from vpr.inference.onnx_graph import load_graph
 from vpr.inference.onnx_session import add_weights
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search
+from vpr.retrieval.self_search import ContentKey, content_keys
 
 log = get_logger(__name__)
 
@@ -78,7 +80,8 @@ def export_serving(config: ServingConfig) -> Path:
         draft.metrics = {"max_batch": scheduling.max_batch, "gallery": images, "index_top10_overlap": overlap}
         if graph is not None:
             draft.metrics |= {"opset": opset_of(graph), "ir_version": graph.ir_version, "runtime": OLDEST_RUNTIME}
-    quality = "exact" if overlap is None else f"top-10 overlap with exact search {overlap:.3f}"
+    quality = f"top-10 overlap with exact search {overlap:.3f}" if overlap is not None else "overlap not measured"
+    quality = "exact" if config.index == "flat" else quality
     log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches up to {scheduling.max_batch}")
     log.info(f"{config.output}: {images} gallery images, {config.index} index, {quality}")
     return stage.path
@@ -185,7 +188,7 @@ def _write_ensemble(
 
 
 def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, float | None]:
-    """Write vectors, rows and index; return the number of images, and for ``hnsw`` the overlap with exact search."""
+    """Write vectors, rows and index; return the number of images, and for ``hnsw`` the overlap if it is measured."""
     import faiss
 
     rows = gallery.rows_with_role("gallery")
@@ -196,18 +199,47 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
     folder.mkdir()
     np.save(folder / "vectors.npy", vectors, allow_pickle=False)
     pq.write_table(table.add_column(0, "id", pa.array(np.arange(len(rows)))), folder / "rows.parquet")
-    index: Any = faiss.IndexFlatIP(vectors.shape[1])
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(vectors.shape[1], _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-    index.add(vectors)
-    faiss.write_index(index, str(folder / "index.faiss"))
+    index: Any = faiss.IndexFlatIP(vectors.shape[1]) if kind == "flat" else _link(vectors)
     if kind == "flat":
-        return len(rows), None
-    queries = gallery.rows_with_role("query")
-    queries = queries[np.linspace(0, len(queries) - 1, min(len(queries), _MAX_QUERIES)).astype(int)]
+        index.add(vectors)
+    faiss.write_index(index, str(folder / "index.faiss"))
+    return len(rows), None if kind == "flat" else _measure_overlap(gallery, rows, vectors, index)
+
+
+def _link(vectors: NDArray[np.float32]) -> Any:
+    """Return an HNSW index of (n, dim) vectors."""
+    import faiss
+
+    index = faiss.IndexHNSWFlat(vectors.shape[1], _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.add(vectors)
+    return index
+
+
+def _measure_overlap(
+    gallery: Embeddings, rows: NDArray[np.int64], vectors: NDArray[np.float32], index: Any
+) -> float | None:
+    """Return the overlap of an HNSW index of the ``rows``, (n, dim) vectors, with exact search.
+
+    An image in the index finds itself and its neighbours by its links. So queries are other images. If there are none,
+    a sample of the images queries an index of the others; None for a gallery of a single content.
+    """
+    codes: dict[ContentKey, int] = {}
+    contents = np.array([codes.setdefault(key, len(codes)) for key in content_keys(gallery.read_rows())])
+    queries = np.flatnonzero((gallery.roles == "query") & ~np.isin(contents, contents[rows]))
+    limit = _MAX_QUERIES
+    if not len(queries):
+        queries = rows[np.unique(contents[rows], return_index=True)[1]]
+        limit = min(limit, len(queries) // 2)
+        if not limit:
+            return None
+    queries = queries[np.linspace(0, len(queries) - 1, min(len(queries), limit)).astype(int)]
+    is_searched = ~np.isin(contents[rows], contents[queries])
+    if not is_searched.all():
+        vectors = vectors[is_searched]
+        index = _link(vectors)
     count = min(10, len(vectors))
     exact = search(gallery.vectors[queries], vectors, count)[1]
-    return len(rows), mean_overlap(exact, index.search(gallery.vectors[queries], count)[1])
+    return mean_overlap(exact, index.search(gallery.vectors[queries], count)[1])
 
 
 def _render_readme(

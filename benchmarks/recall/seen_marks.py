@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from benchmarks.report import schema
 from vpr.common.log import get_logger
-from vpr.data.seen import SeenCounts
+from vpr.data.seen import SeenCounts, describe_unrecorded
 
 log = get_logger(__name__)
 
@@ -20,14 +20,24 @@ def log_seen(name: str, seen: SeenCounts) -> None:
         log.info(f"{name}: {mark}")
 
 
+def to_counts(seen: SeenCounts) -> schema.SeenCounts:
+    """Return the counts and their marks as reports store them."""
+    return schema.SeenCounts(**asdict(seen), learned=seen.learned, selected=seen.selected)
+
+
+def seen_notes(seen: schema.SeenCounts | None) -> list[str]:
+    """Return each mark with the reason for it; empty if the model has seen nothing, or if no counts are stored."""
+    if seen is None:
+        return []
+    marks = ((seen.learned, LEARNED_REASON), (seen.selected, SELECTED_REASON))
+    notes = [f"{mark}: {reason}" for mark, reason in marks if mark]
+    return [*notes, *filter(None, [describe_unrecorded(seen.unknown)])]
+
+
 def add_seen(row: schema.Row, seen: SeenCounts) -> None:
     """Add the counts to a row, and each mark to its notes with the reason for it."""
-    row.seen = schema.SeenCounts(**asdict(seen), learned=seen.learned, selected=seen.selected)
+    row.seen = to_counts(seen)
     if row.recall_at_1 is None:
         return
-    if seen.learned:
-        row.add_note(f"{seen.learned}: {LEARNED_REASON}")
-    if seen.selected:
-        row.add_note(f"{seen.selected}: {SELECTED_REASON}")
-    if seen.unrecorded:
-        row.add_note(seen.unrecorded)
+    for note in seen_notes(row.seen):
+        row.add_note(note)

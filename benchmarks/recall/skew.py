@@ -19,14 +19,14 @@ from benchmarks.config import SkewConfig
 from benchmarks.recall.measure import hits_by_product
 from benchmarks.recall.paired_drop import compute_recall_drop
 from benchmarks.recall.queries import ScoredPart, choose_queries
-from benchmarks.recall.seen_marks import log_seen
+from benchmarks.recall.seen_marks import log_seen, seen_notes, to_counts
 from benchmarks.report.schema import Skew, SkewRow
 from benchmarks.report.tables import SKEW_HEADINGS, skew_cells
 from export.backends.registry import MODEL_KINDS, BackendUnavailable, Model, default_threads, models_of
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import config_to_json
-from vpr.common.errors import UserError, nearest_names
+from vpr.common.errors import UserError, nearest_names, printable
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
 from vpr.data.seen import count_seen, hash_catalog, read_seen
@@ -61,7 +61,6 @@ def measure_skew(config: SkewConfig) -> Path:
     log_seen(artifact.card.name, seen)
     model, forward = _open(artifact)
     rows = score_pipelines(part, model.preprocess, forward, pipelines, config.seed)
-    print_rows(rows)
     from benchmarks.report.charts import draw_skew  # loads matplotlib
 
     queries = part.catalog.products[part.catalog.roles == "query"]
@@ -72,8 +71,10 @@ def measure_skew(config: SkewConfig) -> Path:
         queries=len(queries),
         products=len(np.unique(queries)),
         skipped=part.skipped,
+        seen=to_counts(seen),
         rows=rows,
     )
+    print_rows(skew)
     with stage.write() as draft:
         draft.catalog, draft.metrics = catalog.summary(), {"seen": asdict(seen)}
         (draft.path / "skew.json").write_text(json.dumps(skew.to_json(), indent=1), encoding="utf-8")
@@ -128,12 +129,15 @@ def score_pipelines(
     return _adjust(rows)
 
 
-def print_rows(rows: list[SkewRow]) -> None:
-    """Print a table; a star marks a change of recall@1 beyond noise."""
+def print_rows(skew: Skew) -> None:
+    """Print a table and what the model has seen; a star marks a change of recall@1 beyond noise."""
     table = Table(*map(escape, SKEW_HEADINGS), box=None)
-    for row in rows:
+    for row in skew.rows:
         table.add_row(*map(escape, skew_cells(row)))
-    Console(width=max(100, Console().width)).print(table)
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    for note in seen_notes(skew.seen):
+        console.print(escape(printable(note)), soft_wrap=True)
 
 
 class _QueryEmbedder:

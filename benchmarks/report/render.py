@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recall.seen_marks import seen_notes
 from benchmarks.report import charts
+from benchmarks.report.part import SeenCounts
 from benchmarks.report.recommendation import build_verdict, collect_notes, describe_conditions, recommend
 from benchmarks.report.rivals import compare_rivals
 from benchmarks.report.schema import Report, Row
@@ -51,6 +53,7 @@ def draw_markdown(report: Report) -> str:
     for skew in report.skews:
         lines += ["", f"## {_escape_markdown(describe_skew(skew))}", "", markdown_line(SKEW_HEADINGS)]
         lines += ["|" + "---|" * len(SKEW_HEADINGS), *[markdown_line(skew_cells(row)) for row in skew.rows]]
+        lines += _draw_seen(skew.seen)
     for storage in report.storages:
         lines += ["", f"## {_escape_markdown(describe_storage(storage))}", "", *draw_storage_table(storage)]
     if notes := collect_notes(report.rows):
@@ -63,7 +66,14 @@ def draw_storage_table(storage: Storage) -> list[str]:
     """Return the lines of the statements and the table of storage settings as Markdown."""
     lines = [_escape_markdown(f"- {decision.size:,} vectors: {decision.outcome}") for decision in storage.decisions]
     lines += ["", markdown_line(STORAGE_HEADINGS), "|" + "---|" * len(STORAGE_HEADINGS)]
-    return [*lines, *[markdown_line(storage_cells(row)) for row in storage.rows]]
+    lines += [markdown_line(storage_cells(row)) for row in storage.rows]
+    return [*lines, *_draw_seen(storage.seen)]
+
+
+def _draw_seen(seen: SeenCounts | None) -> list[str]:
+    """Return the lines after a table that mark what its model has seen."""
+    notes = [f"- {_escape_markdown(note)}" for note in seen_notes(seen)]
+    return ["", *notes] if notes else []
 
 
 def draw_html(report: Report) -> str:
@@ -97,6 +107,7 @@ def draw_html(report: Report) -> str:
                 "title": describe_skew(skew),
                 "chart": Markup(charts.draw_skew(skew)),
                 "rows": list(map(skew_cells, skew.rows)),
+                "notes": seen_notes(skew.seen),
             }
             for skew in report.skews
         ],
@@ -107,6 +118,7 @@ def draw_html(report: Report) -> str:
                 "statements": [f"{decision.size:,} vectors: {decision.outcome}" for decision in storage.decisions],
                 "charts": [Markup(charts.draw_storage(storage, gallery.size)) for gallery in storage.galleries],
                 "rows": list(map(storage_cells, storage.rows)),
+                "notes": seen_notes(storage.seen),
             }
             for storage in report.storages
         ],

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from benchmarks.report.part import Interval, Part
+from benchmarks.report.part import Interval, Part, SeenCounts
 from benchmarks.report.storage_schema import Storage
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import load_artifact
@@ -119,18 +119,6 @@ class Changed(Part):
     queries: int = Field(ge=0)
     right: int = Field(ge=0, description="queries that this model corrects")
     wrong: int = Field(ge=0, description="queries that this model breaks")
-
-
-class SeenCounts(Part):
-    """Scored products and images that a model, or a model it comes from, has seen, by use."""
-
-    products: int = Field(ge=0, description="number of scored products")
-    images: int = Field(ge=0, description="number of scored images of different content")
-    seen_products: dict[str, int] = Field(description="number seen in training, distillation, calibration, selection")
-    seen_images: dict[str, int] = Field(description="images of the same content seen, by use")
-    unknown: list[str] = Field(description="models it comes from that have no record; more may have been seen")
-    learned: str = Field(description="mark of what was learned or calibrated on; empty if nothing was")
-    selected: str = Field(description="mark of what the epoch, weights or layers were chosen on; empty if nothing was")
 
 
 class Row(Part):
@@ -346,6 +334,7 @@ class Skew(Part):
     queries: int
     products: int
     skipped: int
+    seen: SeenCounts | None = Field(None, description="what the model has seen of the scored data")
     rows: list[SkewRow]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from benchmarks.report.part import Interval, Part
+from benchmarks.report.part import Interval, Part, SeenCounts
 from vpr.retrieval.config import IndexKind, Reduction, Rescoring, VectorFormat
 
 
@@ -76,6 +76,8 @@ class Storage(Part):
     split: str
     queries: int
     products: int
+    leave_one_out: bool = Field(False, description="whether queries are gallery images and search all others")
+    seen: SeenCounts | None = Field(None, description="what the model has seen of the scored and validation products")
     threads: int
     galleries: list[StoredGallery]
     rows: list[StorageRow]

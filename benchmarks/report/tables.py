@@ -48,7 +48,8 @@ def storage_cells(row: StorageRow) -> list[str]:
 def describe_storage(storage: Storage) -> str:
     """Return the title of the table of storage settings."""
     compared = "" if storage.reference == storage.model else f", against {storage.reference}"
-    return f"Storage of {storage.model}{compared}: {storage.queries} queries of {storage.products} products"
+    others = " (leave-one-out)" if storage.leave_one_out else ""
+    return f"Storage of {storage.model}{compared}: {storage.queries} queries of {storage.products} products{others}"
 
 
 @dataclass(frozen=True)

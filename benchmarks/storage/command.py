@@ -11,21 +11,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.config import StorageConfig
-from benchmarks.recall.seen_marks import log_seen
+from benchmarks.recall.seen_marks import log_seen, seen_notes, to_counts
+from benchmarks.report.part import SeenCounts
 from benchmarks.report.storage_schema import Storage, StorageDecision, StorageRow, StoredGallery
 from benchmarks.report.tables import STORAGE_HEADINGS, describe_storage, storage_cells
 from benchmarks.storage.choose import choose_setting, rule_out
 from benchmarks.storage.distractor_folder import embed_distractors
-from benchmarks.storage.gallery import StorageData, find_file, grow_gallery, read_data
+from benchmarks.storage.gallery import StorageData, find_file, find_rows, grow_gallery, read_data
 from benchmarks.storage.measure import Measured, list_settings, measure_settings, search_exactly
 from export.backends.registry import default_threads
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import file_sha256
 from vpr.artifacts.writer import config_to_json
-from vpr.common.errors import CheckFailed
+from vpr.common.errors import CheckFailed, printable
 from vpr.common.log import get_logger
 from vpr.data.seen import count_seen, hash_products, read_seen
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
+from vpr.retrieval.self_search import self_search_values
 from vpr.retrieval.vector_index import StorageSetting
 
 log = get_logger(__name__)
@@ -54,7 +56,7 @@ def measure_storage(config: StorageConfig) -> Path:
     reference = load_embeddings(config.reference) if config.reference else embeddings
     parents = [embeddings.artifact.as_parent("embeddings"), embeddings.model]
     parents += [reference.artifact.as_parent("reference")] if config.reference else []
-    values = config_to_json(config)
+    values = config_to_json(config) | self_search_values(find_rows(config, embeddings))
     config = embed_distractors(config, embeddings, reference)
     for key in ("distractors", "reference_distractors"):
         if path := getattr(config, key):
@@ -64,13 +66,14 @@ def measure_storage(config: StorageConfig) -> Path:
         storage = Storage.model_validate_json(artifact.file(FILE).read_bytes())
         return _finish(stage.path, storage)
     data = read_data(config, embeddings, reference)
-    settings = list_settings(config, embeddings.vectors.shape[1], len(data.model.training))
+    width, training = embeddings.vectors.shape[1], len(data.model.training)
+    settings = list_settings(config, width, training, data.own is not None)
     seen = count_seen(read_seen(embeddings.artifact), hash_products(data.query_products.tolist()))
     log_seen(embeddings.model.name, seen)
     if data.left_out:
         log.info(f"{data.left_out} distractors are of scored products or images and were left out")
     results = list(measure_sizes(config, settings, data))
-    storage = _to_storage(config, data, results, embeddings, reference)
+    storage = _to_storage(config, data, results, embeddings, reference, to_counts(seen))
     from benchmarks.report.charts import draw_storage  # loads matplotlib, so only after the timing
     from benchmarks.report.render import draw_storage_table
 
@@ -123,7 +126,12 @@ def _by_bytes(row: StorageRow) -> tuple[float, str]:
 
 
 def _to_storage(
-    config: StorageConfig, data: StorageData, results: list[SizeResult], embeddings: Embeddings, reference: Embeddings
+    config: StorageConfig,
+    data: StorageData,
+    results: list[SizeResult],
+    embeddings: Embeddings,
+    reference: Embeddings,
+    seen: SeenCounts,
 ) -> Storage:
     products = data.query_products[~data.is_choice]
     return Storage(
@@ -133,6 +141,8 @@ def _to_storage(
         split=config.split,
         queries=len(products),
         products=len(np.unique(products)),
+        seen=seen,
+        leave_one_out=data.own is not None,
         threads=config.threads or default_threads(),
         galleries=[result.gallery for result in results],
         rows=[row for result in results for row in result.rows],
@@ -141,12 +151,15 @@ def _to_storage(
 
 
 def print_rows(storage: Storage) -> None:
-    """Print the table; the setting that is chosen for a size is marked."""
+    """Print the table and what the model has seen; the setting that is chosen for a size is marked."""
     table = Table(*map(escape, STORAGE_HEADINGS), box=None)
     for row in storage.rows:
         chosen = storage.chosen(row.size) is row
         table.add_row(*map(escape, storage_cells(row)), style="bold" if chosen else "")
-    Console(width=max(140, Console().width)).print(table)
+    console = Console(width=max(140, Console().width))
+    console.print(table)
+    for note in seen_notes(storage.seen):
+        console.print(escape(printable(note)), soft_wrap=True)
 
 
 def log_row(row: StorageRow) -> None:

@@ -14,6 +14,7 @@ from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import Embeddings, l2_normalize, load_embeddings
 from vpr.retrieval.intervals import Ids
 from vpr.retrieval.search import search
+from vpr.retrieval.self_search import SearchRows, find_search_rows
 from vpr.retrieval.vector_index import check_vectors
 
 Vectors = NDArray[np.float32]
@@ -54,6 +55,8 @@ class StorageData:
         query_products: (q,) product ids.
         is_choice: (q,) bool, whether a query is of the validation split.
         left_out: Distractors that were left out, because their product or an image of the same bytes is scored.
+        own: (q,) row of each query's own image among the gallery images, which is no result, or -1 if it is not one of
+            them; None if no query is.
     """
 
     model: ModelVectors
@@ -64,6 +67,7 @@ class StorageData:
     query_products: Ids
     is_choice: NDArray[np.bool_]
     left_out: int
+    own: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,22 @@ class Gallery:
     synthetic: int
 
 
+def find_rows(config: StorageConfig, embeddings: Embeddings) -> SearchRows:
+    """Return the rows of the queries and of the gallery, of the scored split and with a budget of the validation split.
+
+    Raises:
+        UserError: A split is missing, or its queries are its gallery and no product has two images.
+    """
+    used = {config.split, *([CHOICE_SPLIT] if config.max_recall_drop is not None else [])}
+    rows = embeddings.read_rows()
+    splits = np.array([split or "" for split in rows.table["split"].to_pylist()], dtype=np.str_)
+    is_query = rows.roles == "query"
+    for split in sorted(used - set(splits[is_query].tolist())):
+        available = ", ".join(sorted(set(splits[is_query].tolist()))) or "none"
+        raise UserError(f"split: {config.embeddings} has no queries in split '{split}', but in: {available}.")
+    return find_search_rows(rows, used, used)
+
+
 def read_data(config: StorageConfig, embeddings: Embeddings, reference: Embeddings) -> StorageData:
     """Select the vectors of both models, and at most ``config.queries`` random queries of each split.
 
@@ -85,11 +105,9 @@ def read_data(config: StorageConfig, embeddings: Embeddings, reference: Embeddin
     """
     splits = _read_column(embeddings, "split")
     training = np.flatnonzero(splits == "train")
-    used = splits == config.split
-    if config.max_recall_drop is not None:
-        used |= splits == CHOICE_SPLIT
-    gallery = np.flatnonzero(used & (embeddings.roles == "gallery"))
-    queries = _draw_queries(config, embeddings, splits)
+    found = find_rows(config, embeddings)
+    drawn = _draw_queries(config, splits[found.queries])
+    gallery, queries = found.gallery, found.queries[drawn]
     path = embeddings.artifact.path
     if not len(training):
         raise UserError(f"{path}: no images of the training split, which formats are fitted on. Embed all splits.")
@@ -121,6 +139,7 @@ def read_data(config: StorageConfig, embeddings: Embeddings, reference: Embeddin
         embeddings.products[queries],
         splits[queries] == CHOICE_SPLIT,
         int((~kept).sum()),
+        None if found.own is None else found.own[drawn],
     )
 
 
@@ -177,16 +196,11 @@ def _read_column(embeddings: Embeddings, name: str) -> NDArray[np.str_]:
         return np.array([value or "" for value in column.to_pylist()], dtype=np.str_)
 
 
-def _draw_queries(config: StorageConfig, embeddings: Embeddings, splits: NDArray[np.str_]) -> Rows:
-    """Return the rows of the queries of the scored split, and with a budget of the validation split."""
+def _draw_queries(config: StorageConfig, splits: NDArray[np.str_]) -> Rows:
+    """Return which queries search, at most ``config.queries`` of each split; ``splits`` are those of all queries."""
     rng, drawn = np.random.default_rng(config.seed), []
-    is_query = embeddings.roles == "query"
     for split in (config.split, *([CHOICE_SPLIT] if config.max_recall_drop is not None else [])):
-        rows = np.flatnonzero(is_query & (splits == split))
-        if not len(rows):
-            available = ", ".join(sorted(set(splits[is_query]))) or "none"
-            raise UserError(f"split: {config.embeddings} has no queries in split '{split}', but in: {available}.")
-        drawn.append(rng.permutation(rows)[: config.queries])
+        drawn.append(rng.permutation(np.flatnonzero(splits == split))[: config.queries])
     return np.sort(np.concatenate(drawn))
 
 

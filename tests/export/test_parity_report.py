@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow as pa
 import pytest
 from onnx import numpy_helper
 
@@ -15,9 +16,11 @@ from export.int8 import export_int8
 from export.parity_report import compare_exports, compare_layers
 from export.to_onnx import export_onnx
 from student.model import load_student
+from tests.catalogs import write_catalog
 from tests.conftest import small_student
+from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
-from vpr.data.catalog import Catalog
+from vpr.data.catalog import SCHEMA, Catalog
 
 
 def _pixels(n: int) -> np.ndarray:
@@ -65,6 +68,25 @@ def test_command_compares_exports_and_skips_when_done(
     before = (tmp_path / "parity" / "card.json").stat().st_mtime_ns
     compare_exports(config)
     assert (tmp_path / "parity" / "card.json").stat().st_mtime_ns == before
+
+
+def test_images_in_both_roles_do_not_find_themselves(
+    each_student: Path, fp32: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranked similarities are those of a matrix product, without those of an image to itself."""
+    table = catalog.select(split="test").table
+    column = SCHEMA.get_field_index("role")
+    roles = (pa.array([role] * len(table), pa.string()) for role in ("gallery", "query"))
+    doubled = pa.concat_tables([table.set_column(column, SCHEMA.field("role"), role) for role in roles])
+    path = write_catalog(tmp_path / "c", Catalog(doubled.combine_chunks(), catalog.root))
+    ranked: list[np.ndarray] = []
+    monkeypatch.setattr("export.parity_report.rank_changes", lambda *scores: ranked.extend(scores) or {})
+    output = compare_exports(ParityConfig(str(each_student), (str(fp32),), str(path), str(tmp_path / "parity")))
+    assert load_artifact(output).card.config["queries_search"] == "leave-one-out"
+    for scores in ranked:
+        assert np.array_equal(np.isneginf(scores), np.eye(len(table), dtype=bool))
+        assert np.allclose(scores, scores.T, atol=1e-5)
+    assert len(ranked) == 2
 
 
 def test_export_of_another_student_is_rejected(fp32: Path, catalog: Catalog, tmp_path: Path) -> None:

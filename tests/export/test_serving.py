@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelIns
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.random_student import write_random_student
+from export import serving
 from export.config import EngineConfig, Int8Config, OnnxConfig, ServingConfig
 from export.int8 import export_int8
 from export.serving import export_serving
@@ -39,6 +41,7 @@ from vpr.data.catalog import Catalog
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import SearchConfig
 from vpr.retrieval.embeddings import load_embeddings, write_embeddings
+from vpr.retrieval.search import search
 from vpr.retrieval.search_command import search_gallery
 
 VERSION = "11.4.0.106"
@@ -188,6 +191,36 @@ def test_approximate_index_records_its_overlap(graph: Path, gallery: Path, tmp_p
     share = np.mean([np.isin(a, b).mean() for a, b in zip(exact, approximate, strict=True)])
     assert load_artifact(output, "serving").card.metrics["index_top10_overlap"] == pytest.approx(share, abs=0.02)
     assert share > 0.8
+
+
+def test_overlap_is_measured_with_images_that_the_index_lacks(gallery: Path) -> None:
+    """A gallery without queries gives them: they leave the index, whose links would lead to their neighbours."""
+    embeddings = load_embeddings(gallery)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(embeddings.roles), 24)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors.astype(np.float32)
+    rows = np.arange(len(vectors))
+    alone = replace(embeddings, vectors=vectors, roles=np.full(len(vectors), "gallery"))
+    index = serving._link(vectors)
+    searched: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def record(queries: np.ndarray, stored: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        searched.append((queries, stored))
+        return search(queries, stored, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "search", record)
+        overlap = serving._measure_overlap(alone, rows, vectors, index)
+        is_query = embeddings.roles == "query"
+        serving._measure_overlap(replace(embeddings, vectors=vectors), rows[~is_query], vectors[~is_query], index)
+    (queries, stored), (others, images) = searched
+    assert len(queries) == len(vectors) // 2
+    assert len(queries) + len(stored) == len(vectors)
+    assert (queries @ stored.T).max() < 0.999
+    assert overlap is not None
+    assert 0.8 < overlap <= 1
+    assert (len(others), len(images)) == (is_query.sum(), (~is_query).sum())
 
 
 def test_graph_configuration(graph: Path, gallery: Path, tmp_path: Path) -> None:

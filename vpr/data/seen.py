@@ -70,6 +70,11 @@ class Scored:
     images: NDArray[np.uint64]
 
 
+def describe_unrecorded(unknown: Sequence[str]) -> str:
+    """Return the mark of a model that comes from models without a record; empty if there are none."""
+    return f"seen products unknown: {', '.join(unknown)} has no record of them" if unknown else ""
+
+
 @dataclass(frozen=True)
 class SeenCounts:
     """Counts of scored products and images that a model has seen.
@@ -103,7 +108,7 @@ class SeenCounts:
     @property
     def unrecorded(self) -> str:
         """Mark of a model that is not known to have seen nothing; empty if all is recorded."""
-        return f"seen products unknown: {', '.join(self.unknown)} has no record of them" if self.unknown else ""
+        return describe_unrecorded(self.unknown)
 
     def _part(self, use: Use) -> str:
         """Return a use's products, or its images if they have other products; empty if it has neither."""

@@ -114,6 +114,12 @@ class Embeddings:
             raise UserError(f"{self.artifact.path}: the card names no model. Embed the catalogue again.")
         return models[0]
 
+    def read_rows(self) -> Catalog:
+        """Return image, box, checksum, product, role and split of each row, as a catalogue without a folder."""
+        columns = ["image", "box", "sha256", "product", "role", "split"]
+        with reraise_as_artifact_error(self.artifact):
+            return Catalog(pq.read_table(self.artifact.file("rows.parquet"), columns=columns), Path())
+
     def rows_with_role(self, role: str) -> NDArray[np.int64]:
         """Return the rows with a role, or all rows if no row has it."""
         rows = np.flatnonzero(self.roles == role)

@@ -19,6 +19,7 @@ Vectors = NDArray[np.float32]
 Scores = NDArray[np.float64]
 
 _FIRST_K = 16  # gallery images in which a second product is looked for first
+_TWO_PRODUCTS = "gallery: expected images of two products or more, to measure the margin. Add products."
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,32 @@ class BestProducts:
         return BestProducts(self.rows[used], self.similarity[used], self.margin[used])
 
 
-def find_best_products(queries: Vectors, gallery: Vectors, products: Ids) -> BestProducts:
+def find_best_products(queries: Vectors, gallery: Vectors, products: Ids, own: Rows | None = None) -> BestProducts:
     """Search (queries, dim) float32 vectors in a (gallery, dim) float32 gallery with (gallery,) product ids.
 
+    ``own`` is the (queries,) gallery row of each query's own image, which is no result of that query, or -1 for none.
+
     Raises:
-        UserError: The gallery has fewer than two products.
+        UserError: The gallery has fewer than two products, or one without a query's own image.
     """
     codes = np.unique(products, return_inverse=True)[1]
     if not len(codes) or codes.max() == 0:
-        raise UserError("gallery: expected images of two products or more, to measure the margin. Add products.")
+        raise UserError(_TWO_PRODUCTS)
     rows = np.zeros(len(queries), dtype=np.int64)
     best, second = np.zeros((2, len(queries)))
     pending, k = np.arange(len(queries)), min(_FIRST_K, len(gallery))
     while len(pending):
         scores, found = search(queries[pending], gallery, k)
-        is_other = codes[found] != codes[found[:, :1]]
+        is_result = np.ones(found.shape, dtype=bool) if own is None else found != own[pending, None]
+        first = is_result.argmax(axis=1)[:, None]
+        nearest = np.take_along_axis(found, first, axis=1)
+        is_other = is_result & (codes[found] != codes[nearest])
         complete = is_other.any(axis=1)
+        if k == len(gallery) and not complete.all():
+            raise UserError(_TWO_PRODUCTS)
         done, column = pending[complete], is_other[complete].argmax(axis=1)
-        rows[done], best[done] = found[complete, 0], scores[complete, 0]
+        rows[done] = nearest[complete, 0]
+        best[done] = np.take_along_axis(scores, first, axis=1)[complete, 0]
         second[done] = scores[complete, column]
         pending, k = pending[~complete], min(4 * k, len(gallery))
     return BestProducts(rows, best, best - second)

@@ -1,9 +1,13 @@
 """Exact nearest-neighbour search by inner product (cosine, for L2-normalised vectors)."""
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
+
+_Value = TypeVar("_Value", bound=np.generic)
 
 
 def check_k(k: int, gallery_size: int) -> None:
@@ -46,13 +50,24 @@ def search(
 def search_others(
     query_vectors: NDArray[np.float32], gallery_vectors: NDArray[np.float32], k: int, own: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Search like :func:`search` without each query's own image, the (queries,) gallery rows ``own``."""
+    """Search like :func:`search` without each query's own image, the (queries,) gallery rows ``own``.
+
+    A query that is not in the gallery has -1.
+    """
     check_k(k, len(gallery_vectors) - 1)
     scores, rows = search(query_vectors, gallery_vectors, k + 1)
-    is_other = rows != own[:, None]
-    is_other[is_other.all(axis=1), -1] = False  # the own image is not among the nearest
-    shape = (len(rows), k)
-    return scores[is_other].reshape(shape), rows[is_other].reshape(shape)
+    return drop_own(scores, rows, own), drop_own(rows, rows, own)
+
+
+def drop_own(values: NDArray[_Value], rows: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[_Value]:
+    """Return (queries, k - 1) of (queries, k) values of results without that of each query's own image.
+
+    ``rows`` are the (queries, k) gallery rows of the results, -1 for no result, and ``own`` the (queries,) rows of
+    the own images, -1 for none. Where the own image is not among the results, the last one is left out.
+    """
+    is_other = (rows != own[:, None]) | (own < 0)[:, None]
+    is_other[is_other.all(axis=1), -1] = False
+    return values[is_other].reshape(len(rows), rows.shape[1] - 1)
 
 
 def nearest_rows(similarities: NDArray[np.float32], k: int) -> NDArray[np.int64]:

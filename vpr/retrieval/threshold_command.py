@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpr.artifacts.card import Parent
@@ -25,7 +24,6 @@ from vpr.retrieval.open_set import (
     BestProducts,
     Division,
     Probability,
-    Rows,
     Scores,
     divide_products,
     find_best_products,
@@ -34,6 +32,7 @@ from vpr.retrieval.open_set import (
     probability_to_json,
     score_queries,
 )
+from vpr.retrieval.self_search import SearchRows, find_search_rows, self_search_values
 from vpr.retrieval.threshold import ScoredQueries, confirm_threshold, needed_products, smallest_confirmable
 
 log = get_logger(__name__)
@@ -101,12 +100,14 @@ def find_threshold(config: ThresholdConfig) -> Path:
     others = [load_embeddings(path) for path in config.compare]
     parents = [embeddings.artifact.as_parent("embeddings"), embeddings.model]
     parents += [other.artifact.as_parent("compare") for other in others]
+    rows = _find_rows(config, embeddings)
     values = {**config_to_json(config), "compare": [other.artifact.card.name for other in others]}
+    values |= self_search_values(rows)
     stage = Stage(config.output, "threshold", values, parents, FILE)
     if artifact := stage.find():
         result = json.loads(artifact.file(FILE).read_text(encoding="utf-8"))
         return _finish(stage.path, result)
-    result, queries, division, probability = _measure(config, embeddings, others)
+    result, queries, division, probability = _measure(config, embeddings, others, rows)
     with stage.write() as draft:
         (draft.path / FILE).write_text(json.dumps(result, indent=1), encoding="utf-8")
         _write_csv(draft.path / "curves.csv", _CURVE_COLUMNS, _curves(queries, division, probability))
@@ -146,17 +147,17 @@ def load_threshold(path: str, model: Parent, dim: int) -> StoredThreshold:
 
 
 def _measure(
-    config: ThresholdConfig, embeddings: Embeddings, others: list[Embeddings]
+    config: ThresholdConfig, embeddings: Embeddings, others: list[Embeddings], rows: SearchRows
 ) -> tuple[dict[str, Any], Queries, Division, Probability]:
     """Draw the products, search, and return all results as JSON with what they come from."""
     for path, other in zip(config.compare, others, strict=True):
         if not all(np.array_equal(getattr(other, key), getattr(embeddings, key)) for key in ("images", "products")):
             raise UserError(f"compare: {path} has other images than {config.embeddings}. Embed the same catalogue.")
-    query_rows, gallery_rows = _rows(config, embeddings)
-    names = embeddings.products
-    division = divide_products(names[query_rows], names[gallery_rows], config.absent, config.fit, config.seed)
-    gallery_rows = gallery_rows[~np.isin(names[gallery_rows], division.all_absent)]
-    queries = _search(embeddings, query_rows, gallery_rows)
+    query_rows, names = rows.queries, embeddings.products
+    division = divide_products(names[query_rows], names[rows.gallery], config.absent, config.fit, config.seed)
+    rows = rows.keep(~np.isin(names[rows.gallery], division.all_absent))
+    gallery_rows = rows.gallery
+    queries = _search(embeddings, rows)
     probability = queries.fit(division)
     seen = count_seen(read_seen(embeddings.artifact), hash_products(np.unique(names[query_rows]).tolist()))
     if seen.learned:
@@ -181,33 +182,31 @@ def _measure(
     result["compare"] = [
         {
             "model": other.model.name,
-            **_compare(_search(other, query_rows, gallery_rows), chosen["threshold"], division, probability, config),
+            **_compare(_search(other, rows), chosen["threshold"], division, probability, config),
         }
         for other in others
     ]
     return result, queries, division, probability
 
 
-def _rows(config: ThresholdConfig, embeddings: Embeddings) -> tuple[Rows, Rows]:
+def _find_rows(config: ThresholdConfig, embeddings: Embeddings) -> SearchRows:
     """Return the rows of the queries of the split, and of all gallery images."""
-    with reraise_as_artifact_error(embeddings.artifact):
-        column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
-    splits = np.array([split or "" for split in column.to_pylist()], dtype=np.str_)
-    is_query = embeddings.roles == "query"
-    used = is_query & (splits == config.split) if config.split else is_query
-    gallery = np.flatnonzero(embeddings.roles == "gallery")
-    if not used.any():
-        available = ", ".join(sorted(set(splits[is_query]))) or "none"
-        raise UserError(f"split: {config.embeddings} has no queries in split '{config.split}', but in: {available}.")
-    if not len(gallery):
+    rows = embeddings.read_rows()
+    splits = np.array([split or "" for split in rows.table["split"].to_pylist()], dtype=np.str_)
+    available, names = set(splits[rows.roles == "query"].tolist()), set(splits.tolist())
+    if not (config.split in available if config.split else available):
+        problem = f"has no queries in split '{config.split}', but in: {', '.join(sorted(available)) or 'none'}"
+        raise UserError(f"split: {config.embeddings} {problem}.")
+    if "gallery" not in rows.roles:
         raise UserError(f"embeddings: {config.embeddings} has no gallery images. Embed a catalogue with both roles.")
-    return np.flatnonzero(used), gallery
+    return find_search_rows(rows, {config.split} if config.split else names, names)
 
 
-def _search(embeddings: Embeddings, query_rows: Rows, gallery_rows: Rows) -> Queries:
-    products = embeddings.products
-    best = find_best_products(embeddings.vectors[query_rows], embeddings.vectors[gallery_rows], products[gallery_rows])
-    return Queries(products[query_rows], best, products[gallery_rows][best.rows] == products[query_rows])
+def _search(embeddings: Embeddings, rows: SearchRows) -> Queries:
+    products, of_gallery = embeddings.products[rows.queries], embeddings.products[rows.gallery]
+    vectors, gallery = embeddings.vectors[rows.queries], embeddings.vectors[rows.gallery]
+    best = find_best_products(vectors, gallery, of_gallery, rows.own)
+    return Queries(products, best, of_gallery[best.rows] == products)
 
 
 def _confirm(

@@ -12,15 +12,17 @@ from PIL import Image
 
 from benchmarks.config import RecallConfig, SkewConfig
 from benchmarks.recall.measure import measure_recall
+from benchmarks.recall.seen_marks import LEARNED_REASON
 from benchmarks.recall.skew import measure_skew
 from benchmarks.report.build import read_skew
 from benchmarks.report.render import draw_html, draw_markdown
-from benchmarks.report.schema import parse_report
+from benchmarks.report.schema import Skew, parse_report
 from student.model import load_student
 from vpr.artifacts.store import load_artifact
 from vpr.cli import main
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
+from vpr.data.seen import seen_in
 from vpr.imaging.pipelines import client_pipelines
 from vpr.imaging.preprocess import Preprocess
 from vpr.retrieval.config import RerankConfig
@@ -109,6 +111,27 @@ def test_command_prints_the_chosen_pipelines(
     assert "up to date" in capsys.readouterr().err
 
 
+def test_seen_products_are_marked_with_the_table(
+    shop: Path,
+    shop_catalog: Catalog,
+    student_artifact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part = shop_catalog.select(split="test")
+    monkeypatch.setattr("benchmarks.recall.skew.read_seen", lambda artifact: seen_in(part, "training"))
+    config = SkewConfig(str(shop), str(student_artifact), str(tmp_path / "s"), pipelines=("colour.bgr",))
+    skew = read_skew(load_artifact(measure_skew(config)))
+    count = len(np.unique(part.products))
+    assert skew.seen is not None
+    assert (skew.seen.products, skew.seen.seen_products["training"]) == (count, count)
+    assert f"seen: {count} of {count} products in training: {LEARNED_REASON}" in capsys.readouterr().out
+    older = skew.to_json()
+    del older["seen"]
+    assert Skew.model_validate(older).seen is None
+
+
 def test_unknown_pipeline_is_rejected(shop: Path, student_artifact: Path, tmp_path: Path) -> None:
     config = SkewConfig(str(shop), str(student_artifact), str(tmp_path / "s"), pipelines=("color.bgr",))
     with pytest.raises(UserError, match=r"pipelines: unknown pipeline 'color.bgr' .* The nearest are 'colour.bgr'"):
@@ -125,6 +148,8 @@ def test_report_draws_the_table(
     skew = read_skew(load_artifact(measure_skew(config)))
     assert [row.pipeline for row in skew.rows] == ["card", "layout.reshaped"]
     skew.rows[1].pipeline = "<script>alert(1)</script>"
+    assert skew.seen is not None
+    skew.seen.learned, skew.seen.unknown = "seen: 9 of 9 products in training", ["<script>alert(1)</script>"]
     report = parse_report({**report_values, "skews": [skew.to_json()]}, "report.json")
     page, text = draw_html(report), draw_markdown(report)
     title = f"Queries of student (torch) by other preprocessing: {skew.queries} of {skew.products} products"
@@ -133,5 +158,6 @@ def test_report_draws_the_table(
     assert "&lt;script&gt;alert(1)" in page
     assert "<script>alert(1)" not in page + text
     assert f"{skew.rows[0].recall_at_1:.3f}" in text
+    assert all(f"seen: 9 of 9 products in training: {LEARNED_REASON}" in drawn for drawn in (page, text))
     with pytest.raises(UserError, match=r"report: .*the artifact has no file 'skew.json'"):
         read_skew(load_artifact(report_artifact))

@@ -5,24 +5,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.config import StorageConfig
+from benchmarks.recall.seen_marks import LEARNED_REASON
 from benchmarks.report.build import read_storage
-from benchmarks.report.render import draw_html, draw_markdown
+from benchmarks.report.render import draw_html, draw_markdown, draw_storage_table
 from benchmarks.report.schema import Report
 from benchmarks.report.storage_schema import Storage
 from benchmarks.storage.choose import choose_setting, order_candidates, rule_out
 from benchmarks.storage.command import measure_storage
 from benchmarks.storage.gallery import grow_gallery, read_data
-from benchmarks.storage.measure import Exact, Measured, StorageRow, list_settings
+from benchmarks.storage.measure import (
+    Exact,
+    Measured,
+    StorageRow,
+    list_settings,
+    measure_settings,
+    search_exactly,
+)
 from calibration.confirmation import split_products
 from experiments.gallery.storage import storage_figures
 from experiments.gallery.synthetic_embeddings import SyntheticProducts, write_synthetic_embeddings
 from vpr.artifacts.store import load_artifact
 from vpr.common.errors import CheckFailed, UserError
-from vpr.retrieval.embeddings import load_embeddings
-from vpr.retrieval.vector_index import StorageSetting
+from vpr.data.catalog import SCHEMA, Catalog
+from vpr.data.seen import seen_in
+from vpr.retrieval.embeddings import load_embeddings, write_embeddings
+from vpr.retrieval.vector_index import StorageSetting, build_index
 
 PRODUCTS = SyntheticProducts(
     dim=16, training=60, validation=60, test=20, categories=10, common=0.0, category=0.1, query_noise=0.2, decay=0.2
@@ -35,6 +47,24 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("vectors")
     write_synthetic_embeddings(folder, PRODUCTS, 0.3)
     return str(write_synthetic_embeddings(folder, PRODUCTS))
+
+
+@pytest.fixture(scope="module")
+def doubled(vectors: str) -> str:
+    """Worse embeddings in which each image of validation and test is a query and a gallery image, in mixed order."""
+    worse = vectors.replace("synthetic-0", "synthetic-0.3")
+    data = load_embeddings(worse)
+    table = pq.read_table(data.artifact.file("rows.parquet"))
+    scored = np.flatnonzero(~np.char.startswith(data.products, "train"))
+    order = np.random.default_rng(0).permutation(np.concatenate([np.arange(len(table)), scored]))
+    is_first = np.zeros(len(order), dtype=bool)
+    is_first[np.unique(order, return_index=True)[1]] = True
+    roles = np.where(is_first, "gallery", "query")
+    column = SCHEMA.get_field_index("role")
+    table = table.take(pa.array(order)).set_column(column, SCHEMA.field("role"), pa.array(roles.tolist(), pa.string()))
+    model = load_artifact(worse + "-model")
+    folder = Path(vectors).parent
+    return str(write_embeddings(str(folder / "doubled"), data.vectors[order], Catalog(table, folder), model, {}))
 
 
 def settings(vectors: str, output: Path, **values: object) -> StorageConfig:
@@ -68,12 +98,90 @@ def test_command_measures_what_a_matrix_product_finds(vectors: str, tmp_path: Pa
     assert "int8 flat" in (path / "storage.md").read_text(encoding="utf-8")
 
 
+def test_no_image_finds_itself_in_any_format_or_index(doubled: str, tmp_path: Path) -> None:
+    """Each setting finds the images that it finds in an index without the query's own image."""
+    data = load_embeddings(doubled)
+    indexes = ("flat", "ivf", "shortlist")
+    config = settings(
+        doubled, tmp_path, dims=(16,), formats=("int8", "binary"), indexes=indexes, max_recall_drop=0.2,
+        queries=30,
+    )  # fmt: skip
+    part = read_data(config, data, data)
+    assert part.own is not None
+    assert np.array_equal(part.model.gallery[part.own], part.model.queries)
+    gallery = grow_gallery(part, 500, 0)
+    cosines = part.model.queries.astype(np.float64) @ gallery.vectors.T
+    cosines[np.arange(60), part.own] = -2
+    exact = search_exactly(part, gallery)
+    assert np.array_equal(exact.hits, gallery.codes[cosines.argmax(axis=1)] == part.query_codes)
+    assert exact.hits.mean() < 1
+    np.testing.assert_allclose(exact.scores, -np.sort(-cosines, axis=1)[:, :10], atol=1e-6)
+    possible = list_settings(config, 16, 240, is_self_search=True)
+    measured = list(measure_settings(config, possible, part, gallery, exact, {}, {}))
+    assert {(one.setting.format, one.setting.index) for one in measured if isinstance(one, Measured)} >= {
+        ("int8", "flat"), ("int8", "ivf"), ("binary", "flat"), ("binary", "shortlist"),
+    }  # fmt: skip
+    for one in measured:
+        assert isinstance(one, Measured)
+        for number in range(0, 60, 20):
+            kept = np.arange(500) != part.own[number]
+            index = build_index(one.setting, part.model.training, gallery.vectors[kept], config.tuning)
+            rows = index.search(part.model.queries[number][None], 10)[1][0]
+            assert one.hits[number] == (gallery.codes[kept][rows[0]] == part.query_codes[number]), one.row.name
+            near = cosines[number][kept][rows[rows >= 0]] >= exact.scores[number, -1] - 1e-5
+            assert one.neighbours[number] == pytest.approx(near.sum() / 10), one.row.name
+
+
+def test_images_in_both_roles_are_scored_without_themselves(
+    doubled: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="vpr"):
+        path = measure_storage(settings(doubled, tmp_path / "storage", sizes=(130,), dims=(16,), formats=("int8",)))
+    storage = read(path)
+    assert "each searches the others (leave-one-out)" in caplog.text
+    assert (storage.queries, storage.products, storage.leave_one_out) == (120, 20, True)
+    assert storage.galleries[0].real_images == 120  # each once
+    exact = next(row for row in storage.rows if row.name == "16 dimensions float32 flat")
+    assert exact.recall_at_1 is not None
+    assert 0.5 < exact.recall_at_1 < 1
+    assert load_artifact(path).card.config["queries_search"] == "leave-one-out"
+
+
+def test_seen_products_are_marked_with_the_table(
+    vectors: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note is printed, stored and in both Markdown tables; files without counts still load."""
+    table = pq.read_table(load_artifact(vectors).file("rows.parquet"))
+    rows = Catalog(table, Path())
+    trained = rows.take(np.flatnonzero((rows.products == "test-0") | (rows.products == "test-1")))
+    monkeypatch.setattr("benchmarks.storage.command.read_seen", lambda artifact: seen_in(trained, "training"))
+    path = measure_storage(settings(vectors, tmp_path / "storage", dims=(16,), formats=("int8",)))
+    storage, note = read(path), f"seen: 2 of 20 products in training: {LEARNED_REASON}"
+    assert storage.seen is not None
+    assert storage.seen.seen_products["training"] == 2
+    assert note in capsys.readouterr().out
+    assert note in (path / "storage.md").read_text(encoding="utf-8")
+    older = storage.to_json()
+    del older["seen"]
+    assert not any("seen" in line for line in draw_storage_table(Storage.model_validate(older)))
+
+
+def test_graphs_that_link_the_queries_are_rejected(doubled: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="indexes: hnsw links each query's own image .* Leave hnsw out of --indexes"):
+        measure_storage(settings(doubled, tmp_path / "storage", sizes=(500,), indexes=("flat", "hnsw")))
+    assert not (tmp_path / "storage").exists()
+    found = list_settings(settings(doubled, tmp_path, indexes=()), 16, 240, is_self_search=True)
+    assert {setting.index for setting in found} == {"flat", "ivf"}
+
+
 @pytest.mark.slow
 def test_report_draws_the_storage(report_values: dict, vectors: str, tmp_path: Path) -> None:
     """The table, the statement and a chart for each size are in both forms of the report."""
     config = settings(vectors, tmp_path / "storage", sizes=(200, 400), max_recall_drop=0.3, confidence=0.9)
     measure_storage(config)
     storage = read_storage(load_artifact(tmp_path / "storage", "report"))
+    assert storage.seen is not None
+    storage.seen.learned = "seen: 9 of 80 products in training"
     report = Report.model_validate({**report_values, "storages": [storage.to_json()]})
     page, text = draw_html(report), draw_markdown(report)
     plain = Report.model_validate({**report_values, "storages": []})
@@ -81,6 +189,7 @@ def test_report_draws_the_storage(report_values: dict, vectors: str, tmp_path: P
     for part in (page, text):
         assert "Storage of synthetic-0-model: 80 queries of 20 products" in part
         assert "400 vectors: " in part
+        assert f"seen: 9 of 80 products in training: {LEARNED_REASON}" in part
         assert part.count("8 dimensions (pca) int8 flat") >= 2
 
 

@@ -21,7 +21,7 @@ from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.config import LoaderConfig
 from vpr.inference.onnx_session import INPUT, OUTPUT
 from vpr.retrieval.embeddings import l2_normalize, score_split
-from vpr.retrieval.self_search import find_self_search
+from vpr.retrieval.self_search import find_own_images, find_search_rows, find_self_search
 from vpr.training.config import RunConfig
 from vpr.training.loop import training_and_validation, validation_values
 
@@ -91,6 +91,38 @@ def test_other_splits_do_not_search_themselves(catalog: Catalog) -> None:
     assert find_self_search(catalog.select(split="test")) is None
     assert find_self_search(catalog.select(split="train")) is None
     assert validation_values(catalog) == {}
+
+
+def test_splits_search_themselves_or_others(catalog: Catalog) -> None:
+    """Only the validation split is doubled; each gallery image of it counts once."""
+    validation = _doubled(catalog.select(split="validation"))
+    tables = [catalog.select(split="test").table, validation.table, catalog.select(split="train").table]
+    rows = Catalog(pa.concat_tables(tables).combine_chunks(), catalog.root)
+    found = find_search_rows(rows, {"test", "validation"}, {"test", "validation"})
+    images, splits = (np.array(rows.table[name].to_pylist()) for name in ("image", "split"))
+    assert found.own is not None
+    is_test = splits[found.queries] == "test"
+    assert np.array_equal(found.queries[is_test], np.flatnonzero((splits == "test") & (rows.roles == "query")))
+    assert (found.own[is_test] == -1).all()
+    own = found.own[~is_test]
+    assert np.array_equal(images[found.gallery[own]], images[found.queries[~is_test]])
+    assert len(np.unique(images[found.gallery])) == len(found.gallery)
+    assert (np.diff(found.gallery) > 0).all()
+    kept = np.random.default_rng(0).random(len(found.gallery)) < 0.5
+    part = found.keep(kept)
+    assert part.own is not None
+    is_there = (part.own >= 0) & ~is_test
+    assert np.array_equal(images[part.gallery[part.own[is_there]]], images[part.queries[is_there]])
+    assert not np.isin(images[part.queries[~is_test & ~is_there]], images[part.gallery]).any()
+    assert find_search_rows(rows, {"test"}, {"test", "train"}).own is None
+
+
+def test_own_images_are_those_of_one_content(catalog: Catalog) -> None:
+    part = _doubled(catalog.select(split="test"))
+    images = np.array(part.table["image"].to_pylist())
+    expected = images[part.roles == "query"][:, None] == images[part.roles == "gallery"][None]
+    assert np.array_equal(find_own_images(part), expected)
+    assert not find_own_images(catalog.select(split="test")).any()
 
 
 def test_products_of_single_images_cannot_be_searched(catalog: Catalog) -> None:

@@ -115,6 +115,28 @@ def test_margin_is_to_the_best_other_product() -> None:
         find_best_products(queries, gallery[:40], products[:40])
 
 
+def test_own_image_is_not_the_best_one() -> None:
+    """Compared with a matrix product without the own images; some queries have none."""
+    rng = np.random.default_rng(3)
+    gallery = rng.normal(size=(60, 6))
+    gallery[:40] = gallery[0] + 0.01 * rng.normal(size=(40, 6))
+    gallery = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)).astype(np.float32)
+    products = np.array(["many"] * 40 + [f"p{row // 3}" for row in range(20)])
+    own = np.array([0, 7, -1, 45, 46, -1])
+    queries = gallery[[0, 7, 8, 45, 46, 50]]
+    best = find_best_products(queries, gallery, products, own)
+    cosines = queries.astype(np.float64) @ gallery.T
+    cosines[own >= 0, own[own >= 0]] = -np.inf
+    others = np.where(products[None] == products[cosines.argmax(axis=1)][:, None], -np.inf, cosines)
+    assert np.array_equal(best.rows, cosines.argmax(axis=1))
+    assert best.similarity == pytest.approx(cosines.max(axis=1), abs=1e-6)
+    assert best.margin == pytest.approx(cosines.max(axis=1) - others.max(axis=1), abs=1e-6)
+    two = np.array(["a", "a", "b"])
+    with pytest.raises(UserError, match="gallery: expected images of two products"):
+        find_best_products(gallery[:1], gallery[40:43], two, np.array([2]))
+    assert find_best_products(gallery[:1], gallery[40:43], two, np.array([1])).margin.shape == (1,)
+
+
 def test_probability_recovers_the_true_one() -> None:
     rng, count = np.random.default_rng(0), 4000
     similarity, margin = rng.uniform(0.2, 1, count), rng.uniform(0, 0.3, count)

@@ -31,13 +31,22 @@ def draw_vectors(noise: float = 0.12, seed: int = 0) -> NDArray[np.float32]:
     return l2_normalize((centres + noise * 2 * offsets).reshape(-1, DIM).astype(np.float32))
 
 
-def write(folder: Path, vectors: NDArray[np.float32], model: str = "model", split: str = "validation") -> str:
-    """Write an embeddings artifact with its model."""
+def write(
+    folder: Path,
+    vectors: NDArray[np.float32],
+    model: str = "model",
+    split: str = "validation",
+    is_doubled: bool = False,
+) -> str:
+    """Write an embeddings artifact with its model; doubled images are queries and gallery images."""
     roles = ["query"] * QUERIES + ["gallery"] * 2
     rows = [
         {"image": f"{row}.jpg", "product": f"p{row // len(roles)}", "role": roles[row % len(roles)], "split": split}
         for row in range(len(vectors))
     ]
+    if is_doubled:
+        rows = [{**row, "role": role} for row in rows for role in ("gallery", "query")]
+        vectors = np.repeat(vectors, 2, axis=0)
     if not (folder / f"{model}-weights").exists():
         with write_artifact(folder / f"{model}-weights", "teacher", {"name": model}) as draft:
             (draft.path / "x").write_text(model)
@@ -94,6 +103,27 @@ def test_stored_rates_are_those_of_a_search_without_the_absent(score: ScoreName,
     assert row["false_accept"] <= LIMIT
     assert row["false_reject"] < 0.9
     assert result["statement"].startswith("confirmed: false accepts at most 0.1 with 95 % confidence (40 absent")
+
+
+def test_no_image_finds_itself(tmp_path: Path) -> None:
+    """The rates are counted again with a matrix product in which an image has no similarity to itself."""
+    vectors = draw_vectors(0.3)
+    path = write(tmp_path, vectors, is_doubled=True)
+    output = find_threshold(settings(path, tmp_path, score="similarity", compare=(path,)))
+    result, draws = read(output)
+    names = np.array([f"p{row // (QUERIES + 2)}" for row in range(len(vectors))])
+    present = np.array([draws[name][0] == "present" for name in names])
+    confirms = np.array([draws[name][1] == "confirm" for name in names])
+    cosines = vectors.astype(np.float64) @ vectors.T
+    np.fill_diagonal(cosines, -2)
+    answered = cosines[:, present].max(axis=1) >= result["threshold"]
+    row = next(row for row in result["scores"] if row["score"] == "similarity")
+    assert row["false_reject"] == pytest.approx(1 - answered[present & confirms].mean(), abs=0.01)
+    assert 0.05 < row["false_reject"] < 0.95  # with itself in the gallery, every image is answered
+    assert row["false_accept"] == pytest.approx(answered[~present & confirms].mean(), abs=0.01)
+    assert (result["gallery_images"], result["gallery_products"]) == (250, 50)
+    assert result["compare"][0]["moved"] == 0
+    assert load_artifact(output).card.config["queries_search"] == "leave-one-out"
 
 
 def test_search_answers_no_match(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
