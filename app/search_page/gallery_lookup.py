@@ -16,7 +16,7 @@ from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import load_catalog
 from vpr.gallery.gallery import CALIBRATE, IDS, Gallery, load_gallery
-from vpr.gallery.nearest import find_best, find_nearest
+from vpr.gallery.nearest import find_best, find_nearest, usable_probes
 from vpr.gallery.store import Snapshot
 from vpr.retrieval.embeddings import Forward
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
@@ -62,7 +62,8 @@ class GallerySearcher(Searcher):
         self, gallery: Gallery, snapshot: Snapshot, query: NDArray[np.float32], top: int, where: str
     ) -> SearchResult:
         self.check(gallery, snapshot)
-        nearest = find_nearest(snapshot, query, top, where, self.probes)
+        probes = usable_probes(snapshot, self.probes)
+        nearest = find_nearest(snapshot, query, top, where, probes)
         found = nearest.found[0]
         table = snapshot.take(nearest.rows[0][found], [*IDS, *gallery.columns])
         hits = []
@@ -73,7 +74,7 @@ class GallerySearcher(Searcher):
         threshold = self.threshold or gallery.threshold(snapshot)
         if threshold is None or not hits:
             return SearchResult(hits)
-        return judge(hits, threshold, find_best(snapshot, query, where, self.probes))
+        return judge(hits, threshold, find_best(snapshot, query, where, probes))
 
 
 def load_gallery_searchers(

@@ -8,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
+from vpr.common.log import get_logger
 from vpr.gallery.gallery import vectors_of
 from vpr.gallery.store import ROW_ID, RowIds, Snapshot, Vectors
 from vpr.retrieval.open_set import BestProducts
 
 Scores = NDArray[np.float32]
+log = get_logger(__name__)
+
 _FIRST_K = 16  # images in which a second product is looked for first
 
 
@@ -34,6 +37,26 @@ class Nearest:
         return np.isfinite(self.scores)
 
 
+def usable_probes(snapshot: Snapshot, probes: int) -> int:
+    """Return the probes of a search in a version: 0, with a warning, until the version's index is built.
+
+    Another process writes the images of an indexed gallery first and builds the index then. A kill between the two
+    leaves the version without its index, as do fewer images than partitions.
+
+    Raises:
+        UserError: The gallery was never indexed.
+    """
+    if not probes or snapshot.index() is not None:
+        return probes
+    if not snapshot.partitions:
+        raise UserError(
+            "probes: the gallery has no index. Run `vpr gallery compact --index 256`, or leave out --probes."
+        )
+    problem = f"the index of version {snapshot.version} is not built yet, so all images are compared"
+    log.warning(f"probes: {problem}. If no other process builds it, run `vpr gallery compact`.")
+    return 0
+
+
 def find_nearest(snapshot: Snapshot, queries: Vectors, k: int, where: str = "", probes: int = 0) -> Nearest:
     """Search (queries, dim) float32 unit vectors.
 
@@ -42,17 +65,14 @@ def find_nearest(snapshot: Snapshot, queries: Vectors, k: int, where: str = "", 
         queries: Query vectors.
         k: Images per query.
         where: Condition in SQL.
-        probes: Partitions of the index to search; 0 reads all images once, and keeps the best of each query.
+        probes: Partitions of the index to search, of :func:`usable_probes`; 0 reads all images once, and keeps the best
+            of each query.
 
     Raises:
-        UserError: The condition is invalid, or there is no index to probe.
+        UserError: The condition is invalid.
     """
     if not probes:
         return _find_exact(snapshot, queries, k, where)
-    if snapshot.index() is None:
-        raise UserError(
-            "probes: the gallery has no index. Run `vpr gallery compact --index 256`, or leave out --probes."
-        )
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.zeros((len(queries), k), dtype=np.uint64)
     for number, query in enumerate(queries):

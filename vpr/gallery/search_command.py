@@ -17,7 +17,7 @@ from vpr.common.errors import printable
 from vpr.common.log import get_logger
 from vpr.gallery.config import GallerySearchConfig
 from vpr.gallery.gallery import CALIBRATE, IDS, Gallery, load_gallery
-from vpr.gallery.nearest import find_best, find_nearest
+from vpr.gallery.nearest import find_best, find_nearest, usable_probes
 from vpr.gallery.store import Snapshot, Vectors
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search_command import NO_MATCH
@@ -96,11 +96,11 @@ def _answer(
     config: GallerySearchConfig,
     threshold: StoredThreshold | None,
 ) -> list[Answer]:
-    k = min(config.k, max(len(snapshot), 1))
-    nearest = find_nearest(snapshot, queries, k, config.where, config.probes)
+    k, probes = min(config.k, max(len(snapshot), 1)), usable_probes(snapshot, config.probes)
+    nearest = find_nearest(snapshot, queries, k, config.where, probes)
     accepted, probabilities = np.ones(len(queries), dtype=bool), None
     if threshold:
-        best = find_best(snapshot, queries, config.where, config.probes)
+        best = find_best(snapshot, queries, config.where, probes)
         accepted = threshold.accepts(best)
         probabilities = threshold.probability.predict(best)
     found = nearest.found

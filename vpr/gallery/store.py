@@ -107,7 +107,7 @@ class Store:
     def overwrite(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         """Replace all rows and the schema, as one version; older versions stay.
 
-        An index is built again, as a second version. Until then, the first one has none.
+        An index is built again, as a second version. The first one has no index, but its number of partitions.
         """
         with self._errors():
             self._overwrite(batches, schema, _partitions_of(self._database.open_table(_TABLE)))
@@ -237,13 +237,18 @@ class Snapshot:
             found = builder.select(["product", "_distance"]).to_arrow()
         return 1 - found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
 
+    @property
+    def partitions(self) -> int:
+        """Partitions of the index, which may not be built yet (:meth:`index`); 0 for a gallery without one."""
+        return _partitions_of(self._table)
+
     def index(self) -> dict[str, int] | None:
         """Return the numbers of partitions, and of images in and outside of the index; None without an index."""
         with self._store._errors():
-            partitions, state = _partitions_of(self._table), self._table.index_stats(_INDEX)
-            if not partitions or state is None:
+            state = self._table.index_stats(_INDEX) if self.partitions else None
+            if state is None:
                 return None
-            return {"partitions": partitions, "images": state.num_indexed_rows, "others": state.num_unindexed_rows}
+            return {"partitions": self.partitions, "images": state.num_indexed_rows, "others": state.num_unindexed_rows}
 
     def versions(self) -> list[Version]:
         """Return the versions that are still stored, oldest first."""
