@@ -153,3 +153,4 @@ def _report(searcher: GallerySearcher, gallery: Gallery, snapshot: Snapshot, is_
         log.warning(f"catalogs: {gallery.path}: {problem}. Add their catalogues.")
     if not is_replaced and gallery.is_threshold_outgrown(snapshot):
         log.warning(f"threshold: the stored one is of an earlier model, so all queries are answered. {CALIBRATE}.")
+    gallery.check_size(snapshot, searcher.threshold or gallery.threshold(snapshot))

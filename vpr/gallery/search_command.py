@@ -74,6 +74,7 @@ def answer(gallery: Gallery, queries: Embeddings, config: GallerySearchConfig) -
         gallery.check_model(queries, "queries", snapshot)
         threshold = _find_threshold(gallery, snapshot, config.threshold)
         answers = _answer(snapshot, gallery, vectors, config, threshold)
+        gallery.check_size(snapshot, threshold)
         return snapshot.version, answers, threshold is not None
 
     return search(gallery.snapshot(config.version)) if config.version else gallery.search_newest(search)
