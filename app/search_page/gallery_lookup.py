@@ -20,6 +20,7 @@ from vpr.gallery.nearest import find_best, find_nearest, usable_probes
 from vpr.gallery.store import Snapshot
 from vpr.retrieval.embeddings import Forward
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+from vpr.retrieval.threshold_scope import check_filter
 
 log = get_logger(__name__)
 
@@ -153,4 +154,6 @@ def _report(searcher: GallerySearcher, gallery: Gallery, snapshot: Snapshot, is_
         log.warning(f"catalogs: {gallery.path}: {problem}. Add their catalogues.")
     if not is_replaced and gallery.is_threshold_outgrown(snapshot):
         log.warning(f"threshold: the stored one is of an earlier model, so all queries are answered. {CALIBRATE}.")
-    gallery.check_size(snapshot, searcher.threshold or gallery.threshold(snapshot))
+    if threshold := searcher.threshold or gallery.threshold(snapshot):
+        gallery.check_size(snapshot, threshold)
+        check_filter(threshold)

@@ -22,6 +22,7 @@ from vpr.gallery.store import Snapshot, Vectors
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search_command import NO_MATCH
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+from vpr.retrieval.threshold_scope import check_filter
 
 log = get_logger(__name__)
 
@@ -75,6 +76,8 @@ def answer(gallery: Gallery, queries: Embeddings, config: GallerySearchConfig) -
         threshold = _find_threshold(gallery, snapshot, config.threshold)
         answers = _answer(snapshot, gallery, vectors, config, threshold)
         gallery.check_size(snapshot, threshold)
+        if threshold and config.where:
+            check_filter(threshold)
         return snapshot.version, answers, threshold is not None
 
     return search(gallery.snapshot(config.version)) if config.version else gallery.search_newest(search)

@@ -16,3 +16,16 @@ def check_gallery_size(threshold: StoredThreshold, products: int) -> None:
             f"threshold: confirmed in a gallery of {confirmed} products, this one has {products}, so more false "
             "accepts are likely. Run `vpr gallery threshold` with this gallery."
         )
+
+
+def check_filter(threshold: StoredThreshold) -> None:
+    """Warn if the bound does not hold for a search with a filter.
+
+    A filter lowers similarity and margin or keeps them. A probability that falls with one of them may then rise.
+    """
+    probability = threshold.probability
+    if threshold.score == "probability" and min(probability.similarity, probability.margin) < 0:
+        log.warning(
+            "threshold: its probability falls with the similarity or the margin, so a filter may cause more false "
+            "accepts. Run `vpr gallery threshold` with --score similarity."
+        )
