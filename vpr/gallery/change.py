@@ -161,6 +161,9 @@ def compact_gallery(config: CompactConfig) -> Path:
     """Rewrite the files without removed images and older versions; optionally build an index.
 
     Nothing of a removed image stays in the gallery's files. Readers of older versions have to open the newest one.
+
+    Raises:
+        UserError: The index has more partitions than the gallery has images; nothing is changed.
     """
     gallery = load_gallery(config.gallery)
     with gallery.lock():

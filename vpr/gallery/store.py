@@ -120,13 +120,20 @@ class Store:
 
         Args:
             partitions: Partitions of an IVF index; 0 keeps an existing index's number, or no index.
+
+        Raises:
+            UserError: There are fewer rows than ``partitions``; nothing is changed.
         """
         with self._errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # LanceDB's, that readers of other versions fail
             old = self._database.open_table(_TABLE)
-            partitions = partitions or _partitions_of(old)
             old.checkout(old.version)
-            rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if old.count_rows() else ()
+            count = old.count_rows()
+            if count < partitions:
+                fix = f"Use --index {count} or less" if count else "Add images first"
+                raise UserError(f"index: {partitions} partitions need as many images, the gallery has {count}. {fix}.")
+            partitions = partitions or _partitions_of(old)
+            rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if count else ()
             table = self._overwrite(rows, old.schema, partitions)
             table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
 

@@ -161,6 +161,20 @@ def test_reader_keeps_its_version(shop: tuple[str, str], tmp_path: Path) -> None
         search_in_gallery(GallerySearchConfig(gallery, searched, version=1))
 
 
+def test_index_has_at_most_as_many_partitions_as_images(shop: tuple[str, str]) -> None:
+    _, gallery = shop
+    before = {path: path.stat().st_mtime_ns for path in Path(gallery).rglob("*")}
+    fix = "index: 31 partitions need as many images, the gallery has 30. Use --index 30 or less."
+    with pytest.raises(UserError, match=re.escape(fix)):
+        compact_gallery(CompactConfig(gallery, index=31))
+    assert {path: path.stat().st_mtime_ns for path in Path(gallery).rglob("*")} == before
+    compact_gallery(CompactConfig(gallery, index=30))
+    assert print_info(InfoConfig(gallery))["index"] == {"partitions": 30, "images": 30, "others": 0}
+    remove_images(RemoveConfig(gallery, products=tuple(f"p{number}" for number in range(10))))
+    with pytest.raises(UserError, match=r"index: 1 partitions need .* the gallery has 0. Add images first."):
+        compact_gallery(CompactConfig(gallery, index=1))
+
+
 def test_export_is_read_by_search(shop: tuple[str, str], tmp_path: Path) -> None:
     embeddings, gallery = shop
     remove_images(RemoveConfig(gallery, products=("p3",)))
