@@ -65,7 +65,9 @@ class Store:
         """Write the first version; raise :class:`UserError` if the address has a table."""
         with self._errors():
             if _TABLE in self._database.list_tables().tables:
-                raise UserError(f"{self.address}: there is a gallery. Choose another address.")
+                problem = "there are vectors of a gallery, or of a `vpr gallery create` that was killed"
+                fix = "Choose another address, or delete what is at this one if no gallery uses it"
+                raise UserError(f"address: {self.address}: {problem}. {fix}.")
             self._database.create_table(_TABLE, pa.RecordBatchReader.from_batches(schema, batches))
 
     def open(self, version: int = 0) -> Snapshot:
