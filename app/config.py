@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from vpr.common.errors import UserError, check_numbers
 
+_MAX_MODELS = 4  # of two galleries: that of each one, and that it will be migrated to
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -49,7 +51,8 @@ class ServeConfig:
         threshold: Artifact of ``vpr gallery threshold`` of each model, or of each gallery in place of its stored one.
         top: Number of results to show, 1 to 100.
         port: Port on 127.0.0.1; 0 takes a free one.
-        galleries: One or two galleries to search in place of a catalogue. ``models`` are their models, in any order.
+        galleries: One or two galleries to search in place of a catalogue. ``models`` are then up to four, in any order:
+            their models, and those that they will be migrated to.
         catalogs: Catalogues with the images of the galleries, to show them.
         probes: Partitions of the galleries' indexes to search; 0 compares with all images.
     """
@@ -66,7 +69,9 @@ class ServeConfig:
     probes: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.models) not in (1, 2):
+        if self.galleries and not 1 <= len(self.models) <= _MAX_MODELS:
+            raise UserError(f"models: expected 1 to {_MAX_MODELS} artifacts, got {len(self.models)}.")
+        if not self.galleries and len(self.models) not in (1, 2):
             raise UserError(f"models: expected one artifact, or two to compare, got {len(self.models)}.")
         if self.galleries:
             self._check_galleries()

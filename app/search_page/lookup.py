@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,7 @@ class SearchResult:
     is_match: bool = True  # whether the best image reaches the threshold
     probability: float | None = None  # probability that its product is right; None without a threshold
     milliseconds: Mapping[str, float] = field(default_factory=dict)  # milliseconds of each step, by name
+    name: str = ""  # name of the searcher that found them
 
 
 @dataclass(frozen=True)
@@ -70,32 +71,32 @@ class Searcher(ABC):
         """Return the types of the columns that a condition may use, by name; empty if it may use none."""
         return {}
 
-    @abstractmethod
-    def find(self, query: NDArray[np.float32], top: int, where: str) -> SearchResult:
-        """Return the ``top`` images nearest to a (1, dim) float32 L2-normalised query.
+    def current(self) -> "Searcher":
+        """Return the searcher with the model that answers now; a migration of a gallery changes it."""
+        return self
 
-        Args:
-            query: Embedding of the query.
-            top: Number of images; fewer are returned if there are fewer.
-            where: Condition in SQL on the images; empty for all.
+    @abstractmethod
+    def search(self, upload: Upload, top: int) -> SearchResult:
+        """Return the ``top`` nearest images with the time of each step; fewer are returned if there are fewer.
 
         Raises:
             BadRequest: There are no columns to filter by.
+            ImageRejected: The upload is no image.
             InvalidCondition: The condition is invalid.
-            UserError: A gallery cannot be read, or is of another model by now.
+            UserError: A gallery cannot be read, or is of a model that the page does not have.
         """
 
-    def search(self, upload: Upload, top: int) -> SearchResult:
-        """Return the ``top`` nearest images with the time of each step; raise the errors of reading and of finding."""
+    def answer(self, upload: Upload, find: Callable[[NDArray[np.float32]], SearchResult]) -> SearchResult:
+        """Embed an upload, and return what a function of its (1, dim) vector finds, with the time of each step."""
         start = time.perf_counter()
         batch = self._read(upload)
         decoded = time.perf_counter()
         query = l2_normalize(self.forward(batch))
         embedded = time.perf_counter()
-        result = self.find(query, top, upload.where)
+        result = find(query)
         times = (start, decoded, embedded, time.perf_counter())
         steps = ("decode + preprocess", "embed", "search")
-        return replace(result, milliseconds=dict(zip(steps, 1000 * np.diff(times), strict=True)))
+        return replace(result, name=self.name, milliseconds=dict(zip(steps, 1000 * np.diff(times), strict=True)))
 
     def embed(self, upload: Upload) -> NDArray[np.float32]:
         """Return the (dim,) float32 L2-normalised embedding; raise :class:`ImageRejected` if it is no image."""
@@ -118,10 +119,13 @@ class VectorSearcher(Searcher):
         """Return the name and the number of images."""
         return f"{self.name}: {len(self.gallery)} gallery images"
 
-    def find(self, query: NDArray[np.float32], top: int, where: str) -> SearchResult:
+    def search(self, upload: Upload, top: int) -> SearchResult:
         """Return the nearest images by exact search."""
-        if where:
+        if upload.where:
             raise BadRequest("where: this page has no metadata to filter by. Start it with --galleries.")
+        return self.answer(upload, lambda query: self._find(query, top))
+
+    def _find(self, query: NDArray[np.float32], top: int) -> SearchResult:
         scores, rows = search(query, self.vectors, min(top, len(self.vectors)))
         hits = [
             Hit(row, row, str(self.gallery.products[row]), score, str(self.gallery.categories[row]))

@@ -5,20 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from app.search_page.lookup import Hit, Searcher, SearchResult
+from app.search_page.lookup import Hit, SearchResult
 
 _MAX_SHOWN = 200  # characters of a value
 _WEB_ADDRESS = re.compile(r"https?://[^\s\\\x00-\x20\x7f]+", re.IGNORECASE)
 
 
-def make_columns(searchers: Sequence[Searcher], results: Sequence[SearchResult]) -> list[dict[str, Any]]:
+def make_columns(results: Sequence[SearchResult]) -> list[dict[str, Any]]:
     """Return the values of each model's or gallery's column."""
     columns = []
-    for index, (searcher, result) in enumerate(zip(searchers, results, strict=True)):
+    for index, result in enumerate(results):
         others = [[hit.key for hit in other.hits] for number, other in enumerate(results) if number != index]
         answer = {"is_match": result.is_match, "probability": result.probability}
         hits = [_show(hit, others) for hit in result.hits]
-        columns.append({"name": searcher.name, "milliseconds": result.milliseconds, **answer, "hits": hits})
+        columns.append({"name": result.name, "milliseconds": result.milliseconds, **answer, "hits": hits})
     return columns
 
 

@@ -130,16 +130,11 @@ class _Page:
 
     async def search(self, request: Request) -> Response:
         results = await self._answer_upload(request, self._search_all)
-        columns = make_columns(self._searchers, results)
+        columns = make_columns(results)
         return HTMLResponse(self._results.render(columns=columns, agreement=describe_agreement(results)))
 
     async def embed(self, request: Request) -> Response:
-        vectors = await self._answer_upload(request, self._embed_all)
-        models = [
-            {"name": searcher.name, "sha256": searcher.sha256, "embedding": vector}
-            for searcher, vector in zip(self._searchers, vectors, strict=True)
-        ]
-        return JSONResponse({"models": models})
+        return JSONResponse({"models": await self._answer_upload(request, self._embed_all)})
 
     async def image(self, request: Request) -> Response:
         row = request.path_params["row"]
@@ -177,8 +172,11 @@ class _Page:
     def _search_all(self, upload: Upload) -> list[SearchResult]:
         return [searcher.search(upload, self._top) for searcher in self._searchers]
 
-    def _embed_all(self, upload: Upload) -> list[list[float]]:
-        return [searcher.embed(upload).tolist() for searcher in self._searchers]
+    def _embed_all(self, upload: Upload) -> list[dict[str, Any]]:
+        return [
+            {"name": searcher.name, "sha256": searcher.sha256, "embedding": searcher.embed(upload).tolist()}
+            for searcher in (searcher.current() for searcher in self._searchers)
+        ]
 
 
 def _declared_size(request: Request) -> int:

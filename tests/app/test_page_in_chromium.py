@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,6 +19,9 @@ from tests.app.page import Site, serving
 from vpr.data.catalog import Catalog
 from vpr.gallery.change import create_gallery
 from vpr.gallery.config import CreateConfig
+from vpr.gallery.gallery import load_gallery
+from vpr.retrieval.open_set import Probability
+from vpr.retrieval.threshold_command import StoredThreshold
 
 pytest.importorskip("lancedb")
 pytestmark = pytest.mark.slow
@@ -41,6 +46,19 @@ def site(student_artifact: Path, catalog: Catalog, tmp_path_factory: pytest.Temp
     gallery = str(create_gallery(CreateConfig(embeddings, str(folder / "stock"), columns, str(folder / "rows.csv"))))
     searchers, images = load_gallery_searchers([model], [gallery], [path])
     with serving(searchers, images.catalogs[0]) as served:
+        yield served
+
+
+@pytest.fixture
+def strict_site(site: Site, tmp_path: Path) -> Iterator[Site]:
+    """Page of a gallery with a threshold that no image reaches."""
+    searcher = site.searchers[0]
+    path = tmp_path / "strict"
+    shutil.copytree(searcher.path, path)
+    gallery = load_gallery(path)
+    threshold = StoredThreshold("similarity", 2.0, Probability(0.0, 0.0, 0.0), 4)
+    gallery.store_threshold(threshold, gallery.model_of(gallery.snapshot()))
+    with serving([replace(searcher, path=str(path))], site.gallery) as served:
         yield served
 
 
@@ -140,6 +158,14 @@ def test_filter_links_and_markup(tab: Tab, site: Site) -> None:
     assert tab.run("results.childElementCount") == 0
     # The browser reports the status 400 itself; the page has no error of its own.
     assert all("400 (Bad Request)" in problem for problem in tab.problems)
+
+
+def test_no_match_is_shown(tab: Tab, strict_site: Site) -> None:
+    open_page(tab, strict_site, 1280, is_phone=False)
+    shown = tab.run("[...results.querySelectorAll('.no-match')].map((text) => text.innerText)")
+    assert shown == ["No match: the nearest images are below the threshold (probability 0.50)"]
+    assert tab.run("results.querySelectorAll('li').length") > 0
+    assert tab.problems == []
 
 
 def test_policy_blocks_a_handler(tab: Tab, site: Site) -> None:

@@ -34,6 +34,7 @@ from vpr.gallery.metadata import Metadata, read_metadata
 from vpr.gallery.store import Snapshot, Store, quote
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+from vpr.retrieval.threshold_scope import check_gallery_size
 
 Rows = NDArray[np.int64]
 log = get_logger(__name__)
@@ -67,7 +68,10 @@ def create_gallery(config: CreateConfig) -> Path:
         parts = (build_part(embeddings, rows[start : start + _PART], metadata) for start in range(0, len(rows), _PART))
         store = Store(config.address or str(draft.path / VECTORS))
         store.create((batch for part in parts for batch in part.to_batches()), table_schema(columns, dim))
-    log.info(f"{path}: version 1, {len(rows)} images of {len(np.unique(embeddings.products[rows]))} products")
+    products = len(np.unique(embeddings.products[rows]))
+    log.info(f"{path}: version 1, {len(rows)} images of {products} products")
+    if threshold:
+        check_gallery_size(threshold, products)
     return path
 
 
@@ -91,6 +95,7 @@ def add_images(config: AddConfig) -> Path:
             problem = f"{name} is in the gallery ({len(present)} of {len(rows)} are)"
             raise UserError(f"embeddings: {config.embeddings}: {problem}. Use `vpr gallery update`.")
         gallery.store.append(new)
+        _check_size(config.gallery)
         return _announce(gallery, f"{len(rows)} images added")
 
 
@@ -118,6 +123,7 @@ def update_images(config: UpdateConfig) -> Path:
             gallery.store.replace(_rows_with(snapshot, metadata, config.metadata), IDS)
         if threshold:
             _store_threshold(load_gallery(config.gallery), threshold)
+        _check_size(config.gallery)
         return _announce(gallery, "updated")
 
 
@@ -155,6 +161,9 @@ def compact_gallery(config: CompactConfig) -> Path:
     """Rewrite the files without removed images and older versions; optionally build an index.
 
     Nothing of a removed image stays in the gallery's files. Readers of older versions have to open the newest one.
+
+    Raises:
+        UserError: The index has more partitions than the gallery has images; nothing is changed.
     """
     gallery = load_gallery(config.gallery)
     with gallery.lock():
@@ -195,6 +204,13 @@ def _store_threshold(gallery: Gallery, threshold: StoredThreshold) -> None:
         problem = f"{pending} of {len(snapshot)} images have vectors of the adapter, for which it was not confirmed"
         log.warning(f"threshold: {problem}. Finish `vpr gallery migrate`.")
     gallery.store_threshold(threshold, model)
+
+
+def _check_size(path: str) -> None:
+    """Warn if the newest version has many more products than the gallery that its threshold was confirmed with."""
+    gallery = load_gallery(path)  # read again, because its threshold may have changed
+    snapshot = gallery.snapshot()
+    gallery.check_size(snapshot, gallery.threshold(snapshot))
 
 
 def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import atomic_write
@@ -30,6 +31,7 @@ from vpr.retrieval.config import ScoreName
 from vpr.retrieval.embeddings import Embeddings
 from vpr.retrieval.open_set import probability_from_json, probability_to_json
 from vpr.retrieval.threshold_command import StoredThreshold
+from vpr.retrieval.threshold_scope import MAX_GROWTH, check_gallery_size
 
 IDS = ("product", "image")
 VECTORS = "vectors"  # folder of the table
@@ -112,6 +114,12 @@ class Gallery:
         if not isinstance(values, dict):
             return False
         return values.get("model", self.artifact.parents("model")[0].sha256) != self.model_of(snapshot).model.sha256
+
+    def check_size(self, snapshot: Snapshot, threshold: StoredThreshold | None) -> None:
+        """Warn if a version has many more products than the gallery that a threshold was confirmed with."""
+        # The number of images needs no reading, and bounds that of the products.
+        if threshold and len(snapshot) > MAX_GROWTH * threshold.gallery_products:
+            check_gallery_size(threshold, len(pc.unique(snapshot.read(["product"])["product"])))
 
     def store_threshold(self, threshold: StoredThreshold, model: VectorModel) -> None:
         """Replace the stored threshold by one of a model; the card is written atomically."""

@@ -34,6 +34,7 @@ from vpr.gallery.gallery import (
 from vpr.gallery.nearest import find_nearest
 from vpr.gallery.store import ROW_ID, Snapshot
 from vpr.retrieval.embeddings import load_embeddings
+from vpr.retrieval.threshold_command import StoredThreshold
 
 log = get_logger(__name__)
 
@@ -65,19 +66,27 @@ def print_info(config: InfoConfig) -> dict[str, Any]:
         "migrated_from": model.previous.name if model.previous else None,
         "adapted": snapshot.count(PENDING) if model.is_migrated else 0,
         "columns": dict(gallery.columns),
-        "threshold": None if threshold is None else {"score": threshold.score, "value": threshold.value},
+        "threshold": None if threshold is None else _describe_threshold(threshold),
         "threshold_outgrown": gallery.is_threshold_outgrown(snapshot),
         "index": snapshot.index(),
         "bytes": None if gallery.address else bytes_on_disk(gallery.path),
     }
     _print_info(result)
+    gallery.check_size(snapshot, threshold)
     return result
+
+
+def _describe_threshold(threshold: StoredThreshold) -> dict[str, Any]:
+    return {name: getattr(threshold, name) for name in ("score", "value", "gallery_products")}
 
 
 def _print_info(result: dict[str, Any]) -> None:
     index, threshold, size = result["index"], result["threshold"], result["bytes"]
     columns = ", ".join(f"{name} ({kind})" for name, kind in result["columns"].items())
-    no_match = f"{threshold['score']} below {threshold['value']:.4f}" if threshold else "never"
+    no_match = "never"
+    if threshold:
+        no_match = f"{threshold['score']} below {threshold['value']:.4f}"
+        no_match += f", confirmed in a gallery of {threshold['gallery_products']} products"
     if result["threshold_outgrown"]:
         no_match = f"never: the stored threshold is of an earlier model. {CALIBRATE}"
     lines = {

@@ -8,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.common.errors import UserError
+from vpr.common.log import get_logger
 from vpr.gallery.gallery import vectors_of
 from vpr.gallery.store import ROW_ID, RowIds, Snapshot, Vectors
 from vpr.retrieval.open_set import BestProducts
 
 Scores = NDArray[np.float32]
+log = get_logger(__name__)
+
 _FIRST_K = 16  # images in which a second product is looked for first
 
 
@@ -34,6 +37,26 @@ class Nearest:
         return np.isfinite(self.scores)
 
 
+def usable_probes(snapshot: Snapshot, probes: int) -> int:
+    """Return the probes of a search in a version: 0, with a warning, until the version's index is built.
+
+    Another process writes the images of an indexed gallery first and builds the index then. A kill between the two
+    leaves the version without its index, as do fewer images than partitions.
+
+    Raises:
+        UserError: The gallery was never indexed.
+    """
+    if not probes or snapshot.index() is not None:
+        return probes
+    if not snapshot.partitions:
+        raise UserError(
+            "probes: the gallery has no index. Run `vpr gallery compact --index 256`, or leave out --probes."
+        )
+    problem = f"the index of version {snapshot.version} is not built yet, so all images are compared"
+    log.warning(f"probes: {problem}. If no other process builds it, run `vpr gallery compact`.")
+    return 0
+
+
 def find_nearest(snapshot: Snapshot, queries: Vectors, k: int, where: str = "", probes: int = 0) -> Nearest:
     """Search (queries, dim) float32 unit vectors.
 
@@ -42,17 +65,14 @@ def find_nearest(snapshot: Snapshot, queries: Vectors, k: int, where: str = "", 
         queries: Query vectors.
         k: Images per query.
         where: Condition in SQL.
-        probes: Partitions of the index to search; 0 reads all images once, and keeps the best of each query.
+        probes: Partitions of the index to search, of :func:`usable_probes`; 0 reads all images once, and keeps the best
+            of each query.
 
     Raises:
-        UserError: The condition is invalid, or there is no index to probe.
+        UserError: The condition is invalid.
     """
     if not probes:
         return _find_exact(snapshot, queries, k, where)
-    if snapshot.index() is None:
-        raise UserError(
-            "probes: the gallery has no index. Run `vpr gallery compact --index 256`, or leave out --probes."
-        )
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.zeros((len(queries), k), dtype=np.uint64)
     for number, query in enumerate(queries):
@@ -82,30 +102,34 @@ def _find_exact(snapshot: Snapshot, queries: Vectors, k: int, where: str) -> Nea
 def find_best(snapshot: Snapshot, queries: Vectors, where: str = "", probes: int = 0) -> BestProducts:
     """Return the best image of each query and the margin to the best image of another product.
 
+    A condition limits the best image only: the margin is that to other products of the version, also to those that the
+    condition excludes, and may be negative. So similarity and margin are at most those without the condition, and a
+    threshold on them answers no query that it does not answer without it. A margin within the fulfilling images would
+    be larger, and the bound on false accepts would not hold.
+
     ``rows`` of the result are positions of the queries. A query without a second product has the margin to -1, the
     lowest cosine. One without any image has the similarity -1 and no margin.
     """
-    best, second = np.full((2, len(queries)), -1.0)
-    pending, k, count = np.arange(len(queries)), _FIRST_K, max(len(snapshot), 1)
-    while len(pending):
-        nearest = find_nearest(snapshot, queries[pending], min(k, count), where, probes)
-        found = nearest.found
-        products = _products(snapshot, nearest)
-        is_other = (products != products[:, :1]) & found
-        has_other = is_other.any(axis=1)
-        best[pending] = np.where(found[:, 0], nearest.scores[:, 0], -1.0)
-        column = is_other.argmax(axis=1)
+    k, count = _FIRST_K, max(len(snapshot), 1)
+    nearest = find_nearest(snapshot, queries, min(k, count), probes=probes)
+    chosen = find_nearest(snapshot, queries, 1, where, probes) if where else nearest
+    has_best, own = chosen.found[:, 0], _products(snapshot, chosen)[:, :1]
+    best = np.where(has_best, chosen.scores[:, 0].astype(np.float64), -1.0)
+    second, pending = np.full(len(queries), -1.0), np.arange(len(queries))
+    while True:
+        is_other = nearest.found & (_products(snapshot, nearest) != own[pending])
+        has_other, column = is_other.any(axis=1), is_other.argmax(axis=1)
         second[pending[has_other]] = nearest.scores[has_other, column[has_other]]
-        is_done = has_other | ~found[:, -1] | (k >= count)
-        pending, k = pending[~is_done], 4 * k
-    return BestProducts(np.arange(len(queries)), best, np.where(best > -1, best - second, 0.0))
+        pending = pending[~(has_other | ~nearest.found[:, -1] | (k >= count))]
+        if not len(pending):
+            return BestProducts(np.arange(len(queries)), best, np.where(has_best, best - second, 0.0))
+        k = 4 * k
+        nearest = find_nearest(snapshot, queries[pending], min(k, count), probes=probes)
 
 
-def _products(snapshot: Snapshot, nearest: Nearest) -> NDArray[np.int64]:
-    """Return (queries, k) codes of the products."""
-    rows = nearest.rows[nearest.found]
-    names = snapshot.take(rows, ["product"])["product"].to_pylist()
-    codes = np.full(nearest.rows.shape, -1, dtype=np.int64)
-    if names:
-        codes[nearest.found] = np.unique(np.array(names, dtype=np.str_), return_inverse=True)[1]
-    return codes
+def _products(snapshot: Snapshot, nearest: Nearest) -> NDArray[np.object_]:
+    """Return the (queries, k) products; None where there are fewer images."""
+    products = np.full(nearest.rows.shape, None, dtype=object)
+    names = snapshot.take(nearest.rows[nearest.found], ["product"])["product"].to_pylist()
+    products[nearest.found] = np.array(names, dtype=object)
+    return products

@@ -17,11 +17,12 @@ from vpr.common.errors import printable
 from vpr.common.log import get_logger
 from vpr.gallery.config import GallerySearchConfig
 from vpr.gallery.gallery import CALIBRATE, IDS, Gallery, load_gallery
-from vpr.gallery.nearest import find_best, find_nearest
+from vpr.gallery.nearest import find_best, find_nearest, usable_probes
 from vpr.gallery.store import Snapshot, Vectors
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search_command import NO_MATCH
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+from vpr.retrieval.threshold_scope import check_filter
 
 log = get_logger(__name__)
 
@@ -74,6 +75,9 @@ def answer(gallery: Gallery, queries: Embeddings, config: GallerySearchConfig) -
         gallery.check_model(queries, "queries", snapshot)
         threshold = _find_threshold(gallery, snapshot, config.threshold)
         answers = _answer(snapshot, gallery, vectors, config, threshold)
+        gallery.check_size(snapshot, threshold)
+        if threshold and config.where:
+            check_filter(threshold)
         return snapshot.version, answers, threshold is not None
 
     return search(gallery.snapshot(config.version)) if config.version else gallery.search_newest(search)
@@ -96,11 +100,11 @@ def _answer(
     config: GallerySearchConfig,
     threshold: StoredThreshold | None,
 ) -> list[Answer]:
-    k = min(config.k, max(len(snapshot), 1))
-    nearest = find_nearest(snapshot, queries, k, config.where, config.probes)
+    k, probes = min(config.k, max(len(snapshot), 1)), usable_probes(snapshot, config.probes)
+    nearest = find_nearest(snapshot, queries, k, config.where, probes)
     accepted, probabilities = np.ones(len(queries), dtype=bool), None
     if threshold:
-        best = find_best(snapshot, queries, config.where, config.probes)
+        best = find_best(snapshot, queries, config.where, probes)
         accepted = threshold.accepts(best)
         probabilities = threshold.probability.predict(best)
     found = nearest.found

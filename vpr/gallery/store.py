@@ -65,7 +65,9 @@ class Store:
         """Write the first version; raise :class:`UserError` if the address has a table."""
         with self._errors():
             if _TABLE in self._database.list_tables().tables:
-                raise UserError(f"{self.address}: there is a gallery. Choose another address.")
+                problem = "there are vectors of a gallery, or of a `vpr gallery create` that was killed"
+                fix = "Choose another address, or delete what is at this one if no gallery uses it"
+                raise UserError(f"address: {self.address}: {problem}. {fix}.")
             self._database.create_table(_TABLE, pa.RecordBatchReader.from_batches(schema, batches))
 
     def open(self, version: int = 0) -> Snapshot:
@@ -107,7 +109,7 @@ class Store:
     def overwrite(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         """Replace all rows and the schema, as one version; older versions stay.
 
-        An index is built again, as a second version. Until then, the first one has none.
+        An index is built again, as a second version. The first one has no index, but its number of partitions.
         """
         with self._errors():
             self._overwrite(batches, schema, _partitions_of(self._database.open_table(_TABLE)))
@@ -120,13 +122,20 @@ class Store:
 
         Args:
             partitions: Partitions of an IVF index; 0 keeps an existing index's number, or no index.
+
+        Raises:
+            UserError: There are fewer rows than ``partitions``; nothing is changed.
         """
         with self._errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # LanceDB's, that readers of other versions fail
             old = self._database.open_table(_TABLE)
-            partitions = partitions or _partitions_of(old)
             old.checkout(old.version)
-            rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if old.count_rows() else ()
+            count = old.count_rows()
+            if count < partitions:
+                fix = f"Use --index {count} or less" if count else "Add images first"
+                raise UserError(f"index: {partitions} partitions need as many images, the gallery has {count}. {fix}.")
+            partitions = partitions or _partitions_of(old)
+            rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if count else ()
             table = self._overwrite(rows, old.schema, partitions)
             table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
 
@@ -237,13 +246,18 @@ class Snapshot:
             found = builder.select(["product", "_distance"]).to_arrow()
         return 1 - found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
 
+    @property
+    def partitions(self) -> int:
+        """Partitions of the index, which may not be built yet (:meth:`index`); 0 for a gallery without one."""
+        return _partitions_of(self._table)
+
     def index(self) -> dict[str, int] | None:
         """Return the numbers of partitions, and of images in and outside of the index; None without an index."""
         with self._store._errors():
-            partitions, state = _partitions_of(self._table), self._table.index_stats(_INDEX)
-            if not partitions or state is None:
+            state = self._table.index_stats(_INDEX) if self.partitions else None
+            if state is None:
                 return None
-            return {"partitions": partitions, "images": state.num_indexed_rows, "others": state.num_unindexed_rows}
+            return {"partitions": self.partitions, "images": state.num_indexed_rows, "others": state.num_unindexed_rows}
 
     def versions(self) -> list[Version]:
         """Return the versions that are still stored, oldest first."""

@@ -19,6 +19,7 @@ from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.open_set import BestProducts, find_best_products
 from vpr.retrieval.rerank import rank
 from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+from vpr.retrieval.threshold_scope import check_gallery_size
 
 Strings = NDArray[np.str_]
 Rows = NDArray[np.int64]
@@ -27,7 +28,6 @@ log = get_logger(__name__)
 
 SUBMITTED = 1000  # results per query in an AIcrowd submission
 _MAX_PRINTED = 8  # queries
-_MAX_GROWTH = 2  # the absent products of the bound, half of those with queries by default, are in the gallery again
 NO_MATCH = "no match"
 
 
@@ -77,7 +77,7 @@ def search_gallery(config: SearchConfig) -> Path | None:
     scores, ranking = rank(*vectors, config.rerank, k)
     best = None
     if threshold:
-        _check_gallery_size(threshold, gallery.products[gallery_rows])
+        check_gallery_size(threshold, len(np.unique(gallery.products[gallery_rows])))
         best = find_best_products(*vectors, gallery.products[gallery_rows])
     hits = gallery_rows[ranking[:, : config.k]]
     answers = _Answers(queries.images[query_rows], queries.products[query_rows], hits, scores, best, threshold)
@@ -92,16 +92,6 @@ def search_gallery(config: SearchConfig) -> Path | None:
     _write(Path(config.output), answers, gallery)
     log.info(f"{config.output}: {len(query_rows)} queries, {config.k} results each")
     return Path(config.output)
-
-
-def _check_gallery_size(threshold: StoredThreshold, products: Strings) -> None:
-    """Warn if the gallery has many more products than the one of the bound: more of them look like an absent one."""
-    count, confirmed = len(np.unique(products)), threshold.gallery_products
-    if count > _MAX_GROWTH * confirmed:
-        log.warning(
-            f"threshold: confirmed in a gallery of {confirmed} products, this one has {count}, so more false accepts "
-            "are likely. Run `vpr gallery threshold` with this gallery."
-        )
 
 
 def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embeddings) -> None:

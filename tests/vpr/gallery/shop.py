@@ -17,6 +17,9 @@ from vpr.artifacts.writer import write_artifact
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.gallery.plan import ADAPTERS, FILE
 from vpr.retrieval.embeddings import write_embeddings
+from vpr.retrieval.open_set import Probability, probability_to_json
+from vpr.retrieval.threshold_command import FILE as THRESHOLD
+from vpr.retrieval.threshold_command import StoredThreshold
 
 DIM = 8
 Vectors = NDArray[np.float32]
@@ -62,6 +65,20 @@ def write_shop(
     ]
     catalog = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), path.parent)
     return str(write_embeddings(str(path), vectors, catalog, weights, {}))
+
+
+EVEN = Probability(0.0, 0.0, 0.0)  # 0.5 for every image
+
+
+def write_threshold(path: Path, model: Artifact, threshold: StoredThreshold) -> str:
+    """Write a confirmed threshold of a model, as `vpr gallery threshold` does."""
+    with write_artifact(path, "threshold", {}, [model.as_parent("model")]) as draft:
+        values = {"score": threshold.score, "threshold": threshold.value, "statement": "confirmed"}
+        values |= {"gallery_products": threshold.gallery_products}
+        values |= {"probability": probability_to_json(threshold.probability)}
+        (draft.path / THRESHOLD).write_text(json.dumps(values))
+        draft.embedding = model.card.embedding
+    return str(path)
 
 
 def write_plan(path: Path, old: Artifact, new: Artifact, weight: Vectors, order: str = "random") -> str:

@@ -28,7 +28,7 @@ from vpr.gallery.config import (
 from vpr.gallery.gallery import IDS, load_gallery, vectors_of
 from vpr.gallery.inspect import export_embeddings, print_info, verify_gallery
 from vpr.gallery.search_command import search_in_gallery
-from vpr.gallery.store import LostFile
+from vpr.gallery.store import LostFile, Store
 from vpr.retrieval.embeddings import load_embeddings
 
 pytest.importorskip("lancedb")
@@ -161,6 +161,20 @@ def test_reader_keeps_its_version(shop: tuple[str, str], tmp_path: Path) -> None
         search_in_gallery(GallerySearchConfig(gallery, searched, version=1))
 
 
+def test_index_has_at_most_as_many_partitions_as_images(shop: tuple[str, str]) -> None:
+    _, gallery = shop
+    before = {path: path.stat().st_mtime_ns for path in Path(gallery).rglob("*")}
+    fix = "index: 31 partitions need as many images, the gallery has 30. Use --index 30 or less."
+    with pytest.raises(UserError, match=re.escape(fix)):
+        compact_gallery(CompactConfig(gallery, index=31))
+    assert {path: path.stat().st_mtime_ns for path in Path(gallery).rglob("*")} == before
+    compact_gallery(CompactConfig(gallery, index=30))
+    assert print_info(InfoConfig(gallery))["index"] == {"partitions": 30, "images": 30, "others": 0}
+    remove_images(RemoveConfig(gallery, products=tuple(f"p{number}" for number in range(10))))
+    with pytest.raises(UserError, match=r"index: 1 partitions need .* the gallery has 0. Add images first."):
+        compact_gallery(CompactConfig(gallery, index=1))
+
+
 def test_export_is_read_by_search(shop: tuple[str, str], tmp_path: Path) -> None:
     embeddings, gallery = shop
     remove_images(RemoveConfig(gallery, products=("p3",)))
@@ -266,6 +280,18 @@ def test_server_that_does_not_answer(shop: tuple[str, str], tmp_path: Path, monk
     with pytest.raises(UserError, match=r"address: s3://bucket/shop: the server does not answer"):
         create_gallery(CreateConfig(shop[0], str(tmp_path / "remote"), address="s3://bucket/shop"))
     assert not (tmp_path / "remote").exists()
+
+
+def test_vectors_that_a_killed_create_left_at_an_address(shop: tuple[str, str], tmp_path: Path) -> None:
+    rows = load_gallery(shop[1]).snapshot().read([*IDS, "vector"]).drop_columns(["_rowid"])
+    store = Store(str(tmp_path / "address"))
+    store.create(rows.to_batches(), rows.schema)
+    fix = "Choose another address, or delete what is at this one if no gallery uses it."
+    with pytest.raises(UserError, match=f"^address: .*address: there are vectors .* that was killed. {fix}$"):
+        store.create(rows.to_batches(), rows.schema)
+    shutil.rmtree(tmp_path / "address")
+    Store(store.address).create(rows.to_batches(), rows.schema)
+    assert len(Store(store.address).open()) == 30
 
 
 def test_missing_package_is_named(shop: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,24 +14,32 @@ import pytest
 
 from experiments.figures import ROOT
 from tests.vpr.gallery.shop import DIM, name_images, unit_vectors, write_model, write_plan, write_shop
-from tests.vpr.gallery.writer import Contents, State, expect, write_deliveries
+from tests.vpr.gallery.writer import PARTITIONS, Contents, State, expect, write_deliveries
 from vpr.gallery.change import compact_gallery, create_gallery
 from vpr.gallery.config import CompactConfig, CreateConfig, VerifyGalleryConfig
 from vpr.gallery.gallery import BACKFILL, IDS, load_gallery, vectors_of
 from vpr.gallery.inspect import verify_gallery
+from vpr.gallery.nearest import find_nearest, usable_probes
 from vpr.gallery.store import LostFile
 
 pytest.importorskip("lancedb")
 
 
 def read(gallery: Path) -> State:
-    """Return the newest version, as a reader that starts again if its version was compacted meanwhile."""
+    """Return the newest version, as a reader that starts again if its version was compacted meanwhile.
+
+    In an indexed gallery, it also searches a vector with probes.
+    """
     while True:
         opened = load_gallery(gallery)
         try:
             snapshot = opened.snapshot()
             names = [name for name in (*IDS, BACKFILL, "vector") if name in snapshot.schema.names]
             table = snapshot.read(names)
+            if snapshot.partitions:
+                probes = usable_probes(snapshot, PARTITIONS)
+                nearest = find_nearest(snapshot, vectors_of(table.slice(0, 1)), 1, probes=probes)
+                assert nearest.scores[0, 0] > 1 - 1e-5
         except LostFile:
             continue
         keys = zip(*(table[name].to_pylist() for name in IDS), strict=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.vpr.gallery.shop import DIM, Ids, Vectors, name_images, unit_vectors, write_model, write_plan, write_shop
-from vpr.gallery.change import compact_gallery, remove_images, update_images
-from vpr.gallery.config import CompactConfig, RemoveConfig, UpdateConfig
+from vpr.gallery.change import add_images, compact_gallery, remove_images, update_images
+from vpr.gallery.config import AddConfig, CompactConfig, RemoveConfig, UpdateConfig
 from vpr.gallery.gallery import PENDING, load_gallery
 from vpr.gallery.migrate import list_pending, replace_adapted, start_migration
 from vpr.gallery.order import order_rows
@@ -23,6 +23,8 @@ WIDTHS = {"student": DIM, "other": DIM + 2}
 _PRODUCTS = 4  # of a delivery
 _IMAGES = 3
 _PART = 5  # images that a migration embeds at once
+PARTITIONS = 2  # of the index; the changes of `choose` always leave more images
+_CHANCES = {"add": 0.1, "update": 0.25, "remove": 0.15, "compact": 0.1, "index": 0.1, "migrate": 0.3}
 Contents = dict[Ids, tuple[bytes, int | None]]  # vector, place in the order of embedding
 
 
@@ -61,9 +63,14 @@ def write_plans(folder: Path) -> None:
 def choose(number: int) -> tuple[str, str]:
     """Return the change of this number: its kind, and the delivery or the product."""
     rng = np.random.default_rng(number)
-    kind = rng.choice(["update", "remove", "compact", "migrate"], p=[0.3, 0.2, 0.1, 0.4])
-    places = {"update": DELIVERIES, "remove": (DELIVERIES + 1) * _PRODUCTS // 2, "compact": 1, "migrate": 1}
-    return str(kind), str(rng.integers(places[kind]))
+    kind = str(rng.choice(list(_CHANCES), p=list(_CHANCES.values())))
+    places = {"update": DELIVERIES, "remove": (DELIVERIES + 1) * _PRODUCTS // 2}
+    return kind, str(rng.integers(places.get(kind, 1)))
+
+
+def name_added(number: int) -> list[Ids]:
+    """Return the ids of the images that the change of this number adds; no other change has them."""
+    return [(f"added{number}", f"{number}/{image}.jpg") for image in range(_IMAGES)]
 
 
 def see(model: str, ids: list[Ids]) -> Vectors:
@@ -78,6 +85,10 @@ def expect(state: State, number: int, deliveries: list[dict[str, Contents]]) -> 
     contents = state.contents
     if kind == "update":
         return State(state.model, {**contents, **deliveries[int(place)][state.model]})
+    if kind == "add":
+        ids = name_added(number)
+        added = {key: (vector.tobytes(), None) for key, vector in zip(ids, see(state.model, ids), strict=True)}
+        return State(state.model, {**contents, **added})
     if kind == "remove":
         return State(state.model, {key: values for key, values in contents.items() if key[0] != f"p{place}"})
     return expect_migration(state) if kind == "migrate" else state
@@ -123,14 +134,19 @@ def change(folder: Path, number: int) -> None:
     """Make a change by the commands."""
     gallery = str(folder / "gallery")
     kind, place = choose(number)
-    if kind == "update":
-        opened = load_gallery(gallery)
-        model = opened.model_of(opened.snapshot()).model.name
+    opened = load_gallery(gallery)
+    model = opened.model_of(opened.snapshot()).model.name
+    if kind == "add":
+        ids, path = name_added(number), folder / f"added-{number}-{model}"
+        if not path.exists():  # a killed process may have left it
+            write_shop(path, ids, see(model, ids), model)
+        add_images(AddConfig(gallery, str(path)))
+    elif kind == "update":
         update_images(UpdateConfig(gallery, str(folder / f"delivery-{place}-{model}")))
     elif kind == "remove":
         remove_images(RemoveConfig(gallery, products=(f"p{place}",), skip_missing=True))
-    elif kind == "compact":
-        compact_gallery(CompactConfig(gallery))
+    elif kind in ("compact", "index"):
+        compact_gallery(CompactConfig(gallery, index=PARTITIONS if kind == "index" else 0))
     else:
         migrate(folder)
 
