@@ -1,7 +1,8 @@
 """``make figures TOPIC=serving``: clients and their preprocessing, into ``docs/results/serving.json``.
 
 Parts: ``verify``, ``skew``, ``graphs``, ``uint8``, ``bulk``, ``allocator``. ``skew`` and ``graphs`` distil a student of
-photographs and need the environment variable ``VPR_DATA``, ``graphs`` also needs ``make demo``. Run nothing else on the
+photographs and need the environment variable ``VPR_DATA``, ``graphs`` also needs ``make demo`` and
+``make oldest-runtime``. Run nothing else on the
 machine during ``uint8``, ``bulk`` and ``allocator``.
 """
 
@@ -91,7 +92,8 @@ def measure_graphs() -> None:
         raise UserError(f"{_DEMO / 'student'}: it does not exist. Run `make demo`.")
     students = {"sample": (_DEMO / "student", _DEMO / "catalog"), "photographs": _distil_photographs("graphs")}
     with tempfile.TemporaryDirectory() as name:
-        figures, rows = compare_runtimes(students, Path(name), 8, command_of("serving", "graphs"))
+        command = command_of("serving", "graphs")
+        figures, rows = compare_runtimes(students, Path(name), 8, command, oldest=".venv-oldest-runtime")
     record("serving", figures, {"graphs": rows})
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -15,9 +17,11 @@ from onnx.reference import ReferenceEvaluator
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from experiments.figures import Figure, Row
+from experiments.venv_runner import run_in_venv
 from export.backends.openvino_runtime import openvino_forward
 from export.config import Int8Config, OnnxConfig, Recipe
 from export.int8 import export_int8
+from export.opset import OLDEST_RUNTIME, lower_opset
 from export.parity import parity
 from export.to_onnx import export_onnx, load_onnx
 from vpr.data.catalog import load_catalog
@@ -34,7 +38,12 @@ Pixels = NDArray[np.float32]
 
 
 def compare_runtimes(
-    students: dict[str, tuple[Path, Path]], folder: Path, count: int, command: str, calibration: int = 256
+    students: dict[str, tuple[Path, Path]],
+    folder: Path,
+    count: int,
+    command: str,
+    calibration: int = 256,
+    oldest: str = "",
 ) -> tuple[list[Figure], list[Row]]:
     """Export each student by every opset, recipe and base; compare the embeddings of images on every runtime.
 
@@ -44,6 +53,8 @@ def compare_runtimes(
         count: Number of images to compare; the reference evaluator is slow.
         command: Command of the figures.
         calibration: Number of images that calibrate.
+        oldest: Virtual environment with the oldest ONNX Runtime of the hand-off, which gets graphs of its opset; empty
+            for none.
 
     Returns:
         The lowest cosine of a student over its graphs and images for each runtime, and a row for each graph.
@@ -63,7 +74,7 @@ def compare_runtimes(
                     assert artifact.card.preprocess is not None
                     images = load_catalog(str(catalog)).select(split="test")
                     (pixels,) = read_batches(images.take(np.arange(count)), artifact.card.preprocess, count)
-                    cosines = compare_graph(graph, np.asarray(pixels, dtype=np.float32))
+                    cosines = compare_graph(graph, np.asarray(pixels, dtype=np.float32), oldest, folder)
                     lowest = {name: min(lowest.get(name, 1.0), cosine) for name, cosine in cosines.items()}
                     row = {"student": title, "opset": opset, "scope": recipe, "base": base}
                     rows.append(row | {name: f"{cosine:.6f}" for name, cosine in cosines.items()})
@@ -73,8 +84,11 @@ def compare_runtimes(
     return figures, rows
 
 
-def compare_graph(graph: ModelProto, pixels: Pixels) -> dict[str, float]:
-    """Return the lowest cosine of an image's embedding with that of the reference evaluator, by runtime."""
+def compare_graph(graph: ModelProto, pixels: Pixels, oldest: str, folder: Path) -> dict[str, float]:
+    """Return the lowest cosine of an image's embedding with that of the reference evaluator, by runtime.
+
+    ``oldest`` is the environment of the oldest runtime, or empty; its graphs are written to ``folder``.
+    """
     evaluator = ReferenceEvaluator(graph)
     vectors = []
     for image in pixels:  # one at a time, since the evaluator keeps all activations
@@ -84,7 +98,17 @@ def compare_graph(graph: ModelProto, pixels: Pixels) -> dict[str, float]:
     runtimes: dict[str, Callable[[Pixels], NDArray[np.float32]]] = {"OpenVINO": openvino_forward(graph)}
     for name, level in _LEVELS.items():
         runtimes[name] = _session(graph, level)
+    if oldest:
+        runtimes[f"ONNX Runtime {OLDEST_RUNTIME}"] = partial(_run_in_oldest, graph, oldest, folder)
     return {name: parity(expected, run(pixels))["cosine_min"] for name, run in runtimes.items()}
+
+
+def _run_in_oldest(graph: ModelProto, environment: str, folder: Path, pixels: Pixels) -> NDArray[np.float32]:
+    """Return the embeddings of a graph, as the hand-off writes it, in the oldest runtime."""
+    onnx.save(lower_opset(graph), folder / "oldest.onnx")
+    np.save(folder / "pixels.npy", pixels)
+    run_in_venv(environment, "run_graphs.py", [str(folder), "oldest.onnx"], "oldest-runtime")
+    return np.asarray(np.load(folder / "oldest.npy", allow_pickle=False), dtype=np.float32)
 
 
 def _session(graph: ModelProto, level: ort.GraphOptimizationLevel) -> Callable[[Pixels], NDArray[np.float32]]:

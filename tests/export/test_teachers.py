@@ -102,7 +102,8 @@ def test_every_tower_is_exported_and_its_fp16_graph_builds(tower: TowerConfig | 
 def test_published_sizes_are_exported(name: str, tmp_path: Path) -> None:
     teacher = _write(tmp_path, TowerConfig(name, ""))
     _check_equal_to_pytorch(export_onnx(OnnxConfig(str(teacher), str(tmp_path / "fp32"), images=2)), teacher)
-    half = export_onnx(OnnxConfig(str(teacher), str(tmp_path / "fp16"), precision="fp16", images=2))
+    opset: Literal[20, 23] = 20 if "SigLIP" in name else 23  # TensorRT has no kernel for its attention pooling in 23
+    half = export_onnx(OnnxConfig(str(teacher), str(tmp_path / "fp16"), precision="fp16", images=2, opset=opset))
     build_engine(EngineConfig(str(half), str(tmp_path / "engine"), "tensorrt-rtx", "sm86"))
 
 
