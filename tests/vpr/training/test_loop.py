@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 from pathlib import Path
@@ -199,7 +198,7 @@ def test_non_finite_loss_stops_training(catalog: Catalog, tmp_path: Path) -> Non
 
 def test_terminated_training_fails(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that stops a job sends SIGTERM; the next command of a script must not run."""
-    monkeypatch.setattr(Tiny, "on_train_batch_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Tiny, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         train(catalog, tmp_path, 2, RunConfig())
     assert ended.value.code == 143
