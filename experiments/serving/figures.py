@@ -1,9 +1,8 @@
 """``make figures TOPIC=serving``: clients and their preprocessing, into ``docs/results/serving.json``.
 
 Parts: ``verify``, ``skew``, ``graphs``, ``uint8``, ``bulk``, ``allocator``. ``skew`` and ``graphs`` distil a student of
-photographs and need the environment variable ``VPR_DATA``, ``graphs`` also needs ``make demo`` and
-``make oldest-runtime``. Run nothing else on the
-machine during ``uint8``, ``bulk`` and ``allocator``.
+photographs and need the environment variable ``VPR_DATA``; ``graphs`` also needs ``make demo`` and ``make
+oldest-runtime``. Run nothing else on the machine during ``uint8``, ``bulk`` and ``allocator``.
 """
 
 from __future__ import annotations
