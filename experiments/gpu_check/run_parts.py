@@ -48,7 +48,7 @@ def run_parts(names: Sequence[str], seconds: float, is_rehearsal: bool, keep: Ke
 
     def keep_with_clocks(figures: list[Figure], tables: dict[str, list[Row]]) -> None:
         nonlocal clocks
-        clocks = describe_clocks(read_clocks())  # while the GPU is busy
+        clocks = describe_clocks(read_clocks())  # right after a result, when the GPU is still warm
         keep(figures, tables)
 
     for part in (part for part in PARTS if not names or part.name in names):

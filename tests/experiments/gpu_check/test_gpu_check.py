@@ -54,6 +54,12 @@ def skip(is_rehearsal: bool) -> Iterator[Any]:
     yield
 
 
+def test_clocks_are_described() -> None:
+    state = {"sm_clock_mhz": 1200, "max_sm_clock_mhz": 1980, "power_limit_w": 700.0, "throttled": ["power cap"]}
+    assert runner.describe_clocks(state) == "1200 of 1980 MHz, power cap"
+    assert runner.describe_clocks({}) == ""
+
+
 @pytest.mark.slow
 def test_parts_are_independent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works = {"fails": fail, "crashes": crash, "lacks": skip, "measures": measure, "hangs": partial(hang, tmp_path)}
