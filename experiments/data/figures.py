@@ -12,11 +12,14 @@ from pathlib import Path
 from experiments.data.cases import case_figures, recipe_figures
 from experiments.data.found_products import found_figures
 from experiments.data.scale import build_cost
+from experiments.data.view_seeds import compare_views
+from experiments.demo.seeds import SEEDS
 from experiments.figures import Figure, Row, command_of, measure, record
 from experiments.teacher.ablation import grocery_data, sample_teacher
-from experiments.teacher.view_sharpness import sample_files, sharpness_by_zoom
+from experiments.teacher.view_sharpness import epoch_seconds, sample_files, sharpness_by_zoom
 from vpr.data.build_catalog import build_catalog
 from vpr.data.config import CatalogConfig
+from vpr.imaging.config import ViewConfig
 
 _SAMPLE = Path("runs/demo/catalog")  # relative: paths are part of an artifact's configuration
 _ZOOM = 1.5  # of the stated goal
@@ -45,7 +48,16 @@ def measure_sharpness() -> None:
         if zoom == _ZOOM:
             name = f"sharpness of training views at zoom {zoom:g} against scored images"
             figures.append(Figure(name, round(alone, 4), "", 0.95, ">=", command))
+    seconds = [epoch_seconds(files, ViewConfig(), is_enlarged) for is_enlarged in (True, False)]
+    name = "epoch of the sample's teacher on photographs, images decoded for sharp views over those of a view's side"
+    figures.append(Figure(name, round(seconds[0] / seconds[1], 3), "times", 1.15, "<=", command))
     record("data", figures, {"sharpness": rows})
+
+
+def measure_views() -> None:
+    """Record recall of teacher and student of the demo with three seeds, with these views and with blurred ones."""
+    figures, rows = compare_views(Path("runs/demo"), SEEDS, command_of("data", "views"))
+    record("data", figures, {"views": rows})
 
 
 def measure_unlabelled() -> None:
@@ -66,6 +78,7 @@ PARTS = {
     "cases": measure_cases,
     "recipes": measure_recipes,
     "sharpness": measure_sharpness,
+    "views": measure_views,
     "unlabelled": measure_unlabelled,
     "scale": measure_scale,
 }

@@ -58,7 +58,11 @@ def view_sharpness(files: list[Path], zoom: float, largest: float = 0.0) -> floa
 
 
 def epoch_seconds(files: list[Path], views: ViewConfig, is_enlarged: bool) -> float:
-    """Return processor seconds per image of decoding, views, and the sample tower's forward and backward pass."""
+    """Return processor seconds per image of decoding, views, and the sample tower's forward and backward pass.
+
+    Images are decoded for views as sharp as scored images (``is_enlarged``), or at the side of a view. One thread.
+    """
+    torch.set_num_threads(1)
     teacher, preprocess = build_teacher(TowerConfig("sample", "", _SIZE), read_tower("sample"), False)
     side = views.decoded_side(_SIZE) if is_enlarged else _SIZE
     enlarged, index = preprocess.model_copy(update={"size": side}), torch.arange(len(files))
@@ -94,7 +98,6 @@ def sharpness_by_zoom(files: list[Path]) -> dict[float, tuple[float, float, floa
 
 def main(folder: str) -> None:
     """Print sharpness by zoom and the ratio of the epoch's time, with the larger images and without."""
-    torch.set_num_threads(1)
     files = sample_files(Path(folder))
     for zoom, (before, after, mixed) in sharpness_by_zoom(files).items():
         print(f"zoom {zoom}: sharpness {before:.2f} without, {after:.2f} with the larger side")

@@ -48,6 +48,8 @@ def find_split_folders(root: Path, names: list[str]) -> Places:
     if others or not (splits or roles):
         if splits:
             log.warning(f"{root}: all its folders are read as products, also {', '.join(splits)}, named as a split")
+        else:
+            _warn_of_inner_splits(root, folders, names)
         return {}
     places: Places = {folder: ("test", role) for folder, role in roles.items()}
     for folder, split in splits.items():
@@ -90,6 +92,17 @@ def _reject_nested(root: Path, folder: str, names: list[str]) -> None:
     if named and (len(named) > 1 or len(inner) == 1):
         problem = f"its only folder '{folder}' would be one product, but it has the splits {', '.join(named)}"
         raise UserError(f"{root}: {problem}. Give {root / folder} as the root, or rename these folders.")
+
+
+def _warn_of_inner_splits(root: Path, products: list[str], names: list[str]) -> None:
+    """Warn of products whose folders all are named as splits or roles: as a product is not divided, they mean nothing."""
+    for product in products:
+        inner = _list_inner(product, names)
+        named = [name for name in inner if name.casefold() in SPLIT_NAMES or name.casefold() in _ROLES]
+        if len(named) > 1 and named == inner:
+            folders = f"{', '.join(named)} in {product}"
+            log.warning(f"{root}: folders of products are not splits ({folders}): a product is in one split only")
+            return
 
 
 def _mixed(root: Path, named: list[str], others: list[str]) -> UserError:

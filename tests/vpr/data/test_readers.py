@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import resource
 import tempfile
+from itertools import product as product_of
 from pathlib import Path
 
 import pyarrow as pa
@@ -188,6 +189,17 @@ def test_only_folder_without_splits_is_a_product(tmp_path: Path, image: bytes, n
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(image)
     assert {(row["product"], row["split"]) for row in read_folder(tmp_path)} == {("lamp", "")}
+
+
+@pytest.mark.parametrize(("inner", "is_warned"), [(("train", "test"), True), (("front", "test"), False)])
+def test_splits_inside_of_products_are_warned_of(
+    tmp_path: Path, image: bytes, inner: tuple[str, str], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for product, folder in product_of(("chair", "lamp"), inner):
+        (tmp_path / product / folder).mkdir(parents=True)
+        (tmp_path / product / folder / "1.jpg").write_bytes(image)
+    assert {(row["product"], row["split"]) for row in read_folder(tmp_path)} == {("chair", ""), ("lamp", "")}
+    assert ("folders of products are not splits (test, train in chair)" in caplog.text) == is_warned
 
 
 def test_image_outside_product_folders_is_rejected(tmp_path: Path, image: bytes) -> None:
