@@ -6,6 +6,7 @@ such tests are not read, and a test whose package or GPU is missing is skipped w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Generator
@@ -20,6 +21,9 @@ from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
 
 if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
     from student.config import StudentConfig
     from vpr.data.catalog import Catalog
 
@@ -138,17 +142,69 @@ def small_student(stem: str) -> StudentConfig:
     return StudentConfig(image_size=32, patch_size=8, stem=stem, **shape)
 
 
-@pytest.fixture(scope="session", params=["patch", "conv"])
-def each_student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small student artifact, one per stem."""
-    from experiments.random_student import write_random_student
+@pytest.fixture(scope="session")
+def stem_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder for each stem. It stays when pytest goes on to another stem, so that exports are made once."""
+    return {stem: tmp_path_factory.mktemp(stem) for stem in ("patch", "conv")}
 
-    return write_random_student(tmp_path_factory.mktemp(request.param) / "student", small_student(request.param))
+
+@pytest.fixture(scope="session", params=["patch", "conv"])
+def each_student(request: pytest.FixtureRequest, stem_folders: dict[str, Path]) -> Path:
+    """Small student artifact, one per stem."""
+    return _write_student(stem_folders[request.param] / "student", request.param)
 
 
 @pytest.fixture(scope="session")
 def student_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small student artifact with a convolutional stem."""
+    return _write_student(tmp_path_factory.mktemp("student") / "student", "conv")
+
+
+def _write_student(path: Path, stem: str) -> Path:
     from experiments.random_student import write_random_student
 
-    return write_random_student(tmp_path_factory.mktemp("student") / "student", small_student("conv"))
+    return path if path.exists() else write_random_student(path, small_student(stem))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """Export a network of the same weights, size and opset once in all test processes: torch.export takes 3 seconds.
+
+    ``tests/export/test_to_onnx.py`` exports each time. Every export is compared with PyTorch, kept or not.
+    """
+    try:
+        import onnx
+
+        from export import to_onnx
+    except ImportError:  # the tests of GPUs run without every package
+        yield
+        return
+    base, trace = tmp_path_factory.getbasetemp(), to_onnx.trace
+    kept = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "graphs"
+    kept.mkdir(exist_ok=True)
+
+    def trace_once(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
+        if sum(parameter.numel() for parameter in model.parameters()) > 1 << 23:
+            return trace(model, size, opset)
+        path = kept / f"{_hash_network(model, size, opset)}.onnx"
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}")
+            onnx.save(trace(model, size, opset), partial)
+            partial.rename(path)
+        return onnx.load(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "trace", trace_once)
+        yield
+
+
+def _hash_network(model: nn.Module, *values: int) -> str:
+    """Return a hash of weights, buffers, plain attributes and structure of a network."""
+    digest = hashlib.sha256(repr((model, values)).encode())
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
+        digest.update(f"{name} {type(module)} {plain} {getattr(module, 'config', '')}".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().numpy().tobytes())
+    return digest.hexdigest()

@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from calibration.activation_stats import measure_activations
+from export import to_onnx
 from export.backends.openvino_runtime import openvino_forward
 from export.bias import needs_separate_bias, separate_biases
 from export.fp16 import to_fp16
 from export.parity import parity
 from export.qdq import quantise, quantised_nodes
-from export.to_onnx import trace
 from student.model import Student
 from tests.conftest import small_student
 
@@ -40,7 +40,7 @@ def graph() -> onnx.ModelProto:
             module.running_mean.uniform_(-0.5, 0.5)
             module.running_var.uniform_(5, 50)
             torch.nn.init.uniform_(module.bias, 0.5, 3)
-    return trace(model, 32, 23)
+    return to_onnx.trace(model, 32, 23)
 
 
 def _quantise(graph: onnx.ModelProto) -> onnx.ModelProto:

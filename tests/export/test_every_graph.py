@@ -19,6 +19,7 @@ from calibration.activation_stats import measure_activations
 from calibration.calibrate import calibrate
 from calibration.config import CalibrateConfig
 from calibration.onnx_layers import attention_nodes
+from export import to_onnx
 from export.config import EngineConfig, Int8Config, QuantDtype, Recipe
 from export.fp16 import to_fp16
 from export.int8 import export_int8
@@ -26,7 +27,7 @@ from export.parity import parity
 from export.qdq import quantise, quantised_nodes
 from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.build import build_plan
-from export.to_onnx import load_onnx, run_graph, trace
+from export.to_onnx import load_onnx, run_graph
 from student.config import PRESETS, Preset, StudentConfig
 from student.model import Student
 from tests.conftest import small_student
@@ -76,7 +77,7 @@ def _traced(shape: str, opset: int) -> Traced:
     model, pixels = Student(config).eval(), _pixels(config.image_size)
     with torch.inference_mode():
         expected = model(torch.from_numpy(pixels)).numpy()
-    graph = trace(model, config.image_size, opset)
+    graph = to_onnx.trace(model, config.image_size, opset)
     return Traced(graph, pixels, expected, _thresholds(graph, config.image_size))
 
 
@@ -151,7 +152,7 @@ def test_every_preset_builds(preset: Preset, family: Literal["vit", "small-data"
     torch.manual_seed(0)
     model = Student(StudentConfig(preset=preset, family=family, embedding_dim=256)).eval()
     size = model.config.image_size
-    graph = trace(model, size, 23)
+    graph = to_onnx.trace(model, size, 23)
     thresholds, linears = _thresholds(graph, size), quantised_nodes(graph)
     assert _build(to_fp16(graph))["ATTENTION_INPUT"] == model.config.depth
     for dtype, config in (("int8", CONFIG), ("fp8", FP8_CONFIG)):

@@ -14,11 +14,12 @@ import torch
 from calibration.activation_stats import measure_activations
 from experiments.figures import ROOT
 from experiments.venv_runner import run_in_venv
+from export import to_onnx
 from export.fp16 import to_fp16
 from export.opset import OLDEST_RUNTIME, lower_opset
 from export.parity import parity
 from export.qdq import quantise, quantised_nodes
-from export.to_onnx import run_graph, trace
+from export.to_onnx import run_graph
 from student.model import Student
 from tests.conftest import small_student
 
@@ -42,7 +43,7 @@ def test_every_graph_equals_this_runtime(shape: str, tmp_path: Path) -> None:
     """FP32, FP16, and INT8 over both: each loads with its default settings and gives the same embeddings."""
     torch.manual_seed(0)
     config = replace(small_student("patch"), **SHAPES[shape])
-    graph = trace(Student(config).eval(), config.image_size, 23)
+    graph = to_onnx.trace(Student(config).eval(), config.image_size, 23)
     pixels = np.random.default_rng(0).normal(size=(5, 3, config.image_size, config.image_size)).astype(np.float32)
     graphs = _all_graphs(graph, pixels)
     np.save(tmp_path / "pixels.npy", pixels)

@@ -209,7 +209,8 @@ def _empty_index(setting: StorageSetting, training: int, size: int, tuning: Inde
         index: Any = faiss.IndexLSH(dims, dims, False, True)
         index.metric_type = metric  # of the rescoring; the search itself counts bits
     else:
-        codes = _FACTORY.get(setting.format) or f"PQ{_count_parts(dims)}"
+        # np: without the training for polysemous search, which takes seconds for each part and is not used here.
+        codes = _FACTORY.get(setting.format) or f"PQ{_count_parts(dims)}np"
         lists = f"IVF{count_lists(size, training)}"
         prefix = {"hnsw": f"HNSW{_HNSW_LINKS},", "ivf": f"{lists},", "ivf-shortlist": f"{lists},"}
         index = faiss.index_factory(dims, f"{prefix.get(setting.index, '')}{codes}", metric)

@@ -61,9 +61,8 @@ def test_rival_is_scored_and_timed_and_is_neither_reference_nor_choice(
     student_artifact: Path, shop: Path, tmp_path: Path
 ) -> None:
     rival_artifact = write_random_student(tmp_path / "direct", small_student("patch"))
-    config = ReportConfig(
-        str(shop), (str(student_artifact),), str(tmp_path / "report"), (str(rival_artifact),), seconds=0.02, drop=1.0
-    )
+    models, rivals = (str(student_artifact),), (str(rival_artifact),)
+    config = ReportConfig(str(shop), models, str(tmp_path / "report"), rivals, seconds=0.02, drop=1.0, starts=0)
     report = read_report(build_report(config))
     (rival,) = [row for row in report.rows if row.rival]
     assert rival.name == "direct"
