@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments.figures import ROOT
 
 # Packages that a machine for a short check may lack.
@@ -37,6 +39,7 @@ def test_gpu_tests_are_skipped_with_the_reason() -> None:
     assert "error" not in run.stdout
 
 
+@pytest.mark.slow
 def test_missing_packages_are_reasons_too(tmp_path: Path) -> None:
     """``sitecustomize`` hides the packages from every import of the process."""
     (tmp_path / "sitecustomize.py").write_text(HIDE, encoding="utf-8")

@@ -125,7 +125,7 @@ def test_most_valuable_parts_end_within_nine_minutes() -> None:
     assert sum(part.seconds for part in PARTS[:8]) > 540 > max(part.seconds for part in PARTS)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_latencies_arrive_one_by_one(precision: Any) -> None:
     results = list(torch_latencies("small", (Variant(precision), Variant(precision)), (1, 8), True))
     assert len(results) == 2

@@ -18,7 +18,7 @@ from vpr.inference.model_size import count_multiply_adds
 SMALL = StudentStepConfig("sample", "sample-vit", batch=2, steps=2, warmup=1, device="cpu")
 
 
-@pytest.mark.parametrize("mode", ["cached", "online"])
+@pytest.mark.parametrize("mode", ["cached", pytest.param("online", marks=pytest.mark.slow)])
 def test_only_the_student_changes(mode: str) -> None:
     step = StudentStep(mode, SMALL)  # type: ignore[arg-type]
     step.set_batch(4)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from experiments.teacher.input_pipeline import consumption_rate, delivery_rate
@@ -13,6 +14,7 @@ from vpr.imaging.decode import decode_bytes
 from vpr.imaging.preprocess import Preprocess
 
 
+@pytest.mark.slow
 def test_rates_count_images(catalog: Catalog) -> None:
     training = catalog.select(split="train")
     assert delivery_rate(training, Preprocess(size=32), LoaderConfig(16, workers=1), 0.2) > 16

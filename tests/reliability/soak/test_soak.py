@@ -61,6 +61,7 @@ def leak_memory(folder: Path) -> tuple[dict[str, Figure], float]:
     return figures_of(samples), len(leaked) / 2 / samples[-1].hours
 
 
+@pytest.mark.reliability
 def test_leaked_memory_is_detected(tmp_path: Path) -> None:
     # A new process: a leak that fills memory that other tests have freed does not raise the resident memory.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -117,6 +118,7 @@ def test_earlier_soak_is_not_overwritten(tmp_path: Path) -> None:
         SoakConfig(hours=-1)
 
 
+@pytest.mark.reliability
 def test_suspension_is_not_running_time() -> None:
     code = """
 import sys, time

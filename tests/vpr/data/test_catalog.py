@@ -39,6 +39,7 @@ def test_unknown_role_is_rejected(catalog: Catalog) -> None:
         rows_to_table(rows)
 
 
+@pytest.mark.slow
 def test_200k_rows_take_seconds(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open("w") as stream:
         stream.write("image,product\n")
