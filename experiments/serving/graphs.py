@@ -24,6 +24,7 @@ from export.int8 import export_int8
 from export.opset import OLDEST_RUNTIME, lower_opset
 from export.parity import parity
 from export.to_onnx import export_onnx, load_onnx
+from export.widen import quantises_fp16, to_fp32
 from vpr.data.catalog import load_catalog
 from vpr.retrieval.embeddings import read_batches
 
@@ -104,8 +105,9 @@ def compare_graph(graph: ModelProto, pixels: Pixels, oldest: str, folder: Path) 
 
 
 def _run_in_oldest(graph: ModelProto, environment: str, folder: Path, pixels: Pixels) -> NDArray[np.float32]:
-    """Return the embeddings of a graph, as the hand-off writes it, in the oldest runtime."""
-    onnx.save(lower_opset(graph), folder / "oldest.onnx")
+    """Return the embeddings of a graph, as the hand-off for CPUs writes it, in the oldest runtime."""
+    lowered = lower_opset(graph)
+    onnx.save(to_fp32(lowered) if quantises_fp16(lowered) else lowered, folder / "oldest.onnx")
     np.save(folder / "pixels.npy", pixels)
     run_in_venv(environment, "run_graphs.py", [str(folder), "oldest.onnx"], "oldest-runtime")
     return np.asarray(np.load(folder / "oldest.npy", allow_pickle=False), dtype=np.float32)

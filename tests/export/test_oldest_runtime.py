@@ -20,6 +20,7 @@ from export.opset import OLDEST_RUNTIME, lower_opset
 from export.parity import parity
 from export.qdq import quantise, quantised_nodes
 from export.to_onnx import run_graph
+from export.widen import to_fp32
 from student.model import Student
 from tests.conftest import small_student
 
@@ -31,10 +32,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small data": {"family": "small-data"},
     "registers and map": {"registers": 4, "pool": "map"},
 }
-# Largest distance of a cosine from 1 against this environment's runtime. FP16 rounds differently in both, and each
-# difference may move a quantised value by a step: with random weights, the cosine to ONNX's reference evaluator is
-# .9994 here and .9974 there.
-_DISTANCES = {"fp32": 1e-6, "fp16": 1e-5, "int8 over fp32": 1e-4, "int8 over fp16": 5e-3}
+# Largest distance of a cosine from 1 against this environment's runtime. INT8 over FP16 is widened, as in a hand-off
+# for CPUs: the older runtime divides in 16 bits before it rounds to INT8.
+_DISTANCES = {"fp32": 1e-6, "fp16": 1e-5, "int8 over fp32": 1e-4, "int8 over fp16": 1e-4}
 
 
 @pytest.mark.skipif(not (ROOT / ENVIRONMENT).is_dir(), reason="`make oldest-runtime` installs the environment")
@@ -65,5 +65,5 @@ def _all_graphs(graph: onnx.ModelProto, pixels: np.ndarray) -> dict[str, onnx.Mo
     for recipe in ("linear", "full-mha", "full"):
         layers = quantised_nodes(graph, (), recipe)  # type: ignore[arg-type]
         quantised = quantise(graph, thresholds, layers, "int8")
-        graphs |= {f"int8-{recipe}-fp32": quantised, f"int8-{recipe}-fp16": to_fp16(quantised)}
+        graphs |= {f"int8-{recipe}-fp32": quantised, f"int8-{recipe}-fp16": to_fp32(to_fp16(quantised))}
     return graphs
