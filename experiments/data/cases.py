@@ -82,6 +82,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 RECIPES = f"{_TEACHER}/test_recipe_sources.py::test_numbers_equal_those_of_the_source"
+GROWTH = "tests/vpr/data/test_growth.py::test_no_version_scores_what_an_earlier_one_has_seen"
 HEADERS = f"{_TEACHER}/test_recipe_sources.py::test_header_lists_the_deviations"
 
 
@@ -144,6 +145,13 @@ def recipe_figures(command: str) -> tuple[list[Figure], list[Row]]:
     equal = sum(row["numbers of the source"] == "yes" for row in rows)
     title = "recipes with the numbers of their source, and deviations listed"
     return [Figure(title, float(equal), "recipes", float(len(rows)), ">=", command)], rows
+
+
+def growth_figures(command: str) -> list[Figure]:
+    """Return how many random histories of a catalogue score a row that training, calibration or selection has seen."""
+    outcomes = run_tests([GROWTH])
+    name = f"random catalogues that grow, {len(outcomes)} over all readers: those with a scored row that was seen"
+    return [Figure(name, float(len(outcomes) - sum(outcomes.values())), "catalogues", 0.0, "<=", command)]
 
 
 def _count_deviations(recipe: Path) -> int:

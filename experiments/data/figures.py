@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from experiments.data.cases import case_figures, recipe_figures
+from experiments.data.cases import case_figures, growth_figures, recipe_figures
 from experiments.data.found_products import found_figures
 from experiments.data.scale import build_cost
 from experiments.data.view_seeds import compare_views
@@ -29,6 +29,11 @@ def measure_cases() -> None:
     """Record how many of the known cases of misread data have the right result."""
     figures, rows = case_figures(command_of("data", "cases"))
     record("data", figures, {"cases": rows})
+
+
+def measure_growth() -> None:
+    """Record how many random catalogues that grow score what an earlier version has seen."""
+    record("data", growth_figures(command_of("data", "growth")), {})
 
 
 def measure_recipes() -> None:
@@ -76,6 +81,7 @@ def measure_scale() -> None:
 
 PARTS = {
     "cases": measure_cases,
+    "growth": measure_growth,
     "recipes": measure_recipes,
     "sharpness": measure_sharpness,
     "views": measure_views,
