@@ -198,6 +198,19 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def without_entropy() -> Generator[None]:
+    """Leave the method ``entropy`` out, which takes most of a calibration; ``tests/calibration`` has all methods."""
+    try:
+        from calibration.ranges import METHODS
+    except ImportError:  # the tests of GPUs run without every package
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibration.calibrate.METHODS", tuple(method for method in METHODS if method != "entropy"))
+        yield
+
+
 def _hash_network(model: nn.Module, *values: int) -> str:
     """Return a hash of weights, buffers, plain attributes and structure of a network."""
     digest = hashlib.sha256(repr((model, values)).encode())
