@@ -109,15 +109,11 @@ def test_float_graphs_build_and_equal_pytorch(shape: str, opset: int) -> None:
 
 def _quantised_graphs() -> list[Any]:
     """Return every shape, opset, recipe and dtype; `make test` takes all of one shape, and one of each other."""
-    return [
-        pytest.param(
-            *(shape, opset, recipe, dtype),
-            marks=()
-            if opset == 23 and (shape == "patches" or (recipe, dtype) == ("full", "int8"))
-            else pytest.mark.slow,
-        )
-        for shape, opset, (recipe, dtype) in product(SHAPES, [20, 23], QUANTISED)
-    ]
+    graphs = []
+    for shape, opset, kind in product(SHAPES, [20, 23], QUANTISED):
+        is_fast = opset == 23 and (shape == "patches" or kind == ("full", "int8"))
+        graphs.append(pytest.param(shape, opset, *kind, marks=() if is_fast else pytest.mark.slow))
+    return graphs
 
 
 @pytest.mark.parametrize(("shape", "opset", "recipe", "dtype"), _quantised_graphs())
