@@ -87,4 +87,3 @@ def compare_views(demo: Path, seeds: tuple[int, ...], command: str) -> tuple[lis
             }
         )
     return figures, rows
-

@@ -109,13 +109,16 @@ def test_published_sizes_are_exported(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_graph_above_2_gb_is_exported_with_its_weights_beside_it(tmp_path: Path) -> None:
+def test_graph_above_2_gb_is_exported_with_its_weights_beside_it_and_builds(tmp_path: Path) -> None:
     teacher = _write(tmp_path, TowerConfig("open_clip/ViT-H-14", ""))
     graph = export_onnx(OnnxConfig(str(teacher), str(tmp_path / "fp32"), images=1))
     files = load_artifact(graph).card.files
     assert files["model.weights"].size > 2**31
     assert files["model.onnx"].size < 10_000_000
     _check_equal_to_pytorch(graph, teacher)
+    half = export_onnx(OnnxConfig(str(teacher), str(tmp_path / "fp16"), precision="fp16", images=1))
+    engine = build_engine(EngineConfig(str(half), str(tmp_path / "engine"), "tensorrt-rtx", "sm90"))
+    assert load_artifact(engine).file("engine.plan").stat().st_size > 2**30
 
 
 @pytest.fixture(scope="module")
