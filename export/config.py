@@ -8,6 +8,7 @@ from typing import Literal
 from vpr.artifacts.paths import check_file
 from vpr.common.errors import UserError, check_numbers
 from vpr.common.hardware import MAX_THREADS
+from vpr.gallery.config import read_columns
 from vpr.retrieval import config as retrieval
 
 # Every backend, in the order of the report; ``export.backends.registry`` has the code that runs them.
@@ -249,6 +250,15 @@ class ServingConfig:
         index: Search index. ``flat`` is exact, ``hnsw`` is approximate and stays fast for millions of images.
         accept_images: Add an ensemble that takes image files. Triton's Python backend preprocesses them with numpy and
             Pillow.
+        threshold: Artifact of ``vpr gallery threshold`` for "no match". Empty takes the one of a gallery that
+            ``vpr gallery export`` wrote, if it has one.
+        metadata: Table (CSV, JSON lines or Parquet) with a column ``product``, optionally ``image``, and ``columns``.
+            Empty takes the metadata of a gallery that ``vpr gallery export`` wrote, if it has some.
+        columns: Metadata columns as ``NAME:text`` or ``NAME:number``, such as ``price:number``.
+        storage: Artifact of ``vpr bench storage``. The index has the setting that it confirmed for a gallery as large
+            as this one.
+        training: Embeddings that ``vpr bench storage`` measured. Formats and principal directions are fitted on their
+            training images. Empty takes ``gallery``.
     """
 
     model: str
@@ -262,10 +272,27 @@ class ServingConfig:
     device: Literal["gpu", "cpu"] = "gpu"
     index: Literal["flat", "hnsw"] = "flat"
     accept_images: bool = False
+    threshold: str = ""
+    metadata: str = ""
+    columns: tuple[str, ...] = ()
+    storage: str = ""
+    training: str = ""
+
+    @staticmethod
+    def later_keys() -> tuple[str, ...]:
+        """Return the keys that older cards do not have."""
+        return ("accept_images", "threshold", "metadata", "columns", "storage", "training")
 
     def __post_init__(self) -> None:
         if self.name:
             check_model_name(self.name)
+        read_columns(self.columns)
+        if bool(self.metadata) != bool(self.columns):
+            raise UserError("columns: --metadata and --columns need each other. Set both, or leave out both.")
+        if self.storage and self.index != "flat":
+            raise UserError(f"index: --storage sets the index, got {self.index}. Leave out --index.")
+        if self.training and not self.storage:
+            raise UserError("training: only --storage fits an index. Set --storage, or leave out --training.")
         if self.max_batch is not None:
             check_numbers(self, max_batch=(1, MAX_BATCH))
         if not all(1 <= batch <= MAX_BATCH for batch in self.preferred_batches or ()):

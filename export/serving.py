@@ -1,6 +1,7 @@
 """``vpr export serving``: write a model repository for Triton and a gallery with a faiss index."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from export.config import MAX_BATCH, ServingConfig, check_model_name
 from export.golden import copy_golden, has_golden
+from export.handoff import Handoff, load_handoff
 from export.opset import OLDEST_RUNTIME, lower_opset, opset_of
 from export.parity import mean_overlap
 from export.tensorrt.compatibility import rebuild_command
@@ -25,6 +27,7 @@ from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_file import detach_weights, save_graph
 from vpr.inference.onnx_graph import load_graph
 from vpr.inference.onnx_session import add_weights
+from vpr.retrieval.confirmed_storage import RESULTS
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search
 from vpr.retrieval.self_search import ContentKey, content_keys
@@ -33,6 +36,7 @@ log = get_logger(__name__)
 
 _MODEL_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 _GRAPH_BATCH = 32
+_CLIENT_RESULTS = 5
 _HNSW_LINKS = 32
 _MAX_QUERIES = 256
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -42,8 +46,8 @@ _PREPROCESSING = Path(__file__).parent / "triton_preprocess.py"
 def export_serving(config: ServingConfig) -> Path:
     """Write a Triton model repository, the gallery and its index as an artifact of kind ``serving``.
 
-    :class:`UserError` if Triton cannot load the model, the name is invalid, or the gallery is of another model or
-    preprocessing.
+    :class:`UserError` if Triton cannot load the model, the name is invalid, the gallery is of another model or
+    preprocessing, or threshold, metadata or storage setting do not fit the gallery.
     """
     model, gallery = load_artifact(config.model, ("onnx", "engine")), load_embeddings(config.gallery)
     name = config.name or model.card.name
@@ -54,12 +58,11 @@ def export_serving(config: ServingConfig) -> Path:
     graph = lower_opset(load_graph(model)) if model.card.kind == "onnx" else None
     _check_model(model, graph, config)
     preprocess = _check_gallery(model, gallery)
-    values = {**config_to_json(config), "name": name}
-    if not config.accept_images:
-        del values["accept_images"]  # older hand-offs have no such key
+    handoff = load_handoff(config, model, gallery)
+    values = {**config_to_json(config), "name": name, **handoff.checksums}
     if graph is not None and opset_of(graph) < opset_of(load_graph(model)):
         values["opset"] = opset_of(graph)  # older hand-offs hold the graph as it is
-    parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings")]
+    parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings"), *handoff.parents]
     stage = Stage(config.output, "serving", values, parents)
     if stage.find():
         return stage.path
@@ -70,8 +73,9 @@ def export_serving(config: ServingConfig) -> Path:
         _write_repository(draft.path / "model_repository" / name, model, graph, fields)
         if config.accept_images:
             _write_ensemble(draft.path / "model_repository", names, model, preprocess, scheduling)
-        images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index)
-        text = _render_readme(name, model, preprocess, scheduling, images, config)
+        images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index, handoff)
+        handoff.write(draft.path)
+        text = _render_readme(name, model, preprocess, scheduling, images, config, handoff)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
         copy_golden(model, draft.path)
         draft.preprocess, draft.embedding = preprocess, model.card.embedding
@@ -80,11 +84,19 @@ def export_serving(config: ServingConfig) -> Path:
         draft.metrics = {"max_batch": scheduling.max_batch, "gallery": images, "index_top10_overlap": overlap}
         if graph is not None:
             draft.metrics |= {"opset": opset_of(graph), "ir_version": graph.ir_version, "runtime": OLDEST_RUNTIME}
-    quality = f"top-10 overlap with exact search {overlap:.3f}" if overlap is not None else "overlap not measured"
-    quality = "exact" if config.index == "flat" else quality
     log.info(f"{config.output}: model '{name}' for {fields['backend']}, batches up to {scheduling.max_batch}")
-    log.info(f"{config.output}: {images} gallery images, {config.index} index, {quality}")
+    _announce_gallery(config, handoff, images, overlap)
     return stage.path
+
+
+def _announce_gallery(config: ServingConfig, handoff: Handoff, images: int, overlap: float | None) -> None:
+    quality = f"top-10 overlap with exact search {overlap:.3f}" if overlap is not None else "overlap not measured"
+    kind = f"{config.index} index"
+    if handoff.index:
+        kind = f"index of {handoff.index.storage.setting.name}"
+    elif config.index == "flat":
+        quality = "exact"
+    log.info(f"{config.output}: {images} gallery images, {kind}, {quality}")
 
 
 def _check_model(model: Artifact, graph: onnx.ModelProto | None, config: ServingConfig) -> None:
@@ -187,8 +199,8 @@ def _write_ensemble(
     (repository / ensemble / "1" / "README").write_text(text, encoding="utf-8")
 
 
-def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, float | None]:
-    """Write vectors, rows and index; return the number of images, and for ``hnsw`` the overlap if it is measured."""
+def _write_gallery(folder: Path, gallery: Embeddings, kind: str, handoff: Handoff) -> tuple[int, float | None]:
+    """Write vectors, rows and index; return the number of images, and unless ``flat`` the overlap if it is measured."""
     import faiss
 
     rows = gallery.rows_with_role("gallery")
@@ -199,11 +211,19 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str) -> tuple[int, f
     folder.mkdir()
     np.save(folder / "vectors.npy", vectors, allow_pickle=False)
     pq.write_table(table.add_column(0, "id", pa.array(np.arange(len(rows)))), folder / "rows.parquet")
-    index: Any = faiss.IndexFlatIP(vectors.shape[1]) if kind == "flat" else _link(vectors)
-    if kind == "flat":
-        index.add(vectors)
+    build = handoff.index.build if handoff.index else _link if kind == "hnsw" else _store_flat
+    index = build(vectors)
     faiss.write_index(index, str(folder / "index.faiss"))
-    return len(rows), None if kind == "flat" else _measure_overlap(gallery, rows, vectors, index)
+    return len(rows), None if build is _store_flat else _measure_overlap(gallery, rows, vectors, index, build)
+
+
+def _store_flat(vectors: NDArray[np.float32]) -> Any:
+    """Return an exact index of (n, dim) vectors."""
+    import faiss
+
+    index: Any = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
 
 
 def _link(vectors: NDArray[np.float32]) -> Any:
@@ -216,12 +236,17 @@ def _link(vectors: NDArray[np.float32]) -> Any:
 
 
 def _measure_overlap(
-    gallery: Embeddings, rows: NDArray[np.int64], vectors: NDArray[np.float32], index: Any
+    gallery: Embeddings,
+    rows: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    index: Any,
+    build: Callable[[NDArray[np.float32]], Any] = _link,
 ) -> float | None:
-    """Return the overlap of an HNSW index of the ``rows``, (n, dim) vectors, with exact search.
+    """Return the overlap of an index of the ``rows``, (n, dim) vectors, with exact search.
 
-    An image in the index finds itself and its neighbours by its links. So queries are other images. If there are none,
-    a sample of the images queries an index of the others; None for a gallery of a single content.
+    An image in an HNSW index finds itself and its neighbours by its links. So queries are other images. If there are
+    none, a sample of the images queries an index of the others, which ``build`` returns; None for a gallery of a single
+    content.
     """
     codes: dict[ContentKey, int] = {}
     contents = np.array([codes.setdefault(key, len(codes)) for key in content_keys(gallery.read_rows())])
@@ -236,22 +261,31 @@ def _measure_overlap(
     is_searched = ~np.isin(contents[rows], contents[queries])
     if not is_searched.all():
         vectors = vectors[is_searched]
-        index = _link(vectors)
+        index = build(vectors)
     count = min(10, len(vectors))
     exact = search(gallery.vectors[queries], vectors, count)[1]
     return mean_overlap(exact, index.search(gallery.vectors[queries], count)[1])
 
 
 def _render_readme(
-    name: str, model: Artifact, preprocess: Preprocess, scheduling: Scheduling, images: int, config: ServingConfig
+    name: str,
+    model: Artifact,
+    preprocess: Preprocess,
+    scheduling: Scheduling,
+    images: int,
+    config: ServingConfig,
+    handoff: Handoff,
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     templates = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, **blocks)
     compatible = model.card.config.get("version_compatible")
+    no_match, storage = handoff.no_match, handoff.index.storage if handoff.index else None
+    results = max(_CLIENT_RESULTS, no_match.results if no_match else 1, RESULTS if storage else 1)
     return templates.get_template("serving.md").render(
         name=name,
+        model=model.card.name,
         file=_MODEL_FILES[model.card.kind],
         input=model.card.inputs[0].name,
         output=model.card.outputs[0].name,
@@ -260,6 +294,10 @@ def _render_readme(
         gallery=images,
         index="an exact" if config.index == "flat" else "an approximate",
         accepts_images=config.accept_images,
+        no_match=no_match,
+        storage=storage,
+        columns=handoff.columns,
+        results=min(images, results),
         golden=has_golden(model),
         max_batch=scheduling.max_batch,
         saturates=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),

@@ -26,13 +26,12 @@ from vpr.artifacts.writer import config_to_json
 from vpr.common.errors import CheckFailed, printable
 from vpr.common.log import get_logger
 from vpr.data.seen import count_seen, hash_products, read_seen
+from vpr.retrieval.confirmed_storage import FILE
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.self_search import self_search_values
 from vpr.retrieval.vector_index import StorageSetting
 
 log = get_logger(__name__)
-
-FILE = "storage.json"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from export.backends.registry import default_threads
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
 from vpr.retrieval.config import INDEX_KINDS, VECTOR_FORMATS
+from vpr.retrieval.confirmed_storage import RESULTS
 from vpr.retrieval.intervals import mean_interval
 from vpr.retrieval.search import drop_own, search, search_others
 from vpr.retrieval.vector_index import (
@@ -32,7 +33,7 @@ from vpr.retrieval.vector_index import (
 
 log = get_logger(__name__)
 
-TOP = 10
+TOP = RESULTS
 _TIE = 1e-5  # float32 sums in a different order differ by less than this
 # 1,000 queries in 20,000 vectors of 256 dimensions: 0.992 of the first results were exact with the queries in the
 # graph, and 0.977 in a graph without them (64 candidates).

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.config import StorageConfig
 from benchmarks.report.storage_schema import Storage
-from benchmarks.storage.command import FILE, measure_storage
+from benchmarks.storage.command import measure_storage
 from experiments.figures import Figure, Row, command_of, record
 from experiments.gallery.synthetic_embeddings import (
     SyntheticProducts,
@@ -17,6 +17,7 @@ from vpr.artifacts.store import load_artifact
 from vpr.common.errors import CheckFailed
 from vpr.common.log import get_logger
 from vpr.retrieval.config import IndexTuning
+from vpr.retrieval.confirmed_storage import FILE
 
 log = get_logger(__name__)
 

@@ -18,8 +18,11 @@ _PATHS: dict[str, frozenset[str]] = {
     "models": frozenset({"teacher"}),
     "onnx": frozenset({"onnx"}),
     "ranges": frozenset({"ranges"}),
+    "storage": frozenset({"storage"}),
     "student": frozenset({"student"}),
     "teacher": frozenset({"teacher"}),
+    "threshold": frozenset({"threshold"}),
+    "training": frozenset({"storage"}),
     "unlabelled": frozenset({"unlabelled"}),
 }
 # Keys of a loader that decide how fast images arrive, not which.
@@ -40,6 +43,8 @@ def identity(config: Mapping[str, Any], parents: Sequence[Parent]) -> dict[str, 
             _mask(values, key)
     if "catalog_sha256" in values:
         _mask(values, "catalog")
+    if "metadata_sha256" in values:
+        _mask(values, "metadata")
     if "ranges" in roles:
         _mask(values.get("quantise"), "ranges")
     _mask_start(values, "start" in roles)

@@ -91,7 +91,7 @@ COMMANDS = {  # name: target, configuration, help, common keys
     "export engine": Command("export.tensorrt.build:build_engine", "export.config:EngineConfig",
         "build TensorRT engines from an ONNX graph", ("backend", "target", "min_batch", "opt_batch", "max_batch")),
     "export serving": Command("export.serving:export_serving", "export.config:ServingConfig",
-        "write a Triton model repository and gallery", ("name", "max_batch", "device", "index")),
+        "write a Triton model repository and gallery", ("name", "device", "index", "threshold")),
     "export parity": Command("export.parity_report:compare_exports", "export.config:ParityConfig",
         "compare exports with their network, layer by layer", ("split", "layers"), aliases={"student": "reference"},
         infers=True),

@@ -28,12 +28,11 @@ from vpr.gallery.gallery import (
     bytes_on_disk,
     load_gallery,
     table_schema,
-    threshold_to_json,
 )
 from vpr.gallery.metadata import Metadata, read_metadata
 from vpr.gallery.store import Snapshot, Store, quote
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
-from vpr.retrieval.threshold_command import StoredThreshold, load_threshold
+from vpr.retrieval.threshold_command import StoredThreshold, load_threshold, threshold_to_json
 from vpr.retrieval.threshold_scope import check_gallery_size
 
 Rows = NDArray[np.int64]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +27,8 @@ from vpr.gallery.config import check_address, read_columns
 from vpr.gallery.metadata import Metadata, metadata_fields
 from vpr.gallery.store import LostFile, Snapshot, Store, Vectors
 from vpr.gallery.vector_model import VectorModel, read_vector_model
-from vpr.retrieval.config import ScoreName
 from vpr.retrieval.embeddings import Embeddings
-from vpr.retrieval.open_set import probability_from_json, probability_to_json
-from vpr.retrieval.threshold_command import StoredThreshold
+from vpr.retrieval.threshold_command import StoredThreshold, threshold_from_json, threshold_to_json
 from vpr.retrieval.threshold_scope import MAX_GROWTH, check_gallery_size
 
 IDS = ("product", "image")
@@ -102,11 +100,7 @@ class Gallery:
         if values is None or self.is_threshold_outgrown(snapshot):
             return None
         with reraise_as_artifact_error(self.artifact):
-            score, value = values["score"], float(values["value"])
-            if score not in get_args(ScoreName) or not np.isfinite(value):
-                raise ValueError("unknown score or threshold")
-            probability = probability_from_json(values["probability"])
-            return StoredThreshold(score, value, probability, int(values["gallery_products"]))
+            return threshold_from_json(values)
 
     def is_threshold_outgrown(self, snapshot: Snapshot) -> bool:
         """Return whether the stored threshold is of another model than the version."""
@@ -224,12 +218,6 @@ def vectors_of(batch: pa.RecordBatch | pa.Table) -> Vectors:
         column = column.combine_chunks()
     # `flatten` respects the slice of an array, and leaves out null lists.
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-
-
-def threshold_to_json(threshold: StoredThreshold) -> dict[str, Any]:
-    """Return a threshold as JSON."""
-    values = {"score": threshold.score, "value": threshold.value, "gallery_products": threshold.gallery_products}
-    return {**values, "probability": probability_to_json(threshold.probability)}
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -18,6 +18,7 @@ from vpr.common.errors import CheckFailed, UserError
 from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA
 from vpr.gallery.config import ExportConfig, InfoConfig, VerifyGalleryConfig
+from vpr.gallery.exported import write_exported
 from vpr.gallery.gallery import (
     BACKFILL,
     CALIBRATE,
@@ -207,6 +208,7 @@ def export_embeddings(config: ExportConfig) -> Path:
     """Write a gallery's images as embeddings of the gallery's model, sorted by product and image.
 
     ``vpr export serving --gallery`` writes a faiss index of them, ``vpr search`` and ``vpr bench storage`` read them.
+    The gallery's threshold and metadata are stored with them, for ``vpr export serving``.
 
     Raises:
         UserError: The condition is invalid or no image fulfils it.
@@ -214,7 +216,8 @@ def export_embeddings(config: ExportConfig) -> Path:
     gallery = load_gallery(config.gallery)
     check_output(config.output, "embeddings")
     snapshot = gallery.snapshot()
-    table = snapshot.read([*IDS, "vector"], config.where).sort_by([(name, "ascending") for name in IDS])
+    names = [*IDS, *gallery.columns, "vector"]
+    table = snapshot.read(names, config.where).sort_by([(name, "ascending") for name in IDS])
     if not len(table):
         raise UserError(f"where: {gallery.path} has no such images. Change the condition.")
     model = gallery.model_of(snapshot)
@@ -228,6 +231,8 @@ def export_embeddings(config: ExportConfig) -> Path:
         roles = pa.array(["gallery"] * len(table))
         columns = {**empty, "image": table["image"], "product": table["product"], "role": roles}
         pq.write_table(pa.table(columns, schema=SCHEMA), draft.path / "rows.parquet")
+        metadata = table.select(list(gallery.columns)).replace_schema_metadata() if gallery.columns else None
+        write_exported(draft.path, gallery.threshold(snapshot), metadata, config.where)
         draft.embedding = Embedding(dim=model.dim, normalised=True, dtype="float32")
         draft.preprocess = model.preprocess
         draft.metrics = {"set_aside": 0, "adapted": adapted}

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -77,12 +77,16 @@ class StoredThreshold:
         value: Queries with this score or more are answered.
         probability: Probability that the best image is of the query's product.
         gallery_products: Number of products in the gallery that it was confirmed with.
+        max_false_accept: Confirmed bound on the rate of false accepts; None if an older gallery did not store it.
+        confidence: Confidence of the bound; None if an older gallery did not store it.
     """
 
     score: ScoreName
     value: float
     probability: Probability
     gallery_products: int
+    max_false_accept: float | None = None
+    confidence: float | None = None
 
     def accepts(self, best: BestProducts) -> NDArray[np.bool_]:
         """Return for each query, (queries,) bool, whether it has a match."""
@@ -136,14 +140,34 @@ def load_threshold(path: str, model: Parent, dim: int) -> StoredThreshold:
         raise UserError(f"threshold: {path}: {problem}. Run `vpr gallery threshold` with these embeddings.")
     with reraise_as_artifact_error(artifact):
         values = json.loads(artifact.file(FILE).read_text(encoding="utf-8"))
-        score, value = values["score"], values["threshold"]
-        if score not in _SCORES or not (value is None or np.isfinite(float(value))):
-            raise ValueError("unknown score or threshold")
-        probability, products = probability_from_json(values["probability"]), int(values["gallery_products"])
-        statement = str(values["statement"])
-    if value is None:
+        statement, value = str(values["statement"]), values["threshold"]
+        stored = None if value is None else threshold_from_json({**values, "value": value})
+    if stored is None:
         raise UserError(f"threshold: {path}: {statement}")
-    return StoredThreshold(score, float(value), probability, products)
+    return stored
+
+
+def threshold_to_json(threshold: StoredThreshold) -> dict[str, Any]:
+    """Return a threshold as JSON; a bound that is unknown is left out."""
+    values = {"score": threshold.score, "value": threshold.value, "gallery_products": threshold.gallery_products}
+    bound = {"max_false_accept": threshold.max_false_accept, "confidence": threshold.confidence}
+    values |= {key: value for key, value in bound.items() if value is not None}
+    return {**values, "probability": probability_to_json(threshold.probability)}
+
+
+def threshold_from_json(values: Mapping[str, Any]) -> StoredThreshold:
+    """Return the threshold that :func:`threshold_to_json` stored.
+
+    Raises:
+        KeyError: A value is missing.
+        ValueError: The score is unknown, or a number is not finite.
+    """
+    score, value = values["score"], float(values["value"])
+    bound = [None if values.get(key) is None else float(values[key]) for key in ("max_false_accept", "confidence")]
+    if score not in _SCORES or not all(np.isfinite(number) for number in (value, *filter(None, bound))):
+        raise ValueError("unknown score or threshold")
+    probability = probability_from_json(values["probability"])
+    return StoredThreshold(score, value, probability, int(values["gallery_products"]), *bound)
 
 
 def _measure(

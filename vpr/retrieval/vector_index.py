@@ -66,6 +66,11 @@ class StorageSetting:
         """Whether dimensions are mixed, as codes of equal size for all of them need equal variances."""
         return self.format in ("pq", "binary")
 
+    @property
+    def is_rescored(self) -> bool:
+        """Whether the index finds a short list, and rescores it in the format ``rescoring``."""
+        return "shortlist" in self.index
+
 
 def is_possible(format_name: VectorFormat, index: IndexKind) -> bool:
     """Return whether faiss has an index of this kind with this format."""

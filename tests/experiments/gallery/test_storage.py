@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.storage.command import FILE
 from benchmarks.storage.measure import list_settings
 from experiments.gallery import storage as experiment
 from experiments.gallery.synthetic_embeddings import SyntheticProducts
 from vpr.artifacts.store import load_artifact
+from vpr.retrieval.confirmed_storage import FILE
 
 
 def test_grid_can_reach_the_goal_of_bytes() -> None:

@@ -17,9 +17,9 @@ from vpr.artifacts.writer import write_artifact
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.gallery.plan import ADAPTERS, FILE
 from vpr.retrieval.embeddings import write_embeddings
-from vpr.retrieval.open_set import Probability, probability_to_json
+from vpr.retrieval.open_set import Probability
 from vpr.retrieval.threshold_command import FILE as THRESHOLD
-from vpr.retrieval.threshold_command import StoredThreshold
+from vpr.retrieval.threshold_command import StoredThreshold, threshold_to_json
 
 DIM = 8
 Vectors = NDArray[np.float32]
@@ -73,9 +73,7 @@ EVEN = Probability(0.0, 0.0, 0.0)  # 0.5 for every image
 def write_threshold(path: Path, model: Artifact, threshold: StoredThreshold) -> str:
     """Write a confirmed threshold of a model, as `vpr gallery threshold` does."""
     with write_artifact(path, "threshold", {}, [model.as_parent("model")]) as draft:
-        values = {"score": threshold.score, "threshold": threshold.value, "statement": "confirmed"}
-        values |= {"gallery_products": threshold.gallery_products}
-        values |= {"probability": probability_to_json(threshold.probability)}
+        values = {**threshold_to_json(threshold), "threshold": threshold.value, "statement": "confirmed"}
         (draft.path / THRESHOLD).write_text(json.dumps(values))
         draft.embedding = model.card.embedding
     return str(path)
