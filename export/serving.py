@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from export.config import MAX_BATCH, ServingConfig, check_model_name
 from export.golden import copy_golden, has_golden
 from export.handoff import Handoff, load_handoff
-from export.opset import OLDEST_RUNTIME, lower_opset, opset_of
+from export.opset import OLDEST_RUNTIME, opset_of
 from export.parity import mean_overlap
 from export.tensorrt.compatibility import rebuild_command
 from export.triton import Scheduling, ensemble_config, model_config, preprocess_config, to_text
+from export.widen import EXACT_RUNTIME, graph_for_server, quantises_fp16
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import check_output, config_to_json
@@ -55,13 +56,17 @@ def export_serving(config: ServingConfig) -> Path:
     for model_name in names if config.accept_images else names[:1]:
         check_model_name(model_name)
     check_output(config.output, "serving")
-    graph = lower_opset(load_graph(model)) if model.card.kind == "onnx" else None
+    graph = graph_for_server(model, config.device) if model.card.kind == "onnx" else None
     _check_model(model, graph, config)
     preprocess = _check_gallery(model, gallery)
     handoff = load_handoff(config, model, gallery)
     values = {**config_to_json(config), "name": name, **handoff.checksums}
-    if graph is not None and opset_of(graph) < opset_of(load_graph(model)):
-        values["opset"] = opset_of(graph)  # older hand-offs hold the graph as it is
+    if graph is not None:  # older hand-offs hold the graph as it is
+        stored = load_graph(model)
+        if opset_of(graph) < opset_of(stored):
+            values["opset"] = opset_of(graph)
+        if quantises_fp16(stored) and not quantises_fp16(graph):
+            values["base"] = "fp32"
     parents = [model.as_parent(model.card.kind), gallery.artifact.as_parent("embeddings"), *handoff.parents]
     stage = Stage(config.output, "serving", values, parents)
     if stage.find():
@@ -75,7 +80,8 @@ def export_serving(config: ServingConfig) -> Path:
             _write_ensemble(draft.path / "model_repository", names, model, preprocess, scheduling)
         images, overlap = _write_gallery(draft.path / "gallery", gallery, config.index, handoff)
         handoff.write(draft.path)
-        text = _render_readme(name, model, preprocess, scheduling, images, config, handoff)
+        rounds = graph is not None and quantises_fp16(graph)
+        text = _render_readme(name, model, preprocess, scheduling, images, config, handoff, rounds)
         (draft.path / "README.md").write_text(text, encoding="utf-8")
         copy_golden(model, draft.path)
         draft.preprocess, draft.embedding = preprocess, model.card.embedding
@@ -275,6 +281,7 @@ def _render_readme(
     images: int,
     config: ServingConfig,
     handoff: Handoff,
+    rounds: bool,
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -303,6 +310,7 @@ def _render_readme(
         saturates=scheduling.device == "cpu" and str(model.card.metrics.get("precision")).startswith("int8"),
         builder=model.card.metrics.get("builder"),
         runtime=OLDEST_RUNTIME if model.card.kind == "onnx" else "",
+        exact_runtime=EXACT_RUNTIME if rounds else "",
         targets=", ".join(model.card.metrics.get("targets", ())),
         flags=" --backend-config=tensorrt,version-compatible=true" if compatible else "",
     )
