@@ -17,7 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.bindings import error_logger, import_tensorrt
-from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine, rebuild_command
+from export.tensorrt.compatibility import (
+    check_compatible,
+    engine_load_error,
+    host_code_error,
+    load_engine,
+    rebuild_command,
+)
 from export.tensorrt.cuda_driver import FLOAT32, CudaDriver, DriverError, open_driver
 from export.tensorrt.dlpack import read_device_tensor
 from export.tensorrt.kernel_cache import KernelCache
@@ -99,10 +105,7 @@ class EngineRunner:
         with reraise_as_artifact_error(artifact):
             check_compatible(artifact, trt.__version__, driver.gpu)
             if artifact.card.config.get("version_compatible") and not allow_host_code:
-                raise UserError(
-                    f"{artifact.path}: the engine contains a library that would run on this machine. "
-                    "If you built the engine, open it with allow_host_code=True."
-                )
+                raise host_code_error(artifact)
         with self._gpu_current():
             self._engine = deserialise_engine(artifact, trt, driver)
         self._engine.is_eager = eager
