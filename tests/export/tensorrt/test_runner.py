@@ -289,19 +289,19 @@ def test_unusable_engine_raises_backend_unavailable(
     (model,) = models_of(write().path)
     monkeypatch.setattr(EngineBackend, "missing", lambda self: None)
 
-    def fail(artifact: Artifact, eager: bool) -> None:
+    def fail(artifact: Artifact, eager: bool, kernel_cache: str) -> None:
         assert eager
         raise UserError(f"{artifact.path}: built for sm86")
 
     monkeypatch.setattr("export.tensorrt.runner.start_engine", fail)
     with pytest.raises(BackendUnavailable, match="engine: built for sm86"):
         model.open(1)
-    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda artifact, eager: expected)
+    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda *_, **__: expected)
     np.testing.assert_array_equal(model.open(1)(images(2)), expected(images(2)))
 
     def lost(batch: Any) -> None:
         raise UserError("engine: the GPU is lost")
 
-    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda artifact, eager: lost)
+    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda *_, **__: lost)
     with pytest.raises(RunFailed, match="the GPU is lost"):
         model.open(1)(images(2))
