@@ -177,7 +177,8 @@ class EngineConfig:
         timing_cache: File of kernel timings of one GPU and TensorRT version, read if it exists and then updated. Empty
             uses a file next to the output, named after both. ``none`` times every kernel again. TensorRT-RTX times no
             kernels.
-        version_compatible: Build an engine that later TensorRT versions load too. It contains a lean runtime.
+        version_compatible: Build an engine that later TensorRT versions load too, such as Triton's. It contains a lean
+            runtime, code that `vpr` does not run.
     """
 
     onnx: str

@@ -8,7 +8,9 @@ from student.loss_config import LossConfig
 from vpr.artifacts.store import Artifact
 from vpr.common.errors import UserError, check_prefixes
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
-from vpr.inference.int8 import LEVELS, activation_scale, read_ranges, weight_scales
+from vpr.inference.int8 import LEVELS, MIN_SCALE, activation_scale, read_ranges
+
+_DROPPED_BITS = 23 - 10  # of the fraction of a float32 that is rounded to FP16
 
 
 class FakeQuantLinear(nn.Module):
@@ -29,10 +31,24 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out), in float32 also under autocast."""
         with torch.autocast(x.device.type, enabled=False):
-            scales = torch.from_numpy(weight_scales(self.weight.detach().float().cpu().numpy(), axis=0))
-            weight = _fake_quantise(self.weight.float(), scales.to(x.device)[:, None], LEVELS)
+            weight = self.weight.float()
+            weight = _fake_quantise(weight, scale_rows(weight.detach())[:, None], LEVELS)
             bias = None if self.bias is None else self.bias.float()
             return F.linear(_fake_quantise(x.float(), self.scale, LEVELS + 1), weight, bias)
+
+
+def scale_rows(weight: Tensor) -> Tensor:
+    """Return the (out,) float32 scales of an (out, in) float32 weight, on its device.
+
+    They equal those that :func:`vpr.inference.int8.weight_scales` gives the export. A copy to the host would wait for
+    the GPU, once for each layer. ``.half().float()`` would be dropped by torch.compile, so integers round to the bits
+    of FP16, half to even. The rounding to float32 before changes nothing: a quotient of a float32 and 127 that is not
+    halfway between two numbers of FP16 is not rounded to such a value.
+    """
+    bits = (weight.abs().amax(dim=1) / LEVELS).clamp_min(MIN_SCALE).view(torch.int32)
+    is_odd = (bits >> _DROPPED_BITS) & 1
+    bits = (bits + (1 << _DROPPED_BITS - 1) - 1 + is_odd) >> _DROPPED_BITS << _DROPPED_BITS
+    return bits.view(torch.float32)
 
 
 def _fake_quantise(x: Tensor, scale: Tensor, negative_levels: int) -> Tensor:

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,8 @@ class ColdStart:
 def measure_cold_starts(model: Model, threads: int, starts: int) -> ColdStart:
     """Return the median times and the largest memory of several starts, each in a new process.
 
-    Files are in the system's cache, because the model was read before. A cold disk takes longer.
+    Files are in the system's cache, because the model was read before. A cold disk takes longer. TensorRT-RTX compiles
+    its kernels in every start, whatever earlier runs have kept.
     """
     measured = [start_once(model, threads) for _ in range(starts)]
 
@@ -51,14 +53,19 @@ def measure_cold_starts(model: Model, threads: int, starts: int) -> ColdStart:
 
 def start_once(model: Model, threads: int) -> ColdStart:
     """Measure one start; :class:`UserError` if the child fails."""
+    from export.tensorrt.kernel_cache import FOLDER_VARIABLE, NO_FOLDER  # the child shall not pay for the import
+
     memory_before = gpu_memory_used()
     path = str(model.artifact.path.resolve())
     command = [sys.executable, "-m", "benchmarks.latency.cold_start", path, model.backend, str(threads)]
+    environment = {**os.environ, FOLDER_VARIABLE: NO_FOLDER}
     start = time.perf_counter()
     # The child waits for its input to end, so that its memory on the GPU can be read.
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, cwd=_ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as child,
+        subprocess.Popen(
+            command, cwd=_ROOT, env=environment, stdin=PIPE, stdout=PIPE, stderr=errors, text=True
+        ) as child,
     ):
         assert child.stdout is not None
         line = child.stdout.readline()

@@ -20,9 +20,10 @@ def measure_device_times(model: Model, batches: Sequence[int]) -> dict[str, dict
     ``latency_ms`` of PyTorch starts each kernel from Python.
     """
     if isinstance(model.runner, EngineBackend):
+        from export.tensorrt.kernel_cache import AUTO
         from export.tensorrt.runner import start_engine
 
-        with start_engine(model.artifact, eager=True) as engine:
+        with start_engine(model.artifact, eager=True, kernel_cache=AUTO) as engine:
             return {str(batch): summarise(engine.measure_on_device(batch, _REPLAYS)) for batch in batches}
     if isinstance(model.runner, TorchBackend) and model.runner.device == "cuda" and not model.runner.compiled:
         network = model.runner.load(model.artifact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,12 +43,14 @@ class Part:
         seconds: Most seconds that it may take.
         work: Function that yields results as soon as it has them; its argument is whether this is the rehearsal.
         runs_on_cpu: Whether the rehearsal runs it.
+        is_compiled: Whether it compiles, so that a compiler must be installed.
     """
 
     name: str
     seconds: int
     work: Callable[[bool], Iterator[Results]]
     runs_on_cpu: bool = True
+    is_compiled: bool = False
 
 
 def measure_teacher(mode: TeacherMode, compiled: bool, batch: int, is_rehearsal: bool) -> Iterator[Results]:
@@ -90,10 +93,12 @@ def measure_runtime(backend: str, is_rehearsal: bool) -> Iterator[Results]:
     from export.backends.base import BackendUnavailable
     from export.backends.registry import choose_backends, default_threads, models_of
     from export.config import OnnxConfig
+    from export.tensorrt.kernel_cache import FOLDER_VARIABLE, NO_FOLDER
     from export.to_onnx import export_onnx
 
     if reason := choose_backends([backend])[0].missing():
         raise Skipped(reason)
+    os.environ[FOLDER_VARIABLE] = NO_FOLDER  # nobody runs this engine again
     preset: Literal["sample", "small"] = "sample" if is_rehearsal else "small"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -146,12 +151,12 @@ PARTS = (
     Part("student-step", 75, measure_student),
     Part("student-latency", 45, partial(torch_latencies, "small", _EAGER, BATCHES)),
     Part("teacher-checkpointed", 75, partial(measure_teacher, "checkpointed", False, 256)),
-    Part("teacher-compiled", 180, partial(measure_teacher, "full", True, 256)),
-    Part("student-compiled-latency", 120, partial(torch_latencies, "small", _COMPILED, BATCHES)),
+    Part("teacher-compiled", 180, partial(measure_teacher, "full", True, 256), is_compiled=True),
+    Part("student-compiled-latency", 120, partial(torch_latencies, "small", _COMPILED, BATCHES), is_compiled=True),
     Part("vit-b-latency", 40, partial(torch_latencies, "ViT-B-16", _EAGER, BATCHES)),
     Part("vit-h-latency", 60, partial(torch_latencies, "ViT-H-14", _EAGER, BATCHES)),
     Part("onnxruntime-cuda", 45, partial(measure_runtime, "onnxruntime-cuda"), runs_on_cpu=False),
     Part("tensorrt", 90, partial(measure_runtime, "tensorrt"), runs_on_cpu=False),
     Part("tensorrt-rtx", 60, partial(measure_runtime, "tensorrt-rtx"), runs_on_cpu=False),
-    Part("vit-b-compiled-latency", 120, partial(torch_latencies, "ViT-B-16", _COMPILED, BATCHES)),
+    Part("vit-b-compiled-latency", 120, partial(torch_latencies, "ViT-B-16", _COMPILED, BATCHES), is_compiled=True),
 )

@@ -15,6 +15,7 @@ import torch
 
 from experiments.figures import Figure, Row
 from experiments.gpu_check.parts import PARTS, Part, Skipped
+from export.backends.pytorch import TorchBackend
 from vpr.common.errors import UserError
 from vpr.common.gpus import read_clocks
 from vpr.common.log import configure_logging, get_logger
@@ -78,6 +79,9 @@ def _reason_to_skip(part: Part, left: float, is_rehearsal: bool) -> str | None:
         return "it needs an NVIDIA GPU"
     if not is_rehearsal and not torch.cuda.is_available():
         return "PyTorch finds no NVIDIA GPU"
+    compiler = TorchBackend("", "cpu" if is_rehearsal else "cuda", compiled=True)
+    if part.is_compiled and (reason := compiler.missing()):
+        return reason
     return None if left >= _LEAST_SECONDS else "no time is left"
 
 

@@ -41,11 +41,15 @@ class EngineBackend:
         return describe_precision(precision, artifact.card.metrics.get("inspector"))
 
     def open(self, artifact: Artifact, threads: int) -> Forward:
-        """See :class:`export.backends.base.Backend`."""
+        """See :class:`export.backends.base.Backend`.
+
+        The engine is closed, and its compiled kernels are kept, when the function is dropped or the process ends.
+        """
+        from export.tensorrt.kernel_cache import AUTO
         from export.tensorrt.runner import start_engine
 
         try:
-            engine = start_engine(artifact, eager=True)
+            engine = start_engine(artifact, eager=True, kernel_cache=AUTO)
         except UserError as error:
             raise BackendUnavailable(str(error)) from None
 

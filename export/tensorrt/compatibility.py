@@ -49,6 +49,18 @@ def check_compatible(artifact: Artifact, version: str, gpu: Gpu) -> None:
         raise UserError(f"{artifact.path}: the engine has no weights, and only TensorRT's refitter adds them. {remedy}")
 
 
+def host_code_error(artifact: Artifact) -> UserError:
+    """Return the error for a version-compatible engine that may not run its library.
+
+    The engine is good, for example for Triton, so the command builds another one next to it.
+    """
+    build = rebuild_command(artifact, version_compatible=False, output=f"{artifact.path}-this-version")
+    return UserError(
+        f"{artifact.path}: built with --version-compatible, so it contains a library that would run on this machine. "
+        f"If you built it, Python can open it with allow_host_code=True. Commands need an engine without one: {build}"
+    )
+
+
 def engine_load_error(artifact: Artifact, version: str, cuda: str, errors: list[str]) -> UserError:
     """Return the error for a plan that TensorRT does not load although the card is compatible.
 

@@ -17,10 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.tensorrt.bindings import error_logger, import_tensorrt
-from export.tensorrt.compatibility import check_compatible, engine_load_error, load_engine, rebuild_command
+from export.tensorrt.compatibility import (
+    check_compatible,
+    engine_load_error,
+    host_code_error,
+    load_engine,
+    rebuild_command,
+)
 from export.tensorrt.cuda_driver import FLOAT32, CudaDriver, DriverError, open_driver
 from export.tensorrt.dlpack import read_device_tensor
-from export.tensorrt.kernel_cache import KernelCache
+from export.tensorrt.kernel_cache import find_kernel_cache
 from export.tensorrt.profiles import Profile
 from export.tensorrt.thread_context import LoadedEngine, ThreadContext
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
@@ -50,7 +56,8 @@ def open_engine(
         eager: Let TensorRT-RTX compile the kernels of a batch size before it runs them. By default it runs slower
             fallback kernels meanwhile. TensorRT has compiled all kernels in the build.
         kernel_cache: File of the kernels that TensorRT-RTX has compiled, read if it exists and written by ``close``.
-            Empty compiles them again in each process. They are code for the GPU: name only files that you wrote.
+            Empty compiles them again in each process. ``auto`` is the file that commands use, see docs/gpu.md. Kernels
+            are code for the GPU: name only files that you wrote.
 
     Raises:
         UserError: The builder, a CUDA driver package or a GPU is missing; the engine is damaged; or it was built for
@@ -99,14 +106,11 @@ class EngineRunner:
         with reraise_as_artifact_error(artifact):
             check_compatible(artifact, trt.__version__, driver.gpu)
             if artifact.card.config.get("version_compatible") and not allow_host_code:
-                raise UserError(
-                    f"{artifact.path}: the engine contains a library that would run on this machine. "
-                    "If you built the engine, open it with allow_host_code=True."
-                )
+                raise host_code_error(artifact)
         with self._gpu_current():
             self._engine = deserialise_engine(artifact, trt, driver)
         self._engine.is_eager = eager
-        self._engine.kernels = KernelCache(Path(kernel_cache) if kernel_cache else None)
+        self._engine.kernels = find_kernel_cache(kernel_cache, artifact, trt.__version__, driver.gpu)
         self._release = weakref.finalize(self, _release, driver, self._engine, self._contexts, self._lock)
 
     def __call__(self, batch: ModelInput) -> NDArray[np.float32]:

@@ -14,10 +14,11 @@ from student.config import DistillConfig, LossConfig, TargetsConfig
 from student.criterion import DistillationLoss, Labels
 from student.model import Student
 from student.module import StudentModule
+from student.qat import FakeQuantLinear
 from student.targets import CachedTargets, OnlineTargets
 from student.tokens import TeacherTokens
 from teacher.tokens import TokenGrid, TokenTap
-from tests.pretend_gpu import check_waits
+from tests.pretend_gpu import check_waits, move, on_gpu, pretended_gpu
 from tests.student.conftest import STUDENT
 from tests.teacher.test_host_waits import random_batch, stub_trainer, waits_are_errors
 from vpr.data.catalog import Catalog
@@ -83,6 +84,17 @@ def test_step_waits_for_the_gpu_every_tenth_time(mode: str, mixup: float, has_to
     targets = module.targets
     targets.start_epoch(1, torch.device("cpu"))
     check_waits(module, batch, expected)
+
+
+def test_quantised_layer_does_not_wait_for_the_gpu() -> None:
+    torch.manual_seed(0)
+    layer, x = FakeQuantLinear(nn.Linear(8, 4), 3.0), torch.randn(5, 8)
+    expected = layer(x).detach()
+    with pretended_gpu() as gpu:
+        move(layer)
+        value = layer(on_gpu(x))
+        assert gpu.waits == []
+    torch.testing.assert_close(value.values_on_cpu, expected)
 
 
 @pytest.mark.gpu

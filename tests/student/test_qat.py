@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from calibration.calibrate import calibrate
@@ -19,12 +21,13 @@ from export.to_onnx import export_onnx, run_graph
 from student.config import DistillConfig, QuantiseConfig
 from student.distill import distill
 from student.model import Student, load_student
-from student.qat import FakeQuantLinear, insert_fake_quant, read_thresholds
+from student.qat import FakeQuantLinear, insert_fake_quant, read_thresholds, scale_rows
 from tests.conftest import small_student
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.inference.config import DEFAULT_EXCLUDED_LAYERS
+from vpr.inference.int8 import LEVELS, weight_scales
 
 
 def test_fake_quantisation_equals_pytorch() -> None:
@@ -46,6 +49,28 @@ def test_fake_quantisation_equals_pytorch() -> None:
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(x_layer.grad, x_pytorch.grad)
     torch.testing.assert_close(gradient, linear.weight.grad)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-9, 1e5))
+def test_weights_are_trained_with_the_scales_of_the_export(seed: int, size: float) -> None:
+    generator = np.random.default_rng(seed)
+    weight = (size * generator.normal(size=(50, 3))).astype(np.float32)
+    # Halfway between two numbers of FP16, and next to it: there a second rounding could go wrong.
+    halfway = LEVELS * (1 + (2 * generator.integers(0, 1024, 50) + 1) * 2.0**-11)
+    weight[::2, 0] = halfway[::2]
+    weight[::4, 0] = np.nextafter(weight[::4, 0], np.float32(generator.choice([0, 1e9])))
+    np.testing.assert_array_equal(scale_rows(torch.from_numpy(weight)).numpy(), weight_scales(weight, axis=0))
+
+
+@pytest.mark.slow
+def test_compiled_layer_trains_with_the_scales_of_the_export() -> None:
+    """torch.compile computes FP16 in float32, and so drops a rounding to FP16."""
+    torch.manual_seed(0)
+    layer, x = FakeQuantLinear(nn.Linear(64, 300), 3.0), torch.randn(50, 64)
+    expected = layer(x).detach()
+    layer.compile(dynamic=False)
+    torch.testing.assert_close(layer(x).detach(), expected, rtol=0, atol=1e-5)
 
 
 def test_values_outside_the_range_have_no_gradient() -> None:

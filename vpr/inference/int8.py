@@ -14,7 +14,7 @@ from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
 LEVELS = 127
-_MIN_SCALE = 2.0**-14  # smaller numbers are subnormal in FP16 and lose precision
+MIN_SCALE = 2.0**-14  # smaller numbers are subnormal in FP16 and lose precision
 _MAX_THRESHOLD = LEVELS * float(np.finfo(np.float16).max)  # scales of larger thresholds are infinite in FP16
 
 
@@ -59,11 +59,11 @@ def activation_scale(threshold: float, levels: float = LEVELS) -> np.float32:
 
     It is rounded to FP16, so that FP16 and FP32 graphs quantise identically.
     """
-    return np.float32(np.float16(max(threshold / levels, _MIN_SCALE)))
+    return np.float32(np.float16(max(threshold / levels, MIN_SCALE)))
 
 
 def weight_scales(weight: NDArray[np.float32], axis: int, levels: float = LEVELS) -> NDArray[np.float32]:
     """Return (channels,) scales of a weight, one per channel of ``axis``, rounded to FP16."""
     reduced_axes = tuple(index for index in range(weight.ndim) if index != axis)
     scale = np.abs(weight).max(axis=reduced_axes).astype(np.float64) / levels
-    return np.maximum(scale, _MIN_SCALE).astype(np.float16).astype(np.float32)
+    return np.maximum(scale, MIN_SCALE).astype(np.float16).astype(np.float32)

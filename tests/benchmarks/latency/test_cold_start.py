@@ -49,6 +49,22 @@ def test_failing_child_gives_a_one_line_error(student_artifact: Path, tmp_path: 
         start_once(missing, 1)
 
 
+def test_start_reads_no_kernels_of_earlier_runs(student_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX would otherwise not compile in the starts after the first one."""
+
+    class Started(Exception):
+        pass
+
+    def record(command: list[str], env: dict[str, str], **_: object) -> None:
+        assert {**os.environ, "VPR_KERNEL_CACHE": "none"} == env
+        raise Started
+
+    monkeypatch.setenv("VPR_KERNEL_CACHE", "/of/the/user")
+    monkeypatch.setattr("benchmarks.latency.cold_start.subprocess.Popen", record)
+    with pytest.raises(Started):
+        start_once(models_of(student_artifact)[0], 1)
+
+
 def test_progress_lines_are_not_the_error() -> None:
     traceback = "Traceback (most recent call last):\n  File ...\nMemoryError: 3 GB\n"
     assert last_error_line("  openvino: no VNNI\n" + traceback) == "MemoryError: 3 GB"

@@ -84,6 +84,15 @@ def test_parts_are_independent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.fail("a process that a part started outlives it")
 
 
+def test_missing_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    reasons = {part.name: runner._reason_to_skip(part, 60, True) for part in PARTS if part.runs_on_cpu}
+    for name, reason in reasons.items():
+        expected = "needs a C++ compiler. Install g++, or name a compiler in CXX." if "-compiled" in name else None
+        assert reason == expected, name
+
+
 @without_gpu
 def test_parts_are_skipped_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--output", str(tmp_path)])

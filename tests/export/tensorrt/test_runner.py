@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 from export.backends.base import BackendUnavailable, RunFailed
 from export.backends.registry import models_of
 from export.backends.tensorrt_engine import EngineBackend
+from export.config import EngineConfig
 from export.tensorrt.bindings import import_tensorrt
 from export.tensorrt.compatibility import load_engine
 from export.tensorrt.runner import EngineRunner, open_engine
 from tests.export.tensorrt.recorded import IMAGE, VERSION, RecordedDriver, Trt, expected, images, runner
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import write_artifact
+from vpr.cli import read_config
 from vpr.common.errors import UserError
 
 
@@ -184,6 +187,18 @@ def test_host_code_is_loaded_if_allowed(write: Callable[..., Artifact]) -> None:
     assert driver.calls[0][1:] == ("deserialise", 400, True)
 
 
+def test_rejected_host_code_gives_a_command_that_keeps_the_engine(write: Callable[..., Artifact]) -> None:
+    artifact = write(version_compatible=True, opt_batch=2)
+    with pytest.raises(UserError) as raised:
+        runner(artifact, RecordedDriver())
+    _, _, command = str(raised.value).rpartition(": ")
+    assert command.startswith("vpr export engine --")
+    config = read_config(EngineConfig, "export engine", shlex.split(command)[3:])
+    assert config.output == f"{artifact.path}-this-version"
+    assert not config.version_compatible
+    assert (config.onnx, config.backend, config.opt_batch, config.max_batch) == ("runs/fp16", "tensorrt", 2, 8)
+
+
 def test_engine_for_an_unknown_gpu_is_tried(write: Callable[..., Artifact]) -> None:
     runner(write(("this GPU",)), RecordedDriver("sm90")).close()
 
@@ -274,19 +289,19 @@ def test_unusable_engine_raises_backend_unavailable(
     (model,) = models_of(write().path)
     monkeypatch.setattr(EngineBackend, "missing", lambda self: None)
 
-    def fail(artifact: Artifact, eager: bool) -> None:
+    def fail(artifact: Artifact, eager: bool, kernel_cache: str) -> None:
         assert eager
         raise UserError(f"{artifact.path}: built for sm86")
 
     monkeypatch.setattr("export.tensorrt.runner.start_engine", fail)
     with pytest.raises(BackendUnavailable, match="engine: built for sm86"):
         model.open(1)
-    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda artifact, eager: expected)
+    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda *_, **__: expected)
     np.testing.assert_array_equal(model.open(1)(images(2)), expected(images(2)))
 
     def lost(batch: Any) -> None:
         raise UserError("engine: the GPU is lost")
 
-    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda artifact, eager: lost)
+    monkeypatch.setattr("export.tensorrt.runner.start_engine", lambda *_, **__: lost)
     with pytest.raises(RunFailed, match="the GPU is lost"):
         model.open(1)(images(2))

@@ -108,6 +108,17 @@ def test_graphs_are_captured_without_warning(built: tuple[Path, Path], capsys: p
     assert "without CUDA graphs" not in capsys.readouterr().err
 
 
+def test_next_start_accepts_the_compiled_kernels(
+    built: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, batch = _reference(built), _images(MAX_BATCH)
+    for _ in range(2):
+        with open_engine(built[1], eager=True, kernel_cache=tmp_path / "kernels") as engine:
+            assert _min_cosine(engine(batch), reference(batch)) > 0.999
+    assert (tmp_path / "kernels").is_file() == (built[1].parent.name.startswith("tensorrt-rtx"))
+    assert "compiled again" not in capsys.readouterr().err
+
+
 def test_memory_is_freed(built: tuple[Path, Path]) -> None:
     driver = open_driver()
     free = []
