@@ -34,8 +34,8 @@ def blurred_views() -> Iterator[None]:
     """Cut views as before: bilinearly, from images that are decoded at the side of a view."""
     sample = F.grid_sample
 
-    def bilinear(*arguments: Any, mode: str, **options: Any) -> Tensor:
-        return sample(*arguments, mode="bilinear" if mode == "bicubic" else mode, **options)
+    def bilinear(pixels: Tensor, grid: Tensor, mode: str, **options: Any) -> Tensor:
+        return sample(pixels, grid, "bilinear" if mode == "bicubic" else mode, **options)
 
     with (
         patch.object(ViewConfig, "decoded_side", lambda config, size: size),
