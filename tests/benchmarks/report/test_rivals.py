@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.config import ReportConfig
+from benchmarks.latency.measure import time_models
 from benchmarks.report.build import build_report
 from benchmarks.report.recommendation import build_verdict
 from benchmarks.report.render import draw_html, draw_markdown
@@ -58,11 +60,12 @@ def test_slower_rival_that_is_not_shown_to_be_worse_is_no_warning(report_values:
 
 
 def test_rival_is_scored_and_timed_and_is_neither_reference_nor_choice(
-    student_artifact: Path, shop: Path, tmp_path: Path
+    student_artifact: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rival_artifact = write_random_student(tmp_path / "direct", small_student("patch"))
     models, rivals = (str(student_artifact),), (str(rival_artifact),)
-    config = ReportConfig(str(shop), models, str(tmp_path / "report"), rivals, seconds=0.02, drop=1.0, starts=0)
+    config = ReportConfig(str(shop), models, str(tmp_path / "report"), rivals, seconds=0.02, drop=1.0)
+    monkeypatch.setattr("benchmarks.report.build.time_models", partial(time_models, starts=0))
     report = read_report(build_report(config))
     (rival,) = [row for row in report.rows if row.rival]
     assert rival.name == "direct"
