@@ -385,6 +385,16 @@ def test_batch_norm_of_one_image_is_rejected() -> None:
     TrainConfig("c", "o", tower=tower, stages=(StageConfig("tower", 1, batch_size=1),))
 
 
+def test_network_whose_last_map_is_a_single_pixel_needs_two_images(catalog: Catalog, tmp_path: Path) -> None:
+    """Only the network knows that 32 pixels become one."""
+    tower, stages = TowerConfig("sample", "", 32), (StageConfig("all", 1, batch_size=1),)
+    with pytest.raises(
+        UserError, match=r"loader\.batch_size: .* no statistics of a single image of this size"
+    ):
+        train(small_config(catalog, tmp_path / "t", tower=tower, stages=stages))
+    assert not (tmp_path / "t").exists()
+
+
 def test_plan_shows_the_statistics_of_the_weights(
     catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -269,13 +269,28 @@ def fit(
     last = folder / "last.ckpt"
     if last.is_file():
         log.info(f"  resuming from {last}")
-    with reraise_compile_errors(), _fail_if_terminated():
+    with reraise_compile_errors(), _reraise_single_values(), _fail_if_terminated():
         trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None, weights_only=True)
         if epochs % run.validate_every and not best.is_exhausted:
             trainer.validate(module, loaders[1], verbose=False)
     state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
     plain = module.plain_weights(state)
     return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), plain)
+
+
+@contextmanager
+def _reraise_single_values() -> Iterator[None]:
+    """Raise PyTorch's error of BatchNorm over a single value as :class:`UserError`.
+
+    Only the forward pass knows the size of the last feature map of any network.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel when training"):
+            raise
+        problem = "the network's BatchNorm has no statistics of a single image of this size"
+        raise UserError(f"loader.batch_size: {problem}. Set it to 2 or more, or use larger images.") from None
 
 
 @contextmanager
