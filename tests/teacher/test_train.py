@@ -388,9 +388,7 @@ def test_batch_norm_of_one_image_is_rejected() -> None:
 def test_network_whose_last_map_is_a_single_pixel_needs_two_images(catalog: Catalog, tmp_path: Path) -> None:
     """Only the network knows that 32 pixels become one."""
     tower, stages = TowerConfig("sample", "", 32), (StageConfig("all", 1, batch_size=1),)
-    with pytest.raises(
-        UserError, match=r"loader\.batch_size: .* no statistics of a single image of this size"
-    ):
+    with pytest.raises(UserError, match=r"loader\.batch_size: .* no statistics of a single image of this size"):
         train(small_config(catalog, tmp_path / "t", tower=tower, stages=stages))
     assert not (tmp_path / "t").exists()
 
