@@ -1,4 +1,4 @@
-"""FP16 graphs in FP32, for runtimes whose arithmetic in 16 bits departs from ONNX."""
+"""FP16 graphs rewritten in FP32, for runtimes that round FP16 values differently from ONNX."""
 
 import numpy as np
 import onnx
@@ -38,7 +38,7 @@ def graph_for_server(model: Artifact, device: str) -> onnx.ModelProto:
     return graph
 
 
-@reraise_as_graph_error("opset")
+@reraise_as_graph_error("FP32")
 def to_fp32(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph with its FP16 weights, scales and activations in FP32.
 

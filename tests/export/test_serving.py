@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
@@ -27,12 +27,10 @@ from experiments.random_student import write_random_student
 from export import serving
 from export.config import EngineConfig, Int8Config, OnnxConfig, ServingConfig
 from export.int8 import export_int8
-from export.parity import parity
 from export.serving import export_serving
 from export.tensorrt.build import build_engine
-from export.to_onnx import export_onnx, load_onnx, run_graph
+from export.to_onnx import export_onnx, run_graph
 from export.triton import Enumerator, to_text
-from export.widen import quantises_fp16
 from student.embed import EmbedConfig, embed_catalog
 from tests.conftest import small_student
 from vpr.artifacts.store import Artifact, load_artifact
@@ -280,21 +278,6 @@ def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, galler
     assert "The graph needs ONNX Runtime 1.20 or newer." in (output / "README.md").read_text()
     x = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     np.testing.assert_allclose(run_graph(handed_off, x), run_graph(exported, x), atol=1e-3)
-
-
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_int8_over_fp16_is_fp32_on_cpus(
-    graph: Path, ranges: Path, gallery: Path, tmp_path: Path, device: Literal["cpu", "gpu"]
-) -> None:
-    """ONNX Runtime before 1.30 divides in 16 bits before it rounds to INT8."""
-    int8 = export_int8(Int8Config(str(graph), str(ranges), str(tmp_path / "int8"), base="fp16"))
-    written = export_serving(ServingConfig(str(int8), str(gallery), str(tmp_path / "serving"), device=device))
-    served = onnx.load(written / "model_repository" / "int8" / "1" / "model.onnx")
-    assert quantises_fp16(served) == (device == "gpu")
-    assert ("Runtimes before 1.30" in (written / "README.md").read_text()) == (device == "gpu")
-    pixels = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
-    assert parity(run_graph(load_onnx(int8)[0], pixels), run_graph(served, pixels))["cosine_min"] > 0.999
-    assert load_artifact(written).card.config.get("base") == ("fp32" if device == "cpu" else None)
 
 
 def test_engine_configuration(write_engine: Callable[..., Artifact], gallery: Path, tmp_path: Path) -> None:

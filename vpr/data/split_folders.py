@@ -95,7 +95,7 @@ def _reject_nested(root: Path, folder: str, names: list[str]) -> None:
 
 
 def _warn_of_inner_splits(root: Path, products: list[str], names: list[str]) -> None:
-    """Warn of a product whose folders are all named as splits or roles: a product is not divided."""
+    """Warn of a product whose folders are all named as splits or roles; they mean nothing, as no product is divided."""
     for product in products:
         inner = _list_inner(product, names)
         named = [name for name in inner if name.casefold() in SPLIT_NAMES or name.casefold() in _ROLES]

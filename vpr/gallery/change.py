@@ -175,18 +175,18 @@ def compact_gallery(config: CompactConfig) -> Path:
 def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
     """Return the gallery rows of a split, or all gallery rows; :class:`UserError` for none, or for an id twice.
 
-    Where no row is of a gallery, as in the training split, all rows are.
+    A split without such rows, as the training split, gives all its rows but queries.
     """
     path = embeddings.artifact.path
     rows = embeddings.rows_with_role("gallery")
     if split:
         with reraise_as_artifact_error(embeddings.artifact):
             column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
-        rows = np.flatnonzero(np.array([name or "" for name in column.to_pylist()], dtype=np.str_) == split)
-        if not len(rows):
-            raise UserError(f"split: {path} has no images in split '{split}'. Leave out --split.")
-        gallery = rows[embeddings.roles[rows] == "gallery"]
-        rows = gallery if len(gallery) else rows
+        is_chosen = np.array([name or "" for name in column.to_pylist()], dtype=np.str_) == split
+        gallery = np.flatnonzero(is_chosen & (embeddings.roles == "gallery"))
+        rows = gallery if len(gallery) else np.flatnonzero(is_chosen & (embeddings.roles != "query"))
+    if not len(rows):
+        raise UserError(f"split: {path} has no gallery images in split '{split}'. Leave out --split.")
     counts = Counter(zip(embeddings.products[rows].tolist(), embeddings.images[rows].tolist(), strict=True))
     if len(counts) < len(rows):
         name = _name(*counts.most_common(1)[0][0])

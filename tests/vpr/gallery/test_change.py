@@ -302,12 +302,12 @@ def test_missing_package_is_named(shop: tuple[str, str], monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("split", "expected"), [("test", [2, 3]), ("train", [0, 1]), ("", [2, 3])])
 def test_split_gives_its_gallery_or_all_of_a_split_without_one(tmp_path: Path, split: str, expected: list[int]) -> None:
-    ids, roles = name_images(5), ["train", "train", "gallery", "gallery", "query"]
-    splits = ["train", "train", "test", "test", "test"]
-    embeddings = write_shop(tmp_path / "e", ids, unit_vectors(5), roles=roles, splits=splits)
+    ids, roles = name_images(6), ["train", "train", "gallery", "gallery", "query", "query"]
+    splits = ["train", "train", "test", "test", "test", "validation"]
+    embeddings = write_shop(tmp_path / "e", ids, unit_vectors(6), roles=roles, splits=splits)
     gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery"), split=split))
     assert set(contents(str(gallery))) == {ids[row] for row in expected}
-    with pytest.raises(UserError, match="split: .* has no images in split 'validation'. Leave out --split"):
+    with pytest.raises(UserError, match="split: .* has no gallery images in split 'validation'. Leave out --split"):
         create_gallery(CreateConfig(embeddings, str(tmp_path / "other"), split="validation"))
 
 

@@ -108,7 +108,7 @@ def kill_often(folder: Path, kills: int, seed: int) -> None:
 
 
 def test_killed_writer_leaves_one_version(tmp_path: Path) -> None:
-    kill_often(tmp_path, kills=2, seed=1)
+    kill_often(tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.reliability
