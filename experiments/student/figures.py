@@ -117,13 +117,27 @@ def measure_dimension() -> None:
     record("student", figures, {"dimension": table})
 
 
-def measure_nested() -> None:
-    """Record prefixes of the demo's student with and without nested losses, against nested PCA, with three seeds."""
-    catalog = build_catalog(CatalogConfig("sample", "runs/demo/catalog"))
-    teacher = sample_teacher("sample", catalog, "runs/demo/teacher")
-    setting = NestedSetting(teacher, catalog, _FOLDER / "nested", command_of("student", "nested"))
+def sample_nested() -> NestedSetting:
+    """Return students of the demo's recipe and teacher."""
+    trial = sample_trial("nested").setting
+    return NestedSetting("sample", trial.teacher, trial.catalog, _FOLDER / "nested", trial.command)
+
+
+def grocery_nested() -> NestedSetting:
+    """Return students of photographs, in the size and for as long as the candidates for the defaults."""
+    trial = grocery_trial("nested-grocery").setting
+    model = ("--model.image-size", str(SMALL.image_size), "--model.patch-size", str(SMALL.patch_size))
+    length = ("--epochs", str(trial.epochs), "--targets.views", str(trial.views))
+    loader = ("--loader.batch-size", str(trial.batch), "--run.validate-every", str(trial.epochs))
+    folder = _FOLDER / "nested-grocery"
+    flags = (*model, *length, *loader)
+    return NestedSetting("photographs", trial.teacher, trial.catalog, folder, trial.command, flags=flags)
+
+
+def measure_nested(name: str, setting: NestedSetting) -> None:
+    """Record prefixes of students with and without nested losses, against nested PCA, with three seeds."""
     figures, table = nested_figures(setting)
-    record("student", figures, {"nested": table})
+    record("student", figures, {name: table})
 
 
 def measure_families() -> None:
@@ -153,7 +167,8 @@ def measure_gpu() -> None:
 
 PARTS = {
     "dimension": measure_dimension,
-    "nested": measure_nested,
+    "nested": lambda: measure_nested("nested", sample_nested()),
+    "nested-grocery": lambda: measure_nested("nested-grocery", grocery_nested()),
     "throughput": measure_throughput,
     "families": measure_families,
     "grocery": measure_grocery,

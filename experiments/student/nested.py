@@ -38,6 +38,7 @@ class NestedSetting:
     """Students of one teacher with and without nested losses.
 
     Attributes:
+        name: Name of the data set.
         teacher: Teacher artifact.
         catalog: Catalogue artifact with train, validation and test splits.
         folder: Folder of the artifacts; finished ones are reused, and a killed training resumes.
@@ -48,6 +49,7 @@ class NestedSetting:
         seeds: Seeds of the students.
     """
 
+    name: str
     teacher: Path
     catalog: Path
     folder: Path
@@ -89,13 +91,20 @@ def nested_figures(setting: NestedSetting) -> tuple[list[Figure], list[Row]]:
     interval = ratio_interval(nested, hits[NESTED, full], products)
     gain, loss = nested - pca, hits[NESTED, full] - hits[PLAIN, full]
     low, high = mean_interval(gain, products, lowest=-1) or (float("nan"), float("nan"))
-    seeds, command, of = setting.seeds, setting.command, f"{at} of {full} dimensions"
+    seeds, command, name, of = setting.seeds, setting.command, setting.name, f"{at} of {full} dimensions"
     figures = [
         Figure(
-            f"nested student: recall@1 at {of} over the full width", kept, "", _GOAL, ">=", command, interval, seeds
+            f"{name}, nested student: recall@1 at {of} over the full width",
+            kept,
+            "",
+            _GOAL,
+            ">=",
+            command,
+            interval,
+            seeds,
         ),
         Figure(
-            f"nested student over nested PCA of the plain student: recall@1 at {of}, lower end of the paired interval",
+            f"{name}, nested student over nested PCA of the plain student: recall@1 at {of}, lower end of the interval",
             low,
             "",
             0.0,
@@ -105,7 +114,7 @@ def nested_figures(setting: NestedSetting) -> tuple[list[Figure], list[Row]]:
             seeds,
         ),
         Figure(
-            "nested student less the plain student: recall@1 at full width",
+            f"{name}, nested student less the plain student: recall@1 at full width",
             float(loss.mean()),
             "",
             0.0,

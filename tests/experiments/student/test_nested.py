@@ -42,7 +42,7 @@ def test_prefixes_are_compared_with_pca_of_the_training_images(monkeypatch: pyte
     monkeypatch.setattr(nested, "load_catalog", lambda _: catalog())
     monkeypatch.setattr(nested, "train_student", lambda _, is_nested, seed: Path("nested" if is_nested else "plain"))
     monkeypatch.setattr(nested, "_embed", embed)
-    setting = NestedSetting(tmp_path, tmp_path, tmp_path, "command", dimensions=(4, 8), seeds=(0, 1))
+    setting = NestedSetting("sample", tmp_path, tmp_path, tmp_path, "command", dimensions=(4, 8), seeds=(0, 1))
     figures, rows = nested_figures(setting)
     recall = {(row["student"], row["dimensions"]): float(row["recall@1 [95 %]"].split()[0]) for row in rows}
     assert recall[PLAIN, 4] < 0.3
