@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,30 @@ def test_sdpa_equals_vit_pytorch(family: str, pool: str, dim: int, heads: int, d
     assert sorted(student.vit.state_dict()) == sorted(original.state_dict())
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(student.vit(x), original(x), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "small-data"])
+def test_bfloat16_attention_has_the_gradients_of_float64(family: str) -> None:
+    """A training step on a CPU attends by plain products; both are as near to float64 as bfloat16 rounds."""
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "dim": 64, "depth": 1, "heads": 2, "dim_head": 32, "mlp_dim": 96, "embedding_dim": 16}
+    attention = Student(StudentConfig(family=family, **shape)).vit.transformer.layers[0][0].train()
+    exact = copy.deepcopy(attention).double()
+    x, direction = (
+        torch.randn(2, 3, 17, 64) if attention.others is None else torch.randn(2, 3, len(attention.others), 64)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(x)
+    out.float().backward(direction)
+    expected = exact(x.double())
+    expected.backward(direction.double())
+    assert out.dtype == torch.bfloat16
+    pairs = [
+        (out, expected),
+        *((a.grad, b.grad) for a, b in zip(attention.parameters(), exact.parameters(), strict=True)),
+    ]
+    for value, reference in pairs:
+        assert (value.double() - reference).norm() < 0.02 * reference.norm()
 
 
 @pytest.mark.parametrize("size", [96, 224, 336])

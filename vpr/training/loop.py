@@ -172,14 +172,15 @@ class RecallModule(L.LightningModule):
     def build_optimizer(
         self, kind: type[torch.optim.AdamW] | type[torch.optim.SGD], groups: list[dict[str, Any]], **options: Any
     ) -> torch.optim.Optimizer:
-        """Return an optimiser of parameter groups; on a GPU, one kernel updates all weights.
+        """Return an optimiser of parameter groups that updates all weights in one kernel.
 
         With a scaler of gradients (``16-mixed``), a fused optimiser would undo the scale after the gradients are
-        clipped. PyTorch cannot shard the fused SGD. On a CPU the fused optimisers round in another way.
+        clipped. PyTorch can shard the fused AdamW on a GPU only, and no fused SGD.
         """
+        device = self.trainer.strategy.root_device.type
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        is_shardable = self.device_mesh is None or kind is torch.optim.AdamW
-        is_fused = self.trainer.strategy.root_device.type == "cuda" and is_shardable and not has_scaler
+        is_shardable = self.device_mesh is None or (device == "cuda" and kind is torch.optim.AdamW)
+        is_fused = device in ("cpu", "cuda") and is_shardable and not has_scaler
         return kind(groups, fused=is_fused or None, **options)
 
     def configure_gradient_clipping(

@@ -118,10 +118,12 @@ def test_fused_optimiser_is_clipped(precision: Any, catalog: Catalog, tmp_path: 
         ("cuda", "scaler", None, torch.optim.AdamW, None),
         ("cuda", None, "mesh", torch.optim.AdamW, True),
         ("cuda", None, "mesh", torch.optim.SGD, None),
-        ("cpu", None, None, torch.optim.AdamW, None),
+        ("cpu", None, None, torch.optim.AdamW, True),
+        ("cpu", None, None, torch.optim.SGD, True),
+        ("cpu", None, "mesh", torch.optim.AdamW, None),
     ],
 )
-def test_optimisers_are_fused_on_gpus(
+def test_fused_optimisers(
     device: str, scaler: Any, mesh: Any, kind: Any, is_fused: bool | None, catalog: Catalog
 ) -> None:
     module = Tiny(catalog)
