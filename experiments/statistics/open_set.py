@@ -159,7 +159,7 @@ def coverage_row(name: str, limit: float, results: list[Coverage]) -> Row:
         "absent products that confirm": f"{results[0].products:,}",
         "draws with a threshold": f"{np.mean([result.confirmed for result in results]):.3f}",
         "draws within the bound (worst division)": f"{1 - np.mean(broken):.3f} ({1 - max(broken):.3f})",
-        "true false accepts": mean("true_rate"),
+        "false accepts of all absent products": mean("true_rate"),
         "false accepts of held-out products": mean("held_out_rate"),
         "false rejects": mean("false_reject"),
     }
