@@ -62,7 +62,7 @@ class SyntheticProducts:
 
     dim: int = 256
     training: int = 20_000
-    validation: int = 1500
+    validation: int = 4000
     test: int = 400
     categories: int = 1000
     common: float = 0.25

@@ -135,6 +135,7 @@ def test_index_searches_in_the_reduced_space(reduction: Any, tmp_path: Path) -> 
         StorageSetting(DIM, None, "int8", "hnsw"),
         StorageSetting(8, "pca", "float16", "ivf"),
         StorageSetting(8, "pca", "binary", "shortlist", "int8"),
+        StorageSetting(DIM, None, "rabitq3", "flat"),
         PQ,
     ],
     ids=lambda setting: setting.name,

@@ -49,7 +49,7 @@ class EmbedConfig:
             raise UserError("ray: a Ray job starts its own workers. Run the command without torchrun.")
 
 
-VectorFormat = Literal["float32", "float16", "int8", "pq", "binary"]
+VectorFormat = Literal["float32", "float16", "int8", "rabitq4", "rabitq3", "rabitq2", "pq", "binary"]
 IndexKind = Literal["flat", "hnsw", "ivf", "shortlist", "ivf-shortlist"]
 Reduction = Literal["pca", "truncate"]
 Rescoring = Literal["float32", "float16", "int8"]

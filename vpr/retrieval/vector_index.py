@@ -24,12 +24,16 @@ _HNSW_LINKS = 32
 _TOP = 10  # results that the length of a short list is given for
 _ROTATION_SEED = 0
 _FACTORY: dict[str, str] = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}
+# RaBitQ: Gao and Long, "Quantizing High-Dimensional Vectors with a Theoretical Error Bound", SIGMOD 2024, and with more
+# bits, Gao et al., "Practical and Asymptotically Optimal Quantization", SIGMOD 2025. "fs": compared in SIMD registers.
+_RABITQ: tuple[VectorFormat, ...] = ("rabitq4", "rabitq3", "rabitq2")
+_FACTORY |= {name: f"RaBitQfs{name[-1]}" for name in _RABITQ}
 _UNIT = 1e-3  # tolerated deviation of a length from 1
 # Formats of each index. HNSW and IVF of faiss store no sign bits; only codes too coarse to rank by are rescored.
 _FORMATS: dict[IndexKind, tuple[VectorFormat, ...]] = {
-    "flat": ("float32", "float16", "int8", "pq", "binary"),
+    "flat": ("float32", "float16", "int8", *_RABITQ, "pq", "binary"),
     "hnsw": ("float32", "float16", "int8", "pq"),
-    "ivf": ("float32", "float16", "int8", "pq"),
+    "ivf": ("float32", "float16", "int8", *_RABITQ, "pq"),
     "shortlist": ("pq", "binary"),
     "ivf-shortlist": ("pq",),
 }
@@ -43,7 +47,7 @@ class StorageSetting:
         dims: Dimensions that are kept.
         reduction: Way to fewer dimensions; None at full width.
         format: Format of the vectors. ``int8`` has a range for each dimension, ``pq`` has a byte for 4 dimensions,
-            ``binary`` has a bit for each dimension.
+            ``binary`` has a bit for each dimension. ``rabitq3`` has 3 bits, and 20 bytes for each vector.
         index: Search index. ``shortlist`` finds a short list with the format, and rescores it.
         rescoring: Format of the vectors that rescore a short list; None without one.
     """
@@ -64,7 +68,7 @@ class StorageSetting:
     @property
     def is_rotated(self) -> bool:
         """Whether dimensions are mixed, as codes of equal size for all of them need equal variances."""
-        return self.format in ("pq", "binary")
+        return self.format in ("pq", "binary", *_RABITQ)
 
     @property
     def is_rescored(self) -> bool:

@@ -17,7 +17,7 @@ def test_grid_can_reach_the_goal_of_bytes() -> None:
     settings = list_settings(config, 256, 80_000)
     lists = [setting.dims for setting in settings if (setting.format, setting.index) == ("int8", "ivf")]
     assert sum(dims + 8 < 128 for dims in lists) == 2
-    assert {setting.format for setting in settings} == {"float32", "int8", "pq", "binary"}
+    assert {setting.format for setting in settings} == {"float32", "int8", "rabitq3", "rabitq2", "pq", "binary"}
 
 
 @pytest.mark.slow
