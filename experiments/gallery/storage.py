@@ -29,7 +29,10 @@ _SIZES = (10_000, 100_000, 1_000_000)
 
 
 def storage_figures(storage: Storage, dim: int, command: str) -> tuple[list[Figure], list[Row]]:
-    """Return the figures of the cheapest confirmed setting of the largest gallery, and the table of all settings."""
+    """Return the figures of the cheapest confirmed setting of the largest gallery, and the table of measured settings.
+
+    Of the smallest gallery, the table has the tested settings only.
+    """
     decision = storage.decisions[-1]
     chosen, title = storage.chosen(decision.size), f"{decision.size:,} vectors, cheapest confirmed setting"
     share = None if chosen is None or chosen.bytes_per_vector is None else chosen.bytes_per_vector / _FLOAT_BYTES / dim
@@ -54,7 +57,11 @@ def storage_figures(storage: Storage, dim: int, command: str) -> tuple[list[Figu
             command,
         ),
     ]
-    return figures, [table_row(storage, row.size, row.name) for row in storage.rows]
+    smallest = storage.decisions[0]
+    tested = {step.name for step in smallest.sequence}
+    shown = [row for row in storage.rows if row.recall_at_1 is not None]
+    shown = [row for row in shown if row.size != smallest.size or row.name in tested]
+    return figures, [table_row(storage, row.size, row.name) for row in shown]
 
 
 def table_row(storage: Storage, size: int, name: str) -> Row:
@@ -64,8 +71,8 @@ def table_row(storage: Storage, size: int, name: str) -> Row:
     mark = " (**chosen**)" if storage.chosen(size) is row else ""
     head: Row = {"vectors": f"{size:,}", "setting": f"{name}{mark}"}
     names = ("bytes per vector", "build s", "ms per query (p50)", "recall@1 [95 %]", "neighbours kept")
-    if row.recall_at_1 is None or row.ci95 is None:
-        return {**head, **dict.fromkeys(names, "–"), "upper bound of the drop": row.notes}
+    assert row.recall_at_1 is not None
+    assert row.ci95 is not None
     test = tests.get(name)
     bound = "not tested" if test is None else f"{test.upper_bound:.4f}{'' if test.confirmed else ' (not confirmed)'}"
     values = (
