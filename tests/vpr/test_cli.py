@@ -86,6 +86,11 @@ def test_lists_need_no_quotes() -> None:
     assert read_config(Int8Config, "export int8", [*words, "--exclude-layers", "x", "y"]).exclude_layers == ("x", "y")
 
 
+@pytest.mark.parametrize("text", ["\U0001f600 chair", "\x7f\x85\u2028\ufeff", "caf\u00e9", "a\tb\\", "2024-01-01"])
+def test_lists_keep_every_character(text: str) -> None:
+    assert read_config(LatencyConfig, "bench latency", ["--models", text, "--output", text]).models == (text,)
+
+
 def test_list_of_sections_takes_one_word_each() -> None:
     stages = ("--stages", "{train: head, epochs: 2}", "{train: all, epochs: 3, views: {rotate: 5}}")
     config = read_config(TrainConfig, "teacher train", [*TRAIN[2:], *stages])
