@@ -88,7 +88,8 @@ def test_lists_need_no_quotes() -> None:
 
 @pytest.mark.parametrize("text", ["\U0001f600 chair", "\x7f\x85\u2028\ufeff", "caf\u00e9", "a\tb\\", "2024-01-01"])
 def test_lists_keep_every_character(text: str) -> None:
-    assert read_config(LatencyConfig, "bench latency", ["--models", text, "--output", text]).models == (text,)
+    config = read_config(LatencyConfig, "bench latency", ["--models", text, "--output", text])
+    assert (config.models, config.output) == ((text,), text)
 
 
 def test_list_of_sections_takes_one_word_each() -> None:
@@ -105,6 +106,7 @@ def test_optional_values_and_negative_numbers() -> None:
     assert (config.max_recall_drop, config.output) == (0.01, "-o")
     compare = read_config(CompareConfig, "bench compare", ["a", "b", "--max-recall-drop", "-0.01"])
     assert compare.max_recall_drop == -0.01
+    assert read_config(Int8Config, "export int8", [*int8, "--max-recall-drop", "1e-5"]).max_recall_drop == 1e-5
 
 
 def test_flags_of_a_configuration_read_back() -> None:
