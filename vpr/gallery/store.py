@@ -6,6 +6,7 @@ rows, and of one manifest for each version. A manifest that is renamed into plac
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,15 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b40[013]\b|forbidden|unauthori[sz]ed|credentials|access ?denied", re.IGNORECASE)
+_FAILED = re.compile(r"Query Execution error|not implemented", re.IGNORECASE)  # such as a cast of a stored text
 _LOST_FILE = re.compile(r"not found|no such file|NoSuchKey|no longer exists", re.IGNORECASE)
+# LanceDB computes a chain of operators by recursion, which crashes the process (apache/datafusion#22229): 490 additions
+# were computed, 1,000 crashed. Conditions that AND and OR join are no such chain.
+_MAX_CHAIN = 256
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
+_JOINED = re.compile(r"\b(?:AND|OR)\b", re.IGNORECASE)
+_SIGN = re.compile(r"([(,])\s*-")  # of a number in a list
+_OPERATOR = re.compile(r"[-+*/%|&^#~<>=!]+|::|\[|\b(?:IS|I?LIKE|BETWEEN|IN)\b", re.IGNORECASE)
 # Of the client of object storage. Without them it repeats requests for minutes.
 _STORAGE_OPTIONS = {"connect_timeout": "5s", "timeout": "60s", "client_max_retries": "2", "client_retry_timeout": "20"}
 
@@ -158,9 +167,11 @@ class Store:
         except ImportError:
             install = "Run `make gallery`, or pip install -r requirements-gallery.txt"
             raise UserError(f"gallery: the optional package lancedb is not installed. {install}.") from None
-        options = _STORAGE_OPTIONS if "://" in self.address else None
+        is_remote = "://" in self.address
+        # LanceDB reads `shop:stock` as an address of a scheme `shop`, and replaces a `~` by the home folder.
+        address = self.address if is_remote else os.path.abspath(self.address)
         with self._errors():
-            return lancedb.connect(self.address, storage_options=options)
+            return lancedb.connect(address, storage_options=_STORAGE_OPTIONS if is_remote else None)
 
     @contextmanager
     def _errors(self, where: str = "") -> Iterator[None]:
@@ -180,7 +191,7 @@ class Store:
             if _LOST_FILE.search(text):
                 problem = f"a file or the table is missing ({text[:200]})"
                 raise LostFile(f"{self.address}: {problem}. Check the path, or restore the gallery.") from None
-            if where and isinstance(error, ValueError):
+            if where and (isinstance(error, ValueError) or _FAILED.search(text)):
                 reason = text.removeprefix("Invalid input, ").rstrip(".")[:300]
                 raise InvalidCondition(f"where: '{where[:100]}': {reason}. Correct the condition.") from None
             raise UserError(
@@ -275,7 +286,15 @@ def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _complete(where: str) -> str:
-    """Return a condition in brackets. Without them LanceDB 0.40 ignores what follows a complete condition."""
+    """Return a condition in brackets. Without them LanceDB 0.40 ignores what follows a complete condition.
+
+    Raises:
+        InvalidCondition: The condition has a chain of operators that crashes LanceDB.
+    """
+    parts = _JOINED.split(_SIGN.sub(r"\1", _QUOTED.sub("''", where)))
+    if (count := max(len(_OPERATOR.findall(part)) for part in parts)) > _MAX_CHAIN:
+        problem = f"a chain of {count} operators, expected at most {_MAX_CHAIN}"
+        raise InvalidCondition(f"where: '{where[:100]}': {problem}. Shorten it.")
     return f"({where})"
 
 
