@@ -121,7 +121,8 @@ class Store:
         An index is built again, as a second version. The first one has no index, but its number of partitions.
         """
         with self._errors():
-            self._overwrite(batches, schema, _partitions_of(self._database.open_table(_TABLE)))
+            partitions = _partitions_of(self._database.open_table(_TABLE))
+            _build_index(self._overwrite(batches, schema, partitions), partitions)
 
     def rewrite(self, partitions: int) -> None:
         """Write the newest version's rows into new files, and remove all other files.
@@ -146,20 +147,17 @@ class Store:
             partitions = partitions or _partitions_of(old)
             rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if count else ()
             table = self._overwrite(rows, old.schema, partitions)
+            # Before the index is built, because it joins the small partitions of one (lance-format/lance#6380): 64
+            # partitions of 60,000 vectors became 8.
             table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+            _build_index(table, partitions)
 
     def _overwrite(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema, partitions: int) -> Any:
-        """Write rows with a schema as a new version, and build its index; return the table."""
-        from lancedb.index import IvfFlat
-
+        """Write rows with a schema, and the number of partitions of an index, as a new version; return the table."""
         # Taken from the reader's batches: its schema lacks the metadata.
         schema = schema.with_metadata({**(schema.metadata or {}), _PARTITIONS.encode(): str(partitions).encode()})
         reader = pa.RecordBatchReader.from_batches(schema, (_with_schema(batch, schema) for batch in batches))
-        table = self._database.create_table(_TABLE, reader, mode="overwrite")
-        if partitions and table.count_rows() >= partitions:
-            config = IvfFlat(distance_type="dot", num_partitions=partitions)
-            table.create_index("vector", config=config, name=_INDEX)
-        return table
+        return self._database.create_table(_TABLE, reader, mode="overwrite")
 
     def _connect(self) -> Any:
         try:
@@ -248,13 +246,17 @@ class Snapshot:
     def probe(self, query: Vectors, count: int, probes: int, where: str = "") -> tuple[NDArray[np.float32], RowIds]:
         """Search the index for one (dim,) query; return up to ``count`` inner products, falling, and row ids.
 
-        Rows that were added after the index was built are compared without it.
+        Rows that were added after the index was built are compared without it. If the nearest ``probes`` partitions
+        have fewer than ``count`` rows that fulfil the condition, the other partitions are searched too.
         """
         with self._store._errors(where):
             builder = self._table.search(query).distance_type("dot").nprobes(probes).with_row_id(True).limit(count)
             if where:
                 builder = builder.where(_complete(where), prefilter=True)
-            found = builder.select(["product", "_distance"]).to_arrow()
+            builder = builder.select(["product", "_distance"])
+            found = builder.to_arrow()
+            if len(found) < count:
+                found = builder.maximum_nprobes(0).to_arrow()  # no maximum, which would cost time in each search
         return 1 - found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
 
     @property
@@ -275,6 +277,15 @@ class Snapshot:
         with self._store._errors():
             rows = sorted(self._table.list_versions(), key=lambda row: row["version"])
         return [Version(row["version"], row["timestamp"].isoformat(timespec="seconds")) for row in rows]
+
+
+def _build_index(table: Any, partitions: int) -> None:
+    """Build the index of a table as a new version, unless it has fewer rows than partitions or is to have none."""
+    from lancedb.index import IvfFlat
+
+    if partitions and table.count_rows() >= partitions:
+        config = IvfFlat(distance_type="dot", num_partitions=partitions)
+        table.create_index("vector", config=config, name=_INDEX)
 
 
 def _partitions_of(table: Any) -> int:
