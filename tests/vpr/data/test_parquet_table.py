@@ -110,6 +110,7 @@ def test_values_equal_those_of_pyarrow(tmp_path: Path, options: dict[str, Any]) 
         "image": [f"é/{row}.jpg" for row in range(count)],
         "product": pa.array([None if row % 9 == 0 else f"p{row % 50}" for row in range(count)], pa.large_string()),
         "category": pa.array([f"c{row // 100}" for row in range(count)]).dictionary_encode(),
+        "code": pa.array([row % 9 or None for row in range(count)]).dictionary_encode(),
         "number": [row if row % 7 else None for row in range(count)],
         "bbox": [None if row % 3 else [1.0, 2.0, 3.0, row] for row in range(count)],
     }

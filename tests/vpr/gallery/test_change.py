@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -179,6 +180,16 @@ def test_removal_leaves_nothing_in_the_files(partitions: int, tmp_path: Path) ->
     verify_gallery(VerifyGalleryConfig(str(gallery), (embeddings,)))
 
 
+def test_writers_of_the_same_images_wait_for_each_other(shop: tuple[str, str], tmp_path: Path) -> None:
+    ids = name_images(6, first=50)
+    changed = [write_shop(tmp_path / str(seed), ids, unit_vectors(6, seed=seed)) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda embeddings: update_images(UpdateConfig(shop[1], embeddings)), changed))
+    table = load_gallery(shop[1]).snapshot().read(IDS)
+    found = list(zip(table["product"].to_pylist(), table["image"].to_pylist(), strict=True))
+    assert sorted(found) == sorted(name_images(30) + ids)
+
+
 def test_reader_keeps_its_version(shop: tuple[str, str], tmp_path: Path) -> None:
     _, gallery = shop
     snapshot = load_gallery(gallery).snapshot()
@@ -278,7 +289,12 @@ def test_bad_input_leaves_the_gallery(shop: tuple[str, str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("prce < 3", "No field named prce"), ("price <<", "parser error"), ("price < 3 title", r"Expected: \)")],
+    [
+        ("prce < 3", "No field named prce"),
+        ("price <<", "parser error"),
+        ("price < 3 title", r"Expected: \)"),
+        ('product = "p1"', "No field named p1"),
+    ],
 )
 def test_wrong_condition(where: str, message: str, shop: tuple[str, str], tmp_path: Path) -> None:
     searched = write_shop(tmp_path / "q", name_images(1), unit_vectors(1), roles=["query"])
@@ -301,6 +317,15 @@ def test_condition_that_cannot_be_computed(where: str, message: str, shop: tuple
     update_images(UpdateConfig(shop[1], metadata=write_table(tmp_path / "m.csv", rows)))
     with pytest.raises(InvalidCondition, match=f"^where: '.*{message}"):
         load_gallery(shop[1]).snapshot().count(where)
+
+
+@pytest.mark.parametrize("name", ["select", "order", "group", "limit", "case", "from", "interval", "user", "true"])
+def test_column_named_as_a_word_of_sql(name: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "m.csv", [("product", name), ("p0", "a"), ("p1", "b")])
+    embeddings = write_shop(tmp_path / "e", name_images(9), unit_vectors(9))
+    gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "g"), (name,), table))
+    snapshot = load_gallery(gallery).snapshot()
+    assert snapshot.read([name], f"`{name}` = 'a'")[name].to_pylist() == ["a"] * 3
 
 
 def test_many_conditions_are_no_chain(shop: tuple[str, str]) -> None:
