@@ -186,9 +186,8 @@ def load_served_metadata(config: ServingConfig, gallery: Embeddings) -> pa.Table
     rows = gallery.rows_with_role("gallery")
     metadata = read_metadata(config.metadata, read_columns(config.columns))
     products, images = gallery.products[rows].tolist(), gallery.images[rows].tolist()
-    known = sum(metadata.find(*key) is not None for key in zip(products, images, strict=True))
+    known = metadata.count_known(products, images, config.metadata, gallery.artifact.path)
     if not known:
-        problem = f"no row is of a product in {gallery.artifact.path}"
-        raise UserError(f"metadata: {config.metadata}: {problem}. Use the product ids of the catalogue.")
+        raise UserError(f"metadata: {config.metadata}: the table has no rows. Add rows, or leave out --metadata.")
     log.info(f"{config.metadata}: values of {known} of {len(rows)} gallery images")
     return pa.table(metadata.arrays(products, images))

@@ -149,6 +149,45 @@ def test_unusable_upload_gives_one_line(site: Site, data: bytes, expected: str) 
     assert answer.headers["content-type"].startswith("text/plain")
 
 
+def test_form_is_not_an_image(site: Site) -> None:
+    part = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n' + jpeg() + b"\r\n--B--\r\n"
+    answer = site.request("POST", "/search", part, {"Content-Type": "multipart/form-data; boundary=B"})
+    assert (answer.status, answer.text.partition(".")[0]) == (422, "not an image")
+
+
+@pytest.mark.parametrize("ranges", ["bytes=5-4", "bytes=0-9", "bytes=99999-", "bytes=0-0,2-2", "items=x"])
+def test_ranges_are_ignored(site: Site, ranges: str) -> None:
+    answer = site.request("GET", "/image/0", headers={"Range": ranges})
+    assert (answer.status, answer.data) == (200, site.request("GET", "/image/0").data)
+
+
+def test_head_has_the_length_of_get(site: Site) -> None:
+    head, get = site.request("HEAD", "/image/0"), site.request("GET", "/image/0")
+    assert (head.status, head.data, int(head.headers["content-length"])) == (200, b"", len(get.data))
+
+
+def test_upload_that_waits_for_permission(site: Site) -> None:
+    image = jpeg()
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: {len(image)}\r\n"
+        client.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 100 ")
+        client.sendall(image)
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["GET /\N{EXTRATERRESTRIAL ALIEN} HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"],
+    ids=["emoji", "no host"],
+)
+def test_broken_request_is_answered(site: Site, head: str) -> None:
+    with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
+        client.sendall(head.encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert site.request("GET", "/").status == 200
+
+
 def test_large_body_is_rejected_before_it_arrives(site: Site) -> None:
     with socket.create_connection((ADDRESS, site.port), timeout=10) as client:
         head = f"POST /search HTTP/1.1\r\nHost: {ADDRESS}\r\nContent-Length: {MAX_BYTES + 1}\r\n\r\n"
@@ -246,6 +285,8 @@ def test_stalled_or_interrupted_upload_ends(
         ("evil.example@127.0.0.1", 400),
         ("0.0.0.0", 400),
         ("", 400),
+        ("[::1]:8000", 400),
+        ("[", 400),
     ],
 )
 def test_only_local_host_names_are_answered(site: Site, host: str, status: int) -> None:

@@ -76,6 +76,15 @@ def test_client_answers_as_the_toolkit(score: ScoreName, tmp_path: Path) -> None
     assert load_artifact(export_serving(replace(config, metadata=moved))).sha256 != before
 
 
+@pytest.mark.parametrize("index", ["flat", "hnsw"])
+def test_client_of_a_gallery_with_few_images(index: Any, tmp_path: Path) -> None:
+    """faiss fills the list of results with -1, which would be the last row."""
+    model, gallery = write_served_model(tmp_path, 8), write_shop(tmp_path / "few", name_images(3), unit_vectors(3))
+    output = export_serving(ServingConfig(model, gallery, str(tmp_path / "serving"), index=index))
+    answers = run_client(output, unit_vectors(2, seed=1))
+    assert [sorted(row["id"] for row in answer) for answer in answers] == [[0, 1, 2]] * 2
+
+
 def test_hand_off_without_new_options_is_that_of_earlier_versions(tmp_path: Path) -> None:
     model = write_served_model(tmp_path, 8)
     gallery, queries = write_uneven_shop(tmp_path)

@@ -197,6 +197,8 @@ def test_kserve_endpoint_gets_files_or_inputs(graph: Path, model: ClientModel, d
         ),
         ({"models": [{"sha256": "SHA", "name": "a", "embedding": ["a"]}]}, "vectors that are no numbers"),
         ({"models": [{"sha256": "SHA", "name": "a", "embedding": [0] * 32}]}, "a vector is zero or not finite"),
+        ({"models": [{"sha256": "SHA", "name": "a", "embedding": [np.nan] * 32}]}, "a vector is zero or not finite"),
+        ({"models": [{"sha256": "SHA", "name": "a", "embedding": [None] * 32}]}, "a vector is zero or not finite"),
     ],
 )
 def test_wrong_answers_are_one_line(graph: Path, answer: Any, message: str) -> None:
@@ -204,6 +206,13 @@ def test_wrong_answers_are_one_line(graph: Path, answer: Any, message: str) -> N
     answer = json.loads(text.replace("SHA", load_artifact(graph).sha256)) if text else answer
     with answering(lambda path, headers, body: answer) as url, pytest.raises(UserError, match=message):
         verify(VerifyConfig(str(graph), endpoint=url))
+
+
+def test_model_of_half_precision_inputs_is_one_line(graph: Path) -> None:
+    spec = {"inputs": [{"name": "pixels", "datatype": "FP16"}], "outputs": [{"name": "embedding"}]}
+    message = r"/v2/models/shop takes FP16, expected image files \(BYTES\) or FP32 inputs"
+    with answering(lambda path, headers, body: spec) as url, pytest.raises(UserError, match=message):
+        verify(VerifyConfig(str(graph), endpoint=f"{url}/v2/models/shop"))
 
 
 def test_slow_answer_ends_at_the_deadline(graph: Path) -> None:

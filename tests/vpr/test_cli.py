@@ -86,6 +86,12 @@ def test_lists_need_no_quotes() -> None:
     assert read_config(Int8Config, "export int8", [*words, "--exclude-layers", "x", "y"]).exclude_layers == ("x", "y")
 
 
+@pytest.mark.parametrize("text", ["\U0001f600 chair", "\x7f\x85\u2028\ufeff", "caf\u00e9", "a\tb\\", "2024-01-01"])
+def test_lists_keep_every_character(text: str) -> None:
+    config = read_config(LatencyConfig, "bench latency", ["--models", text, "--output", text])
+    assert (config.models, config.output) == ((text,), text)
+
+
 def test_list_of_sections_takes_one_word_each() -> None:
     stages = ("--stages", "{train: head, epochs: 2}", "{train: all, epochs: 3, views: {rotate: 5}}")
     config = read_config(TrainConfig, "teacher train", [*TRAIN[2:], *stages])
@@ -100,6 +106,7 @@ def test_optional_values_and_negative_numbers() -> None:
     assert (config.max_recall_drop, config.output) == (0.01, "-o")
     compare = read_config(CompareConfig, "bench compare", ["a", "b", "--max-recall-drop", "-0.01"])
     assert compare.max_recall_drop == -0.01
+    assert read_config(Int8Config, "export int8", [*int8, "--max-recall-drop", "1e-5"]).max_recall_drop == 1e-5
 
 
 def test_flags_of_a_configuration_read_back() -> None:

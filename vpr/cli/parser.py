@@ -119,12 +119,17 @@ def _expand(arguments: Sequence[str], parser: CommandParser, prog: str, command:
             recipes.append(f"--config={find_recipe(values[0], command.stage if command else '')}")
         elif element := element_type(hint):
             is_text = element is str or get_origin(element) is Literal
-            others.append(f"{flag}=[{', '.join(json.dumps(text) if is_text else text for text in values)}]")
+            others.append(f"{flag}=[{', '.join(_quote(text) if is_text else text for text in values)}]")
         elif values:
             others.append(f"{flag}={values[0]}")
         else:
             raise UserError(f"{flag}: no value given. See '{prog} --help'.")
     return recipes + others
+
+
+def _quote(text: str) -> str:
+    """Return a text in the quotes of YAML, which does not join JSON's two escapes of one character (yaml/yaml#73)."""
+    return re.sub(r"[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", json.dumps(text, ensure_ascii=False))
 
 
 def element_type(hint: Any) -> Any:

@@ -62,7 +62,8 @@ def check_numbers(config: object, section: str = "", **bounds: tuple[float, floa
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return the known names that are most alike, quoted and separated by commas."""
-    return ", ".join(f"'{match}'" for match in difflib.get_close_matches(name, list(known), count, cutoff=0.0))
+    matches = difflib.get_close_matches(name, dict.fromkeys(known), count, cutoff=0.0)
+    return ", ".join(f"'{match}'" for match in matches)
 
 
 def check_prefixes(key: str, prefixes: Iterable[str], names: Collection[str]) -> None:

@@ -63,7 +63,7 @@ def read_parquet_rows(table: Path, columns: list[str]) -> Iterator[tuple[int, di
                 raise _too_large(table, f"{number + len(batch)} rows have {total} bytes of text")
             step = 1 if count > _BATCH_BYTES else max(1, len(batch))
             for start in range(0, len(batch), step):
-                for values in _to_rows(batch.slice(start, step)):
+                for values in _to_rows(table, batch.slice(start, step)):
                     number += 1
                     yield number, values
 
@@ -95,10 +95,21 @@ def _plan(
     return names, _BATCH_ROWS if len(names) == len(texts) else max(1, min(_BATCH_ROWS, 4 * _BATCH_BYTES // largest))
 
 
-def _to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return the values of each row; dictionaries are decoded first, since Arrow converts their entries slowly."""
+def _to_rows(table: Path, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the values of each row; dictionaries are decoded first, since Arrow converts their entries slowly.
+
+    Raises:
+        UserError: A date or time has no value in Python, such as one after the year 9999 or with nanoseconds.
+    """
     arrays = [cells.dictionary_decode() if isinstance(cells, pa.DictionaryArray) else cells for cells in batch.columns]
-    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names).to_pylist()
+    names, columns = batch.schema.names, []
+    for name, cells in zip(names, arrays, strict=True):
+        try:
+            columns.append(cells.to_pylist())
+        except (OverflowError, ValueError) as error:  # ValueError for nanoseconds and unknown time zones
+            problem = f"column '{name}' of type {cells.type} has a value that cannot be read ({error})"
+            raise UserError(f"{table}: {problem}. Write it as text.") from None
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _column_of(path: str, columns: Sequence[str]) -> str:

@@ -55,6 +55,7 @@ def create_gallery(config: CreateConfig) -> Path:
     columns = read_columns(config.columns)
     metadata = read_metadata(config.metadata, columns)
     rows = select_rows(embeddings, config.split, "embeddings")
+    _check_metadata(metadata, config.metadata, embeddings, rows)
     dim = embeddings.vectors.shape[1]
     threshold = load_threshold(config.threshold, embeddings.model, dim) if config.threshold else None
     values: dict[str, Any] = {"columns": list(config.columns), "address": config.address}
@@ -84,6 +85,7 @@ def add_images(config: AddConfig) -> Path:
     embeddings = load_embeddings(config.embeddings)
     rows = select_rows(embeddings, config.split, "embeddings")
     metadata = read_metadata(config.metadata, gallery.columns)
+    _check_metadata(metadata, config.metadata, embeddings, rows)
     with gallery.lock():
         snapshot = gallery.snapshot()  # its model may have changed while another process held the lock
         gallery.check_model(embeddings, "embeddings", snapshot)
@@ -111,6 +113,7 @@ def update_images(config: UpdateConfig) -> Path:
     if config.embeddings:
         embeddings = load_embeddings(config.embeddings)
         rows = select_rows(embeddings, config.split, "embeddings")
+        _check_metadata(metadata, config.metadata, embeddings, rows)
     with gallery.lock():
         snapshot = gallery.snapshot()
         model = gallery.model_of(snapshot)
@@ -198,6 +201,12 @@ def build_part(embeddings: Embeddings, rows: Rows, metadata: Metadata, is_migrat
     """Return rows of embeddings as rows of a gallery's table."""
     products, images = embeddings.products[rows].tolist(), embeddings.images[rows].tolist()
     return build_rows(products, images, embeddings.vectors[rows], metadata, is_migrated)
+
+
+def _check_metadata(metadata: Metadata, path: str, embeddings: Embeddings, rows: Rows) -> None:
+    """Raise :class:`UserError` if a table has rows, and none is of these rows of embeddings."""
+    products, images = embeddings.products[rows].tolist(), embeddings.images[rows].tolist()
+    metadata.count_known(products, images, path, embeddings.artifact.path)
 
 
 def _store_threshold(gallery: Gallery, threshold: StoredThreshold) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ BACKFILL = "backfill"
 PENDING = f"{BACKFILL} IS NOT NULL"
 CALIBRATE = "Calibrate again with `vpr gallery threshold` and the new model's embeddings, then run `vpr gallery update`"
 _LOCK = ".writer.lock"
+_THREADS = threading.RLock()  # of this process, which a file lock does not exclude
 _ATTEMPTS = 5  # of a search, each one on the newest version
 _Result = TypeVar("_Result")
 
@@ -138,8 +140,8 @@ class Gallery:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclude other writers on this machine or file system; readers do not wait."""
-        with file_lock(self.path / _LOCK):
+        """Exclude other writers on this machine or file system, and other threads; readers do not wait."""
+        with _THREADS, file_lock(self.path / _LOCK):
             yield
 
 

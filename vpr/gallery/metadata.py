@@ -35,6 +35,26 @@ class Metadata:
         found = self.values.get((product, image))
         return self.values.get((product, "")) if found is None else found
 
+    def count_known(self, products: Sequence[str], images: Sequence[str], path: str, owner: Path) -> int:
+        """Return the number of images with values.
+
+        Args:
+            products: Product ids of images.
+            images: Image ids.
+            path: Table that was read, for the error.
+            owner: Artifact with the images, for the error.
+
+        Raises:
+            UserError: The table has rows, and none is of these images.
+        """
+        known = sum(self.find(*key) is not None for key in zip(products, images, strict=True))
+        if self.values and products and not known:
+            problem = f"no row is of a product in {owner}"
+            first = next(iter(self.values))
+            example = f"It has {_name((products[0], images[0] if first[1] else ''))}, the table {_name(first)}"
+            raise UserError(f"metadata: {path}: {problem}. {example}. Use the product ids of the catalogue.")
+        return known
+
     def arrays(self, products: Sequence[str], images: Sequence[str]) -> dict[str, pa.Array]:
         """Return an array of each column for images; values that the table lacks are null."""
         empty = (None,) * len(self.columns)
@@ -57,8 +77,9 @@ def read_metadata(path: str, columns: Mapping[str, str]) -> Metadata:
     if not path:
         return Metadata(columns, {})
     table = Path(path)
-    if missing := [name for name in columns if name not in {column.casefold() for column in list_columns(table)}]:
-        problem = f"column '{missing[0]}' is missing. Found: {name_columns(list_columns(table))}"
+    found = list_columns(table)
+    if missing := [name for name in columns if name not in {" ".join(column.split()).casefold() for column in found}]:
+        problem = f"column '{missing[0]}' is missing. Found: {name_columns(found)}"
         raise UserError(f"metadata: {path}: {problem}. Add the gallery's columns: {', '.join(columns)}.")
     if not columns:
         raise UserError("metadata: the gallery has no metadata columns. Create it with --columns.")

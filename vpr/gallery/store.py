@@ -6,6 +6,7 @@ rows, and of one manifest for each version. A manifest that is renamed into plac
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,15 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b40[013]\b|forbidden|unauthori[sz]ed|credentials|access ?denied", re.IGNORECASE)
+_FAILED = re.compile(r"Query Execution error|not implemented", re.IGNORECASE)  # such as a cast of a stored text
 _LOST_FILE = re.compile(r"not found|no such file|NoSuchKey|no longer exists", re.IGNORECASE)
+# LanceDB computes a chain of operators by recursion, which crashes the process (apache/datafusion#22229): 490 additions
+# were computed, 1,000 crashed. Conditions that AND and OR join are no such chain.
+_MAX_CHAIN = 256
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
+_JOINED = re.compile(r"\b(?:AND|OR)\b", re.IGNORECASE)
+_SIGN = re.compile(r"([(,])\s*-")  # of a number in a list
+_OPERATOR = re.compile(r"[-+*/%|&^#~<>=!]+|::|\[|\b(?:IS|I?LIKE|BETWEEN|IN)\b", re.IGNORECASE)
 # Of the client of object storage. Without them it repeats requests for minutes.
 _STORAGE_OPTIONS = {"connect_timeout": "5s", "timeout": "60s", "client_max_retries": "2", "client_retry_timeout": "20"}
 
@@ -112,7 +121,8 @@ class Store:
         An index is built again, as a second version. The first one has no index, but its number of partitions.
         """
         with self._errors():
-            self._overwrite(batches, schema, _partitions_of(self._database.open_table(_TABLE)))
+            partitions = _partitions_of(self._database.open_table(_TABLE))
+            _build_index(self._overwrite(batches, schema, partitions), partitions)
 
     def rewrite(self, partitions: int) -> None:
         """Write the newest version's rows into new files, and remove all other files.
@@ -137,20 +147,17 @@ class Store:
             partitions = partitions or _partitions_of(old)
             rows = old.search().limit(None).to_batches(batch_size=_BATCH_ROWS) if count else ()
             table = self._overwrite(rows, old.schema, partitions)
+            # Before the index is built, because it joins the small partitions of one (lance-format/lance#6380): 64
+            # partitions of 60,000 vectors became 8.
             table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+            _build_index(table, partitions)
 
     def _overwrite(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema, partitions: int) -> Any:
-        """Write rows with a schema as a new version, and build its index; return the table."""
-        from lancedb.index import IvfFlat
-
+        """Write rows with a schema, and the number of partitions of an index, as a new version; return the table."""
         # Taken from the reader's batches: its schema lacks the metadata.
         schema = schema.with_metadata({**(schema.metadata or {}), _PARTITIONS.encode(): str(partitions).encode()})
         reader = pa.RecordBatchReader.from_batches(schema, (_with_schema(batch, schema) for batch in batches))
-        table = self._database.create_table(_TABLE, reader, mode="overwrite")
-        if partitions and table.count_rows() >= partitions:
-            config = IvfFlat(distance_type="dot", num_partitions=partitions)
-            table.create_index("vector", config=config, name=_INDEX)
-        return table
+        return self._database.create_table(_TABLE, reader, mode="overwrite")
 
     def _connect(self) -> Any:
         try:
@@ -158,9 +165,11 @@ class Store:
         except ImportError:
             install = "Run `make gallery`, or pip install -r requirements-gallery.txt"
             raise UserError(f"gallery: the optional package lancedb is not installed. {install}.") from None
-        options = _STORAGE_OPTIONS if "://" in self.address else None
+        is_remote = "://" in self.address
+        # LanceDB reads `shop:stock` as an address of a scheme `shop`, and replaces a `~` by the home folder.
+        address = self.address if is_remote else os.path.abspath(self.address)
         with self._errors():
-            return lancedb.connect(self.address, storage_options=options)
+            return lancedb.connect(address, storage_options=_STORAGE_OPTIONS if is_remote else None)
 
     @contextmanager
     def _errors(self, where: str = "") -> Iterator[None]:
@@ -180,7 +189,7 @@ class Store:
             if _LOST_FILE.search(text):
                 problem = f"a file or the table is missing ({text[:200]})"
                 raise LostFile(f"{self.address}: {problem}. Check the path, or restore the gallery.") from None
-            if where and isinstance(error, ValueError):
+            if where and (isinstance(error, ValueError) or _FAILED.search(text)):
                 reason = text.removeprefix("Invalid input, ").rstrip(".")[:300]
                 raise InvalidCondition(f"where: '{where[:100]}': {reason}. Correct the condition.") from None
             raise UserError(
@@ -237,13 +246,17 @@ class Snapshot:
     def probe(self, query: Vectors, count: int, probes: int, where: str = "") -> tuple[NDArray[np.float32], RowIds]:
         """Search the index for one (dim,) query; return up to ``count`` inner products, falling, and row ids.
 
-        Rows that were added after the index was built are compared without it.
+        Rows that were added after the index was built are compared without it. If the nearest ``probes`` partitions
+        have fewer than ``count`` rows that fulfil the condition, the other partitions are searched too.
         """
         with self._store._errors(where):
             builder = self._table.search(query).distance_type("dot").nprobes(probes).with_row_id(True).limit(count)
             if where:
                 builder = builder.where(_complete(where), prefilter=True)
-            found = builder.select(["product", "_distance"]).to_arrow()
+            builder = builder.select(["product", "_distance"])
+            found = builder.to_arrow()
+            if len(found) < count:
+                found = builder.maximum_nprobes(0).to_arrow()  # no maximum, which would cost time in each search
         return 1 - found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
 
     @property
@@ -266,6 +279,15 @@ class Snapshot:
         return [Version(row["version"], row["timestamp"].isoformat(timespec="seconds")) for row in rows]
 
 
+def _build_index(table: Any, partitions: int) -> None:
+    """Build the index of a table as a new version, unless it has fewer rows than partitions or is to have none."""
+    from lancedb.index import IvfFlat
+
+    if partitions and table.count_rows() >= partitions:
+        config = IvfFlat(distance_type="dot", num_partitions=partitions)
+        table.create_index("vector", config=config, name=_INDEX)
+
+
 def _partitions_of(table: Any) -> int:
     return int((table.schema.metadata or {}).get(_PARTITIONS.encode(), 0))
 
@@ -275,7 +297,15 @@ def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _complete(where: str) -> str:
-    """Return a condition in brackets. Without them LanceDB 0.40 ignores what follows a complete condition."""
+    """Return a condition in brackets. Without them LanceDB 0.40 ignores what follows a complete condition.
+
+    Raises:
+        InvalidCondition: The condition has a chain of operators that crashes LanceDB.
+    """
+    parts = _JOINED.split(_SIGN.sub(r"\1", _QUOTED.sub("''", where)))
+    if (count := max(len(_OPERATOR.findall(part)) for part in parts)) > _MAX_CHAIN:
+        problem = f"a chain of {count} operators, expected at most {_MAX_CHAIN}"
+        raise InvalidCondition(f"where: '{where[:100]}': {problem}. Shorten it.")
     return f"({where})"
 
 

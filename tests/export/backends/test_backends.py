@@ -7,10 +7,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from export.backends.base import RunFailed
+from export.backends.openvino_runtime import openvino_forward
 from export.backends.pytorch import TorchBackend, compile_by_batch
 from export.backends.registry import BACKENDS, BackendUnavailable, choose_backends, models_of
 from export.config import BACKEND_NAMES, OnnxConfig
@@ -18,6 +20,7 @@ from export.to_onnx import export_onnx
 from vpr.common.errors import UserError
 from vpr.common.gpus import Listing, VisibleGpu
 from vpr.inference import onnx_session as runtime
+from vpr.inference.onnx_graph import GraphSession
 from vpr.inference.onnx_session import CUDA, TENSORRT_RTX, open_session, rtx_devices, runs_tensorrt_rtx
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -291,6 +294,12 @@ def test_models_of_lists_every_backend(student_artifact: Path, tmp_path: Path) -
     if reason := on_cuda.runner.missing():
         with pytest.raises(BackendUnavailable, match=reason):
             on_cuda.open(1)
+
+
+def test_openvino_computes_floats_in_fp32(graph: onnx.ModelProto) -> None:
+    """OpenVINO would use BF16 on processors that have it, with errors of 1e-3."""
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    np.testing.assert_allclose(openvino_forward(graph)(pixels), GraphSession(graph).embed(pixels), atol=2e-6)
 
 
 def test_unknown_backend_is_named() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from vpr.common.errors import UserError, explain_system_error, is_out_of_memory
+from vpr.common.errors import UserError, explain_system_error, is_out_of_memory, nearest_names
 
 
 def test_control_characters_are_replaced() -> None:
@@ -91,3 +91,7 @@ def test_libraries_of_cuda_run_out_of_memory_by_other_errors(message: str) -> No
     assert is_out_of_memory(RuntimeError(message))
     assert "there is too little memory (" in str(explain_system_error(RuntimeError(message)))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_nearest_names_are_listed_once() -> None:
+    assert nearest_names("p5", iter(["p9", "p9", "q", "p9"]), 2) == "'p9', 'q'"

@@ -80,6 +80,29 @@ def test_large_and_strange_columns_are_rejected(tmp_path: Path, columns: dict[st
         list(read_parquet_rows(path, list(columns)))
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (1 << 62, pa.timestamp("us")),
+        (-(1 << 50), pa.timestamp("ms")),
+        (1 << 30, pa.date32()),
+        (1 << 62, pa.duration("s")),
+        (1, pa.timestamp("ns")),
+        (1, pa.timestamp("us", tz="Mars/Base")),
+    ],
+    ids=str,
+)
+def test_dates_without_a_value_in_python_are_rejected(tmp_path: Path, value: int, kind: pa.DataType) -> None:
+    path = _write(
+        tmp_path / "t.parquet",
+        {"image": ["a"], "split": pa.array([value], pa.int32() if kind == pa.date32() else pa.int64()).view(kind)},
+    )
+    with pytest.raises(
+        UserError, match=r"t.parquet: column 'split' of type .* cannot be read .*\. Write it as text\.$"
+    ):
+        list(read_parquet_rows(path, ["image", "split"]))
+
+
 @pytest.mark.parametrize("options", [{}, _DENSE, {"row_group_size": 700}], ids=["dict", "plain", "groups"])
 def test_values_equal_those_of_pyarrow(tmp_path: Path, options: dict[str, Any]) -> None:
     count = 2500
@@ -87,6 +110,7 @@ def test_values_equal_those_of_pyarrow(tmp_path: Path, options: dict[str, Any]) 
         "image": [f"é/{row}.jpg" for row in range(count)],
         "product": pa.array([None if row % 9 == 0 else f"p{row % 50}" for row in range(count)], pa.large_string()),
         "category": pa.array([f"c{row // 100}" for row in range(count)]).dictionary_encode(),
+        "code": pa.array([row % 9 or None for row in range(count)]).dictionary_encode(),
         "number": [row if row % 7 else None for row in range(count)],
         "bbox": [None if row % 3 else [1.0, 2.0, 3.0, row] for row in range(count)],
     }

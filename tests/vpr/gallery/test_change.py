@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -28,7 +29,7 @@ from vpr.gallery.config import (
 from vpr.gallery.gallery import IDS, load_gallery, vectors_of
 from vpr.gallery.inspect import export_embeddings, print_info, verify_gallery
 from vpr.gallery.search_command import search_in_gallery
-from vpr.gallery.store import LostFile, Store
+from vpr.gallery.store import InvalidCondition, LostFile, Store
 from vpr.retrieval.embeddings import load_embeddings
 
 pytest.importorskip("lancedb")
@@ -90,6 +91,39 @@ def test_metadata_of_products_and_images(shop: tuple[str, str], tmp_path: Path) 
     verify_gallery(VerifyGalleryConfig(gallery))
 
 
+def test_header_with_spaces(shop: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("product, Title , price\np0,blue,9.5\n")
+    update_images(UpdateConfig(shop[1], metadata=str(tmp_path / "m.csv")))
+    assert contents(shop[1])["p0", "0/0.jpg"][:2] == ("blue", 9.5)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("1000.0", "", "x"), "It has product 'p0', the table product '1000.0'. Use the product ids"),
+        (("p0", "a.jpg", "x"), "It has image '0/0.jpg' of product 'p0', the table image 'a.jpg' of product 'p0'"),
+    ],
+)
+def test_metadata_of_other_images_only(row: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    embeddings = write_shop(tmp_path / "e", name_images(3), unit_vectors(3))
+    table = write_table(tmp_path / "m.csv", [("product", "image", "title"), row])
+    with pytest.raises(UserError, match=f"metadata: .*m.csv: no row is of a product in .*/e. {message}"):
+        create_gallery(CreateConfig(embeddings, str(tmp_path / "g"), ("title",), table))
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize("name", ["shop:stock", "s3:stock", "~", "~/stock", "a b#%20?\U0001f600"])
+def test_folder_that_looks_like_an_address(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    embeddings = write_shop(tmp_path / "e", name_images(6), unit_vectors(6))
+    create_gallery(CreateConfig(embeddings, name))
+    remove_images(RemoveConfig(name, products=("p0",)))
+    compact_gallery(CompactConfig(name))
+    assert set(contents(name)) == set(name_images(6)[3:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["e", "student", name.split("/")[0]])
+
+
 @pytest.mark.parametrize("partitions", [0, 4])
 def test_search_equals_faiss(partitions: int, tmp_path: Path) -> None:
     ids, vectors = name_images(700), unit_vectors(700, 16)
@@ -144,6 +178,16 @@ def test_removal_leaves_nothing_in_the_files(partitions: int, tmp_path: Path) ->
     assert info["images"] == 60
     assert info["index"] == ({"partitions": 2, "images": 60, "others": 0} if partitions else None)
     verify_gallery(VerifyGalleryConfig(str(gallery), (embeddings,)))
+
+
+def test_writers_of_the_same_images_wait_for_each_other(shop: tuple[str, str], tmp_path: Path) -> None:
+    ids = name_images(6, first=50)
+    changed = [write_shop(tmp_path / str(seed), ids, unit_vectors(6, seed=seed)) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda embeddings: update_images(UpdateConfig(shop[1], embeddings)), changed))
+    table = load_gallery(shop[1]).snapshot().read(IDS)
+    found = list(zip(table["product"].to_pylist(), table["image"].to_pylist(), strict=True))
+    assert sorted(found) == sorted(name_images(30) + ids)
 
 
 def test_reader_keeps_its_version(shop: tuple[str, str], tmp_path: Path) -> None:
@@ -245,13 +289,52 @@ def test_bad_input_leaves_the_gallery(shop: tuple[str, str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("prce < 3", "No field named prce"), ("price <<", "parser error"), ("price < 3 title", r"Expected: \)")],
+    [
+        ("prce < 3", "No field named prce"),
+        ("price <<", "parser error"),
+        ("price < 3 title", r"Expected: \)"),
+        ('product = "p1"', "No field named p1"),
+    ],
 )
 def test_wrong_condition(where: str, message: str, shop: tuple[str, str], tmp_path: Path) -> None:
     searched = write_shop(tmp_path / "q", name_images(1), unit_vectors(1), roles=["query"])
     with pytest.raises(UserError, match=message) as caught:
         search_in_gallery(GallerySearchConfig(shop[1], searched, where=where))
     assert str(caught.value).startswith(f"where: '{where}': ")
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("cast(title AS int) > 1", "Cannot cast string 'blue'"),
+        ("1 / 0 = 1", "Divide by zero"),
+        ("price" + " + 1" * 2000 + " > 3", "a chain of 2001 operators, expected at most 256. Shorten it.$"),
+        ("price" + " IS NULL" * 5000, "a chain of 5000 operators"),
+    ],
+)
+def test_condition_that_cannot_be_computed(where: str, message: str, shop: tuple[str, str], tmp_path: Path) -> None:
+    rows = [("product", "title", "price"), ("p0", "blue", "2")]
+    update_images(UpdateConfig(shop[1], metadata=write_table(tmp_path / "m.csv", rows)))
+    with pytest.raises(InvalidCondition, match=f"^where: '.*{message}"):
+        load_gallery(shop[1]).snapshot().count(where)
+
+
+@pytest.mark.parametrize("name", ["select", "order", "group", "limit", "case", "from", "interval", "user", "true"])
+def test_column_named_as_a_word_of_sql(name: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "m.csv", [("product", name), ("p0", "a"), ("p1", "b")])
+    embeddings = write_shop(tmp_path / "e", name_images(9), unit_vectors(9))
+    gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "g"), (name,), table))
+    snapshot = load_gallery(gallery).snapshot()
+    assert snapshot.read([name], f"`{name}` = 'a'")[name].to_pylist() == ["a"] * 3
+
+
+def test_many_conditions_are_no_chain(shop: tuple[str, str]) -> None:
+    products = ", ".join(f"'- + {number}'" for number in range(500))
+    numbers = ", ".join(f"-{number}.5" for number in range(500))
+    either = " OR ".join(f"product = 'p{number}'" for number in range(600))
+    snapshot = load_gallery(shop[1]).snapshot()
+    assert snapshot.count(f"product IN ({products}) OR price IN ({numbers})") == 0
+    assert snapshot.count(either) == 30
 
 
 def test_table_of_another_version(shop: tuple[str, str]) -> None:

@@ -12,6 +12,7 @@ from vpr.common.errors import UserError
 from vpr.gallery.change import compact_gallery, create_gallery
 from vpr.gallery.config import CompactConfig, CreateConfig, GallerySearchConfig
 from vpr.gallery.gallery import load_gallery
+from vpr.gallery.nearest import find_nearest
 from vpr.gallery.search_command import search_in_gallery
 
 lancedb = pytest.importorskip("lancedb")
@@ -21,6 +22,22 @@ def search(gallery: str, queries: str, output: Path, **values: Any) -> list[dict
     search_in_gallery(GallerySearchConfig(gallery, queries, str(output), **values))
     with output.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize(
+    ("where", "k", "count"), [("", 200, 200), ("product = 'p7'", 5, 3), ("product IN ('p1', 'p2')", 6, 6)]
+)
+def test_few_probes_find_as_many_images_as_all(where: str, k: int, count: int, tmp_path: Path) -> None:
+    embeddings = write_shop(tmp_path / "e", name_images(200), unit_vectors(200))
+    gallery = str(create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery"))))
+    compact_gallery(CompactConfig(gallery, index=16))
+    snapshot, queries = load_gallery(gallery).snapshot(), unit_vectors(8, seed=1)
+    builder = snapshot._table.search(queries[0]).distance_type("dot").nprobes(1)
+    assert len(builder.limit(200).to_arrow()) < 60  # of the nearest partition
+    found = find_nearest(snapshot, queries, k, where, probes=1)
+    exact = find_nearest(snapshot, queries, k, where)
+    assert found.found.sum(axis=1).tolist() == [count] * 8
+    np.testing.assert_array_equal(np.sort(found.rows), np.sort(exact.rows))
 
 
 def test_probes_without_the_index_that_a_stopped_compact_left_out(

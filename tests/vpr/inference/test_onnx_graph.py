@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def test_graph_is_loaded_and_run(tmp_path: Path) -> None:
     (embedding,) = GraphSession(graph).run([OUTPUT], {INPUT: pixels})
     means = pixels.mean(axis=(2, 3))
     np.testing.assert_allclose(embedding, np.concatenate([means, 2 * means], axis=1), atol=1e-6)
+
+
+def test_process_that_may_use_one_core(capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime logs an error for each thread that it cannot bind to a core."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        pixels = np.zeros((2, 3, 16, 16), np.float32)
+        assert GraphSession(_graph()).embed(pixels).shape == (2, 6)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert capfd.readouterr().err == ""
 
 
 def _external_weight(graph: onnx.ModelProto) -> None:
