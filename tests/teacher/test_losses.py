@@ -247,3 +247,17 @@ def test_batches_with_pairs_are_accepted() -> None:
     StageLosses(pair=PAIR).check_batch(8, 4, 640)
     StageLosses(pair=PairConfig("multi-similarity", memory=640)).check_batch(64, 0, 640)
     StageLosses(proxy=ProxyConfig("soft-triple")).check_batch(4, 0, 640)
+
+
+def test_losses_without_a_pair_of_products_or_images_are_rejected() -> None:
+    """Both losses would be 0 in each step (pytorch-metric-learning#272 and #744)."""
+    with pytest.raises(UserError, match=r"^catalog: the training split has one product, .*\. Add products"):
+        StageLosses().check_products([8], 0)
+    memory = StageLosses(pair=PairConfig("multi-similarity", memory=64))
+    with pytest.raises(
+        UserError, match=r"^pair\.memory: no product .* has two images, .*Set loader\.images_per_product"
+    ):
+        memory.check_products([1, 1, 1], 1)
+    memory.check_products([1, 2, 1], 0)
+    memory.check_products([1, 1, 1], 2)
+    StageLosses().check_products([1, 1], 0)
