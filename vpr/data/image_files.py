@@ -10,7 +10,7 @@ from vpr.imaging.formats import HEIC_UNREADABLE, can_read_heic, is_heic, is_imag
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 _HEIC_SUFFIXES = frozenset({".heic", ".heif"})
 UNKNOWN_SUFFIX, FOLDER_LINK = "unknown suffix", "a link to a folder, which is not followed"
-HIDDEN = "its name, or that of its folder, starts with a dot"
+HIDDEN = "its name or folder starts with a dot"
 _HEAD = 32  # bytes that show the format of a file
 
 
