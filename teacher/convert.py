@@ -74,7 +74,7 @@ def load_checkpoint(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported global:?) ([\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|Unsupported global:?) (?!GLOBAL)([\w.]+)", str(error))
         problem = f"needs {found[1]}, and loading it could run code" if found else "is no checkpoint of weights alone"
         fix = "Save its state_dict alone with torch.save"
         raise UserError(f"checkpoint: {path} {problem}. {fix}.") from None

@@ -185,6 +185,26 @@ class StageLosses:
             weights[section.loss.replace("-", "_")] = 0.0 if section.loss == "none" else section.weight
         return {name: weight for name, weight in weights.items() if weight}
 
+    def check_products(self, counts: list[int], repeated: int) -> None:
+        """Check that the training split has products, and images of a product, that the losses compare.
+
+        Without them, a loss is 0 and nothing is learned.
+
+        Args:
+            counts: Number of training images of each product.
+            repeated: Images of a product that the batches of an epoch have at least, by repetition.
+
+        Raises:
+            UserError: There is one product, or a memory that never holds two images of a product.
+        """
+        if len(counts) < 2:
+            problem = "the training split has one product, and every loss compares products"
+            raise UserError(f"catalog: {problem}. Add products, or move some from validation or test.")
+        has_memory = self.pair.loss != "none" and self.pair.weight and self.pair.memory
+        if has_memory and max(*counts, repeated) < 2:
+            problem = "no product of the training split has two images, so the memory has no pair of one product"
+            raise UserError(f"pair.memory: {problem}. Set loader.images_per_product to 2, or pair.loss to none.")
+
     def check_batch(self, images: int, images_per_product: int, per_epoch: int) -> None:
         """Check that a batch of ``images`` over all processes has the pairs that the pair loss compares.
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 
-# Removed if all names have it: DDP, torch.compile and the attribute of a trainer.
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Removed if all names have it: DDP and the attribute of a trainer.
+_WRAPPERS = ("module.", "model.")
+_COMPILED = "_orig_mod."  # of torch.compile, wherever a compiled part is in the network
 # If some names have it, the other tensors belong to a text tower or a head.
 _IMAGE_TOWERS = (
     "visual.", "image_encoder.", "vision_model.", "vision_tower.", "backbone.",
@@ -62,10 +63,10 @@ _OPEN_CLIP = (
 
 
 def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove prefixes that all names share because a trainer wrapped the model."""
-    names = list(state)
-    prefix = next((prefix for prefix in _WRAPPERS if names and all(name.startswith(prefix) for name in names)), None)
-    return strip_prefixes({name[len(prefix) :]: state[name] for name in names}) if prefix else dict(state)
+    """Remove prefixes that all names share because a trainer wrapped the model, and those of compiled parts."""
+    state = {name.replace(_COMPILED, ""): value for name, value in state.items()}
+    prefix = next((prefix for prefix in _WRAPPERS if state and all(name.startswith(prefix) for name in state)), None)
+    return strip_prefixes({name[len(prefix) :]: value for name, value in state.items()}) if prefix else state
 
 
 def select_image_tower(state: Mapping[str, Tensor]) -> State:

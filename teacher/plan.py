@@ -14,6 +14,7 @@ from teacher.layers import freeze_except
 from teacher.losses import TrainingHead
 from teacher.memory import available_memory, estimate, suggest_changes
 from teacher.model import build_teacher
+from teacher.tower import unread_pixels
 from vpr.common.distributed import rank_and_world
 from vpr.common.errors import UserError, explain_system_error
 from vpr.common.log import get_logger
@@ -31,7 +32,8 @@ def print_plan(config: TrainConfig, tower: dict[str, Any], train: Catalog, valid
     """Print the plan of a training; networks are built on the meta device, which allocates no weights.
 
     Raises:
-        UserError: A network cannot be built, or a batch has more images than the training split.
+        UserError: A network cannot be built, a batch has more images than the training split, or the split has no
+            images that a loss compares.
     """
     schedule, products = config.schedule(), np.unique(train.products)
     images = f"{len(train)} images of {len(products)} products, {schedule[0].total} epochs"
@@ -63,6 +65,7 @@ def _print_stage(
         sizes = f"a batch has {batch_size * world} images, the training split {len(train)}"
         raise UserError(f"stages {number}: {sizes}. Lower loader.batch_size or the stage's batch_size.")
     images = batch_size * world
+    scheduled.losses.check_products(counts.tolist(), max(loader.images_per_product, loader.min_per_product))
     scheduled.losses.check_batch(images, loader.images_per_product, batches * images)
     steps = -(-batches // run.accumulate)
     is_half = (run.precision if run.precision != "auto" else best_precision()) != "32-true"
@@ -76,13 +79,16 @@ def _print_stage(
         _print_preprocess(preprocess)
     log.info(
         f"  stage {number}: {stage.train}, {stage.epochs} epochs, {stage.epochs * steps} steps of "
-        f"{batch_size * world * run.accumulate} images of {preprocess.size} pixels, "
+        f"{images * min(run.accumulate, batches)} images of {preprocess.size} pixels, "
         f"trainable: teacher {_trainable_share(teacher)}, head {_trainable_share(head)}"
     )
     weights = scheduled.losses.weights()
     if list(weights) != ["margin"]:
         log.info(f"    losses: {', '.join(f'{name} x {weight:g}' for name, weight in weights.items())}")
     log.info(f"    memory: {memory}")
+    if unread := unread_pixels(teacher.visual):
+        problem = f"the last {unread} rows and columns of an image are in no patch"
+        log.warning(f"    image_size {preprocess.size}: {problem}. Set it to {preprocess.size - unread}.")
     checkpointing = stage_tower.gradient_checkpointing
     if config.lora.rank and stage.trains_tower and stage.lr_tower < _LOW_LORA_RATE:
         log.warning(f"    lr_tower {stage.lr_tower:g} hardly trains adapters. Set it to about 1e-4.")

@@ -36,17 +36,32 @@ def drop_projection(visual: Any, name: str) -> int:
     raise UserError(f"tower.keep_projection: {name} has no projection to remove. Set it to true.")
 
 
+def unread_pixels(visual: Any) -> int:
+    """Return how many rows at the bottom, and columns on the right, of an image are in no patch of a ViT."""
+    conv = _patch_embedding(visual)
+    return 0 if conv is None else (input_size(visual) - conv.kernel_size[0]) % conv.stride[0]
+
+
+def _patch_embedding(visual: Any) -> nn.Conv2d | None:
+    """Return the patch embedding of a ViT with position embeddings; None for other networks."""
+    trunk = getattr(visual, "trunk", None)
+    conv = getattr(getattr(trunk, "patch_embed", None), "proj", None)
+    positions = getattr(trunk, "pos_embed", None)
+    if trunk is None:
+        conv, positions = getattr(visual, "conv1", None), getattr(visual, "positional_embedding", None)
+    return conv if isinstance(conv, nn.Conv2d) and positions is not None else None
+
+
 def overlap_patches(visual: Any, stride: int, name: str) -> None:
     """Lower the stride of a ViT's patches and draw position embeddings for the larger grid.
 
     Raises:
         UserError: The tower is no ViT, or the stride is larger than its patch.
     """
-    trunk = getattr(visual, "trunk", None)
+    trunk, conv = getattr(visual, "trunk", None), _patch_embedding(visual)
     embed = getattr(trunk, "patch_embed", None)
-    conv = getattr(embed, "proj", None) if trunk is not None else getattr(visual, "conv1", None)
     holder, key = (trunk, "pos_embed") if trunk is not None else (visual, "positional_embedding")
-    if not isinstance(conv, nn.Conv2d) or getattr(holder, key, None) is None:
+    if conv is None:
         raise UserError(f"tower.patch_stride: {name} is no ViT with position embeddings. Set it to 0.")
     patch = conv.kernel_size[0]
     if stride > patch:

@@ -17,6 +17,7 @@ _PROJECTION = ("proj", "head.proj.", "head.mlp.")
 # Classifiers, and buffers that other versions of a library save.
 _CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.", "aux_head.")
 _BUFFERS = ("mask_token", "relative_position_index", "attn_mask", "position_ids", "num_batches_tracked")
+_PYTORCH, _LFS_POINTER = (b"PK\x03\x04", b"\x80\x02"), b"version https://git-lfs"  # first bytes of a file
 _SHOWN = 3  # names in a message
 
 
@@ -40,11 +41,23 @@ def read_tower_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"tower.pretrained: {path} is not a safetensors file ({error}). Copy it again.") from None
+        problem, fix = _explain_other_file(path) or (f"is not a safetensors file ({error})", "Copy it again")
+        raise UserError(f"tower.pretrained: {path} {problem}. {fix}.") from None
     tower = select_image_tower(state)
     if not tower:
         raise UserError(f"tower.pretrained: {path} has no tensor of an image tower. Use another checkpoint.")
     return tower
+
+
+def _explain_other_file(path: Path) -> tuple[str, str] | None:
+    """Return what a file with the name of weights is, and what to do; None if that is not known."""
+    with path.open("rb") as stream:
+        head = stream.read(len(_LFS_POINTER))
+    if head.startswith(_PYTORCH):
+        return "is a PyTorch checkpoint under another name", "Convert it with vpr teacher convert"
+    if head == _LFS_POINTER:
+        return "is a pointer of Git LFS and no weights", "Fetch the file with git lfs pull"
+    return None
 
 
 def download_open_clip(name: str, tag: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,7 +122,18 @@ def load_tower_weights(visual: nn.Module, state: dict[str, Tensor]) -> None:
         if names:
             fix = "Set tower.name to their tower"
             raise UserError(f"tower.pretrained: the weights {problem} {_first_names(names)}. {fix}.")
+    _check_values({name: value for name, value in fitted.items() if expected[name].is_floating_point()})
     visual.load_state_dict(fitted, strict=False)
+
+
+def _check_values(weights: dict[str, Tensor]) -> None:
+    """Raise :class:`UserError` if weights that are numbers of a network are quantised or not finite."""
+    if quantised := [name for name, value in weights.items() if not value.is_floating_point()]:
+        problem = f"the weights have integers in {_first_names(quantised)}, which are quantised"
+        raise UserError(f"tower.pretrained: {problem}. Use a checkpoint that is not quantised.")
+    if broken := [name for name, value in weights.items() if not bool(value.float().isfinite().all())]:
+        problem = f"the weights have values that are not finite in {_first_names(broken)}"
+        raise UserError(f"tower.pretrained: {problem}. Use another checkpoint.")
 
 
 def _is_unused(visual: nn.Module, name: str) -> bool:
@@ -141,7 +165,7 @@ def resize_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     old, new = positions.shape[-2], shape[-2]
     prefix = 0 if math.isqrt(old) ** 2 == old else 1
     side = math.isqrt(new - prefix)
-    if side * side != new - prefix:
-        return positions
+    if side * side != new - prefix or math.isqrt(old - prefix) ** 2 != old - prefix:
+        return positions  # of a grid that is no square
     resized = resample_abs_pos_embed(positions.reshape(1, old, -1), [side, side], num_prefix_tokens=prefix)
     return resized.reshape(shape).contiguous()

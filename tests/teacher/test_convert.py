@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -42,6 +43,8 @@ def assert_tensors(written: dict[str, torch.Tensor], expected: dict[str, torch.T
         lambda state: {"model": HEAD, "ema": {"decay": 0.9, "module": state}},
         lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
         lambda state: {f"_orig_mod.model.{name}": value for name, value in state.items()},
+        # A part that was compiled (pytorch-image-models#1566).
+        lambda state: {name.replace(".", "._orig_mod.", 1): value for name, value in state.items()},
     ],
 )
 def test_weights_are_taken_out_of_usual_wrappers(tmp_path: Path, name: str, wrap: Any) -> None:
@@ -101,6 +104,12 @@ def test_pickled_code_does_not_run(tmp_path: Path) -> None:
         convert(ConvertConfig(str(tmp_path / "plain.pt"), str(tmp_path / "out.safetensors")))
     assert not marker.exists()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_object_that_needs_code_is_named(tmp_path: Path) -> None:
+    """The message of PyTorch has the word GLOBAL ahead of the name."""
+    with pytest.raises(UserError, match=r"in\.pt needs numpy\.\S*scalar, and loading it could run code"):
+        convert_file(tmp_path, {"state_dict": TENSORS, "best": np.float64(0.5)})
 
 
 def test_bad_checkpoints_are_rejected(tmp_path: Path) -> None:

@@ -247,3 +247,32 @@ def test_batches_with_pairs_are_accepted() -> None:
     StageLosses(pair=PAIR).check_batch(8, 4, 640)
     StageLosses(pair=PairConfig("multi-similarity", memory=640)).check_batch(64, 0, 640)
     StageLosses(proxy=ProxyConfig("soft-triple")).check_batch(4, 0, 640)
+
+
+def test_losses_without_a_pair_of_products_or_images_are_rejected() -> None:
+    """Both losses would be 0 in each step (pytorch-metric-learning#272 and #744)."""
+    with pytest.raises(UserError, match=r"^catalog: the training split has one product, .*\. Add products"):
+        StageLosses().check_products([8], 0)
+    memory = StageLosses(pair=PairConfig("multi-similarity", memory=64))
+    with pytest.raises(
+        UserError, match=r"^pair\.memory: no product .* has two images, .*Set loader\.images_per_product"
+    ):
+        memory.check_products([1, 1, 1], 1)
+    memory.check_products([1, 2, 1], 0)
+    memory.check_products([1, 1, 1], 2)
+    StageLosses().check_products([1, 1], 0)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["contrastive", "multi-similarity"])
+def test_pairs_that_are_all_satisfied_give_zero(loss: Any, precision: torch.dtype) -> None:
+    """No pair is selected, also in 16 bits (pytorch-metric-learning#107 and #233)."""
+    labels = torch.arange(4).repeat_interleave(2)
+    embeddings = torch.eye(DIM)[labels].to(precision).requires_grad_()
+    head = TrainingHead(DIM, torch.full((4,), 2), StageLosses(margin_weight=0, pair=PairConfig(loss)))
+    with torch.autocast("cpu", torch.bfloat16):
+        total = head.total(head(embeddings, labels, 0.0, 0))
+    total.backward()
+    assert (total.item(), total.dtype) == (0.0, torch.float32)
+    assert embeddings.grad is not None
+    assert not embeddings.grad.any()

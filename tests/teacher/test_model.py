@@ -201,6 +201,48 @@ def test_weights_of_another_tower_are_rejected(tmp_path: Path) -> None:
         read_tower_weights(tmp_path / "junk.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # safetensors#414
+        ("checkpoint", r"is a PyTorch checkpoint under another name\. Convert it with vpr teacher convert\.$"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"is a pointer of Git LFS .*git lfs pull\.$"),
+        (b"", r"is not a safetensors file \(.*\)\. Copy it again\.$"),
+    ],
+)
+def test_other_files_named_as_weights_are_explained(tmp_path: Path, content: bytes | str, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=rf"^tower\.pretrained: {path} {message}"):
+        read_tower_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: (value * 100).to(torch.int8), r"have integers in 'class_embedding', which are quantised"),
+        (lambda value: value / 0, r"have values that are not finite in 'class_embedding'\. Use another checkpoint"),
+    ],
+    ids=["quantised", "not finite"],
+)
+def test_weights_without_usable_values_are_rejected(change: Any, message: str) -> None:
+    state = tiny_vit().state_dict()
+    with pytest.raises(UserError, match=message):
+        load_tower_weights(tiny_vit(), state | {"class_embedding": change(state["class_embedding"])})
+
+
+@pytest.mark.parametrize("tokens", [2 * 4, 1 + 2 * 4 * 4])
+def test_positions_of_a_rectangle_are_rejected(tokens: int) -> None:
+    """Their grid is not known (pytorch-image-models#2190)."""
+    state = tiny_vit().state_dict()
+    state["positional_embedding"] = torch.randn(tokens, state["positional_embedding"].shape[1])
+    with pytest.raises(UserError, match="differ in the shape of 'positional_embedding'"):
+        load_tower_weights(tiny_vit(), state)
+
+
 def test_positions_of_the_same_grid_are_unchanged() -> None:
     positions = torch.randn(17, 8)
     assert resize_positions(positions, (17, 8)) is positions

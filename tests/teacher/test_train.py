@@ -96,6 +96,21 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert "stage 2: all, 2 epochs, 8 steps" in printed
 
 
+def test_plan_reports_pixels_in_no_patch(catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sides of 50 pixels are no multiple of the patches' 8 pixels (vit-pytorch#28); a batch has 4 of 1000 parts."""
+    config = small_config(catalog, tmp_path / "teacher", dry_run=True, stages=(StageConfig("all", 1),))
+    run = RunConfig(precision="32-true", accumulate=1000)
+    for size, text in (
+        (50, "image_size 50: the last 2 rows and columns of an image are in no patch. Set it to 48."),
+        (48, ""),
+    ):
+        train(replace(config, tower=replace(SMALL, name="sample-vit", image_size=size), run=run))
+        printed = capsys.readouterr().err
+        assert text in printed
+        assert ("in no patch" in printed) == bool(text)
+        assert "1 steps of 64 images" in printed
+
+
 def _fail_if_trained(*_: object) -> None:
     raise AssertionError("the training started")
 

@@ -10,6 +10,7 @@ from vpr.imaging.formats import HEIC_UNREADABLE, can_read_heic, is_heic, is_imag
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 _HEIC_SUFFIXES = frozenset({".heic", ".heif"})
 UNKNOWN_SUFFIX, FOLDER_LINK = "unknown suffix", "a link to a folder, which is not followed"
+HIDDEN = "its name or folder starts with a dot"
 _HEAD = 32  # bytes that show the format of a file
 
 
@@ -28,6 +29,8 @@ class PathGuard:
         """Return a name inside the root; else raise :class:`UserError`, with ``table`` and ``line`` if given."""
         if not self.is_inside(name):
             where = f"{table}: line {line}: " if table else ""
+            if "\n" in name or "\0" in name:
+                raise UserError(f"{where}{ascii(name)}: it has a line break or a zero byte. Rename the file or folder.")
             fix = "Give a folder that contains all images with --image-root" if table else "Copy the file into it"
             fix = fix if table else f"{fix}, or name the folder that links lead into with --follow-links"
             raise UserError(f"{where}'{name}' leads out of {self.root}. {fix}.")
@@ -77,9 +80,16 @@ def image_files(root: Path, allowed: Sequence[Path] = ()) -> Iterator[str]:
 
 
 def is_image(root: Path, name: str) -> bool:
-    """Return whether a file has the suffix of an image, or no suffix and the content of one."""
+    """Return whether a file has the suffix of an image, or no suffix and the content of one, and is not hidden."""
+    if is_hidden(name):
+        return False
     suffix = os.path.splitext(name)[1].lower()
     return suffix in image_suffixes() if suffix else is_image_content(_head(root, name))
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name has a part that starts with a dot, as the copies of Jupyter and the forks of macOS have."""
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def image_suffixes() -> frozenset[str]:
@@ -109,6 +119,8 @@ def list_files(root: Path, allowed: Sequence[Path] = ()) -> list[str]:
 
 
 def _reason(root: Path, name: str) -> str:
+    if is_hidden(name):
+        return HIDDEN
     suffix = os.path.splitext(name)[1].lower()
     return (
         HEIC_UNREADABLE if suffix in _HEIC_SUFFIXES or (not suffix and is_heic(_head(root, name))) else UNKNOWN_SUFFIX
@@ -116,9 +128,9 @@ def _reason(root: Path, name: str) -> str:
 
 
 def _head(root: Path, name: str) -> bytes:
-    """Return the first bytes of a file; none of a hidden file, or one that is not a regular file."""
+    """Return the first bytes of a file; none of one that is not a regular file."""
     path = root / name
-    if path.name.startswith(".") or not path.is_file():
+    if not path.is_file():
         return b""
     try:
         with path.open("rb") as stream:

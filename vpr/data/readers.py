@@ -10,7 +10,7 @@ from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
 from vpr.data.csv_table import MAX_COLUMNS, read_csv_rows
 from vpr.data.hidden_labels import has_hidden_labels
-from vpr.data.image_files import PathGuard, check_utf8, image_files, image_suffixes, list_files
+from vpr.data.image_files import HIDDEN, PathGuard, check_utf8, image_files, image_suffixes, is_hidden, list_files
 from vpr.data.split_folders import SPLIT_NAMES, find_split_folders, place_of
 from vpr.data.tables import read_table_rows
 from vpr.data.webdataset import read_label, read_samples
@@ -119,16 +119,21 @@ def read_webdataset(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Ro
     guard = _guard(root, options)
     shards = [name for name in list_files(root, _links(options)) if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
     is_labelled: bool | None = None
+    lone_label = ""
     unread: set[str] = set()
     for shard in shards:
         check_utf8(root, shard)
+        if is_hidden(shard):
+            yield {"image": shard, "rejected": HIDDEN}
+            continue
         if not guard.check(shard).endswith(".tar"):
             raise UserError(f"{root / shard}: images are only read from uncompressed .tar shards. Run gunzip on it.")
         for sample in read_samples(root / shard, image_suffixes()):
             yield from ({"image": f"{shard}/{name}", "rejected": reason} for name, reason in sample.rejected)
             if not sample.images:
                 if sample.labels:
-                    yield {"image": f"{shard}/{sample.key.lstrip('/')}", "rejected": "a label without an image"}
+                    lone_label = f"{shard}/{sample.key.lstrip('/')}"
+                    yield {"image": lone_label, "rejected": "a label without an image"}
                 continue
             where = f"{root / shard}: sample '{sample.key}'"
             label, keys = read_label(sample, where)
@@ -148,6 +153,9 @@ def read_webdataset(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Ro
                 image = shard + member
                 row = _row(image, f"{UNLABELLED}/{image}", "", "webdataset" if is_labelled else UNLABELLED) | label
                 yield row if box is None else _with_box(row, box, options.box_form)
+    if lone_label and is_labelled is False:
+        problem = f"no image has a label, and labels such as {lone_label} have no image next to them"
+        raise UserError(f"{root}: {problem}. Write the shards again with tar --sort=name.")
 
 
 READERS: dict[str, Reader] = {

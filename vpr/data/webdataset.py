@@ -21,6 +21,7 @@ from vpr.data.tables import to_object
 from vpr.imaging.limits import MAX_FILE_BYTES
 
 LABELS = (".json", ".cls")
+HIDDEN, UNKNOWN_SUFFIX = "its name starts with a dot", "unknown suffix"
 _MAX_LABEL_BYTES = 1 << 20
 _KEYS = ("product", "category", "role", "split", "box")
 _MAX_NAME = 1024  # characters
@@ -50,28 +51,46 @@ def read_samples(shard: Path, suffixes: frozenset[str]) -> Iterator[Sample]:
     """Read the samples of an uncompressed shard, in the order of its members; ``suffixes`` of images are in lower case.
 
     Links, devices, too large members and members with absolute names or ``..`` are rejected; folders are skipped.
+    Names that start with a dot, such as those of macOS, are rejected and end no sample.
 
     Raises:
-        UserError: The tar file is broken or truncated.
+        UserError: The tar file is broken or truncated, a sample has two different labels of one name, or the label of
+            an image has dots in its name, so that it is no label.
     """
     sample = Sample("")
     with shard.open("rb") as stream:
         for member in _read_members(shard, stream):
             name = PurePosixPath(member.name).as_posix()
             key, suffix = _split_name(name)
-            if key != sample.key:
-                yield sample
+            reason = _rejection_reason(member, suffix, suffixes)
+            if key != sample.key and reason != HIDDEN:
+                yield _check_names(shard, sample)
                 sample = Sample(key)
-            if reason := _rejection_reason(member, suffix, suffixes):
+            if reason:
                 sample.rejected.append((_printable(name), reason))
-            elif suffix in sample.labels:
-                sample.rejected.append((_printable(name), "a second label of its sample"))
             elif suffix in LABELS:
-                sample.labels[suffix] = os.pread(stream.fileno(), member.size, member.offset_data)
+                label = os.pread(stream.fileno(), member.size, member.offset_data)
+                if sample.labels.setdefault(suffix, label) != label:
+                    problem = f"'{_printable(name)}' is there twice with different labels"
+                    raise UserError(f"{shard}: {problem}. Write the shard again with another name for each sample.")
+                if sample.labels[suffix] is not label:
+                    sample.rejected.append((_printable(name), "a second label of its sample"))
             else:
                 # Zero-padded, so that names sort like the members.
                 sample.images.append(f"#{member.offset_data:012d}+{member.size}/{name}")
-    yield sample
+    yield _check_names(shard, sample)
+
+
+def _check_names(shard: Path, sample: Sample) -> Sample:
+    """Return a sample; raise :class:`UserError` if a label is named like an image and no label, for its other dots."""
+    if not sample.labels and sample.images and sample.rejected:
+        stems = {os.path.splitext(image.partition("/")[2])[0] for image in sample.images}
+        for name, reason in sample.rejected:
+            stem, suffix = os.path.splitext(name)
+            if reason == UNKNOWN_SUFFIX and suffix.lower() in LABELS and stem in stems:
+                problem = f"'{name}' is no label, because the name of a sample ends at its first dot"
+                raise UserError(f"{shard}: {problem}. Write the shard again with names without other dots.")
+    return sample
 
 
 def read_label(sample: Sample, where: str) -> tuple[dict[str, Any], list[str]]:
@@ -168,18 +187,18 @@ def _rejection_reason(member: tarfile.TarInfo, suffix: str, suffixes: frozenset[
     if not name.isprintable() or len(name) > _MAX_NAME:
         return f"its name has unprintable characters, or more than {_MAX_NAME}"
     if PurePosixPath(name).name.startswith("."):
-        return "its name starts with a dot"
+        return HIDDEN
     if suffix not in LABELS and os.path.splitext(name)[1].lower() not in suffixes:
-        return "unknown suffix"
+        return UNKNOWN_SUFFIX
     limit = _MAX_LABEL_BYTES if suffix in LABELS else MAX_FILE_BYTES
     return f"{member.size} bytes, more than {limit}" if member.size > limit else ""
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Split a name at the first dot of its file name, as WebDataset does."""
+    """Split a name at the first dot of its file name, as WebDataset does; the suffix is in lower case."""
     folder, _, file = name.rpartition("/")
     stem, _, rest = file.partition(".")
-    return f"{folder}/{stem}", f".{rest}"
+    return f"{folder}/{stem}", f".{rest.lower()}"
 
 
 def _printable(name: str) -> str:

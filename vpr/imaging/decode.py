@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from vpr.common.errors import OUT_OF_MEMORY, UserError
 from vpr.imaging import limits
@@ -34,6 +34,8 @@ _TRANSPOSES = {
 _SWAPS_SIDES = (5, 6, 7, 8)
 _BUDGET = DecodeBudget(limits.MAX_PIXELS, small=4_000_000)
 _STRIP_PIXELS = 4_000_000  # composited on white at a time
+_GREY_LEVELS = {"L;2": 4, "L;4": 16}  # of a grey PNG with fewer than 8 bits, by Pillow's name
+_WHITE_IS_ZERO = 0  # PhotometricInterpretation of a TIFF
 
 Box = tuple[float, float, float, float]
 Edges = tuple[int, int, int, int]
@@ -144,7 +146,9 @@ def read_header(data: bytes, name: Path | str) -> Header:
     """
     with _errors(data, name):
         image, _ = _open(data)
-        size = image.size
+        # The size that Pillow gives a TIFF is that of the upright image already (python-pillow/Pillow#7383).
+        tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+        size = (tags.get(TiffImagePlugin.IMAGEWIDTH, image.width), tags.get(TiffImagePlugin.IMAGELENGTH, image.height))
         # A PNG may store its orientation after the pixels, which are then decoded.
         with _BUDGET.hold(image.width * image.height if image.format == "PNG" else 0):
             return Header(*size, _read_orientation(image))
@@ -164,7 +168,29 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
             # Of more than Pillow's 178 megapixels. Here it is decoded at a reduced size.
             image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         limits.check_image(image, scans, len(data))
+        _scale_transparency(image)
+        _keep_canvas(image)
         return image, scans
+
+
+def _keep_canvas(image: Image.Image) -> None:
+    """Keep the transparency of an animated WebP whose frames are opaque but smaller than its canvas.
+
+    Pillow drops it, so that the rest of the canvas is black.
+    """
+    if isinstance(image, WebPImagePlugin.WebPImageFile) and image.is_animated and image.rawmode == "RGBX":
+        image.rawmode = image._mode = "RGBA"
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scale the transparent colour of a PNG to 8 bits per channel. Pillow scales only the pixels."""
+    tiles, colour = getattr(image, "tile", []), image.info.get("transparency")
+    depth = tiles[0][3] if image.format == "PNG" and tiles else ""
+    if depth in _GREY_LEVELS and isinstance(colour, int):
+        levels = _GREY_LEVELS[depth]
+        image.info["transparency"] = colour % levels * 255 // (levels - 1)
+    elif depth == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 @contextmanager
@@ -206,7 +232,11 @@ def to_rgb(image: Image.Image, background: str | None = "white") -> Image.Image:
     """Convert an image to RGB on a background colour; None drops the transparency."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
-        grey = (values >> 8).astype(np.uint8)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF; Pillow neither scales 12 bits nor inverts 16
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        grey = (values >> bits - 8).astype(np.uint8)
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
+            grey = 255 - grey
         if isinstance(transparent := image.info.get("transparency"), int):
             grey[values == transparent] = 255
         return Image.fromarray(grey).convert("RGB")

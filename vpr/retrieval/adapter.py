@@ -77,7 +77,8 @@ def fit_linear(old: Vectors, new: Vectors, ridge: float) -> Adapter:
     moment = x.T @ x
     energy = max(float(np.trace(moment)) / len(moment), _MIN_ENERGY)
     weight = solve(moment + ridge * energy * np.eye(len(moment)), x.T @ y, assume_a="pos")
-    return Adapter(weight.astype(np.float32), (mean_y - mean_x @ weight).astype(np.float32))
+    # Row by row, since SciPy may return columns, which safetensors 0.8 stores in a wrong order (safetensors#825).
+    return Adapter(np.ascontiguousarray(weight, dtype=np.float32), (mean_y - mean_x @ weight).astype(np.float32))
 
 
 def _pad(vectors: Vectors, dim: int) -> NDArray[np.float64]:

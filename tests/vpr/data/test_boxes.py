@@ -138,6 +138,22 @@ def test_boxes_of_the_stored_image_are_turned_with_it(tmp_path: Path, orientatio
     assert np.unique(crop.reshape(-1, 3), axis=0).tolist() == [[250, 0, 0]]
 
 
+@pytest.mark.parametrize(("frame", "box"), [("stored", (10, 70, 30, 20)), ("upright", (30, 10, 20, 30))])
+def test_boxes_of_a_turned_tiff(tmp_path: Path, frame: str, box: tuple[int, int, int, int]) -> None:
+    """Pillow turns a TIFF itself. Its size was turned once more, so that boxes seemed to be outside (Pillow#7381)."""
+    table = _turned(tmp_path / "a", 6, (10, 70, 30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tmp_path / "a/img/query.png").save(tmp_path / "a/img/query.tif", exif=exif)
+    table.write_text(
+        table.read_text().replace("query.png", "query.tif").replace("10,70,30,20", ",".join(map(str, box)))
+    )
+    catalog = build(table, box_frame=frame)
+    crop = np.asarray(decode(catalog.path(0), catalog.box(0)))
+    assert crop.shape[:2] == (30, 20)
+    assert np.unique(crop.reshape(-1, 3), axis=0).tolist() == [[250, 0, 0]]
+
+
 @pytest.mark.parametrize("frame", ["stored", "upright"])
 def test_box_of_a_full_turned_image_is_none(tmp_path: Path, frame: str) -> None:
     table = _turned(tmp_path / "a", 6, (0, 0, 90, 120))

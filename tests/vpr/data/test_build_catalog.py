@@ -68,6 +68,26 @@ def test_files_without_image_suffix_are_listed(texture_folder: Path, tmp_path: P
     assert load_artifact(build_catalog(config)).sha256 == first.sha256
 
 
+@pytest.mark.parametrize("reader", ["folder", "images"])
+def test_hidden_files_and_folders_are_listed(texture_folder: Path, tmp_path: Path, reader: str) -> None:
+    """Copies of Jupyter would be a product, and forks of macOS unreadable images (torchvision#2831 and #109)."""
+    root = tmp_path / "images"
+    shutil.copytree(texture_folder / "product-00", root / "shoe")
+    hidden = [".ipynb_checkpoints/0.jpg", "__MACOSX/shoe/._0.jpg", "shoe/.DS_Store", "shoe/._0.jpg", "shoe/.old/1.jpg"]
+    for name in hidden:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(texture_folder / "product-01" / "0.jpg", root / name)
+    (root / "empty").mkdir()  # torchvision#8297
+    config = CatalogConfig(reader=reader, root=str(root), output=str(tmp_path / "c"))  # type: ignore[arg-type]
+    catalog = load_catalog(build_catalog(config))
+    assert [name.split("/")[0] for name in catalog.table["image"].to_pylist()] == ["shoe"] * len(catalog)
+    assert len(catalog) == len(list(texture_folder.glob("product-00/*")))
+    assert catalog.artifact is not None
+    with catalog.artifact.file("set_aside.csv").open(newline="") as stream:
+        listed = [row for row in csv.reader(stream) if row[1].endswith("starts with a dot")]
+    assert [name for name, _ in listed] == hidden
+
+
 @pytest.mark.parametrize("reader", ["folder", "images", "webdataset"])
 def test_links_to_folders_are_listed(texture_folder: Path, tmp_path: Path, reader: str) -> None:
     """Links are not followed, so their products must not be missing silently."""

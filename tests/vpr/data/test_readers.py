@@ -202,6 +202,18 @@ def test_splits_inside_of_products_are_warned_of(
     assert ("folders of products are not splits (test, train in chair)" in caplog.text) == is_warned
 
 
+def test_odd_names_are_read_and_line_breaks_rejected(tmp_path: Path, image: bytes) -> None:
+    names = ["100% cotton", "a#b+c", "-dash", 'q"uote', "semi;colon, comma", "日本 😀", "[x]*?", "a\\b", "$HOME"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jpg").write_bytes(image)
+    assert sorted(row["product"] for row in read_folder(tmp_path)) == sorted(names)
+    (tmp_path / "new\nline").mkdir()
+    (tmp_path / "new\nline" / "1.jpg").write_bytes(image)
+    with pytest.raises(UserError, match=r"^'new\\nline/1\.jpg': it has a line break or a zero byte\. Rename"):
+        list(read_folder(tmp_path))
+
+
 def test_image_outside_product_folders_is_rejected(tmp_path: Path, image: bytes) -> None:
     (tmp_path / "1.jpg").write_bytes(image)
     with pytest.raises(UserError, match="is in no product's folder"):

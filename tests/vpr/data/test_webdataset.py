@@ -343,6 +343,50 @@ def test_compressed_shards_and_links_are_rejected(image: bytes, tmp_path: Path) 
         build(tmp_path / "s", tmp_path / "c")
 
 
+def test_files_of_macos_end_no_sample(image: bytes, tmp_path: Path) -> None:
+    """The tar of macOS puts a file ``._NAME`` ahead of each, so that no label was next to its image."""
+    members: list[Member | tarfile.TarInfo] = []
+    for name, data in (("1.jpg", image), ("1.JSON", b'{"product": "a"}'), ("2.JPG", image + b"\0"), ("2.cls", b"b")):
+        members += [(f"./._{name}", b"\0\5\x16\7"), (f"./{name}", data)]
+    write_shard(tmp_path / "s" / "._0.tar", [("1.jpg", image)])
+    catalog = build(write_shard(tmp_path / "s" / "0.tar", members).parent, tmp_path / "c")
+    assert catalog.products.tolist() == ["a", "b"]
+    assert len(read_rejected(catalog)) == 5
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        # webdataset#237: the key is `1 v2` in all three.
+        (("1 v2.0.jpg", "1 v2.0.json", "1 v2.5.jpg"), r"'1 v2\.0\.json' is no label, .* ends at its first dot"),
+        # webdataset#157: an image would get the label of another one.
+        (("1.jpg", "1.json", "1.jpg", "1.json"), r"'1\.json' is there twice with different labels"),
+        # webdataset#11 and #140: labels that are not next to their images.
+        (
+            ("1.jpg", "2.jpg", "1.json", "2.json"),
+            r"no image has a label, .* such as 0\.tar/2 have no image next to them",
+        ),
+    ],
+)
+def test_labels_that_belong_to_no_image_are_rejected(
+    image: bytes, tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    """Otherwise, the images would be unlabelled, or have the product of others."""
+    members: list[Member | tarfile.TarInfo] = []
+    for number, name in enumerate(names):
+        label = json.dumps({"product": f"p{number}"}).encode()
+        members.append((name, label if name.endswith("json") else image + bytes([number])))
+    with pytest.raises(UserError, match=message):
+        build(write_shard(tmp_path / "s" / "0.tar", members).parent, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_other_json_files_of_a_sample_are_no_labels(image: bytes, tmp_path: Path) -> None:
+    members: list[Member | tarfile.TarInfo] = [("1.jpg", image), ("1.meta.json", b"{}"), ("1.left.jpg", image)]
+    catalog = build(write_shard(tmp_path / "s" / "0.tar", members).parent, tmp_path / "c")
+    assert read_rejected(catalog) == {"0.tar/1.meta.json": "unknown suffix"}
+
+
 def test_shard_truncated_after_the_build_is_rejected(image: bytes, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s" / "0.tar", [("a.jpg", image)])
     catalog = build(tmp_path / "s", tmp_path / "c")

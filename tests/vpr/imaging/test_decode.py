@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from tests.reliability.hostile.images import encoded
-from vpr.imaging.decode import ImageRejected, decode, decode_bytes
+from tests.reliability.hostile.images import chunk, directory, encoded
+from vpr.imaging.decode import ImageRejected, decode, decode_bytes, read_header
 from vpr.imaging.limits import MAX_FILE_BYTES, MAX_PIXELS
 from vpr.imaging.preprocess import Preprocess
 
@@ -32,6 +32,18 @@ def test_exif_orientation_equals_pillow(orientation: int, form: str) -> None:
     data = encoded(_image(60, 40), form, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     np.testing.assert_array_equal(np.asarray(decode_bytes(data, "x")), np.asarray(expected))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_header_has_the_stored_and_the_upright_size(orientation: int, form: str) -> None:
+    """Pillow turns a TIFF itself, and its size is upright before its pixels are read (Pillow#7381)."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(_image(60, 40), form, exif=exif)
+    header = read_header(data, "x")
+    assert header == (60, 40, orientation)
+    assert header.upright_size == decode_bytes(data, "x").size
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -116,6 +128,49 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert (decoded.mode, decoded.size) == ("RGB", (9, 9))
     if mode == "I;16":
         assert np.unique(np.asarray(decoded)).tolist() == [128]
+
+
+def _grey_tiff(bits: int, photometric: int, values: list[int]) -> bytes:
+    """Return a TIFF of one row of an even number of grey values of 12 or 16 bits."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    pixels = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs) if bits == 12 else struct.pack("<8H", *values)
+    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: photometric, 273: 200, 277: 1, 278: 1, 279: len(pixels)}
+    return directory([(tag, 4, 1, value) for tag, value in tags.items()], 200) + pixels
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_grey_of_a_tiff_is_scaled_to_8_bits(bits: int, photometric: int) -> None:
+    """Pillow leaves 12 bits in the lower part of 16, and does not invert 16 bits whose zero is white (Pillow#4804)."""
+    values = [round(share * (2**bits - 1) / 7) for share in range(8)]
+    decoded = np.asarray(decode_bytes(_grey_tiff(bits, photometric, values), "x"), dtype=float)[0, :, 0]
+    expected = np.linspace(0, 255, 8)
+    np.testing.assert_allclose(decoded, expected if photometric else expected[::-1], atol=1)
+
+
+@pytest.mark.parametrize(("bits", "colour", "value"), [(1, 0, 1), (2, 0, 1), (4, 0, 5), (8, 0, 7), (16, 2, 0x8000)])
+def test_transparent_colour_of_any_depth_becomes_white(bits: int, colour: int, value: int) -> None:
+    """The first row has the transparent colour of the file, the second row is black (Pillow#9281)."""
+    sample = (
+        value.to_bytes(2, "big") * 24 if bits == 16 else bytes([sum(value << at for at in range(0, 8, bits))]) * bits
+    )
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 2, bits, colour, 0, 0, 0))
+    transparent = chunk(b"tRNS", value.to_bytes(2, "big") * (3 if colour else 1))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + sample + b"\0" + bytes(len(sample))))
+    data = b"\x89PNG\r\n\x1a\n" + head + transparent + pixels + chunk(b"IEND", b"")
+    decoded = np.asarray(decode_bytes(data, "x"))
+    assert [np.unique(row).tolist() for row in decoded] == [[255], [0]]
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "TIFF", "AVIF"])
+def test_first_frame_of_an_animation_is_read(form: str) -> None:
+    frames = [Image.new("RGBA", (16, 16), (*colour, 255)) for colour in ((200, 30, 40), (0, 200, 0))]
+    for frame in frames:
+        frame.paste((0, 0, 0, 0), (0, 0, 8, 16))  # transparent, as in Pillow#6590
+    decoded = np.asarray(
+        decode_bytes(encoded(frames[0], form, save_all=True, append_images=frames[1:]), "x"), dtype=int
+    )
+    np.testing.assert_allclose(decoded[:, 2:6], 255, atol=4)
+    np.testing.assert_allclose(decoded[:, 10:14], np.broadcast_to((200, 30, 40), (16, 4, 3)), atol=12)
 
 
 def test_jpeg_is_decoded_at_twice_the_needed_size() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from tests.vpr.gallery.shop import unit_vectors
 from vpr.common.errors import UserError
@@ -48,6 +49,19 @@ def test_linear_equals_least_squares(count: int) -> None:
 def test_equal_vectors_have_a_linear_map() -> None:
     old, new = np.repeat(unit_vectors(1, 4), 5, axis=0), np.repeat(unit_vectors(1, 3, seed=1), 5, axis=0)
     np.testing.assert_allclose(fit_linear(old, new, 0.1).apply(old), new, atol=1e-5)
+
+
+def test_weights_in_columns_are_stored_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version of SciPy may solve into columns, and safetensors 0.8 stores them as rows (safetensors#825)."""
+    old, new = unit_vectors(40, 6), unit_vectors(40, 3, seed=1)
+    expected = fit_linear(old, new, 0.1)
+
+    def solve_into_columns(matrix: NDArray[np.float64], target: NDArray[np.float64], **_: str) -> NDArray[np.float64]:
+        return np.asfortranarray(np.linalg.solve(matrix, target))
+
+    monkeypatch.setattr("vpr.retrieval.adapter.solve", solve_into_columns)
+    stored = load(save({"weight": fit_linear(old, new, 0.1).weight}))["weight"]
+    np.testing.assert_allclose(stored, expected.weight, atol=1e-6)
 
 
 def test_short_results_have_large_errors() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,23 @@ def test_resumed_training_is_bit_equal(ema: float, catalog: Catalog, tmp_path: P
     for name, value in expected.last.items():
         assert torch.equal(value, resumed.last[name]), name
     assert (expected.best, expected.epoch, expected.steps) == (resumed.best, resumed.epoch, resumed.steps)
+
+
+def test_training_resumed_between_validations_is_bit_equal(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning restored the schedule an epoch ahead if not every epoch is validated (pytorch-lightning#20495)."""
+
+    def with_schedule(module: Tiny) -> Any:
+        return module.with_schedule(torch.optim.SGD(module.parameters(), lr=0.05), lambda step: 1 / (1 + step))
+
+    monkeypatch.setattr(Tiny, "configure_optimizers", with_schedule)
+    config = RunConfig("32-true", validate_every=3)
+    _, expected = train(catalog, tmp_path / "uninterrupted", 3, config)
+    train(catalog, tmp_path / "interrupted", 1, replace(config, validate_every=1))
+    _, resumed = train(catalog, tmp_path / "interrupted", 3, config)
+    for name, value in expected.last.items():
+        assert torch.equal(value, resumed.last[name]), name
 
 
 def test_finished_training_is_not_repeated(catalog: Catalog, tmp_path: Path) -> None:
