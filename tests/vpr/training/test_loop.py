@@ -217,8 +217,13 @@ def test_non_finite_loss_stops_training(catalog: Catalog, tmp_path: Path) -> Non
 def test_terminated_training_fails(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that stops a job sends SIGTERM; the next command of a script must not run."""
     monkeypatch.setattr(Tiny, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(SystemExit) as ended:
-        train(catalog, tmp_path, 2, RunConfig())
+    # Lightning also calls the handler that it finds, which may be another test's and end this process.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train(catalog, tmp_path, 2, RunConfig())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert ended.value.code == 143
 
 
