@@ -19,6 +19,8 @@ from student.network_stem import NetworkStem
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.common.errors import UserError
 
+_MOST_TOKENS = 256  # that attend by plain products in training on a CPU
+
 
 class SdpaAttention(nn.Module):
     """vit-pytorch's ``Attention`` or ``LSA`` computed by ``scaled_dot_product_attention``.
@@ -58,10 +60,11 @@ class SdpaAttention(nn.Module):
 def _is_fused_backward_slow(query: Tensor) -> bool:
     """Return whether the backward pass of the fused attention is slower than that of two products and a softmax.
 
-    On a CPU with AMX, PyTorch 2.12 takes 4 times as long for it in bfloat16, with 36 to 196 tokens. In float32 the
-    fused one is as fast.
+    On a CPU with AMX, PyTorch 2.12 took 6 times as long in bfloat16 with 36 tokens, and twice as long with 196. In
+    float32 the fused one is about as fast. With more tokens, the products would take much memory.
     """
-    return query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    is_short = query.shape[-2] <= _MOST_TOKENS
+    return is_short and query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
 
 
 def _attend_by_products(

@@ -6,6 +6,7 @@ The demo's test products are scored; its training products fit the adapters, its
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ _SHOWN = (0.0, 0.1, 0.2, 0.5, 0.8, 1.0)
 def plan_between(old: Path, new: Path, catalog: Path, folder: Path) -> dict[str, Any]:
     """Embed a catalogue by two models, store the old model's gallery and plan its migration; return the plan's JSON.
 
-    What the folder has already is reused.
+    Embeddings and plan are reused if they are of these models; the gallery is written again.
     """
     before, after = (
         str(embed_catalog(EmbedConfig(str(model), str(catalog), str(folder / f"{role}-vectors"))))
         for role, model in (("old", old), ("new", new))
     )
     gallery = folder / "gallery"
-    if not gallery.exists():
-        create_gallery(CreateConfig(before, str(gallery)))
+    shutil.rmtree(gallery, ignore_errors=True)
+    create_gallery(CreateConfig(before, str(gallery)))
     plan = plan_migration(PlanConfig(str(gallery), before, after, str(folder / "plan")))
     values: dict[str, Any] = json.loads(load_artifact(plan, "migration").file(FILE).read_text(encoding="utf-8"))
     return values

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from experiments.figures import ROOT
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
 from vpr.data.config import LoaderConfig
@@ -213,17 +216,21 @@ def test_non_finite_loss_stops_training(catalog: Catalog, tmp_path: Path) -> Non
         fit(module, (loader, loader), module.net, tmp_path, 1, RunConfig("32-true"))
 
 
-def test_terminated_training_fails(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler that stops a job sends SIGTERM; the next command of a script must not run."""
-    monkeypatch.setattr(Tiny, "on_train_batch_end", _note_sigterm)
-    with pytest.raises(SystemExit) as ended:
-        train(catalog, tmp_path, 2, RunConfig())
-    assert ended.value.code == 143
+def test_terminated_training_fails(catalog: Catalog, tmp_path: Path) -> None:
+    """A scheduler that stops a job sends SIGTERM; the next command of a script must not run.
 
-
-def _note_sigterm(module: Tiny, *_: object) -> None:
-    """Do what Lightning's handler of the signal does; the signal itself could end the process of all tests."""
-    module.trainer._signal_connector.received_sigterm = True
+    The signal goes to a process that only trains, since it could end the process of all tests.
+    """
+    assert catalog.artifact is not None
+    code = (
+        "import signal, sys; from pathlib import Path; from tests.vpr.training.test_loop import RunConfig, Tiny, train;"
+        "from vpr.data.catalog import load_catalog;"
+        "Tiny.on_train_batch_end = lambda *_: signal.raise_signal(signal.SIGTERM);"
+        "train(load_catalog(sys.argv[1]), Path(sys.argv[2]), 2, RunConfig())"
+    )
+    command = [sys.executable, "-c", code, str(catalog.artifact.path), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == 143, ended.stderr
 
 
 def test_checkpoint_write_is_atomic(tmp_path: Path) -> None:
