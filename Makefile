@@ -34,9 +34,10 @@ demo: $(STAMP) ## run the full pipeline on the sample
 demo-full: $(STAMP) ## run the long demo, about an hour
 	@$(BIN)/vpr demo --full
 
-# One thread for each process: more would oversubscribe the cores.
+# One thread for each process: more would oversubscribe the cores. Without a restart, a lost process ends the tests and is named;
+# with one, pytest-xdist waits for ever.
 test: $(DEV_STAMP) ## run the fast tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --max-worker-restart 0
 
 test-all: $(DEV_STAMP) $(FUZZ_STAMP) ## run all tests that need no GPU, for hours
 	@$(BIN)/python -m pytest -m "not gpu"

@@ -19,7 +19,8 @@ from vpr.retrieval.intervals import Ids
 
 _STEP = 0.8  # a setting is tested only if it takes less than this share of the bytes of the one before
 _HOPELESS = 2  # times the budget: no setting that loses more in a smaller gallery is measured in a larger one
-_SCANS: tuple[IndexKind, ...] = ("flat", "shortlist")  # indexes whose time is proportional to the size
+# Indexes whose time is proportional to the size. Rescoring a short list takes the same in any gallery.
+_SCANS: tuple[IndexKind, ...] = ("flat",)
 
 
 def order_candidates(measured: Sequence[Measured], drops: Sequence[float], kept: Sequence[float]) -> list[int]:

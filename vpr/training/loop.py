@@ -265,6 +265,9 @@ def fit(
     # `best` must run before `ema` swaps the average out again. Lightning runs checkpoint callbacks last.
     callbacks: list[Callback] = [best, *([ema] if ema else []), timer, RestoreSamplerEpoch(sampler)]
     trainer = _build_trainer(folder, epochs, run, callbacks)
+    if run.strategy != "fsdp":  # FSDP2 shards contiguous weights only
+        # As the images are laid out; else the libraries reorder the weights of each convolution in each step.
+        module.to(memory_format=torch.channels_last)
     if run.compile:
         compile_network(best_part)
     last = folder / "last.ckpt"

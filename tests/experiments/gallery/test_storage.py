@@ -32,7 +32,7 @@ def test_measurement_records_figures_also_without_a_confirmed_setting(
     small = SyntheticProducts(training=150, validation=20, test=12, categories=5)
     for name, value in (("_FOLDER", tmp_path), ("_SIZES", (200, 400)), ("record", record)):
         monkeypatch.setattr(experiment, name, value)
-    monkeypatch.setattr(experiment, "SyntheticProducts", lambda: small)
+    monkeypatch.setattr(experiment, "SyntheticProducts", lambda seed: small)
     experiment.measure_stored()
     report = load_artifact(tmp_path / "storage", "report")
     assert report.file(FILE).is_file()
@@ -41,5 +41,6 @@ def test_measurement_records_figures_also_without_a_confirmed_setting(
     assert bound.goal == 0.01
     assert bound.value is None  # 20 products cannot confirm it
     assert bound.met is None
+    assert sum("without a limit of time" in figure.name for figure in recorded["figures"]) == len(values)
     sizes = {row["vectors"] for row in recorded["tables"]["storage"]}
     assert sizes == {"200", "400"}
