@@ -19,7 +19,7 @@ from vpr.retrieval.intervals import Ids
 
 _STEP = 0.8  # a setting is tested only if it takes less than this share of the bytes of the one before
 _HOPELESS = 2  # times the budget: no setting that loses more in a smaller gallery is measured in a larger one
-# Indexes whose time is proportional to the size. Rescoring a short list takes the same in any gallery.
+# Only their time is proportional to the size: a short list takes as long to rescore in a small gallery.
 _SCANS: tuple[IndexKind, ...] = ("flat",)
 
 

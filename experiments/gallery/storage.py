@@ -127,7 +127,7 @@ def storage_config(vectors: Path, distractors: Path, output: Path, sizes: tuple[
 def unlimited_config(config: StorageConfig) -> StorageConfig:
     """Return the measurement of the largest gallery without a limit of time, of RaBitQ with lists at full width only.
 
-    The settings that fit the limit, and fewer dimensions, are those of ``config``.
+    ``config`` measures all other settings.
     """
     return replace(
         config,

@@ -278,7 +278,7 @@ def fit(
         if epochs % run.validate_every and not best.is_exhausted:
             trainer.validate(module, loaders[1], verbose=False)
     state = ema.state_dict()["shadow"] if ema else full_state_dict(module)
-    plain = module.plain_weights(state)
+    plain = module.plain_weights({name: value.contiguous() for name, value in state.items()})
     return FitResult(best.best, best.epoch, int(trainer.global_step), round(timer.seconds, 1), plain)
 
 

@@ -302,8 +302,8 @@ def test_search_alone_rules_out_settings_of_larger_galleries() -> None:
     other = [replace(measured[0], hits=broken), *measured[1:]]
     assert rule_out(other, exact, products, np.ones(400, bool), config, 2.5) == found
     for index in ("ivf", "shortlist"):  # the time of rescoring does not grow
-        by_lists = replace(measured[1], setting=replace(measured[1].setting, index=index))
-        assert rule_out([by_lists], exact, products, np.ones(400, bool), config, 2.5) == {}
+        other_index = replace(measured[1], setting=replace(measured[1].setting, index=index))
+        assert rule_out([other_index], exact, products, np.ones(400, bool), config, 2.5) == {}
 
 
 def test_narrowed_galleries_have_the_reasons_in_the_table(vectors: str, tmp_path: Path) -> None:

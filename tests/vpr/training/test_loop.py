@@ -79,6 +79,30 @@ def test_validation_split_without_a_role_is_rejected(catalog: Catalog, role: str
         training_and_validation(without, "shop")
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.7])
+def test_convolutions_train_channels_last_and_are_stored_contiguous(
+    ema: float, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = []
+
+    def add_convolution(module: Tiny, validation: Catalog, dropout: float = 0.2) -> None:
+        plain(module, validation, dropout)
+        module.net[0] = nn.Sequential(nn.Conv2d(3, 3, 3), module.net[0])
+
+    def check(module: Tiny, *_: Any) -> None:
+        layouts.append(module.net[0][0].weight.is_contiguous(memory_format=torch.channels_last))
+
+    plain = Tiny.__init__
+    monkeypatch.setattr(Tiny, "__init__", add_convolution)
+    monkeypatch.setattr(Tiny, "on_train_batch_end", check)
+    _, fitted = train(catalog, tmp_path, 2, RunConfig("32-true", ema=ema))
+    assert layouts
+    assert all(layouts)
+    assert fitted.last["net.0.0.weight"].shape == (3, 3, 3, 3)
+    for state in (fitted.last, load_file(tmp_path / "best.safetensors")):
+        assert all(value.is_contiguous() for value in state.values())
+
+
 def test_validation_uses_the_moving_average(catalog: Catalog, tmp_path: Path) -> None:
     module, fitted = train(catalog, tmp_path, 2, RunConfig("32-true", ema=0.7))
     torch.manual_seed(0)
