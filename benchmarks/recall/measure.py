@@ -25,6 +25,7 @@ from vpr.artifacts.store import Artifact
 from vpr.artifacts.writer import config_to_json
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.pixels import KeptPixels
 from vpr.data.seen import count_seen, hash_catalog, read_seen
 from vpr.retrieval.config import RerankConfig
 from vpr.retrieval.cut import check_dimensions, cut_vectors
@@ -79,21 +80,25 @@ def score_models(
     rerank: RerankConfig = RERANK,
     rivals: Sequence[Artifact] = (),
     dimensions: int = 0,
+    kept: KeptPixels | None = None,
 ) -> list[ScoredModel]:
     """Score the baselines, and every artifact and rival on each of its backends, on one split.
 
-    Embeddings are cut to their first ``dimensions``, unless that is 0 or the model is a teacher.
+    Embeddings are cut to their first ``dimensions``, unless that is 0 or the model is a teacher. ``kept`` keeps the
+    pixels for a later measurement.
     ``retention`` is recall@1 divided by that of the first teacher, whose gallery is the one of ``asymmetric``.
     Differences are taken to the first student that is no assistant of another student in the list.
     """
     rerank = rerank if part.own is None else RerankConfig()
+    kept = kept or KeptPixels()
     scored = [_score_baseline(name, part.embed(embed_images), part, seed) for name, embed_images in _BASELINES.items()]
     hashes = hash_catalog(part.catalog)
     for artifact in (*artifacts, *rivals):
         seen = count_seen(read_seen(artifact), hashes)
         log_seen(artifact.card.name, seen)
         for loaded in models_of(artifact):
-            scored.append(_score(loaded, part, seed, rerank, 0 if loaded.stage == "teacher" else dimensions))
+            wanted = 0 if loaded.stage == "teacher" else dimensions
+            scored.append(_score(loaded, part, seed, rerank, wanted, kept))
             add_seen(scored[-1].row, seen)
             scored[-1].row.rival = artifact in rivals
     teacher = next((model for model in scored if model.row.stage == "teacher" and not model.row.rival), None)
@@ -151,7 +156,9 @@ def _score_baseline(name: str, vectors: NDArray[np.float32], part: ScoredPart, s
     return ScoredModel(row, vectors)
 
 
-def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig, dimensions: int) -> ScoredModel:
+def _score(
+    model: Model, part: ScoredPart, seed: int, rerank: RerankConfig, dimensions: int, kept: KeptPixels | None = None
+) -> ScoredModel:
     card = model.artifact.card
     row = Row.empty(card.name, model.stage, model.backend, model.precision)
     row.size_bytes = sum(e.size for name, e in card.files.items() if name.startswith(("model.", "engine.")))
@@ -167,7 +174,8 @@ def _score(model: Model, part: ScoredPart, seed: int, rerank: RerankConfig, dime
     if (card.catalog or {}).get("leak"):
         row.add_note(f"{LEAK_NOTE}, see its card: recall is overestimated")
         log.warning(f"{model.name}: {LEAK_NOTE}, see its card. Its recall is overestimated.")
-    vectors = cut_vectors(part.embed(lambda images: embed(images, model.preprocess, forward)), dimensions)
+    full = part.embed(lambda images: embed(images, model.preprocess, forward, kept=kept))
+    vectors = cut_vectors(full, dimensions)
     if dimensions:
         row.add_note(f"the first {dimensions} dimensions of its embedding")
     add_scores(row, part, vectors, seed)

@@ -28,6 +28,7 @@ from vpr.common.flags import to_flags
 from vpr.common.hardware import environment
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog, load_catalog
+from vpr.data.pixels import KeptPixels
 from vpr.retrieval.embeddings import embed, score_split
 
 log = get_logger(__name__)
@@ -58,10 +59,11 @@ def build_report(config: ReportConfig) -> Path:
         # An error of the choice comes before the measurements.
         choose_queries(catalog.select(split=SELECTION_SPLIT), skip_unmatched=config.skip_unmatched)
     compared, rivals = models[: len(config.models)], models[len(config.models) :]
-    scored = score_models(part, compared, config.seed, config.rerank, rivals)
+    kept = KeptPixels()
+    scored = score_models(part, compared, config.seed, config.rerank, rivals, kept=kept)
     threads = config.threads or default_threads()
     add_timings(scored, time_models(models, config.batches, config.seconds, threads))
-    selection = choose_row(catalog, scored, config)
+    selection = choose_row(catalog, scored, config, kept)
     values = assemble_report(config, catalog, part.catalog, scored, models, ranges, selection, drawn).to_json()
     report = schema.parse_report(values, "report.json")
     from benchmarks.report.render import draw_html, draw_markdown  # loads matplotlib, so only after the timing
@@ -97,7 +99,9 @@ def add_timings(scored: list[ScoredModel], timings: dict[str, schema.Timing]) ->
             scores.row.add_timing(timings[scores.model.name])
 
 
-def choose_row(catalog: Catalog, scored: list[ScoredModel], config: ReportConfig) -> schema.Selection | None:
+def choose_row(
+    catalog: Catalog, scored: list[ScoredModel], config: ReportConfig, kept: KeptPixels | None = None
+) -> schema.Selection | None:
     """Choose the model to recommend on the validation split; None if there is none to choose from.
 
     Products that a search for layers has used are left out: the search picked layers that suit them.
@@ -122,19 +126,19 @@ def choose_row(catalog: Catalog, scored: list[ScoredModel], config: ReportConfig
     }
     ordered = order_rows(rows, batches[0])
     products = part.products[part.roles == "query"]
-    kept = ~np.isin(products, sorted(searched))
-    if not ordered or not ordered[0].reference or not kept.any():
+    is_unsearched = ~np.isin(products, sorted(searched))
+    if not ordered or not ordered[0].reference or not is_unsearched.any():
         return None
     hits = {}
     for scores in scored:
         if scores.model and any(row is scores.row for row in ordered):
             log.info(f"choice on the validation split: {scores.row.title}")
-            vectors = embed(part, scores.model.preprocess, scores.model.open(default_threads()))
+            vectors = embed(part, scores.model.preprocess, scores.model.open(default_threads()), kept=kept)
             hits[scores.row.title] = score_split(part, vectors).hits
     return select_row(
         ordered,
-        {title: row_hits[kept] for title, row_hits in hits.items()},
-        products[kept],
+        {title: row_hits[is_unsearched] for title, row_hits in hits.items()},
+        products[is_unsearched],
         SELECTION_SPLIT,
         config.drop,
         config.confidence,

@@ -16,7 +16,7 @@ from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_err
 from vpr.artifacts.writer import write_artifact
 from vpr.common.errors import UserError
 from vpr.data.catalog import Catalog
-from vpr.data.pixels import read_pixels
+from vpr.data.pixels import KeptPixels, read_pixels
 from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
@@ -25,15 +25,19 @@ from vpr.retrieval.self_search import find_self_search
 Forward = Callable[[ModelInput], NDArray[np.float32]]
 
 
-def read_batches(catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0) -> Iterator[ModelInput]:
+def read_batches(
+    catalog: Catalog, preprocess: Preprocess, batch_size: int, threads: int = 0, kept: KeptPixels | None = None
+) -> Iterator[ModelInput]:
     """Yield model inputs in order, up to ``batch_size`` images each: normalised float32, or uint8 pixels.
 
-    ``threads`` is the number of background decoding threads; 0 decodes in the calling thread.
+    ``threads`` is the number of background decoding threads; 0 decodes in the calling thread. ``kept`` has the pixels
+    of images that were read before.
     """
+    read_rows = kept.read if kept else read_pixels
     blocks = [range(start, min(start + batch_size, len(catalog))) for start in range(0, len(catalog), batch_size)]
 
     def read(rows: range) -> ModelInput:
-        return preprocess.model_input(read_pixels(catalog, preprocess, rows))
+        return preprocess.model_input(read_rows(catalog, preprocess, rows))
 
     if not threads:
         yield from map(read, blocks)
@@ -49,19 +53,24 @@ def read_batches(catalog: Catalog, preprocess: Preprocess, batch_size: int, thre
 
 
 def embed(
-    catalog: Catalog, preprocess: Preprocess, forward: Forward, batch_size: int = 64, threads: int = 0
+    catalog: Catalog,
+    preprocess: Preprocess,
+    forward: Forward,
+    batch_size: int = 64,
+    threads: int = 0,
+    kept: KeptPixels | None = None,
 ) -> NDArray[np.float32]:
     """Embed every image of a catalogue: (n, dim) float32, L2-normalised.
 
     ``forward`` maps the model's input, such as (batch, 3, size, size) float32, to (batch, dim) float32.
-    ``threads`` decode in the background.
+    ``threads`` decode in the background. ``kept`` spares the decoding where another model has read the images.
 
     Raises:
         UserError: The catalogue is empty, an image cannot be read, or a vector is zero or not finite.
     """
     if not len(catalog):
         raise UserError("embedding: the catalogue has no images of this split and role. Choose another.")
-    batches = read_batches(catalog, preprocess, batch_size, threads)
+    batches = read_batches(catalog, preprocess, batch_size, threads, kept)
     return l2_normalize(np.concatenate([forward(batch) for batch in batches]))
 
 
