@@ -86,6 +86,7 @@ COMMANDS = (
     Command("catalog check --embeddings {embeddings} --catalog {catalog}", "findings"),
     Command("export onnx --student {student} --catalog {catalog} --images 8", "fp32"),
     Command("export onnx --student {student} --precision fp16 --images 8", "fp16"),
+    Command("export onnx --student {student} --input uint8 --layout NHWC --images 8", "uint8"),
     Command("export onnx --model {teacher} --images 8", "teacher-fp32"),
     Command("export onnx --student {student} --dimensions 8 --images 8", "cut-fp32"),
     Command("embed --model {fp32} --catalog {catalog} --batch-size 2 --images-per-part 2", "graph-embeddings"),

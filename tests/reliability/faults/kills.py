@@ -68,7 +68,7 @@ def kill_figures(
         return Figure(name, value, "", goal, "<=", command, seeds=(seed,))
 
     kills = sum(run.kills for run in random_runs)
-    figures = [Figure("random kills", kills, "", 200, ">=", command, seeds=(seed,))]
+    figures = [Figure("random kills", kills, "", 300, ">=", command, seeds=(seed,))]
     for title, runs in (("random kills", random_runs), ("kills at every step of writing", stepped_runs)):
         figures += [
             figure(f"{title}: damaged artifacts", sum(len(run.damaged) for run in runs), 0),

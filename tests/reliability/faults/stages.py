@@ -15,7 +15,8 @@ STAGES: tuple[Command, ...] = tuple(
     BY_OUTPUT[name]
     for name in (
         *("catalog", "shards", "teacher", "student", "embeddings", "shard-embeddings"),
-        *("fp32", "ranges", "int8", "engine", "report"),
+        *("fp32", "ranges", "int8", "engine", "uint8", "teacher-fp32", "graph-embeddings", "threshold", "serving"),
+        "report",
     )
 )
 # Logs have times in them, and one folder for each start.
