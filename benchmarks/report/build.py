@@ -15,7 +15,7 @@ from benchmarks.recall.paired_drop import write_changed
 from benchmarks.recall.queries import ScoredPart, choose_queries
 from benchmarks.report import schema
 from benchmarks.report.examples import draw_changed_examples, draw_examples
-from benchmarks.report.recommendation import SELECTION_SPLIT, timed_batches
+from benchmarks.report.recommendation import SELECTION_SPLIT, build_verdict, timed_batches
 from benchmarks.report.selection import order_rows, select_row
 from benchmarks.report.storage_schema import Storage
 from export.backends.registry import default_threads
@@ -77,7 +77,7 @@ def build_report(config: ReportConfig) -> Path:
         (draft.path / "report.md").write_text(draw_markdown(report), encoding="utf-8")
         (draft.path / "report.html").write_text(draw_html(report), encoding="utf-8")
         write_changed(draft.path / "changed.csv", [query for model in scored for query in model.changed])
-    log.info(f"{config.output}: report of {len(report.rows)} rows")
+    log.info(f"{config.output}: report of {len(report.rows)} rows. {build_verdict(report).headline}")
     return stage.path
 
 

@@ -43,7 +43,7 @@ def build_verdict(report: Report) -> Verdict:
     rule = f"Rule: the fastest model on this machine whose {limit}, chosen on the validation split, scored on another."
     selection, chosen = report.selection, _chosen(report)
     if selection is None or chosen is None:
-        return Verdict(f"No recommendation: {_reason_without_choice(report)}.", [], rule, _not_run(report))
+        return Verdict(f"No recommendation: {_reason_without_choice(report)}", [], rule, _not_run(report))
     if baseline := _baseline_as_good(report, chosen):
         headline = f"No recommendation: {baseline.title}, which needs no model, is as good as {chosen.title}"
         remedy = "Train the models longer, or start the teacher from pretrained weights."
@@ -133,7 +133,10 @@ def _facts(report: Report, chosen: Row) -> list[tuple[str, str, str]]:
     assert chosen.recall_drop is not None
     before = student.milliseconds(batch) if student else None
     timing = [f"95 % interval {times[0]:.2f} to {times[1]:.2f}"] if times else []
-    timing += [f"{before / time:.1f} times as fast as {student.title}"] if student and before and time else []
+    if student and before and time:
+        unstable = [row.title for row in (chosen, student) if batch in row.instabilities]
+        factor = f"{before / time:.1f} times as fast as {student.title}"
+        timing.append(f"no factor: the latency of {' and '.join(unstable)} is unstable" if unstable else factor)
     recall = f"95 % interval {chosen.ci95[0]:.3f} to {chosen.ci95[1]:.3f}" if chosen.ci95 else ""
     facts = [
         ("recall@1", f"{chosen.recall_at_1:.3f}", recall),

@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.report import storage_schema
 from benchmarks.report.recommendation import build_verdict, collect_notes, recommend
 from benchmarks.report.render import draw_html, draw_markdown
@@ -217,6 +219,14 @@ def test_doubtful_choice_is_called_preliminary() -> None:
     ]
 
 
+@pytest.mark.parametrize("unstable", ["student", "fp16"])
+def test_unstable_latency_gives_no_factor(unstable: str) -> None:
+    rows = _rows()
+    next(row for row in rows if row.name == unstable).latency_ms["1"].unstable = "drift"
+    remark = build_verdict(_report(rows, 0.02, _selection("fp16"))).facts[2][2]
+    assert remark == f"no factor: the latency of {unstable} on torch is unstable"
+
+
 def test_nothing_is_recommended_where_a_baseline_is_as_good() -> None:
     rows = _rows()
     rows[0] = _row("colours", "baseline", 0.02, None)
@@ -229,7 +239,7 @@ def test_nothing_is_recommended_where_a_baseline_is_as_good() -> None:
 
 def test_no_recommendation_without_student_latency_or_validation() -> None:
     assert recommend(_report(_rows()[-1:], 0.0)) is None
-    assert "needs an FP32 student" in build_verdict(_report(_rows()[-1:], 0.0)).headline
+    assert build_verdict(_report(_rows()[-1:], 0.0)).headline.endswith("needs an FP32 student, and --models has none")
     assert "has no validation split" in build_verdict(_report(_rows()[1:2], 0.0)).headline
     scored = _report(_rows()[1:2], 0.0)
     scored.catalog.split = "validation"
