@@ -141,6 +141,9 @@ def verify_gallery(config: VerifyGalleryConfig) -> dict[str, Any]:
     problems, seen = _Problems(), set()
     compared = adapted = 0
     for product, image, stored, is_adapted, vector in _rows(snapshot, is_migrated):
+        if product is None or image is None or stored is None:
+            problems.add("a row has no product, image or checksum")
+            continue
         name = f"image '{image}' of product '{product}'"
         if (product, image) in seen:
             problems.add(f"{name} is there twice")
