@@ -207,7 +207,9 @@ def _gallery_routes(case: Callable[..., CommandCase], search: str) -> dict[str, 
         "gallery export": case("gallery export --gallery {stock}", "embeddings", "stock"),
         "gallery compact": case("gallery compact --gallery {stock}", "", "stock"),
         "gallery create": case(
-            "gallery create --embeddings {given/embeddings} --columns price:number name", _NO_OLDER, extra="metadata"
+            "gallery create --embeddings {given/embeddings} --split train --columns price:number name",
+            _NO_OLDER,
+            extra="metadata",
         ),
         "gallery add": case("gallery add --gallery {result} --embeddings {given/embeddings} --split test", "stock"),
         "gallery update": case("gallery update --gallery {result}", "stock", extra="metadata"),
