@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vpr.artifacts.store import Artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import ArtifactWriter
+from vpr.common.arrays import read_array
 from vpr.common.errors import UserError
 from vpr.data import golden
 from vpr.imaging.decode import decode_bytes
@@ -94,7 +95,7 @@ def load_golden(artifact: Artifact) -> Golden:
     with reraise_as_artifact_error(artifact):
         if card.preprocess is None or card.embedding is None or len(names) > _MAX_IMAGES:
             raise ValueError("no preprocessing, no embedding or too many golden images")
-        arrays = [np.load(artifact.file(f"{GOLDEN}/{name}"), allow_pickle=False) for name in (_INPUTS, _EMBEDDINGS)]
+        arrays = [read_array(artifact.file(f"{GOLDEN}/{name}")) for name in (_INPUTS, _EMBEDDINGS)]
         expected: list[tuple[tuple[int, ...], np.dtype[Any]]]
         expected = [((len(names), *card.preprocess.input_shape), np.dtype(card.preprocess.dtype))]
         expected += [((len(names), card.embedding.dim), np.dtype(np.float32))]

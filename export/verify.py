@@ -15,6 +15,7 @@ from export.endpoint import embed_by_endpoint
 from export.golden import GOLDEN, Golden, load_golden
 from export.verify_config import VerifyConfig
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
+from vpr.common.arrays import read_array
 from vpr.common.errors import CheckFailed, UserError
 from vpr.common.log import get_logger
 from vpr.imaging.pipelines import describe
@@ -80,10 +81,10 @@ def _read_vectors(path: Path, artifact: Artifact, golden: Golden) -> NDArray[np.
     try:
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             raise ValueError("not a plain file of at most 64 MiB")
-        values = np.load(path, allow_pickle=False)
-        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        values = read_array(path)
+        if values.dtype.kind not in "fiu":
             raise ValueError("no array of numbers")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         fix = f"Write the embeddings of the images in {folder} with numpy.save"
         raise UserError(f"vectors: {path} is no .npy file of numbers ({reason}). {fix}.") from None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from teacher.config import TowerConfig
 from teacher.fused import MAX_TEACHERS, FusedTeacher, WhitenedPart
 from teacher.preprocessing import STATISTICS, published_values, timm_values, tower_preprocess
-from teacher.registry import architecture_key, check_timm_tag, open_clip_name
+from teacher.registry import architecture_key, check_sizes, check_timm_tag, open_clip_name
 from teacher.registry import read_tower as read_tower  # with build_teacher the two calls that make a teacher
 from teacher.tower import drop_projection, input_size, overlap_patches, set_size
 from teacher.weights import (
@@ -94,6 +94,8 @@ def _rebuild(path: Path | str, values: dict[str, Any], recorded: Preprocess | No
     """Create the network of a teacher from the values of its card, with random weights."""
     # Initial weights and checkpointing matter in training only.
     config = replace(TowerConfig(**values["network"]), pretrained="", gradient_checkpointing=False)
+    if "vision_cfg" in values["tower_config"]:
+        check_sizes(f"{path}: tower_config", values["tower_config"])
     model, built = build_teacher(config, values["tower_config"], load_pretrained=False)
     if recorded is None or (recorded.size, recorded.resize) != (built.size, built.resize):
         raise UserError(f"{path}: the card's preprocessing does not match its tower. Train the teacher again.")

@@ -102,16 +102,21 @@ def _read_tower_file(path: Path) -> dict[str, Any]:
     return config
 
 
+def check_sizes(where: str, config: dict[str, Any]) -> None:
+    """Raise :class:`UserError` for numbers of a tower's configuration that would take too much memory."""
+    for key, value in {**config["vision_cfg"], "embed_dim": config["embed_dim"]}.items():
+        largest = _MAX_LAYERS if key == "layers" else _MAX_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not 0 <= number <= largest:
+                raise UserError(f"{where}: {key}: expected 0 to {largest}, got {number}.")
+
+
 def _check_tower(path: Path, config: dict[str, Any]) -> None:
     """Raise :class:`UserError` for unreasonable sizes, and for timm models that are downloaded from a hub."""
     vision = config["vision_cfg"]
     if not isinstance(vision, dict):
         raise UserError(f"tower.name: {path}: vision_cfg must be an object, as in open_clip's configs.")
-    for key, value in {**vision, "embed_dim": config["embed_dim"]}.items():
-        largest = _MAX_LAYERS if key == "layers" else _MAX_SIZE
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not 0 <= number <= largest:
-                raise UserError(f"tower.name: {path}: {key}: expected 0 to {largest}, got {number}.")
+    check_sizes(f"tower.name: {path}", config)
     if "library" in config:
         raise UserError(f"tower.name: {path}: 'library' is no key of open_clip's configs. Set tower.name to timm/NAME.")
     if vision.get("timm_pool") == "" and vision.get("timm_proj") not in ("linear", "mlp"):

@@ -88,7 +88,8 @@ def check_comparable(teachers: Sequence[Artifact], catalog: Catalog) -> None:
         if teacher.sha256 in paths:
             raise UserError(f"models: {teacher.path} and {paths[teacher.sha256]} are the same. Name each once.")
         paths[teacher.sha256] = teacher.path
-        _check_same_network(first, teacher)
+        with reraise_as_artifact_error(teacher):
+            _check_same_network(first, teacher)
         if (teacher.card.catalog or {}).get("sha256") != catalog_sha256:
             # Else the soup might be selected on training images.
             raise UserError(f"{teacher.path}: trained on another catalogue than --catalog. Use that of its training.")

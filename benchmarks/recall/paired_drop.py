@@ -72,7 +72,9 @@ def compute_recall_drop(before: Mapping[str, str], after: Mapping[str, str], see
     """
     if {name: len(hits) for name, hits in before.items()} != {name: len(hits) for name, hits in after.items()}:
         raise UserError("after: the hits are of other products or queries. Score both reports on the same catalogue.")
-    products = np.repeat(list(before), [len(hits) for hits in before.values()])
+    # Places in the order of the names: NumPy would store each name with the length of the longest one.
+    places = {name: f"{place:09}" for place, name in enumerate(sorted(before))}
+    products = np.repeat([places[name] for name in before], [len(hits) for hits in before.values()])
     first, second = (
         np.array([digit == "1" for name in before for digit in hits[name]], dtype=np.bool_) for hits in (before, after)
     )

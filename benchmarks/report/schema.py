@@ -15,12 +15,13 @@ from vpr.artifacts.store import load_artifact
 from vpr.common.errors import UserError
 
 SCHEMA = 2
+_MAX_BYTES = 1 << 26
 LEAK_NOTE = "trained with a leak allowed"
 SKEW_ERROR_RATE = 0.05
 Stage = Literal["baseline", "teacher", "student", "onnx", "engine"]
 Share = Annotated[float, Field(ge=0, le=1)] | None
 Hits = Annotated[str, Field(pattern="^[01]+$")]
-Batch = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
+Batch = Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
 
 
 class Latency(Part):
@@ -130,7 +131,7 @@ class Row(Part):
     precision: str | None
     reference: bool = Field(description="whether this is the FP32 student that differences are taken to")
     params: int | None
-    size_bytes: int | None
+    size_bytes: int | None = Field(ge=0, le=1 << 62)
     recall_at_1: Share
     recall_at_5: Share
     recall_at_10: Share
@@ -393,6 +394,8 @@ def read_report(path: Path | str) -> Report:
         file = load_artifact(file, "report").file("report.json")
     if not file.is_file():
         raise UserError(f"{path}: found no report. Pass a report.json or an output folder of `vpr bench report`.")
+    if file.stat().st_size > _MAX_BYTES:
+        raise UserError(f"{file}: larger than {_MAX_BYTES} bytes, so not a report. Rerun `vpr bench report`.")
     try:
         values = json.loads(file.read_bytes())
     except (ValueError, RecursionError):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from benchmarks.config import StorageConfig
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
+from vpr.common.arrays import read_array
 from vpr.common.errors import UserError
 from vpr.retrieval.embeddings import Embeddings, l2_normalize, load_embeddings
 from vpr.retrieval.intervals import Ids
@@ -247,7 +248,7 @@ def find_file(path: str, key: str) -> Path:
 
 def _read_array(path: str, key: str) -> Vectors:
     try:
-        return np.asarray(np.load(find_file(path, key), mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError, OSError) as error:
+        return read_array(find_file(path, key), mmap_mode="r")
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}: {path} is not an array ({reason}). Write it with numpy.save.") from None

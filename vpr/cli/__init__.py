@@ -20,7 +20,7 @@ from vpr.artifacts.paths import CARD_NAME
 from vpr.cli.commands import COMMANDS, DEVICE_COMMANDS
 from vpr.common.allocator import keep_freed_memory
 from vpr.common.distributed import destroy_process_group, is_first
-from vpr.common.errors import CheckFailed, UserError, explain_system_error
+from vpr.common.errors import CheckFailed, UserError, explain_system_error, printable
 from vpr.common.gpus import select_device
 from vpr.common.log import configure_logging
 from vpr.common.telemetry import disable_telemetry
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except CheckFailed as error:
-        print(f"vpr: {error}", file=sys.stderr)
+        print(f"vpr: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if message := explain_system_error(error):

@@ -27,6 +27,7 @@ _BATCH_BYTES = 1 << 24  # of text that is decoded at a time
 # Bytes of text, and of a decompressed row group, that a file may hold: some, and so many for each of its bytes. Paths
 # below each other compress 20-fold, and columns of few distinct values take no space.
 _FREE_BYTES, _MAX_EXPANSION = 1 << 25, 200
+_FREE_PADDED, _MAX_PADDING = 1 << 27, 32  # the same for texts as an array, for each byte of the text
 _FREE_ROWS = 1 << 20  # and one for each byte of the file, since every row names another image
 _DELTAS = "DELTA_"  # encodings that Arrow does not read as a dictionary; one of them repeats prefixes
 
@@ -46,6 +47,40 @@ def read_parquet_rows(table: Path, columns: list[str]) -> Iterator[tuple[int, di
         UserError: The file is broken, a column is neither text, a number, a date nor a list of numbers, or a limit of
             this module is exceeded.
     """
+    number = 0
+    for batch, count in _read_batches(table, columns):
+        step = 1 if count > _BATCH_BYTES else max(1, len(batch))
+        for start in range(0, len(batch), step):
+            for values in _to_rows(table, batch.slice(start, step)):
+                number += 1
+                yield number, values
+
+
+def read_text_columns(table: Path, columns: list[str]) -> list[NDArray[np.str_]]:
+    """Return columns of text, each as (rows,) array.
+
+    Raises:
+        UserError: The file is broken, a column is not text or misses a value, or a limit of this module is exceeded.
+            NumPy stores each text with the length of the longest one, which is limited too.
+    """
+    values: dict[str, list[str]] = {name: [] for name in columns}
+    text = 0
+    for batch, count in _read_batches(table, columns):
+        text += count
+        for name in columns:
+            cells = batch.column(name)
+            is_text = _is_text(table, batch.schema.field(name))
+            if not is_text or cells.null_count:
+                raise UserError(f"{table}: column '{name}' is not text in every row. Write the file again.")
+            values[name] += cells.to_pylist()
+    padded = sum(4 * len(texts) * max(map(len, texts), default=0) for texts in values.values())
+    if padded > _FREE_PADDED + _MAX_PADDING * text:
+        raise _too_large(table, f"with the length of the longest one, its texts have {padded} bytes")
+    return [np.array(texts, dtype=np.str_) for texts in values.values()]
+
+
+def _read_batches(table: Path, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Yield batches of some columns, and their bytes of text, within the limits of this module."""
     size = table.stat().st_size
     max_bytes, max_rows = _FREE_BYTES + _MAX_EXPANSION * size, _FREE_ROWS + size
     with _parquet_errors(table), pq.ParquetFile(table) as file:
@@ -59,13 +94,10 @@ def read_parquet_rows(table: Path, columns: list[str]) -> Iterator[tuple[int, di
             sizes = _text_bytes(table, batch, texts, number)
             count = int(sizes.sum())
             total += count
-            if total > max_bytes or number + len(batch) > max_rows:  # the file's metadata may be wrong
-                raise _too_large(table, f"{number + len(batch)} rows have {total} bytes of text")
-            step = 1 if count > _BATCH_BYTES else max(1, len(batch))
-            for start in range(0, len(batch), step):
-                for values in _to_rows(table, batch.slice(start, step)):
-                    number += 1
-                    yield number, values
+            number += len(batch)
+            if total > max_bytes or number > max_rows:  # the file's metadata may be wrong
+                raise _too_large(table, f"{number} rows have {total} bytes of text")
+            yield batch, count
 
 
 def _plan(

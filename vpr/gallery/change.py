@@ -38,6 +38,7 @@ from vpr.retrieval.threshold_scope import check_gallery_size
 Rows = NDArray[np.int64]
 log = get_logger(__name__)
 
+_PRODUCTS_READ = 1000  # products in one condition
 _PART = 16_384  # images per part of a first version
 
 
@@ -170,6 +171,7 @@ def compact_gallery(config: CompactConfig) -> Path:
     gallery = load_gallery(config.gallery)
     with gallery.lock():
         before = bytes_on_disk(gallery.path)
+        gallery.snapshot()  # rejects a table that contradicts the card before its files are replaced
         gallery.store.rewrite(config.index)
         sizes = "" if gallery.address else f", {before / 1e6:.1f} -> {bytes_on_disk(gallery.path) / 1e6:.1f} MB"
         return _announce(gallery, f"compacted{sizes}")
@@ -228,9 +230,12 @@ def _check_size(path: str) -> None:
 
 def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:
     """Return the stored rows of the metadata's products or images with these metadata."""
-    products = sorted({product for product, _ in metadata.values})
+    known = set(snapshot.read(["product"])["product"].to_pylist())
+    products = sorted({product for product, _ in metadata.values} & known)
     names = snapshot.schema.names
-    stored = snapshot.read(names, f"product IN ({quote(products)})").select(names).combine_chunks()
+    starts = range(0, len(products) or 1, _PRODUCTS_READ)
+    wanted = (f"product IN ({quote(products[start : start + _PRODUCTS_READ] or [''])})" for start in starts)
+    stored = pa.concat_tables([snapshot.read(names, where).select(names) for where in wanted]).combine_chunks()
     found = {(product, "") for product in stored["product"].to_pylist()}
     keys = list(zip(stored["product"].to_pylist(), stored["image"].to_pylist(), strict=True))
     if unknown := [key for key in metadata.values if key not in found and key not in set(keys)]:

@@ -65,7 +65,9 @@ class Gallery:
 
     @property
     def store(self) -> Store:
-        """Table of the vectors."""
+        """Table of the vectors; :class:`UserError` if a link leads out of the gallery's folder."""
+        if not self.address:
+            _reject_links(self.path / VECTORS)
         return Store(self.address or str(self.path / VECTORS))
 
     def snapshot(self, version: int = 0) -> Snapshot:
@@ -151,6 +153,14 @@ def describe_share(images: int, pending: int) -> str:
     return f"{images - pending} of {images} images embedded again, {share:.1%}"
 
 
+def _reject_links(folder: Path) -> None:
+    """Raise :class:`UserError` for a symbolic link: a change of the gallery would write or remove what it leads to."""
+    for parent, folders, files in os.walk(folder):
+        for path in (folder, *(Path(parent, name) for name in (*folders, *files))):
+            if path.is_symlink():
+                raise UserError(f"{path}: a symbolic link. Galleries hold plain files: restore the gallery.")
+
+
 def load_gallery(path: Path | str) -> Gallery:
     """Load a gallery's card; raise :class:`UserError` if it is not one."""
     artifact = load_artifact(path, "gallery")
@@ -218,6 +228,8 @@ def vectors_of(batch: pa.RecordBatch | pa.Table) -> Vectors:
     column = batch["vector"]
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
+    if column.null_count:
+        raise UserError(f"gallery: {column.null_count} images have no vector. Restore the gallery.")
     # `flatten` respects the slice of an array, and leaves out null lists.
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 

@@ -41,6 +41,7 @@ log = get_logger(__name__)
 
 _TOLERANCE = 1e-3  # of the length of a vector
 _SAME = 1e-4  # largest difference of a value after a migration, which embeds the images in batches of another order
+_MAX_NAME = 100  # characters of an id that are shown
 _MAX_SHOWN = 5  # problems
 _SAMPLED = 100  # stored vectors that are searched with the index
 _PROBES = 16
@@ -141,7 +142,10 @@ def verify_gallery(config: VerifyGalleryConfig) -> dict[str, Any]:
     problems, seen = _Problems(), set()
     compared = adapted = 0
     for product, image, stored, is_adapted, vector in _rows(snapshot, is_migrated):
-        name = f"image '{image}' of product '{product}'"
+        if product is None or image is None or stored is None:
+            problems.add("a row has no product, image or checksum")
+            continue
+        name = f"image '{image[:_MAX_NAME]}' of product '{product[:_MAX_NAME]}'"
         if (product, image) in seen:
             problems.add(f"{name} is there twice")
         seen.add((product, image))
@@ -169,7 +173,7 @@ def verify_gallery(config: VerifyGalleryConfig) -> dict[str, Any]:
 
 def _rows(
     snapshot: Snapshot, is_migrated: bool
-) -> Iterator[tuple[str, str, int, bool, np.ndarray[Any, np.dtype[np.float32]]]]:
+) -> Iterator[tuple[str | None, str | None, int | None, bool, np.ndarray[Any, np.dtype[np.float32]]]]:
     names = [*IDS, "digest", *([BACKFILL] if is_migrated else [])]
     for batch in snapshot.batches([*names, "vector"]):
         columns = [batch[name].to_pylist() for name in (*IDS, "digest")]

@@ -119,11 +119,14 @@ def load_plan(path: str) -> Plan:
         linear = Adapter(tensors["linear.weight"], tensors["linear.bias"])
         for adapter in (procrustes, linear):
             _check_adapter(adapter, old_dim, new_dim)
+        seed = int(card.config["seed"])
+        if seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {seed}")
     adapter = procrustes if method == "procrustes" else linear
     target = VectorModel(
         model=models[0], dim=new_dim, preprocess=card.preprocess, previous=olds[0], plan=artifact.sha256
     )
-    return Plan(artifact, olds[0], target, adapter, linear, order, int(card.config["seed"]))
+    return Plan(artifact, olds[0], target, adapter, linear, order, seed)
 
 
 def _check_adapter(adapter: Adapter, old_dim: int, new_dim: int) -> None:

@@ -39,6 +39,79 @@ _LOST_FILE = re.compile(r"not found|no such file|NoSuchKey|no longer exists", re
 # LanceDB computes a chain of operators by recursion, which crashes the process (apache/datafusion#22229): 490 additions
 # were computed, 1,000 crashed. Conditions that AND and OR join are no such chain.
 _MAX_CHAIN = 256
+_MAX_CONDITION = 1 << 20  # characters, for which LanceDB takes 115 times as much memory
+_PANIC = "RustPanic"  # of LanceDB's bindings, for some files that are no table
+_MAX_DIGITS = 6  # of a number of partitions
+# Functions and types of conditions. Others, such as `repeat`, build texts and lists of any size from a few characters.
+_FUNCTIONS = frozenset(
+    [
+        "in",
+        "and",
+        "or",
+        "not",
+        "like",
+        "ilike",
+        "between",
+        "is",
+        "when",
+        "then",
+        "else",
+        "case",
+        "case",
+        "cast",
+        "try_cast",
+        "values",
+        "any",
+        "all",
+        "lower",
+        "upper",
+        "trim",
+        "btrim",
+        "ltrim",
+        "rtrim",
+        "substr",
+        "substring",
+        "strpos",
+        "length",
+        "char_length",
+        "character_length",
+        "octet_length",
+        "starts_with",
+        "ends_with",
+        "contains",
+        "regexp_like",
+        "regexp_match",
+        "concat",
+        "coalesce",
+        "nullif",
+        "greatest",
+        "least",
+        "abs",
+        "ceil",
+        "floor",
+        "round",
+        "trunc",
+        "sqrt",
+        "power",
+        "exp",
+        "ln",
+        "log",
+        "log10",
+        "sign",
+        "isnan",
+        "char",
+        "varchar",
+        "decimal",
+        "numeric",
+        "date",
+        "to_date",
+        "date_part",
+        "extract",
+        "timestamp",
+    ]
+)
+_COMMENT = re.compile(r"--|/\*")
+_CALL = re.compile(r"([\w.]+|'')\s*\(")
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
 _JOINED = re.compile(r"\b(?:AND|OR)\b", re.IGNORECASE)
 _SIGN = re.compile(r"([(,])\s*-")  # of a number in a list
@@ -176,7 +249,10 @@ class Store:
         """Raise LanceDB's errors as one :class:`UserError`, those of a condition as such; those of the machine stay."""
         try:
             yield
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
+            is_known = isinstance(error, RuntimeError | ValueError | OSError)
+            if isinstance(error, UserError) or not (is_known or type(error).__name__ == _PANIC):
+                raise
             text = re.sub(r",? ?/\S*\.rs:\d+(:\d+)?", "", " ".join(str(error).split())).removeprefix("lance error: ")
             if explain_system_error(error) or is_out_of_memory(error):
                 raise
@@ -198,12 +274,19 @@ class Store:
 
 
 class Snapshot:
-    """One version of a table."""
+    """One version of a table.
+
+    Attributes:
+        version: Number of the version.
+        schema: Schema of the table.
+        partitions: Partitions of the index, which may not be built yet (:meth:`index`); 0 for a gallery without one.
+    """
 
     def __init__(self, store: Store, table: Any) -> None:
         self._store, self._table = store, table
         self.version = int(table.version)
         self.schema: pa.Schema = table.schema
+        self.partitions = _partitions_of(table)
 
     def __len__(self) -> int:
         with self._store._errors():
@@ -259,11 +342,6 @@ class Snapshot:
                 found = builder.maximum_nprobes(0).to_arrow()  # no maximum, which would cost time in each search
         return 1 - found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
 
-    @property
-    def partitions(self) -> int:
-        """Partitions of the index, which may not be built yet (:meth:`index`); 0 for a gallery without one."""
-        return _partitions_of(self._table)
-
     def index(self) -> dict[str, int] | None:
         """Return the numbers of partitions, and of images in and outside of the index; None without an index."""
         with self._store._errors():
@@ -289,7 +367,11 @@ def _build_index(table: Any, partitions: int) -> None:
 
 
 def _partitions_of(table: Any) -> int:
-    return int((table.schema.metadata or {}).get(_PARTITIONS.encode(), 0))
+    """Return the number of partitions that a schema records; :class:`ValueError` for no such number."""
+    text = (table.schema.metadata or {}).get(_PARTITIONS.encode(), b"0")
+    if not text.isdigit() or len(text) > _MAX_DIGITS:
+        raise ValueError(f"the number of partitions is recorded as {text[:20]!r}")
+    return int(text)
 
 
 def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
@@ -300,13 +382,33 @@ def _complete(where: str) -> str:
     """Return a condition in brackets. Without them LanceDB 0.40 ignores what follows a complete condition.
 
     Raises:
-        InvalidCondition: The condition has a chain of operators that crashes LanceDB.
+        InvalidCondition: The condition has a chain of operators that crashes LanceDB, or a function that builds values.
     """
+    if problem := _find_problem(where):
+        raise InvalidCondition(f"where: '{where[:100]}': {problem}. Correct the condition.")
     parts = _JOINED.split(_SIGN.sub(r"\1", _QUOTED.sub("''", where)))
     if (count := max(len(_OPERATOR.findall(part)) for part in parts)) > _MAX_CHAIN:
         problem = f"a chain of {count} operators, expected at most {_MAX_CHAIN}"
         raise InvalidCondition(f"where: '{where[:100]}': {problem}. Shorten it.")
     return f"({where})"
+
+
+def _find_problem(where: str) -> str:
+    """Return the problem of a condition that LanceDB would run, or an empty text."""
+    if len(where) > _MAX_CONDITION:
+        return f"{len(where)} characters, expected at most {_MAX_CONDITION}"
+    plain = _QUOTED.sub("''", where)
+    if _COMMENT.search(plain):
+        return "a comment"
+    depth = 0
+    for character in plain:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return "a bracket that closes none"
+    called = (name for name in _CALL.findall(plain) if name.lower() not in _FUNCTIONS)
+    if name := next(called, ""):
+        return f"the function {name if name != chr(39) * 2 else 'with a quoted name'} is not supported"
+    return ""
 
 
 def quote(values: Iterable[str]) -> str:

@@ -61,14 +61,14 @@ def load_confirmed_storage(path: str, model: Parent, images: int, dim: int) -> C
             galleries.
     """
     artifact = load_artifact(path, "report")
-    text = artifact.file(FILE).read_text(encoding="utf-8")
+    file = artifact.file(FILE)
     models = artifact.parents("model")
     if [parent.sha256 for parent in models] != [model.sha256]:
         names = ", ".join(parent.name for parent in models)
         problem = f"measured with '{names}', the gallery is of '{model.name}'"
         raise UserError(f"storage: {path}: {problem}. Run `vpr bench storage` with this model's embeddings.")
     with reraise_as_artifact_error(artifact):
-        values = json.loads(text)
+        values = json.loads(file.read_text(encoding="utf-8"))
         decisions = sorted(values["decisions"], key=lambda decision: int(decision["size"]))
         sizes = [int(decision["size"]) for decision in decisions]
     if not decisions:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpr.artifacts.card import Embedding, Parent
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import write_artifact
+from vpr.common.arrays import read_array
 from vpr.common.errors import UserError
-from vpr.data.catalog import Catalog
+from vpr.data.catalog import SCHEMA, Catalog
+from vpr.data.parquet_table import read_text_columns
 from vpr.data.pixels import KeptPixels, read_pixels
 from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import ModelInput, Preprocess
@@ -127,7 +130,8 @@ class Embeddings:
         """Return image, box, checksum, product, role and split of each row, as a catalogue without a folder."""
         columns = ["image", "box", "sha256", "product", "role", "split"]
         with reraise_as_artifact_error(self.artifact):
-            return Catalog(pq.read_table(self.artifact.file("rows.parquet"), columns=columns), Path())
+            table = pq.read_table(self.artifact.file("rows.parquet"), columns=columns)
+            return Catalog(table.cast(pa.schema([SCHEMA.field(name) for name in columns])), Path())
 
     def rows_with_role(self, role: str) -> NDArray[np.int64]:
         """Return the rows with a role, or all rows if no row has it."""
@@ -158,11 +162,10 @@ def load_embeddings(path: Path | str) -> Embeddings:
     """Load an embeddings artifact; raise :class:`UserError` if its files contradict its card."""
     artifact = load_artifact(path, "embeddings")
     with reraise_as_artifact_error(artifact):
-        vectors = np.load(artifact.file("vectors.npy"), allow_pickle=False)
-        rows = pq.read_table(artifact.file("rows.parquet"), columns=["image", "product", "role"])
-        columns = [np.array(rows[name].to_pylist(), dtype=np.str_) for name in ("image", "product", "role")]
+        vectors = read_array(artifact.file("vectors.npy"))
+        columns = read_text_columns(artifact.file("rows.parquet"), ["image", "product", "role"])
     embedding = artifact.card.embedding
-    if embedding is None or vectors.shape != (len(rows), embedding.dim):
+    if embedding is None or vectors.shape != (len(columns[0]), embedding.dim):
         raise UserError(f"{artifact.path}: vectors of shape {vectors.shape} do not match rows and card. Embed again.")
     if vectors.dtype != np.float32 or not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
         raise UserError(f"{artifact.path}: the vectors are not float32 of length 1. Embed again.")

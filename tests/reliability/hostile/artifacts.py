@@ -35,7 +35,7 @@ _INVALID_FIELDS: dict[str, tuple[Any, ...]] = {
     "data_offsets": ([0, 2**63], [0, 2**40], [8, 0], [-8, 0], [0, 0], [2**40, 2**40 + 4], []),
     "dtype": ("F1", "", None, "F64", "pickle", "BOOL"),
 }
-_PICKLE = b"\x80\x04cos\nsystem\n(S'touch escaped'\ntR."
+PICKLE = b"\x80\x04cos\nsystem\n(S'touch escaped'\ntR."
 
 
 def graphs() -> Iterator[Hostile]:
@@ -83,7 +83,7 @@ def weights() -> Iterator[Hostile]:
         (dict.clear, "no tensors"),
     ):
         yield Hostile("safetensors", name, "rejected", routes, partial(_edit_header, change, None))
-    for name, data in {"a pickle": _PICKLE, "a zip": zip_file("../x", b"x")}.items():
+    for name, data in {"a pickle": PICKLE, "a zip": zip_file("../x", b"x")}.items():
         put = partial(_replace, "student", "model.safetensors", data)
         yield Hostile("safetensors", f"{name}, named .safetensors", "rejected", routes, put)
 

@@ -126,7 +126,7 @@ def summarise(results: list[HostileResult], command: str) -> tuple[list[Figure],
     hangs = sum(result.outcome == "hang" or result.seconds > MAX_SECONDS for result in results)
     unexpected = sum(result.outcome not in (*_VALID[result.expected], *_FAULTS) for result in results)
     figures = [
-        Figure("hostile: distinct inputs", inputs, "inputs", 300, ">=", command),
+        Figure("hostile: distinct inputs", inputs, "inputs", 600, ">=", command),
         figure("runs, each input on each of its routes", len(results), None),
         figure("crashes", outcomes["crash"], 0),
         figure(f"hangs over {MAX_SECONDS:g} s", hangs, 0),

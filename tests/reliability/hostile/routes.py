@@ -27,6 +27,7 @@ from benchmarks.report.render import draw_html, draw_markdown
 from benchmarks.report.schema import Report
 from tests.reliability.cases import CASES, RESULT, Case, make_student, run_graphs
 from tests.reliability.commands import BY_OUTPUT, paths_in, run_in
+from tests.reliability.hostile.command_routes import command_routes, make_command_originals
 from vpr.artifacts.store import load_artifact
 from vpr.cli import main
 from vpr.common.errors import OUT_OF_MEMORY, UserError
@@ -55,14 +56,19 @@ def make_originals(folder: Path, shop: Path) -> None:
     student, catalog = str(folder / "student"), str(folder / "catalog")
     report = build_report(ReportConfig(catalog, (student,), str(folder / "drawn"), seconds=0.02, sheet_queries=2))
     (folder / "report.json").write_bytes((report / "report.json").read_bytes())
+    make_command_originals(folder)
     shop.rename(folder / "images")
 
 
-def run_vpr(*arguments: str) -> None:
+def run_vpr(*arguments: str, is_check: bool = False) -> None:
     """Run ``vpr`` with these arguments.
 
+    Args:
+        arguments: Words after ``vpr``.
+        is_check: Whether the command checks its input, and reports what is wrong with exit code 1.
+
     Raises:
-        UserError: The command ended with exit code 2 and one line.
+        UserError: The command ended with exit code 2 and one line, or a check failed with one line.
         RuntimeError: The command ended with anything else, or for lack of memory.
     """
     errors = io.StringIO()
@@ -71,6 +77,9 @@ def run_vpr(*arguments: str) -> None:
             main(arguments)
     except SystemExit as end:
         lines = [line for line in errors.getvalue().splitlines() if line.startswith("vpr: ")]
+        is_failed_check = is_check and end.code == 1 and len(lines) == 1 and errors.getvalue().endswith(f"{lines[0]}\n")
+        if is_failed_check:
+            raise UserError(lines[0]) from None
         if end.code != 2 or len(lines) != 1 or not lines[0].startswith(_ERROR):
             raise RuntimeError(f"exit status {end.code} after {errors.getvalue()[-500:]!r}") from None
         if OUT_OF_MEMORY in lines[0]:  # the input made the command allocate too much
@@ -257,4 +266,5 @@ ROUTES: dict[str, Case] = {
     "gallery image": Case(_thumbnail),
     "report page": Case(_report_page),
     "search page results": Case(_results_page),
+    **command_routes(run_vpr),
 }

@@ -20,10 +20,14 @@ from typing import Any
 from tests.reliability import cases as command_cases
 from tests.reliability.case_process import limit_memory, open_results, peak_memory, reset_peak, serve_cases
 from tests.reliability.fuzz.worker import lay_out, run_and_judge
+from tests.reliability.hostile.arrays import arrays, embedding_rows, golden, uint8_graphs
 from tests.reliability.hostile.artifacts import cards, graphs, weights
 from tests.reliability.hostile.catalogs import links, paths, tables
+from tests.reliability.hostile.command_routes import CommandCase, lay_out_inputs
+from tests.reliability.hostile.galleries import conditions, galleries, ids, metadata_tables, teachers
 from tests.reliability.hostile.images import HostileImage, images
 from tests.reliability.hostile.inputs import Hostile, Put
+from tests.reliability.hostile.results import plans, reports, storages, thresholds
 from tests.reliability.hostile.routes import IMAGE, IMAGE_ROUTES, ROUTES, SetAside, make_originals, open_page
 from tests.reliability.hostile.shards import shards
 from tests.reliability.hostile.texts import names, recipes, towers
@@ -31,6 +35,7 @@ from vpr.artifacts.store import load_artifact
 from vpr.cli import silence_libraries
 
 _USER_FOLDERS = {"home": "HOME", "temporary": "TMPDIR", "working": "PWD"}
+_LIBRARY_CACHE = ".onnxruntime"  # database that ONNX Runtime writes at any time
 _States = dict[str, tuple[int, ...]]
 
 
@@ -47,7 +52,12 @@ class Case:
 
 def inputs() -> list[Hostile]:
     """Return all hostile input that is no image; the pairs of kind and name are distinct."""
-    makers = (tables, paths, links, shards, recipes, names, graphs, weights, cards, towers)
+    makers = (
+        *(tables, paths, links, shards, recipes, names, graphs, weights, cards, towers),
+        *(arrays, golden, uint8_graphs, embedding_rows),
+        *(thresholds, plans, storages, reports),
+        *(galleries, metadata_tables, ids, conditions, teachers),
+    )
     return [hostile for make in makers for hostile in make()]
 
 
@@ -116,6 +126,8 @@ def _lay_out(root: Path, route: command_cases.Case, with_older: bool = True) -> 
     shutil.copytree(originals / "images", folder / "shop")
     (folder / "in" / "0").mkdir(parents=True)
     shutil.copyfile(folder / "shop" / IMAGE, folder / "in" / "0" / "0.png")
+    if isinstance(route, CommandCase):
+        lay_out_inputs(originals, folder, route)
 
 
 def _file_states(root: Path) -> _States:
@@ -126,6 +138,8 @@ def _file_states(root: Path) -> _States:
         if Path(folder) == out:
             folders.clear()
             continue
+        if _LIBRARY_CACHE in folders:
+            folders.remove(_LIBRARY_CACHE)
         for name in (*folders, *files):
             path = Path(folder, name)
             stat = path.lstat()

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.figures import ROOT
 from vpr.common.errors import UserError
-from vpr.data.parquet_table import read_parquet_rows
+from vpr.data.parquet_table import read_parquet_rows, read_text_columns
 
 _LONG = "x" * (1 << 20)
 _DENSE: dict[str, Any] = {"use_dictionary": False}
@@ -125,3 +125,23 @@ def test_long_rows_of_a_large_file_are_read(tmp_path: Path) -> None:
     texts = [f"{row:020}" * 30_000 for row in range(40)]
     path = _write(tmp_path / "t.parquet", {"image": texts}, **_DENSE)
     assert [values["image"] for _, values in read_parquet_rows(path, ["image"])] == texts
+
+
+def test_text_columns(tmp_path: Path) -> None:
+    path = _write(tmp_path / "t.parquet", {"image": ["a", "bc"], "product": ["x", "y"]})
+    image, product = read_text_columns(path, ["image", "product"])
+    assert (image.tolist(), product.tolist()) == (["a", "bc"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([["a"], ["b"]], "is not text|has the type"),
+        (["a", None], "column 'image' is not text in every row"),
+        (["x" * 900_000, *["a"] * 4000], "with the length of the longest one, its texts have 14403600000 bytes"),
+    ],
+)
+def test_text_that_no_array_can_hold(values: list[Any], message: str, tmp_path: Path) -> None:
+    path = _write(tmp_path / "t.parquet", {"image": values})
+    with pytest.raises(UserError, match=message):
+        read_text_columns(path, ["image"])

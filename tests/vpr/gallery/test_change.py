@@ -310,6 +310,11 @@ def test_wrong_condition(where: str, message: str, shop: tuple[str, str], tmp_pa
         ("1 / 0 = 1", "Divide by zero"),
         ("price" + " + 1" * 2000 + " > 3", "a chain of 2001 operators, expected at most 256. Shorten it.$"),
         ("price" + " IS NULL" * 5000, "a chain of 5000 operators"),
+        ("length(repeat(title, 1000000000)) > 5", "the function repeat is not supported"),
+        ('"repeat"(title, 9) = title', "the function with a quoted name is not supported"),
+        ("1=1); DROP TABLE images", "a bracket that closes none"),
+        ("price > 1 -- x", "a comment"),
+        ("title = '" + "x" * (1 << 20) + "'", "1048586 characters, expected at most 1048576"),
     ],
 )
 def test_condition_that_cannot_be_computed(where: str, message: str, shop: tuple[str, str], tmp_path: Path) -> None:
@@ -405,3 +410,12 @@ def test_empty_gallery(shop: tuple[str, str], tmp_path: Path) -> None:
     verify_gallery(VerifyGalleryConfig(gallery))
     with pytest.raises(UserError, match="has no such images"):
         export_embeddings(ExportConfig(gallery, str(tmp_path / "none")))
+
+
+def test_link_in_a_gallery(shop: tuple[str, str], tmp_path: Path) -> None:
+    """A change would write to, or remove files of, the folder that a link leads to."""
+    data = Path(shop[1]) / "vectors" / "images.lance" / "data"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"data: a symbolic link. Galleries hold plain files: restore the gallery.$"):
+        compact_gallery(CompactConfig(shop[1]))
