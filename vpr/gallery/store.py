@@ -43,73 +43,14 @@ _MAX_CONDITION = 1 << 20  # characters, for which LanceDB takes 115 times as muc
 _PANIC = "RustPanic"  # of LanceDB's bindings, for some files that are no table
 _MAX_DIGITS = 6  # of a number of partitions
 # Functions and types of conditions. Others, such as `repeat`, build texts and lists of any size from a few characters.
-_FUNCTIONS = frozenset(
-    [
-        "in",
-        "and",
-        "or",
-        "not",
-        "like",
-        "ilike",
-        "between",
-        "is",
-        "when",
-        "then",
-        "else",
-        "case",
-        "case",
-        "cast",
-        "try_cast",
-        "values",
-        "any",
-        "all",
-        "lower",
-        "upper",
-        "trim",
-        "btrim",
-        "ltrim",
-        "rtrim",
-        "substr",
-        "substring",
-        "strpos",
-        "length",
-        "char_length",
-        "character_length",
-        "octet_length",
-        "starts_with",
-        "ends_with",
-        "contains",
-        "regexp_like",
-        "regexp_match",
-        "concat",
-        "coalesce",
-        "nullif",
-        "greatest",
-        "least",
-        "abs",
-        "ceil",
-        "floor",
-        "round",
-        "trunc",
-        "sqrt",
-        "power",
-        "exp",
-        "ln",
-        "log",
-        "log10",
-        "sign",
-        "isnan",
-        "char",
-        "varchar",
-        "decimal",
-        "numeric",
-        "date",
-        "to_date",
-        "date_part",
-        "extract",
-        "timestamp",
-    ]
+_FUNCTION_NAMES = (
+    "in and or not like ilike between is when then else case cast try_cast values any all lower upper trim "
+    "btrim ltrim rtrim substr substring strpos length char_length character_length octet_length starts_with "
+    "ends_with contains regexp_like regexp_match concat coalesce nullif greatest least abs ceil floor round "
+    "trunc sqrt power exp ln log log10 sign isnan char varchar decimal numeric date to_date date_part extract "
+    "timestamp"
 )
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _COMMENT = re.compile(r"--|/\*")
 _CALL = re.compile(r"([\w.]+|'')\s*\(")
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`""")
