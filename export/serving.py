@@ -27,7 +27,7 @@ from vpr.common.log import get_logger
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.onnx_file import detach_weights, save_graph
 from vpr.inference.onnx_graph import load_graph
-from vpr.inference.onnx_session import add_weights
+from vpr.inference.onnx_session import add_weights, import_onnxruntime
 from vpr.retrieval.confirmed_storage import RESULTS
 from vpr.retrieval.embeddings import Embeddings, load_embeddings
 from vpr.retrieval.search import search
@@ -130,8 +130,7 @@ def _check_model(model: Artifact, graph: onnx.ModelProto | None, config: Serving
 
 def _check_graph(model: Artifact, graph: onnx.ModelProto) -> None:
     """Load a graph with ONNX Runtime's default settings, as Triton's backend does."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     outline, weights = detach_weights(graph)

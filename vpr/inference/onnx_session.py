@@ -10,6 +10,7 @@ from typing import Any
 
 from vpr.common.errors import UserError
 from vpr.common.hardware import lacks_vnni
+from vpr.common.telemetry import disable_telemetry
 
 INPUT, OUTPUT = "pixels", "embedding"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -19,6 +20,12 @@ RTX_WHEEL = "onnxruntime_ep_nv_tensorrt_rtx"
 
 class ProviderMissing(UserError):
     """ONNX Runtime cannot load an execution provider here."""
+
+
+def import_onnxruntime() -> Any:
+    """Import and return ONNX Runtime without its telemetry."""
+    disable_telemetry()
+    return importlib.import_module("onnxruntime")
 
 
 def open_session(
@@ -36,7 +43,7 @@ def open_session(
     Raises:
         ProviderMissing: The provider cannot be loaded. ONNX Runtime would silently use the CPU.
     """
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -64,7 +71,7 @@ def open_session(
 
 def add_weights(options: Any, weights: Mapping[str, Any]) -> None:
     """Give a session's options the arrays that its graph names and does not contain; they must outlive the session."""
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     if weights:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
@@ -73,7 +80,7 @@ def add_weights(options: Any, weights: Mapping[str, Any]) -> None:
 
 def rtx_devices() -> list[Any]:
     """Return the GPUs of the TensorRT-RTX plugin, registered on the first call; raise ImportError without its wheel."""
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     wheel = importlib.import_module(RTX_WHEEL)
     if not any(device.ep_name == TENSORRT_RTX for device in ort.get_ep_devices()):
@@ -98,7 +105,7 @@ def missing_tensorrt_library() -> str | None:
     provider as available without looking for them.
     """
     load_tensorrt_libraries()
-    folder = Path(str(importlib.import_module("onnxruntime").__file__)).parent / "capi"
+    folder = Path(str(import_onnxruntime().__file__)).parent / "capi"
     file = folder / "libonnxruntime_providers_tensorrt.so"
     needed = re.findall(rb"libnv(?:infer|onnxparser)\.so\.\d+", file.read_bytes()) if file.is_file() else []
     for name in sorted({library.decode() for library in needed}):

@@ -35,7 +35,6 @@ from vpr.artifacts.store import load_artifact
 from vpr.cli import silence_libraries
 
 _USER_FOLDERS = {"home": "HOME", "temporary": "TMPDIR", "working": "PWD"}
-_LIBRARY_CACHE = ".onnxruntime"  # database that ONNX Runtime writes at any time
 _States = dict[str, tuple[int, ...]]
 
 
@@ -138,8 +137,6 @@ def _file_states(root: Path) -> _States:
         if Path(folder) == out:
             folders.clear()
             continue
-        if _LIBRARY_CACHE in folders:
-            folders.remove(_LIBRARY_CACHE)
         for name in (*folders, *files):
             path = Path(folder, name)
             stat = path.lstat()

@@ -122,3 +122,26 @@ print(telemetry.tm.__name__)
 """
     assert _run_blocked(code, tmp_path / "log") == "openvino.tools.ovc.telemetry_stub\n"
     assert not (tmp_path / "log").exists()
+
+
+_SESSION = """
+import onnx
+from onnx import TensorProto, helper
+values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("pixels", "embedding")]
+graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["embedding"])], "graph", values[:1], values[1:])
+content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+"""
+_OURS = "from vpr.inference.onnx_session import open_session; open_session(content)"
+_PLAIN = "import onnxruntime; onnxruntime.InferenceSession(content)"
+
+
+@pytest.mark.parametrize(("opened", "is_reporting"), [(_OURS, False), (_PLAIN, True)])
+def test_onnx_runtime_telemetry_is_off(opened: str, is_reporting: bool, tmp_path: Path) -> None:
+    """ONNX Runtime would store an identifier of the machine and upload events, as the plain session shows."""
+    if is_reporting and not can_unshare_network():
+        pytest.skip("this machine lets no user have a network namespace (unshare --net)")
+    silenced = {"ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS", "XDG_CACHE_HOME"}
+    environment = {key: value for key, value in os.environ.items() if key not in silenced} | {"HOME": str(tmp_path)}
+    command = [*(_UNSHARE if is_reporting else ()), sys.executable, "-c", _SESSION + opened]
+    subprocess.run(command, env=environment, check=True)
+    assert bool(list(tmp_path.rglob("deviceid"))) == is_reporting
