@@ -83,7 +83,7 @@ def uint8_graphs() -> Iterator[Hostile]:
 
 def embedding_rows() -> Iterator[Hostile]:
     """Yield Parquet rows of embeddings with wrong types and with little text that becomes much."""
-    routes = ("search", "gallery create", "gallery threshold", "gallery plan-migration")
+    routes = ("search", "gallery create", "gallery add", "gallery threshold", "gallery plan-migration")
     text = pa.array(["a"] * 32)
     columns: dict[str, Any] = {
         "products that are lists": ("product", lambda: pa.array([["a", "b"]] * 32)),
