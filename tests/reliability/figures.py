@@ -1,6 +1,7 @@
 """``make figures TOPIC=reliability``: effects of faults, load and time, into ``docs/results/reliability.json``.
 
-``PARTS="kills load"`` measures these parts only.
+``PARTS="kills load"`` measures these parts only. Interrupted kills, hostile inputs and options continue where they
+were: delete ``runs/figures-reliability`` after a change of the code.
 """
 
 from __future__ import annotations
@@ -19,22 +20,29 @@ from tests.reliability.limits import sweep
 from tests.reliability.load import load
 from tests.reliability.load.many_threads import measure_hand_off
 from tests.reliability.offline.offline import measure_offline
+from tests.reliability.progress import Progress
 from tests.reliability.soak import soak
 from vpr.data.catalog import load_catalog
+
+_PROGRESS = Path("runs/figures-reliability")
 
 
 def record_kills() -> None:
     """Record every stage killed at random moments and resumed."""
+    finished = Progress(_PROGRESS / "kills.jsonl")
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        figures, table = kill_figures(Path(folder), command_of("reliability", "kills"))
+        figures, table = kill_figures(Path(folder), command_of("reliability", "kills"), progress=finished)
     record("reliability", figures, {"kills": table})
+    finished.finish()
 
 
 def record_hostile() -> None:
     """Record hostile input on every route that reads it."""
-    results = hostile.attack(hostile.HostileConfig())
+    finished = Progress(_PROGRESS / "hostile.jsonl")
+    results = hostile.attack(hostile.HostileConfig(), finished)
     figures, table = hostile.summarise(results, command_of("reliability", "hostile"))
     record("reliability", figures, {"hostile": table})
+    finished.finish()
 
 
 def record_mutations() -> None:
@@ -53,15 +61,11 @@ def record_fuzz() -> None:
 
 
 def record_options() -> None:
-    """Record every number option of every command at its limits, among the figures of data sets.
-
-    An interrupted sweep continues where it was.
-    """
-    progress = Path("runs/figures-reliability/options.jsonl")
-    progress.parent.mkdir(parents=True, exist_ok=True)
+    """Record every number option of every command at its limits, among the figures of data sets."""
+    progress = Progress(_PROGRESS / "options.jsonl")
     figures, table = sweep.summarise(sweep.sweep(sweep.SweepConfig(), progress), command_of("reliability", "options"))
     record("data", figures, {"options": table})
-    progress.unlink()
+    progress.finish()
 
 
 def record_offline() -> None:

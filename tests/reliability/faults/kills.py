@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from tests.reliability.commands import Command
 from tests.reliability.faults.killed_run import KilledRun, kill_at_random, kill_at_step
 from tests.reliability.faults.pipeline import Pipeline
 from tests.reliability.faults.stages import STAGES
+from tests.reliability.progress import Progress
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
 
 
 def kill_stages(
-    pipeline: Pipeline, times: int, seed: int, stepped_stages: Sequence[str]
+    pipeline: Pipeline, times: int, seed: int, stepped_stages: Sequence[str], progress: Progress | None = None
 ) -> tuple[list[KilledRun], list[KilledRun]]:
     """Kill every stage at random moments, and some stages at each of their steps.
 
@@ -28,22 +30,31 @@ def kill_stages(
         times: Number of killed runs of each stage.
         seed: Seed of the moments.
         stepped_stages: Names of the stages to kill at every single change of a file or folder.
+        progress: Stages that an interrupted measurement has finished; they are not killed again.
 
     Returns:
         Runs killed at random moments, and runs killed at each step.
     """
     random_runs: list[KilledRun] = []
     stepped_runs: list[KilledRun] = []
+    progress = progress or Progress(None)
     for index, stage in enumerate(pipeline.stages.values()):
-        for number in range(times):
-            rng = np.random.default_rng([seed, index, number])
-            folder = f"kill-{len(random_runs)}"
-            random_runs.append(kill_at_random(pipeline, stage, rng, pipeline.folder / folder))
-            _log_fault(random_runs[-1], folder)
-        if stage.output in stepped_stages:
-            stepped_runs += kill_every_step(pipeline, stage)
-        log.info(f"  {stage.output}: {sum(run.kills for run in random_runs if run.stage == stage.output)} kills")
+        if stage.output not in progress.known:
+            rngs = [np.random.default_rng([seed, index, number]) for number in range(times)]
+            random = [_kill_once(pipeline, stage, rng, f"kill-{index}-{number}") for number, rng in enumerate(rngs)]
+            stepped = kill_every_step(pipeline, stage) if stage.output in stepped_stages else []
+            progress.add(stage.output, [[asdict(run) for run in runs] for runs in (random, stepped)])
+            log.info(f"  {stage.output}: {sum(run.kills for run in random)} kills")
+        random, stepped = ([KilledRun(**run) for run in runs] for runs in progress.known[stage.output])
+        random_runs += random
+        stepped_runs += stepped
     return random_runs, stepped_runs
+
+
+def _kill_once(pipeline: Pipeline, stage: Command, rng: np.random.Generator, name: str) -> KilledRun:
+    run = kill_at_random(pipeline, stage, rng, pipeline.folder / name)
+    _log_fault(run, name)
+    return run
 
 
 def kill_every_step(pipeline: Pipeline, stage: Command) -> list[KilledRun]:
@@ -59,10 +70,16 @@ def kill_every_step(pipeline: Pipeline, stage: Command) -> list[KilledRun]:
 
 
 def kill_figures(
-    folder: Path, command: str, times: int = 20, seed: int = 0, last: str = STAGES[-1].output
+    folder: Path,
+    command: str,
+    times: int = 20,
+    seed: int = 0,
+    last: str = STAGES[-1].output,
+    progress: Progress | None = None,
 ) -> tuple[list[Figure], list[Row]]:
     """Return figures over all stages, and a table by stage."""
-    random_runs, stepped_runs = kill_stages(Pipeline(folder, last), times, seed, ("shard-embeddings", "int8"))
+    stepped = ("shard-embeddings", "int8")
+    random_runs, stepped_runs = kill_stages(Pipeline(folder, last), times, seed, stepped, progress)
 
     def figure(name: str, value: float, goal: float | None) -> Figure:
         return Figure(name, value, "", goal, "<=", command, seeds=(seed,))

@@ -7,17 +7,21 @@ import os
 import shutil
 import signal
 import subprocess
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from tests.reliability.faults.conftest import LAST_STAGE
-from tests.reliability.faults.killed_run import kill_at_random
-from tests.reliability.faults.kills import kill_every_step, kill_figures
+from tests.reliability.faults.killed_run import KilledRun, kill_at_random
+from tests.reliability.faults.kills import kill_every_step, kill_figures, kill_stages
 from tests.reliability.faults.pipeline import Pipeline
 from tests.reliability.faults.stages import STAGES, differences, leftovers
+from tests.reliability.progress import Progress
 from vpr.artifacts.paths import CARD_NAME
 
 NAMES = [stage.output for stage in STAGES]
@@ -57,6 +61,15 @@ def test_figures_cover_all_stages(tmp_path: Path) -> None:
     assert figures[0].value == sum(row["kills"] for row in table) >= len(NAMES)
     assert [figure for figure in figures if figure.goal == 0]
     assert not [figure for figure in figures if figure.goal == 0 and figure.value]
+
+
+def test_finished_stages_are_not_killed_again(tmp_path: Path) -> None:
+    """The pipeline cannot run anything."""
+    run = KilledRun("catalog", 2, "work", damaged=["card"], share_of_work=1.5)
+    Progress(tmp_path / "kills.jsonl").add("catalog", [[asdict(run)], [asdict(run), asdict(run)]])
+    pipeline = cast(Pipeline, SimpleNamespace(stages={"catalog": SimpleNamespace(output="catalog")}))
+    random, stepped = kill_stages(pipeline, 1, 0, ("catalog",), Progress(tmp_path / "kills.jsonl"))
+    assert (random, stepped) == ([run], [run, run])
 
 
 def test_difference_and_leftover_are_detected(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -12,12 +12,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.command import check_minimums, run_command
 from experiments.figures import Figure, Row, print_figures
 from tests.reliability.case_process import Worker
+from tests.reliability.progress import Progress
 from vpr.common.errors import UserError
 from vpr.common.log import get_logger
+
+if TYPE_CHECKING:
+    from tests.reliability.hostile.worker import Case
 
 log = get_logger(__name__)
 
@@ -84,8 +89,10 @@ class HostileResult:
         return self.outcome not in _VALID[self.expected]
 
 
-def attack(config: HostileConfig) -> list[HostileResult]:
+def attack(config: HostileConfig, progress: Progress | None = None) -> list[HostileResult]:
     """Run the cases one after another, in a worker process that restarts when it dies.
+
+    Cases of ``progress``, which an interrupted measurement has finished, are not run again.
 
     Raises:
         UserError: ``first`` is larger than the number of cases.
@@ -95,24 +102,42 @@ def attack(config: HostileConfig) -> list[HostileResult]:
     numbers = range(config.first, len(cases()), config.every)
     if not numbers:
         raise UserError(f"first: expected less than {len(cases())}, the number of cases, got {config.first}.")
-    results = []
+    finished = progress or Progress(None)
+    chosen = numbers[: config.count or None]
+    left = [number for number in chosen if _key(cases()[number]) not in finished.known]
+    if left:
+        _run(left, finished)
+    return [_result(number, cases()[number], finished) for number in chosen]
+
+
+def _run(numbers: Sequence[int], finished: Progress) -> None:
+    """Run cases and add their results."""
+    from tests.reliability.hostile.worker import cases
+
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         folder = Path(name) / "worker"
         command = [sys.executable, "-m", "tests.reliability.hostile.worker", str(folder)]
         with Worker(command, Path(name) / "worker.log", _MAX_SECONDS_WITH_INPUT) as worker:
-            for number in numbers[: config.count or None]:
-                case = cases()[number]
+            for number in numbers:
                 limits = {"seconds": _MAX_SECONDS_WITH_INPUT, "clock": _MAX_SECONDS_WITH_INPUT, "memory": 0}
-                answer = {**limits, **worker.run(number)}
-                result = HostileResult(number, case.kind, case.name, case.route, case.expected, **answer)
-                results.append(result)
-                if result.is_faulty:
-                    log.warning(
-                        f"  case {number}: {result.kind}: {result.name}: {result.route}: {result.outcome}: "
-                        f"{result.line}\n    {result.seconds} s, {result.memory / 1e9:.2f} GB, "
-                        f"expected: {result.expected}"
-                    )
-    return results
+                finished.add(_key(cases()[number]), {**limits, **worker.run(number)})
+                _log_fault(_result(number, cases()[number], finished))
+
+
+def _key(case: Case) -> str:
+    return f"{case.kind}: {case.name}: {case.route}"
+
+
+def _result(number: int, case: Case, finished: Progress) -> HostileResult:
+    return HostileResult(number, case.kind, case.name, case.route, case.expected, **finished.known[_key(case)])
+
+
+def _log_fault(result: HostileResult) -> None:
+    if result.is_faulty:
+        log.warning(
+            f"  case {result.case}: {result.kind}: {result.name}: {result.route}: {result.outcome}: {result.line}\n"
+            f"    {result.seconds} s, {result.memory / 1e9:.2f} GB, expected: {result.expected}"
+        )
 
 
 def summarise(results: list[HostileResult], command: str) -> tuple[list[Figure], list[Row]]:

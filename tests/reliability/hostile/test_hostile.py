@@ -9,6 +9,7 @@ from tests.reliability.hostile.hostile import MAX_SECONDS, HostileConfig, Hostil
 from tests.reliability.hostile.images import images
 from tests.reliability.hostile.routes import ROUTES, run_vpr
 from tests.reliability.hostile.worker import _file_states, cases
+from tests.reliability.progress import Progress
 from vpr.common.errors import UserError
 
 
@@ -32,6 +33,15 @@ def test_six_hundred_inputs_are_distinct() -> None:
     assert len({(case.kind, case.name, case.route) for case in cases()}) == len(cases())
     small = [image for image in images() if not image.kind.startswith("bomb") and "50000000" not in image.name]
     assert len({hashlib.sha256(image.make()).digest() for image in small}) > 0.95 * len(small)
+
+
+def test_finished_cases_are_not_run_again(tmp_path: Path) -> None:
+    """No worker starts."""
+    answer = {"outcome": "rejected", "line": "x: y.", "seconds": 0.1, "clock": 0.1, "memory": 1}
+    for case in cases()[:3]:
+        Progress(tmp_path / "hostile.jsonl").add(f"{case.kind}: {case.name}: {case.route}", answer)
+    results = attack(HostileConfig(count=3), Progress(tmp_path / "hostile.jsonl"))
+    assert [(result.case, result.line) for result in results] == [(0, "x: y."), (1, "x: y."), (2, "x: y.")]
 
 
 def test_writes_around_the_output_are_detected(tmp_path: Path) -> None:

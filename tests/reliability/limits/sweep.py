@@ -6,11 +6,9 @@ records them. A command that still runs after some seconds counts as accepted: a
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from experiments.figures import Figure, Row, print_figures
 from tests.reliability.case_process import Worker
 from tests.reliability.commands import BY_OUTPUT, run_in, write_inputs
 from tests.reliability.limits.options import LimitCase, cases
+from tests.reliability.progress import Progress
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
@@ -57,13 +56,14 @@ class SweepResult:
         return self.outcome in _FAULTS
 
 
-def sweep(config: SweepConfig, progress: Path | None = None) -> list[SweepResult]:
+def sweep(config: SweepConfig, progress: Progress | None = None) -> list[SweepResult]:
     """Make the inputs of all commands, and run the cases one after another.
 
-    With ``progress``, a file, each result is appended to it, and those that it holds are not measured again.
+    Cases of ``progress``, which an interrupted sweep has finished, are not measured again.
     """
     chosen = [n for n, case in enumerate(cases()) if config.command in ("", case.command.verb)][config.first :]
-    known = _read_progress(progress)
+    finished = progress or Progress(None)
+    known = dict(finished.known)
     results = [SweepResult(cases()[n], *known[cases()[n].name]) for n in chosen if cases()[n].name in known]
     chosen = [n for n in chosen if cases()[n].name not in known]
     if not chosen:
@@ -80,27 +80,10 @@ def sweep(config: SweepConfig, progress: Path | None = None) -> list[SweepResult
                 answer = worker.run(number)
                 result = SweepResult(cases()[number], answer["outcome"], answer["line"])
                 results.append(result)
-                _append(progress, result)
+                finished.add(result.case.name, [result.outcome, result.line])
                 if result.is_faulty:
                     log.warning(f"  {result.case.name}: {result.outcome}: {result.line}")
     return results
-
-
-def _read_progress(progress: Path | None) -> dict[str, tuple[str, str]]:
-    """Return outcome and description by the name of the case; a line that a kill cut off is left out."""
-    known = {}
-    if progress is not None and progress.is_file():
-        for line in progress.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                name, outcome, text = json.loads(line)
-                known[name] = (outcome, text)
-    return known
-
-
-def _append(progress: Path | None, result: SweepResult) -> None:
-    if progress is not None:
-        with progress.open("a", encoding="utf-8") as stream:
-            stream.write(f"\n{json.dumps([result.case.name, result.outcome, result.line])}")
 
 
 def summarise(results: list[SweepResult], command: str) -> tuple[list[Figure], list[Row]]:

@@ -6,8 +6,9 @@ import pytest
 
 from tests.reliability.commands import COMMANDS, write_inputs
 from tests.reliability.limits.options import LimitCase, cases
-from tests.reliability.limits.sweep import SweepConfig, SweepResult, _append, summarise, sweep
+from tests.reliability.limits.sweep import SweepConfig, SweepResult, summarise, sweep
 from tests.reliability.limits.worker import run_case
+from tests.reliability.progress import Progress
 
 QUICK = ("catalog", "catalog relocate", "teacher data", "teacher convert", "teacher runs")
 
@@ -46,10 +47,10 @@ def test_finished_sweep_is_not_measured_again(tmp_path: Path) -> None:
     chosen = [case for case in cases() if case.command.verb == "export parity"]
     expected = [SweepResult(case, "rejected", f"line {number}") for number, case in enumerate(chosen)]
     for result in expected:
-        _append(progress, result)
+        Progress(progress).add(result.case.name, [result.outcome, result.line])
     with progress.open("a") as stream:
         stream.write('\n["export parity --images=7", "rej')  # a kill
-    assert sweep(SweepConfig("export parity"), progress) == expected
+    assert sweep(SweepConfig("export parity"), Progress(progress)) == expected
 
 
 def test_faults_are_counted_by_command() -> None:
