@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 MAX_SECONDS = 10.0  # processor time of a route
-_MAX_SECONDS_WITH_INPUT = 25.0  # the same, and the time to create the input
+_MAX_SECONDS_WITH_INPUT = 60.0  # the same, the time to create the input, and to load a route's libraries first
 MAX_MEMORY = 2.0  # GB of a process, its libraries included
 _FAULTS = ("crash", "hang", "exception", "half-written", "outside")
 _VALID = {"accepted": {"accepted"}, "rejected": {"rejected", "set aside"}, "set aside": {"set aside"}}

@@ -100,6 +100,7 @@ def run_case(root: Path, number: int) -> dict[str, Any]:
     """
     case, folder = cases()[number], root / "case"
     route = ROUTES[case.route]
+    _warm_up(root, case.route)
     _lay_out(root, route)
     case.put(folder)
     before = _file_states(root)
@@ -166,21 +167,23 @@ def main(root: Path) -> None:
     if maker.exitcode:
         raise RuntimeError("hostile: the originals could not be written. The error is above.")
     os.chdir(root / "working")
-    _warm_up(root)
     limit_memory()
     serve_cases(partial(run_case, root), results)
 
 
-def _warm_up(root: Path) -> None:
-    """Run every route once on harmless input, so that libraries are loaded and have written their caches."""
-    folder = root / "case"
-    for name, route in ROUTES.items():
-        _lay_out(root, route, with_older=route.older == "stock")  # a gallery that the route changes
-        open_page(folder)
-        (folder / "in" / "name.txt").write_text("a table", encoding="utf-8")
-        result = run_and_judge(folder, route, SetAside)
-        if result["outcome"] != "accepted" and not name.startswith(("catalog ", "recipe", "teacher")):
-            raise RuntimeError(f"hostile: '{name}' rejects harmless input ({result['line']}). Fix this error first.")
+@cache
+def _warm_up(root: Path, name: str) -> None:
+    """Run a route once on harmless input, so that its libraries are loaded and have written their caches.
+
+    Only routes that are due: a process with the libraries of all routes would be larger than any command's.
+    """
+    folder, route = root / "case", ROUTES[name]
+    _lay_out(root, route, with_older=route.older == "stock")  # a gallery that the route changes
+    open_page(folder)
+    (folder / "in" / "name.txt").write_text("a table", encoding="utf-8")
+    result = run_and_judge(folder, route, SetAside)
+    if result["outcome"] != "accepted" and not name.startswith(("catalog ", "recipe", "teacher")):
+        raise RuntimeError(f"hostile: '{name}' rejects harmless input ({result['line']}). Fix this error first.")
 
 
 if __name__ == "__main__":
