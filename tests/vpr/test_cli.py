@@ -183,7 +183,7 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
 def test_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = read_config(TrainConfig, "teacher train", [*TRAIN[2:], "--recipe", "sample"])
-    assert (config.tower.name, len(config.stages)) == ("sample", 2)
+    assert (config.tower.name, len(config.stages)) == ("sample", 3)
     assert _distill("--recipe", "sample").model.stem == "conv"
     assert _distill("--recipe", "student/sample-full").epochs == 40
 
