@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.artifacts.writer import check_output, write_artifact
 from vpr.common.errors import UserError, nearest_names
 from vpr.common.log import get_logger
-from vpr.data.readers import UNLABELLED
 from vpr.data.tables import list_columns, read_table_rows
 from vpr.gallery.config import AddConfig, CompactConfig, CreateConfig, RemoveConfig, UpdateConfig, read_columns
 from vpr.gallery.gallery import (
@@ -123,14 +121,9 @@ def update_images(config: UpdateConfig) -> Path:
         threshold = load_threshold(config.threshold, model.model, model.dim) if config.threshold else None
         if config.embeddings:
             gallery.check_model(embeddings, "embeddings", snapshot)
-            new = build_part(embeddings, rows, metadata, model.is_migrated)
-            if not config.metadata and (cleared := _count_described(snapshot, gallery.columns, new)):
-                log.warning(f"update: the metadata of {cleared} images are cleared. Add --metadata to keep values.")
-            gallery.store.replace(new, IDS)
+            gallery.store.replace(build_part(embeddings, rows, metadata, model.is_migrated), IDS)
         elif config.metadata:
-            changed = _rows_with(snapshot, metadata, config.metadata, config.skip_missing)
-            if len(changed):
-                gallery.store.replace(changed, IDS)
+            gallery.store.replace(_rows_with(snapshot, metadata, config.metadata), IDS)
         if threshold:
             _store_threshold(load_gallery(config.gallery), threshold)
         _check_size(config.gallery)
@@ -190,9 +183,8 @@ def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
     A split without such rows, as the training split, gives all its rows but queries.
     """
     path = embeddings.artifact.path
-    if not split:
-        rows = embeddings.gallery_rows()
-    else:
+    rows = embeddings.rows_with_role("gallery")
+    if split:
         with reraise_as_artifact_error(embeddings.artifact):
             column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
         is_chosen = np.array([name or "" for name in column.to_pylist()], dtype=np.str_) == split
@@ -200,9 +192,6 @@ def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
         rows = gallery if len(gallery) else np.flatnonzero(is_chosen & (embeddings.roles != "query"))
     if not len(rows):
         raise UserError(f"split: {path} has no gallery images in split '{split}'. Leave out --split.")
-    if unlabelled := sum(product.startswith(f"{UNLABELLED}/") for product in embeddings.products[rows].tolist()):
-        problem = f"{unlabelled} images have no product, so they can only be searched for"
-        raise UserError(f"{key}: {path}: {problem}. Build their catalogue with --reader folder or csv.")
     counts = Counter(zip(embeddings.products[rows].tolist(), embeddings.images[rows].tolist(), strict=True))
     if len(counts) < len(rows):
         name = _name(*counts.most_common(1)[0][0])
@@ -239,19 +228,7 @@ def _check_size(path: str) -> None:
     gallery.check_size(snapshot, gallery.threshold(snapshot))
 
 
-def _count_described(snapshot: Snapshot, columns: Mapping[str, Any], new: pa.Table) -> int:
-    """Return the number of images that have metadata and are in a table of new ones."""
-    if not columns:
-        return 0
-    stored = snapshot.read([*IDS, *columns])
-    is_replaced = pc.is_in(_keys(stored), value_set=_keys(new)).to_numpy(zero_copy_only=False)
-    has_value = np.zeros(len(stored), dtype=bool)
-    for name in columns:
-        has_value |= stored[name].is_valid().to_numpy()
-    return int((is_replaced & has_value).sum())
-
-
-def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str, skip_missing: bool) -> pa.Table:
+def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:
     """Return the stored rows of the metadata's products or images with these metadata."""
     known = set(snapshot.read(["product"])["product"].to_pylist())
     products = sorted({product for product, _ in metadata.values} & known)
@@ -262,10 +239,7 @@ def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str, skip_missing: 
     found = {(product, "") for product in stored["product"].to_pylist()}
     keys = list(zip(stored["product"].to_pylist(), stored["image"].to_pylist(), strict=True))
     if unknown := [key for key in metadata.values if key not in found and key not in set(keys)]:
-        problem = f"the gallery has no {_name(*unknown[0])} ({len(unknown)} unknown)"
-        if not skip_missing:
-            raise UserError(f"metadata: {path}: {problem}. Remove the row, or set --skip-missing.")
-        log.info(f"metadata: {problem}: skipped")
+        raise UserError(f"metadata: {path}: the gallery has no {_name(*unknown[0])}. Remove the row.")
     used = [metadata.find(*key) is not None for key in keys]
     chosen = stored.filter(pa.array(used, pa.bool_()))
     values = metadata.arrays(chosen["product"].to_pylist(), chosen["image"].to_pylist())

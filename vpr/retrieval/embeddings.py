@@ -17,7 +17,6 @@ from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_err
 from vpr.artifacts.writer import write_artifact
 from vpr.common.arrays import read_array
 from vpr.common.errors import UserError
-from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.parquet_table import read_text_columns
 from vpr.data.pixels import KeptPixels, read_pixels
@@ -25,8 +24,6 @@ from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 from vpr.retrieval.self_search import find_self_search
-
-log = get_logger(__name__)
 
 Forward = Callable[[ModelInput], NDArray[np.float32]]
 
@@ -140,16 +137,6 @@ class Embeddings:
         """Return the rows with a role, or all rows if no row has it."""
         rows = np.flatnonzero(self.roles == role)
         return rows if len(rows) else np.arange(len(self.roles))
-
-    def gallery_rows(self) -> NDArray[np.int64]:
-        """Return the rows of the gallery, as :meth:`rows_with_role`; warn if it lacks products of other rows."""
-        rows = self.rows_with_role("gallery")
-        products, found = (len(np.unique(ids)) for ids in (self.products, self.products[rows]))
-        if found < products:
-            problem = f"{len(rows)} of {len(self.products)} images ({found} of {products} products) are gallery images"
-            fix = "the others are left out. docs/serving.md, 'All products of a shop', shows how to search all"
-            log.warning(f"{self.artifact.path}: {problem}; {fix}")
-        return rows
 
 
 def write_embeddings(

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 
-from tests.vpr.gallery.shop import DIM, contents, name_images, unit_vectors, write_shop, write_table
+from tests.vpr.gallery.shop import DIM, name_images, unit_vectors, write_shop
 from vpr.common.errors import CheckFailed, UserError
 from vpr.gallery.change import add_images, compact_gallery, create_gallery, remove_images, update_images
 from vpr.gallery.config import (
@@ -26,7 +26,7 @@ from vpr.gallery.config import (
     UpdateConfig,
     VerifyGalleryConfig,
 )
-from vpr.gallery.gallery import IDS, load_gallery
+from vpr.gallery.gallery import IDS, load_gallery, vectors_of
 from vpr.gallery.inspect import export_embeddings, print_info, verify_gallery
 from vpr.gallery.search_command import search_in_gallery
 from vpr.gallery.store import InvalidCondition, LostFile, Store
@@ -41,6 +41,20 @@ def shop(tmp_path: Path) -> tuple[str, str]:
     embeddings = write_shop(tmp_path / "first", name_images(30), unit_vectors(30))
     gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery"), columns=("title", "price:number")))
     return embeddings, str(gallery)
+
+
+def contents(gallery: str, version: int = 0) -> dict[tuple[str, str], tuple[object, ...]]:
+    """Return vector and metadata of each image of a version."""
+    opened = load_gallery(gallery)
+    table = opened.snapshot(version).read([*IDS, *opened.columns, "vector"])
+    rows = zip(*(table[name].to_pylist() for name in (*IDS, *opened.columns)), vectors_of(table), strict=True)
+    return {(product, image): (*values, vector.tobytes()) for product, image, *values, vector in rows}
+
+
+def write_table(path: Path, rows: list[tuple[object, ...]]) -> str:
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return str(path)
 
 
 def test_every_change_is_one_version(shop: tuple[str, str], tmp_path: Path) -> None:
@@ -405,40 +419,3 @@ def test_link_in_a_gallery(shop: tuple[str, str], tmp_path: Path) -> None:
     data.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"data: a symbolic link. Galleries hold plain files: restore the gallery.$"):
         compact_gallery(CompactConfig(shop[1]))
-
-
-def test_new_embeddings_name_the_metadata_that_they_clear(
-    shop: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    embeddings, gallery = shop
-    rows = [("product", "image", "title", "price"), ("p0", "", "chair", 1)]
-    update_images(UpdateConfig(gallery, metadata=write_table(tmp_path / "prices.csv", rows)))
-    described = sum(values[0] is not None for values in contents(gallery).values())
-    assert described
-    with caplog.at_level("WARNING"):
-        update_images(UpdateConfig(gallery, embeddings=embeddings))
-    assert f"the metadata of {described} images are cleared" in caplog.text
-    caplog.clear()
-    update_images(UpdateConfig(gallery, embeddings=embeddings))
-    assert "cleared" not in caplog.text
-
-
-def test_unknown_products_of_metadata_are_skipped_on_request(shop: tuple[str, str], tmp_path: Path) -> None:
-    gallery = shop[1]
-    rows = [("product", "title", "price"), ("p0", "chair", 1), ("sold out", "table", 2)]
-    table = write_table(tmp_path / "prices.csv", rows)
-    with pytest.raises(UserError, match=r"no product 'sold out' \(1 unknown\)\. Remove the row, or set --skip-missing"):
-        update_images(UpdateConfig(gallery, metadata=table))
-    update_images(UpdateConfig(gallery, metadata=table, skip_missing=True))
-    assert {values[0] for (product, _), values in contents(gallery).items() if product == "p0"} == {"chair"}
-    version = load_gallery(gallery).snapshot().version
-    only_unknown = write_table(tmp_path / "old.csv", [rows[0], rows[2]])
-    update_images(UpdateConfig(gallery, metadata=only_unknown, skip_missing=True))
-    assert load_gallery(gallery).snapshot().version == version
-
-
-def test_images_without_a_product_are_rejected(shop: tuple[str, str], tmp_path: Path) -> None:
-    names = [("unlabelled/a.jpg", "a.jpg"), ("product-99", "b.jpg")]
-    unlabelled = write_shop(tmp_path / "customers", names, unit_vectors(2))
-    with pytest.raises(UserError, match="1 images have no product, so they can only be searched for"):
-        add_images(AddConfig(shop[1], unlabelled))
