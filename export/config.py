@@ -142,7 +142,7 @@ class Int8Config:
         check_drop("max_recall_drop", self.max_recall_drop)
         check_confidence("confidence", self.confidence)
         if (self.max_recall_drop is None) != (not self.catalog):
-            raise UserError("max_recall_drop: needs catalog, and catalog needs it. Set both or neither.")
+            raise UserError("--max-recall-drop and --catalog go together: give both or neither.")
         check_numbers(self, batch=(1, MAX_BATCH), threads=(0, MAX_THREADS))
         if not 0 < self.seconds <= 600:
             raise UserError(f"seconds: expected more than 0 and at most 600, got {self.seconds}.")

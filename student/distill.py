@@ -33,7 +33,7 @@ from vpr.artifacts.writer import ArtifactWriter, check_output
 from vpr.common.distributed import is_first, rank_and_world, trainer_options
 from vpr.common.log import get_logger
 from vpr.data.catalog import Catalog
-from vpr.data.loaders import ImageDataset, open_caches, training_loader, validation_loader
+from vpr.data.loaders import EpochSampler, ImageDataset, open_caches, training_loader, validation_loader
 from vpr.data.seen import Use, read_seen, record_seen
 from vpr.imaging.preprocess import Preprocess
 from vpr.inference.model_size import count_multiply_adds, count_parameters
@@ -68,6 +68,7 @@ def distill(config: DistillConfig) -> Path | None:
     start = time.monotonic()
     loaders = _build_loaders(config, inputs, preprocess)
     epochs = count_epochs(config, len(loaders[0]))
+    _log_steps(config, loaders[0], epochs)
     student = _build_student(config, inputs)
     licences = [] if inputs.start is None else list(inputs.start.licences)
     fits_head = inputs.fits_head(config)
@@ -121,6 +122,16 @@ def count_epochs(config: DistillConfig, batches: int) -> int:
     epochs = math.ceil(config.steps / steps)
     log.info(f"  {config.steps} steps: {epochs} epochs of {steps} steps")
     return epochs
+
+
+def _log_steps(config: DistillConfig, loader: Loader, epochs: int) -> None:
+    sampler = loader.sampler
+    assert isinstance(sampler, EpochSampler)
+    steps = math.ceil(len(loader) / config.run.accumulate)
+    if not config.steps:
+        log.info(f"  {epochs} epochs of {steps} steps")
+    if few := sampler.describe_few_steps(config.run.accumulate):
+        log.warning(f"  {few}")
 
 
 def _log_plan(config: DistillConfig, inputs: DistillInputs, tokens: TeacherTokens | None) -> None:

@@ -60,10 +60,11 @@ def _print_stage(
 
     loader = stage.loader(config.loader)
     batch_size = loader.batch_size
-    batches = EpochSampler(train.products, loader, 0, 0, world, train.categories).batches
+    sampler = EpochSampler(train.products, loader, 0, 0, world, train.categories)
+    batches = sampler.batches
     if not batches:
         sizes = f"a batch has {batch_size * world} images, the training split {len(train)}"
-        raise UserError(f"stages {number}: {sizes}. Lower loader.batch_size or the stage's batch_size.")
+        raise UserError(f"stages {number}: {sizes}. Lower --loader.batch-size or batch_size in --stages.")
     images = batch_size * world
     scheduled.losses.check_products(counts.tolist(), max(loader.images_per_product, loader.min_per_product))
     scheduled.losses.check_batch(images, loader.images_per_product, batches * images)
@@ -82,6 +83,8 @@ def _print_stage(
         f"{images * min(run.accumulate, batches)} images of {preprocess.size} pixels, "
         f"trainable: teacher {_trainable_share(teacher)}, head {_trainable_share(head)}"
     )
+    if few := sampler.describe_few_steps(run.accumulate):
+        log.warning(f"    {few}")
     weights = scheduled.losses.weights()
     if list(weights) != ["margin"]:
         log.info(f"    losses: {', '.join(f'{name} x {weight:g}' for name, weight in weights.items())}")

@@ -120,6 +120,11 @@ def test_flags_of_a_configuration_read_back() -> None:
     [
         ("fly", "vpr fly: unknown command. See 'vpr --help'."),
         ("teacher tran", "vpr teacher tran: unknown command. Did you mean teacher train? See 'vpr teacher --help'."),
+        ("export tensorrt", "vpr export tensorrt: unknown command. Did you mean export engine?"),
+        ("serve --port 1", "vpr serve --port: unknown command. Did you mean search serve?"),
+        ("quantize", "vpr quantize: unknown command. Did you mean export int8?"),
+        ("teacher train --lr 0.1", "--lr: unknown option. A teacher's rates and epochs are in --stages: --stages '{tr"),
+        ("teacher train --epochs 3", "--epochs: unknown option. A teacher's rates and epochs are in --stages"),
         ("teacher train --weight_decay 1", "--weight_decay: unknown option."),
         ("teacher train --run.emaa 1", "--run.emaa: unknown option. Did you mean --run.ema? See 'vpr teacher train"),
         ("teacher train --ema 1", "--ema: unknown option. Did you mean --run.ema?"),

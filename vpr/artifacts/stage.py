@@ -9,7 +9,7 @@ from typing import Any
 from vpr.artifacts.card import Kind, Parent
 from vpr.artifacts.run_folder import run_folder
 from vpr.artifacts.store import Artifact
-from vpr.artifacts.writer import ArtifactWriter, find_up_to_date, write_artifact
+from vpr.artifacts.writer import ArtifactWriter, find_changes, find_up_to_date, write_artifact
 from vpr.common.log import get_logger
 
 log = get_logger(__name__)
@@ -40,6 +40,8 @@ class Stage:
         artifact = find_up_to_date(self.output, self.kind, self.config, self.parents, self.required_file)
         if artifact is not None:
             log.info(f"{self.output}: up to date")
+        elif changes := find_changes(self.output, self.kind, self.config, self.parents):
+            log.info(f"{self.output} is replaced: {changes} changed")
         return artifact
 
     def write(self) -> AbstractContextManager[ArtifactWriter]:

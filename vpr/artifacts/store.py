@@ -127,7 +127,9 @@ def _read_card(root: Path) -> bytes:
         with suppress(FileNotFoundError, NotADirectoryError):
             return read_card_file(root / CARD_NAME)
         restore_previous(root)
-    raise UserError(f"{root}: no artifact here ({CARD_NAME} is missing). Check the path, or make the artifact first.")
+    fix = "Check the path, or make the artifact first"
+    fix += "; separate paths by spaces" if "," in str(root) else ""
+    raise UserError(f"{root}: no artifact here ({CARD_NAME} is missing). {fix}.")
 
 
 def _verify_file(root: Path, name: str, entry: FileEntry) -> None:

@@ -33,6 +33,9 @@ from vpr.common.hardware import environment
 from vpr.common.locks import file_lock
 from vpr.imaging.preprocess import Preprocess
 
+_DERIVED = ("network", "tower_config")  # follow from other keys of a configuration
+_MAX_KEYS = 6
+
 
 @dataclass
 class ArtifactWriter:
@@ -124,6 +127,39 @@ def find_up_to_date(
             raise UserError(f"{target}: the output is also the input '{roles[0]}'. Choose another output.")
     check_output(path, kind, required_file)
     return None
+
+
+def find_changes(path: Path | str, kind: Kind, config: Mapping[str, Any], parents: list[Parent]) -> str:
+    """Return which keys of the configuration, or that the parents, differ from those of the artifact at ``path``.
+
+    The text is empty if there is no artifact of this kind, or nothing differs.
+    """
+    try:
+        card = json.loads(read_card_file(Path(path) / CARD_NAME))
+        old_parents = [Parent.model_validate(parent) for parent in card["parents"]]
+        if card["kind"] != kind:
+            return ""
+        old, new = identity(card["config"], old_parents), identity(config, parents)
+    except (CorruptArtifact, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    keys = _differing_keys(old, new)
+    keys = [key for key in keys if key.split(".")[0] not in _DERIVED] or keys
+    if len(keys) > _MAX_KEYS:
+        keys = [*keys[:_MAX_KEYS], f"{len(keys) - _MAX_KEYS} more keys"]
+    if not keys and old_parents != parents:
+        keys = ["its inputs"]
+    return ", ".join(keys)
+
+
+def _differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in dict.fromkeys([*new, *old]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys += _differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            keys.append(f"{prefix}{key}")
+    return keys
 
 
 def config_to_json(config: Any) -> dict[str, Any]:

@@ -32,6 +32,16 @@ _JSON = "--json"
 _DEVICE = "--device"
 _BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 _HELP = {"-h", "--help", "--help-all"}
+_RESUMABLE = {("teacher", "train"), ("student", "distill")}
+_OTHER_NAMES = {  # of commands, as other tools call them
+    "export tensorrt": "export engine",
+    "serve": "search serve",
+    "train": "teacher train",
+    "distill": "student distill",
+    "quantize": "export int8",
+    "quantise": "export int8",
+    "predict": "search",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(f"{' '.join(str(error).split())}: check the network, the disk and the paths")
         _fail(f"{error.filename}: {error.strerror}: check that the path exists and is writable")
     except KeyboardInterrupt:
+        if is_first() and tuple(words[:2]) in _RESUMABLE:
+            print("vpr: training was interrupted (Ctrl-C). Run the command again to resume it.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -132,7 +144,9 @@ def _find_command(words: list[str]) -> tuple[str, list[str]]:
 
     name = " ".join(names[:2])
     overview = f"vpr {names[0]} --help" if group else "vpr --help"
-    raise UserError(f"vpr {name}: unknown command.{suggest(name, COMMANDS)} See '{overview}'.")
+    known = _OTHER_NAMES.get(name) or _OTHER_NAMES.get(names[0])
+    hint = f" Did you mean {known}?" if known else suggest(name, COMMANDS)
+    raise UserError(f"vpr {name}: unknown command.{hint} See '{overview}'.")
 
 
 def _print_result(result: Any, as_json: bool) -> None:

@@ -17,6 +17,7 @@ class Command:
         common: Optional keys that the short help shows.
         positional: Keys that take values without a flag, in this order.
         aliases: Keys by another name of their flag.
+        hints: What to do instead, for flags that the command does not have.
         infers: Whether embedding images takes most of the time, so that memory is kept between batches.
     """
 
@@ -26,6 +27,7 @@ class Command:
     common: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=dict)
     infers: bool = False
 
     def load_function(self) -> Any:
@@ -49,10 +51,12 @@ def _load(name: str) -> Any:
 
 # fmt: off
 _TRAINING = ("loader.batch_size", "loader.workers", "loader.keep_in_memory", "run.ema", "run.precision", "dry_run")
+_STAGES = "A teacher's rates and epochs are in --stages: --stages '{train: all, epochs: 3, lr_tower: 1e-4}'."
 
 COMMANDS = {  # name: target, configuration, help, common keys
     "catalog": Command("vpr.data.build_catalog:build_catalog", "vpr.data.config:CatalogConfig",
-        "read images into a checked, split catalogue", ("root", "validation", "test", "resplit", "skip_unreadable")),
+        "read images into a checked, split catalogue",
+        ("root", "columns", "validation", "test", "resplit", "skip_unreadable")),
     "catalog check": Command("vpr.retrieval.check_command:check_catalog", "vpr.retrieval.config:CatalogCheckConfig",
         "find wrong labels and duplicates in a catalogue, and clean it", ("catalog", "apply", "outlier", "duplicate")),
     "catalog relocate": Command("vpr.data.relocate:relocate_catalog", "vpr.data.config:RelocateConfig",
@@ -66,7 +70,8 @@ COMMANDS = {  # name: target, configuration, help, common keys
         "compare untrained towers on your validation split", ("output", "batch_size", "threads", "seed"), infers=True),
     "teacher train": Command("teacher.train:train", "teacher.config:TrainConfig",
         "fine-tune an image tower with margin, proxy and pair losses",
-        ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed"), infers=True),
+        ("tower.name", "tower.pretrained", "stages", *_TRAINING, "seed"),
+        hints={"--lr": _STAGES, "--epochs": _STAGES}, infers=True),
     "teacher embed": Command("teacher.embed:embed_catalog", "vpr.retrieval.config:EmbedConfig",
         "embed a catalogue with a teacher", ("split", "batch_size", "threads"), infers=True),
     "teacher soup": Command("teacher.soup:soup", "teacher.config:SoupConfig",

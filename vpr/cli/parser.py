@@ -22,6 +22,7 @@ _EXPECTED = r"expected \1, got '\2'"
 _REWRITES = (
     (r'Parser key "([\w.]+)":', r"\1:"),
     (r"Problem with given class_path '[\w.]+': ", ""),
+    (r"Expected a <class 'tuple'>\. Got value: (\[.*\])", r"'\1' cannot be read. Check for a missing comma or bracket"),
     (r"Expected a <class 'tuple'>\. Got value: (.*)", r"expected a list, got '\1'. Write [\1]"),
     (r"<class '(\w+)'>", r"\1"),
     (r"typing\.Literal\[(.*?)\]", r"one of \1"),
@@ -110,6 +111,8 @@ def _expand(arguments: Sequence[str], parser: CommandParser, prog: str, command:
             others.append(f"{positive}={'true' if flag in flags else 'false'}")
             continue
         if flag not in flags and flag != RECIPE_FLAG:
+            if command and flag in command.hints:
+                raise UserError(f"{flag}: unknown option. {command.hints[flag]}")
             hint = suggest(flag, [*flags, RECIPE_FLAG])
             raise UserError(f"{flag}: unknown option.{hint} See '{prog} --help-all'.")
         values = [value] if equals else []

@@ -12,7 +12,7 @@ from vpr.data.catalog_summary import summary_lines
 from vpr.data.config import CatalogConfig
 from vpr.data.division import Division, Shares, split_by_product
 from vpr.data.image_files import FOLDER_LINK, skipped_files
-from vpr.data.intake import check_images, describe_skipped, read_data
+from vpr.data.intake import check_images, read_data, warn_of_skipped
 from vpr.data.location import write_location
 from vpr.data.splits import warn_of_moves, warn_of_own_leaks
 
@@ -41,7 +41,7 @@ def build_catalog(config: CatalogConfig) -> Path:
     if config.reader in ("folder", "images", "webdataset"):
         skipped = skipped_files(data.root, Path(config.output), [Path(folder) for folder in config.follow_links])
         skipped = [file for file in skipped if file[1] == FOLDER_LINK or config.reader != "webdataset"]
-        data.notes += describe_skipped(skipped)
+        warn_of_skipped(skipped)
         data.set_aside += skipped
     division = data.divide(_shares(config))
     _check_met(division)

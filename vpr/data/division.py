@@ -249,6 +249,7 @@ def _unmet(
             fix = "Add --resplit to divide all products by the shares."
         else:
             problem += ", as a query and its gallery need"
+            fix = fix if searchable else "Add a second image of each product."
         messages.append(f"{name}: {problem}. {fix}")
     if shares.test and "test" not in [name for name, _, _ in drawn] and not np.any(splits == TEST):
         problem = "Images have a role and no split, next to images of their product without a role"

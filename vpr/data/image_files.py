@@ -33,7 +33,7 @@ class PathGuard:
                 raise UserError(f"{where}{ascii(name)}: it has a line break or a zero byte. Rename the file or folder.")
             fix = "Give a folder that contains all images with --image-root" if table else "Copy the file into it"
             fix = fix if table else f"{fix}, or name the folder that links lead into with --follow-links"
-            raise UserError(f"{where}'{name}' leads out of {self.root}. {fix}.")
+            raise UserError(f"{where}'{name}' leads out of '{self.root}'. {fix}.")
         return name
 
     def is_inside(self, name: str) -> bool:

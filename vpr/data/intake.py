@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from vpr.common.errors import UserError
 from vpr.common.hardware import available_cpus
+from vpr.common.log import get_logger
 from vpr.data.boxes import (
     BoxReading,
     Form,
@@ -45,6 +46,8 @@ from vpr.data.readers import READERS, UNLABELLED, Row
 from vpr.data.tables import describe_unread, describe_unread_keys
 from vpr.imaging.decode import Box, Header, ImageRejected, decode_bytes, read_header, read_image
 from vpr.imaging.formats import HEIC_UNREADABLE
+
+log = get_logger(__name__)
 
 _CHUNK = 32  # images of one task: the hand-over of a task costs as much as a tenth of an image
 CHECK_SIZE = 64  # pixels; JPEGs are decoded to their end, at a reduced scale
@@ -168,10 +171,12 @@ def check_images(
     return readable, rejected
 
 
-def describe_skipped(skipped: list[Rejected]) -> list[str]:
-    """Return lines that count the files of a folder that are images of an unsupported format."""
+def warn_of_skipped(skipped: list[Rejected]) -> None:
+    """Warn of the files of a folder that are images of an unsupported format."""
     heic = [name for name, reason in skipped if reason == HEIC_UNREADABLE]
-    return [f"HEIC files: {len(heic)} left out ({heic[0]}), see set_aside.csv"] if heic else []
+    if heic:
+        fix = "To read them: pip install -r requirements-heic.txt"
+        log.warning(f"HEIC files: {len(heic)} left out ({heic[0]}), see set_aside.csv. {fix}")
 
 
 def _check_image(root: Path, row: Row, reading: BoxReading, guard: PathGuard | None) -> Row | ImageRejected:

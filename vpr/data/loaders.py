@@ -83,6 +83,9 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         return pixels
 
 
+_FEW_STEPS = 10  # of an epoch: a plan warns below
+
+
 class EpochSampler(Sampler[int]):
     """Sample rows in an order that depends only on seed and epoch, shared between processes.
 
@@ -120,6 +123,19 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
         self.rows_of_all = int(self._target_counts.sum())
         self.batches = self.rows_of_all // (world * config.batch_size)
+
+    def describe_few_steps(self, accumulate: int = 1) -> str:
+        """Return a warning if an epoch has fewer than ten steps, else an empty text."""
+        steps, images = -(-self.batches // accumulate), self._world * self._batch
+        if not 0 < steps < _FEW_STEPS:
+            return ""
+        text = f"{steps} {'step' if steps == 1 else 'steps'} of {images * min(accumulate, self.batches)} images"
+        text += " in each epoch"
+        if left := self.rows_of_all - self.batches * images:
+            text += f"; {left} of {self.rows_of_all} images are left out of it"
+        size = self.rows_of_all // (_FEW_STEPS * self._world * accumulate)
+        size = 1 << size.bit_length() - 1 if size else 0
+        return text + (f". Try --loader.batch-size {size}" if 2 <= size < self._batch else "")
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; Lightning calls this before each epoch."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vpr.common.errors import UserError
+from vpr.common.log import get_logger
 from vpr.data.boxes import BOX_COLUMNS, Form, find_box_columns, parse_box, to_xywh
 from vpr.data.columns import read_mapping
 from vpr.data.config import ReadOptions
@@ -14,6 +15,8 @@ from vpr.data.image_files import HIDDEN, PathGuard, check_utf8, image_files, ima
 from vpr.data.split_folders import SPLIT_NAMES, find_split_folders, place_of
 from vpr.data.tables import read_table_rows
 from vpr.data.webdataset import read_label, read_samples
+
+log = get_logger(__name__)
 
 Row = dict[str, Any]
 Reader = Callable[[Path, ReadOptions], Iterator[Row]]
@@ -92,13 +95,25 @@ def read_folder(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Row]:
     guard = _guard(root, options)
     names = list(image_files(root, _links(options)))
     places = find_split_folders(root, names)
+    products: dict[str, str] = {}  # the first subfolder with images of each product, or nothing
     for name in names:
         folder, (split, role), rest = place_of(name, places)
         product, _, file = rest.partition("/")
         if not file or (places and not folder):
             place = f"{root}/{folder}/PRODUCT/" if folder else f"{root}/PRODUCT/"
             raise UserError(f"{root / name}: it is in no product's folder. Move it to {place}{file or rest}.")
+        products[product] = products.get(product) or file.rpartition("/")[0]
         yield {**_row(guard.check(name), product, "", "folder", role), "split": split}
+    _warn_of_subfolders(products)
+
+
+def _warn_of_subfolders(products: dict[str, str]) -> None:
+    """Warn if most products have images in subfolders, which may be the products that the user means."""
+    nested = [f"{name}/{folder}" for name, folder in products.items() if folder and folder not in SPLIT_NAMES]
+    if 2 * len(nested) > len(products):
+        counts = f"the images of {len(nested)} of {len(products)} products are in subfolders ({nested[0]})"
+        fix = "if the subfolders are your products, use a CSV or move them up"
+        log.warning(f"{counts}. A product is the first folder: {fix}")
 
 
 def read_images(root: Path, options: ReadOptions = _DEFAULTS) -> Iterator[Row]:
@@ -180,7 +195,8 @@ def _known(text: str, column: str, where: str) -> str:
     if value in _EMPTY:
         return "train" if column == "role" else ""
     if value not in known:
-        raise UserError(f"{where}: {column} '{value}' is not known. Use {', '.join(known)}.")
+        names = ", ".join(known)
+        raise UserError(f"{where}: {column} '{value}' is not known. Use {names}, or rename the column, to ignore it.")
     return value
 
 

@@ -1,7 +1,9 @@
 """Decoding of image files to RGB, with bounded memory."""
 
+import errno
 import io
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,7 +61,10 @@ class ImageRejected(UserError):
     """File that is not a usable image; ``reason`` says why."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}. Replace the file, or build the catalogue with --skip-unreadable.")
+        fix = "Replace the file, or build the catalogue with --skip-unreadable"
+        if reason == os.strerror(errno.ENOENT):
+            fix = "If the images moved: vpr catalog relocate --catalog C --root NEW"
+        super().__init__(f"{path}: {reason}. {fix}.")
         self.reason = reason
 
 

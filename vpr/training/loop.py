@@ -299,9 +299,16 @@ def _reraise_single_values() -> Iterator[None]:
 
 @contextmanager
 def _fail_if_terminated() -> Iterator[None]:
-    """Exit with 143 at SIGTERM, as other programs do; Lightning's exception alone would exit with 0."""
+    """Exit with 143 at SIGTERM, as other programs do; Lightning's exception alone would exit with 0.
+
+    Ctrl-C stays a :class:`KeyboardInterrupt`, of which Lightning makes an exit with 1.
+    """
     try:
         yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     except SIGTERMException:
         log.warning("training was terminated (SIGTERM). Run the command again to resume it.")
         raise SystemExit(128 + signal.SIGTERM) from None

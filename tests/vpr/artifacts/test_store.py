@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import edit_card
 from vpr.artifacts import store
-from vpr.artifacts.card import CorruptArtifact
+from vpr.artifacts.card import CorruptArtifact, Parent
 from vpr.artifacts.paths import CARD_NAME
+from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import check_output, find_up_to_date, write_artifact
 from vpr.common.errors import UserError
@@ -279,3 +280,18 @@ def test_older_schema_is_made_again(artifact: Path) -> None:
     with pytest.raises(CorruptArtifact, match="expected card schema 2, got 1"):
         load_artifact(artifact)
     assert find_up_to_date(artifact, "ranges", {"method": "mse", "bins": 2048}, []) is None
+
+
+def test_keys_that_replace_an_artifact_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parents = [Parent(role="catalog", name="c", sha256="0" * 64)]
+    old = {"tower": {"name": "a", "size": 1}, "stages": [1], "seed": 0}
+    with Stage(str(tmp_path / "a"), "teacher", old, parents).write():
+        pass
+    for config, inputs, changes in (
+        ({**old, "tower": {"name": "b", "size": 1}, "stages": [2]}, parents, "tower.name, stages"),
+        (old, [parents[0].model_copy(update={"sha256": "1" * 64})], "its inputs"),
+    ):
+        assert Stage(str(tmp_path / "a"), "teacher", config, inputs).find() is None
+        assert f"a is replaced: {changes} changed" in capsys.readouterr().err
+    assert Stage(str(tmp_path / "a"), "teacher", old, parents).find() is not None
+    assert "replaced" not in capsys.readouterr().err

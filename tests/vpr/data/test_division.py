@@ -209,7 +209,11 @@ def test_image_of_several_splits_is_left_out() -> None:
             (0.001, 0),
             r"validation: 0\.001 selects none of 2 products\. 2 products have two images, .* --seed",
         ),
-        (_rows([1, 1, 1, 1]), (0, 0.9), r"test: 0\.9 selects none of 4 products\. 0 products have two images"),
+        (
+            _rows([1, 1, 1, 1]),
+            (0, 0.9),
+            r"test: 0\.9 selects none of 4 products\. 0 products have two images, .* need\. Add a sec",
+        ),
         (
             [_row(f"{n}", f"{n // 2}", role="query") for n in range(8)],
             (0.5, 0),

@@ -275,3 +275,23 @@ def test_too_few_images_for_a_batch_are_rejected(catalog: Catalog) -> None:
 def test_values_out_of_range_are_rejected(values: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LoaderConfig(**values)
+
+
+_LEFT = "images in each epoch; 52 of 180 images are left out of it"
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "text"),
+    [
+        (
+            180,
+            128,
+            "1 step of 128 images in each epoch; 52 of 180 images are left out of it. Try --loader.batch-size " + "16",
+        ),
+        (180, 16, ""),
+        (4, 2, "2 steps of 2 images in each epoch"),
+    ],
+)
+def test_epochs_of_few_steps_are_reported(images: int, batch: int, text: str) -> None:
+    sampler = EpochSampler(np.arange(images).astype(np.str_), LoaderConfig(batch_size=batch), 0)
+    assert sampler.describe_few_steps() == text

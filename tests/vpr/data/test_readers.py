@@ -278,3 +278,16 @@ def test_line_of_a_gigabyte_is_not_read_to_its_end(tmp_path: Path) -> None:
 def test_blank_lines_do_not_count_as_a_long_row(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,product\n" + ("0.png," + "x" * 1000 + "\n\n") * 5000 + "\n" * (5 << 20))
     assert len(list(read_csv(tmp_path / "t.csv"))) == 5000
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_products_in_subfolders_are_reported(
+    depth: int, tmp_path: Path, image: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("Milch/Alpro", "Milch/Oatly", "Obst/Kiwi"):
+        folder = tmp_path / (name if depth == 2 else name.replace("/", "-"))
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(image)
+    list(read_folder(tmp_path))
+    message = "the images of 2 of 2 products are in subfolders (Milch/Alpro). A product is the first folder:"
+    assert (message in capsys.readouterr().err) == (depth == 2)

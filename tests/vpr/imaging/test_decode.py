@@ -267,3 +267,8 @@ def test_huge_file_is_rejected_unread(tmp_path: Path) -> None:
         stream.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ImageRejected, match=f"more than {MAX_FILE_BYTES}"):
         decode(tmp_path / "huge.jpg")
+
+
+def test_missing_image_names_the_command_that_relocates_a_catalogue(tmp_path: Path) -> None:
+    with pytest.raises(ImageRejected, match=r"If the images moved: vpr catalog relocate --catalog C --root NEW\."):
+        decode(tmp_path / "missing.jpg")

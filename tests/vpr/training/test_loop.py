@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -238,6 +239,21 @@ def test_non_finite_loss_stops_training(catalog: Catalog, tmp_path: Path) -> Non
     loader = training_loader(training, LoaderConfig(batch_size=16), 0)
     with pytest.raises(UserError, match=r"not finite at step 0\. Lower the learning rate"):
         fit(module, (loader, loader), module.net, tmp_path, 1, RunConfig("32-true"))
+
+
+def test_interrupted_training_stays_an_interrupt(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tiny, "on_train_batch_end", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(catalog, tmp_path, 2, RunConfig())
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from here on
 
 
 def test_terminated_training_fails(catalog: Catalog, tmp_path: Path) -> None:
