@@ -17,6 +17,7 @@ from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.artifacts.writer import check_output, write_artifact
 from vpr.common.errors import UserError, nearest_names
 from vpr.common.log import get_logger
+from vpr.data.readers import UNLABELLED
 from vpr.data.tables import list_columns, read_table_rows
 from vpr.gallery.config import AddConfig, CompactConfig, CreateConfig, RemoveConfig, UpdateConfig, read_columns
 from vpr.gallery.gallery import (
@@ -176,20 +177,29 @@ def compact_gallery(config: CompactConfig) -> Path:
 
 
 def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
-    """Return the gallery rows of a split, or all gallery rows; :class:`UserError` for none, or for an id twice.
+    """Return the gallery rows of a split, or all gallery rows.
 
     A split without such rows, as the training split, gives all its rows but queries.
+
+    Raises:
+        UserError: There are no such rows, an image has no product, or an id is there twice.
     """
     path = embeddings.artifact.path
-    rows = embeddings.rows_with_role("gallery")
-    if split:
-        with reraise_as_artifact_error(embeddings.artifact):
-            column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
+    with reraise_as_artifact_error(embeddings.artifact):
+        table = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split", "source"])
+    if not split:
+        rows = embeddings.gallery_rows()
+    else:
+        column = table["split"]
         is_chosen = np.array([name or "" for name in column.to_pylist()], dtype=np.str_) == split
         gallery = np.flatnonzero(is_chosen & (embeddings.roles == "gallery"))
         rows = gallery if len(gallery) else np.flatnonzero(is_chosen & (embeddings.roles != "query"))
     if not len(rows):
         raise UserError(f"split: {path} has no gallery images in split '{split}'. Leave out --split.")
+    is_unlabelled = np.array([name == UNLABELLED for name in table["source"].to_pylist()], dtype=bool)
+    if unlabelled := int(is_unlabelled[rows].sum()):
+        problem = f"{unlabelled} images have no product"
+        raise UserError(f"{key}: {path}: {problem}. Build their catalogue with --reader folder or csv.")
     counts = Counter(zip(embeddings.products[rows].tolist(), embeddings.images[rows].tolist(), strict=True))
     if len(counts) < len(rows):
         name = _name(*counts.most_common(1)[0][0])

@@ -405,3 +405,20 @@ def test_empty_gallery(shop: tuple[str, str], tmp_path: Path) -> None:
     verify_gallery(VerifyGalleryConfig(gallery))
     with pytest.raises(UserError, match="has no such images"):
         export_embeddings(ExportConfig(gallery, str(tmp_path / "none")))
+
+
+def test_unlabelled_images_are_no_products(tmp_path: Path) -> None:
+    ids = [("unlabelled/x.jpg", "x.jpg"), ("p", "p.jpg")]
+    embeddings = write_shop(tmp_path / "e", ids, unit_vectors(2), sources=["unlabelled", "csv"])
+    with pytest.raises(UserError, match="embeddings: .*/e: 1 images have no product. Build .* --reader folder or csv"):
+        create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
+
+
+def test_products_without_a_gallery_image_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    embeddings = write_shop(tmp_path / "e", name_images(6), unit_vectors(6), roles=["train"] * 3 + ["gallery"] * 3)
+    create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
+    assert caplog.text.count("3 of 6 images (1 of 2 products) are gallery images") == 1
+    caplog.clear()
+    complete = write_shop(tmp_path / "complete", name_images(3), unit_vectors(3), roles=["query"] + ["gallery"] * 2)
+    create_gallery(CreateConfig(complete, str(tmp_path / "other")))
+    assert "are gallery images" not in caplog.text
