@@ -138,7 +138,7 @@ class Embeddings:
         return rows if len(rows) else np.arange(len(self.roles))
 
     def gallery_rows(self) -> NDArray[np.int64]:
-        """Return the rows with the role ``gallery``, or all rows; warn if that leaves out whole products."""
+        """Return the rows with the role ``gallery``, or all rows; warn if products have none of them."""
         rows = self.rows_with_role("gallery")
         products, every = (
             np.unique(names[~np.char.startswith(names, f"{UNLABELLED}/")])
