@@ -121,9 +121,13 @@ def update_images(config: UpdateConfig) -> Path:
         threshold = load_threshold(config.threshold, model.model, model.dim) if config.threshold else None
         if config.embeddings:
             gallery.check_model(embeddings, "embeddings", snapshot)
-            gallery.store.replace(build_part(embeddings, rows, metadata, model.is_migrated), IDS)
+            new = build_part(embeddings, rows, metadata, model.is_migrated)
+            cleared = 0 if config.metadata else _count_metadata(snapshot, new, list(gallery.columns))
+            gallery.store.replace(new, IDS)
+            if cleared:
+                log.info(f"metadata of {cleared} images cleared; give --metadata to keep values")
         elif config.metadata:
-            gallery.store.replace(_rows_with(snapshot, metadata, config.metadata), IDS)
+            gallery.store.replace(_rows_with(snapshot, metadata, config.metadata, config.skip_missing), IDS)
         if threshold:
             _store_threshold(load_gallery(config.gallery), threshold)
         _check_size(config.gallery)
@@ -236,15 +240,28 @@ def _check_size(path: str) -> None:
     gallery.check_size(snapshot, gallery.threshold(snapshot))
 
 
-def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:
+def _count_metadata(snapshot: Snapshot, new: pa.Table, columns: list[str]) -> int:
+    """Return the number of stored images with metadata that new rows replace."""
+    if not columns:
+        return 0
+    stored = snapshot.read([*IDS, *columns])
+    is_replaced = pc.is_in(_keys(stored), value_set=_keys(new))
+    has_values = pa.array([any(row[name] is not None for name in columns) for row in stored.to_pylist()], pa.bool_())
+    return pc.sum(pc.and_(is_replaced, has_values)).as_py() or 0
+
+
+def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str, skip_missing: bool) -> pa.Table:
     """Return the stored rows of the metadata's products or images with these metadata."""
     products = sorted({product for product, _ in metadata.values})
     names = snapshot.schema.names
     stored = snapshot.read(names, f"product IN ({quote(products)})").select(names).combine_chunks()
     found = {(product, "") for product in stored["product"].to_pylist()}
     keys = list(zip(stored["product"].to_pylist(), stored["image"].to_pylist(), strict=True))
-    if unknown := [key for key in metadata.values if key not in found and key not in set(keys)]:
-        raise UserError(f"metadata: {path}: the gallery has no {_name(*unknown[0])}. Remove the row.")
+    images = set(keys)
+    unknown = [key for key in metadata.values if key not in found and key not in images]
+    if unknown and not skip_missing:
+        problem = f"the gallery has no {_name(*unknown[0])} ({len(unknown)} unknown)"
+        raise UserError(f"metadata: {path}: {problem}. Remove the row, or set --skip-missing.")
     used = [metadata.find(*key) is not None for key in keys]
     chosen = stored.filter(pa.array(used, pa.bool_()))
     values = metadata.arrays(chosen["product"].to_pylist(), chosen["image"].to_pylist())

@@ -422,3 +422,22 @@ def test_products_without_a_gallery_image_are_counted(tmp_path: Path, caplog: py
     complete = write_shop(tmp_path / "complete", name_images(3), unit_vectors(3), roles=["query"] + ["gallery"] * 2)
     create_gallery(CreateConfig(complete, str(tmp_path / "other")))
     assert "are gallery images" not in caplog.text
+
+
+def test_cleared_metadata_and_skipped_products(
+    shop: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [("product", "title", "price"), ("p0", "a", "1"), ("px", "x", "1")]
+    table = write_table(tmp_path / "m.csv", rows)
+    with pytest.raises(UserError, match="no product 'px' .1 unknown.. Remove the row, or set --skip-missing"):
+        update_images(UpdateConfig(shop[1], metadata=table))
+    update_images(UpdateConfig(shop[1], metadata=table, skip_missing=True))
+    assert contents(shop[1])["p0", "0/0.jpg"][:2] == ("a", 1.0)
+    with caplog.at_level("INFO"):
+        update_images(UpdateConfig(shop[1], shop[0]))
+    assert "metadata of 3 images cleared; give --metadata to keep values" in caplog.text
+
+
+def test_a_gallery_in_place_of_embeddings_names_the_command(shop: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="got gallery. Search it with `vpr gallery search`, or .* `vpr gallery export`"):
+        load_embeddings(shop[1])
