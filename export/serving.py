@@ -208,7 +208,7 @@ def _write_gallery(folder: Path, gallery: Embeddings, kind: str, handoff: Handof
     """Write vectors, rows and index; return the number of images, and unless ``flat`` the overlap if it is measured."""
     import faiss
 
-    rows = gallery.rows_with_role("gallery")
+    rows = gallery.gallery_rows()
     vectors = np.ascontiguousarray(gallery.vectors[rows])
     with reraise_as_artifact_error(gallery.artifact):
         columns = ["image", "product", "category"]

@@ -123,7 +123,7 @@ def load_gallery_searchers(
     opened_galleries = [load_gallery(path) for path in galleries]
     snapshots = [gallery.snapshot() for gallery in opened_galleries]
     _check_models(artifacts, opened_galleries, snapshots)  # before the models are loaded, which takes seconds
-    images = GalleryImages([load_catalog(path).select(role="gallery") for path in catalogs])
+    images = GalleryImages([load_catalog(path) for path in catalogs])
     opened = {artifact.sha256: open_fastest(str(artifact.path)) for artifact in artifacts}
     searchers: list[GallerySearcher] = []
     for index, (gallery, snapshot) in enumerate(zip(opened_galleries, snapshots, strict=True)):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
+
 from vpr.data.catalog import Catalog
 from vpr.imaging.decode import decode
 
@@ -24,12 +26,13 @@ class GalleryImages:
 
     @cached_property
     def places(self) -> dict[tuple[str, str], int]:
-        """Row of each image by product and image id; the first catalogue that has it counts."""
+        """Row of each image by product and image id; the first catalogue counts, gallery rows first."""
         places: dict[tuple[str, str], int] = {}
         for start, catalog in zip(self._starts, self.catalogs, strict=True):
             columns = (catalog.table[name].to_pylist() for name in ("product", "image"))
-            for row, key in enumerate(zip(*columns, strict=True), start):
-                places.setdefault(key, row)
+            keys = list(zip(*columns, strict=True))
+            for row in np.argsort(catalog.roles != "gallery", kind="stable").tolist():
+                places.setdefault(keys[row], start + row)
         return places
 
     def thumbnail(self, row: int) -> bytes:

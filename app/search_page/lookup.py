@@ -154,7 +154,11 @@ def load_searchers(
     images = load_catalog(catalog).select(split=split or None)
     gallery = images.select(role="gallery")
     if not len(gallery):
-        raise UserError(f"{catalog}: split '{split or 'any'}' has no gallery images. Choose another --split.")
+        problem = f"split '{split or 'any'}' has no gallery images"
+        if (load_catalog(catalog).roles == "gallery").any():
+            raise UserError(f"{catalog}: {problem}. Choose another --split.")
+        remedy = 'Give the images the role gallery, see docs/serving.md, "All products of a shop"'
+        raise UserError(f"{catalog}: {problem}, and no other split has. {remedy}.")
     searchers = []
     for index, path in enumerate(models):
         model, forward = open_fastest(path)

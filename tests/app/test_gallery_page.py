@@ -387,6 +387,13 @@ def test_images_of_several_catalogues(
     assert Image.open(io.BytesIO(images.thumbnail(len(parts[0])))).size == (50, 20)
 
 
+def test_images_of_every_role_are_shown(shop: Shop, catalog: Catalog) -> None:
+    assert catalog.artifact is not None
+    _, images = load_gallery_searchers([shop.model], [shop.gallery], [str(catalog.artifact.path)])
+    training = catalog.select(split="train").table
+    assert (training["product"][0].as_py(), training["image"][0].as_py()) in images.places
+
+
 def test_galleries_and_models_must_fit(shop: Shop, catalog: Catalog, tmp_path: Path) -> None:
     from experiments.random_student import write_random_student
     from tests.conftest import small_student

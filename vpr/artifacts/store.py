@@ -74,6 +74,13 @@ class Artifact:
         return tuple(names)
 
 
+_REMEDIES = {  # by expected and found kind
+    ("embeddings", "gallery"): "Search it with `vpr gallery search`, or write embeddings with `vpr gallery export`.",
+    ("onnx", "student"): "Run `vpr export onnx` first.",
+    ("gallery", "embeddings"): "Run `vpr gallery create` first.",
+}
+
+
 def file_sha256(path: Path) -> str:
     """Return the hexadecimal sha256 of a file."""
     with path.open("rb") as stream:
@@ -92,7 +99,9 @@ def load_artifact(path: Path | str, kind: Kind | tuple[Kind, ...] | None = None)
         raw = _read_card(root)
         card = parse_card(root / CARD_NAME, raw)
         if kinds and card.kind not in kinds:
-            raise UserError(f"{root}: expected an artifact of kind {' or '.join(kinds)}, got {card.kind}.")
+            remedies = (text for kind in kinds if (text := _REMEDIES.get((kind, card.kind))))
+            remedy = f" {text}" if (text := next(remedies, "")) else ""
+            raise UserError(f"{root}: expected an artifact of kind {' or '.join(kinds)}, got {card.kind}.{remedy}")
         try:
             for name, entry in card.files.items():
                 _verify_file(root, name, entry)

@@ -17,6 +17,7 @@ from vpr.artifacts.store import reraise_as_artifact_error
 from vpr.artifacts.writer import check_output, write_artifact
 from vpr.common.errors import UserError, nearest_names
 from vpr.common.log import get_logger
+from vpr.data.readers import UNLABELLED
 from vpr.data.tables import list_columns, read_table_rows
 from vpr.gallery.config import AddConfig, CompactConfig, CreateConfig, RemoveConfig, UpdateConfig, read_columns
 from vpr.gallery.gallery import (
@@ -121,9 +122,15 @@ def update_images(config: UpdateConfig) -> Path:
         threshold = load_threshold(config.threshold, model.model, model.dim) if config.threshold else None
         if config.embeddings:
             gallery.check_model(embeddings, "embeddings", snapshot)
-            gallery.store.replace(build_part(embeddings, rows, metadata, model.is_migrated), IDS)
+            new = build_part(embeddings, rows, metadata, model.is_migrated)
+            cleared = 0 if config.metadata else _count_metadata(snapshot, new, list(gallery.columns))
+            gallery.store.replace(new, IDS)
+            if cleared:
+                log.info(f"metadata of {cleared} images cleared; give --metadata to keep values")
         elif config.metadata:
-            gallery.store.replace(_rows_with(snapshot, metadata, config.metadata), IDS)
+            described = _rows_with(snapshot, metadata, config.metadata, config.skip_missing)
+            if len(described):
+                gallery.store.replace(described, IDS)
         if threshold:
             _store_threshold(load_gallery(config.gallery), threshold)
         _check_size(config.gallery)
@@ -178,20 +185,29 @@ def compact_gallery(config: CompactConfig) -> Path:
 
 
 def select_rows(embeddings: Embeddings, split: str, key: str) -> Rows:
-    """Return the gallery rows of a split, or all gallery rows; :class:`UserError` for none, or for an id twice.
+    """Return the gallery rows of a split, or all gallery rows.
 
     A split without such rows, as the training split, gives all its rows but queries.
+
+    Raises:
+        UserError: There are no such rows, an image has no product, or an id is there twice.
     """
     path = embeddings.artifact.path
-    rows = embeddings.rows_with_role("gallery")
-    if split:
-        with reraise_as_artifact_error(embeddings.artifact):
-            column = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split"])["split"]
+    with reraise_as_artifact_error(embeddings.artifact):
+        table = pq.read_table(embeddings.artifact.file("rows.parquet"), columns=["split", "source"])
+    if not split:
+        rows = embeddings.gallery_rows()
+    else:
+        column = table["split"]
         is_chosen = np.array([name or "" for name in column.to_pylist()], dtype=np.str_) == split
         gallery = np.flatnonzero(is_chosen & (embeddings.roles == "gallery"))
         rows = gallery if len(gallery) else np.flatnonzero(is_chosen & (embeddings.roles != "query"))
     if not len(rows):
         raise UserError(f"split: {path} has no gallery images in split '{split}'. Leave out --split.")
+    is_unlabelled = np.array([name == UNLABELLED for name in table["source"].to_pylist()], dtype=bool)
+    if unlabelled := int(is_unlabelled[rows].sum()):
+        problem = f"{unlabelled} images have no product"
+        raise UserError(f"{key}: {path}: {problem}. Build their catalogue with --reader folder or csv.")
     counts = Counter(zip(embeddings.products[rows].tolist(), embeddings.images[rows].tolist(), strict=True))
     if len(counts) < len(rows):
         name = _name(*counts.most_common(1)[0][0])
@@ -228,7 +244,17 @@ def _check_size(path: str) -> None:
     gallery.check_size(snapshot, gallery.threshold(snapshot))
 
 
-def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:
+def _count_metadata(snapshot: Snapshot, new: pa.Table, columns: list[str]) -> int:
+    """Return the number of stored images with metadata that new rows replace."""
+    if not columns:
+        return 0
+    stored = snapshot.read([*IDS, *columns])
+    is_replaced = pc.is_in(_keys(stored), value_set=_keys(new)).to_numpy(zero_copy_only=False)
+    has_values = np.any([stored[name].is_valid().to_numpy() for name in columns], axis=0)
+    return int((is_replaced & has_values).sum())
+
+
+def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str, skip_missing: bool) -> pa.Table:
     """Return the stored rows of the metadata's products or images with these metadata."""
     known = set(snapshot.read(["product"])["product"].to_pylist())
     products = sorted({product for product, _ in metadata.values} & known)
@@ -238,8 +264,11 @@ def _rows_with(snapshot: Snapshot, metadata: Metadata, path: str) -> pa.Table:
     stored = pa.concat_tables([snapshot.read(names, where).select(names) for where in wanted]).combine_chunks()
     found = {(product, "") for product in stored["product"].to_pylist()}
     keys = list(zip(stored["product"].to_pylist(), stored["image"].to_pylist(), strict=True))
-    if unknown := [key for key in metadata.values if key not in found and key not in set(keys)]:
-        raise UserError(f"metadata: {path}: the gallery has no {_name(*unknown[0])}. Remove the row.")
+    images = set(keys)
+    unknown = [key for key in metadata.values if key not in found and key not in images]
+    if unknown and not skip_missing:
+        problem = f"the gallery has no {_name(*unknown[0])} ({len(unknown)} unknown)"
+        raise UserError(f"metadata: {path}: {problem}. Remove the row, or set --skip-missing.")
     used = [metadata.find(*key) is not None for key in keys]
     chosen = stored.filter(pa.array(used, pa.bool_()))
     values = metadata.arrays(chosen["product"].to_pylist(), chosen["image"].to_pylist())

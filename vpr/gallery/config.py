@@ -106,6 +106,7 @@ class UpdateConfig:
             replaces the metadata of these products or images; without it, replaced images lose their metadata.
         split: Split of the embeddings to take; empty takes all splits.
         threshold: Artifact of ``vpr gallery threshold``, which replaces the stored threshold.
+        skip_missing: Skip metadata of products or images that the gallery does not have.
     """
 
     gallery: str
@@ -113,6 +114,7 @@ class UpdateConfig:
     metadata: str = ""
     split: str = ""
     threshold: str = ""
+    skip_missing: bool = False
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,8 @@ class Store:
                 raise LostFile(f"{self.address}: {problem}. Check the path, or restore the gallery.") from None
             if where and (isinstance(error, ValueError) or _FAILED.search(text)):
                 reason = text.removeprefix("Invalid input, ").rstrip(".")[:300]
-                raise InvalidCondition(f"where: '{where[:100]}': {reason}. Correct the condition.") from None
+                quotes = " Texts are in single quotes." if "No field named" in reason and '"' in where else ""
+                raise InvalidCondition(f"where: '{where[:100]}': {reason}. Correct the condition.{quotes}") from None
             raise UserError(
                 f"{self.address}: LanceDB reports: {text.rstrip('.')[:300]}. See docs/gallery.md."
             ) from None

@@ -17,15 +17,18 @@ from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_err
 from vpr.artifacts.writer import write_artifact
 from vpr.common.arrays import read_array
 from vpr.common.errors import UserError
+from vpr.common.log import get_logger
 from vpr.data.catalog import SCHEMA, Catalog
 from vpr.data.parquet_table import read_text_columns
 from vpr.data.pixels import KeptPixels, read_pixels
+from vpr.data.readers import UNLABELLED
 from vpr.data.seen import record_seen
 from vpr.imaging.preprocess import ModelInput, Preprocess
 from vpr.retrieval.metrics import RetrievalScores, evaluate
 from vpr.retrieval.self_search import find_self_search
 
 Forward = Callable[[ModelInput], NDArray[np.float32]]
+log = get_logger(__name__)
 
 
 def read_batches(
@@ -137,6 +140,20 @@ class Embeddings:
         """Return the rows with a role, or all rows if no row has it."""
         rows = np.flatnonzero(self.roles == role)
         return rows if len(rows) else np.arange(len(self.roles))
+
+    def gallery_rows(self) -> NDArray[np.int64]:
+        """Return the rows with the role ``gallery``, or all rows; warn if products have none of them."""
+        rows = self.rows_with_role("gallery")
+        products, every = (
+            np.unique(names[~np.char.startswith(names, f"{UNLABELLED}/")])
+            for names in (self.products[rows], self.products)
+        )
+        if len(products) < len(every):
+            counts = f"{len(rows)} of {len(self.roles)} images ({len(products)} of {len(every)} products)"
+            problem = "are gallery images; the others are training or query images and are left out"
+            remedy = 'To search all products, see docs/serving.md, "All products of a shop"'
+            log.warning(f"{self.artifact.path}: {counts} {problem}. {remedy}.")
+        return rows
 
 
 def write_embeddings(

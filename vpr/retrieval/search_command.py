@@ -69,7 +69,7 @@ def search_gallery(config: SearchConfig) -> Path | None:
     _check_comparable(config, queries, gallery)
     dim = gallery.vectors.shape[1]
     threshold = load_threshold(config.threshold, gallery.model, dim) if config.threshold else None
-    query_rows, gallery_rows = queries.rows_with_role("query"), gallery.rows_with_role("gallery")
+    query_rows, gallery_rows = queries.rows_with_role("query"), gallery.gallery_rows()
     if config.submission:
         _check_complete(queries, gallery, len(gallery_rows))
     k = max(config.k, SUBMITTED) if config.submission else config.k

@@ -308,11 +308,17 @@ def _write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[object
 
 def _log(result: dict[str, Any], config: ThresholdConfig) -> None:
     log.info(f"{config.output}: {result['gallery_images']} gallery images of {result['gallery_products']} products")
-    log.info(f"  {'score':<12} threshold  false accepts  false rejects  wrong")
-    for row in (row for row in result["scores"] if row["threshold"] is not None):
+    confirmed = [row for row in result["scores"] if row["threshold"] is not None]
+    if confirmed:
+        log.info(f"  {'score':<12} threshold  false accepts  false rejects  wrong")
+    for row in confirmed:
         mark = "  (used)" if row["score"] == config.score else ""
         rates = f"{row['false_accept']:>13.4f}  {row['false_reject']:>13.4f}  {row['wrong']:>5.3f}"
         log.info(f"  {row['score']:<12} {row['threshold']:>9.4f}  {rates}{mark}")
+    if any(row["score"] == config.score and row["false_reject"] == 1 for row in confirmed):
+        others = " or ".join(name for name in _SCORES if name != config.score)
+        remedy = f"Train further, allow more false accepts, or use --score {others}"
+        log.warning(f"{config.output}: this threshold rejects every query that has a match. {remedy}.")
     for row in (row for row in result["compare"] if row["moved"] is not None):
         kept = f"false accepts {row['kept']['false_accept']:.4f}, false rejects {row['kept']['false_reject']:.4f}"
         log.info(f"  {row['model']}: threshold {row['moved']:+.4f}; with the threshold above: {kept}")

@@ -55,13 +55,15 @@ def write_shop(
     model: str = "student",
     roles: Sequence[str] = (),
     splits: Sequence[str] = (),
+    sources: Sequence[str] = (),
 ) -> str:
     """Write embeddings of a model, which is written next to them once."""
     weights = write_model(path.parent, model, vectors.shape[1])
     roles, splits = roles or ["gallery"] * len(ids), splits or [""] * len(ids)
+    sources = sources or ["csv"] * len(ids)
     rows = [
-        {"image": image, "product": product, "role": role, "split": split}
-        for (product, image), role, split in zip(ids, roles, splits, strict=True)
+        {"image": image, "product": product, "role": role, "split": split, "source": source}
+        for (product, image), role, split, source in zip(ids, roles, splits, sources, strict=True)
     ]
     catalog = Catalog(pa.Table.from_pylist(rows, schema=SCHEMA), path.parent)
     return str(write_embeddings(str(path), vectors, catalog, weights, {}))

@@ -419,3 +419,39 @@ def test_link_in_a_gallery(shop: tuple[str, str], tmp_path: Path) -> None:
     data.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"data: a symbolic link. Galleries hold plain files: restore the gallery.$"):
         compact_gallery(CompactConfig(shop[1]))
+
+
+def test_unlabelled_images_are_no_products(tmp_path: Path) -> None:
+    ids = [("unlabelled/x.jpg", "x.jpg"), ("p", "p.jpg")]
+    embeddings = write_shop(tmp_path / "e", ids, unit_vectors(2), sources=["unlabelled", "csv"])
+    with pytest.raises(UserError, match="embeddings: .*/e: 1 images have no product. Build .* --reader folder or csv"):
+        create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
+
+
+def test_products_without_a_gallery_image_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    embeddings = write_shop(tmp_path / "e", name_images(6), unit_vectors(6), roles=["train"] * 3 + ["gallery"] * 3)
+    create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery")))
+    assert caplog.text.count("3 of 6 images (1 of 2 products) are gallery images") == 1
+    caplog.clear()
+    complete = write_shop(tmp_path / "complete", name_images(3), unit_vectors(3), roles=["query"] + ["gallery"] * 2)
+    create_gallery(CreateConfig(complete, str(tmp_path / "other")))
+    assert "are gallery images" not in caplog.text
+
+
+def test_cleared_metadata_and_skipped_products(
+    shop: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [("product", "title", "price"), ("p0", "a", "1"), ("px", "x", "1")]
+    table = write_table(tmp_path / "m.csv", rows)
+    with pytest.raises(UserError, match="no product 'px' .1 unknown.. Remove the row, or set --skip-missing"):
+        update_images(UpdateConfig(shop[1], metadata=table))
+    update_images(UpdateConfig(shop[1], metadata=table, skip_missing=True))
+    assert contents(shop[1])["p0", "0/0.jpg"][:2] == ("a", 1.0)
+    with caplog.at_level("INFO"):
+        update_images(UpdateConfig(shop[1], shop[0]))
+    assert "metadata of 3 images cleared; give --metadata to keep values" in caplog.text
+
+
+def test_a_gallery_in_place_of_embeddings_names_the_command(shop: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="got gallery. Search it with `vpr gallery search`, or .* `vpr gallery export`"):
+        load_embeddings(shop[1])

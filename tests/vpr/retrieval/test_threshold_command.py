@@ -19,7 +19,7 @@ from vpr.retrieval.config import RerankConfig, ScoreName, SearchConfig, Threshol
 from vpr.retrieval.cut import cut_vectors
 from vpr.retrieval.embeddings import l2_normalize, load_embeddings, write_embeddings
 from vpr.retrieval.search_command import search_gallery
-from vpr.retrieval.threshold_command import find_threshold
+from vpr.retrieval.threshold_command import _log, find_threshold
 
 PRODUCTS, QUERIES, DIM, LIMIT = 100, 3, 16, 0.1
 
@@ -260,3 +260,16 @@ def test_threshold_of_another_cut_is_rejected(tmp_path: Path) -> None:
     cut = write(tmp_path, cut_vectors(vectors, 8))
     with pytest.raises(UserError, match=f"threshold: .* is of {DIM} dimensions, the embeddings have 8"):
         search_gallery(SearchConfig(cut, cut, threshold=threshold))
+
+
+@pytest.mark.parametrize("threshold", [0.9, None])
+def test_threshold_that_rejects_every_match_is_warned_about(
+    threshold: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = {"false_accept": 0.0, "false_reject": 1.0, "wrong": 0.0} if threshold else {"false_reject": None}
+    row = {"score": "margin", "threshold": threshold, **rates}
+    with caplog.at_level("INFO", logger="vpr"):
+        result = {"gallery_images": 9, "gallery_products": 3, "scores": [row], "compare": []}
+        _log(result, ThresholdConfig("e", "t", score="margin"))
+    assert ("rejects every query that has a match. Train further" in caplog.text) == (threshold is not None)
+    assert ("false rejects  wrong" in caplog.text) == (threshold is not None)  # no header of an empty table
