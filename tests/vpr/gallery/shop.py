@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from vpr.artifacts.card import Embedding
 from vpr.artifacts.store import Artifact, load_artifact
 from vpr.artifacts.writer import write_artifact
 from vpr.data.catalog import SCHEMA, Catalog
+from vpr.gallery.gallery import IDS, load_gallery, vectors_of
 from vpr.gallery.plan import ADAPTERS, FILE
 from vpr.retrieval.embeddings import write_embeddings
 from vpr.retrieval.open_set import Probability
@@ -90,4 +92,18 @@ def write_plan(path: Path, old: Artifact, new: Artifact, weight: Vectors, order:
         values = {"adapter": "procrustes", "order": order, "old_dim": len(weight)}
         (draft.path / FILE).write_text(json.dumps(values))
         draft.embedding = Embedding(dim=weight.shape[1], normalised=True, dtype="float32")
+    return str(path)
+
+
+def contents(gallery: str, version: int = 0) -> dict[tuple[str, str], tuple[object, ...]]:
+    """Return vector and metadata of each image of a version."""
+    opened = load_gallery(gallery)
+    table = opened.snapshot(version).read([*IDS, *opened.columns, "vector"])
+    rows = zip(*(table[name].to_pylist() for name in (*IDS, *opened.columns)), vectors_of(table), strict=True)
+    return {(product, image): (*values, vector.tobytes()) for product, image, *values, vector in rows}
+
+
+def write_table(path: Path, rows: list[tuple[object, ...]]) -> str:
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
     return str(path)

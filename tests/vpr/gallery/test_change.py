@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 
-from tests.vpr.gallery.shop import DIM, name_images, unit_vectors, write_shop
+from tests.vpr.gallery.shop import DIM, contents, name_images, unit_vectors, write_shop, write_table
 from vpr.common.errors import CheckFailed, UserError
 from vpr.gallery.change import add_images, compact_gallery, create_gallery, remove_images, update_images
 from vpr.gallery.config import (
@@ -26,7 +26,7 @@ from vpr.gallery.config import (
     UpdateConfig,
     VerifyGalleryConfig,
 )
-from vpr.gallery.gallery import IDS, load_gallery, vectors_of
+from vpr.gallery.gallery import IDS, load_gallery
 from vpr.gallery.inspect import export_embeddings, print_info, verify_gallery
 from vpr.gallery.search_command import search_in_gallery
 from vpr.gallery.store import InvalidCondition, LostFile, Store
@@ -41,20 +41,6 @@ def shop(tmp_path: Path) -> tuple[str, str]:
     embeddings = write_shop(tmp_path / "first", name_images(30), unit_vectors(30))
     gallery = create_gallery(CreateConfig(embeddings, str(tmp_path / "gallery"), columns=("title", "price:number")))
     return embeddings, str(gallery)
-
-
-def contents(gallery: str, version: int = 0) -> dict[tuple[str, str], tuple[object, ...]]:
-    """Return vector and metadata of each image of a version."""
-    opened = load_gallery(gallery)
-    table = opened.snapshot(version).read([*IDS, *opened.columns, "vector"])
-    rows = zip(*(table[name].to_pylist() for name in (*IDS, *opened.columns)), vectors_of(table), strict=True)
-    return {(product, image): (*values, vector.tobytes()) for product, image, *values, vector in rows}
-
-
-def write_table(path: Path, rows: list[tuple[object, ...]]) -> str:
-    with path.open("w", newline="") as stream:
-        csv.writer(stream).writerows(rows)
-    return str(path)
 
 
 def test_every_change_is_one_version(shop: tuple[str, str], tmp_path: Path) -> None:
