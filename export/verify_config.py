@@ -13,8 +13,8 @@ class VerifyConfig:
     Attributes:
         artifact: Artifact of ``vpr export onnx``, ``int8``, ``engine`` or ``serving``. Its folder ``golden`` holds the
             images to embed.
-        vectors: Client's embeddings of these images, a ``.npy`` file of (images, dim) numbers in the order of the file
-            names.
+        vectors: Client's embeddings of the images in the artifact's folder ``golden``: a ``.npy`` file of (images, dim)
+            numbers in the order of the file names.
         endpoint: Address to get the embeddings from instead. ``http://127.0.0.1:8000`` is a page of
             ``vpr search serve``, ``http://HOST:8000/v2/models/NAME`` a model of Triton or another KServe server.
         seconds: Longest wait for an answer of the endpoint.

@@ -276,6 +276,7 @@ def test_an_int8_graph_is_known_by_its_student(graph: Path, ranges: Path, galler
     assert handed_off.opset_import[0].version <= 21
     assert handed_off.ir_version <= 10
     assert "The graph needs ONNX Runtime 1.20 or newer." in (output / "README.md").read_text()
+    assert "ORT_DISABLE_TELEMETRY=1" in (output / "README.md").read_text()
     x = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     np.testing.assert_allclose(run_graph(handed_off, x), run_graph(exported, x), atol=1e-3)
 
@@ -294,6 +295,7 @@ def test_engine_configuration(write_engine: Callable[..., Artifact], gallery: Pa
     assert plan.read_bytes() == b"plan" * 100
     assert f"built by tensorrt {VERSION} for sm89" in (output / "README.md").read_text()
     assert "--backend-config" not in (output / "README.md").read_text()
+    assert "ORT_DISABLE_TELEMETRY" not in (output / "README.md").read_text()
 
 
 def test_smaller_max_batch_is_the_preferred_batch(
