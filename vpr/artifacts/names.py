@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vpr.artifacts.card import Parent
 from vpr.artifacts.store import Artifact
 
 
@@ -26,3 +27,10 @@ def with_distinct_names(artifacts: Sequence[Artifact]) -> list[Artifact]:
         replace(artifact, card=artifact.card.model_copy(update={"name": name}))
         for artifact, name in zip(artifacts, names, strict=True)
     ]
+
+
+def tell_apart(first: Parent, second: Parent) -> tuple[str, str]:
+    """Return the quoted names of two artifacts; equal ones with the start of their checksums."""
+    if first.name != second.name:
+        return f"'{first.name}'", f"'{second.name}'"
+    return f"'{first.name}' ({first.sha256[:12]})", f"'{second.name}' ({second.sha256[:12]})"

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vpr.artifacts.names import tell_apart
 from vpr.artifacts.paths import CARD_NAME
 from vpr.artifacts.run_folder import atomic_write
 from vpr.artifacts.store import Artifact, load_artifact, reraise_as_artifact_error
@@ -130,10 +131,11 @@ class Gallery:
         """Raise :class:`UserError` if the embeddings are of another model or dimension than a version."""
         where, model, own = f"{key}: {embeddings.artifact.path}", embeddings.model, self.model_of(snapshot)
         if model.sha256 != own.model.sha256:
-            problem = f"embedded with '{model.name}', the gallery with '{own.model.name}'"
+            names = tell_apart(model, own.model)
+            problem = f"embedded with {names[0]}, the gallery with {names[1]}"
             if own.previous and own.previous.sha256 == model.sha256:
                 state = describe_share(len(snapshot), snapshot.count(PENDING))
-                problem = f"embedded with '{model.name}', the gallery was migrated to '{own.model.name}' ({state})"
+                problem = f"embedded with {names[0]}, the gallery was migrated to {names[1]} ({state})"
             fix = "Embed with the gallery's model, or run `vpr gallery create` with these embeddings"
             raise UserError(f"{where}: {problem}. {fix}.")
         if embeddings.vectors.shape[1] != own.dim:

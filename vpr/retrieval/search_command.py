@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vpr.artifacts.names import tell_apart
 from vpr.artifacts.run_folder import atomic_save_npy, atomic_write
 from vpr.common.errors import UserError, printable
 from vpr.common.log import get_logger
@@ -98,8 +99,8 @@ def _check_comparable(config: SearchConfig, queries: Embeddings, gallery: Embedd
     """Raise :class:`UserError` if queries and gallery are not from the same model."""
     query_model, gallery_model = queries.model, gallery.model
     if query_model.sha256 != gallery_model.sha256:
-        models = f"embedded with '{query_model.name}', the gallery with '{gallery_model.name}'"
-        raise UserError(f"{config.queries}: {models}. Embed both with one model.")
+        own, other = tell_apart(query_model, gallery_model)
+        raise UserError(f"{config.queries}: embedded with {own}, the gallery with {other}. Embed both with one model.")
     dim, gallery_dim = queries.vectors.shape[1], gallery.vectors.shape[1]
     if dim != gallery_dim:
         problem = f"{dim} dimensions, the gallery has {gallery_dim}"

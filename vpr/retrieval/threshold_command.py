@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr.artifacts.card import Parent
+from vpr.artifacts.names import tell_apart
 from vpr.artifacts.stage import Stage
 from vpr.artifacts.store import load_artifact, reraise_as_artifact_error
 from vpr.artifacts.writer import config_to_json
@@ -132,8 +133,8 @@ def load_threshold(path: str, model: Parent, dim: int) -> StoredThreshold:
     artifact = load_artifact(path, "threshold")
     models = artifact.parents("model")
     if [parent.sha256 for parent in models] != [model.sha256]:
-        names = ", ".join(parent.name for parent in models)
-        problem = f"the threshold is of model '{names}', the embeddings are of '{model.name}'"
+        names = tell_apart(models[0], model) if len(models) == 1 else ("several", f"'{model.name}'")
+        problem = f"the threshold is of model {names[0]}, the embeddings are of {names[1]}"
         raise UserError(f"threshold: {path}: {problem}. Run `vpr gallery threshold` with this model's embeddings.")
     if artifact.card.embedding is not None and artifact.card.embedding.dim != dim:
         problem = f"the threshold is of {artifact.card.embedding.dim} dimensions, the embeddings have {dim}"
