@@ -197,6 +197,9 @@ def _record_outcome(
     result = state_result(tested.test, budget.drop, budget.confidence, tested.upper_bound)
     outcome = f"{names[tested.candidate]}: {result}"
     (log.info if tested.confirmed else log.warning)(outcome)
+    if not tested.confirmed:
+        note = "the written graph is not confirmed. A third of the validation products steers the search"
+        log.warning(f"{names[chosen]}: {note}")
     return {
         "confirmed": tested.confirmed,
         "outcome": outcome,

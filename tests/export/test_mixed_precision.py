@@ -107,6 +107,7 @@ def test_small_budget_is_not_confirmable(
     # The numbers are those of the safest set, which is not the written one.
     assert decision["outcome"].startswith(f"{decision['sequence'][0]['name']}: drop at most 0.01 not confirmable")
     assert decision["outcome"] in caplog.messages
+    assert f"{len(decision['quantised'])} layers quantised: the written graph is not confirmed." in caplog.text
 
 
 def test_too_few_validation_products_are_an_error(fp32: Path, ranges: Path, catalog: Catalog, tmp_path: Path) -> None:
