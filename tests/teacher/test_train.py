@@ -192,7 +192,7 @@ def test_every_recipe_trains_a_small_tower(path: Path, catalog: Catalog, tmp_pat
     assert catalog.artifact is not None
     arguments = ["--recipe", str(path), "--catalog", str(catalog.artifact.path), "--output", str(tmp_path / "t")]
     config = read_config(TrainConfig, "teacher train", arguments)
-    sizes = {0: 32, 224: 24, 256: 32, 280: 40, 290: 44}
+    sizes = {0: 32, 64: 24, 96: 32, 224: 24, 256: 32, 280: 40, 290: 44}
     stages = tuple(
         replace(
             with_memory(stage),

@@ -305,13 +305,13 @@ def _fail_if_terminated() -> Iterator[None]:
     """
     try:
         yield
+    except SIGTERMException:  # a SystemExit too
+        log.warning("training was terminated (SIGTERM). Run the command again to resume it.")
+        raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except SIGTERMException:
-        log.warning("training was terminated (SIGTERM). Run the command again to resume it.")
-        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _build_trainer(folder: Path, epochs: int, run: RunConfig, callbacks: list[Callback]) -> L.Trainer:
